@@ -1,0 +1,243 @@
+"""What a model and a run are: plain dataclasses and their checks. No jax import, so that `--help` is instant."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from typing import Annotated, Literal
+
+import tyro
+
+
+class UserError(Exception):
+    """Something the user got wrong. Says what was given, the rule, the fix and the flag; the command line exits with 2."""
+
+
+IGNORED = -100  # the label that takes no part in the loss, as in Hugging Face
+
+# --------------------------------------------------------------------------------------------------------------- model
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding. Field names and meanings are those of Hugging Face's `rope_parameters`."""
+
+    rope_type: Literal["default", "linear", "llama3", "yarn"] = "default"
+    theta: float = 10000.0
+    factor: float = 1.0
+    original_max_position_embeddings: int | None = None
+    low_freq_factor: float | None = None  # llama3
+    high_freq_factor: float | None = None  # llama3
+    attention_factor: float | None = None  # yarn
+    beta_fast: float | None = None  # yarn
+    beta_slow: float | None = None  # yarn
+    mscale: float | None = None  # yarn
+    mscale_all_dim: float | None = None  # yarn
+    truncate: bool = True  # yarn
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A Llama. D hidden, F ffn, V vocabulary, L layers, N query heads, K kv heads, H head dim."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    initializer_range: float = 0.02
+    max_position_embeddings: int = 2048
+    rope: RopeConfig = RopeConfig()
+
+    def __post_init__(self):
+        for field in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"):
+            if getattr(self, field) < 1:
+                raise UserError(f"{field}={getattr(self, field)} in the model's config must be at least 1")
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(f"num_key_value_heads={self.num_kv_heads} must divide num_attention_heads={self.num_heads}")
+        if self.head_dim % 2:
+            raise UserError(f"head_dim={self.head_dim} must be even: rotary embedding turns pairs")
+
+    @property
+    def num_params(self) -> int:
+        """Trainable parameters; a tied output embedding counts once."""
+        d, h = self.hidden_size, self.head_dim
+        attention = 2 * d * self.num_heads * h + 2 * d * self.num_kv_heads * h
+        if self.attention_bias:
+            attention += self.num_heads * h + 2 * self.num_kv_heads * h + d
+        mlp = 3 * d * self.intermediate_size + (2 * self.intermediate_size + d if self.mlp_bias else 0)
+        embeddings = self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
+        return self.num_layers * (attention + mlp + 2 * d) + embeddings + d
+
+    def flops_per_sequence(self, seq_len: int) -> float:
+        """Model FLOPs of one forward and backward over one sequence, the measure behind MFU.
+
+        6 x matmul parameters x S, plus causal attention: 2 x S^2 x N x H a layer forward (half of the S x S scores) and
+        twice that backward. What is recomputed is not counted. The embedding's row look-up is no matmul.
+        """
+        d, h = self.hidden_size, self.head_dim
+        matmul = self.num_layers * (2 * d * self.num_heads * h + 2 * d * self.num_kv_heads * h + 3 * d * self.intermediate_size)
+        matmul += self.vocab_size * d
+        attention = self.num_layers * 2.0 * seq_len**2 * self.num_heads * h
+        return 6.0 * matmul * seq_len + 3.0 * attention
+
+
+# ----------------------------------------------------------------------------------------------------------------- run
+
+
+def parse_length(text: str) -> int:
+    """`32768`, `32k` (x1000), `32Ki` (x1024), `1.5M`, `1Mi` -> tokens."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(k|K|M|Ki|Mi)?\s*", str(text))
+    if match is None:
+        raise ValueError(f"length {text!r}: write tokens as 32768, 32k (x1000), 32Ki (x1024), 1M or 1Mi")
+    scale = {None: 1, "k": 10**3, "K": 10**3, "Ki": 2**10, "M": 10**6, "Mi": 2**20}[match[2]]
+    value = float(match[1]) * scale
+    if value < 1 or value != math.floor(value):
+        raise ValueError(f"length {text!r} is {value:g} tokens: a length is a whole number of at least 1")
+    return int(value)
+
+
+_Length = Annotated[int, tyro.constructors.PrimitiveConstructorSpec(
+    nargs=1, metavar="TOKENS", instance_from_str=lambda args: parse_length(args[0]),
+    is_instance=lambda x: isinstance(x, int), str_from_instance=lambda x: [str(x)])]
+
+
+@dataclasses.dataclass
+class TrainConfig:
+    """Train a Llama on long sequences.
+
+    Without --model and --data a tiny Llama learns the Python language reference on four simulated devices.
+    """
+
+    model: str | None = None
+    """Hugging Face directory or hub name, or a checkpoint made by convert.from_hf or an earlier run."""
+    data: tuple[str, ...] = ()
+    """JSONL, JSON or Parquet files, text files, or directories of them."""
+    out: str | None = None
+    """Output directory: checkpoints, metrics.jsonl, TensorBoard, and at the end hf/, a Hugging Face directory."""
+    seq_len: _Length | None = None
+    """Tokens per sequence: 32768, 32k (x1000) or 32Ki (x1024)."""
+
+    dp: int | None = None
+    """Data-parallel replicas. Default: all devices divided by --sp."""
+    sp: int | None = None
+    """Sequence-parallel (Ulysses) degree; divides the query heads. Default 1."""
+    simulate_devices: int | None = None
+    """Make this many CPU devices instead of using GPUs."""
+
+    steps: int | None = None
+    """Optimizer steps to train for in all, a resumed run's earlier steps included."""
+    batch_size: int = 1
+    """Sequences each data-parallel replica holds at a time."""
+    grad_accum: int = 1
+    """Batches whose gradients are summed for one optimizer step."""
+    seed: int = 0
+    """Order of the data and random initial weights."""
+
+    learning_rate: float | None = None
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Decay after the warm-up."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up. Default: 5% of --steps."""
+    final_learning_rate_ratio: float = 0.1
+    """Learning rate at the last step, as a part of the peak (cosine and linear)."""
+    weight_decay: float = 0.01
+    """AdamW weight decay; norms and biases are spared."""
+    beta1: float = 0.9
+    """AdamW first-moment decay."""
+    beta2: float = 0.999
+    """AdamW second-moment decay."""
+    eps: float = 1e-8
+    """AdamW epsilon."""
+    clip_norm: float = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 switches clipping off."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Weights and compute; bfloat16 keeps a float32 master copy in the optimizer. auto: bfloat16 on GPU, float32 on CPU."""
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype in which gradients are summed over devices."""
+    attention: Literal["auto", "cudnn", "xla"] = "auto"
+    """Attention kernel. auto: cudnn on GPU, xla (tiled, any device) elsewhere."""
+    tiled_loss: bool = True
+    """Compute logits and loss in tiles of tokens instead of all at once."""
+    loss_tile: _Length | None = None
+    """Tokens per tile of logits. Default: about 1 GiB of float32 logits."""
+    tiled_mlp: bool = True
+    """Compute the MLP in tiles of tokens."""
+    mlp_tile: _Length | None = None
+    """Tokens per MLP tile. Default: the hidden size."""
+    remat: bool = True
+    """Recompute each layer in the backward pass instead of keeping its intermediates."""
+    offload_activations: bool = False
+    """Keep each layer's input in host memory between forward and backward (needs --remat)."""
+    offload_weights: bool = False
+    """Keep weights and gradients in host memory, streamed one layer at a time."""
+    offload_optimizer: bool = False
+    """Keep optimizer state in host memory, streamed one layer at a time."""
+
+    save_every: int | None = None
+    """Checkpoint every so many steps, besides the last one."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept; older ones are deleted."""
+    resume: bool = False
+    """Continue the run in --out from its newest checkpoint."""
+    eval_data: str | None = None
+    """Held-out file or directory to evaluate on."""
+    eval_every: int | None = None
+    """Evaluate every so many steps, besides the end."""
+    export: bool = True
+    """Write OUT/hf at the end, which transformers loads."""
+    text_field: str = "text"
+    """Field of a JSON or Parquet record that holds a document."""
+    messages_field: str = "messages"
+    """Field of a JSON or Parquet record that holds a chat."""
+    pack: bool = False
+    """Several documents in one sequence: not supported yet, refused."""
+
+
+def check_run(config: TrainConfig) -> None:
+    """Refuse what is wrong whatever the model, the data and the machine are."""
+    at_least = dict(dp=1, sp=1, simulate_devices=1, steps=1, batch_size=1, grad_accum=1, warmup_steps=0, save_every=1,
+                    keep_checkpoints=1, eval_every=1, weight_decay=0, clip_norm=0, seed=0)
+    for field, least in at_least.items():
+        value = getattr(config, field)
+        if value is not None and not value >= least:
+            raise UserError(f"{flag(field)} {value}: must be at least {least}")
+    for field, value in (("learning_rate", config.learning_rate), ("eps", config.eps)):
+        if value is not None and not (0 < value < math.inf):
+            raise UserError(f"{flag(field)} {value}: must be a positive number")
+    for field in ("beta1", "beta2"):
+        if not 0 <= getattr(config, field) < 1:
+            raise UserError(f"{flag(field)} {getattr(config, field)}: must be at least 0 and below 1")
+    if not 0 <= config.final_learning_rate_ratio <= 1:
+        raise UserError(f"--final-learning-rate-ratio {config.final_learning_rate_ratio}: must be between 0 and 1")
+    if config.steps is not None and config.warmup_steps is not None and config.warmup_steps > config.steps:
+        raise UserError(f"--warmup-steps {config.warmup_steps} is more than --steps {config.steps}")
+    if config.offload_activations and not config.remat:
+        raise UserError("--offload-activations offloads what rematerialisation keeps; it needs --remat, not --no-remat")
+    if config.pack:
+        raise UserError("--pack: packing several documents into one sequence is not supported yet; leave it out, "
+                        "and each document gets sequences of its own")
+    if config.eval_every is not None and config.eval_data is None:
+        raise UserError("--eval-every needs --eval-data, the file to evaluate on")
+    if config.resume and config.out is None:
+        raise UserError("--resume needs --out, the directory of the run to continue")
+    if config.model is not None and not config.data:
+        raise UserError("--model without --data: name the files to train on (--data FILE_OR_DIR...)")
+    if config.loss_tile is not None and not config.tiled_loss:
+        raise UserError("--loss-tile has no meaning with --no-tiled-loss; leave one of them out")
+    if config.mlp_tile is not None and not config.tiled_mlp:
+        raise UserError("--mlp-tile has no meaning with --no-tiled-mlp; leave one of them out")
+
+
+def flag(field: str) -> str:
+    """`seq_len` -> `--seq-len`."""
+    return "--" + field.replace("_", "-")

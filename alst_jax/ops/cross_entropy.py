@@ -1,0 +1,87 @@
+"""Next-token loss. The logits of a long sequence are never made at once: 128k tokens of Llama-3 would be 61 GiB of float32."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from alst_jax.config import IGNORED
+from alst_jax.ops.tiling import accumulation_dtype, scan_tiles
+from alst_jax.parallel.vma import vary_like
+
+LOGITS_BYTES = 2**30  # float32 logits held at once by default
+
+
+def default_tile(vocab_size: int) -> int:
+    """Tokens whose float32 logits take about 1 GiB, a multiple of 128."""
+    return max(128, LOGITS_BYTES // (4 * vocab_size) // 128 * 128)
+
+
+def cross_entropy(
+    h: Float[Array, "T D"], table: Float[Array, "V D"], labels: Int[Array, "T"]
+) -> Float[Array, ""]:
+    """Sum of -log softmax(h @ table.T)[label] over the labels that are not IGNORED, float32; all logits at once."""
+    return jnp.sum(_token_losses(_logits(h, table), labels)[0])
+
+
+def _logits(h, table):
+    dims = (((1,), (1,)), ((), ()))
+    return jax.lax.dot_general(h, table.astype(h.dtype), dims, preferred_element_type=accumulation_dtype(h.dtype))
+
+
+def _token_losses(logits, labels):
+    """Loss of each token (0 where ignored) and the log of its softmax denominator."""
+    log_normaliser = jax.nn.logsumexp(logits, axis=-1)
+    valid = labels != IGNORED
+    picked = jnp.take_along_axis(logits, jnp.where(valid, labels, 0)[:, None], axis=-1)[:, 0]
+    return jnp.where(valid, log_normaliser - picked, 0), log_normaliser
+
+
+def tiled_cross_entropy(
+    h: Float[Array, "T D"], table: Float[Array, "V D"], labels: Int[Array, "T"], tile: int
+) -> Float[Array, ""]:
+    """`cross_entropy`, `tile` tokens at a time; when differentiated, each tile's gradients are made with its logits.
+
+    So logits are computed once and never kept. The loss is a sum, not a mean: a tile with few valid labels weighs
+    little, one with none gives exactly 0. The gradient of the table is summed over tiles in float32.
+    """
+    return _tiled_cross_entropy(tile, h, vary_like(table, h), labels)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _tiled_cross_entropy(tile, h, table, labels):
+    def body(total, rows):
+        h_tile, labels_tile = rows
+        return total + jnp.sum(_token_losses(_logits(h_tile, table), labels_tile)[0]), ()
+
+    zero = vary_like(jnp.zeros((), accumulation_dtype(h.dtype)), h, table, labels)
+    return scan_tiles(body, zero, (h, labels), tile)[0]
+
+
+def _fwd(tile, h, table, labels):
+    def body(carry, rows):
+        (total, dtable), (h_tile, labels_tile) = carry, rows
+        logits = _logits(h_tile, table)
+        losses, log_normaliser = _token_losses(logits, labels_tile)
+        is_label = labels_tile[:, None] == jnp.arange(logits.shape[1])[None, :]
+        valid = (labels_tile != IGNORED)[:, None]
+        dlogits = jnp.where(valid, jnp.exp(logits - log_normaliser[:, None]) - is_label, 0).astype(h.dtype)
+        dh = dlogits @ table.astype(h.dtype)
+        dtable += jax.lax.dot_general(
+            dlogits, h_tile, (((0,), (0,)), ((), ())), preferred_element_type=dtable.dtype)
+        return (total + jnp.sum(losses), dtable), dh
+
+    wide = accumulation_dtype(h.dtype)
+    zeros = (jnp.zeros((), wide), jnp.zeros(table.shape, wide))
+    zeros = jax.tree.map(lambda z: vary_like(z, h, table, labels), zeros)
+    (total, dtable), dh = scan_tiles(body, zeros, (h, labels), tile)
+    return total, (dh, dtable.astype(table.dtype))
+
+
+def _bwd(tile, residuals, dtotal):
+    dh, dtable = residuals
+    return (dh * dtotal).astype(dh.dtype), (dtable * dtotal).astype(dtable.dtype), None
+
+
+_tiled_cross_entropy.defvjp(_fwd, _bwd)

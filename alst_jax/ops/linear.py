@@ -1,0 +1,63 @@
+"""Matrix products whose weight gradients keep the precision of the weight they are handed.
+
+Weights reach the ops as *carriers*: float32 values that hold, say, bfloat16 numbers. The product runs in the dtype of
+the activations (the compiler removes the convert-and-back), while the gradient of the weight comes out of the matrix
+product in float32 and is summed, over tiles and over devices, before anything rounds it.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from alst_jax.parallel.vma import vary_like
+
+
+@jax.custom_vjp
+def linear(x: Float[Array, "*B D"], kernel: Float[Array, "D F"]) -> Float[Array, "*B F"]:
+    """x @ kernel in the dtype of x; the kernel's gradient has the kernel's dtype and is not rounded to that of x."""
+    return x @ kernel.astype(x.dtype)
+
+
+def _linear_fwd(x, kernel):
+    return linear(x, kernel), (x, kernel)
+
+
+def _linear_bwd(residuals, dy):
+    x, kernel = residuals
+    dx = jax.lax.dot_general(dy, kernel.astype(x.dtype), (((dy.ndim - 1,), (1,)), ((), ())))
+    tokens = tuple(range(x.ndim - 1))
+    dkernel = jax.lax.dot_general(x, dy, ((tokens, tokens), ((), ())), preferred_element_type=kernel.dtype)
+    return dx, dkernel
+
+
+linear.defvjp(_linear_fwd, _linear_bwd)
+
+
+def add_bias(x: Float[Array, "*B F"], bias: Float[Array, "F"]) -> Float[Array, "*B F"]:
+    """x + bias, added and summed in the wider of the two dtypes, returned in that of x."""
+    return (x.astype(jnp.promote_types(x.dtype, bias.dtype)) + bias).astype(x.dtype)
+
+
+def embed(table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
+    """Rows of the table in `dtype`; gradients of equal tokens are summed in the table's dtype."""
+    return _rows(jnp.dtype(dtype), table, tokens)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rows(dtype, table, tokens):
+    return table.astype(dtype)[tokens]
+
+
+def _rows_fwd(dtype, table, tokens):
+    return _rows(dtype, table, tokens), (table, tokens)
+
+
+def _rows_bwd(dtype, residuals, dy):
+    table, tokens = residuals
+    zeros = vary_like(jnp.zeros_like(table), table, dy)
+    return zeros.at[tokens].add(dy.astype(table.dtype)), None
+
+
+_rows.defvjp(_rows_fwd, _rows_bwd)

@@ -1,0 +1,83 @@
+"""Rotary position embedding, with the frequency scalings of Hugging Face's `modeling_rope_utils`."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from alst_jax.config import RopeConfig
+
+MAX_POSITION = 2**24  # positions become float32 before they meet a frequency: above this, neighbours would coincide
+
+
+def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
+    """Frequencies float32[H/2] in radians a token, and the factor that multiplies cos and sin (1 except for yarn)."""
+    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    plain = (1.0 / np.float32(rope.theta) ** exponent).astype(np.float32)
+    if rope.rope_type == "default":
+        return plain, 1.0
+    if rope.rope_type == "linear":
+        return plain / np.float32(rope.factor), 1.0
+    if rope.rope_type == "llama3":
+        return _llama3(rope, plain), 1.0
+    if rope.rope_type == "yarn":
+        return _yarn(rope, plain, head_dim), _yarn_attention_factor(rope)
+    raise ValueError(f"rope_type {rope.rope_type!r}")
+
+
+def _llama3(rope: RopeConfig, plain: np.ndarray) -> np.ndarray:
+    """Llama 3.1: long wavelengths divided by `factor`, short ones kept, a smooth mixture between."""
+    old_length, low, high = rope.original_max_position_embeddings, rope.low_freq_factor, rope.high_freq_factor
+    wavelength = 2 * math.pi / plain
+    smooth = (old_length / wavelength - low) / (high - low)
+    mixed = (1 - smooth) * plain / rope.factor + smooth * plain
+    scaled = np.where(wavelength > old_length / low, plain / rope.factor, plain)
+    medium = (wavelength >= old_length / high) & (wavelength <= old_length / low)
+    return np.where(medium, mixed, scaled).astype(np.float32)
+
+
+def _yarn(rope: RopeConfig, plain: np.ndarray, head_dim: int) -> np.ndarray:
+    """YaRN (arXiv 2309.00071): interpolate dims that turn slowly, keep those that turn fast, a linear ramp between."""
+
+    def correction_dim(rotations: float) -> float:
+        length = rope.original_max_position_embeddings
+        return head_dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = correction_dim(rope.beta_fast or 32), correction_dim(rope.beta_slow or 1)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001  # as in the source: a ramp of no width would divide by zero
+    ramp = np.clip((np.arange(head_dim // 2, dtype=np.float32) - low) / (high - low), 0, 1)
+    return (plain / rope.factor * ramp + plain * (1 - ramp)).astype(np.float32)
+
+
+def _yarn_attention_factor(rope: RopeConfig) -> float:
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+
+    def mscale(weight: float) -> float:
+        return 1.0 if rope.factor <= 1 else 0.1 * weight * math.log(rope.factor) + 1.0
+
+    if rope.mscale and rope.mscale_all_dim:
+        return mscale(rope.mscale) / mscale(rope.mscale_all_dim)
+    return mscale(1.0)
+
+
+def rope_tables(
+    rope: RopeConfig, head_dim: int, positions: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T 1 H2"], Float[Array, "B T 1 H2"]]:
+    """cos and sin, float32, for the positions of the local tokens (counted from the start of their document)."""
+    frequencies, factor = inverse_frequencies(rope, head_dim)
+    angles = positions[:, :, None, None].astype(jnp.float32) * jnp.asarray(frequencies)[None, None, None, :]
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def apply_rope(
+    x: Float[Array, "B T N H"], cos: Float[Array, "B T 1 H2"], sin: Float[Array, "B T 1 H2"]
+) -> Float[Array, "B T N H"]:
+    """Turn the pairs (x[i], x[i + H/2]) by the angles, in float32; returned in the dtype of x."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

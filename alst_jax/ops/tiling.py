@@ -1,0 +1,91 @@
+"""Work on a few tokens at a time: the one tiling primitive, for the MLP, the loss, attention queries or anything token-wise.
+
+What is token-wise needs no whole sequence (ALST, arXiv 2506.13996, sequence tiling): memory for intermediates is that of
+one tile, whatever the length. Tiles are cut from local arrays, never from an array that is sharded over devices.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from alst_jax.parallel.vma import vary_like
+
+PyTree = Any
+
+
+def scan_tiles(body: Callable, carry: PyTree, xs: PyTree, tile: int) -> tuple[PyTree, PyTree]:
+    """`lax.scan` over tiles of `tile` rows of dim 0; a shorter last tile is a call of its own, not padded.
+
+    body(carry, x_tile) -> (carry, y_tile) must accept any number of rows. Returns the carry and y for all rows.
+    """
+    rows = jax.tree.leaves(xs)[0].shape[0]
+    whole = rows // tile
+    if whole <= 1 and rows <= tile:
+        return body(carry, xs)
+    head = jax.tree.map(lambda x: x[: whole * tile].reshape(whole, tile, *x.shape[1:]), xs)
+    carry, ys = lax.scan(body, carry, head)
+    ys = jax.tree.map(lambda y: y.reshape(whole * tile, *y.shape[2:]), ys)
+    if whole * tile < rows:
+        carry, rest = body(carry, jax.tree.map(lambda x: x[whole * tile :], xs))
+        ys = jax.tree.map(lambda y, r: jnp.concatenate([y, r]), ys, rest)
+    return carry, ys
+
+
+def tiled(fn: Callable, tile: int | None, x: PyTree, weights: PyTree) -> PyTree:
+    """fn(x, weights), computed for `tile` rows of dim 0 at a time; None computes it whole.
+
+    fn must be row-wise: row i of each output depends on row i of each array in x, and on all of the weights. Nothing
+    inside fn is kept for the backward pass: it is computed again, tile by tile. The gradients of the weights are summed
+    over tiles in float32 (or wider) whatever dtype the weights have. Integer arrays may be part of x.
+
+    Example: tiled(lambda x, w: jax.nn.silu(x @ w), 4096, x_TD, w_DF)
+    """
+    rows = jax.tree.leaves(x)[0].shape[0]
+    if tile is None or tile >= rows:
+        return fn(x, weights)
+    # Were a replicated weight made varying inside the loop, its gradient would be summed over devices once a tile.
+    weights = jax.tree.map(lambda w: vary_like(w, *jax.tree.leaves(x)), weights)
+    return _tiled(fn, tile, x, weights)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _tiled(fn, tile, x, weights):
+    return scan_tiles(lambda carry, x_tile: (carry, fn(x_tile, weights)), (), x, tile)[1]
+
+
+def _tiled_fwd(fn, tile, x, weights):
+    return _tiled(fn, tile, x, weights), (x, weights)
+
+
+def _tiled_bwd(fn, tile, residuals, dy):
+    x, weights = residuals
+    leaves, treedef = jax.tree.flatten(x)
+    inexact = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
+
+    def join(floats, others):
+        floats, others = iter(floats), iter(others)
+        return treedef.unflatten([next(floats) if is_float else next(others) for is_float in inexact])
+
+    def body(sums, tile_inputs):
+        floats, others, dy_tile = tile_inputs
+        _, vjp = jax.vjp(lambda f, w: fn(join(f, others), w), floats, weights)
+        dfloats, dweights = vjp(dy_tile)
+        return jax.tree.map(lambda s, d: s + d.astype(s.dtype), sums, dweights), dfloats
+
+    floats = [leaf for leaf, is_float in zip(leaves, inexact) if is_float]
+    others = [leaf for leaf, is_float in zip(leaves, inexact) if not is_float]
+    zeros = jax.tree.map(lambda w: vary_like(jnp.zeros(w.shape, accumulation_dtype(w.dtype)), w, *leaves), weights)
+    sums, dfloats = scan_tiles(body, zeros, (floats, others, dy), tile)
+    return join(dfloats, [None] * len(others)), jax.tree.map(lambda s, w: s.astype(w.dtype), sums, weights)
+
+
+_tiled.defvjp(_tiled_fwd, _tiled_bwd)
+
+
+def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """The dtype in which many values of `dtype` are summed: float32 or wider."""
+    return jnp.promote_types(dtype, jnp.float32)

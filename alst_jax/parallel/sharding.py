@@ -1,0 +1,83 @@
+"""The one place that decides how parameters are sharded, and the collective that undoes it inside the step (ZeRO-3)."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+from alst_jax.ops.tiling import accumulation_dtype
+from alst_jax.parallel.mesh import AXES, DATA, SEQ
+
+BATCH_SPEC = P(DATA, SEQ)  # tokens, labels, positions: [sequences/data, tokens/seq]
+STACKED = "layers"  # parameters under this key have the layer dim in front, which is scanned, never sharded
+
+
+def param_specs(params: Any, mesh: Mesh) -> Any:
+    """PartitionSpec of each parameter: its first dim that the device count divides goes over both mesh axes at once.
+
+    Gradients and optimizer state follow their parameter. A parameter none of whose dims divides is replicated.
+    """
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: _spec(leaf.shape, is_stacked(path), mesh.size), params)
+
+
+def is_stacked(path: tuple) -> bool:
+    """Whether the parameter at this tree path has a layer dim in front."""
+    return path[0].key == STACKED
+
+
+def _spec(shape: tuple[int, ...], stacked: bool, devices: int) -> P:
+    for dim in range(int(stacked), len(shape)):
+        if shape[dim] % devices == 0:
+            return P(*[None] * dim, AXES)
+    return P()
+
+
+def sharded_dim(spec: P) -> int | None:
+    """The dim that `param_specs` sharded, or None for a replicated parameter."""
+    return next((dim for dim, axes in enumerate(spec) if axes is not None), None)
+
+
+def drop_layer_dim(spec: P) -> P:
+    """The spec of one layer's slice of a stacked parameter."""
+    return P(*spec[1:])
+
+
+def shardings(specs: Any, mesh: Mesh, memory_kind: str) -> Any:
+    """NamedShardings for a tree of specs; memory_kind is "device" or "pinned_host"."""
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec, memory_kind=memory_kind), specs, is_leaf=lambda x: isinstance(x, P))
+
+
+def gather(shard: jax.Array, spec: P, reduce_dtype: jnp.dtype) -> jax.Array:
+    """A whole weight from its shards, as a float32 carrier (see ops/linear.py). Runs inside the shard_map.
+
+    w[D/(data x seq), F] -> all-gather -> w[D, F]; the gradient goes back by a reduce-scatter in `reduce_dtype` (an
+    all-reduce for a replicated weight), then into the weight's own dtype.
+    """
+    return _gather(sharded_dim(spec), jnp.dtype(reduce_dtype), jnp.dtype(shard.dtype), shard)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _gather(dim, reduce_dtype, dtype, shard):
+    if dim is None:
+        whole = lax.pcast(shard, AXES, to="varying")
+    else:
+        whole = lax.all_gather(shard, AXES, axis=dim, tiled=True)
+    return whole.astype(accumulation_dtype(dtype))
+
+
+def _gather_fwd(dim, reduce_dtype, dtype, shard):
+    return _gather(dim, reduce_dtype, dtype, shard), None
+
+
+def _gather_bwd(dim, reduce_dtype, dtype, _, gradient):
+    gradient = gradient.astype(reduce_dtype)
+    if dim is None:
+        return (lax.psum(gradient, AXES).astype(dtype),)
+    return (lax.psum_scatter(gradient, AXES, scatter_dimension=dim, tiled=True).astype(dtype),)
+
+
+_gather.defvjp(_gather_fwd, _gather_bwd)

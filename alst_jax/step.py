@@ -1,0 +1,173 @@
+"""The training step: one shard_map around the whole loss and its gradient, one around the optimizer's update.
+
+Everything inside works on local arrays; every collective is written down: an all-gather of each layer's weights (its
+transpose is the reduce-scatter), four all-to-alls around attention, one psum for the loss.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+from alst_jax.config import IGNORED, ModelConfig, UserError
+from alst_jax.memory import host
+from alst_jax.memory.profile import Profile
+from alst_jax.memory.remat import checkpoint_layer
+from alst_jax.models.llama import Compute, abstract_params, block_apply, init_params
+from alst_jax.ops.attention import attention
+from alst_jax.ops.cross_entropy import cross_entropy, default_tile, tiled_cross_entropy
+from alst_jax.ops.linear import embed
+from alst_jax.ops.norm import rms_norm
+from alst_jax.ops.rope import MAX_POSITION, rope_tables
+from alst_jax.optim.adamw import AdamW, apply_update, global_norm
+from alst_jax.parallel.mesh import AXES, SEQ
+from alst_jax.parallel.sharding import BATCH_SPEC, drop_layer_dim, gather, is_stacked, param_specs, shardings
+from alst_jax.parallel.ulysses import check_degree, ulysses_attention
+
+Params = Any
+
+
+class Batch(NamedTuple):
+    """int32 arrays [B, S], sharded over (data, seq). Labels are already shifted: labels[t] follows tokens[t]."""
+
+    tokens: jax.Array
+    labels: jax.Array
+    positions: jax.Array
+
+
+class TrainStep:
+    """Compiled functions of one model on one mesh under one memory profile, and where their arrays live.
+
+    Compose a step from `loss_and_grad` (one or more batches; `add_gradients` sums them), `gradient_norm` and `update`.
+    Arguments that an update replaces are donated: their buffers are reused and must not be read again.
+    """
+
+    def __init__(self, model: ModelConfig, mesh: Mesh, profile: Profile, optimizer: AdamW, dtype: jnp.dtype):
+        check_degree(mesh.shape[SEQ], model.num_heads)
+        self.model, self.mesh, self.profile, self.optimizer = model, mesh, profile, optimizer
+        self.specs = param_specs(abstract_params(model, dtype), mesh)
+        weights_kind = host.memory_kind(profile.offload_weights)
+        self.param_shardings = shardings(self.specs, mesh, weights_kind)
+        self.params = _with_shardings(abstract_params(model, dtype), self.param_shardings)
+        state_specs = optimizer.state_specs(self.specs, self.params)
+        state_shardings = shardings(state_specs, mesh, host.memory_kind(profile.offload_optimizer))
+        state_shardings["count"] = NamedSharding(mesh, P())
+        self.optimizer_state = _with_shardings(jax.eval_shape(optimizer.init, self.params), state_shardings)
+        self._optimizer_shardings, self._state_specs = state_shardings, state_specs
+        self._build()
+
+    def _build(self):
+        scalar = NamedSharding(self.mesh, P())
+        on_mesh = functools.partial(jax.shard_map, mesh=self.mesh)
+        grads = self.param_shardings
+        batch = Batch(*[BATCH_SPEC] * 3)
+        loss = functools.partial(local_loss, model=self.model, profile=self.profile, specs=self.specs)
+        self.loss_and_grad = jax.jit(
+            on_mesh(jax.value_and_grad(loss), in_specs=(self.specs, batch, P()), out_specs=(P(), self.specs)),
+            out_shardings=(scalar, grads))
+        """(params, batch, scale) -> (scale x summed loss over all devices, its gradients, placed like params)."""
+        self.loss = jax.jit(on_mesh(loss, in_specs=(self.specs, batch, P()), out_specs=P()), out_shardings=scalar)
+        """(params, batch, scale) -> scale x summed loss, without gradients."""
+        self.gradient_norm = jax.jit(
+            on_mesh(functools.partial(global_norm, on_host=self.profile.offload_weights),
+                    in_specs=(self.specs,), out_specs=P()), out_shardings=scalar)
+        """gradients -> their global norm, float32."""
+        self.add_gradients = jax.jit(
+            on_mesh(functools.partial(_add, on_host=self.profile.offload_weights),
+                    in_specs=(self.specs, self.specs), out_specs=self.specs),
+            donate_argnums=(0,), out_shardings=grads)
+        """(sums, gradients) -> sums + gradients, in place."""
+        update = functools.partial(
+            apply_update, self.optimizer, params_on_host=self.profile.offload_weights,
+            state_on_host=self.profile.offload_optimizer)
+        self.update = jax.jit(
+            on_mesh(update, in_specs=(self.specs, self.specs, self._state_specs, P(), P()),
+                    out_specs=(self.specs, self._state_specs)),
+            donate_argnums=(0, 2), out_shardings=(self.param_shardings, self._optimizer_shardings))
+        """(params, gradients, optimizer state, gradient norm, learning rate) -> (params, optimizer state), in place."""
+
+    def init_params(self, key: jax.Array, dtype: jnp.dtype) -> Params:
+        """Random weights, made where they will live."""
+        made = jax.jit(functools.partial(init_params, self.model, dtype),
+                       out_shardings=shardings(self.specs, self.mesh, host.DEVICE))(key)
+        return jax.device_put(made, self.param_shardings)
+
+    def init_optimizer(self, params: Params) -> dict[str, Any]:
+        """Zero moments and, for narrow weights, the float32 master copy, made where they will live."""
+        return jax.jit(
+            jax.shard_map(self.optimizer.init, mesh=self.mesh, in_specs=(self.specs,), out_specs=self._state_specs),
+            out_shardings=self._optimizer_shardings)(params)
+
+    def put_batch(self, tokens: np.ndarray, labels: np.ndarray, positions: np.ndarray) -> Batch:
+        """numpy int32 [B, S] -> a Batch on the mesh. B divides over data, S over seq: ValueError if not."""
+        if positions.max(initial=0) >= MAX_POSITION:
+            raise UserError(f"position {positions.max()}: rotary embedding is exact below {MAX_POSITION} tokens; "
+                            "use a shorter --seq-len")
+        return Batch(*jax.device_put((tokens, labels, positions), NamedSharding(self.mesh, BATCH_SPEC)))
+
+
+def _with_shardings(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def count_labels(labels: np.ndarray) -> int:
+    """Labels that take part in the loss."""
+    return int(np.count_nonzero(labels != IGNORED))
+
+
+def local_loss(
+    params: Params, batch: Batch, scale: jax.Array, *, model: ModelConfig, profile: Profile, specs: Any
+) -> jax.Array:
+    """scale x the loss summed over the valid labels of all devices, from local shards. Runs inside the shard_map."""
+    dtype = jnp.dtype(profile.compute_dtype)
+    fetch = functools.partial(_fetch, on_host=profile.offload_weights, reduce_dtype=jnp.dtype(profile.reduce_dtype))
+    rope = rope_tables(model.rope, model.head_dim, batch.positions)
+    attend = functools.partial(attention, implementation=profile.attention)
+    compute = Compute(lambda q, k, v: ulysses_attention(q, k, v, attend, SEQ), _mlp_tile(model, profile))
+    block = block_apply(model)
+    layer_specs = jax.tree.map(drop_layer_dim, specs["layers"], is_leaf=lambda x: isinstance(x, P))
+
+    def layer_body(h, layer):
+        return block(fetch(layer, layer_specs), h, rope, compute), None
+
+    table = fetch(params["embed_tokens"], specs["embed_tokens"])["embedding"]
+    h_BTD = embed(table, batch.tokens, dtype)
+    layer_body = checkpoint_layer(layer_body, profile.remat, profile.offload_activations)
+    h_BTD, _ = lax.scan(layer_body, h_BTD, params["layers"])
+    h_BTD = rms_norm(h_BTD, fetch(params["norm"], specs["norm"])["scale"], model.rms_norm_eps)
+
+    head = "embed_tokens" if model.tie_word_embeddings else "lm_head"
+    table = fetch(params[head], specs[head])["embedding"]
+    h_TD, labels_T = h_BTD.reshape(-1, h_BTD.shape[-1]), batch.labels.reshape(-1)
+    if profile.loss_tile is None:
+        total = cross_entropy(h_TD, table, labels_T)
+    else:
+        total = tiled_cross_entropy(h_TD, table, labels_T, profile.loss_tile or default_tile(model.vocab_size))
+    return lax.psum(total * scale, AXES)
+
+
+def _mlp_tile(model: ModelConfig, profile: Profile) -> int | None:
+    return profile.mlp_tile if profile.mlp_tile != 0 else model.hidden_size
+
+
+def _fetch(shards: Any, specs: Any, on_host: bool, reduce_dtype: jnp.dtype) -> Any:
+    """Whole weights, as carriers, from local shards wherever they live."""
+    if on_host:
+        shards = host.to_device(shards)
+    return jax.tree.map(lambda shard, spec: gather(shard, spec, reduce_dtype), shards, specs)
+
+
+def _add(sums: Any, gradients: Any, on_host: bool) -> Any:
+    add = lambda carry, written, read: (carry, (written[0] + read[0].astype(written[0].dtype),))
+
+    def leaf(path, total, gradient):
+        if not on_host:
+            return total + gradient.astype(total.dtype)
+        rows = host.chunk_rows(total.shape, is_stacked(path))
+        return host.stream(add, (), (total,), (gradient,), rows, (True, True))[1][0]
+
+    return jax.tree_util.tree_map_with_path(leaf, sums, gradients)
