@@ -23,6 +23,7 @@ from alst_jax.ops.cross_entropy import cross_entropy, default_tile, tiled_cross_
 from alst_jax.ops.linear import embed
 from alst_jax.ops.norm import rms_norm
 from alst_jax.ops.rope import MAX_POSITION, rope_tables
+from alst_jax.ops.tiling import accumulation_dtype
 from alst_jax.optim.adamw import AdamW, apply_update, global_norm
 from alst_jax.parallel.mesh import AXES, SEQ
 from alst_jax.parallel.sharding import BATCH_SPEC, drop_layer_dim, gather, is_stacked, param_specs, shardings
@@ -76,6 +77,10 @@ class TrainStep:
             on_mesh(functools.partial(global_norm, on_host=self.profile.offload_weights),
                     in_specs=(self.specs,), out_specs=P()), out_shardings=scalar)
         """gradients -> their global norm, float32."""
+        self.zero_gradients = jax.jit(
+            lambda: jax.tree.map(lambda p: jnp.zeros(p.shape, accumulation_dtype(p.dtype)), self.params),
+            out_shardings=grads)
+        """() -> zeros to sum the gradients of several batches in: float32, placed like params."""
         self.add_gradients = jax.jit(
             on_mesh(functools.partial(_add, on_host=self.profile.offload_weights),
                     in_specs=(self.specs, self.specs), out_specs=self.specs),

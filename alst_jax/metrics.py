@@ -1,0 +1,84 @@
+"""What a run reports: metrics.jsonl, TensorBoard, and a progress bar or plain lines."""
+
+import json
+import math
+import pathlib
+import sys
+import time
+from typing import Any
+
+import jax
+import psutil
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboard.summary import Writer
+
+QUIET_SECONDS = 5.0  # between plain lines, where there is no terminal
+
+
+class MetricsLog:
+    """One JSON object a step in DIR/metrics.jsonl, the same numbers in DIR/tensorboard."""
+
+    def __init__(self, directory: pathlib.Path, resume_step: int):
+        self.path = directory / "metrics.jsonl"
+        # Steps after the checkpoint are run again: their old lines would stand there twice.
+        kept = [line for line in self._lines() if json.loads(line)["step"] <= resume_step]
+        self.path.write_text("".join(kept))
+        self._file = self.path.open("a", buffering=1)
+        self._tensorboard = Writer(str(directory / "tensorboard"))
+
+    def _lines(self) -> list[str]:
+        if not self.path.exists():
+            return []
+        return [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Append one step's values; not-finite numbers become null, which JSON can hold."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self._file.write(json.dumps(finite) + "\n")
+        for name, value in finite.items():
+            if name != "step" and isinstance(value, int | float):
+                self._tensorboard.add_scalar(name, value, step=values["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        self._tensorboard.close()
+
+
+class ProgressDisplay:
+    """A progress bar on a terminal; elsewhere a line now and then, the first and the last step always."""
+
+    def __init__(self, first_step: int, last_step: int):
+        self._last_step, self._last_line = last_step, -math.inf
+        self._bar = None
+        if sys.stdout.isatty():
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns)
+            self._bar.start()
+            self._task = self._bar.add_task("step", total=last_step, completed=first_step)
+
+    def show(self, step: int, text: str) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=text)
+        elif step == self._last_step or time.monotonic() - self._last_line >= QUIET_SECONDS:
+            print(f"step {step}/{self._last_step}  {text}", flush=True)
+            self._last_line = time.monotonic()
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def peak_memory() -> tuple[str, float]:
+    """("GPU", peak GiB of the fullest device) or, without device statistics, ("RAM", GiB the program has now)."""
+    stats = [d.memory_stats() for d in jax.local_devices()]
+    peaks = [s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s]
+    if peaks:
+        return "GPU", max(peaks) / 2**30
+    return "RAM", psutil.Process().memory_info().rss / 2**30

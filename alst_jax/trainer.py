@@ -1,0 +1,166 @@
+"""The loop: accumulate, step, log, evaluate, save, stop."""
+
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from alst_jax.config import TrainConfig, UserError
+from alst_jax.environment import peak_flops
+from alst_jax.metrics import MetricsLog, ProgressDisplay, peak_memory
+from alst_jax.step import TrainStep, count_labels
+
+
+class NotFinite(Exception):
+    """Loss or gradient is not a finite number; the step was not applied."""
+
+
+@dataclasses.dataclass
+class TrainState:
+    """What an optimizer step changes; `step` counts the steps done."""
+
+    params: Any
+    optimizer: Any
+    step: int
+
+
+class StopSignal:
+    """Ctrl-C and SIGTERM ask for a stop after the step in progress; a second one stops at once."""
+
+    def __init__(self):
+        self.received: signal.Signals | None = None
+
+    def __enter__(self):
+        self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for which, handler in self._previous.items():
+            signal.signal(which, handler)
+
+    def _handle(self, number, _frame):
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+        print(f"\n{self.received.name}: saving after this step; once more stops at once", flush=True)
+
+
+def learning_rate_schedule(config: TrainConfig, steps: int, peak: float) -> Callable[[int], float]:
+    """Linear warm-up from 0 to `peak`, then cosine, linear or no decay to the final ratio at `steps`."""
+    warmup = config.warmup_steps if config.warmup_steps is not None else steps // 20
+    decay_steps = max(1, steps - warmup)
+    final = peak * config.final_learning_rate_ratio
+    decay = {
+        "cosine": optax.cosine_decay_schedule(peak, decay_steps, config.final_learning_rate_ratio),
+        "linear": optax.linear_schedule(peak, final, decay_steps),
+        "constant": optax.constant_schedule(peak),
+    }[config.schedule]
+    # Step 0 of a warm-up has rate 0 and would be wasted: count from 1.
+    ramp = optax.linear_schedule(0.0, peak, max(1, warmup))
+    return lambda step: float(ramp(step + 1) if step < warmup else decay(step - warmup))
+
+
+def optimizer_step(
+    step: TrainStep, state: TrainState, batches: dict[str, np.ndarray], learning_rate: float
+) -> tuple[TrainState, dict[str, float]]:
+    """One step over `batches` (int32 arrays [accumulation, B, S]); the loss is the mean over all their valid labels.
+
+    Raises NotFinite, and leaves `state` as it is, if the loss or the gradient's norm is not finite.
+    """
+    labels = count_labels(batches["labels"])
+    scale = jnp.float32(1 / labels)
+    accumulation = batches["tokens"].shape[0]
+    loss, gradients = 0.0, step.zero_gradients() if accumulation > 1 else None
+    for i in range(accumulation):
+        batch = step.put_batch(**{name: array[i] for name, array in batches.items()})
+        part, new = step.loss_and_grad(state.params, batch, scale)
+        gradients = new if accumulation == 1 else step.add_gradients(gradients, new)
+        loss += float(part)
+    norm = step.gradient_norm(gradients)
+    values = {"loss": loss, "grad_norm": float(norm), "labels": labels}
+    if not (math.isfinite(loss) and math.isfinite(values["grad_norm"])):
+        raise NotFinite(f"loss {loss}, gradient norm {values['grad_norm']}")
+    params, optimizer = step.update(state.params, gradients, state.optimizer, norm, jnp.float32(learning_rate))
+    jax.block_until_ready(params)
+    return TrainState(params, optimizer, state.step + 1), values
+
+
+def evaluate(step: TrainStep, params: Any, batches: Iterable[dict[str, np.ndarray]]) -> tuple[float, int]:
+    """Mean loss over all valid labels of held-out batches [B, S], and their number."""
+    total, labels = 0.0, 0
+    for batch in batches:
+        total += float(step.loss(params, step.put_batch(**batch), jnp.float32(1)))
+        labels += count_labels(batch["labels"])
+    return total / max(labels, 1), labels
+
+
+def train(
+    config: TrainConfig, step: TrainStep, state: TrainState, steps: int, peak_learning_rate: float,
+    data: Iterator[dict[str, np.ndarray]], eval_batches: Callable[[], Iterable] | None,
+    log: MetricsLog, save: Callable[[TrainState], None],
+) -> tuple[TrainState, signal.Signals | None]:
+    """Train to `steps` in all. `save(state)` is called every --save-every steps, at the end, and before stopping early.
+
+    Returns the final state and the signal that stopped the run, if one did.
+    """
+    schedule = learning_rate_schedule(config, steps, peak_learning_rate)
+    display = ProgressDisplay(state.step, steps)
+    saved = state.step
+    try:
+        with StopSignal() as stop:
+            while state.step < steps and stop.received is None:
+                started = time.perf_counter()
+                try:
+                    learning_rate = schedule(state.step)
+                    batches = next(data)
+                    state, values = optimizer_step(step, state, batches, learning_rate)
+                except NotFinite as problem:
+                    if state.step != saved:
+                        save(state)
+                    raise UserError(
+                        f"step {state.step + 1}: {problem}. The step was not applied; the last good state is step "
+                        f"{state.step}{', saved' if state.step else ''}. A smaller --learning-rate or --clip-norm, or "
+                        "--dtype float32, may help.") from problem
+                seconds = time.perf_counter() - started
+                values = {"step": state.step, **values, **_speed(step, batches["tokens"].shape, seconds),
+                          "learning_rate": learning_rate}
+                if eval_batches and (state.step == steps or config.eval_every and state.step % config.eval_every == 0):
+                    values["eval_loss"], eval_labels = evaluate(step, state.params, eval_batches())
+                    display.say(f"step {state.step}: eval loss {values['eval_loss']:.4f} over {eval_labels} labels")
+                log.write(values)
+                display.show(state.step, _summary(values))
+                if config.save_every and state.step % config.save_every == 0:
+                    save(state)
+                    saved = state.step
+            if state.step != saved:
+                save(state)
+            return state, stop.received
+    finally:
+        display.close()
+
+
+def _speed(step: TrainStep, shape: tuple[int, int, int], seconds: float) -> dict[str, Any]:
+    """Throughput over all positions that were computed, padding included."""
+    accumulation, rows, length = shape
+    tokens = accumulation * rows * length
+    devices = step.mesh.devices.reshape(-1)
+    peak = peak_flops(devices[0].device_kind)
+    flops = accumulation * rows * step.model.flops_per_sequence(length)
+    place, gibibytes = peak_memory()
+    return {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds,
+            "mfu": flops / seconds / (peak * len(devices)) if peak else None,
+            f"peak_{place.lower()}_gib": gibibytes}
+
+
+def _summary(values: dict[str, Any]) -> str:
+    memory = next(f"{k.split('_')[1].upper()} {v:.1f} GiB" for k, v in values.items() if k.startswith("peak_"))
+    mfu = f"  MFU {values['mfu']:.0%}" if values["mfu"] is not None else ""
+    return (f"loss {values['loss']:.4f}  grad {values['grad_norm']:.3f}  lr {values['learning_rate']:.2e}  "
+            f"{values['tokens_per_second']:,.0f} tok/s{mfu}  {memory}")

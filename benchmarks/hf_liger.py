@@ -1,0 +1,119 @@
+"""Forward and backward, one GPU: ours beside Hugging Face transformers + Liger + cuDNN SDPA on the same shapes.
+
+    python -m benchmarks.hf_liger --layers 4 --seq-lens 65536 131072
+
+Each side runs in a process of its own, one after the other, with gradient checkpointing per layer, bf16 weights and
+batch 1; the median of the steps after the first two is reported. Needs a CUDA GPU, torch and liger-kernel.
+"""
+
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+import time
+
+import tyro
+
+from alst_jax import environment
+from benchmarks.shapes import llama_8b
+
+
+@dataclasses.dataclass
+class Options:
+    layers: int = 4
+    seq_lens: tuple[int, ...] = (65536,)
+    steps: int = 6
+    sides: tuple[str, ...] = ("ours", "hf+liger")
+    side: str | None = None
+    """Run one side in this process and print JSON (what the parent process does for each)."""
+
+
+def main():
+    options = tyro.cli(Options)
+    if options.side is not None:
+        measure = {"ours": ours, "hf+liger": hf_liger}[options.side]
+        print("RESULT " + json.dumps(measure(options.layers, options.seq_lens[0], options.steps)))
+        return
+    print(f"{'side':10} {'tokens':>8} {'seconds':>8} {'spread':>7} {'tok/s':>8} {'MFU':>6} {'peak GiB':>9} {'loss':>8}")
+    for seq_len in options.seq_lens:
+        speeds = {}
+        for side in options.sides:
+            command = [sys.executable, "-m", "benchmarks.hf_liger", "--side", side, "--layers", str(options.layers),
+                       "--seq-lens", str(seq_len), "--steps", str(options.steps)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            line = next((x for x in done.stdout.splitlines() if x.startswith("RESULT ")), None)
+            if line is None:
+                print(f"{side:10} {seq_len:8} failed: {(done.stderr or done.stdout).strip()[-600:]}")
+                continue
+            result = json.loads(line.removeprefix("RESULT "))
+            median, spread = statistics.median(result["seconds"]), max(result["seconds"]) - min(result["seconds"])
+            speeds[side] = seq_len / median
+            mfu = llama_8b(options.layers).flops_per_sequence(seq_len) / median / (result["peak_flops"] or float("nan"))
+            print(f"{side:10} {seq_len:8} {median:8.3f} {spread:7.3f} {speeds[side]:8.0f} {mfu:6.1%} "
+                  f"{result['peak_gib']:9.2f} {result['loss']:8.4f}   {result['versions']}", flush=True)
+        if len(speeds) == 2:
+            print(f"ratio ours / hf+liger at {seq_len}: {speeds['ours'] / speeds['hf+liger']:.3f}", flush=True)
+
+
+def ours(layers: int, seq_len: int, steps: int) -> dict:
+    environment.prepare(None)
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from alst_jax.memory.profile import Profile
+    from alst_jax.optim.adamw import AdamW
+    from alst_jax.parallel.mesh import make_mesh
+    from alst_jax.step import TrainStep
+
+    profile = Profile(attention="cudnn", compute_dtype="bfloat16")
+    step = TrainStep(llama_8b(layers), make_mesh(1, 1), profile, AdamW(), jnp.bfloat16)
+    params = step.init_params(jax.random.key(0), jnp.bfloat16)
+    tokens = np.random.default_rng(0).integers(0, 128256, (1, seq_len), dtype=np.int32)
+    batch = step.put_batch(tokens, np.roll(tokens, -1, 1), np.arange(seq_len, dtype=np.int32)[None])
+    seconds = []
+    for _ in range(steps):
+        started = time.perf_counter()
+        loss, gradients = jax.block_until_ready(step.loss_and_grad(params, batch, jnp.float32(1 / seq_len)))
+        seconds.append(time.perf_counter() - started)
+        del gradients
+    device = jax.devices()[0]
+    return {"seconds": seconds[2:], "loss": float(loss), "peak_flops": environment.peak_flops(device.device_kind),
+            "peak_gib": device.memory_stats()["peak_bytes_in_use"] / 2**30, "versions": f"jax {jax.__version__}"}
+
+
+def hf_liger(layers: int, seq_len: int, steps: int) -> dict:
+    import torch
+    import transformers
+    from liger_kernel.transformers import apply_liger_kernel_to_llama
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from alst_jax.models.hf_config import hf_config_dict
+
+    apply_liger_kernel_to_llama(rope=True, swiglu=True, rms_norm=True, fused_linear_cross_entropy=True)
+    config = transformers.LlamaConfig(**hf_config_dict(llama_8b(layers)), attn_implementation="sdpa")
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = transformers.LlamaForCausalLM(config)
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    ids = torch.randint(0, config.vocab_size, (1, seq_len), device="cuda")
+    positions = torch.arange(seq_len, device="cuda")[None]
+    seconds = []
+    for _ in range(steps):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            loss = model(input_ids=ids, labels=ids, position_ids=positions, use_cache=False).loss
+            loss.backward()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+        model.zero_grad(set_to_none=True)
+    return {"seconds": seconds[2:], "loss": loss.item(), "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+            "peak_flops": environment.peak_flops(torch.cuda.get_device_name()),
+            "versions": f"torch {torch.__version__}, transformers {transformers.__version__}"}
+
+
+if __name__ == "__main__":
+    main()
