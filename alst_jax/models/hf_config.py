@@ -1,0 +1,149 @@
+"""Hugging Face's config.json <-> ModelConfig. A field that would change the result is implemented or refused, never dropped."""
+
+import json
+import pathlib
+from typing import Any
+
+from alst_jax.config import ModelConfig, RopeConfig, UserError
+
+# Fields with no bearing on what the model computes from tokens.
+HARMLESS = {
+    "_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "id2label", "is_llama_config", "label2id",
+    "model_type", "pad_token_id", "torch_dtype", "transformers_version", "use_cache", "rope_interleaved",
+    "keys_to_ignore_at_inference", "task_specific_params", "transformers.js_config", "max_length", "default_theta",
+}
+IMPLEMENTED = {
+    "attention_bias", "head_dim", "hidden_act", "hidden_size", "initializer_range", "intermediate_size",
+    "max_position_embeddings", "mlp_bias", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
+    "rms_norm_eps", "rope_parameters", "rope_scaling", "rope_theta", "tie_word_embeddings", "vocab_size",
+}
+# Fields that are not implemented, with the values at which they do nothing; any unknown field may be null or false.
+NEUTRAL = {
+    "attention_dropout": (0, None), "pretraining_tp": (1, None), "partial_rotary_factor": (1.0, None),
+    "chunk_size_feed_forward": (0, None), "is_decoder": (True, False), "return_dict": (True,), "num_labels": (2,),
+    "hidden_dropout": (0, None), "residual_dropout": (0, None), "embd_pdrop": (0, None), "problem_type": (None,),
+    "repetition_penalty": (1.0,), "temperature": (1.0,), "output_hidden_states": (True, False),
+    "output_attentions": (False,), "use_return_dict": (True,),
+}
+NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+ROPE_FIELDS = {  # of rope_parameters, per type: what must be there, what may
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
+    "yarn": (("factor",), ("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
+                           "mscale_all_dim", "truncate")),
+}
+
+
+def read_config(hf_dir: str | pathlib.Path) -> dict[str, Any]:
+    """config.json of a Hugging Face directory. UserError if there is no such directory, no config.json, or no JSON in it."""
+    path = pathlib.Path(hf_dir)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such directory; --model takes a Hugging Face model directory, a hub name that can "
+                        "be reached, or a checkpoint")
+    file = path / "config.json"
+    if not file.is_file():
+        inside = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+        raise UserError(f"{path} is not a Hugging Face model directory: it has no config.json (it has: {inside})")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{file} holds no JSON object")
+    return config
+
+
+def model_config(hf_dir: str | pathlib.Path) -> ModelConfig:
+    """The ModelConfig of a Hugging Face Llama directory. UserError names whatever is wrong or not implemented."""
+    return parse_config(read_config(hf_dir), str(pathlib.Path(hf_dir) / "config.json"))
+
+
+def parse_config(raw: dict[str, Any], where: str) -> ModelConfig:
+    """A ModelConfig from the fields of a config.json; `where` names it in errors."""
+    _check_architecture(raw, where)
+    _check_fields(raw, where)
+    missing = [name for name in NEEDED if raw.get(name) is None]
+    if missing:
+        raise UserError(f"{where} lacks {', '.join(missing)}")
+    heads = raw["num_attention_heads"]
+    head_dim = raw.get("head_dim")
+    if head_dim is None and raw["hidden_size"] % heads:
+        raise UserError(f"{where}: hidden_size={raw['hidden_size']} is not a multiple of num_attention_heads={heads}, "
+                        "and there is no head_dim")
+    max_positions = raw.get("max_position_embeddings", 2048)
+    return ModelConfig(
+        vocab_size=raw["vocab_size"], hidden_size=raw["hidden_size"], intermediate_size=raw["intermediate_size"],
+        num_layers=raw["num_hidden_layers"], num_heads=heads, num_kv_heads=raw.get("num_key_value_heads") or heads,
+        head_dim=head_dim or raw["hidden_size"] // heads, rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        attention_bias=bool(raw.get("attention_bias", False)), mlp_bias=bool(raw.get("mlp_bias", False)),
+        initializer_range=raw.get("initializer_range", 0.02), max_position_embeddings=max_positions,
+        rope=_rope(raw, max_positions, where))
+
+
+def _check_architecture(raw: dict[str, Any], where: str) -> None:
+    kind, architectures = raw.get("model_type"), raw.get("architectures") or ["LlamaForCausalLM"]
+    if kind != "llama" or "LlamaForCausalLM" not in architectures:
+        named = f"model_type {kind!r}, architectures {architectures}"
+        raise UserError(f"{where}: {named} is not supported; this trains LlamaForCausalLM models (model_type 'llama')")
+    if raw.get("quantization_config"):
+        raise UserError(f"{where}: quantization_config is set; training needs unquantised weights (bf16, f16 or f32)")
+
+
+def _check_fields(raw: dict[str, Any], where: str) -> None:
+    unknown = []
+    for name, value in raw.items():
+        if name in HARMLESS or name in IMPLEMENTED or value is None or value is False:
+            continue
+        if name not in NEUTRAL or value not in NEUTRAL[name]:
+            unknown.append(f"{name}={value!r}")
+    if raw.get("hidden_act", "silu") not in ("silu", "swish"):
+        unknown.append(f"hidden_act={raw['hidden_act']!r} (silu is)")
+    if raw.get("rope_interleaved"):
+        unknown.append("rope_interleaved=True")
+    if unknown:
+        raise UserError(f"{where}: not implemented: {', '.join(unknown)}. Training without would silently give another "
+                        "model; remove the field only if it has no effect on this one")
+
+
+def _rope(raw: dict[str, Any], max_positions: int, where: str) -> RopeConfig:
+    """RoPE settings from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
+    given = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    theta = given.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
+    kind = given.pop("rope_type", None) or given.pop("type", None) or "default"
+    given.pop("type", None)
+    if kind not in ROPE_FIELDS:
+        raise UserError(f"{where}: RoPE type {kind!r} is not implemented; these are: {', '.join(ROPE_FIELDS)}")
+    if given.pop("partial_rotary_factor", 1.0) not in (1.0, None):
+        raise UserError(f"{where}: partial_rotary_factor is not implemented")
+    needed, optional = ROPE_FIELDS[kind]
+    missing = [name for name in needed if given.get(name) is None]
+    unknown = [name for name, value in given.items() if name not in needed + optional and value is not None]
+    if kind == "default":
+        unknown = [name for name in unknown if name not in ("factor", "original_max_position_embeddings")]
+    if missing or unknown:
+        problems = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has unknown {', '.join(unknown)}"] * bool(unknown)
+        raise UserError(f"{where}: RoPE of type {kind!r} {' and '.join(problems)}")
+    fields = {name: given[name] for name in needed + optional if given.get(name) is not None}
+    if "original_max_position_embeddings" in optional:
+        fields.setdefault("original_max_position_embeddings", max_positions)  # as transformers does
+    return RopeConfig(rope_type=kind, theta=float(theta), **fields)
+
+
+def hf_config_dict(config: ModelConfig) -> dict[str, Any]:
+    """config.json's fields for a model that did not come from Hugging Face; `model_config` reads them back unchanged."""
+    rope = {"rope_type": config.rope.rope_type, "rope_theta": config.rope.theta}
+    for name in sum(ROPE_FIELDS[config.rope.rope_type], ()):
+        if getattr(config.rope, name) is not None:
+            rope[name] = getattr(config.rope, name)
+    return {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "vocab_size": config.vocab_size, "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size, "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads, "head_dim": config.head_dim,
+        "rms_norm_eps": config.rms_norm_eps, "tie_word_embeddings": config.tie_word_embeddings,
+        "attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias,
+        "initializer_range": config.initializer_range, "max_position_embeddings": config.max_position_embeddings,
+        "rope_parameters": rope,
+    }

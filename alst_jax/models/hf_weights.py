@@ -1,0 +1,251 @@
+"""Hugging Face safetensors <-> the parameter tree. One key table serves both directions; nothing holds a whole model."""
+
+import json
+import math
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from alst_jax.config import ModelConfig, UserError
+from alst_jax.models.llama import abstract_params
+from alst_jax.parallel.sharding import is_stacked
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dtype("bfloat16")}
+DERIVED = re.compile(r".*rotary_emb\.inv_freq")  # old checkpoints hold it; it follows from the config
+# Part of a path in the tree -> part of a Hugging Face name. A `kernel` is [in, out] here and [out, in] there.
+KEY_TABLE = {
+    ("embed_tokens", "embedding"): "model.embed_tokens.weight",
+    ("norm", "scale"): "model.norm.weight",
+    ("lm_head", "embedding"): "lm_head.weight",
+    ("layers", "input_layernorm", "scale"): "model.layers.{}.input_layernorm.weight",
+    ("layers", "post_attention_layernorm", "scale"): "model.layers.{}.post_attention_layernorm.weight",
+    **{("layers", "self_attn", p, k): f"model.layers.{{}}.self_attn.{p}.{h}"
+       for p in ("q_proj", "k_proj", "v_proj", "o_proj") for k, h in (("kernel", "weight"), ("bias", "bias"))},
+    **{("layers", "mlp", p, k): f"model.layers.{{}}.mlp.{p}.{h}"
+       for p in ("gate_proj", "up_proj", "down_proj") for k, h in (("kernel", "weight"), ("bias", "bias"))},
+}
+
+
+class Tensor(NamedTuple):
+    """Where a tensor is in the files."""
+
+    file: pathlib.Path
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+def hf_name(path: tuple, layer: int | None = None) -> str:
+    """The Hugging Face name of the leaf at a tree path (of one layer, for a stacked leaf)."""
+    return KEY_TABLE[tuple(key.key for key in path)].format(layer)
+
+
+def is_transposed(path: tuple) -> bool:
+    """Whether Hugging Face keeps this leaf the other way round."""
+    return path[-1].key == "kernel"
+
+
+def leaf_names(path: tuple, config: ModelConfig) -> list[str]:
+    """The Hugging Face names a leaf is made of: one a layer for a stacked leaf, else one."""
+    return [hf_name(path, i) for i in range(config.num_layers)] if is_stacked(path) else [hf_name(path)]
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def find_tensors(hf_dir: str | pathlib.Path) -> dict[str, Tensor]:
+    """Name -> place of every tensor in a directory's safetensors files. UserError for what is missing or broken."""
+    path = pathlib.Path(hf_dir)
+    if (path / INDEX).is_file():
+        try:
+            names = sorted(set(json.loads((path / INDEX).read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"{path / INDEX} is not a safetensors index: {error!r}") from error
+        files = [path / name for name in names]
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise UserError(f"{path}: {INDEX} names files that are not there: {', '.join(missing[:10])}")
+    elif (path / SINGLE).is_file():
+        files = [path / SINGLE]
+    elif list(path.glob("pytorch_model*.bin")):
+        raise UserError(f"{path} holds its weights as pytorch_model.bin only; save them as safetensors first "
+                        "(transformers: model.save_pretrained(DIR, safe_serialization=True))")
+    else:
+        raise UserError(f"{path} holds no weights: neither {SINGLE} nor {INDEX}")
+    return {name: tensor for file in files for name, tensor in _header(file).items()}
+
+
+def _header(file: pathlib.Path) -> dict[str, Tensor]:
+    tensors = {}
+    try:
+        with safe_open(file, "numpy") as handle:
+            for name in handle.keys():
+                entry = handle.get_slice(name)
+                if entry.get_dtype() not in DTYPES:
+                    raise UserError(f"{file}: {name} is {entry.get_dtype()}; weights must be one of {', '.join(DTYPES)}")
+                tensors[name] = Tensor(file, tuple(entry.get_shape()), DTYPES[entry.get_dtype()])
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is corrupt or cut short: {error}") from error
+    return tensors
+
+
+def check_tensors(tensors: dict[str, Tensor], config: ModelConfig, where: str) -> None:
+    """UserError that lists missing, extra and mis-shaped tensors, unless the files hold exactly this model."""
+    expected = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config, np.float32)):
+        shape = leaf.shape[1:] if is_stacked(path) else leaf.shape
+        for name in leaf_names(path, config):
+            expected[name] = shape[::-1] if is_transposed(path) else shape
+    extra = [name for name in tensors if name not in expected and not DERIVED.fullmatch(name)]
+    if config.tie_word_embeddings and "lm_head.weight" in extra:
+        extra.remove("lm_head.weight")
+        _check_tied(tensors, where)
+    missing = [name for name in expected if name not in tensors]
+    wrong = [f"{name} {list(tensors[name].shape)}, not {list(shape)}"
+             for name, shape in expected.items() if name in tensors and tensors[name].shape != tuple(shape)]
+    problems = [f"{kind} ({len(names)}): {', '.join(names[:10])}{', ...' * (len(names) > 10)}"
+                for kind, names in (("missing", missing), ("extra", extra), ("of another shape", wrong)) if names]
+    if problems:
+        raise UserError(f"{where}: the weights are not those config.json describes. " + "; ".join(problems))
+
+
+def _check_tied(tensors: dict[str, Tensor], where: str) -> None:
+    names = ("lm_head.weight", "model.embed_tokens.weight")
+    if "model.embed_tokens.weight" in tensors:
+        head, table = (_read(tensors[name], name, (slice(None), slice(None))) for name in names)
+        if head.shape != table.shape or head.tobytes() != table.tobytes():
+            raise UserError(f"{where}: tie_word_embeddings is true, yet lm_head.weight differs from "
+                            "model.embed_tokens.weight; set it to false if they are meant to differ")
+
+
+def _read(tensor: Tensor, name: str, index: tuple[slice, ...]) -> np.ndarray:
+    try:
+        with safe_open(tensor.file, "numpy") as handle:
+            return handle.get_slice(name)[index]
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{tensor.file}: cannot read {name}: {error}") from error
+
+
+def file_dtypes(hf_dir: str | pathlib.Path, config: ModelConfig) -> Any:
+    """The dtype of each leaf as the files have it; UserError if the layers of one stacked leaf differ."""
+    tensors = find_tensors(hf_dir)
+    check_tensors(tensors, config, str(hf_dir))
+
+    def dtype(path, _):
+        names = leaf_names(path, config)
+        found = {tensors[name].dtype for name in names}
+        if len(found) > 1:
+            raise UserError(f"{hf_dir}: {names[0]} and its like in other layers have different dtypes "
+                            f"({', '.join(sorted(map(str, found)))}); save the model with one dtype first")
+        return found.pop()
+
+    return jax.tree_util.tree_map_with_path(dtype, abstract_params(config, np.float32))
+
+
+def load_params(hf_dir: str | pathlib.Path, config: ModelConfig, abstract: Any) -> Any:
+    """The parameter tree, read from a Hugging Face directory and cast to what `abstract` says.
+
+    abstract: jax.ShapeDtypeStructs with shardings. Each device's part of each leaf is read by itself and handed over
+    before the next is read, so host memory holds one such part at a time, never the model. UserError if the files do
+    not hold exactly the model that `config` describes.
+    """
+    tensors = find_tensors(hf_dir)
+    check_tensors(tensors, config, str(hf_dir))
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: _load_leaf(path, leaf, tensors, config), abstract)
+
+
+def _load_leaf(path: tuple, leaf: jax.ShapeDtypeStruct, tensors: dict[str, Tensor], config: ModelConfig) -> jax.Array:
+    devices_of = {}
+    for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
+        devices_of.setdefault(tuple(s.indices(size)[:2] for s, size in zip(index, leaf.shape)), []).append(device)
+    parts = []
+    for bounds, devices in devices_of.items():
+        part = _read_part(path, bounds, leaf.dtype, tensors, config)
+        for device in devices:
+            place = jax.sharding.SingleDeviceSharding(device, memory_kind=leaf.sharding.memory_kind)
+            # The CPU backend may keep pointing at a numpy buffer instead of copying it: the buffer is not reused.
+            parts.append(jax.device_put(part, place))
+        jax.block_until_ready(parts[-len(devices):])
+    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, parts)
+
+
+def _read_part(path, bounds, dtype, tensors, config) -> np.ndarray:
+    """One device's part of a leaf: bounds are (start, stop) for each of its dims."""
+    names = leaf_names(path, config)
+    shape = tuple(stop - start for start, stop in bounds)
+    inner = bounds[1:] if is_stacked(path) else bounds
+    index = tuple(slice(*b) for b in (reversed(inner) if is_transposed(path) else inner))
+    out = np.empty(shape, dtype)
+    for row, name in enumerate(names[slice(*bounds[0])] if is_stacked(path) else names):
+        value = _read(tensors[name], name, index)
+        out[row if is_stacked(path) else ...] = value.T if is_transposed(path) else value
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def save_params(params: Any, config: ModelConfig, out_dir: str | pathlib.Path, max_shard_bytes: int = 5 * 2**30) -> int:
+    """Write the tree as safetensors with Hugging Face's names into a directory; returns the bytes of all tensors.
+
+    One file if it fits into max_shard_bytes, else several and an index. At most one file's tensors are in host memory.
+    Files get their final names once all are complete.
+    """
+    out = pathlib.Path(out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    files, weight_map, total = [], {}, 0
+    for tensors in _group(_tensors_of(params, config), max_shard_bytes):
+        file = out / f".part-{len(files)}.safetensors"
+        save_file(tensors, file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, len(files))
+        total += sum(tensor.nbytes for tensor in tensors.values())
+        files.append(file)
+    names = [SINGLE] if len(files) == 1 else [
+        f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
+    for file, name in zip(files, names):
+        file.replace(out / name)
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": {k: names[i] for k, i in sorted(weight_map.items())}}
+        (out / INDEX).write_text(json.dumps(index, indent=2))
+    return total
+
+
+def _tensors_of(params: Any, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        for row, name in enumerate(leaf_names(path, config)):
+            value = _fetch(leaf, row) if is_stacked(path) else _fetch(leaf, None)
+            yield name, np.ascontiguousarray(value.T if is_transposed(path) else value)
+
+
+def _fetch(leaf: jax.Array, row: int | None) -> np.ndarray:
+    """One layer of a stacked leaf, or a whole leaf, put together from its shards on the host."""
+    shape = leaf.shape if row is None else leaf.shape[1:]
+    out = np.empty(shape, leaf.dtype)
+    for shard in leaf.addressable_shards:
+        if shard.replica_id == 0:
+            index = shard.index if row is None else shard.index[1:]
+            data = shard.data if row is None else shard.data[row]
+            out[index] = np.asarray(data)
+    return out
+
+
+def _group(tensors: Iterator[tuple[str, np.ndarray]], max_bytes: int) -> Iterator[dict[str, np.ndarray]]:
+    group, size = {}, 0
+    for name, tensor in tensors:
+        if group and size + tensor.nbytes > max_bytes:
+            yield group
+            group, size = {}, 0
+        group[name], size = tensor, size + tensor.nbytes
+    yield group
+
+
+def tensor_bytes(abstract: Any) -> int:
+    """Bytes of a tree of arrays or ShapeDtypeStructs."""
+    return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(abstract))
