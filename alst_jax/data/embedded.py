@@ -1,0 +1,26 @@
+"""What `train.py` learns when it is given nothing: a tiny Llama, and long real text that ships with Python."""
+
+from alst_jax.config import ModelConfig, UserError
+from alst_jax.data.sources import Document
+
+LONG_ENOUGH = 4096  # bytes: shorter topics of the language reference are left out
+HELD_OUT_EVERY = 8  # each eighth topic is for evaluation
+
+TINY_LLAMA = ModelConfig(
+    vocab_size=261, hidden_size=128, intermediate_size=352, num_layers=3, num_heads=8, num_kv_heads=4, head_dim=16,
+    rms_norm_eps=1e-5, max_position_embeddings=32768)
+
+
+def python_reference(held_out: bool = False) -> list[Document]:
+    """The long topics of the Python language reference (`pydoc_data.topics`), each a document, sorted by name.
+
+    UserError if this Python was installed without it.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise UserError("the embedded text is the Python language reference in pydoc_data, which this Python was "
+                        "installed without; name a file with --data") from error
+    names = sorted(name for name in topics if len(topics[name].encode()) >= LONG_ENOUGH)
+    chosen = [n for i, n in enumerate(names) if (i % HELD_OUT_EVERY == HELD_OUT_EVERY - 1) == held_out]
+    return [Document(topics[name], f"pydoc_data.topics[{name!r}]") for name in chosen]
