@@ -1,7 +1,7 @@
 """Train a Llama on very long sequences: `python train.py --help`. Without flags, a tiny one learns in about a minute."""
 
 import dataclasses
-import pathlib
+import functools
 import sys
 import time
 
@@ -12,13 +12,10 @@ from alst_jax.config import TrainConfig, UserError, check_run
 
 
 def main() -> int:
-    config = tyro.cli(TrainConfig, description=TrainConfig.__doc__, config=(tyro.conf.AvoidSubcommands,))
     try:
+        config = parse(sys.argv[1:])
         check_run(config)
-        config = with_demo_defaults(config)
         environment.prepare(config.simulate_devices)
-        from alst_jax.run import run  # imports jax, which reads the environment
-
         return run(config)
     except UserError as error:
         print(f"\nerror: {error}", file=sys.stderr)
@@ -28,14 +25,109 @@ def main() -> int:
         return 130
 
 
+def parse(arguments: list[str]) -> TrainConfig:
+    """The flags. A resumed run starts from the flags it began with; what is typed now changes them."""
+    config = tyro.cli(TrainConfig, args=arguments)
+    if config.resume and config.out is not None:
+        from alst_jax.checkpoint import read_run_file
+
+        saved = read_run_file(config.out).get("flags", {})
+        known = {field.name for field in dataclasses.fields(TrainConfig)}
+        saved = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items() if name in known}
+        return tyro.cli(TrainConfig, args=arguments, default=TrainConfig(**saved))
+    return with_demo_defaults(config)
+
+
 def with_demo_defaults(config: TrainConfig) -> TrainConfig:
-    """Without --model: a tiny Llama, four simulated devices, sequence parallelism on; what was typed is kept."""
+    """Without --model: a tiny Llama, simulated devices, sequence parallelism on; what was typed is kept."""
     if config.model is not None or config.resume:
         return config
     sp = config.sp or 4
-    demo = dict(sp=sp, simulate_devices=sp * (config.dp or 1), steps=60, seq_len=4096, learning_rate=3e-3,
+    demo = dict(sp=sp, simulate_devices=sp * (config.dp or 1), steps=60, seq_len=2048, learning_rate=3e-3,
                 out=f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
     return dataclasses.replace(config, **{k: v for k, v in demo.items() if getattr(config, k) is None})
+
+
+def run(config: TrainConfig) -> int:
+    """The story of a run, from flags to a Hugging Face directory. Returns the exit code."""
+    # jax reads its environment when it is imported: not before main() has prepared it.
+    import jax
+
+    from alst_jax import checkpoint as ckpt
+    from alst_jax import setup
+    from alst_jax.data.batches import TrainingBatches, evaluation_batches, fingerprint
+    from alst_jax.metrics import MetricsLog
+    from alst_jax.models.hf_weights import save_params
+    from alst_jax.optim.adamw import AdamW
+    from alst_jax.parallel.mesh import choose_degrees, make_mesh
+    from alst_jax.step import TrainStep
+    from alst_jax.trainer import TrainState, train
+
+    # ------------------------------------------------------------------------------------------- where: devices, mesh
+    out = setup.check_out(config)
+    dp, sp = choose_degrees(config.dp, config.sp, jax.device_count())
+    mesh = make_mesh(dp, sp)
+
+    # -------------------------------------------------------------------------------------------------- what: the model
+    source = setup.find_model(config)
+    dtype = setup.choose_dtype(config)
+    profile = setup.make_profile(config, dtype)
+    optimizer = AdamW(config.beta1, config.beta2, config.eps, config.weight_decay, config.clip_norm)
+    step = TrainStep(source.config, mesh, profile, optimizer, dtype)
+
+    # ----------------------------------------------------------------------------------------------- on what: the data
+    seq_len = setup.check_seq_len(config, source.config)
+    rows, padded_len = dp * config.batch_size, setup.padded_length(seq_len, sp, profile)
+    sequences, stats = setup.read_sequences(config, source, seq_len)
+    pad_token = setup.pad_token(source.tokenizer)
+    data = TrainingBatches(sequences, padded_len, rows, config.grad_accum, config.seed, pad_token)
+    eval_batches = None
+    if config.eval_data is not None or config.model is None and not config.data:
+        held_out, _ = setup.read_sequences(config, source, seq_len, held_out=True)
+        eval_batches = functools.partial(evaluation_batches, held_out, padded_len, rows, pad_token)
+    steps = config.steps or max(1, len(sequences) // (rows * config.grad_accum))
+
+    # ------------------------------------------------------------------------------- from where: resume, load or draw
+    geometry = {"data": fingerprint(sequences), "seed": config.seed, "rows": rows, "grad_accum": config.grad_accum,
+                "seq_len": seq_len, "dtype": str(dtype)}
+    if config.resume:
+        _, at = ckpt.find_checkpoint(out)
+        checkpoints = setup.open_checkpoints(out, config, step)
+        loop = checkpoints.restore_loop(at)
+        ckpt.check_same_model(setup.saved_model(out), source.config)
+        setup.check_geometry(loop["geometry"], geometry)
+        state = TrainState(checkpoints.restore_params(at, step.params),
+                           checkpoints.restore_optimizer(at, step.optimizer_state), loop["step"])
+        data.set_state(loop["data"])
+    else:
+        setup.start_run_directory(out, config, source)
+        checkpoints = setup.open_checkpoints(out, config, step)
+        params = setup.load_weights(source, step, dtype, config.seed)
+        state = TrainState(params, step.init_optimizer(params), 0)
+
+    # --------------------------------------------------------------------------------------------------------- the loop
+    setup.announce(config, source, step, stats, seq_len, padded_len, steps, state.step)
+    log = MetricsLog(out, state.step)
+
+    def save(state: TrainState) -> None:
+        loop = {"step": state.step, "data": data.get_state(), "seed": config.seed, "geometry": geometry}
+        checkpoints.save(state.step, state.params, state.optimizer, loop)
+
+    learning_rate = config.learning_rate or 1e-5
+    state, stopped_by = train(config, step, state, steps, learning_rate, data, eval_batches, log, save)
+    checkpoints.close()
+    log.close()
+    if stopped_by is not None:
+        print(f"stopped by {stopped_by.name}; step {state.step} is saved. Go on with: python train.py --resume --out {out}")
+        return 128 + stopped_by
+
+    # ------------------------------------------------------------------------------------------------------- the export
+    if config.export:
+        target = out / ckpt.EXPORT
+        ckpt.copy_model_files(out / ckpt.MODEL, target)
+        save_params(jax.tree_util.tree_leaves_with_path(state.params), source.config, target)
+        print(f"wrote {target}: transformers.AutoModelForCausalLM.from_pretrained({str(target)!r}) loads it")
+    return 0
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ import numpy as np
 from alst_jax.config import IGNORED
 from alst_jax.data.documents import Sequence
 
+ENDLESS = 2**40  # sequences: grain cannot count a truly endless repetition
+
 
 class TrainingBatches:
     """An endless iterator: every sequence once an epoch, each epoch in another order.
@@ -25,7 +27,7 @@ class TrainingBatches:
         self._shape = (grad_accum, rows, padded_len)
         pad = lambda sequence: pad_sequence(sequence, padded_len, pad_token)
         # The batch is cut from the endless stream, so a step may hold the end of one epoch and the start of the next.
-        dataset = grain.MapDataset.source(sequences).shuffle(seed=seed).repeat().map(pad).batch(grad_accum * rows)
+        dataset = grain.MapDataset.source(sequences).shuffle(seed=seed).repeat(ENDLESS // len(sequences)).map(pad).batch(grad_accum * rows)
         # Padding is a copy of a few MB: no threads, whose prefetching would blur the position.
         self._iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 

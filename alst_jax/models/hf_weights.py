@@ -1,10 +1,9 @@
 """Hugging Face safetensors <-> the parameter tree. One key table serves both directions; nothing holds a whole model."""
 
 import json
-import math
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -167,7 +166,8 @@ def _load_leaf(path: tuple, leaf: jax.ShapeDtypeStruct, tensors: dict[str, Tenso
         devices_of.setdefault(tuple(s.indices(size)[:2] for s, size in zip(index, leaf.shape)), []).append(device)
     parts = []
     for bounds, devices in devices_of.items():
-        part = _read_part(path, bounds, leaf.dtype, tensors, config)
+        part = np.empty([stop - start for start, stop in bounds], leaf.dtype)
+        read_part(part, path, bounds, tensors, config)
         for device in devices:
             place = jax.sharding.SingleDeviceSharding(device, memory_kind=leaf.sharding.memory_kind)
             # The CPU backend may keep pointing at a numpy buffer instead of copying it: the buffer is not reused.
@@ -176,32 +176,35 @@ def _load_leaf(path: tuple, leaf: jax.ShapeDtypeStruct, tensors: dict[str, Tenso
     return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, parts)
 
 
-def _read_part(path, bounds, dtype, tensors, config) -> np.ndarray:
-    """One device's part of a leaf: bounds are (start, stop) for each of its dims."""
-    names = leaf_names(path, config)
-    shape = tuple(stop - start for start, stop in bounds)
-    inner = bounds[1:] if is_stacked(path) else bounds
+def read_part(
+    out: np.ndarray, path: tuple, bounds: tuple[tuple[int, int], ...], tensors: dict[str, Tensor], config: ModelConfig
+) -> None:
+    """Fill `out` with the part of the leaf at `path` that lies within bounds, (start, stop) for each of its dims."""
+    stacked = is_stacked(path)
+    inner = bounds[1:] if stacked else bounds
     index = tuple(slice(*b) for b in (reversed(inner) if is_transposed(path) else inner))
-    out = np.empty(shape, dtype)
-    for row, name in enumerate(names[slice(*bounds[0])] if is_stacked(path) else names):
+    names = leaf_names(path, config)
+    for row, name in enumerate(names[slice(*bounds[0])] if stacked else names):
         value = _read(tensors[name], name, index)
-        out[row if is_stacked(path) else ...] = value.T if is_transposed(path) else value
-    return out
+        out[row if stacked else ...] = value.T if is_transposed(path) else value
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def save_params(params: Any, config: ModelConfig, out_dir: str | pathlib.Path, max_shard_bytes: int = 5 * 2**30) -> int:
-    """Write the tree as safetensors with Hugging Face's names into a directory; returns the bytes of all tensors.
+def save_params(
+    leaves: Iterable[tuple[tuple, jax.Array | np.ndarray]], config: ModelConfig, out_dir: str | pathlib.Path,
+    max_shard_bytes: int = 5 * 2**30,
+) -> tuple[int, int]:
+    """Write (path, leaf) pairs as safetensors with Hugging Face's names; returns the number of tensors and their bytes.
 
-    One file if it fits into max_shard_bytes, else several and an index. At most one file's tensors are in host memory.
-    Files get their final names once all are complete.
+    One file if it fits into max_shard_bytes, else several and an index. At most one file's tensors are in host memory,
+    and one leaf if the pairs are made one by one. Files get their final names once all are complete.
     """
     out = pathlib.Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     files, weight_map, total = [], {}, 0
-    for tensors in _group(_tensors_of(params, config), max_shard_bytes):
+    for tensors in _group(_tensors_of(leaves, config), max_shard_bytes):
         file = out / f".part-{len(files)}.safetensors"
         save_file(tensors, file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, len(files))
@@ -214,18 +217,20 @@ def save_params(params: Any, config: ModelConfig, out_dir: str | pathlib.Path, m
     if len(files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": {k: names[i] for k, i in sorted(weight_map.items())}}
         (out / INDEX).write_text(json.dumps(index, indent=2))
-    return total
+    return len(weight_map), total
 
 
-def _tensors_of(params: Any, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+def _tensors_of(leaves, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
+    for path, leaf in leaves:
         for row, name in enumerate(leaf_names(path, config)):
             value = _fetch(leaf, row) if is_stacked(path) else _fetch(leaf, None)
             yield name, np.ascontiguousarray(value.T if is_transposed(path) else value)
 
 
-def _fetch(leaf: jax.Array, row: int | None) -> np.ndarray:
+def _fetch(leaf: jax.Array | np.ndarray, row: int | None) -> np.ndarray:
     """One layer of a stacked leaf, or a whole leaf, put together from its shards on the host."""
+    if isinstance(leaf, np.ndarray):
+        return leaf if row is None else leaf[row]
     shape = leaf.shape if row is None else leaf.shape[1:]
     out = np.empty(shape, leaf.dtype)
     for shard in leaf.addressable_shards:
@@ -245,7 +250,3 @@ def _group(tensors: Iterator[tuple[str, np.ndarray]], max_bytes: int) -> Iterato
         group[name], size = tensor, size + tensor.nbytes
     yield group
 
-
-def tensor_bytes(abstract: Any) -> int:
-    """Bytes of a tree of arrays or ShapeDtypeStructs."""
-    return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(abstract))

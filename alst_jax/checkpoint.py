@@ -1,0 +1,169 @@
+"""Run directories and checkpoints, on orbax. Training runs and converted models share one layout:
+
+    DIR/run.json              what wrote it: kind, versions, flags
+    DIR/model/                config.json, tokenizer, chat template: the Hugging Face directory without its weights
+    DIR/checkpoints/STEP/     orbax items: params, optimizer (not in a conversion), loop (JSON: data position, geometry)
+    DIR/hf/                   the export at the end of a training run
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from alst_jax.config import ModelConfig, UserError
+
+CHECKPOINTS, MODEL, RUN_FILE, EXPORT = "checkpoints", "model", "run.json", "hf"
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf",
+                "*.msgpack", "*.h5", "*.onnx", "*.ot")
+
+
+class Checkpoints:
+    """The checkpoints of one run directory. A save runs in the background; one that was cut off is never found."""
+
+    def __init__(self, run_dir: str | pathlib.Path, keep: int | None = None, largest_leaf: int = 0):
+        """keep: checkpoints kept, None for all; largest_leaf: bytes of the largest array that will be saved."""
+        self.directory = pathlib.Path(run_dir).absolute() / CHECKPOINTS
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True, create=True)
+        # Without a limit on what is being written at once, orbax would hold a second copy of everything in memory.
+        tree = lambda: ocp.PyTreeCheckpointHandler(save_concurrent_gb=_concurrent_gigabytes(largest_leaf))
+        handlers = {"params": tree(), "optimizer": tree(), "loop": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(self.directory, item_handlers=handlers, options=options)
+
+    def save(self, step: int, params: Any, optimizer: Any | None, loop: dict[str, Any]) -> None:
+        """Copy the state and write it in the background; `loop` is JSON. Waits for an earlier save to end."""
+        items = {"params": ocp.args.PyTreeSave(params), "loop": ocp.args.JsonSave(loop)}
+        if optimizer is not None:
+            items["optimizer"] = ocp.args.PyTreeSave(optimizer)
+        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+
+    def steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
+
+    def restore_loop(self, step: int) -> dict[str, Any]:
+        """The JSON part alone, to check it before anything large is read."""
+        return self._restore(step, loop=ocp.args.JsonRestore())["loop"]
+
+    def restore_params(self, step: int, abstract: Any) -> Any:
+        """Weights onto the shardings and dtypes of `abstract` (ShapeDtypeStructs), whatever mesh they were saved from."""
+        return self._restore_tree(step, "params", abstract)
+
+    def restore_optimizer(self, step: int, abstract: Any) -> Any:
+        """Optimizer state, likewise."""
+        return self._restore_tree(step, "optimizer", abstract)
+
+    def read_params(self, step: int) -> Iterator[tuple[tuple, np.ndarray]]:
+        """(path, array) of each saved weight, read one by one."""
+        metadata = self._manager.item_metadata(step)["params"]
+        for path, leaf in jax.tree_util.tree_leaves_with_path(dict(metadata.tree)):
+            shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+            one, as_numpy = shape, ocp.RestoreArgs(restore_type=np.ndarray)
+            for key in reversed(path):
+                one, as_numpy = {key.key: one}, {key.key: as_numpy}
+            restored = self._restore(
+                step, params=ocp.args.PyTreeRestore(item=one, restore_args=as_numpy, partial_restore=True))["params"]
+            yield path, jax.tree.leaves(restored)[0]
+
+    def _restore_tree(self, step: int, item: str, abstract: Any) -> Any:
+        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+        return self._restore(step, **{item: ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args)})[item]
+
+    def _restore(self, step: int, **items: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:  # orbax, tensorstore and json each raise their own
+            others = [s for s in self.steps() if s != step]
+            advice = (f"delete {self.directory / str(step)} to use step {others[-1]}" if others
+                      else "there is no other step in this directory")
+            reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+            raise UserError(f"checkpoint {self.directory / str(step)} cannot be read: {reason}; {advice}") from error
+
+    def wait(self) -> None:
+        """Until the save in progress is complete on disk; raises what went wrong in it."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def _concurrent_gigabytes(largest_leaf: int) -> int:
+    return max(2, math.ceil(largest_leaf / 1e9) + 1)
+
+
+def find_checkpoint(path: str | pathlib.Path) -> tuple[pathlib.Path, int]:
+    """(run directory, step) for a run directory, its checkpoints directory, or one step's directory."""
+    given = pathlib.Path(path).absolute()
+    run_dir, step = given, None
+    if given.parent.name == CHECKPOINTS and given.name.isdigit():
+        run_dir, step = given.parent.parent, int(given.name)
+    elif given.name == CHECKPOINTS:
+        run_dir = given.parent
+    if not is_run_directory(run_dir):
+        raise UserError(f"{path}: no checkpoint there; it is a directory with {RUN_FILE}, {MODEL}/ and {CHECKPOINTS}/, as "
+                        "convert.from_hf or a training run makes")
+    folder = run_dir / CHECKPOINTS
+    steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+    if step is None and not steps:
+        raise UserError(f"{path}: the run has saved no checkpoint yet")
+    if step is not None and step not in steps:
+        raise UserError(f"{path}: no such step; there are {', '.join(map(str, steps)) or 'none'}")
+    return run_dir, steps[-1] if step is None else step
+
+
+def is_run_directory(path: str | pathlib.Path) -> bool:
+    """Whether a training run or a conversion made this directory."""
+    return (pathlib.Path(path) / RUN_FILE).is_file()
+
+
+def is_checkpoint(path: str | pathlib.Path) -> bool:
+    """Whether `find_checkpoint` would take this path for one of ours rather than a Hugging Face directory."""
+    given = pathlib.Path(path).absolute()
+    return any(is_run_directory(p) for p in (given, given.parent, given.parent.parent))
+
+
+def write_run_file(run_dir: pathlib.Path, kind: str, extra: dict[str, Any]) -> None:
+    """DIR/run.json; kind is "training" or "converted"."""
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")}
+    run_dir.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"kind": kind, "versions": versions, **extra}, indent=2)
+    partial = run_dir / f".{RUN_FILE}"
+    partial.write_text(text)
+    partial.replace(run_dir / RUN_FILE)
+
+
+def read_run_file(run_dir: str | pathlib.Path) -> dict[str, Any]:
+    """DIR/run.json. UserError if it is missing or not JSON."""
+    file = pathlib.Path(run_dir) / RUN_FILE
+    if not file.is_file():
+        raise UserError(f"{run_dir}: no run to resume there: it has no {RUN_FILE}; leave out --resume to start one")
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON: {error}") from error
+
+
+def check_same_model(saved: ModelConfig, now: ModelConfig) -> None:
+    """UserError that names each field in which two models differ."""
+    before, after = dataclasses.asdict(saved), dataclasses.asdict(now)
+    changed = [f"{name} {before[name]} -> {after[name]}" for name in before if before[name] != after[name]]
+    if changed:
+        raise UserError(f"--resume: the model has changed since the checkpoint ({'; '.join(changed)}); start a new run in "
+                        "another --out, or resume with the model it began with")
+
+
+def copy_model_files(hf_dir: str | pathlib.Path, out: str | pathlib.Path) -> None:
+    """Everything of a Hugging Face directory that is not weights: config, tokenizer, chat template, generation config."""
+    source, target = pathlib.Path(hf_dir), pathlib.Path(out)
+    target.mkdir(parents=True, exist_ok=True)
+    for file in sorted(source.iterdir()):
+        if file.is_file() and not file.name.startswith(".") and not any(file.match(p) for p in WEIGHT_FILES):
+            shutil.copyfile(file, target / file.name)

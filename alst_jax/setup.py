@@ -1,0 +1,229 @@
+"""From flags to the parts of a run: model, dtype, profile, data, run directory. Each answers or refuses."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from alst_jax import checkpoint as ckpt
+from alst_jax.config import ModelConfig, TrainConfig, UserError, flag
+from alst_jax.data.documents import Sequence, Stats, make_sequences
+from alst_jax.data.embedded import TINY_LLAMA, python_reference
+from alst_jax.data.sources import read_documents
+from alst_jax.data.tokenizer import byte_tokenizer, load_tokenizer
+from alst_jax.memory.profile import Profile
+from alst_jax.models.hf_config import hf_config_dict, model_config
+from alst_jax.models.hf_weights import load_params
+from alst_jax.step import TrainStep
+
+CUDNN_MULTIPLE = 128  # tokens: cuDNN's attention wants whole tiles
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSource:
+    """A model and where its weights are: a Hugging Face directory, one of our checkpoints, or nowhere (drawn at random)."""
+
+    name: str
+    config: ModelConfig
+    tokenizer: Any
+    files: pathlib.Path | None  # config.json, tokenizer: what the export copies
+    hf_weights: pathlib.Path | None = None
+    checkpoint: tuple[pathlib.Path, int] | None = None
+
+
+# ---------------------------------------------------------------------------------------------------------------- model
+
+
+def find_model(config: TrainConfig) -> ModelSource:
+    """The model of a run: that of the run directory when resuming, the one named, or the embedded tiny Llama."""
+    if config.resume:
+        files = pathlib.Path(config.out) / ckpt.MODEL
+        given = config.model and pathlib.Path(config.model)
+        # A directory named on the command line may hold another model by now: its config is what counts.
+        current = given if given and given.is_dir() and not ckpt.is_checkpoint(given) else files
+        return ModelSource(str(config.model or "resumed"), model_config(current), load_tokenizer(files), files)
+    if config.model is None:
+        return ModelSource("the embedded tiny Llama", TINY_LLAMA, byte_tokenizer(), None)
+    if ckpt.is_checkpoint(config.model):
+        run_dir, at = ckpt.find_checkpoint(config.model)
+        files = run_dir / ckpt.MODEL
+        return ModelSource(config.model, model_config(files), load_tokenizer(files), files, checkpoint=(run_dir, at))
+    files = _hub_directory(config.model)
+    return ModelSource(config.model, model_config(files), load_tokenizer(files), files, hf_weights=files)
+
+
+def _hub_directory(model: str) -> pathlib.Path:
+    path = pathlib.Path(model)
+    if path.exists() or model.count("/") != 1 or model.startswith((".", "/", "~")):
+        return path  # model_config says what is wrong with it
+    from huggingface_hub import snapshot_download
+
+    try:
+        return pathlib.Path(snapshot_download(model, ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]))
+    except Exception as error:  # the hub's client raises many kinds, all of which mean: not to be had
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"--model {model}: no such directory, and no such model could be fetched from the hub "
+                        f"({reason})") from error
+
+
+def choose_dtype(config: TrainConfig) -> jnp.dtype:
+    """float32 or bfloat16 weights and compute; auto is bfloat16 on GPU."""
+    if config.dtype == "auto":
+        return jnp.dtype("bfloat16" if jax.default_backend() == "gpu" else "float32")
+    return jnp.dtype(config.dtype)
+
+
+def make_profile(config: TrainConfig, dtype: jnp.dtype) -> Profile:
+    """The memory profile the flags describe. UserError if the attention kernel cannot run here."""
+    on_gpu = jax.default_backend() == "gpu"
+    attention = config.attention
+    if attention == "auto":
+        attention = "cudnn" if on_gpu and dtype == jnp.bfloat16 else "xla"
+    if attention == "cudnn" and not on_gpu:
+        raise UserError("--attention cudnn needs an NVIDIA GPU, and jax sees none (is jax[cuda12] or jax[cuda13] "
+                        "installed?); use --attention xla")
+    if attention == "cudnn" and dtype != jnp.bfloat16:
+        raise UserError("--attention cudnn needs --dtype bfloat16; use that or --attention xla")
+    return Profile(
+        loss_tile=(config.loss_tile or 0) if config.tiled_loss else None,
+        mlp_tile=(config.mlp_tile or 0) if config.tiled_mlp else None,
+        remat=config.remat, offload_activations=config.offload_activations, offload_weights=config.offload_weights,
+        offload_optimizer=config.offload_optimizer, attention=attention, compute_dtype=str(dtype),
+        reduce_dtype=config.reduce_dtype)
+
+
+def load_weights(source: ModelSource, step: TrainStep, dtype: jnp.dtype, seed: int) -> Any:
+    """The weights, sharded and placed as the step wants them."""
+    if source.hf_weights is not None:
+        return load_params(source.hf_weights, source.config, step.params)
+    if source.checkpoint is not None:
+        run_dir, at = source.checkpoint
+        checkpoints = ckpt.Checkpoints(run_dir)
+        params = checkpoints.restore_params(at, step.params)
+        checkpoints.close()
+        return params
+    return step.init_params(jax.random.key(seed), dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------------- data
+
+
+def check_seq_len(config: TrainConfig, model: ModelConfig) -> int:
+    """--seq-len, with a warning where the model was not made for it."""
+    if config.seq_len is None:
+        raise UserError(f"--seq-len: how many tokens a sequence? The model's config says up to "
+                        f"{model.max_position_embeddings} (max_position_embeddings)")
+    longest = model.max_position_embeddings
+    if config.seq_len > longest:
+        scaling = "" if model.rope.rope_type == "default" else f" (RoPE scaling {model.rope.rope_type} included)"
+        print(f"warning: --seq-len {config.seq_len} is beyond the {longest} positions the model was made for{scaling}: "
+              "attention has not learned such distances, so the loss starts high and the model must learn them. To "
+              "stretch the positions it knows instead, set rope_parameters (yarn or linear, with a factor) and "
+              "max_position_embeddings in config.json", file=sys.stderr, flush=True)
+    return config.seq_len
+
+
+def padded_length(seq_len: int, sp: int, profile: Profile) -> int:
+    """seq_len, rounded up to what the mesh and the attention kernel divide; the rest is padding without labels."""
+    multiple = math.lcm(sp, CUDNN_MULTIPLE if profile.attention == "cudnn" else 1)
+    return -(-seq_len // multiple) * multiple
+
+
+def read_sequences(
+    config: TrainConfig, source: ModelSource, seq_len: int, held_out: bool = False
+) -> tuple[list[Sequence], Stats]:
+    """Training (or --eval-data) documents, tokenised and cut."""
+    name = "--eval-data" if held_out else "--data"
+    paths = (config.eval_data,) if held_out and config.eval_data else () if held_out else config.data
+    if paths:
+        documents = read_documents(paths, config.text_field, config.messages_field, name)
+    else:
+        documents = python_reference(held_out)
+    return make_sequences(documents, source.tokenizer, seq_len, source.config.vocab_size, name)
+
+
+def pad_token(tokenizer: Any) -> int:
+    """A token to fill up with; it is never learned from, so any will do where the tokenizer names none."""
+    return next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
+
+
+# -------------------------------------------------------------------------------------------------------- run directory
+
+
+def check_out(config: TrainConfig) -> pathlib.Path:
+    """--out, which must be new or empty, or with --resume hold the run to continue."""
+    if config.out is None:
+        raise UserError("--out: name a directory for checkpoints, metrics and the trained model")
+    out = pathlib.Path(config.out)
+    if config.resume:
+        return out
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        what = "holds another run" if ckpt.is_run_directory(out) else "is not empty"
+        raise UserError(f"--out {out} {what}; choose another directory" +
+                        (", or continue that run with --resume" if ckpt.is_run_directory(out) else ""))
+    return out
+
+
+def start_run_directory(out: pathlib.Path, config: TrainConfig, source: ModelSource) -> None:
+    """model/ and run.json; nothing was written before, so a refused run leaves no directory behind."""
+    if source.files is not None:
+        ckpt.copy_model_files(source.files, out / ckpt.MODEL)
+    else:
+        source.tokenizer.save_pretrained(out / ckpt.MODEL)
+        fields = hf_config_dict(source.config) | {
+            "bos_token_id": source.tokenizer.bos_token_id, "eos_token_id": source.tokenizer.eos_token_id,
+            "pad_token_id": source.tokenizer.pad_token_id}
+        (out / ckpt.MODEL / "config.json").write_text(json.dumps(fields, indent=2))
+    flags = dataclasses.asdict(config) | {"resume": False}
+    ckpt.write_run_file(out, "training", {"flags": flags})
+
+
+def saved_model(out: pathlib.Path) -> ModelConfig:
+    """The model the run began with."""
+    return model_config(out / ckpt.MODEL)
+
+
+def open_checkpoints(out: pathlib.Path, config: TrainConfig, step: TrainStep) -> ckpt.Checkpoints:
+    """The run's checkpoints, for saving and restoring."""
+    largest = max(math.prod(leaf.shape) * 4 for leaf in jax.tree.leaves(step.params))
+    return ckpt.Checkpoints(out, config.keep_checkpoints, largest)
+
+
+def check_geometry(saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """UserError if resuming would not see the same data in the same order."""
+    meaning = {"data": "--data", "rows": "--dp x --batch-size", "grad_accum": "--grad-accum"}
+    changed = [f"{meaning.get(name, flag(name))} ({saved.get(name)} -> {now[name]})" for name in now
+               if saved.get(name) != now[name]]
+    if changed:
+        raise UserError(f"--resume: changed since the checkpoint: {', '.join(changed)}. The position in the data would "
+                        "mean something else; set it back, or start a new run with --model on this run's directory")
+
+
+# --------------------------------------------------------------------------------------------------------------- report
+
+
+def announce(
+    config: TrainConfig, source: ModelSource, step: TrainStep, stats: Stats, seq_len: int, padded_len: int, steps: int,
+    done: int,
+) -> None:
+    """What is about to happen, in a few lines."""
+    dp, sp = step.mesh.devices.shape
+    kind = step.mesh.devices.flat[0].device_kind
+    profile, model = step.profile, step.model
+    on = [name for name, value in (("tiled loss", profile.loss_tile is not None), ("tiled MLP", profile.mlp_tile is not None),
+          ("remat", profile.remat), ("activations in host memory", profile.offload_activations),
+          ("weights in host memory", profile.offload_weights), ("optimizer in host memory", profile.offload_optimizer))
+          if value]
+    idle = jax.device_count() - dp * sp
+    print(f"model   {source.name}: {model.num_params / 1e6:,.1f}M parameters, {model.num_layers} layers, "
+          f"{profile.compute_dtype}, attention {profile.attention}")
+    print(f"mesh    dp {dp} x sp {sp} on {kind}{f'; {idle} devices stay idle' if idle else ''}")
+    print(f"memory  {', '.join(on) or 'no feature on'}")
+    print(f"data    {stats.summary(seq_len)}" + (f", padded to {padded_len}" if padded_len != seq_len else ""))
+    start = f", resumed at step {done}" if done else ""
+    print(f"steps   {steps} of {dp * config.batch_size * config.grad_accum} sequences{start} -> {config.out}", flush=True)

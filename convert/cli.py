@@ -1,0 +1,51 @@
+"""What both converters share: the command line's errors, the output directory, the last line."""
+
+import pathlib
+import shutil
+import sys
+import time
+from collections.abc import Callable
+
+import tyro
+
+from alst_jax.config import UserError
+
+
+def run(convert: Callable[..., tuple[int, int]]) -> int:
+    """Parse the arguments of `convert(source, target)`, call it, report; exit code 2 for what the user got wrong."""
+    started = time.perf_counter()
+    try:
+        tensors, total = tyro.cli(convert)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{tensors} tensors, {total / 1e9:.3f} GB in {time.perf_counter() - started:.1f} s")
+    return 0
+
+
+def check_target(target: pathlib.Path) -> None:
+    """UserError unless `target` does not exist or is an empty directory."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} exists and is not empty; choose another output directory or delete it first")
+    target.parent.mkdir(parents=True, exist_ok=True)
+
+
+class Unfinished:
+    """A directory beside the target that becomes the target when all is done, and goes away when it is not."""
+
+    def __init__(self, target: pathlib.Path):
+        check_target(target)
+        self.target, self.path = target, target.with_name(f".{target.name}.unfinished")
+
+    def __enter__(self) -> pathlib.Path:
+        shutil.rmtree(self.path, ignore_errors=True)
+        self.path.mkdir()
+        return self.path
+
+    def __exit__(self, kind, *_) -> None:
+        if kind is None:
+            if self.target.exists():
+                self.target.rmdir()
+            self.path.replace(self.target)
+        else:
+            shutil.rmtree(self.path, ignore_errors=True)
