@@ -43,7 +43,7 @@ def with_demo_defaults(config: TrainConfig) -> TrainConfig:
     if config.model is not None or config.resume:
         return config
     sp = config.sp or 4
-    demo = dict(sp=sp, simulate_devices=sp * (config.dp or 1), steps=60, seq_len=2048, learning_rate=3e-3,
+    demo = dict(sp=sp, simulate_devices=sp * (config.dp or 1), steps=80, seq_len=2048, learning_rate=3e-3,
                 out=f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
     return dataclasses.replace(config, **{k: v for k, v in demo.items() if getattr(config, k) is None})
 

@@ -62,7 +62,12 @@ class Checkpoints:
 
     def read_params(self, step: int) -> Iterator[tuple[tuple, np.ndarray]]:
         """(path, array) of each saved weight, read one by one."""
-        metadata = self._manager.item_metadata(step)["params"]
+        try:
+            metadata = self._manager.item_metadata(step)["params"]
+        except Exception as error:  # orbax, tensorstore and json each raise their own
+            raise self._unreadable(step, error) from error
+        if metadata is None or metadata.tree is None:
+            raise self._unreadable(step, FileNotFoundError("the metadata of its weights are missing"))
         for path, leaf in jax.tree_util.tree_leaves_with_path(dict(metadata.tree)):
             shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
             one, as_numpy = shape, ocp.RestoreArgs(restore_type=np.ndarray)
@@ -80,11 +85,14 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # orbax, tensorstore and json each raise their own
-            others = [s for s in self.steps() if s != step]
-            advice = (f"delete {self.directory / str(step)} to use step {others[-1]}" if others
-                      else "there is no other step in this directory")
-            reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-            raise UserError(f"checkpoint {self.directory / str(step)} cannot be read: {reason}; {advice}") from error
+            raise self._unreadable(step, error) from error
+
+    def _unreadable(self, step: int, error: Exception) -> UserError:
+        others = [s for s in self.steps() if s != step]
+        advice = (f"delete {self.directory / str(step)} to use step {others[-1]}" if others
+                  else "there is no other step in this directory")
+        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        return UserError(f"checkpoint {self.directory / str(step)} cannot be read: {reason}; {advice}")
 
     def wait(self) -> None:
         """Until the save in progress is complete on disk; raises what went wrong in it."""

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.typing import DTypeLike
 
 from alst_jax.config import IGNORED, ModelConfig, UserError
 from alst_jax.memory import host
@@ -47,7 +48,7 @@ class TrainStep:
     Arguments that an update replaces are donated: their buffers are reused and must not be read again.
     """
 
-    def __init__(self, model: ModelConfig, mesh: Mesh, profile: Profile, optimizer: AdamW, dtype: jnp.dtype):
+    def __init__(self, model: ModelConfig, mesh: Mesh, profile: Profile, optimizer: AdamW, dtype: DTypeLike):
         check_degree(mesh.shape[SEQ], model.num_heads)
         self.model, self.mesh, self.profile, self.optimizer = model, mesh, profile, optimizer
         self.specs = param_specs(abstract_params(model, dtype), mesh)
@@ -95,7 +96,7 @@ class TrainStep:
             donate_argnums=(0, 2), out_shardings=(self.param_shardings, self._optimizer_shardings))
         """(params, gradients, optimizer state, gradient norm, learning rate) -> (params, optimizer state), in place."""
 
-    def init_params(self, key: jax.Array, dtype: jnp.dtype) -> Params:
+    def init_params(self, key: jax.Array, dtype: DTypeLike) -> Params:
         """Random weights, made where they will live."""
         made = jax.jit(functools.partial(init_params, self.model, dtype),
                        out_shardings=shardings(self.specs, self.mesh, host.DEVICE))(key)
@@ -159,7 +160,7 @@ def _mlp_tile(model: ModelConfig, profile: Profile) -> int | None:
     return profile.mlp_tile if profile.mlp_tile != 0 else model.hidden_size
 
 
-def _fetch(shards: Any, specs: Any, on_host: bool, reduce_dtype: jnp.dtype) -> Any:
+def _fetch(shards: Any, specs: Any, on_host: bool, reduce_dtype: DTypeLike) -> Any:
     """Whole weights, as carriers, from local shards wherever they live."""
     if on_host:
         shards = host.to_device(shards)

@@ -7,7 +7,7 @@ LONG_ENOUGH = 4096  # bytes: shorter topics of the language reference are left o
 HELD_OUT_EVERY = 8  # each eighth topic is for evaluation
 
 TINY_LLAMA = ModelConfig(
-    vocab_size=261, hidden_size=128, intermediate_size=352, num_layers=3, num_heads=8, num_kv_heads=4, head_dim=16,
+    vocab_size=261, hidden_size=128, intermediate_size=352, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=32,
     rms_norm_eps=1e-5, max_position_embeddings=32768)
 
 

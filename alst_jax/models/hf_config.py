@@ -25,6 +25,9 @@ NEUTRAL = {
     "repetition_penalty": (1.0,), "temperature": (1.0,), "output_hidden_states": (True, False),
     "output_attentions": (False,), "use_return_dict": (True,),
 }
+WHOLE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+         "num_key_value_heads", "head_dim", "max_position_embeddings")
+NUMBERS = ("rms_norm_eps", "initializer_range", "rope_theta")
 NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 ROPE_FIELDS = {  # of rope_parameters, per type: what must be there, what may
     "default": ((), ()),
@@ -33,6 +36,8 @@ ROPE_FIELDS = {  # of rope_parameters, per type: what must be there, what may
     "yarn": (("factor",), ("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
                            "mscale_all_dim", "truncate")),
 }
+
+ROPE_TYPES = {"original_max_position_embeddings": int, "truncate": bool}  # the others are float
 
 
 def read_config(hf_dir: str | pathlib.Path) -> dict[str, Any]:
@@ -66,20 +71,32 @@ def parse_config(raw: dict[str, Any], where: str) -> ModelConfig:
     missing = [name for name in NEEDED if raw.get(name) is None]
     if missing:
         raise UserError(f"{where} lacks {', '.join(missing)}")
+    _check_types(raw, where)
     heads = raw["num_attention_heads"]
     head_dim = raw.get("head_dim")
     if head_dim is None and raw["hidden_size"] % heads:
         raise UserError(f"{where}: hidden_size={raw['hidden_size']} is not a multiple of num_attention_heads={heads}, "
                         "and there is no head_dim")
-    max_positions = raw.get("max_position_embeddings", 2048)
+    max_positions = _or_default(raw, "max_position_embeddings", 2048)
     return ModelConfig(
         vocab_size=raw["vocab_size"], hidden_size=raw["hidden_size"], intermediate_size=raw["intermediate_size"],
         num_layers=raw["num_hidden_layers"], num_heads=heads, num_kv_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=head_dim or raw["hidden_size"] // heads, rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+        head_dim=head_dim or raw["hidden_size"] // heads, rms_norm_eps=float(_or_default(raw, "rms_norm_eps", 1e-6)),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
         attention_bias=bool(raw.get("attention_bias", False)), mlp_bias=bool(raw.get("mlp_bias", False)),
-        initializer_range=raw.get("initializer_range", 0.02), max_position_embeddings=max_positions,
+        initializer_range=float(_or_default(raw, "initializer_range", 0.02)), max_position_embeddings=max_positions,
         rope=_rope(raw, max_positions, where))
+
+
+def _or_default(raw: dict[str, Any], name: str, default: Any) -> Any:
+    return default if raw.get(name) is None else raw[name]
+
+
+def _check_types(raw: dict[str, Any], where: str) -> None:
+    for name in WHOLE + NUMBERS:
+        value, kinds = raw.get(name), (int,) if name in WHOLE else (int, float)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
+            raise UserError(f"{where}: {name}={value!r} must be a {'whole ' if name in WHOLE else ''}number")
 
 
 def _check_architecture(raw: dict[str, Any], where: str) -> None:
@@ -109,15 +126,22 @@ def _check_fields(raw: dict[str, Any], where: str) -> None:
 
 def _rope(raw: dict[str, Any], max_positions: int, where: str) -> RopeConfig:
     """RoPE settings from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
-    given = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # the order in which transformers looks
+    if not isinstance(given, dict):
+        raise UserError(f"{where}: RoPE settings {given!r} must be a JSON object with rope_type and its fields")
+    given = dict(given)
     theta = given.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
     kind = given.pop("rope_type", None) or given.pop("type", None) or "default"
     given.pop("type", None)
+    if isinstance(theta, bool) or not isinstance(theta, (int, float)):
+        raise UserError(f"{where}: rope_theta={theta!r} must be a number")
     if kind not in ROPE_FIELDS:
         raise UserError(f"{where}: RoPE type {kind!r} is not implemented; these are: {', '.join(ROPE_FIELDS)}")
     if given.pop("partial_rotary_factor", 1.0) not in (1.0, None):
         raise UserError(f"{where}: partial_rotary_factor is not implemented")
     needed, optional = ROPE_FIELDS[kind]
+    if kind == "yarn" and "truncate" in given:
+        given["truncate"] = bool(given["truncate"])  # an explicit null switches it off in transformers
     missing = [name for name in needed if given.get(name) is None]
     unknown = [name for name, value in given.items() if name not in needed + optional and value is not None]
     if kind == "default":
@@ -125,7 +149,11 @@ def _rope(raw: dict[str, Any], max_positions: int, where: str) -> RopeConfig:
     if missing or unknown:
         problems = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has unknown {', '.join(unknown)}"] * bool(unknown)
         raise UserError(f"{where}: RoPE of type {kind!r} {' and '.join(problems)}")
-    fields = {name: given[name] for name in needed + optional if given.get(name) is not None}
+    try:
+        fields = {name: ROPE_TYPES.get(name, float)(given[name]) for name in needed + optional
+                  if given.get(name) is not None}
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: RoPE of type {kind!r}: {error}") from error
     if "original_max_position_embeddings" in optional:
         fields.setdefault("original_max_position_embeddings", max_positions)  # as transformers does
     return RopeConfig(rope_type=kind, theta=float(theta), **fields)

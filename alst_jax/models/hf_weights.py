@@ -62,17 +62,17 @@ def leaf_names(path: tuple, config: ModelConfig) -> list[str]:
 def find_tensors(hf_dir: str | pathlib.Path) -> dict[str, Tensor]:
     """Name -> place of every tensor in a directory's safetensors files. UserError for what is missing or broken."""
     path = pathlib.Path(hf_dir)
-    if (path / INDEX).is_file():
+    if (path / SINGLE).is_file():  # before an index, as transformers does when both are there
+        files = [path / SINGLE]
+    elif (path / INDEX).is_file():
         try:
             names = sorted(set(json.loads((path / INDEX).read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path / INDEX} is not a safetensors index: {error!r}") from error
         files = [path / name for name in names]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise UserError(f"{path}: {INDEX} names files that are not there: {', '.join(missing[:10])}")
-    elif (path / SINGLE).is_file():
-        files = [path / SINGLE]
     elif list(path.glob("pytorch_model*.bin")):
         raise UserError(f"{path} holds its weights as pytorch_model.bin only; save them as safetensors first "
                         "(transformers: model.save_pretrained(DIR, safe_serialization=True))")
@@ -216,7 +216,9 @@ def save_params(
         file.replace(out / name)
     if len(files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": {k: names[i] for k, i in sorted(weight_map.items())}}
-        (out / INDEX).write_text(json.dumps(index, indent=2))
+        partial = out / f".{INDEX}"
+        partial.write_text(json.dumps(index, indent=2))
+        partial.replace(out / INDEX)  # last: without it the shards are no model
     return len(weight_map), total
 
 
@@ -231,6 +233,8 @@ def _fetch(leaf: jax.Array | np.ndarray, row: int | None) -> np.ndarray:
     """One layer of a stacked leaf, or a whole leaf, put together from its shards on the host."""
     if isinstance(leaf, np.ndarray):
         return leaf if row is None else leaf[row]
+    if not leaf.is_fully_addressable:
+        raise ValueError(f"{leaf.sharding}: parts of this array are in other processes, out of reach from here")
     shape = leaf.shape if row is None else leaf.shape[1:]
     out = np.empty(shape, leaf.dtype)
     for shard in leaf.addressable_shards:

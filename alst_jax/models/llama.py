@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from alst_jax.config import ModelConfig
@@ -32,7 +33,7 @@ class Compute:
 
 
 class Linear(nnx.Module):
-    def __init__(self, in_dim: int, out_dim: int, use_bias: bool, std: float, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, in_dim: int, out_dim: int, use_bias: bool, std: float, dtype: DTypeLike, rngs: nnx.Rngs):
         self.kernel = nnx.Param(jax.random.normal(rngs.params(), (in_dim, out_dim), dtype) * jnp.asarray(std, dtype))
         self.bias = nnx.Param(jnp.zeros((out_dim,), dtype)) if use_bias else None
 
@@ -42,7 +43,7 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    def __init__(self, dim: int, eps: float, dtype: jnp.dtype):
+    def __init__(self, dim: int, eps: float, dtype: DTypeLike):
         self.scale = nnx.Param(jnp.ones((dim,), dtype))
         self.eps = eps
 
@@ -51,7 +52,7 @@ class RMSNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs):
         d, h = config.hidden_size, config.head_dim
         make = functools.partial(
             Linear, use_bias=config.attention_bias, std=config.initializer_range, dtype=dtype, rngs=rngs)
@@ -71,7 +72,7 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs):
         d, f = config.hidden_size, config.intermediate_size
         make = functools.partial(Linear, use_bias=config.mlp_bias, std=config.initializer_range, dtype=dtype, rngs=rngs)
         self.gate_proj = make(d, f)
@@ -85,7 +86,7 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """Pre-norm attention and MLP, each added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.self_attn = Attention(config, dtype, rngs)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
@@ -106,7 +107,7 @@ class Block(nnx.Module):
 class Llama(nnx.Module):
     """The whole parameter tree. Its forward pass is in step.py, where layers are scanned and weights gathered."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs):
         table = (config.vocab_size, config.hidden_size)
         std = jnp.asarray(config.initializer_range, dtype)
         self.embed_tokens = nnx.Dict(embedding=nnx.Param(jax.random.normal(rngs.params(), table, dtype) * std))
@@ -116,12 +117,12 @@ class Llama(nnx.Module):
             self.lm_head = nnx.Dict(embedding=nnx.Param(jax.random.normal(rngs.params(), table, dtype) * std))
 
 
-def init_params(config: ModelConfig, dtype: jnp.dtype, key: jax.Array) -> Params:
+def init_params(config: ModelConfig, dtype: DTypeLike, key: jax.Array) -> Params:
     """Random weights: normal with `initializer_range`, norms one, biases zero; layers stacked on dim 0."""
     return nnx.to_pure_dict(nnx.state(Llama(config, dtype, nnx.Rngs(params=key)), nnx.Param))
 
 
-def abstract_params(config: ModelConfig, dtype: jnp.dtype) -> Params:
+def abstract_params(config: ModelConfig, dtype: DTypeLike) -> Params:
     """The parameter tree as jax.ShapeDtypeStructs: from it derive shapes, shardings, optimizer state and converters."""
     return jax.eval_shape(lambda: init_params(config, dtype, jax.random.key(0)))
 

@@ -9,7 +9,8 @@ from jaxtyping import Array, Float
 from alst_jax.config import UserError
 from alst_jax.ops.tiling import tiled
 
-SCORES_BYTES = 2**28  # float32 scores the XLA implementation holds at once
+SCORES_BYTES = 2**20  # float32 scores the XLA implementation works on at once: they stay in a CPU's cache
+MIN_ROWS = 16  # queries in a tile at least
 # cuDNN's backward indexes q with 32-bit integers: above 2^31 elements its dQ is wrong without an error (measured, jax
 # 0.11.2, cuDNN 9.19: the rows past element 2^31 are off by 100%).
 CUDNN_MAX_ELEMENTS = 2**31
@@ -32,7 +33,7 @@ def attention(
 
 def _xla_attention(q, k, v):
     batch, length, heads, head_dim = q.shape
-    tile = max(1, SCORES_BYTES // (4 * batch * heads * length))
+    tile = max(MIN_ROWS, SCORES_BYTES // (4 * batch * heads * length))
     rows = (q.swapaxes(0, 1), jnp.arange(length))
     out = tiled(_attend_rows, tile, rows, (k, v))
     return out.swapaxes(0, 1)

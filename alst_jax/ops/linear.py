@@ -9,6 +9,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from alst_jax.parallel.vma import vary_like
@@ -37,10 +38,11 @@ linear.defvjp(_linear_fwd, _linear_bwd)
 
 def add_bias(x: Float[Array, "*B F"], bias: Float[Array, "F"]) -> Float[Array, "*B F"]:
     """x + bias, added and summed in the wider of the two dtypes, returned in that of x."""
-    return (x.astype(jnp.promote_types(x.dtype, bias.dtype)) + bias).astype(x.dtype)
+    wide = x.astype(jnp.promote_types(x.dtype, bias.dtype))
+    return (wide + jnp.broadcast_to(bias, x.shape)).astype(x.dtype)
 
 
-def embed(table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
+def embed(table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:
     """Rows of the table in `dtype`; gradients of equal tokens are summed in the table's dtype."""
     return _rows(jnp.dtype(dtype), table, tokens)
 

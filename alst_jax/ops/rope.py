@@ -44,7 +44,7 @@ def _yarn(rope: RopeConfig, plain: np.ndarray, head_dim: int) -> np.ndarray:
         length = rope.original_max_position_embeddings
         return head_dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
 
-    low, high = correction_dim(rope.beta_fast or 32), correction_dim(rope.beta_slow or 1)
+    low, high = correction_dim(rope.beta_fast or 32.0), correction_dim(rope.beta_slow or 1.0)
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from alst_jax.parallel.vma import vary_like
 
@@ -86,6 +87,6 @@ def _tiled_bwd(fn, tile, residuals, dy):
 _tiled.defvjp(_tiled_fwd, _tiled_bwd)
 
 
-def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
+def accumulation_dtype(dtype: DTypeLike) -> jnp.dtype:
     """The dtype in which many values of `dtype` are summed: float32 or wider."""
     return jnp.promote_types(dtype, jnp.float32)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from alst_jax.memory import host
 from alst_jax.ops.tiling import accumulation_dtype
@@ -51,7 +52,7 @@ class AdamW:
         return master - learning_rate * update, state.mu, state.nu
 
 
-def needs_master(dtype: jnp.dtype) -> bool:
+def needs_master(dtype: DTypeLike) -> bool:
     """Whether a parameter of this dtype is too narrow to be updated itself."""
     return jnp.dtype(dtype).itemsize < 4
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.typing import DTypeLike
 
 from alst_jax.ops.tiling import accumulation_dtype
 from alst_jax.parallel.mesh import AXES, DATA, SEQ
@@ -51,7 +52,7 @@ def shardings(specs: Any, mesh: Mesh, memory_kind: str) -> Any:
         lambda spec: NamedSharding(mesh, spec, memory_kind=memory_kind), specs, is_leaf=lambda x: isinstance(x, P))
 
 
-def gather(shard: jax.Array, spec: P, reduce_dtype: jnp.dtype) -> jax.Array:
+def gather(shard: jax.Array, spec: P, reduce_dtype: DTypeLike) -> jax.Array:
     """A whole weight from its shards, as a float32 carrier (see ops/linear.py). Runs inside the shard_map.
 
     w[D/(data x seq), F] -> all-gather -> w[D, F]; the gradient goes back by a reduce-scatter in `reduce_dtype` (an
@@ -64,6 +65,8 @@ def gather(shard: jax.Array, spec: P, reduce_dtype: jnp.dtype) -> jax.Array:
 def _gather(dim, reduce_dtype, dtype, shard):
     if dim is None:
         whole = lax.pcast(shard, AXES, to="varying")
+    elif lax.axis_size(AXES) == 1:
+        whole = shard  # not every backend removes a collective among one
     else:
         whole = lax.all_gather(shard, AXES, axis=dim, tiled=True)
     return whole.astype(accumulation_dtype(dtype))
@@ -77,6 +80,8 @@ def _gather_bwd(dim, reduce_dtype, dtype, _, gradient):
     gradient = gradient.astype(reduce_dtype)
     if dim is None:
         return (lax.psum(gradient, AXES).astype(dtype),)
+    if lax.axis_size(AXES) == 1:
+        return (gradient.astype(dtype),)
     return (lax.psum_scatter(gradient, AXES, scatter_dimension=dim, tiled=True).astype(dtype),)
 
 

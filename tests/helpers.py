@@ -1,0 +1,87 @@
+"""What tests share: a tiny model, a batch, the comparison of two trees, and a Hugging Face twin."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alst_jax.config import IGNORED, ModelConfig
+from alst_jax.memory.profile import Profile
+from alst_jax.optim.adamw import AdamW
+from alst_jax.parallel.mesh import make_mesh
+from alst_jax.step import TrainStep, count_labels
+
+TINY = ModelConfig(
+    vocab_size=96, hidden_size=64, intermediate_size=96, num_layers=3, num_heads=8, num_kv_heads=2, head_dim=16,
+    rms_norm_eps=1e-5, attention_bias=True, mlp_bias=True)
+PLAIN = Profile(loss_tile=None, mlp_tile=None, remat=False)  # every feature off
+
+
+def tiny(**changes) -> ModelConfig:
+    return dataclasses.replace(TINY, **changes)
+
+
+# Adam turns a gradient that is nothing but rounding into a step of full size; this eps keeps such elements quiet, so
+# that updated weights can be compared as strictly as gradients.
+QUIET_ADAMW = AdamW(eps=1e-4)
+
+
+def make_step(model=TINY, dp=1, sp=1, profile=PLAIN, optimizer=QUIET_ADAMW, dtype=jnp.float32) -> TrainStep:
+    return TrainStep(model, make_mesh(dp, sp), profile, optimizer, jnp.dtype(dtype))
+
+
+def random_batch(model=TINY, rows=4, length=64, seed=0, ignored=0.2) -> dict[str, np.ndarray]:
+    """int32[rows, length]; a part of the labels is ignored."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, model.vocab_size, (rows, length), dtype=np.int32)
+    labels = np.roll(tokens, -1, axis=1)
+    labels[:, -1] = IGNORED
+    labels = np.where(rng.random((rows, length)) < ignored, IGNORED, labels).astype(np.int32)
+    return {"tokens": tokens, "labels": labels, "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1))}
+
+
+def loss_and_grad(step: TrainStep, params, batch):
+    """Mean loss over the valid labels, and its gradients as numpy arrays."""
+    scale = jnp.float32(1 / count_labels(batch["labels"]))
+    loss, gradients = step.loss_and_grad(params, step.put_batch(**batch), scale)
+    return float(loss), to_numpy(gradients)
+
+
+def train(step: TrainStep, batch, steps=3, learning_rate=1e-2, seed=0):
+    """(losses, gradients of the first step, final weights) of some optimizer steps on one batch."""
+    params = step.init_params(jax.random.key(seed), step.params["norm"]["scale"].dtype)
+    state = step.init_optimizer(params)
+    device_batch, scale = step.put_batch(**batch), jnp.float32(1 / count_labels(batch["labels"]))
+    losses, first = [], None
+    for _ in range(steps):
+        loss, gradients = step.loss_and_grad(params, device_batch, scale)
+        first = to_numpy(gradients) if first is None else first
+        losses.append(float(loss))
+        norm = step.gradient_norm(gradients)
+        params, state = step.update(params, gradients, state, norm, jnp.float32(learning_rate))
+    return losses, first, to_numpy(params)
+
+
+def to_numpy(tree):
+    return jax.tree.map(lambda x: np.asarray(x), tree)
+
+
+def relative_error(a, b) -> float:
+    """||a - b|| / ||b||, in float64."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    assert a.shape == b.shape
+    return float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30))
+
+
+def assert_trees_close(a, b, tolerance) -> None:
+    """Every leaf within `tolerance` in relative norm; leaves that are zero on both sides are equal."""
+    # A key bias shifts all scores of a query alike, so its true gradient is 0 and what is left is rounding: such
+    # leaves are measured against the largest leaf instead of themselves.
+    floor = 1e-4 * max(np.linalg.norm(np.asarray(x, np.float64)) for x in jax.tree.leaves(b))
+    for (path, x), (_, y) in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree_util.tree_leaves_with_path(b),
+                                 strict=True):
+        assert x.shape == y.shape, path
+        difference = np.linalg.norm(np.asarray(x, np.float64) - np.asarray(y, np.float64))
+        scale = max(np.linalg.norm(np.asarray(y, np.float64)), floor)
+        assert difference <= tolerance * scale, f"{jax.tree_util.keystr(path)}: {difference / scale:.2e}"

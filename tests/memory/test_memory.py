@@ -1,0 +1,88 @@
+# pytest tests/memory/test_memory.py
+"""Compiled bytes: what the features are for, each with its naive twin as negative control."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from alst_jax.memory.profile import Profile
+from alst_jax.ops.attention import attention
+from alst_jax.ops.cross_entropy import cross_entropy, tiled_cross_entropy
+from alst_jax.ops.tiling import tiled
+from tests.helpers import make_step, random_batch, tiny
+
+SHAPE = jax.ShapeDtypeStruct
+
+
+def temp_bytes(fn, *shapes) -> int:
+    return jax.jit(fn).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+
+def loss_bytes(length, tile):
+    h, table, labels = SHAPE((length, 16), jnp.float32), SHAPE((2048, 16), jnp.float32), SHAPE((length,), jnp.int32)
+    loss = cross_entropy if tile is None else lambda h, w, y: tiled_cross_entropy(h, w, y, tile)
+    return temp_bytes(jax.value_and_grad(loss, argnums=(0, 1)), h, table, labels)
+
+
+def test_tiled_loss_does_not_grow_with_length():
+    logits = 4 * 2048 * 4  # float32 bytes of a token's logits, times 4 tokens' worth of slack below
+    tiled_growth = loss_bytes(4096, 128) - loss_bytes(1024, 128)
+    assert tiled_growth < 3072 * 16 * 4 * 4  # a few copies of h, nothing of the size of the logits
+    assert loss_bytes(4096, None) - loss_bytes(1024, None) > 3072 * logits / 4
+    assert loss_bytes(4096, 128) < loss_bytes(4096, None) / 8
+
+
+def mlp_bytes(length, tile):
+    def mlp(x, w):
+        return (jax.nn.silu(x @ w[0]) * (x @ w[1])) @ w[2]
+
+    def loss(x, w):
+        return jnp.sum(jnp.square(tiled(mlp, tile, x, w)))
+
+    weights = (SHAPE((16, 1024), jnp.float32), SHAPE((16, 1024), jnp.float32), SHAPE((1024, 16), jnp.float32))
+    return temp_bytes(jax.grad(loss, argnums=(0, 1)), SHAPE((length, 16), jnp.float32), weights)
+
+
+def test_tiled_mlp_does_not_grow_with_length():
+    assert mlp_bytes(4096, 128) - mlp_bytes(1024, 128) < 3072 * 16 * 4 * 6  # copies of x, not [tokens, ffn]
+    assert mlp_bytes(4096, None) - mlp_bytes(1024, None) > 3072 * 1024 * 4
+    assert mlp_bytes(4096, 128) < mlp_bytes(4096, None) / 8
+
+
+def test_xla_attention_is_linear_in_length():
+    def grads(length):
+        q, k = SHAPE((1, length, 4, 16), jnp.float32), SHAPE((1, length, 2, 16), jnp.float32)
+        loss = lambda q, k, v: jnp.sum(jnp.square(attention(q, k, v, "xla")))
+        return temp_bytes(jax.grad(loss, argnums=(0, 1, 2)), q, k, k)
+
+    def naive(length):
+        return 4 * length * length * 4  # one float32 copy of the scores
+
+    assert grads(8192) < 2.6 * grads(4096)
+    assert grads(8192) < naive(8192) / 8
+
+
+def step_bytes(layers=2, length=2048, sp=1, **changes) -> int:
+    model = tiny(num_layers=layers, num_heads=8, num_kv_heads=8, attention_bias=False, mlp_bias=False)
+    step = make_step(model, sp=sp, profile=Profile(**{"loss_tile": 32, "mlp_tile": 32, **changes}))
+    batch = jax.tree.map(lambda x: SHAPE(x.shape, x.dtype, sharding=x.sharding),
+                         step.put_batch(**random_batch(model, rows=1, length=length)))
+    compiled = step.loss_and_grad.lower(step.params, batch, SHAPE((), jnp.float32)).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_a_layer_costs_one_carry_under_remat():
+    carry = 2048 * 64 * 4
+    slopes = [(step_bytes(layers + 2) - step_bytes(layers)) / 2 for layers in (2, 4)]
+    for slope in slopes:
+        # One carry, and the layer's weight gradients on their way into the stack.
+        assert 0.9 * carry < slope < 1.5 * carry
+    naive = (step_bytes(4, remat=False) - step_bytes(2, remat=False)) / 2
+    assert naive > 4 * carry
+
+
+@pytest.mark.parametrize("length", [8192])
+def test_eight_sequence_ranks_need_an_eighth(length):
+    one, eight = step_bytes(length=length), step_bytes(length=length, sp=8)
+    # Gathered weights, tiles and the whole sequence's keys for one head do not shrink.
+    assert one / 12 < eight < one / 5

@@ -1,0 +1,177 @@
+# python -m pytest tests/unit/test_hf_config.py
+"""config.json <-> ModelConfig: read as transformers reads it, and every field that is not implemented is refused by name."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from alst_jax.config import ModelConfig, RopeConfig, UserError
+from alst_jax.models.hf_config import hf_config_dict, model_config, parse_config
+from alst_jax.ops.rope import inverse_frequencies
+
+BASE = dict(
+    model_type="llama", architectures=["LlamaForCausalLM"], vocab_size=96, hidden_size=64, intermediate_size=96,
+    num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=4096,
+    rms_norm_eps=1e-5)
+LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+
+# What a config.json may say about RoPE, in the spellings of transformers 4 and 5.
+ROPES = {
+    "nothing": {},
+    "legacy theta": dict(rope_theta=5e5),
+    "null scaling": dict(rope_theta=5e5, rope_scaling=None),
+    "default": dict(rope_parameters=dict(rope_type="default", rope_theta=5e5)),
+    "linear": dict(rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=4.0)),
+    "legacy linear, key type": dict(rope_theta=5e5, rope_scaling=dict(type="linear", factor=4.0)),
+    "llama3": dict(rope_parameters=dict(
+        rope_type="llama3", rope_theta=5e5, original_max_position_embeddings=1024, **LLAMA3)),
+    "legacy llama3": dict(rope_theta=5e5, rope_scaling=dict(
+        rope_type="llama3", original_max_position_embeddings=1024, **LLAMA3)),
+    "llama3, length from the model": dict(rope_parameters=dict(rope_type="llama3", rope_theta=5e5, **LLAMA3)),
+    "theta outside the parameters": dict(rope_theta=5e5, rope_parameters=dict(rope_type="llama3", **LLAMA3)),
+    "yarn": dict(rope_parameters=dict(
+        rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=1024)),
+    "yarn, length from the model": dict(rope_parameters=dict(rope_type="yarn", rope_theta=1e4, factor=4.0)),
+    "yarn, betas": dict(rope_parameters=dict(
+        rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=1024, beta_fast=16.0, beta_slow=2.0)),
+    "yarn, attention factor": dict(rope_parameters=dict(
+        rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=1024, attention_factor=1.5)),
+    "yarn, mscale": dict(rope_parameters=dict(
+        rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=1024, mscale=0.7, mscale_all_dim=1.2)),
+    "yarn, no truncation": dict(rope_parameters=dict(
+        rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=1024, truncate=False)),
+    "yarn, null truncation": dict(rope_parameters=dict(
+        rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=1024, truncate=None)),
+    "both spellings": dict(
+        rope_scaling=dict(rope_type="linear", factor=4.0),
+        rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=5e5)),
+}
+
+
+def parse(**fields) -> ModelConfig:
+    return parse_config(json.loads(json.dumps(BASE | fields)), "config.json")
+
+
+@pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES.keys())
+def test_rope_frequencies_are_those_of_transformers(rope):
+    """The settings we read, put through our frequencies, against transformers from the very same config.json."""
+    ours, factor = inverse_frequencies(parse(**rope).rope, 16)
+    theirs = LlamaRotaryEmbedding(LlamaConfig.from_dict(json.loads(json.dumps(BASE | rope))))
+    np.testing.assert_allclose(ours, theirs.inv_freq.numpy(), rtol=1e-5)
+    assert factor == pytest.approx(theirs.attention_scaling, rel=1e-6)
+    assert theirs.inv_freq.dtype == torch.float32
+
+
+def test_the_rope_cases_differ():
+    """Else a parser that dropped the settings would pass the test above."""
+    seen = {name: np.concatenate([f, [a]]) for name, (f, a) in (
+        (name, inverse_frequencies(parse(**rope).rope, 16)) for name, rope in ROPES.items())}
+    for name in ("legacy theta", "linear", "llama3", "llama3, length from the model", "yarn", "yarn, betas",
+                 "yarn, attention factor", "yarn, mscale", "yarn, no truncation"):
+        assert sum(np.allclose(seen[name], other, rtol=1e-4) for other in seen.values()) <= 3, name
+    assert not np.allclose(seen["yarn"], seen["yarn, null truncation"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope", "proportional", "su"])
+def test_other_rope_types_are_refused_with_what_works(kind):
+    with pytest.raises(UserError, match=f"RoPE type '{kind}' is not implemented; these are: default, linear, llama3, yarn"):
+        parse(rope_parameters=dict(rope_type=kind, rope_theta=1e4, factor=2.0))
+
+
+@pytest.mark.parametrize("rope, message", [
+    (dict(rope_type="linear"), "'linear' lacks factor"),
+    (dict(rope_type="llama3", factor=8.0), "lacks low_freq_factor, high_freq_factor"),
+    (dict(rope_type="linear", factor=2.0, short_factor=[1.0]), "has unknown short_factor"),
+    (dict(rope_type="linear", factor="two"), "'linear'.*two"),
+    (dict(rope_type="default", rope_theta="big"), "rope_theta='big' must be a number"),
+    (dict(rope_type="default", partial_rotary_factor=0.5), "partial_rotary_factor is not implemented"),
+    ("linear", "must be a JSON object"),
+])
+def test_wrong_rope_settings_are_refused(rope, message):
+    with pytest.raises(UserError, match=message):
+        parse(rope_parameters=rope)
+
+
+def test_what_transformers_saves_is_read(tmp_path):
+    for changes in ({}, dict(tie_word_embeddings=True, attention_bias=True, mlp_bias=True, dtype="bfloat16")):
+        LlamaConfig(**{k: v for k, v in BASE.items() if k != "model_type"} | changes).save_pretrained(tmp_path)
+        config = model_config(tmp_path)
+        assert config == ModelConfig(
+            96, 64, 96, 2, 4, 2, 16, rms_norm_eps=1e-5, max_position_embeddings=4096,
+            tie_word_embeddings=bool(changes), attention_bias=bool(changes), mlp_bias=bool(changes))
+
+
+def test_defaults_are_those_of_transformers():
+    few = {k: BASE[k] for k in ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                                "num_attention_heads")}
+    ours, theirs = parse_config(few, "config.json"), LlamaConfig.from_dict(dict(few))
+    for name, field in (("num_kv_heads", "num_key_value_heads"), ("head_dim", "head_dim"), ("rms_norm_eps", "rms_norm_eps"),
+                        ("tie_word_embeddings", "tie_word_embeddings"), ("attention_bias", "attention_bias"),
+                        ("mlp_bias", "mlp_bias"), ("initializer_range", "initializer_range"),
+                        ("max_position_embeddings", "max_position_embeddings")):
+        assert getattr(ours, name) == getattr(theirs, field), name
+    assert ours.rope == RopeConfig(theta=theirs.rope_parameters["rope_theta"])
+
+
+@pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES.keys())
+def test_written_and_read_back_unchanged(rope):
+    config = parse(**rope, attention_bias=True)
+    fields = json.loads(json.dumps(hf_config_dict(config)))
+    assert parse_config(fields, "config.json") == config
+    theirs = LlamaRotaryEmbedding(LlamaConfig.from_dict(fields))
+    np.testing.assert_allclose(inverse_frequencies(config.rope, 16)[0], theirs.inv_freq.numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("fields, message", [
+    (dict(model_type="mistral", architectures=["MistralForCausalLM"]), "model_type 'mistral'.*MistralForCausalLM.*not supp"),
+    (dict(model_type="qwen2"), "model_type 'qwen2'"),
+    (dict(architectures=["LlamaForSequenceClassification"]), "LlamaForSequenceClassification.*not supported"),
+    (dict(quantization_config=dict(quant_method="gptq")), "quantization_config is set; training needs unquantised"),
+    (dict(hidden_act="gelu"), "not implemented: hidden_act='gelu'"),
+    (dict(attention_dropout=0.1), "not implemented: attention_dropout=0.1"),
+    (dict(pretraining_tp=2), "not implemented: pretraining_tp=2"),
+    (dict(partial_rotary_factor=0.5), "not implemented: partial_rotary_factor=0.5"),
+    (dict(sliding_window=4096), "not implemented: sliding_window=4096"),
+    (dict(some_new_field=3), "not implemented: some_new_field=3"),
+    (dict(original_max_position_embeddings=1024), "not implemented: original_max_position_embeddings=1024"),
+    (dict(rope_interleaved=True), "rope_interleaved=True"),
+    (dict(vocab_size=None), "lacks vocab_size"),
+    (dict(vocab_size="96"), "vocab_size='96' must be a whole number"),
+    (dict(hidden_size=64.0), "hidden_size=64.0 must be a whole number"),
+    (dict(rms_norm_eps="1e-5"), "rms_norm_eps='1e-5' must be a number"),
+    (dict(num_key_value_heads=3), "num_key_value_heads=3 must divide num_attention_heads=4"),
+    (dict(hidden_size=63, head_dim=None), "hidden_size=63 is not a multiple of num_attention_heads=4"),
+])
+def test_what_is_not_implemented_is_refused_by_name(fields, message):
+    with pytest.raises(UserError, match=message):
+        parse(**fields)
+
+
+@pytest.mark.parametrize("fields", [
+    dict(attention_dropout=0.0), dict(pretraining_tp=1), dict(hidden_act="silu"), dict(partial_rotary_factor=1.0),
+    dict(sliding_window=None), dict(some_switch=False), dict(use_cache=True), dict(torch_dtype="bfloat16"),
+    dict(max_position_embeddings=None) | dict(rms_norm_eps=1e-5), dict(initializer_range=None),
+])
+def test_neutral_values_are_accepted(fields):
+    assert parse(**fields).hidden_size == 64
+
+
+def test_errors_of_the_directory(tmp_path):
+    with pytest.raises(UserError, match="nowhere: no such directory"):
+        model_config(tmp_path / "nowhere")
+    (tmp_path / "weights.bin").touch()
+    with pytest.raises(UserError, match=r"not a Hugging Face model directory: it has no config.json \(it has: weights.bin\)"):
+        model_config(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="config.json is not valid JSON"):
+        model_config(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="holds no JSON object"):
+        model_config(tmp_path)
+    (tmp_path / "config.json").write_bytes(b"\xff\xfe{}")
+    with pytest.raises(UserError, match="config.json is not valid JSON"):
+        model_config(tmp_path)
