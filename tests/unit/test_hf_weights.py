@@ -402,5 +402,4 @@ def test_loading_takes_the_memory_of_about_one_shard(large):
     assert size > 350e6 and shard < size / 12
     assert extra < 2 * shard + 30e6, f"{extra / 1e6:.0f} MB beyond {size / 1e6:.0f} MB; one shard is {shard / 1e6:.0f} MB"
     naive, _, _ = peak_of_loading(large, "naive")
-    print(extra/1e6, size/1e6, shard/1e6, naive/1e6)
     assert naive > 0.7 * size > 3 * extra, f"naive {naive / 1e6:.0f} MB, ours {extra / 1e6:.0f} MB"

@@ -1,0 +1,78 @@
+# pytest tests/unit/test_config.py
+"""Flags and their checks; --help without jax."""
+
+import subprocess
+import sys
+
+import pytest
+
+from alst_jax.config import ModelConfig, TrainConfig, UserError, check_run, parse_length
+from tests.helpers import TINY, make_step
+
+
+@pytest.mark.parametrize("text,tokens", [
+    ("32768", 32768), ("32k", 32_000), ("32K", 32_000), ("32Ki", 32768), ("0.5M", 500_000), ("1Mi", 2**20)])
+def test_lengths(text, tokens):
+    assert parse_length(text) == tokens
+
+
+@pytest.mark.parametrize("text", ["", "abc", "-5", "0", "1.0001k", "12kb", "1e5"])
+def test_bad_lengths(text):
+    with pytest.raises(ValueError, match="length"):
+        parse_length(text)
+
+
+@pytest.mark.parametrize("flags,message", [
+    (dict(steps=0), "--steps 0: must be at least 1"),
+    (dict(grad_accum=-1), "--grad-accum -1: must be at least 1"),
+    (dict(learning_rate=0.0), "--learning-rate 0.0: must be a positive number"),
+    (dict(learning_rate=float("nan")), "--learning-rate nan: must be a positive number"),
+    (dict(beta2=1.0), "--beta2 1.0: must be at least 0 and below 1"),
+    (dict(weight_decay=float("nan")), "--weight-decay nan: must be at least 0"),
+    (dict(warmup_steps=11, steps=10), "--warmup-steps 11 is more than --steps 10"),
+    (dict(offload_activations=True, remat=False), "it needs --remat"),
+    (dict(pack=True), "not supported yet"),
+    (dict(eval_every=3), "--eval-every needs --eval-data"),
+    (dict(resume=True), "--resume needs --out"),
+    (dict(model="x"), "--model without --data"),
+    (dict(loss_tile=8, tiled_loss=False), "--loss-tile has no meaning with --no-tiled-loss"),
+    (dict(mlp_tile=8, tiled_mlp=False), "--mlp-tile has no meaning with --no-tiled-mlp"),
+    (dict(final_learning_rate_ratio=1.5), "must be between 0 and 1")])
+def test_flags_that_make_no_sense_are_refused(flags, message):
+    with pytest.raises(UserError) as error:
+        check_run(TrainConfig(**flags))
+    assert message in str(error.value)
+
+
+def test_defaults_are_accepted():
+    check_run(TrainConfig())
+
+
+@pytest.mark.parametrize("fields,message", [
+    (dict(num_kv_heads=3), "num_key_value_heads=3 must divide num_attention_heads=8"),
+    (dict(head_dim=7), "head_dim=7 must be even"), (dict(num_layers=0), "num_layers=0")])
+def test_impossible_models_are_refused(fields, message):
+    good = dict(vocab_size=9, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=8, num_kv_heads=2, head_dim=4)
+    with pytest.raises(UserError, match=message):
+        ModelConfig(**good | fields)
+
+
+def test_parameter_count_is_that_of_the_tree():
+    import jax
+
+    for model in (TINY, ModelConfig(99, 32, 48, 2, 4, 2, 8, tie_word_embeddings=True)):
+        assert model.num_params == sum(leaf.size for leaf in jax.tree.leaves(make_step(model).params))
+
+
+def test_flops_of_llama_8b():
+    """Against the count in FLOPs per token published for dense models: 6 N plus attention."""
+    model = ModelConfig(128256, 4096, 14336, 32, 32, 8, 128)
+    assert model.num_params == 8_030_261_248
+    matmul_parameters = model.num_params - 128256 * 4096 - 65 * 4096  # without look-up and norms
+    attention = 3 * 32 * 2 * 524288**2 * 4096
+    assert model.flops_per_sequence(524288) == pytest.approx(6 * matmul_parameters * 524288 + attention, rel=1e-12)
+
+
+def test_help_does_not_import_jax():
+    code = "import sys, alst_jax.config; assert 'jax' not in sys.modules and 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

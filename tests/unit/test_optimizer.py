@@ -1,0 +1,129 @@
+# pytest tests/unit/test_optimizer.py
+"""AdamW against optax's and torch's; the float32 master copy; streaming; the schedule."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+
+from alst_jax.config import TrainConfig
+from alst_jax.memory import host
+from alst_jax.memory.profile import Profile
+from alst_jax.optim.adamw import AdamW, decays
+from alst_jax.trainer import learning_rate_schedule
+from tests.helpers import PLAIN, assert_trees_close, make_step, relative_error, tiny, to_numpy
+
+MODEL = tiny(num_layers=2)
+SETTINGS = dict(beta1=0.8, beta2=0.95, eps=1e-6, weight_decay=0.1, clip_norm=1.0)
+
+
+def gradients_like(params, seed, size=1.0):
+    leaves, treedef = jax.tree.flatten(params)
+    rng = np.random.default_rng(seed)
+    return treedef.unflatten([jnp.asarray(rng.standard_normal(x.shape) * size, x.dtype) for x in leaves])
+
+
+def run(profile, dtype=jnp.float32, steps=5, sp=1, size=1.0, **settings):
+    step = make_step(MODEL, sp=sp, profile=profile, optimizer=AdamW(**SETTINGS | settings), dtype=dtype)
+    params = step.init_params(jax.random.key(0), dtype)
+    start, state = to_numpy(params), step.init_optimizer(params)
+    for seed in range(steps):
+        gradients = jax.device_put(gradients_like(start, seed, size), step.param_shardings)
+        norm = step.gradient_norm(gradients)
+        params, state = step.update(params, gradients, state, norm, jnp.float32(1e-2 * (seed + 1)))
+    return start, params, state
+
+
+def reference(start, steps=5, size=1.0):
+    """optax's own AdamW, clipping and decay mask, on the whole tree."""
+    mask = jax.tree_util.tree_map_with_path(lambda path, _: decays(path), start)
+    schedule = lambda count: 1e-2 * (count + 1)
+    tx = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.scale_by_adam(0.8, 0.95, 1e-6), optax.add_decayed_weights(0.1, mask),
+        optax.scale_by_learning_rate(schedule))
+    params, state = start, tx.init(start)
+    for seed in range(steps):
+        updates, state = tx.update(gradients_like(start, seed, size), state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-4])  # clipped, and not
+@pytest.mark.parametrize("profile,sp", [
+    (PLAIN, 1), (PLAIN, 4), (Profile(offload_weights=True), 1), (Profile(offload_optimizer=True), 4),
+    (Profile(offload_weights=True, offload_optimizer=True), 4)])
+def test_equals_optax_wherever_it_lives(profile, sp, size):
+    start, params, _ = run(profile, sp=sp, size=size)
+    assert_trees_close(params, reference(start, size=size), 1e-6)
+
+
+def test_equals_torch():
+    start, params, _ = run(PLAIN, clip_norm=0.0)
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(start)]
+    tensors = [torch.nn.Parameter(torch.tensor(np.array(x))) for x in jax.tree.leaves(start)]
+    groups = [{"params": [t], "weight_decay": 0.1 if decays(p) else 0.0} for p, t in zip(paths, tensors)]
+    theirs = torch.optim.AdamW(groups, lr=1e-2, betas=(0.8, 0.95), eps=1e-6)
+    for seed in range(5):
+        for group in theirs.param_groups:
+            group["lr"] = 1e-2 * (seed + 1)
+        for tensor, gradient in zip(tensors, jax.tree.leaves(gradients_like(start, seed))):
+            tensor.grad = torch.tensor(np.asarray(gradient))
+        theirs.step()
+    for ours, tensor in zip(jax.tree.leaves(params), tensors):
+        assert relative_error(ours, tensor.detach().numpy()) < 1e-5
+
+
+def test_norms_and_biases_are_spared_from_decay():
+    step = make_step(tiny(attention_bias=True, mlp_bias=True))
+    spared = {jax.tree_util.keystr(path, simple=True, separator="/").split("/")[-1]
+              for path, _ in jax.tree_util.tree_leaves_with_path(step.params) if not decays(path)}
+    assert spared == {"scale", "bias"}
+    kept = {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(step.params) if decays(path)}
+    assert kept == {"kernel", "embedding"}
+
+
+def test_bfloat16_weights_follow_a_float32_master():
+    """The master copy takes the float32 trajectory; the weights are its rounding. Without one, small steps vanish."""
+    tiny_rate = dict(weight_decay=0.0)
+    start, params, state = run(Profile(compute_dtype="bfloat16"), dtype=jnp.bfloat16, **tiny_rate)
+    widened = jax.tree.map(lambda x: np.asarray(x, np.float32), start)
+    gradients = [jax.tree.map(lambda g: np.asarray(g, np.float32), gradients_like(start, s)) for s in range(5)]
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(0.8, 0.95, 1e-6),
+                     optax.scale_by_learning_rate(lambda count: 1e-2 * (count + 1)))
+    expected, optimizer = widened, tx.init(widened)
+    for gradient in gradients:
+        updates, optimizer = tx.update(gradient, optimizer)
+        expected = optax.apply_updates(expected, updates)
+    assert_trees_close(state["master"], expected, 1e-5)
+    for weight, master in zip(jax.tree.leaves(params), jax.tree.leaves(state["master"])):
+        np.testing.assert_array_equal(np.asarray(weight), np.asarray(master.astype(jnp.bfloat16)))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 10, 11])
+@pytest.mark.parametrize("on_host", [True, False])
+def test_stream_covers_every_row_once(rows, on_host):
+    x, y = np.arange(20, dtype=np.float32).reshape(10, 2), np.ones((10, 2), np.float32)
+
+    def body(total, written, read):
+        return total + jnp.sum(read[0]), (written[0] + read[0],)
+
+    rows = min(rows, 10)
+    total, (new,) = jax.jit(lambda x, y: host.stream(body, jnp.float32(0), (x,), (y,), rows, (on_host, False)))(
+        jax.device_put(x, jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind=host.memory_kind(on_host))), y)
+    assert float(total) == 20
+    np.testing.assert_array_equal(new, x + 1)
+
+
+def test_chunks_are_whole_layers_or_a_bounded_number_of_rows():
+    assert host.chunk_rows((32, 4096, 14336), stacked=True) == 1
+    assert host.chunk_rows((128256, 4096), stacked=False) * 4096 * 4 <= host.CHUNK_BYTES
+    assert host.chunk_rows((7,), stacked=False) == 7
+
+
+@pytest.mark.parametrize("schedule,middle,last", [("cosine", 0.55, 0.1), ("linear", 0.55, 0.1), ("constant", 1.0, 1.0)])
+def test_learning_rate(schedule, middle, last):
+    rate = learning_rate_schedule(TrainConfig(schedule=schedule, warmup_steps=10), 110, 2.0)
+    assert [rate(i) for i in (0, 4, 9)] == pytest.approx([0.2, 1.0, 2.0])
+    assert rate(60) == pytest.approx(2.0 * middle) and rate(110) == pytest.approx(2.0 * last)
