@@ -73,10 +73,10 @@ def step_bytes(layers=2, length=2048, sp=1, **changes) -> int:
 
 def test_a_layer_costs_one_carry_under_remat():
     carry = 2048 * 64 * 4
-    slopes = [(step_bytes(layers + 2) - step_bytes(layers)) / 2 for layers in (2, 4)]
+    # From 4 layers on: below, the peak lies outside the layers.
+    slopes = [(step_bytes(layers + 2) - step_bytes(layers)) / 2 for layers in (4, 8)]
     for slope in slopes:
-        # One carry, and the layer's weight gradients on their way into the stack.
-        assert 0.9 * carry < slope < 1.5 * carry
+        assert 0.95 * carry < slope < 1.1 * carry
     naive = (step_bytes(4, remat=False) - step_bytes(2, remat=False)) / 2
     assert naive > 4 * carry
 
