@@ -93,7 +93,9 @@ def make_profile(config: TrainConfig, dtype: jnp.dtype) -> Profile:
         loss_tile=(config.loss_tile or 0) if config.tiled_loss else None,
         mlp_tile=(config.mlp_tile or 0) if config.tiled_mlp else None,
         remat=config.remat, offload_activations=config.offload_activations, offload_weights=config.offload_weights,
-        offload_optimizer=config.offload_optimizer, attention=attention, compute_dtype=str(dtype),
+        offload_optimizer=config.offload_optimizer, segment_layers=config.segment_layers,
+        keep_attention_on_device=config.keep_attention_on_device, keep_attention_on_host=config.keep_attention_on_host,
+        head_chunks=config.head_chunks, attention=attention, compute_dtype=str(dtype),
         reduce_dtype=config.reduce_dtype)
 
 

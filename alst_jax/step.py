@@ -17,9 +17,8 @@ from jax.typing import DTypeLike
 from alst_jax.config import IGNORED, ModelConfig, UserError
 from alst_jax.memory import host
 from alst_jax.memory.profile import Profile
-from alst_jax.memory.remat import checkpoint_layer
+from alst_jax.memory.remat import scan_layers
 from alst_jax.models.llama import Compute, abstract_params, block_apply, init_params
-from alst_jax.ops.attention import attention
 from alst_jax.ops.cross_entropy import cross_entropy, default_tile, tiled_cross_entropy
 from alst_jax.ops.linear import embed
 from alst_jax.ops.norm import rms_norm
@@ -28,7 +27,7 @@ from alst_jax.ops.tiling import accumulation_dtype
 from alst_jax.optim.adamw import AdamW, apply_update, global_norm
 from alst_jax.parallel.mesh import AXES, SEQ
 from alst_jax.parallel.sharding import BATCH_SPEC, drop_layer_dim, gather, is_stacked, param_specs, shardings
-from alst_jax.parallel.ulysses import check_degree, ulysses_attention
+from alst_jax.parallel.ulysses import check_degree, project_and_attend
 
 Params = Any
 
@@ -49,7 +48,7 @@ class TrainStep:
     """
 
     def __init__(self, model: ModelConfig, mesh: Mesh, profile: Profile, optimizer: AdamW, dtype: DTypeLike):
-        check_degree(mesh.shape[SEQ], model.num_heads)
+        check_profile(profile, model, mesh.shape[SEQ])
         self.model, self.mesh, self.profile, self.optimizer = model, mesh, profile, optimizer
         self.specs = param_specs(abstract_params(model, dtype), mesh)
         weights_kind = host.memory_kind(profile.offload_weights)
@@ -116,6 +115,25 @@ class TrainStep:
         return Batch(*jax.device_put((tokens, labels, positions), NamedSharding(self.mesh, BATCH_SPEC)))
 
 
+def check_profile(profile: Profile, model: ModelConfig, sp: int) -> None:
+    """UserError if the profile cannot be had with this model on this mesh."""
+    check_degree(sp, model.num_heads, profile.head_chunks)
+    chunks, kv_heads = profile.head_chunks, model.num_kv_heads
+    if chunks % kv_heads and kv_heads % chunks:
+        raise UserError(f"--head-chunks {chunks}: must divide the {kv_heads} kv heads or be a multiple of them")
+    if model.num_layers % profile.segment_layers:
+        works = [k for k in range(1, model.num_layers + 1) if model.num_layers % k == 0]
+        raise UserError(f"--segment-layers {profile.segment_layers} must divide {model.num_layers} layers; use one of "
+                        f"{', '.join(map(str, works))}")
+    kept = profile.keep_attention_on_device + profile.keep_attention_on_host
+    if kept > profile.segment_layers:
+        raise UserError(f"--keep-attention-on-device + --keep-attention-on-host = {kept} layers of each segment, which has "
+                        f"{profile.segment_layers} (--segment-layers)")
+    if not profile.remat and (kept or profile.segment_layers > 1 or profile.offload_activations):
+        raise UserError("--segment-layers, --keep-attention-on-device, --keep-attention-on-host and --offload-activations "
+                        "say what rematerialisation keeps; they need --remat, not --no-remat")
+
+
 def _with_shardings(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
@@ -130,20 +148,21 @@ def local_loss(
 ) -> jax.Array:
     """scale x the loss summed over the valid labels of all devices, from local shards. Runs inside the shard_map."""
     dtype = jnp.dtype(profile.compute_dtype)
-    fetch = functools.partial(_fetch, on_host=profile.offload_weights, reduce_dtype=jnp.dtype(profile.reduce_dtype))
+    gather_all = functools.partial(_gather_all, reduce_dtype=jnp.dtype(profile.reduce_dtype))
+    fetch = lambda shards, specs: gather_all(host.to_device(shards) if profile.offload_weights else shards, specs)
     rope = rope_tables(model.rope, model.head_dim, batch.positions)
-    attend = functools.partial(attention, implementation=profile.attention)
-    compute = Compute(lambda q, k, v: ulysses_attention(q, k, v, attend, SEQ), _mlp_tile(model, profile))
+    attend = functools.partial(
+        project_and_attend, implementation=profile.attention, axis=SEQ, chunks=profile.head_chunks)
     block = block_apply(model)
     layer_specs = jax.tree.map(drop_layer_dim, specs["layers"], is_leaf=lambda x: isinstance(x, P))
 
-    def layer_body(h, layer):
-        return block(fetch(layer, layer_specs), h, rope, compute), None
+    def layer(h, shards, name):
+        compute = Compute(functools.partial(attend, name=name), _mlp_tile(model, profile))
+        return block(gather_all(shards, layer_specs), h, rope, compute)
 
     table = fetch(params["embed_tokens"], specs["embed_tokens"])["embedding"]
     h_BTD = embed(table, batch.tokens, dtype)
-    layer_body = checkpoint_layer(layer_body, profile.remat, profile.offload_activations)
-    h_BTD, _ = lax.scan(layer_body, h_BTD, params["layers"])
+    h_BTD = scan_layers(layer, h_BTD, params["layers"], profile)
     h_BTD = rms_norm(h_BTD, fetch(params["norm"], specs["norm"])["scale"], model.rms_norm_eps)
 
     head = "embed_tokens" if model.tie_word_embeddings else "lm_head"
@@ -160,10 +179,8 @@ def _mlp_tile(model: ModelConfig, profile: Profile) -> int | None:
     return profile.mlp_tile if profile.mlp_tile != 0 else model.hidden_size
 
 
-def _fetch(shards: Any, specs: Any, on_host: bool, reduce_dtype: DTypeLike) -> Any:
-    """Whole weights, as carriers, from local shards wherever they live."""
-    if on_host:
-        shards = host.to_device(shards)
+def _gather_all(shards: Any, specs: Any, reduce_dtype: DTypeLike) -> Any:
+    """Whole weights, as carriers, from local shards on the device."""
     return jax.tree.map(lambda shard, spec: gather(shard, spec, reduce_dtype), shards, specs)
 
 

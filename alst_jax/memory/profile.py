@@ -14,6 +14,10 @@ class Profile:
     offload_activations: bool = False
     offload_weights: bool = False
     offload_optimizer: bool = False
+    segment_layers: int = 1  # layers between two kept layer inputs
+    keep_attention_on_device: int = 0  # layers of each segment whose attention output and log-sum-exp are kept
+    keep_attention_on_host: int = 0  # the same, in host memory
+    head_chunks: int = 1  # groups of heads that are worked on one after the other
     attention: Literal["cudnn", "xla"] = "xla"
     compute_dtype: str = "float32"
     reduce_dtype: str = "float32"

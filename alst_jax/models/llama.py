@@ -26,7 +26,11 @@ Params = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-    """How a block computes, without changing what: the attention over (q, k, v), and tokens per MLP tile (None: all)."""
+    """How a block computes, without changing what.
+
+    attend(project, x, (q, k, v weights), rope, (N, K)) -> o[B, T, N, H], where project(x, weights, rope) -> q, k, v also
+    works on the weights of fewer heads; tokens per MLP tile (None: all).
+    """
 
     attend: Callable
     mlp_tile: int | None = None
@@ -60,14 +64,18 @@ class Attention(nnx.Module):
         self.k_proj = make(d, config.num_kv_heads * h)
         self.v_proj = make(d, config.num_kv_heads * h)
         self.o_proj = make(config.num_heads * h, d)
-        self.head_dim = h
+        self.heads, self.head_dim = (config.num_heads, config.num_kv_heads), h
 
     def __call__(self, x: Float[Array, "B T D"], rope: tuple, attend: Callable) -> Float[Array, "B T D"]:
-        heads = lambda y: y.reshape(*y.shape[:2], -1, self.head_dim)
-        q_BTNH = apply_rope(heads(self.q_proj(x)), *rope)
-        k_BTKH = apply_rope(heads(self.k_proj(x)), *rope)
-        v_BTKH = heads(self.v_proj(x))
-        o_BTNH = attend(q_BTNH, k_BTKH, v_BTKH)
+        parts = [nnx.split(part) for part in (self.q_proj, self.k_proj, self.v_proj)]
+        graphdefs, weights = [g for g, _ in parts], tuple(w for _, w in parts)
+
+        def project(x_BTD, weights, rope):
+            ys = [nnx.merge(g, w)(x_BTD) for g, w in zip(graphdefs, weights)]
+            q_BTNH, k_BTKH, v_BTKH = (y.reshape(*y.shape[:2], -1, self.head_dim) for y in ys)
+            return apply_rope(q_BTNH, *rope), apply_rope(k_BTKH, *rope), v_BTKH
+
+        o_BTNH = attend(project, x, weights, rope, self.heads)
         return self.o_proj(o_BTNH.reshape(*o_BTNH.shape[:2], -1))
 
 

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from alst_jax.config import UserError
@@ -16,19 +17,69 @@ MIN_ROWS = 16  # queries in a tile at least
 CUDNN_MAX_ELEMENTS = 2**31
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def attention(
-    q: Float[Array, "B S N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], implementation: str
+    q: Float[Array, "B S N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], implementation: str,
+    name: str | None = None,
 ) -> Float[Array, "B S N H"]:
     """softmax(q k^T / sqrt(H)) v over earlier and equal positions; query head n reads kv head n // (N / K).
 
     implementation: "cudnn" (GPU, bfloat16 or float16, S a multiple of 128) or "xla" (any device and dtype; quadratic
-    time, memory linear in S because queries are tiled).
+    time, memory linear in S because queries are tiled). name: what `jax.checkpoint` policies know the output and the
+    log-sum-exp by; where both are kept, the backward pass runs no attention forward.
     """
+    return attention_forward(q, k, v, implementation)[0]
+
+
+def _attention_fwd(q, k, v, implementation, name):
+    o, statistics = attention_forward(q, k, v, implementation)
+    if name is not None:
+        o, statistics = jax.tree.map(lambda x: checkpoint_name(x, name), (o, statistics))
+    return o, (q, k, v, o, statistics)
+
+
+def _attention_bwd(implementation, name, residuals, do):
+    return attention_backward(*residuals, do, implementation)
+
+
+attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def attention_forward(q: Array, k: Array, v: Array, implementation: str) -> tuple[Array, tuple[Array, ...]]:
+    """The output o[B, S, N, H] and what the backward pass needs besides q, k, v and o: log-sum-exp[B, N, S], or nothing."""
     if implementation == "cudnn":
-        return _cudnn_attention(q, k, v)
+        pieces = _split_heads(q, k, v)
+        outputs, statistics = zip(*(_cudnn_forward(*piece) for piece in pieces))
+        return _concatenate(outputs, axis=2), tuple(_concatenate(parts, axis=1) for parts in zip(*statistics))
     if implementation == "xla":
-        return _xla_attention(q, k, v)
+        return _xla_attention(q, k, v), ()
     raise ValueError(f"attention implementation {implementation!r}: cudnn or xla")
+
+
+def attention_backward(
+    q: Array, k: Array, v: Array, o: Array, statistics: tuple[Array, ...], do: Array, implementation: str
+) -> tuple[Array, Array, Array]:
+    """(dq, dk, dv) of `attention_forward`, from its results; no forward is run again."""
+    if implementation == "xla":
+        return jax.vjp(_xla_attention, q, k, v)[1](do)
+    pieces = _split_heads(q, k, v)
+    split = lambda x, axis: jnp.split(x, len(pieces), axis=axis)
+    grads = [_cudnn_backward(*piece, o_i, (lse_i,), do_i) for piece, o_i, lse_i, do_i in zip(
+        pieces, split(o, 2), split(statistics[0], 1), split(do, 2))]
+    dq, dk, dv = zip(*grads)
+    shared = len(pieces) // k.shape[2]  # groups that read the same kv head
+    return _concatenate(dq, axis=2), *(_concatenate(_sum_runs(d, shared), axis=2) for d in (dk, dv))
+
+
+def _concatenate(parts, axis):
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=axis)
+
+
+def _sum_runs(parts, run):
+    """Sums of each `run` neighbours, in float32."""
+    if run <= 1:
+        return parts
+    return [sum(x.astype(jnp.float32) for x in parts[i : i + run]).astype(parts[0].dtype) for i in range(0, len(parts), run)]
 
 
 def _xla_attention(q, k, v):
@@ -52,20 +103,43 @@ def _attend_rows(rows, kv):
     return jnp.einsum("bkgts,bskh->tbkgh", weights, v).reshape(tokens, batch, heads, head_dim)
 
 
-def _cudnn_attention(q, k, v):
-    attend = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
-    groups = head_groups(q.shape, k.shape[2])
-    if groups == 1:
-        return attend(q, k, v)
+def _cudnn(q, k, v):
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+
+
+def _cudnn_forward(q, k, v):
+    o, pullback = jax.vjp(_cudnn, q, k, v)
+    statistics = tuple(x for x in jax.tree.leaves(pullback) if not _is_one_of(x, (q, k, v, o)) and x.size)
+    if len(statistics) != 1:
+        raise RuntimeError(f"jax {jax.__version__} keeps {len(statistics)} arrays besides q, k, v and o for the backward "
+                           "pass of cuDNN attention, not the log-sum-exp alone; use --attention xla or another jax")
+    return o, statistics
+
+
+def _cudnn_backward(q, k, v, o, statistics, do):
+    # jax has no public call for the backward pass alone. The pullback is a tree of what the forward pass kept: trace that
+    # once more, put in what was kept then, and the forward traced here is dead code.
+    fresh, pullback = jax.vjp(_cudnn, q, k, v)
+    leaves, treedef = jax.tree.flatten(pullback)
+    kept = iter(statistics)
+    swap = lambda x: o if x is fresh else x if _is_one_of(x, (q, k, v)) or not x.size else next(kept)
+    return treedef.unflatten([swap(x) for x in leaves])(do)
+
+
+def _is_one_of(x, others) -> bool:
+    return any(x is other for other in others)
+
+
+def _split_heads(q, k, v) -> list[tuple[Array, Array, Array]]:
+    """q, k, v in as few groups of heads as cuDNN's index range allows."""
     # Unrolled on purpose: a scan's residuals could not be offloaded to host memory inside the scan over layers.
-    queries = jnp.split(q, groups, axis=2)
-    kv_heads, repeats = k.shape[2], max(1, groups // k.shape[2])
-    if repeats > 1:  # several groups share a kv head
-        pick = lambda x, i: x[:, :, i // repeats : i // repeats + 1]
-    else:
-        width = kv_heads // groups
-        pick = lambda x, i: x[:, :, i * width : (i + 1) * width]
-    return jnp.concatenate([attend(qi, pick(k, i), pick(v, i)) for i, qi in enumerate(queries)], axis=2)
+    groups, kv_heads = head_groups(q.shape, k.shape[2]), k.shape[2]
+    if groups == 1:
+        return [(q, k, v)]
+    width = max(1, kv_heads // groups)  # several groups may share a kv head
+    starts = [i * kv_heads // groups for i in range(groups)]
+    return [(qi, k[:, :, at : at + width], v[:, :, at : at + width])
+            for qi, at in zip(jnp.split(q, groups, axis=2), starts)]
 
 
 def head_groups(q_shape: tuple[int, int, int, int], kv_heads: int) -> int:

@@ -14,6 +14,7 @@ from alst_jax.ops.linear import add_bias, embed, linear
 from alst_jax.ops.norm import rms_norm
 from alst_jax.ops.rope import apply_rope, rope_tables
 from alst_jax.ops.tiling import tiled
+from tests import stand_in
 from tests.helpers import relative_error
 
 TOKENS = 23
@@ -239,21 +240,32 @@ def test_a_head_beyond_the_wall_is_refused():
 
 
 def test_split_heads_equal_one_call(monkeypatch):
-    """The guard's splitting, with a stand-in for the kernel: which query head reads which kv head must not change."""
-    calls = []
-
-    def kernel(q, k, v, is_causal, implementation):
-        assert is_causal and implementation == "cudnn"
-        calls.append(q.shape[2])
-        return jnp.asarray(naive_attention(q, k, v), q.dtype)
-
-    monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
+    """The guard's splitting: which query head reads which kv head must not change, nor what is summed where."""
     for kv_heads, parts in ((2, 4), (4, 2), (1, 8)):
-        calls.clear()
-        monkeypatch.setattr(attention_module, "CUDNN_MAX_ELEMENTS", 8 * TOKENS * 8 // parts)
         q, k, v = normal(0, 1, TOKENS, 8, 8), normal(1, 1, TOKENS, kv_heads, 8), normal(2, 1, TOKENS, kv_heads, 8)
-        assert relative_error(attention(q, k, v, "cudnn"), naive_attention(q, k, v)) < 1e-5
-        assert calls == [8 // parts] * parts
+        do = normal(3, 1, TOKENS, 8, 8)
+        with monkeypatch.context() as patch:
+            calls = stand_in.install(patch)
+            patch.setattr(attention_module, "CUDNN_MAX_ELEMENTS", TOKENS * 8 * 8 // parts)
+            o, pullback = jax.vjp(lambda *qkv: attention(*qkv, "cudnn"), q, k, v)
+            gradients = pullback(do)
+        assert relative_error(o, naive_attention(q, k, v)) < 1e-5
+        assert {shape[2] for shape in calls} == {8 // parts}
+        for ours, plain in zip(gradients, jax.vjp(lambda *qkv: attention(*qkv, "xla"), q, k, v)[1](do)):
+            assert relative_error(ours, plain) < 1e-5
+
+
+def test_backward_uses_what_was_kept(monkeypatch):
+    """The output and statistics handed to the backward pass are those it works with, not some computed again."""
+    stand_in.install(monkeypatch)
+    q, k, v, do = (normal(i, 1, TOKENS, 4, 8) for i in range(4))
+    o, statistics = attention_module.attention_forward(q, k, v, "cudnn")
+    exact = attention_module.attention_backward(q, k, v, o, statistics, do, "cudnn")
+    for ours, plain in zip(exact, jax.vjp(lambda *qkv: attention(*qkv, "xla"), q, k, v)[1](do)):
+        assert relative_error(ours, plain) < 1e-5
+    other_o = attention_module.attention_backward(q, k, v, o + 1, statistics, do, "cudnn")
+    other_lse = attention_module.attention_backward(q, k, v, o, (statistics[0] + 1,), do, "cudnn")
+    assert relative_error(other_o[0], exact[0]) > 1e-2 and relative_error(other_lse[2], exact[2]) > 1e-2
 
 
 def test_unknown_attention_is_refused():

@@ -1,0 +1,123 @@
+# pytest tests/mesh/test_profiles.py
+"""Segments, kept attention outputs and head chunks: equal to the plain step, and really kept, where they should be."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.interpreters import partial_eval
+
+from alst_jax.config import UserError
+from alst_jax.memory.profile import Profile
+from tests import stand_in
+from tests.helpers import PLAIN, assert_trees_close, make_step, random_batch, tiny, train
+
+MODEL = tiny(num_layers=4, attention_bias=True, mlp_bias=False)
+TILES = dict(loss_tile=7, mlp_tile=5)
+HOST = dict(offload_activations=True, offload_weights=True, offload_optimizer=True)
+PROFILES = [
+    dict(head_chunks=2), dict(head_chunks=4), dict(head_chunks=8), dict(segment_layers=2), dict(segment_layers=4),
+    dict(keep_attention_on_device=1), dict(keep_attention_on_host=1),
+    dict(segment_layers=2, keep_attention_on_host=2),
+    dict(segment_layers=4, keep_attention_on_device=1, keep_attention_on_host=2, head_chunks=4),
+    dict(segment_layers=2, keep_attention_on_host=1, head_chunks=2, **TILES, **HOST),
+    dict(segment_layers=4, keep_attention_on_device=1, head_chunks=4, **TILES, **HOST),
+]
+ON_MESHES = [
+    ((1, 2), dict(head_chunks=2)), ((1, 2), dict(head_chunks=4)),  # 4: two chunks share each kv head
+    ((1, 4), dict(head_chunks=2, segment_layers=2, keep_attention_on_host=1)),  # sp > kv heads of a chunk
+    ((2, 2), dict(segment_layers=4, keep_attention_on_host=1, keep_attention_on_device=1, head_chunks=2, **TILES, **HOST)),
+]
+
+
+def name(case):
+    return "+".join(f"{key}={value}" for key, value in case.items()) if isinstance(case, dict) else str(case)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return train(make_step(MODEL), random_batch(MODEL))
+
+
+def check(reference, dp=1, sp=1, **changes):
+    profile = dataclasses.replace(PLAIN, remat=True, **changes)
+    losses, gradients, weights = train(make_step(MODEL, dp=dp, sp=sp, profile=profile), random_batch(MODEL))
+    np.testing.assert_allclose(losses, reference[0], rtol=1e-5)
+    assert_trees_close(gradients, reference[1], 1e-5)
+    assert_trees_close(weights, reference[2], 1e-4)
+
+
+@pytest.mark.parametrize("changes", PROFILES, ids=name)
+def test_profile_equals_plain(changes, reference):
+    check(reference, **changes)
+
+
+@pytest.mark.parametrize("mesh,changes", ON_MESHES, ids=name)
+def test_profile_on_a_mesh_equals_plain(mesh, changes, reference):
+    check(reference, *mesh, **changes)
+
+
+@pytest.mark.parametrize("changes", [
+    dict(segment_layers=4, keep_attention_on_host=2), dict(segment_layers=2, keep_attention_on_device=1, head_chunks=4)], ids=name)
+def test_with_a_kernel_that_lives_on_kept_statistics(changes, reference, monkeypatch):
+    stand_in.install(monkeypatch)
+    check(reference, sp=2, attention="cudnn", **changes)
+
+
+# ------------------------------------------------------------------------------------------------------- what is kept
+
+
+def traced(monkeypatch, **changes) -> str:
+    """The jaxpr of loss and gradient with cuDNN attention, without dead code."""
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91900)
+    profile = Profile(**{"loss_tile": 64, "mlp_tile": 64, "attention": "cudnn", "compute_dtype": "bfloat16", **changes})
+    step = make_step(MODEL, profile=profile, dtype=jnp.bfloat16)
+    batch = step.put_batch(**random_batch(MODEL, rows=1, length=256))
+    jaxpr = step.loss_and_grad.trace(step.params, batch, jax.ShapeDtypeStruct((), jnp.float32)).jaxpr.jaxpr
+    return str(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
+
+
+@pytest.mark.parametrize("changes,forwards,backwards", [
+    ({}, 2, 1), (dict(keep_attention_on_device=1), 1, 1), (dict(keep_attention_on_host=1), 1, 1),
+    (dict(segment_layers=2), 4, 2),  # not 6: an output made while a segment is rebuilt serves its backward pass too
+    (dict(segment_layers=2, keep_attention_on_host=1), 3, 2), (dict(segment_layers=2, keep_attention_on_device=2), 2, 2),
+    (dict(segment_layers=4, keep_attention_on_device=1, keep_attention_on_host=2), 5, 4),
+    (dict(head_chunks=4), 2, 1), (dict(head_chunks=4, keep_attention_on_host=1), 1, 1)], ids=name)
+def test_kept_outputs_spare_attention_forwards(changes, forwards, backwards, monkeypatch):
+    """Calls in the bodies of the two scans over segments: 4 layers are 4 / segment_layers trips."""
+    text = traced(monkeypatch, **changes)
+    assert len(re.findall("dot_product_attention_fwd", text)) == forwards
+    assert len(re.findall("dot_product_attention_bwd", text)) == backwards
+
+
+def host_residuals(text) -> set[str]:
+    return set(re.findall(r"\w+<host>\[([\d,]+)\]", text))
+
+
+def test_what_is_kept_on_the_host(monkeypatch):
+    output, statistics, layer_input = "1,256,8,16", "1,8,256", "1,256,64"
+    assert host_residuals(traced(monkeypatch, segment_layers=2, keep_attention_on_device=2)) == set()
+    kept = host_residuals(traced(monkeypatch, segment_layers=2, keep_attention_on_host=1))
+    assert kept == {output, f"2,{output}", statistics, f"2,{statistics}"}  # one layer in each of two segments
+    inputs = host_residuals(traced(monkeypatch, segment_layers=2, offload_activations=True))
+    assert inputs == {layer_input, f"2,{layer_input}"}  # 2 segments, not 4 layers
+
+
+@pytest.mark.parametrize("changes,message", [
+    (dict(segment_layers=3), "--segment-layers 3 must divide 4 layers; use one of 1, 2, 4"),
+    (dict(segment_layers=2, keep_attention_on_device=2, keep_attention_on_host=1), "= 3 layers of each segment, which has 2"),
+    (dict(keep_attention_on_host=1, remat=False), "they need --remat"),
+    (dict(head_chunks=3), "--head-chunks 3 must divide 8 query heads; use 1, 2, 4 or 8")], ids=name)
+def test_impossible_profiles_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        make_step(MODEL, profile=Profile(**changes))
+
+
+def test_chunks_and_degree_must_fit_together():
+    with pytest.raises(UserError, match=r"sp=4 must divide 2 query heads of each of 4 chunks \(--head-chunks\); use 1 or 2"):
+        make_step(MODEL, sp=4, profile=Profile(head_chunks=4))
