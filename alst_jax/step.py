@@ -156,13 +156,13 @@ def local_loss(
     block = block_apply(model)
     layer_specs = jax.tree.map(drop_layer_dim, specs["layers"], is_leaf=lambda x: isinstance(x, P))
 
-    def layer(h, shards, name):
-        compute = Compute(functools.partial(attend, name=name), _mlp_tile(model, profile))
+    def layer(h, shards, rope, kept):
+        compute = Compute(functools.partial(attend, kept=kept), _token_tile(model, profile))
         return block(gather_all(shards, layer_specs), h, rope, compute)
 
     table = fetch(params["embed_tokens"], specs["embed_tokens"])["embedding"]
     h_BTD = embed(table, batch.tokens, dtype)
-    h_BTD = scan_layers(layer, h_BTD, params["layers"], profile)
+    h_BTD = scan_layers(layer, h_BTD, params["layers"], rope, profile)
     h_BTD = rms_norm(h_BTD, fetch(params["norm"], specs["norm"])["scale"], model.rms_norm_eps)
 
     head = "embed_tokens" if model.tie_word_embeddings else "lm_head"
@@ -175,7 +175,7 @@ def local_loss(
     return lax.psum(total * scale, AXES)
 
 
-def _mlp_tile(model: ModelConfig, profile: Profile) -> int | None:
+def _token_tile(model: ModelConfig, profile: Profile) -> int | None:
     return profile.mlp_tile if profile.mlp_tile != 0 else model.hidden_size
 
 

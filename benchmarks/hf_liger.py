@@ -3,10 +3,12 @@
     python -m benchmarks.hf_liger --layers 4 --seq-lens 65536 131072
 
 Each side runs in a process of its own, one after the other, with gradient checkpointing per layer, bf16 weights and
-batch 1; the median of the steps after the first two is reported. Needs a CUDA GPU, torch and liger-kernel.
+batch 1; the median of the steps after the first two is reported. "ours" keeps the attention outputs on the device,
+"ours, all recomputed" runs every attention forward twice, as the other side does. Needs a CUDA GPU, torch, liger-kernel.
 """
 
 import dataclasses
+import functools
 import json
 import statistics
 import subprocess
@@ -24,7 +26,7 @@ class Options:
     layers: int = 4
     seq_lens: tuple[int, ...] = (65536,)
     steps: int = 6
-    sides: tuple[str, ...] = ("ours", "hf+liger")
+    sides: tuple[str, ...] = ("ours", "ours, all recomputed", "hf+liger")
     side: str | None = None
     """Run one side in this process and print JSON (what the parent process does for each)."""
 
@@ -32,10 +34,11 @@ class Options:
 def main():
     options = tyro.cli(Options)
     if options.side is not None:
-        measure = {"ours": ours, "hf+liger": hf_liger}[options.side]
+        measure = {"ours": functools.partial(ours, keep=1), "ours, all recomputed": functools.partial(ours, keep=0),
+                   "hf+liger": hf_liger}[options.side]
         print("RESULT " + json.dumps(measure(options.layers, options.seq_lens[0], options.steps)))
         return
-    print(f"{'side':10} {'tokens':>8} {'seconds':>8} {'spread':>7} {'tok/s':>8} {'MFU':>6} {'peak GiB':>9} {'loss':>8}")
+    print(f"{'side':20} {'tokens':>8} {'seconds':>8} {'spread':>7} {'tok/s':>8} {'MFU':>6} {'peak GiB':>9} {'loss':>8}")
     for seq_len in options.seq_lens:
         speeds = {}
         for side in options.sides:
@@ -44,19 +47,20 @@ def main():
             done = subprocess.run(command, capture_output=True, text=True)
             line = next((x for x in done.stdout.splitlines() if x.startswith("RESULT ")), None)
             if line is None:
-                print(f"{side:10} {seq_len:8} failed: {(done.stderr or done.stdout).strip()[-600:]}")
+                print(f"{side:20} {seq_len:8} failed: {(done.stderr or done.stdout).strip()[-600:]}")
                 continue
             result = json.loads(line.removeprefix("RESULT "))
             median, spread = statistics.median(result["seconds"]), max(result["seconds"]) - min(result["seconds"])
             speeds[side] = seq_len / median
             mfu = llama_8b(options.layers).flops_per_sequence(seq_len) / median / (result["peak_flops"] or float("nan"))
-            print(f"{side:10} {seq_len:8} {median:8.3f} {spread:7.3f} {speeds[side]:8.0f} {mfu:6.1%} "
+            print(f"{side:20} {seq_len:8} {median:8.3f} {spread:7.3f} {speeds[side]:8.0f} {mfu:6.1%} "
                   f"{result['peak_gib']:9.2f} {result['loss']:8.4f}   {result['versions']}", flush=True)
-        if len(speeds) == 2:
-            print(f"ratio ours / hf+liger at {seq_len}: {speeds['ours'] / speeds['hf+liger']:.3f}", flush=True)
+        for side in speeds:
+            if side != "hf+liger" and "hf+liger" in speeds:
+                print(f"ratio {side} / hf+liger at {seq_len}: {speeds[side] / speeds['hf+liger']:.3f}", flush=True)
 
 
-def ours(layers: int, seq_len: int, steps: int) -> dict:
+def ours(layers: int, seq_len: int, steps: int, keep: int) -> dict:
     environment.prepare(None)
     import jax
     import jax.numpy as jnp
@@ -67,7 +71,7 @@ def ours(layers: int, seq_len: int, steps: int) -> dict:
     from alst_jax.parallel.mesh import make_mesh
     from alst_jax.step import TrainStep
 
-    profile = Profile(attention="cudnn", compute_dtype="bfloat16")
+    profile = Profile(attention="cudnn", compute_dtype="bfloat16", keep_attention_on_device=keep)
     step = TrainStep(llama_8b(layers), make_mesh(1, 1), profile, AdamW(), jnp.bfloat16)
     params = step.init_params(jax.random.key(0), jnp.bfloat16)
     tokens = np.random.default_rng(0).integers(0, 128256, (1, seq_len), dtype=np.int32)

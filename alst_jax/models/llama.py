@@ -19,7 +19,7 @@ from alst_jax.config import ModelConfig
 from alst_jax.ops.linear import add_bias, linear
 from alst_jax.ops.norm import rms_norm
 from alst_jax.ops.rope import apply_rope
-from alst_jax.ops.tiling import tiled
+from alst_jax.ops.tiling import even_tile, tiled
 
 Params = dict[str, Any]
 
@@ -28,12 +28,12 @@ Params = dict[str, Any]
 class Compute:
     """How a block computes, without changing what.
 
-    attend(project, x, (q, k, v weights), rope, (N, K)) -> o[B, T, N, H], where project(x, weights, rope) -> q, k, v also
-    works on the weights of fewer heads; tokens per MLP tile (None: all).
+    attend(project, h, weights, rope, (N, K)) -> o[B, T, N, H], statistics: attention from hidden states, see
+    `parallel.ulysses.project_and_attend`. tile: tokens worked on at a time in all that is token-wise (None: all).
     """
 
     attend: Callable
-    mlp_tile: int | None = None
+    tile: int | None = None
 
 
 class Linear(nnx.Module):
@@ -64,19 +64,14 @@ class Attention(nnx.Module):
         self.k_proj = make(d, config.num_kv_heads * h)
         self.v_proj = make(d, config.num_kv_heads * h)
         self.o_proj = make(config.num_heads * h, d)
-        self.heads, self.head_dim = (config.num_heads, config.num_kv_heads), h
+        self.head_dim = h
 
-    def __call__(self, x: Float[Array, "B T D"], rope: tuple, attend: Callable) -> Float[Array, "B T D"]:
-        parts = [nnx.split(part) for part in (self.q_proj, self.k_proj, self.v_proj)]
-        graphdefs, weights = [g for g, _ in parts], tuple(w for _, w in parts)
-
-        def project(x_BTD, weights, rope):
-            ys = [nnx.merge(g, w)(x_BTD) for g, w in zip(graphdefs, weights)]
-            q_BTNH, k_BTKH, v_BTKH = (y.reshape(*y.shape[:2], -1, self.head_dim) for y in ys)
-            return apply_rope(q_BTNH, *rope), apply_rope(k_BTKH, *rope), v_BTKH
-
-        o_BTNH = attend(project, x, weights, rope, self.heads)
-        return self.o_proj(o_BTNH.reshape(*o_BTNH.shape[:2], -1))
+    def project(
+        self, x: Float[Array, "T D"], q_proj: Linear, k_proj: Linear, v_proj: Linear, rope: tuple
+    ) -> tuple[Float[Array, "T N H"], Float[Array, "T K H"], Float[Array, "T K H"]]:
+        """Queries, keys and values of some tokens, for as many heads as the projections have columns."""
+        q_TNH, k_TKH, v_TKH = (part(x).reshape(x.shape[0], -1, self.head_dim) for part in (q_proj, k_proj, v_proj))
+        return apply_rope(q_TNH, *rope), apply_rope(k_TKH, *rope), v_TKH
 
 
 class MLP(nnx.Module):
@@ -92,24 +87,49 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Pre-norm attention and MLP, each added to the residual stream."""
+    """Pre-norm attention and MLP, each added to the residual stream.
+
+    All but attention is token-wise: what is before it and what is behind it are one tiled function each, so that no
+    intermediate of the whole sequence exists but h, q, k, v and o.
+    """
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.self_attn = Attention(config, dtype, rngs)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.mlp = MLP(config, dtype, rngs)
+        self.heads = config.num_heads, config.num_kv_heads
 
-    def __call__(self, h: Float[Array, "B T D"], rope: tuple, compute: Compute) -> Float[Array, "B T D"]:
-        h = h + self.self_attn(self.input_layernorm(h), rope, compute.attend)
-        graphdef, weights = nnx.split((self.post_attention_layernorm, self.mlp))
+    def __call__(self, h: Float[Array, "B T D"], rope: tuple, compute: Compute) -> tuple[Float[Array, "B T D"], tuple]:
+        """The next h, and the attention's output and statistics."""
+        batch, length, _ = h.shape
+        tile = compute.tile and even_tile(batch * length, compute.tile)
+        tokens = lambda x: x.reshape(batch * length, *x.shape[2:])
+        sequences = lambda x: x.reshape(batch, length, *x.shape[1:])
+        attn = self.self_attn
+        before, before_weights = _split(
+            lambda norm, *projections: lambda h, rope: attn.project(norm(h), *projections, rope),
+            self.input_layernorm, attn.q_proj, attn.k_proj, attn.v_proj)
+        behind, behind_weights = _split(
+            lambda o_proj, norm, mlp: lambda h_and_o: _add_attention_and_mlp(*h_and_o, o_proj, norm, mlp),
+            attn.o_proj, self.post_attention_layernorm, self.mlp)
 
-        def norm_and_mlp(x_TD, weights):
-            norm, mlp = nnx.merge(graphdef, weights)
-            return x_TD + mlp(norm(x_TD))
+        def project(h_BTD, weights, rope):
+            return jax.tree.map(sequences, tiled(before, tile, tokens(h_BTD), weights, jax.tree.map(tokens, rope)))
 
-        rows = h.reshape(-1, h.shape[-1])
-        return tiled(norm_and_mlp, compute.mlp_tile, rows, weights).reshape(h.shape)
+        o_BTNH, statistics = compute.attend(project, h, before_weights, rope, self.heads)
+        return sequences(tiled(behind, tile, (tokens(h), tokens(o_BTNH)), behind_weights)), (o_BTNH, statistics)
+
+
+def _add_attention_and_mlp(h_TD, o_TNH, o_proj, norm, mlp):
+    h_TD = h_TD + o_proj(o_TNH.reshape(o_TNH.shape[0], -1))
+    return h_TD + mlp(norm(h_TD))
+
+
+def _split(method: Callable, *modules: nnx.Module) -> tuple[Callable, tuple]:
+    """A pure function fn(x, weights, *fixed) = method(*modules)(x, *fixed), and the weights of the modules."""
+    graphdefs, weights = zip(*(nnx.split(module) for module in modules))
+    return lambda x, weights, *fixed: method(*map(nnx.merge, graphdefs, weights))(x, *fixed), weights
 
 
 class Llama(nnx.Module):
@@ -136,11 +156,11 @@ def abstract_params(config: ModelConfig, dtype: DTypeLike) -> Params:
 
 
 def block_apply(config: ModelConfig) -> Callable:
-    """A pure function (layer_params, h, rope, compute) -> h for one layer's parameters (no L dim)."""
+    """`Block` as a pure function (layer_params, h, rope, compute) -> (h, attention) of one layer's parameters (no L dim)."""
     # Dtypes and shapes of the abstract block do not matter: merge puts in the arrays it is given.
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Block(config, jnp.float32, nnx.Rngs(0))))
 
-    def apply(layer: Params, h: Float[Array, "B T D"], rope: tuple, compute: Compute) -> Float[Array, "B T D"]:
+    def apply(layer: Params, h: Float[Array, "B T D"], rope: tuple, compute: Compute) -> tuple:
         filled = jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(layer))
         return nnx.merge(graphdef, filled)(h, rope, compute)
 

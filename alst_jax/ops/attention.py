@@ -4,7 +4,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from alst_jax.config import UserError
@@ -17,32 +16,32 @@ MIN_ROWS = 16  # queries in a tile at least
 CUDNN_MAX_ELEMENTS = 2**31
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def attention(
-    q: Float[Array, "B S N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], implementation: str,
-    name: str | None = None,
+    q: Float[Array, "B S N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], implementation: str
 ) -> Float[Array, "B S N H"]:
     """softmax(q k^T / sqrt(H)) v over earlier and equal positions; query head n reads kv head n // (N / K).
 
     implementation: "cudnn" (GPU, bfloat16 or float16, S a multiple of 128) or "xla" (any device and dtype; quadratic
-    time, memory linear in S because queries are tiled). name: what `jax.checkpoint` policies know the output and the
-    log-sum-exp by; where both are kept, the backward pass runs no attention forward.
+    time, memory linear in S because queries are tiled).
     """
-    return attention_forward(q, k, v, implementation)[0]
+    return attention_from(q, k, v, attention_forward(*jax.lax.stop_gradient((q, k, v)), implementation), implementation)
 
 
-def _attention_fwd(q, k, v, implementation, name):
-    o, statistics = attention_forward(q, k, v, implementation)
-    if name is not None:
-        o, statistics = jax.tree.map(lambda x: checkpoint_name(x, name), (o, statistics))
-    return o, (q, k, v, o, statistics)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def attention_from(q: Array, k: Array, v: Array, results: tuple, implementation: str) -> Array:
+    """o, where (o, statistics) = results are what `attention_forward` gave for q, k, v: only the gradient is computed."""
+    return results[0]
 
 
-def _attention_bwd(implementation, name, residuals, do):
-    return attention_backward(*residuals, do, implementation)
+def _attention_from_fwd(q, k, v, results, implementation):
+    return results[0], (q, k, v, *results)
 
 
-attention.defvjp(_attention_fwd, _attention_bwd)
+def _attention_from_bwd(implementation, residuals, do):
+    return *attention_backward(*residuals, do, implementation), None
+
+
+attention_from.defvjp(_attention_from_fwd, _attention_from_bwd)
 
 
 def attention_forward(q: Array, k: Array, v: Array, implementation: str) -> tuple[Array, tuple[Array, ...]]:
@@ -85,14 +84,13 @@ def _sum_runs(parts, run):
 def _xla_attention(q, k, v):
     batch, length, heads, head_dim = q.shape
     tile = max(MIN_ROWS, SCORES_BYTES // (4 * batch * heads * length))
-    rows = (q.swapaxes(0, 1), jnp.arange(length))
-    out = tiled(_attend_rows, tile, rows, (k, v))
+    out = tiled(_attend_rows, tile, q.swapaxes(0, 1), (k, v), jnp.arange(length))
     return out.swapaxes(0, 1)
 
 
-def _attend_rows(rows, kv):
-    """Some query rows q[T, B, N, H] at positions [T] against all keys k[B, S, K, H]."""
-    (q, row), (k, v) = rows, kv
+def _attend_rows(q, kv, row):
+    """Some query rows q[T, B, N, H] at positions row[T] against all keys k[B, S, K, H]."""
+    k, v = kv
     tokens, batch, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     q = q.reshape(tokens, batch, kv_heads, heads // kv_heads, head_dim)

@@ -76,8 +76,8 @@ def rope_tables(
 
 
 def apply_rope(
-    x: Float[Array, "B T N H"], cos: Float[Array, "B T 1 H2"], sin: Float[Array, "B T 1 H2"]
-) -> Float[Array, "B T N H"]:
+    x: Float[Array, "*B N H"], cos: Float[Array, "*B 1 H2"], sin: Float[Array, "*B 1 H2"]
+) -> Float[Array, "*B N H"]:
     """Turn the pairs (x[i], x[i + H/2]) by the angles, in float32; returned in the dtype of x."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -36,52 +36,51 @@ def scan_tiles(body: Callable, carry: PyTree, xs: PyTree, tile: int) -> tuple[Py
     return carry, ys
 
 
-def tiled(fn: Callable, tile: int | None, x: PyTree, weights: PyTree) -> PyTree:
-    """fn(x, weights), computed for `tile` rows of dim 0 at a time; None computes it whole.
+def tiled(fn: Callable, tile: int | None, x: PyTree, weights: PyTree, *fixed: PyTree) -> PyTree:
+    """fn(x, weights, *fixed), computed for `tile` rows of dim 0 at a time; None computes it whole.
 
-    fn must be row-wise: row i of each output depends on row i of each array in x, and on all of the weights. Nothing
-    inside fn is kept for the backward pass: it is computed again, tile by tile. The gradients of the weights are summed
-    over tiles in float32 (or wider) whatever dtype the weights have. Integer arrays may be part of x.
+    fn must be row-wise: row i of each output depends on row i of each array in x and in fixed, and on all of the
+    weights. Nothing inside fn is kept for the backward pass: it is computed again, tile by tile. The gradients of the
+    weights are summed over tiles in float32 (or wider) whatever dtype the weights have; `fixed` gets no gradient.
 
     Example: tiled(lambda x, w: jax.nn.silu(x @ w), 4096, x_TD, w_DF)
     """
     rows = jax.tree.leaves(x)[0].shape[0]
     if tile is None or tile >= rows:
-        return fn(x, weights)
+        return fn(x, weights, *jax.lax.stop_gradient(fixed))
     # Were a replicated weight made varying inside the loop, its gradient would be summed over devices once a tile.
     weights = jax.tree.map(lambda w: vary_like(w, *jax.tree.leaves(x)), weights)
-    return _tiled(fn, tile, x, weights)
+    return _tiled(fn, tile, x, weights, fixed)
+
+
+def even_tile(rows: int, at_most: int) -> int:
+    """The largest tile of at most `at_most` rows that divides `rows`, for a ragged one costs copies; `at_most` if all that
+    do are less than half of it."""
+    return next((tile for tile in range(at_most, at_most // 2, -1) if rows % tile == 0), at_most)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _tiled(fn, tile, x, weights):
-    return scan_tiles(lambda carry, x_tile: (carry, fn(x_tile, weights)), (), x, tile)[1]
+def _tiled(fn, tile, x, weights, fixed):
+    return scan_tiles(lambda carry, rows: (carry, fn(rows[0], weights, *rows[1])), (), (x, fixed), tile)[1]
 
 
-def _tiled_fwd(fn, tile, x, weights):
-    return _tiled(fn, tile, x, weights), (x, weights)
+def _tiled_fwd(fn, tile, x, weights, fixed):
+    return _tiled(fn, tile, x, weights, fixed), (x, weights, fixed)
 
 
 def _tiled_bwd(fn, tile, residuals, dy):
-    x, weights = residuals
-    leaves, treedef = jax.tree.flatten(x)
-    inexact = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
+    x, weights, fixed = residuals
 
-    def join(floats, others):
-        floats, others = iter(floats), iter(others)
-        return treedef.unflatten([next(floats) if is_float else next(others) for is_float in inexact])
+    def body(sums, rows):
+        x_tile, fixed_tile, dy_tile = rows
+        _, vjp = jax.vjp(lambda x, w: fn(x, w, *fixed_tile), x_tile, weights)
+        dx, dweights = vjp(dy_tile)
+        return jax.tree.map(lambda s, d: s + d.astype(s.dtype), sums, dweights), dx
 
-    def body(sums, tile_inputs):
-        floats, others, dy_tile = tile_inputs
-        _, vjp = jax.vjp(lambda f, w: fn(join(f, others), w), floats, weights)
-        dfloats, dweights = vjp(dy_tile)
-        return jax.tree.map(lambda s, d: s + d.astype(s.dtype), sums, dweights), dfloats
-
-    floats = [leaf for leaf, is_float in zip(leaves, inexact) if is_float]
-    others = [leaf for leaf, is_float in zip(leaves, inexact) if not is_float]
-    zeros = jax.tree.map(lambda w: vary_like(jnp.zeros(w.shape, accumulation_dtype(w.dtype)), w, *leaves), weights)
-    sums, dfloats = scan_tiles(body, zeros, (floats, others, dy), tile)
-    return join(dfloats, [None] * len(others)), jax.tree.map(lambda s, w: s.astype(w.dtype), sums, weights)
+    like = jax.tree.leaves(x)
+    zeros = jax.tree.map(lambda w: vary_like(jnp.zeros(w.shape, accumulation_dtype(w.dtype)), w, *like), weights)
+    sums, dx = scan_tiles(body, zeros, (x, fixed, dy), tile)
+    return dx, jax.tree.map(lambda s, w: s.astype(w.dtype), sums, weights), None
 
 
 _tiled.defvjp(_tiled_fwd, _tiled_bwd)

@@ -8,25 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from alst_jax.config import UserError
-from alst_jax.ops.attention import attention, attention_backward, attention_forward
+from alst_jax.ops.attention import attention_backward, attention_forward, attention_from
 from alst_jax.ops.tiling import accumulation_dtype
 from alst_jax.parallel.vma import vary_like
-
-
-def ulysses_attention(
-    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], attend: Callable, axis: str
-) -> Float[Array, "B T N H"]:
-    """Attention over the whole sequence, from and to local chunks of it. Runs inside a shard_map over `axis`.
-
-    q[B, S/seq, N, H] -> all-to-all -> q[B, S, N/seq, H] -> attend -> all-to-all -> o[B, S/seq, N, H].
-    attend(q, k, v) is any causal attention over whole sequences. kv heads that do not divide over the axis are
-    repeated just as often as needed, so that every device has the kv heads its query heads read.
-    """
-    return _to_tokens(attend(*_qkv_to_heads(q, k, v, axis)), axis)
 
 
 def _qkv_to_heads(q, k, v, axis):
@@ -68,24 +55,31 @@ def _divisors(number: int) -> str:
 
 def project_and_attend(
     project: Callable, x: Array, weights: Any, rope: tuple, heads: tuple[int, int], implementation: str, axis: str,
-    chunks: int = 1, name: str | None = None,
-) -> Array:
-    """Attention from hidden states: project(x, weights, rope) -> q[B, T, N, H], k and v[B, T, K, H] -> o[B, T, N, H].
+    chunks: int = 1, kept: tuple | None = None,
+) -> tuple[Float[Array, "B T N H"], tuple]:
+    """Causal attention over the whole sequence, from and to local tokens of it. Runs inside a shard_map over `axis`.
 
-    chunks > 1: that many groups of heads, one after the other, through projection, all-to-all and attention, in both
-    directions, so that queries, keys, values and the kernel's workspace exist for one group at a time. heads: (N, K).
-    `project` must work on any slice of the last dim of all `weights`, and be linear in each of x and weights. `name` as
-    in `attention`.
+    project(x, weights, rope) -> q[B, S/seq, N, H], k, v[B, S/seq, K, H] -> all-to-all -> q[B, S, N/seq, H] -> attention
+    -> all-to-all -> o[B, S/seq, N, H]. kv heads that do not divide over the axis are repeated just as often as needed, so
+    that every device has the kv heads its query heads read.
+
+    chunks > 1: that many groups of heads go through all of this one after the other, in both directions, so that queries,
+    keys, values and the kernel's workspace exist for one group at a time. weights: (shared, q, k, v); `project` must work
+    on any columns (slices of the last dim) of those of q, k and v. heads: (N, K).
+
+    Returns o and the attention's statistics. Both may be handed in again as `kept`: attention is then not run, and what
+    comes out is `kept` with the gradients of attention.
     """
-    if chunks == 1:
-        attend = lambda q, k, v: attention(q, k, v, implementation, name)
-        return ulysses_attention(*project(x, weights, rope), attend, axis)
-    return _chunked(project, heads, implementation, axis, chunks, name, x, weights, rope)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4, 5))
-def _chunked(project, heads, implementation, axis, chunks, name, x, weights, rope):
-    return _chunked_fwd(project, heads, implementation, axis, chunks, name, x, weights, rope)[0]
+    if kept is None and chunks == 1:
+        q, k, v = _qkv_to_heads(*project(x, weights, rope), axis)
+        results = attention_forward(*lax.stop_gradient((q, k, v)), implementation)
+        return _to_tokens(attention_from(q, k, v, results, implementation), axis), results[1]
+    spec = (project, heads, implementation, axis, chunks)
+    if kept is None:
+        kept = _forward(*spec, *lax.stop_gradient((x, weights, rope)))
+    elif chunks == 1:
+        kept = kept[0], jax.tree.map(lambda y: y[None], kept[1])
+    return _from_kept(spec, x, weights, rope, kept), kept[1]
 
 
 def _chunk(weights, heads, chunks, i):
@@ -94,12 +88,13 @@ def _chunk(weights, heads, chunks, i):
         head_dim, per_chunk = w.shape[-1] // count, max(1, count // chunks)
         return lax.dynamic_slice_in_dim(w, i * count // chunks * head_dim, per_chunk * head_dim, axis=-1)
 
-    q_weights, k_weights, v_weights = weights
+    shared, q_weights, k_weights, v_weights = weights
     pick = lambda tree, count: jax.tree.map(lambda w: columns(w, count), tree)
-    return pick(q_weights, heads[0]), pick(k_weights, heads[1]), pick(v_weights, heads[1])
+    return shared, pick(q_weights, heads[0]), pick(k_weights, heads[1]), pick(v_weights, heads[1])
 
 
-def _chunked_fwd(project, heads, implementation, axis, chunks, name, x, weights, rope):
+def _forward(project, heads, implementation, axis, chunks, x, weights, rope):
+    """o and statistics, the latter stacked over the chunks, without gradients."""
     q_shape, *_ = jax.eval_shape(project, x, weights, rope)
 
     def body(out, i):
@@ -107,14 +102,21 @@ def _chunked_fwd(project, heads, implementation, axis, chunks, name, x, weights,
         o, statistics = attention_forward(*_qkv_to_heads(q, k, v, axis), implementation)
         return _write(out, _to_tokens(o, axis), i * q.shape[2]), statistics
 
-    o, statistics = lax.scan(body, vary_like(jnp.zeros(q_shape.shape, q_shape.dtype), x), jnp.arange(chunks))
-    if name is not None:
-        o, statistics = jax.tree.map(lambda y: checkpoint_name(y, name), (o, statistics))
-    return o, (x, weights, rope, o, statistics)
+    return lax.scan(body, vary_like(jnp.zeros(q_shape.shape, q_shape.dtype), x), jnp.arange(chunks))
 
 
-def _chunked_bwd(project, heads, implementation, axis, chunks, name, residuals, do):
-    x, weights, rope, o, statistics = residuals
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _from_kept(spec, x, weights, rope, kept):
+    return kept[0]
+
+
+def _from_kept_fwd(spec, x, weights, rope, kept):
+    return kept[0], (x, weights, rope, kept)
+
+
+def _from_kept_bwd(spec, residuals, do):
+    project, heads, implementation, axis, chunks = spec
+    x, weights, rope, (o, statistics) = residuals
     _, pullback = jax.vjp(lambda x, w: project(x, w, rope), x, weights)
     shared = chunks > heads[1]  # several chunks read the same kv head: sum their gradients in float32
 
@@ -135,12 +137,12 @@ def _chunked_bwd(project, heads, implementation, axis, chunks, name, residuals, 
     zeros = tuple(vary_like(jnp.zeros(s.shape, accumulation_dtype(s.dtype) if shared and n else s.dtype), x, do)
                   for n, s in enumerate(shapes))
     grads, _ = lax.scan(body, zeros, (jnp.arange(chunks), statistics))
-    # The projection is linear: its gradients for all heads at once are exact, and one large product instead of many.
+    # For all heads at once: large products, and no sum over chunks to round.
     dx, dweights = pullback(tuple(g.astype(s.dtype) for g, s in zip(grads, shapes)))
-    return dx, dweights, None
+    return dx, dweights, None, None
 
 
-_chunked.defvjp(_chunked_fwd, _chunked_bwd)
+_from_kept.defvjp(_from_kept_fwd, _from_kept_bwd)
 
 
 def _write(buffer, heads, at):

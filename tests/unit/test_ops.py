@@ -13,7 +13,7 @@ from alst_jax.ops.cross_entropy import cross_entropy, default_tile, tiled_cross_
 from alst_jax.ops.linear import add_bias, embed, linear
 from alst_jax.ops.norm import rms_norm
 from alst_jax.ops.rope import apply_rope, rope_tables
-from alst_jax.ops.tiling import tiled
+from alst_jax.ops.tiling import even_tile, tiled
 from tests import stand_in
 from tests.helpers import relative_error
 
@@ -70,25 +70,24 @@ def test_embedding_gradient_sums_equal_tokens_in_float32():
 # -------------------------------------------------------------------------------------------------------------- tiling
 
 
-def gated(x, weights):
+def gated(rows, weights, which):
     """Row-wise, with an integer input and two outputs."""
-    rows, which = x
     y = jnp.tanh(rows @ weights["in"]) * jnp.where(which[:, None] > 0, 2.0, -1.0)
     return {"out": y @ weights["out"], "norm": jnp.sum(y * y, axis=-1)}
 
 
 @pytest.mark.parametrize("tile", TILES)
 def test_tiled_equals_whole(tile):
-    x = (normal(0, TOKENS, 6), jnp.arange(TOKENS) % 3)
+    x, which = normal(0, TOKENS, 6), jnp.arange(TOKENS) % 3
     weights = {"in": normal(1, 6, 10), "out": normal(2, 10, 4)}
     target = normal(3, TOKENS, 4)
 
     def loss(rows, weights, tile):
-        y = tiled(gated, tile, (rows, x[1]), weights)
+        y = tiled(gated, tile, rows, weights, which)
         return jnp.sum(y["out"] * target) + jnp.sum(jnp.sin(y["norm"]))
 
-    ours = jax.value_and_grad(loss, argnums=(0, 1))(x[0], weights, tile)
-    whole = jax.value_and_grad(loss, argnums=(0, 1))(x[0], weights, None)
+    ours = jax.value_and_grad(loss, argnums=(0, 1))(x, weights, tile)
+    whole = jax.value_and_grad(loss, argnums=(0, 1))(x, weights, None)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(whole), strict=True):
         assert relative_error(a, b) < 1e-5
 
@@ -107,6 +106,15 @@ def test_tiled_sums_weight_gradients_in_float32():
     assert relative_error(naive, exact) > 10 * relative_error(carrier, exact)
     bf16 = jax.vjp(lambda w: tiled(fn, 64, x, w), w)[1](dy)[0]
     assert bf16.dtype == jnp.bfloat16 and relative_error(bf16, exact) < relative_error(naive, exact)
+
+
+def test_fixed_arrays_get_no_gradient_and_tiles_come_out_even():
+    x, scale, weights = normal(0, TOKENS, 6), normal(1, TOKENS, 1), normal(2, 6, 4)
+    for tile in (5, None):
+        loss = lambda x, w, scale: jnp.sum(jnp.sin(tiled(lambda x, w, scale: (x * scale) @ w, tile, x, w, scale)))
+        dx, _, dscale = jax.grad(loss, argnums=(0, 1, 2))(x, weights, scale)
+        assert np.all(np.asarray(dscale) == 0) and np.any(np.asarray(dx) != 0)
+    assert [even_tile(rows, 4096) for rows in (65_536, 6144, 100, 4097, 12_288)] == [4096, 3072, 4096, 4096, 4096]
 
 
 # ---------------------------------------------------------------------------------------------------------------- loss

@@ -1,0 +1,86 @@
+"""One training step of a Llama-8B shape on one GPU: planned and measured bytes, seconds, tokens a second, MFU.
+
+    python -m benchmarks.step --layers 4 --seq-len 65536 --profile.keep-attention-on-device 1
+    python -m benchmarks.step --layers 32 --seq-len 524288 --compile-only --profile.offload-weights ...
+
+Random weights and tokens, bfloat16, cuDNN attention, batch 1. Prints one line a step, so that a long run can be watched.
+"""
+
+import dataclasses
+import time
+
+import psutil
+import tyro
+
+from alst_jax import environment
+from alst_jax.memory.profile import Profile
+from benchmarks.shapes import llama_8b
+
+GIB = 2**30
+
+
+@dataclasses.dataclass
+class Options:
+    layers: int = 4
+    seq_len: int = 65536
+    steps: int = 4
+    update: bool = True
+    """With the optimizer step, or forward and backward only."""
+    compile_only: bool = False
+    profile: Profile = dataclasses.field(default_factory=lambda: Profile(attention="cudnn", compute_dtype="bfloat16"))
+
+
+def main():
+    options = tyro.cli(Options)
+    environment.prepare(None)
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from alst_jax.optim.adamw import AdamW
+    from alst_jax.parallel.mesh import make_mesh
+    from alst_jax.step import Batch, TrainStep
+
+    model, length = llama_8b(options.layers), options.seq_len
+    step = TrainStep(model, make_mesh(1, 1), options.profile, AdamW(), jnp.bfloat16)
+    print(f"{options.layers} layers, {length} tokens, {options.profile}, jax {jax.__version__}", flush=True)
+    tokens = np.random.default_rng(0).integers(0, model.vocab_size, (1, length), dtype=np.int32)
+    batch = step.put_batch(tokens, np.roll(tokens, -1, 1), np.arange(length, dtype=np.int32)[None])
+    scale = jnp.float32(1 / length)
+    abstract = Batch(*(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in batch))
+    started = time.perf_counter()
+    compiled = step.loss_and_grad.lower(step.params, abstract, jax.ShapeDtypeStruct((), jnp.float32)).compile()
+    plan = compiled.memory_analysis()
+    device_plan = plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes
+    print(f"compiled in {time.perf_counter() - started:.0f} s; GiB planned: device temp "
+          f"{plan.temp_size_in_bytes / GIB:.2f} + arguments {plan.argument_size_in_bytes / GIB:.2f} + outputs "
+          f"{plan.output_size_in_bytes / GIB:.2f} = {device_plan / GIB:.2f}; host temp {plan.host_temp_size_in_bytes / GIB:.2f} "
+          f"+ arguments {plan.host_argument_size_in_bytes / GIB:.2f} + outputs {plan.host_output_size_in_bytes / GIB:.2f}",
+          flush=True)
+    if options.compile_only:
+        return
+    started = time.perf_counter()
+    params = jax.block_until_ready(step.init_params(jax.random.key(0), jnp.bfloat16))
+    state = jax.block_until_ready(step.init_optimizer(params)) if options.update else None
+    print(f"weights and states made in {time.perf_counter() - started:.0f} s", flush=True)
+    device = jax.devices()[0]
+    for number in range(options.steps):
+        started = time.perf_counter()
+        loss, gradients = jax.block_until_ready(compiled(params, batch, scale))
+        seconds, norm, update_seconds = time.perf_counter() - started, float("nan"), 0.0
+        if options.update:
+            after = time.perf_counter()
+            norm = step.gradient_norm(gradients)
+            params, state = jax.block_until_ready(step.update(params, gradients, state, norm, jnp.float32(1e-5)))
+            update_seconds = time.perf_counter() - after
+        del gradients
+        total = seconds + update_seconds
+        mfu = model.flops_per_sequence(length) / total / (environment.peak_flops(device.device_kind) or float("nan"))
+        print(f"step {number + 1}: loss {float(loss):.4f} norm {float(norm):.3f}  {seconds:.3f} + {update_seconds:.3f} s  "
+              f"{length / total:,.0f} tok/s  MFU {mfu:.1%}  forward+backward alone {length / seconds:,.0f} tok/s  device peak "
+              f"{device.memory_stats()['peak_bytes_in_use'] / GIB:.2f} GiB  host used "
+              f"{psutil.virtual_memory().used / GIB:.1f} GiB", flush=True)
+
+
+if __name__ == "__main__":
+    main()
