@@ -100,9 +100,9 @@ def run(config: TrainConfig) -> int:
                            checkpoints.restore_optimizer(at, step.optimizer_state), loop["step"])
         data.set_state(loop["data"])
     else:
+        params = setup.load_weights(source, step, dtype, config.seed)  # may refuse: nothing is written before
         setup.start_run_directory(out, config, source)
         checkpoints = setup.open_checkpoints(out, config, step)
-        params = setup.load_weights(source, step, dtype, config.seed)
         state = TrainState(params, step.init_optimizer(params), 0)
 
     # --------------------------------------------------------------------------------------------------------- the loop

@@ -29,10 +29,15 @@ WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.ind
 class Checkpoints:
     """The checkpoints of one run directory. A save runs in the background; one that was cut off is never found."""
 
-    def __init__(self, run_dir: str | pathlib.Path, keep: int | None = None, largest_leaf: int = 0):
-        """keep: checkpoints kept, None for all; largest_leaf: bytes of the largest array that will be saved."""
+    def __init__(
+        self, run_dir: str | pathlib.Path, keep: int | None = None, largest_leaf: int = 0, clean: bool = False
+    ):
+        """keep: checkpoints kept, None for all; largest_leaf: bytes of the largest array that will be saved; clean:
+        remove what a save that was killed left behind."""
         self.directory = pathlib.Path(run_dir).absolute() / CHECKPOINTS
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True, create=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, enable_async_checkpointing=True, create=True,
+            cleanup_tmp_directories=clean)
         # Without a limit on what is being written at once, orbax would hold a second copy of everything in memory.
         tree = lambda: ocp.PyTreeCheckpointHandler(save_concurrent_gb=_concurrent_gigabytes(largest_leaf))
         handlers = {"params": tree(), "optimizer": tree(), "loop": ocp.JsonCheckpointHandler()}
@@ -110,14 +115,11 @@ def _concurrent_gigabytes(largest_leaf: int) -> int:
 def find_checkpoint(path: str | pathlib.Path) -> tuple[pathlib.Path, int]:
     """(run directory, step) for a run directory, its checkpoints directory, or one step's directory."""
     given = pathlib.Path(path).absolute()
-    run_dir, step = given, None
-    if given.parent.name == CHECKPOINTS and given.name.isdigit():
-        run_dir, step = given.parent.parent, int(given.name)
-    elif given.name == CHECKPOINTS:
-        run_dir = given.parent
-    if not is_run_directory(run_dir):
+    located = _locate(given)
+    if located is None:
         raise UserError(f"{path}: no checkpoint there; it is a directory with {RUN_FILE}, {MODEL}/ and {CHECKPOINTS}/, as "
                         "convert.from_hf or a training run makes")
+    run_dir, step = located
     folder = run_dir / CHECKPOINTS
     steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
     if step is None and not steps:
@@ -127,6 +129,17 @@ def find_checkpoint(path: str | pathlib.Path) -> tuple[pathlib.Path, int]:
     return run_dir, steps[-1] if step is None else step
 
 
+def _locate(path: pathlib.Path) -> tuple[pathlib.Path, int | None] | None:
+    """The run directory a path means, and the step if it names one; None if it means no checkpoint of ours."""
+    if is_run_directory(path):
+        return path, None
+    if path.name == CHECKPOINTS and is_run_directory(path.parent):
+        return path.parent, None
+    if path.name.isdigit() and path.parent.name == CHECKPOINTS and is_run_directory(path.parent.parent):
+        return path.parent.parent, int(path.name)
+    return None
+
+
 def is_run_directory(path: str | pathlib.Path) -> bool:
     """Whether a training run or a conversion made this directory."""
     return (pathlib.Path(path) / RUN_FILE).is_file()
@@ -134,8 +147,7 @@ def is_run_directory(path: str | pathlib.Path) -> bool:
 
 def is_checkpoint(path: str | pathlib.Path) -> bool:
     """Whether `find_checkpoint` would take this path for one of ours rather than a Hugging Face directory."""
-    given = pathlib.Path(path).absolute()
-    return any(is_run_directory(p) for p in (given, given.parent, given.parent.parent))
+    return _locate(pathlib.Path(path).absolute()) is not None
 
 
 def write_run_file(run_dir: pathlib.Path, kind: str, extra: dict[str, Any]) -> None:

@@ -193,7 +193,7 @@ def saved_model(out: pathlib.Path) -> ModelConfig:
 def open_checkpoints(out: pathlib.Path, config: TrainConfig, step: TrainStep) -> ckpt.Checkpoints:
     """The run's checkpoints, for saving and restoring."""
     largest = max(math.prod(leaf.shape) * 4 for leaf in jax.tree.leaves(step.params))
-    return ckpt.Checkpoints(out, config.keep_checkpoints, largest)
+    return ckpt.Checkpoints(out, config.keep_checkpoints, largest, clean=True)
 
 
 def check_geometry(saved: dict[str, Any], now: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from alst_jax.config import TrainConfig, UserError
+from alst_jax.data.batches import TrainingBatches
 from alst_jax.environment import peak_flops
 from alst_jax.metrics import MetricsLog, ProgressDisplay, peak_memory
 from alst_jax.step import TrainStep, count_labels
@@ -103,7 +104,7 @@ def evaluate(step: TrainStep, params: Any, batches: Iterable[dict[str, np.ndarra
 
 def train(
     config: TrainConfig, step: TrainStep, state: TrainState, steps: int, peak_learning_rate: float,
-    data: Iterator[dict[str, np.ndarray]], eval_batches: Callable[[], Iterable] | None,
+    data: TrainingBatches, eval_batches: Callable[[], Iterable] | None,
     log: MetricsLog, save: Callable[[TrainState], None],
 ) -> tuple[TrainState, signal.Signals | None]:
     """Train to `steps` in all. `save(state)` is called every --save-every steps, at the end, and before stopping early.
@@ -118,10 +119,11 @@ def train(
             while state.step < steps and stop.received is None:
                 started = time.perf_counter()
                 try:
-                    learning_rate = schedule(state.step)
+                    learning_rate, position = schedule(state.step), data.get_state()
                     batches = next(data)
                     state, values = optimizer_step(step, state, batches, learning_rate)
                 except NotFinite as problem:
+                    data.set_state(position)  # a resumed run meets the same batch again
                     if state.step != saved:
                         save(state)
                     raise UserError(

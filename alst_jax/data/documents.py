@@ -66,7 +66,7 @@ def make_sequences(
     if not sequences:
         raise UserError(f"{flag}: {stats.documents} documents and nothing in them to predict (fewer than two tokens each)")
     if stats.longest * 2 < seq_len:
-        fitting = -(-stats.longest // 128) * 128
+        fitting = min(-(-stats.longest // 128) * 128, 2 * stats.longest)
         raise UserError(
             f"{flag} is shorter than asked for: the longest of {stats.documents} documents has {stats.longest} tokens, "
             f"so that more than half of every sequence of {seq_len} would be padding. Use --seq-len {fitting} or less, "
@@ -79,6 +79,10 @@ def tokenize(document: Document, tokenizer: Any) -> tuple[np.ndarray, np.ndarray
     the assistant says."""
     if document.is_chat:
         return _tokenize_chat(document, tokenizer)
+    try:
+        document.content.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{document.origin}: not Unicode text (character {error.start} is half of a surrogate pair)") from error
     ids = tokenizer(document.content, verbose=False)["input_ids"]
     if tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
         ids = [*ids, tokenizer.eos_token_id]
@@ -113,11 +117,22 @@ def _mask_by_prefixes(document: Document, tokenizer: Any) -> tuple[list[int], li
     mask = np.zeros(len(ids), bool)
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
-            prompt, _ = _render(tokenizer, messages[:i], add_generation_prompt=True)
             through, _ = _render(tokenizer, messages[: i + 1])
+            prompt = _prompt_before(tokenizer, messages[:i], through)
             if ids[: len(prompt)] != prompt or ids[: len(through)] != through:
                 raise UserError(
                     f"{document.origin}: the model's chat template changes earlier turns when a later one is added, so "
                     "what the assistant says in it cannot be told from the rest; use a template with {% generation %} marks")
             mask[len(prompt) : len(through)] = True
-    return ids, mask
+    return ids, mask.tolist()
+
+
+def _prompt_before(tokenizer: Any, earlier: list[dict[str, Any]], through: list[int]) -> list[int]:
+    """What a model is given before it answers: the earlier turns and the opening of its own."""
+    if earlier:
+        return _render(tokenizer, earlier, add_generation_prompt=True)[0]
+    # An empty chat is not rendered. The opening is what a generation prompt adds to any chat; look for it here.
+    some = [{"role": "user", "content": "?"}]
+    opening = _render(tokenizer, some, add_generation_prompt=True)[0][len(_render(tokenizer, some)[0]) :]
+    ends = [i for i in range(len(opening), len(through) + 1) if through[i - len(opening) : i] == opening]
+    return through[: ends[0]] if opening and ends else []

@@ -92,7 +92,7 @@ def _json_lines(file: pathlib.Path) -> Iterator[tuple[Any, str]]:
         if line.strip():
             try:
                 yield json.loads(line), f"{file}:{number}"
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{file}:{number}: not valid JSON: {error}; each line of a .jsonl file is one JSON "
                                 "object") from error
 
@@ -100,7 +100,7 @@ def _json_lines(file: pathlib.Path) -> Iterator[tuple[Any, str]]:
 def _json_records(file: pathlib.Path) -> Iterator[tuple[Any, str]]:
     try:
         value = json.loads(_read_text(file))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not valid JSON: {error} (one object a line? name it .jsonl)") from error
     records = value if isinstance(value, list) else [value]
     for number, record in enumerate(records):

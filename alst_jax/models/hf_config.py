@@ -8,9 +8,10 @@ from alst_jax.config import ModelConfig, RopeConfig, UserError
 
 # Fields with no bearing on what the model computes from tokens.
 HARMLESS = {
-    "_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "id2label", "is_llama_config", "label2id",
+    "_model_name_or_path", "_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "id2label", "is_llama_config", "label2id",
     "model_type", "pad_token_id", "torch_dtype", "transformers_version", "use_cache", "rope_interleaved",
     "keys_to_ignore_at_inference", "task_specific_params", "transformers.js_config", "max_length", "default_theta",
+    "unk_token_id", "sep_token_id", "cls_token_id", "mask_token_id", "decoder_start_token_id",
 }
 IMPLEMENTED = {
     "attention_bias", "head_dim", "hidden_act", "hidden_size", "initializer_range", "intermediate_size",

@@ -14,6 +14,15 @@ from tests.helpers import make_step, random_batch, tiny
 SHAPE = jax.ShapeDtypeStruct
 
 
+@pytest.fixture(autouse=True)
+def all_optimizations():
+    """Bytes are those of a program compiled as users' are."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 def temp_bytes(fn, *shapes) -> int:
     return jax.jit(fn).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 

@@ -92,13 +92,20 @@ def test_rope_tables_at_length(twins):
         assert (difference <= bound).all(), difference
 
 
+def attend(project, x, weights, rope, heads):
+    return attention(*project(x, weights, rope), "xla"), ()
+
+
 def test_attention_module(twins):
     model, config, params = twins
     x, at = hidden(), positions()
-    attend = lambda q, k, v: attention(q, k, v, "xla")
     block = llama.Block(config, jnp.float32, llama.nnx.Rngs(0))
     module = with_weights(block.self_attn, layer(params, 1)["self_attn"])
-    ours = module(jnp.asarray(x), rope_tables(config.rope, config.head_dim, jnp.asarray(at)), attend)
+    projections = module.q_proj, module.k_proj, module.v_proj
+    rope = rope_tables(config.rope, config.head_dim, jnp.asarray(at))
+    q, k, v = jax.vmap(lambda x, *rope: module.project(x, *projections, rope))(jnp.asarray(x), *rope)
+    o = attention(q, k, v, "xla")
+    ours = module.o_proj(o.reshape(*o.shape[:2], -1))
     theirs, _ = model.model.layers[1].self_attn(torch.tensor(x), torch_rope(model, x, at), causal_mask(24))
     assert relative_error(ours, theirs.detach()) < OP
 
@@ -113,9 +120,9 @@ def test_mlp_module(twins):
 def test_block(twins):
     model, config, params = twins
     x, at = hidden(), positions()
-    compute = llama.Compute(lambda q, k, v: attention(q, k, v, "xla"), mlp_tile=7)
+    compute = llama.Compute(attend, tile=7)
     rope = rope_tables(config.rope, config.head_dim, jnp.asarray(at))
-    ours = llama.block_apply(config)(layer(params, 1), jnp.asarray(x), rope, compute)
+    ours, _ = llama.block_apply(config)(layer(params, 1), jnp.asarray(x), rope, compute)
     theirs = model.model.layers[1](
         torch.tensor(x), attention_mask=causal_mask(24), position_embeddings=torch_rope(model, x, at))
     theirs = theirs[0] if isinstance(theirs, tuple) else theirs
@@ -132,9 +139,9 @@ def logits(config, params, tokens):
     """All logits, from the parts the step is made of."""
     h = params["embed_tokens"]["embedding"][tokens]
     rope = rope_tables(config.rope, config.head_dim, jnp.asarray(positions(*tokens.shape)))
-    compute = llama.Compute(lambda q, k, v: attention(q, k, v, "xla"))
+    compute = llama.Compute(attend)
     for i in range(config.num_layers):
-        h = llama.block_apply(config)(layer(params, i), h, rope, compute)
+        h, _ = llama.block_apply(config)(layer(params, i), h, rope, compute)
     h = rms_norm(h, params["norm"]["scale"], config.rms_norm_eps)
     return h @ params["embed_tokens" if config.tie_word_embeddings else "lm_head"]["embedding"].T
 

@@ -1,0 +1,383 @@
+# python -m pytest tests/cli/test_train_cli.py
+"""train.py from outside: stop and resume bit for bit, metrics, checkpoints, the export, and every bad input refused."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import train
+from alst_jax import environment
+from alst_jax.data.tokenizer import byte_tokenizer
+from convert.to_hf import to_hf
+
+ROOT = pathlib.Path(__file__).parents[2]
+SHAPE = dict(vocab_size=264, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=256)
+LONG_RUN = 150  # steps of some milliseconds: time enough for a signal to arrive
+HELD_OUT = ["A short one.", "Now a longer text: the loss is a mean over all labels, not over the documents."]
+
+
+def make_hf(directory: pathlib.Path, **changes) -> pathlib.Path:
+    """A random Llama with the byte tokenizer, as transformers saves them."""
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(0)
+    special = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    LlamaForCausalLM(LlamaConfig(**SHAPE | special | changes)).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def write_jsonl(file: pathlib.Path, texts: list[str]) -> pathlib.Path:
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return file
+
+
+def start(*arguments) -> subprocess.Popen:
+    """train.py in a process of its own."""
+    command = [sys.executable, "train.py", *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    """(exit code, standard output, standard error)."""
+    try:
+        stdout, stderr = process.communicate(timeout=300)
+        return process.returncode, stdout, stderr
+    finally:
+        process.kill()
+
+
+def wait_for_steps(out: pathlib.Path, is_running: Callable[[], bool]) -> None:
+    """Until the metrics have three lines, or never will."""
+    file = out / "metrics.jsonl"
+    while is_running() and not (file.exists() and file.read_text().count("\n") >= 3):
+        time.sleep(0.005)
+
+
+def run_here(*arguments) -> int:
+    """The exit code of train.main() in this process, on the eight devices it has."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(environment, "prepare", lambda _: None)
+        patch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+        try:
+            return train.main()
+        except SystemExit as stopped:
+            return stopped.code
+
+
+def metrics(out: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def files(directory: pathlib.Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def assert_same_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    different = [name for name in a if a[name].dtype != b[name].dtype or not torch.equal(a[name], b[name])]
+    assert not different
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_hf(tmp_path_factory.mktemp("model") / "llama")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    texts = [" ".join(f"{i} x {n} is {i * n}." for n in range(4 + 3 * i)) for i in range(1, 8)]
+    return write_jsonl(tmp_path_factory.mktemp("data") / "train.jsonl", texts)
+
+
+@pytest.fixture(scope="module")
+def long_flags(model, data):
+    return ("--model", model, "--data", data, "--seq-len", 128, "--simulate-devices", 2, "--dp", 1, "--sp", 2,
+            "--grad-accum", 2, "--steps", LONG_RUN, "--learning-rate", 1e-3)
+
+
+@pytest.fixture(scope="module")
+def saving_flags(model, data):
+    return ("--model", model, "--data", data, "--seq-len", 128, "--dp", 2, "--sp", 2, "--schedule", "constant",
+            "--learning-rate", 1e-3)
+
+
+@pytest.fixture(scope="module")
+def saving(saving_flags, tmp_path_factory):
+    """A run of 8 steps that saves, evaluates and exports."""
+    directory = tmp_path_factory.mktemp("saving")
+    held_out = write_jsonl(directory / "held_out.jsonl", HELD_OUT)
+    assert run_here(*saving_flags, "--steps", 8, "--save-every", 2, "--keep-checkpoints", 3, "--eval-data", held_out,
+                    "--eval-every", 3, "--out", directory / "run") == 0
+    return directory / "run"
+
+
+# ----------------------------------------------------------------------------------------------------- stop and resume
+
+
+def assert_stopped(code: int, stdout: str, out: pathlib.Path, which: signal.Signals) -> int:
+    """The step that was saved."""
+    step = len(metrics(out))
+    assert code == 128 + which and 3 <= step < LONG_RUN
+    assert f"stopped by {which.name}; step {step} is saved. Go on with: python train.py --resume --out {out}" in stdout
+    assert [p.name for p in (out / "checkpoints").iterdir()] == [str(step)]
+    assert not (out / "hf").exists()
+    return step
+
+
+def test_stopped_and_resumed_is_as_if_never_stopped(long_flags, tmp_path):
+    out, unbroken = tmp_path / "stopped", tmp_path / "unbroken"
+    with start(*long_flags, "--out", unbroken) as beside:
+        process = start(*long_flags, "--out", out)
+        wait_for_steps(out, lambda: process.poll() is None)
+        process.send_signal(signal.SIGINT)
+        code, stdout, _ = finish(process)
+        step = assert_stopped(code, stdout, out, signal.SIGINT)
+        with (out / "metrics.jsonl").open("a") as file:  # as a run leaves it that was killed after its checkpoint
+            file.write(json.dumps({"step": step + 1, "loss": -1.0}) + "\n" + '{"step": ')
+        code, stdout, stderr = finish(start("--resume", "--out", out))
+        assert code == 0 and f", resumed at step {step} -> " in stdout, stderr
+        code, stdout, stderr = finish(beside)
+        assert code == 0 and ", resumed at step" not in stdout, stderr
+
+    resumed, whole = metrics(out), metrics(unbroken)
+    assert [line["step"] for line in resumed] == list(range(1, LONG_RUN + 1))
+    for name in ("step", "loss", "grad_norm", "learning_rate", "tokens", "labels"):
+        assert [line[name] for line in resumed] == [line[name] for line in whole], name
+    assert len({line["loss"] for line in whole}) > LONG_RUN // 2
+    weights = [directory / "hf" / "model.safetensors" for directory in (out, unbroken)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_sigterm_saves_too(long_flags, capfd, tmp_path):
+    out, over = tmp_path / "run", threading.Event()
+
+    def terminate():
+        wait_for_steps(out, lambda: not over.is_set())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    previous = signal.signal(signal.SIGTERM, lambda *_: None)  # where train.py does not catch it, this process goes on
+    thread = threading.Thread(target=terminate)
+    thread.start()
+    try:
+        code = run_here(*long_flags, "--out", out)
+    finally:
+        over.set()
+        thread.join()
+        signal.signal(signal.SIGTERM, previous)
+    assert_stopped(code, capfd.readouterr().out, out, signal.SIGTERM)
+
+
+def test_what_is_typed_with_resume_changes_the_flags_of_the_run(saving, model, data):
+    config = train.parse(["--resume", "--out", str(saving), "--steps", "500"])
+    assert (config.resume, config.steps) == (True, 500)
+    assert (config.model, config.data, config.seq_len) == (str(model), (str(data),), 128)
+    assert (config.sp, config.schedule, config.save_every, config.learning_rate) == (2, "constant", 2, 1e-3)
+
+
+# --------------------------------------------------------------------------------------------- what a run leaves behind
+
+
+def test_each_step_has_its_line_in_the_metrics(saving):
+    lines = metrics(saving)
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    for line in lines:
+        assert {"step", "loss", "tokens", "grad_norm", "learning_rate", "seconds"} <= line.keys()
+        assert line["tokens"] == 2 * 128 and line["learning_rate"] == pytest.approx(1e-3)
+        assert line["loss"] > 0 and line["grad_norm"] > 0 and line["seconds"] > 0
+    assert [line["step"] for line in lines if "eval_loss" in line] == [3, 6, 8]
+    assert lines[7]["eval_loss"] < lines[2]["eval_loss"]
+
+
+def test_the_export_is_the_model_that_was_evaluated(saving):
+    """Its loss, computed with torch, is the last evaluation's; and it generates."""
+    exported = AutoModelForCausalLM.from_pretrained(saving / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(saving / "hf")
+    total = labels = 0
+    for text in HELD_OUT:
+        ids = torch.tensor([tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]])
+        with torch.no_grad():
+            logits = exported(ids).logits[0, :-1]
+        total += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
+        labels += ids.shape[1] - 1
+    assert total / labels == pytest.approx(metrics(saving)[-1]["eval_loss"], abs=1e-4)
+
+    prompt = torch.tensor([tokenizer("3 x ")["input_ids"]])
+    written = exported.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=5, min_new_tokens=5,
+                                do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    assert written.shape == (1, prompt.shape[1] + 5)
+    assert tokenizer.decode(written[0]).startswith("3 x ")
+
+
+def test_a_checkpoint_holds_the_weights_of_its_step(saving, saving_flags, tmp_path):
+    assert sorted(p.name for p in (saving / "checkpoints").iterdir()) == ["4", "6", "8"]
+    assert run_here(*saving_flags, "--steps", 4, "--out", tmp_path / "short") == 0
+    to_hf(saving / "checkpoints" / "4", tmp_path / "middle")
+    to_hf(saving, tmp_path / "newest")
+    middle, last = (load_file(d / "model.safetensors") for d in (tmp_path / "middle", saving / "hf"))
+    assert_same_tensors(middle, load_file(tmp_path / "short" / "hf" / "model.safetensors"))
+    assert_same_tensors(last, load_file(tmp_path / "newest" / "model.safetensors"))
+    assert all(not torch.equal(middle[name], last[name]) for name in last)
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.fixture
+def call(capsys):
+    """(exit code, standard error on one line) of train.main() in this process."""
+
+    def call(*arguments) -> tuple[int, str]:
+        return run_here(*arguments), " ".join(capsys.readouterr().err.split())
+
+    return call
+
+
+def edit_config(model: pathlib.Path, **changes) -> None:
+    file = model / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def truncate(file: pathlib.Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def remove(directory: pathlib.Path, pattern: str) -> None:
+    for file in directory.glob(pattern):
+        file.unlink()
+
+
+# What is done to a good model directory and data file, and what the refusal says.
+BAD_MODELS = {
+    "no such directory": (shutil.rmtree, "{model}: no such directory"),
+    "not a Hugging Face directory": (lambda m: remove(m, "config.json"),
+                                      "{model} is not a Hugging Face model directory"),
+    "weights cut short": (lambda m: truncate(m / "model.safetensors"), "model.safetensors is corrupt or cut short"),
+    "no weights": (lambda m: remove(m, "*.safetensors"), "{model} holds no weights"),
+    "weights of other sizes": (lambda m: edit_config(m, intermediate_size=97), "the weights are not those config.json"),
+    "another architecture": (lambda m: edit_config(m, model_type="mistral", architectures=["MistralForCausalLM"]),
+                             "model_type 'mistral', architectures ['MistralForCausalLM'] is not supported"),
+    "another RoPE": (lambda m: edit_config(m, rope_parameters=dict(rope_type="longrope", rope_theta=1e4)),
+                     "RoPE type 'longrope' is not implemented; these are: default, linear, llama3, yarn"),
+    "no tokenizer": (lambda m: remove(m, "tokenizer*"), "{model} has no tokenizer"),
+    "a broken tokenizer": (lambda m: truncate(m / "tokenizer.json"), "{model}: the tokenizer cannot be read"),
+    "a tokenizer of another model": (lambda m: edit_config(m, vocab_size=100), "outside the model's vocabulary of 100"),
+}
+GOOD_LINE = json.dumps({"text": "long enough " * 20}) + "\n"
+BAD_DATA = {
+    "a broken line": (GOOD_LINE * 2 + '{"text": "cut of', "{data}:3: not valid JSON"),
+    "a line without the field": (GOOD_LINE + '{"body": "x"}\n',
+                                 "{data}:2: neither a 'text' nor a 'messages' field (it has: body)"),
+    "an empty file": ("", "{data}: the file is empty"),
+    "empty lines": ("\n\n", "--data {data}: no documents in there"),
+    "empty documents": ('{"text": ""}\n' * 2, "--data: 2 documents and nothing in them to predict"),
+    "short documents": ('{"text": "short"}\n' * 2,
+                        "--data is shorter than asked for: the longest of 2 documents has 6 tokens"),
+    "no such file": (None, "--data {data}: no such file or directory"),
+}
+BAD_FLAGS = {
+    "a hub name that is none": (["--model", "no-such-user/no-such-model"],
+                                "no such model could be fetched from the hub"),
+    "sp and the heads": (["--dp", 1, "--sp", 3], "sp=3 must divide 4 query heads; use 1, 2 or 4 (--sp)"),
+    "dp x sp and the devices": (["--dp", 4, "--sp", 4], "dp=4 x sp=4 needs 16 devices and there are 8"),
+    "packing": (["--pack"], "--pack: packing several documents into one sequence is not supported yet"),
+    "evaluation without data": (["--eval-every", 2], "--eval-every needs --eval-data"),
+    "evaluation data missing": (["--eval-data", "nowhere.jsonl"], "--eval-data nowhere.jsonl: no such file"),
+    "an unknown flag": (["--learning-rat", 1], "--learning-rat"),
+    "resume without a run": (["--resume"], "no run to resume there: it has no run.json"),
+}
+
+
+@pytest.fixture
+def refused(call, model, data, tmp_path):
+    """Standard error of a run with a change to good flags, which must be refused and leave nothing behind."""
+    model, data = shutil.copytree(model, tmp_path / "llama"), shutil.copy(data, tmp_path / "train.jsonl")
+
+    def refused(*arguments) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        code, error = call("--model", model, "--data", data, "--seq-len", 128, "--out", tmp_path / "run", *arguments)
+        assert code == 2, error
+        assert not (tmp_path / "run").exists()
+        assert sorted(tmp_path.rglob("*")) == before
+        return error
+
+    refused.model, refused.data = model, data
+    return refused
+
+
+@pytest.mark.parametrize("spoil, message", BAD_MODELS.values(), ids=BAD_MODELS.keys())
+def test_bad_models_are_refused(refused, spoil, message):
+    spoil(refused.model)
+    error = refused()
+    assert error.startswith("error: ") and message.format(model=refused.model) in error
+
+
+@pytest.mark.parametrize("text, message", BAD_DATA.values(), ids=BAD_DATA.keys())
+def test_bad_data_are_refused(refused, text, message):
+    refused.data.write_text(text) if text is not None else refused.data.unlink()
+    assert f"error: {message.format(data=refused.data)}" in refused()
+
+
+@pytest.mark.parametrize("flags, message", BAD_FLAGS.values(), ids=BAD_FLAGS.keys())
+def test_bad_flags_are_refused(refused, flags, message):
+    assert message in refused(*flags)
+
+
+def test_the_exit_code_of_a_refused_process(data, tmp_path):
+    missing = tmp_path / "nowhere"
+    code, _, stderr = finish(start(
+        "--model", missing, "--data", data, "--simulate-devices", 2, "--out", tmp_path / "run"))
+    assert code == 2
+    assert stderr.strip().startswith(f"error: {missing}: no such directory")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sequences_beyond_the_models_positions_are_warned_of(call, model, tmp_path):
+    long = write_jsonl(tmp_path / "long.jsonl", ["0123456789" * 60])
+    code, error = call("--model", model, "--data", long, "--seq-len", 512, "--dp", 1, "--sp", 2, "--steps", 1, "--out",
+                       tmp_path / "run")
+    assert code == 0
+    assert "warning: --seq-len 512 is beyond the 256 positions the model was made for" in error
+    assert "attention has not learned such distances" in error and "set rope_parameters" in error
+    assert len(metrics(tmp_path / "run")) == 1
+
+
+def test_the_directory_of_another_run_is_kept(call, saving, model, data):
+    before = files(saving)
+    code, error = call("--model", model, "--data", data, "--seq-len", 128, "--out", saving)
+    assert code == 2
+    assert f"--out {saving} holds another run; choose another directory, or continue that run with --resume" in error
+    assert files(saving) == before
+
+
+def test_a_directory_with_other_files_is_kept(call, model, data, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    code, error = call("--model", model, "--data", data, "--seq-len", 128, "--out", tmp_path)
+    assert code == 2 and f"--out {tmp_path} is not empty; choose another directory" in error
+    assert files(tmp_path) == {"thesis.tex": b"years of work"}
+
+
+def test_resume_is_refused_where_it_would_be_another_run(call, saving, tmp_path):
+    before = files(saving)
+    other = make_hf(tmp_path / "other", hidden_size=32)
+    shorter = write_jsonl(tmp_path / "shorter.jsonl", ["0123456789" * 20])
+    for changed, message in (
+            (["--model", other], "--resume: the model has changed since the checkpoint (hidden_size 64 -> 32"),
+            (["--data", shorter], "--resume: changed since the checkpoint: --data ("),
+            (["--seq-len", 64], "--seq-len (128 -> 64)"),
+            (["--dp", 4], "--dp x --batch-size (2 -> 4)")):
+        code, error = call("--resume", "--out", saving, *changed)
+        assert code == 2 and message in error, error
+        assert files(saving) == before
