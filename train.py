@@ -72,7 +72,8 @@ def run(config: TrainConfig) -> int:
     source = setup.find_model(config)
     dtype = setup.choose_dtype(config)
     profile = setup.make_profile(config, dtype)
-    optimizer = AdamW(config.beta1, config.beta2, config.eps, config.weight_decay, config.clip_norm)
+    optimizer = AdamW(config.beta1, config.beta2, config.eps, config.weight_decay, config.clip_norm,
+                      config.optimizer_states, config.master_weights, config.seed)
     step = TrainStep(source.config, mesh, profile, optimizer, dtype)
 
     # ----------------------------------------------------------------------------------------------- on what: the data
@@ -89,7 +90,8 @@ def run(config: TrainConfig) -> int:
 
     # ------------------------------------------------------------------------------- from where: resume, load or draw
     geometry = {"data": fingerprint(sequences), "seed": config.seed, "rows": rows, "grad_accum": config.grad_accum,
-                "seq_len": seq_len, "dtype": str(dtype)}
+                "seq_len": seq_len, "dtype": str(dtype), "optimizer_states": config.optimizer_states,
+                "master_weights": config.master_weights}
     if config.resume:
         _, at = ckpt.find_checkpoint(out)
         checkpoints = setup.open_checkpoints(out, config, step)

@@ -73,9 +73,11 @@ def _hub_directory(model: str) -> pathlib.Path:
 
 def choose_dtype(config: TrainConfig) -> jnp.dtype:
     """float32 or bfloat16 weights and compute; auto is bfloat16 on GPU."""
-    if config.dtype == "auto":
-        return jnp.dtype("bfloat16" if jax.default_backend() == "gpu" else "float32")
-    return jnp.dtype(config.dtype)
+    auto = "bfloat16" if jax.default_backend() == "gpu" else "float32"
+    dtype = jnp.dtype(auto if config.dtype == "auto" else config.dtype)
+    if dtype == jnp.float32 and config.master_weights != "float32":
+        raise UserError(f"--master-weights {config.master_weights} is for bfloat16 weights; these are float32 (--dtype)")
+    return dtype
 
 
 def make_profile(config: TrainConfig, dtype: jnp.dtype) -> Profile:

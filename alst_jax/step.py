@@ -24,7 +24,7 @@ from alst_jax.ops.linear import embed
 from alst_jax.ops.norm import rms_norm
 from alst_jax.ops.rope import MAX_POSITION, rope_tables
 from alst_jax.ops.tiling import accumulation_dtype
-from alst_jax.optim.adamw import AdamW, apply_update, global_norm
+from alst_jax.optim.adamw import AdamW, apply_update, global_norm, is_spec
 from alst_jax.parallel.mesh import AXES, SEQ
 from alst_jax.parallel.sharding import BATCH_SPEC, drop_layer_dim, gather, is_stacked, param_specs, shardings
 from alst_jax.parallel.ulysses import check_degree, project_and_attend
@@ -57,7 +57,8 @@ class TrainStep:
         state_specs = optimizer.state_specs(self.specs, self.params)
         state_shardings = shardings(state_specs, mesh, host.memory_kind(profile.offload_optimizer))
         state_shardings["count"] = NamedSharding(mesh, P())
-        self.optimizer_state = _with_shardings(jax.eval_shape(optimizer.init, self.params), state_shardings)
+        state = jax.eval_shape(lambda params: optimizer.init(params, self.specs), self.params)
+        self.optimizer_state = _with_shardings(state, state_shardings)
         self._optimizer_shardings, self._state_specs = state_shardings, state_specs
         self._build()
 
@@ -87,7 +88,7 @@ class TrainStep:
             donate_argnums=(0,), out_shardings=grads)
         """(sums, gradients) -> sums + gradients, in place."""
         update = functools.partial(
-            apply_update, self.optimizer, params_on_host=self.profile.offload_weights,
+            apply_update, self.optimizer, specs=self.specs, params_on_host=self.profile.offload_weights,
             state_on_host=self.profile.offload_optimizer)
         self.update = jax.jit(
             on_mesh(update, in_specs=(self.specs, self.specs, self._state_specs, P(), P()),
@@ -102,10 +103,20 @@ class TrainStep:
         return jax.device_put(made, self.param_shardings)
 
     def init_optimizer(self, params: Params) -> dict[str, Any]:
-        """Zero moments and, for narrow weights, the float32 master copy, made where they will live."""
-        return jax.jit(
-            jax.shard_map(self.optimizer.init, mesh=self.mesh, in_specs=(self.specs,), out_specs=self._state_specs),
-            out_shardings=self._optimizer_shardings)(params)
+        """Zero moments and, for narrow weights, their float32 master, made where they will live, a parameter at a time."""
+        leaves, treedef = jax.tree.flatten(params)
+        specs = jax.tree.leaves(self.specs, is_leaf=is_spec)
+        names = self.optimizer.names(leaves)
+        column = lambda tree, name, n: treedef.flatten_up_to(tree[name])[n]
+        states = []
+        for n, (leaf, spec) in enumerate(zip(leaves, specs, strict=True)):
+            made = jax.shard_map(
+                lambda p, spec=spec: {k: v for k, v in self.optimizer.init_one(p, spec).items() if k in names},
+                mesh=self.mesh, in_specs=(spec,), out_specs={name: column(self._state_specs, name, n) for name in names})
+            places = {name: column(self._optimizer_shardings, name, n) for name in names}
+            states.append(jax.jit(made, out_shardings=places)(leaf))
+        trees = {name: treedef.unflatten([state[name] for state in states]) for name in names}
+        return trees | {"count": jax.device_put(jnp.int32(0), self._optimizer_shardings["count"])}
 
     def put_batch(self, tokens: np.ndarray, labels: np.ndarray, positions: np.ndarray) -> Batch:
         """numpy int32 [B, S] -> a Batch on the mesh. B divides over data, S over seq: ValueError if not."""
