@@ -8,6 +8,7 @@ Random weights and tokens, bfloat16, cuDNN attention, batch 1. Prints one line a
 
 import dataclasses
 import time
+from typing import Literal
 
 import psutil
 import tyro
@@ -26,6 +27,10 @@ class Options:
     steps: int = 4
     update: bool = True
     """With the optimizer step, or forward and backward only."""
+    states: Literal["float32", "bfloat16", "int8"] = "float32"
+    """Of AdamW's moments."""
+    master: Literal["float32", "low-bits", "none"] = "float32"
+    """Of the bfloat16 weights."""
     compile_only: bool = False
     profile: Profile = dataclasses.field(default_factory=lambda: Profile(attention="cudnn", compute_dtype="bfloat16"))
 
@@ -42,8 +47,9 @@ def main():
     from alst_jax.step import Batch, TrainStep
 
     model, length = llama_8b(options.layers), options.seq_len
-    step = TrainStep(model, make_mesh(1, 1), options.profile, AdamW(), jnp.bfloat16)
-    print(f"{options.layers} layers, {length} tokens, {options.profile}, jax {jax.__version__}", flush=True)
+    step = TrainStep(model, make_mesh(1, 1), options.profile, AdamW(states=options.states, master=options.master),
+                     jnp.bfloat16)
+    print(f"{options}, jax {jax.__version__}, {jax.devices()[0].device_kind}", flush=True)
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, (1, length), dtype=np.int32)
     batch = step.put_batch(tokens, np.roll(tokens, -1, 1), np.arange(length, dtype=np.int32)[None])
     scale = jnp.float32(1 / length)
