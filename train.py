@@ -34,7 +34,8 @@ def parse(arguments: list[str]) -> TrainConfig:
         saved = read_run_file(config.out).get("flags", {})
         known = {field.name for field in dataclasses.fields(TrainConfig)}
         saved = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items() if name in known}
-        return tyro.cli(TrainConfig, args=arguments, default=TrainConfig(**saved))
+        # The run has its model with it; one that is typed must be the same.
+        return tyro.cli(TrainConfig, args=arguments, default=TrainConfig(**saved | {"model": None}))
     return with_demo_defaults(config)
 
 
@@ -57,11 +58,12 @@ def run(config: TrainConfig) -> int:
     from alst_jax import setup
     from alst_jax.data.batches import TrainingBatches, evaluation_batches, fingerprint
     from alst_jax.metrics import MetricsLog
+    from alst_jax.models.hf_config import record_dtype
     from alst_jax.models.hf_weights import save_params
     from alst_jax.optim.adamw import AdamW
     from alst_jax.parallel.mesh import choose_degrees, make_mesh
     from alst_jax.step import TrainStep
-    from alst_jax.trainer import TrainState, train
+    from alst_jax.trainer import StopSignal, TrainState, train
 
     # ------------------------------------------------------------------------------------------- where: devices, mesh
     out = setup.check_out(config)
@@ -71,7 +73,7 @@ def run(config: TrainConfig) -> int:
     # -------------------------------------------------------------------------------------------------- what: the model
     source = setup.find_model(config)
     dtype = setup.choose_dtype(config)
-    profile = setup.make_profile(config, dtype)
+    profile = setup.make_profile(config, dtype, source.config)
     optimizer = AdamW(config.beta1, config.beta2, config.eps, config.weight_decay, config.clip_norm,
                       config.optimizer_states, config.master_weights, config.seed)
     step = TrainStep(source.config, mesh, profile, optimizer, dtype)
@@ -81,6 +83,7 @@ def run(config: TrainConfig) -> int:
     rows, padded_len = dp * config.batch_size, setup.padded_length(seq_len, sp, profile)
     sequences, stats = setup.read_sequences(config, source, seq_len)
     pad_token = setup.pad_token(source.tokenizer)
+    setup.check_enough(config, len(sequences), rows * config.grad_accum)
     data = TrainingBatches(sequences, padded_len, rows, config.grad_accum, config.seed, pad_token)
     eval_batches = None
     if config.eval_data is not None or config.model is None and not config.data:
@@ -108,7 +111,7 @@ def run(config: TrainConfig) -> int:
         state = TrainState(params, step.init_optimizer(params), 0)
 
     # --------------------------------------------------------------------------------------------------------- the loop
-    setup.announce(config, source, step, stats, seq_len, padded_len, steps, state.step)
+    setup.announce(config, source, step, stats, seq_len, padded_len, steps, state.step, str(out))
     log = MetricsLog(out, state.step)
 
     def save(state: TrainState) -> None:
@@ -116,19 +119,24 @@ def run(config: TrainConfig) -> int:
         checkpoints.save(state.step, state.params, state.optimizer, loop)
 
     learning_rate = config.learning_rate or 1e-5
-    state, stopped_by = train(config, step, state, steps, learning_rate, data, eval_batches, log, save)
-    checkpoints.close()
-    log.close()
-    if stopped_by is not None:
-        print(f"stopped by {stopped_by.name}; step {state.step} is saved. Go on with: python train.py --resume --out {out}")
-        return 128 + stopped_by
+    with StopSignal() as stop:  # until all is written: a first signal cuts nothing off
+        try:
+            state = train(config, step, state, steps, learning_rate, data, eval_batches, log, save, stop)
+        finally:
+            checkpoints.close()  # waits for the save in progress
+            log.close()
+        if stop.received is not None and state.step < steps:
+            print(f"stopped by {stop.received.name}; step {state.step} is saved. Go on with: "
+                  f"python train.py --resume --out {out}")
+            return 128 + stop.received
 
-    # ------------------------------------------------------------------------------------------------------- the export
-    if config.export:
-        target = out / ckpt.EXPORT
-        ckpt.copy_model_files(out / ckpt.MODEL, target)
-        save_params(jax.tree_util.tree_leaves_with_path(state.params), source.config, target)
-        print(f"wrote {target}: transformers.AutoModelForCausalLM.from_pretrained({str(target)!r}) loads it")
+        # --------------------------------------------------------------------------------------------------- the export
+        if config.export:
+            target = out / ckpt.EXPORT
+            ckpt.copy_model_files(out / ckpt.MODEL, target)
+            save_params(jax.tree_util.tree_leaves_with_path(state.params), source.config, target)
+            record_dtype(target, str(dtype))
+            print(f"wrote {target}: transformers.AutoModelForCausalLM.from_pretrained({str(target)!r}) loads it")
     return 0
 
 

@@ -65,6 +65,10 @@ class Checkpoints:
         """Optimizer state, likewise."""
         return self._restore_tree(step, "optimizer", abstract)
 
+    def params_dtype(self, step: int) -> str:
+        """The dtype of a training run's weights, which all have the same."""
+        return str(jax.tree.leaves(dict(self._manager.item_metadata(step)["params"].tree))[0].dtype)
+
     def read_params(self, step: int) -> Iterator[tuple[tuple, np.ndarray]]:
         """(path, array) of each saved weight, read one by one."""
         try:
@@ -145,6 +149,13 @@ def is_run_directory(path: str | pathlib.Path) -> bool:
     return (pathlib.Path(path) / RUN_FILE).is_file()
 
 
+def has_results(run_dir: str | pathlib.Path) -> bool:
+    """Whether a run directory holds a checkpoint or an export."""
+    folder = pathlib.Path(run_dir)
+    steps = folder / CHECKPOINTS
+    return (folder / EXPORT).exists() or steps.is_dir() and any(p.name.isdigit() for p in steps.iterdir())
+
+
 def is_checkpoint(path: str | pathlib.Path) -> bool:
     """Whether `find_checkpoint` would take this path for one of ours rather than a Hugging Face directory."""
     return _locate(pathlib.Path(path).absolute()) is not None
@@ -166,9 +177,12 @@ def read_run_file(run_dir: str | pathlib.Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"{run_dir}: no run to resume there: it has no {RUN_FILE}; leave out --resume to start one")
     try:
-        return json.loads(file.read_text())
+        content = json.loads(file.read_text())
     except ValueError as error:
         raise UserError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("flags", {}), dict):
+        raise UserError(f"{file} is not what a run writes: an object with kind, versions and flags")
+    return content
 
 
 def check_same_model(saved: ModelConfig, now: ModelConfig) -> None:

@@ -223,9 +223,14 @@ def check_run(config: TrainConfig) -> None:
         value = getattr(config, field)
         if value is not None and not value >= least:
             raise UserError(f"{flag(field)} {value}: must be at least {least}")
+    if config.seed >= 2**32:
+        raise UserError(f"--seed {config.seed}: must be below 2^32")
     for field, value in (("learning_rate", config.learning_rate), ("eps", config.eps)):
         if value is not None and not (0 < value < math.inf):
             raise UserError(f"{flag(field)} {value}: must be a positive number")
+    for field, value in dataclasses.asdict(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{flag(field)} {value}: must be a finite number")
     for field in ("beta1", "beta2"):
         if not 0 <= getattr(config, field) < 1:
             raise UserError(f"{flag(field)} {getattr(config, field)}: must be at least 0 and below 1")

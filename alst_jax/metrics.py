@@ -3,12 +3,12 @@
 import json
 import math
 import pathlib
+import resource
 import sys
 import time
 from typing import Any
 
 import jax
-import psutil
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboard.summary import Writer
 
@@ -21,7 +21,7 @@ class MetricsLog:
     def __init__(self, directory: pathlib.Path, resume_step: int):
         self.path = directory / "metrics.jsonl"
         # Steps after the checkpoint are run again: their old lines would stand there twice.
-        kept = [line for line in self._lines() if json.loads(line)["step"] <= resume_step]
+        kept = [line for line in self._lines() if _step(line) <= resume_step]
         self.path.write_text("".join(kept))
         self._file = self.path.open("a", buffering=1)
         self._tensorboard = Writer(str(directory / "tensorboard"))
@@ -42,6 +42,14 @@ class MetricsLog:
     def close(self) -> None:
         self._file.close()
         self._tensorboard.close()
+
+
+def _step(line: str) -> float:
+    """The step of a line; one that cannot be read was no whole line, and goes."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 class ProgressDisplay:
@@ -76,9 +84,9 @@ class ProgressDisplay:
 
 
 def peak_memory() -> tuple[str, float]:
-    """("GPU", peak GiB of the fullest device) or, without device statistics, ("RAM", GiB the program has now)."""
+    """("GPU", peak GiB of the fullest device) or, without device statistics, ("RAM", the program's peak GiB)."""
     stats = [d.memory_stats() for d in jax.local_devices()]
     peaks = [s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s]
     if peaks:
         return "GPU", max(peaks) / 2**30
-    return "RAM", psutil.Process().memory_info().rss / 2**30
+    return "RAM", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from alst_jax import checkpoint as ckpt
 from alst_jax.config import ModelConfig, TrainConfig, UserError, flag
@@ -18,9 +19,11 @@ from alst_jax.data.sources import read_documents
 from alst_jax.data.tokenizer import byte_tokenizer, load_tokenizer
 from alst_jax.memory.profile import Profile
 from alst_jax.models.hf_config import hf_config_dict, model_config
-from alst_jax.models.hf_weights import load_params
+from alst_jax.models.hf_weights import find_tensors, load_params
+from alst_jax.ops.rope import MAX_POSITION
 from alst_jax.step import TrainStep
 
+CUDNN_MAX_HEAD_DIM = 128  # of the backward pass on every generation
 CUDNN_MULTIPLE = 128  # tokens: cuDNN's attention wants whole tiles
 
 
@@ -42,19 +45,27 @@ class ModelSource:
 def find_model(config: TrainConfig) -> ModelSource:
     """The model of a run: that of the run directory when resuming, the one named, or the embedded tiny Llama."""
     if config.resume:
-        files = pathlib.Path(config.out) / ckpt.MODEL
-        given = config.model and pathlib.Path(config.model)
-        # A directory named on the command line may hold another model by now: its config is what counts.
-        current = given if given and given.is_dir() and not ckpt.is_checkpoint(given) else files
-        return ModelSource(str(config.model or "resumed"), model_config(current), load_tokenizer(files), files)
+        run_dir = pathlib.Path(config.out)
+        if ckpt.read_run_file(run_dir).get("kind") != "training":
+            raise UserError(f"--resume --out {run_dir}: a converted model, not a run; train it with --model {run_dir} and "
+                            "another --out")
+        files = run_dir / ckpt.MODEL
+        named = files if config.model is None else _model_files(config.model)  # compared with the run's own later
+        return ModelSource(str(config.model or files), model_config(named), load_tokenizer(files), files)
     if config.model is None:
         return ModelSource("the embedded tiny Llama", TINY_LLAMA, byte_tokenizer(), None)
+    files = _model_files(config.model)
+    parts = (config.model, model_config(files), load_tokenizer(files), files)
     if ckpt.is_checkpoint(config.model):
-        run_dir, at = ckpt.find_checkpoint(config.model)
-        files = run_dir / ckpt.MODEL
-        return ModelSource(config.model, model_config(files), load_tokenizer(files), files, checkpoint=(run_dir, at))
-    files = _hub_directory(config.model)
-    return ModelSource(config.model, model_config(files), load_tokenizer(files), files, hf_weights=files)
+        return ModelSource(*parts, checkpoint=ckpt.find_checkpoint(config.model))
+    return ModelSource(*parts, hf_weights=files)
+
+
+def _model_files(model: str) -> pathlib.Path:
+    """Where the config and tokenizer of --model are."""
+    if not model:
+        raise UserError("--model '': name a Hugging Face directory, a hub name or a checkpoint")
+    return ckpt.find_checkpoint(model)[0] / ckpt.MODEL if ckpt.is_checkpoint(model) else _hub_directory(model)
 
 
 def _hub_directory(model: str) -> pathlib.Path:
@@ -77,20 +88,29 @@ def choose_dtype(config: TrainConfig) -> jnp.dtype:
     dtype = jnp.dtype(auto if config.dtype == "auto" else config.dtype)
     if dtype == jnp.float32 and config.master_weights != "float32":
         raise UserError(f"--master-weights {config.master_weights} is for bfloat16 weights; these are float32 (--dtype)")
+    if config.master_weights == "low-bits" and jax.default_backend() == "gpu":
+        raise UserError("--master-weights low-bits is not known to be right on GPUs yet: in a test its losses left those of a "
+                        "float32 master after two steps. Use float32 or none")
     return dtype
 
 
-def make_profile(config: TrainConfig, dtype: jnp.dtype) -> Profile:
+def make_profile(config: TrainConfig, dtype: jnp.dtype, model: ModelConfig) -> Profile:
     """The memory profile the flags describe. UserError if the attention kernel cannot run here."""
     on_gpu = jax.default_backend() == "gpu"
     attention = config.attention
     if attention == "auto":
-        attention = "cudnn" if on_gpu and dtype == jnp.bfloat16 else "xla"
+        if on_gpu and dtype != jnp.bfloat16:
+            raise UserError(f"--dtype {dtype} on a GPU: cuDNN attention computes in bfloat16 only. Use --dtype bfloat16, or "
+                            "--attention xla, which is exact and very slow at length")
+        attention = "cudnn" if on_gpu else "xla"
     if attention == "cudnn" and not on_gpu:
         raise UserError("--attention cudnn needs an NVIDIA GPU, and jax sees none (is jax[cuda12] or jax[cuda13] "
                         "installed?); use --attention xla")
     if attention == "cudnn" and dtype != jnp.bfloat16:
         raise UserError("--attention cudnn needs --dtype bfloat16; use that or --attention xla")
+    if attention == "cudnn" and (model.head_dim % 8 or model.head_dim > CUDNN_MAX_HEAD_DIM):
+        raise UserError(f"--attention cudnn: the model's head_dim={model.head_dim} must be a multiple of 8 up to "
+                        f"{CUDNN_MAX_HEAD_DIM}; use --attention xla")
     return Profile(
         loss_tile=(config.loss_tile or 0) if config.tiled_loss else None,
         mlp_tile=(config.mlp_tile or 0) if config.tiled_mlp else None,
@@ -104,6 +124,9 @@ def make_profile(config: TrainConfig, dtype: jnp.dtype) -> Profile:
 def load_weights(source: ModelSource, step: TrainStep, dtype: jnp.dtype, seed: int) -> Any:
     """The weights, sharded and placed as the step wants them."""
     if source.hf_weights is not None:
+        if dtype == jnp.bfloat16 and any(t.dtype == np.float32 for t in find_tensors(source.hf_weights).values()):
+            print(f"warning: the float32 weights of {source.name} are rounded to bfloat16; --dtype float32 keeps them",
+                  file=sys.stderr, flush=True)
         return load_params(source.hf_weights, source.config, step.params)
     if source.checkpoint is not None:
         run_dir, at = source.checkpoint
@@ -119,6 +142,8 @@ def load_weights(source: ModelSource, step: TrainStep, dtype: jnp.dtype, seed: i
 
 def check_seq_len(config: TrainConfig, model: ModelConfig) -> int:
     """--seq-len, with a warning where the model was not made for it."""
+    if config.seq_len is not None and config.seq_len > MAX_POSITION:
+        raise UserError(f"--seq-len {config.seq_len}: rotary embedding is exact up to {MAX_POSITION} tokens")
     if config.seq_len is None:
         raise UserError(f"--seq-len: how many tokens a sequence? The model's config says up to "
                         f"{model.max_position_embeddings} (max_position_embeddings)")
@@ -151,6 +176,13 @@ def read_sequences(
     return make_sequences(documents, source.tokenizer, seq_len, source.config.vocab_size, name)
 
 
+def check_enough(config: TrainConfig, sequences: int, per_step: int) -> None:
+    """UserError if one step would meet the same sequence twice."""
+    if sequences < per_step:
+        raise UserError(f"--data gives {sequences} sequences, fewer than the {per_step} of one step (--dp x --batch-size x "
+                        "--grad-accum): the same would be repeated in it. Use more data or smaller steps")
+
+
 def pad_token(tokenizer: Any) -> int:
     """A token to fill up with; it is never learned from, so any will do where the tokenizer names none."""
     return next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
@@ -166,7 +198,12 @@ def check_out(config: TrainConfig) -> pathlib.Path:
     out = pathlib.Path(config.out)
     if config.resume:
         return out
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    blocked = next((p for p in (out, *out.absolute().parents) if p.exists() and not p.is_dir()), None)
+    if blocked is not None:
+        raise UserError(f"--out {out}: {blocked} is a file, not a directory")
+    if ckpt.is_run_directory(out) and not ckpt.has_results(out):
+        return out  # a run that ended before it saved anything: start it again
+    if out.exists() and any(out.iterdir()):
         what = "holds another run" if ckpt.is_run_directory(out) else "is not empty"
         raise UserError(f"--out {out} {what}; choose another directory" +
                         (", or continue that run with --resume" if ckpt.is_run_directory(out) else ""))
@@ -213,7 +250,7 @@ def check_geometry(saved: dict[str, Any], now: dict[str, Any]) -> None:
 
 def announce(
     config: TrainConfig, source: ModelSource, step: TrainStep, stats: Stats, seq_len: int, padded_len: int, steps: int,
-    done: int,
+    done: int, out: str,
 ) -> None:
     """What is about to happen, in a few lines."""
     dp, sp = step.mesh.devices.shape
@@ -230,4 +267,6 @@ def announce(
     print(f"memory  {', '.join(on) or 'no feature on'}")
     print(f"data    {stats.summary(seq_len)}" + (f", padded to {padded_len}" if padded_len != seq_len else ""))
     start = f", resumed at step {done}" if done else ""
-    print(f"steps   {steps} of {dp * config.batch_size * config.grad_accum} sequences{start} -> {config.out}", flush=True)
+    a_step = dp * config.batch_size * config.grad_accum
+    print(f"steps   {steps} of {a_step} sequences, {steps * a_step / stats.sequences:.1f} times the data{start} -> {out}",
+          flush=True)

@@ -108,10 +108,11 @@ class TrainStep:
         specs = jax.tree.leaves(self.specs, is_leaf=is_spec)
         names = self.optimizer.names(leaves)
         column = lambda tree, name, n: treedef.flatten_up_to(tree[name])[n]
+        fetch = host.to_device if self.profile.offload_weights else lambda p: p
         states = []
         for n, (leaf, spec) in enumerate(zip(leaves, specs, strict=True)):
             made = jax.shard_map(
-                lambda p, spec=spec: {k: v for k, v in self.optimizer.init_one(p, spec).items() if k in names},
+                lambda p, spec=spec: {k: v for k, v in self.optimizer.init_one(fetch(p), spec).items() if k in names},
                 mesh=self.mesh, in_specs=(spec,), out_specs={name: column(self._state_specs, name, n) for name in names})
             places = {name: column(self._optimizer_shardings, name, n) for name in names}
             states.append(jax.jit(made, out_shardings=places)(leaf))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterable
@@ -50,7 +51,8 @@ class StopSignal:
         if self.received is not None:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
-        print(f"\n{self.received.name}: saving after this step; once more stops at once", flush=True)
+        # Not print(): a handler may run in the middle of one.
+        os.write(2, f"\n{self.received.name}: saving after this step; once more stops at once\n".encode())
 
 
 def learning_rate_schedule(config: TrainConfig, steps: int, peak: float) -> Callable[[int], float]:
@@ -93,6 +95,13 @@ def optimizer_step(
     return TrainState(params, optimizer, state.step + 1), values
 
 
+def check_weights(step: TrainStep, state: TrainState) -> None:
+    """UserError unless all weights are finite."""
+    if not math.isfinite(float(step.gradient_norm(state.params))):
+        raise UserError(f"step {state.step} made weights that are not finite numbers; they are not saved. A smaller "
+                        "--learning-rate or --weight-decay may help; go on from an earlier checkpoint with --resume")
+
+
 def evaluate(step: TrainStep, params: Any, batches: Iterable[dict[str, np.ndarray]]) -> tuple[float, int]:
     """Mean loss over all valid labels of held-out batches [B, S], and their number."""
     total, labels = 0.0, 0
@@ -105,45 +114,48 @@ def evaluate(step: TrainStep, params: Any, batches: Iterable[dict[str, np.ndarra
 def train(
     config: TrainConfig, step: TrainStep, state: TrainState, steps: int, peak_learning_rate: float,
     data: TrainingBatches, eval_batches: Callable[[], Iterable] | None,
-    log: MetricsLog, save: Callable[[TrainState], None],
-) -> tuple[TrainState, signal.Signals | None]:
-    """Train to `steps` in all. `save(state)` is called every --save-every steps, at the end, and before stopping early.
+    log: MetricsLog, save: Callable[[TrainState], None], stop: StopSignal,
+) -> TrainState:
+    """Train to `steps` in all, or until `stop` received a signal; returns the state then.
 
-    Returns the final state and the signal that stopped the run, if one did.
+    `save(state)` is called every --save-every steps, at the end, and before stopping early. UserError, before anything is
+    saved that is not a number, if the loss, the gradient or the weights are not finite.
     """
     schedule = learning_rate_schedule(config, steps, peak_learning_rate)
     display = ProgressDisplay(state.step, steps)
     saved = state.step
     try:
-        with StopSignal() as stop:
-            while state.step < steps and stop.received is None:
-                started = time.perf_counter()
-                try:
-                    learning_rate, position = schedule(state.step), data.get_state()
-                    batches = next(data)
-                    state, values = optimizer_step(step, state, batches, learning_rate)
-                except NotFinite as problem:
-                    data.set_state(position)  # a resumed run meets the same batch again
-                    if state.step != saved:
-                        save(state)
-                    raise UserError(
-                        f"step {state.step + 1}: {problem}. The step was not applied; the last good state is step "
-                        f"{state.step}{', saved' if state.step else ''}. A smaller --learning-rate or --clip-norm, or "
-                        "--dtype float32, may help.") from problem
-                seconds = time.perf_counter() - started
-                values = {"step": state.step, **values, **_speed(step, batches["tokens"].shape, seconds),
-                          "learning_rate": learning_rate}
-                if eval_batches and (state.step == steps or config.eval_every and state.step % config.eval_every == 0):
-                    values["eval_loss"], eval_labels = evaluate(step, state.params, eval_batches())
-                    display.say(f"step {state.step}: eval loss {values['eval_loss']:.4f} over {eval_labels} labels")
-                log.write(values)
-                display.show(state.step, _summary(values))
-                if config.save_every and state.step % config.save_every == 0:
+        while state.step < steps and stop.received is None:
+            started = time.perf_counter()
+            try:
+                learning_rate, position = schedule(state.step), data.get_state()
+                batches = next(data)
+                state, values = optimizer_step(step, state, batches, learning_rate)
+            except NotFinite as problem:
+                data.set_state(position)  # a resumed run meets the same batch again
+                if state.step != saved:
+                    check_weights(step, state)
                     save(state)
-                    saved = state.step
-            if state.step != saved:
+                raise UserError(
+                    f"step {state.step + 1}: {problem}. The step was not applied; the state before it, step "
+                    f"{state.step}, {'is saved' if state.step else 'is where the run began'}. A smaller "
+                    "--learning-rate or --clip-norm, or --dtype float32, may help.") from problem
+            seconds = time.perf_counter() - started
+            values = {"step": state.step, **values, **_speed(step, batches["tokens"].shape, seconds),
+                      "learning_rate": learning_rate}
+            if eval_batches and (state.step == steps or config.eval_every and state.step % config.eval_every == 0):
+                values["eval_loss"], eval_labels = evaluate(step, state.params, eval_batches())
+                display.say(f"step {state.step}: eval loss {values['eval_loss']:.4f} over {eval_labels} labels")
+            log.write(values)
+            display.show(state.step, _summary(values))
+            if config.save_every and state.step % config.save_every == 0:
+                check_weights(step, state)
                 save(state)
-            return state, stop.received
+                saved = state.step
+        if state.step != saved:
+            check_weights(step, state)
+            save(state)
+        return state
     finally:
         display.close()
 

@@ -34,6 +34,7 @@ class Unfinished:
     """A directory beside the target that becomes the target when all is done, and goes away when it is not."""
 
     def __init__(self, target: pathlib.Path):
+        target = target.absolute()
         check_target(target)
         self.target, self.path = target, target.with_name(f".{target.name}.unfinished")
 

@@ -6,8 +6,8 @@ import sys
 import jax
 import tyro
 
-from alst_jax.checkpoint import MODEL, Checkpoints, copy_model_files, find_checkpoint
-from alst_jax.models.hf_config import model_config
+from alst_jax.checkpoint import MODEL, Checkpoints, copy_model_files, find_checkpoint, read_run_file
+from alst_jax.models.hf_config import model_config, record_dtype
 from alst_jax.models.hf_weights import save_params
 from convert.cli import Unfinished, run
 
@@ -23,6 +23,8 @@ def to_hf(checkpoint: tyro.conf.Positional[pathlib.Path], hf_dir: tyro.conf.Posi
         copy_model_files(run_dir / MODEL, out)
         checkpoints = Checkpoints(run_dir)
         result = save_params(checkpoints.read_params(step), config, out)
+        if read_run_file(run_dir)["kind"] == "training":  # a conversion gives back the files it was given
+            record_dtype(out, checkpoints.params_dtype(step))
         checkpoints.close()
     return result
 

@@ -44,6 +44,8 @@ def read_documents(
 def _files(paths: Iterable[str], flag: str) -> Iterator[pathlib.Path]:
     for given in paths:
         path = pathlib.Path(given)
+        if not str(given):
+            raise UserError(f"{flag} '': name a file or a directory")
         if path.is_dir():
             files = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path)))
             if not files:
@@ -134,6 +136,11 @@ def _document(record: Any, origin: str, text_field: str, messages_field: str) ->
     if not isinstance(record, dict):
         raise UserError(f"{origin}: a record is a JSON object with {text_field!r} or {messages_field!r}, not "
                         f"{type(record).__name__}")
+    if record.get(text_field) is not None and record.get(messages_field) is not None:
+        raise UserError(f"{origin}: both {text_field!r} and {messages_field!r}; leave out one of them, or name another "
+                        "field with --text-field or --messages-field")
+    if record.get("tools"):
+        raise UserError(f"{origin}: 'tools' are not supported: the chat would be rendered without them")
     if record.get(text_field) is not None:
         text = record[text_field]
         if not isinstance(text, str):
@@ -141,7 +148,8 @@ def _document(record: Any, origin: str, text_field: str, messages_field: str) ->
         return Document(text, origin)
     if record.get(messages_field) is not None:
         return Document(_checked_chat(record[messages_field], origin, messages_field), origin)
-    raise UserError(_no_field(origin, record, text_field, messages_field))
+    filled = [name for name, value in record.items() if value is not None or name not in (text_field, messages_field)]
+    raise UserError(_no_field(origin, filled, text_field, messages_field))
 
 
 def _checked_chat(messages: Any, origin: str, messages_field: str) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Hugging Face's config.json <-> ModelConfig. A field that would change the result is implemented or refused, never dropped."""
 
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -11,7 +12,7 @@ HARMLESS = {
     "_model_name_or_path", "_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "id2label", "is_llama_config", "label2id",
     "model_type", "pad_token_id", "torch_dtype", "transformers_version", "use_cache", "rope_interleaved",
     "keys_to_ignore_at_inference", "task_specific_params", "transformers.js_config", "max_length", "default_theta",
-    "unk_token_id", "sep_token_id", "cls_token_id", "mask_token_id", "decoder_start_token_id",
+    "_attn_implementation_autoset", "unsloth_fixed", "unsloth_version", "unk_token_id", "sep_token_id", "cls_token_id", "mask_token_id", "decoder_start_token_id",
 }
 IMPLEMENTED = {
     "attention_bias", "head_dim", "hidden_act", "hidden_size", "initializer_range", "intermediate_size",
@@ -29,6 +30,7 @@ NEUTRAL = {
 WHOLE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
          "num_key_value_heads", "head_dim", "max_position_embeddings")
 NUMBERS = ("rms_norm_eps", "initializer_range", "rope_theta")
+FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
 NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 ROPE_FIELDS = {  # of rope_parameters, per type: what must be there, what may
     "default": ((), ()),
@@ -98,11 +100,16 @@ def _check_types(raw: dict[str, Any], where: str) -> None:
         value, kinds = raw.get(name), (int,) if name in WHOLE else (int, float)
         if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
             raise UserError(f"{where}: {name}={value!r} must be a {'whole ' if name in WHOLE else ''}number")
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{where}: {name}={value!r} must be above 0")
+    for name in FLAGS:
+        if not isinstance(raw.get(name, False), bool | None):
+            raise UserError(f"{where}: {name}={raw[name]!r} must be true or false")
 
 
 def _check_architecture(raw: dict[str, Any], where: str) -> None:
     kind, architectures = raw.get("model_type"), raw.get("architectures") or ["LlamaForCausalLM"]
-    if kind != "llama" or "LlamaForCausalLM" not in architectures:
+    if kind != "llama" or not isinstance(architectures, list) or "LlamaForCausalLM" not in architectures:
         named = f"model_type {kind!r}, architectures {architectures}"
         raise UserError(f"{where}: {named} is not supported; this trains LlamaForCausalLM models (model_type 'llama')")
     if raw.get("quantization_config"):
@@ -136,7 +143,9 @@ def _rope(raw: dict[str, Any], max_positions: int, where: str) -> RopeConfig:
     given.pop("type", None)
     if isinstance(theta, bool) or not isinstance(theta, (int, float)):
         raise UserError(f"{where}: rope_theta={theta!r} must be a number")
-    if kind not in ROPE_FIELDS:
+    if not 1 < theta < math.inf:
+        raise UserError(f"{where}: rope_theta={theta!r} must be above 1")
+    if not isinstance(kind, str) or kind not in ROPE_FIELDS:
         raise UserError(f"{where}: RoPE type {kind!r} is not implemented; these are: {', '.join(ROPE_FIELDS)}")
     if given.pop("partial_rotary_factor", 1.0) not in (1.0, None):
         raise UserError(f"{where}: partial_rotary_factor is not implemented")
@@ -155,9 +164,23 @@ def _rope(raw: dict[str, Any], max_positions: int, where: str) -> RopeConfig:
                   if given.get(name) is not None}
     except (TypeError, ValueError) as error:
         raise UserError(f"{where}: RoPE of type {kind!r}: {error}") from error
+    wrong = [f"{name}={value}" for name, value in fields.items() if name != "truncate" and not 0 < value < math.inf]
+    if wrong:
+        raise UserError(f"{where}: RoPE of type {kind!r}: {', '.join(wrong)} must be above 0")
+    if kind == "llama3" and fields["low_freq_factor"] >= fields["high_freq_factor"]:
+        raise UserError(f"{where}: RoPE of type 'llama3': low_freq_factor must be below high_freq_factor")
     if "original_max_position_embeddings" in optional:
         fields.setdefault("original_max_position_embeddings", max_positions)  # as transformers does
     return RopeConfig(rope_type=kind, theta=float(theta), **fields)
+
+
+def record_dtype(hf_dir: str | pathlib.Path, dtype: str) -> None:
+    """Let config.json say what the weights beside it are, for transformers loads them in the dtype it names."""
+    raw = read_config(hf_dir)
+    named = raw.get("dtype") or raw.get("torch_dtype")
+    if named not in (None, dtype):
+        raw = {name: value for name, value in raw.items() if name != "torch_dtype"} | {"dtype": dtype}
+        (pathlib.Path(hf_dir) / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
 
 
 def hf_config_dict(config: ModelConfig) -> dict[str, Any]:

@@ -67,9 +67,9 @@ def find_tensors(hf_dir: str | pathlib.Path) -> dict[str, Tensor]:
     elif (path / INDEX).is_file():
         try:
             names = sorted(set(json.loads((path / INDEX).read_text())["weight_map"].values()))
+            files = [path / name for name in names]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path / INDEX} is not a safetensors index: {error!r}") from error
-        files = [path / name for name in names]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise UserError(f"{path}: {INDEX} names files that are not there: {', '.join(missing[:10])}")

@@ -52,7 +52,7 @@ class AdamW:
         if self.master == "none":
             return state
         if self.master == "low-bits" and needs_master(param.dtype):
-            return state | {"master": jnp.zeros(param.shape, jnp.int16)}
+            return state | {"master": jnp.zeros(param.shape, jnp.uint16)}
         return state | {"master": param.astype(accumulation_dtype(param.dtype))}
 
     def state_specs(self, specs: Any, params: Any) -> dict[str, Any]:

@@ -88,14 +88,14 @@ def round_to_bfloat16(x: Array, key: Array) -> Array:
 
 
 def split_float32(x: Array) -> tuple[Array, Array]:
-    """float32 -> (bfloat16, the 16 bits that are missing as int16); `join_float32` gives x back, bit for bit."""
+    """float32 -> (bfloat16, the low 16 bits of x as uint16); `join_float32` gives x back, bit for bit."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    high = (bits + 0x8000) >> 16  # to the nearest
-    low = (bits - (high << 16)).astype(jnp.int16)
-    return jax.lax.bitcast_convert_type(high.astype(jnp.uint16), jnp.bfloat16), low
+    high = (bits + 0x8000) >> 16  # to the nearest: one more than the high bits of x where the low ones are above half
+    low = bits & 0xFFFF
+    return jax.lax.bitcast_convert_type(high.astype(jnp.uint16), jnp.bfloat16), low.astype(jnp.uint16)
 
 
 def join_float32(high: Array, low: Array) -> Array:
     """The float32 that `split_float32` split."""
-    bits = jax.lax.bitcast_convert_type(high, jnp.uint16).astype(jnp.uint32) << 16
-    return jax.lax.bitcast_convert_type(bits + low.astype(jnp.int32).astype(jnp.uint32), jnp.float32)
+    high, low = jax.lax.bitcast_convert_type(high, jnp.uint16).astype(jnp.uint32), low.astype(jnp.uint32)
+    return jax.lax.bitcast_convert_type(((high - (low >> 15)) << 16) | low, jnp.float32)

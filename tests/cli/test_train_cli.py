@@ -12,14 +12,18 @@ import threading
 import time
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import train
-from alst_jax import environment
+from alst_jax import environment, setup
+from alst_jax.config import TrainConfig, UserError
+from alst_jax.data.embedded import TINY_LLAMA
 from alst_jax.data.tokenizer import byte_tokenizer
+from convert.from_hf import from_hf
 from convert.to_hf import to_hf
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -183,7 +187,7 @@ def test_sigterm_saves_too(long_flags, capfd, tmp_path):
 def test_what_is_typed_with_resume_changes_the_flags_of_the_run(saving, model, data):
     config = train.parse(["--resume", "--out", str(saving), "--steps", "500"])
     assert (config.resume, config.steps) == (True, 500)
-    assert (config.model, config.data, config.seq_len) == (str(model), (str(data),), 128)
+    assert (config.model, config.data, config.seq_len) == (None, (str(data),), 128)  # the run has its model with it
     assert (config.sp, config.schedule, config.save_every, config.learning_rate) == (2, "constant", 2, 1e-3)
 
 
@@ -381,3 +385,68 @@ def test_resume_is_refused_where_it_would_be_another_run(call, saving, tmp_path)
         code, error = call("--resume", "--out", saving, *changed)
         assert code == 2 and message in error, error
         assert files(saving) == before
+
+
+def test_resume_with_another_model_is_refused(call, saving, model, data, tmp_path):
+    """A directory, a checkpoint of ours, or something that is not there: whatever --model names is looked at."""
+    other = make_hf(tmp_path / "other", rms_norm_eps=1e-3)
+    from_hf(other, tmp_path / "converted")
+    for named in (other, tmp_path / "converted"):
+        code, stderr = call("--resume", "--out", saving, "--steps", 9, "--model", named)
+        assert code == 2 and "the model has changed since the checkpoint (rms_norm_eps 1e-06 -> 0.001)" in stderr
+    code, stderr = call("--resume", "--out", saving, "--steps", 9, "--model", tmp_path / "nowhere")
+    assert code == 2 and "no such directory" in stderr
+    code, stderr = call("--resume", "--out", tmp_path / "converted", "--steps", 9)
+    assert code == 2 and "a converted model, not a run" in stderr
+
+
+# ------------------------------------------------------------------------------------------------- numbers that are none
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_state_saved(call, model, data, tmp_path):
+    flags = ("--model", model, "--data", data, "--seq-len", 128, "--dp", 1, "--schedule", "constant", "--warmup-steps", 0,
+             "--clip-norm", 0, "--out", tmp_path / "run")
+    code, stderr = call(*flags, "--steps", 20, "--learning-rate", 1e15)
+    assert code == 2 and "The step was not applied; the state before it, step" in stderr and "is saved" in stderr
+    saved = [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert len(saved) == 1 and saved[0].isdigit()  # complete, not cut off
+    assert not (tmp_path / "run" / "hf").exists()
+
+
+def test_weights_that_are_not_finite_are_not_saved_and_the_run_can_start_again(call, model, data, tmp_path):
+    flags = ("--model", model, "--data", data, "--seq-len", 128, "--dp", 1, "--steps", 1, "--schedule", "constant",
+             "--warmup-steps", 0, "--out", tmp_path / "run")
+    code, stderr = call(*flags, "--learning-rate", 3e38, "--weight-decay", 1e3)
+    assert code == 2 and "step 1 made weights that are not finite numbers; they are not saved" in stderr
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == [] and not (tmp_path / "run" / "hf").exists()
+    assert call(*flags, "--learning-rate", 1e-3)[0] == 0
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1]
+
+
+# ------------------------------------------------------------------------------------------------------- dtypes, amounts
+
+
+def test_the_export_of_a_bfloat16_model_trained_in_float32_is_float32(data, tmp_path):
+    model = make_hf(tmp_path / "bfloat16", dtype="bfloat16")
+    weights = load_file(model / "model.safetensors")
+    save_file({name: w.bfloat16() for name, w in weights.items()}, model / "model.safetensors", metadata={"format": "pt"})
+    assert run_here("--model", model, "--data", data, "--seq-len", 128, "--dp", 1, "--steps", 2, "--learning-rate", 1e-5,
+                    "--out", tmp_path / "run") == 0
+    to_hf(tmp_path / "run", tmp_path / "converted")
+    for export in (tmp_path / "run" / "hf", tmp_path / "converted"):
+        loaded = AutoModelForCausalLM.from_pretrained(export)
+        assert loaded.dtype == torch.float32
+        assert_same_tensors({k: v for k, v in loaded.state_dict().items()}, load_file(export / "model.safetensors"))
+
+
+def test_a_step_does_not_meet_a_sequence_twice(call, model, tmp_path):
+    one = write_jsonl(tmp_path / "one.jsonl", ["x" * 100])
+    code, stderr = call("--model", model, "--data", one, "--seq-len", 128, "--dp", 2, "--grad-accum", 2, "--out",
+                           tmp_path / "run")
+    assert code == 2 and "--data gives 1 sequences, fewer than the 4 of one step" in stderr
+
+
+def test_float32_on_a_gpu_does_not_choose_slow_attention_in_silence(monkeypatch):
+    monkeypatch.setattr(setup.jax, "default_backend", lambda: "gpu")
+    with pytest.raises(UserError, match="--dtype float32 on a GPU: .*--attention xla, which is exact and very slow"):
+        setup.make_profile(TrainConfig(), np.dtype("float32"), TINY_LLAMA)

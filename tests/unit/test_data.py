@@ -99,7 +99,7 @@ def messages(*turns):
     ("a.jsonl", b'{"body": "x", "id": 1}', r"{file}:1: neither a 'text' nor a 'messages' field \(it has: body, id\); "
      "name the right one with --text-field or --messages-field"),
     ("a.jsonl", b"{}", r"{file}:1: neither .* \(it has: none\)"),
-    ("a.jsonl", b'{"text": null, "messages": null}', r"{file}:1: neither .* \(it has: text, messages\)"),
+    ("a.jsonl", b'{"text": null, "messages": null}', r"{file}:1: neither .* \(it has: none\)"),
     ("a.jsonl", b'{"text": "a"}\n["text"]', "{file}:2: a record is a JSON object with 'text' or 'messages', not list"),
     ("a.jsonl", b'"text"', "{file}:1: a record is a JSON object with 'text' or 'messages', not str"),
     ("a.jsonl", b'{"text": 3}', r"{file}:1: 'text' holds int, not text \(--text-field\)"),

@@ -30,7 +30,7 @@ def test_split_floats_are_joined_bit_for_bit():
     x = bits.view(np.float32)
     x = np.concatenate([x[np.isfinite(x)], np.float32([0, -0.0, 1, 1 + 2**-8, 1 + 3 * 2**-9, 1e-45, -1e-40])])
     high, low = split_float32(jnp.asarray(x))
-    assert high.dtype == jnp.bfloat16 and low.dtype == jnp.int16
+    assert high.dtype == jnp.bfloat16 and low.dtype == jnp.uint16
     np.testing.assert_array_equal(np.asarray(join_float32(high, low)).view(np.uint32), x.view(np.uint32))
     normal = np.abs(x) < 1e38
     error = np.abs(np.asarray(high, np.float64)[normal] - x[normal])

@@ -1,0 +1,54 @@
+# pytest tests/cli/test_readme.py
+"""What README.md tells a newcomer to type."""
+
+import json
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import tyro
+
+import train
+from alst_jax.config import check_run
+
+ROOT = pathlib.Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.replace("\\\n", " ").splitlines()]
+
+
+def test_readme_has_commands_and_ci_runs_its_test_command():
+    tests = [line for line in COMMANDS if "pytest" in line]
+    assert len(tests) == 1 and tests[0].startswith("uv run ")
+    assert "grep -m1 '^uv run .*pytest' README.md" in (ROOT / ".ci" / "run").read_text()
+    assert "uv run train.py" in COMMANDS and len(COMMANDS) >= 6
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if "train.py" in line])
+def test_training_commands_have_flags_that_exist(command):
+    arguments = shlex.split(command.partition("train.py")[2])
+    if "--resume" in arguments:
+        config = tyro.cli(train.TrainConfig, args=arguments)
+    else:
+        config = train.parse(arguments)
+    check_run(config)
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if " -m " in line])
+def test_modules_of_commands_exist(command):
+    module = command.split(" -m ")[1].split()[0]
+    done = subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "usage:" in done.stdout
+
+
+def test_without_flags_a_model_learns(tmp_path):
+    """The first command, a few steps of it: sequence parallelism is on, the loss falls, a Hugging Face directory is left."""
+    done = subprocess.run([sys.executable, ROOT / "train.py", "--steps", "12"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "mesh    dp 1 x sp 4 on cpu" in done.stdout and "eval loss" in done.stdout
+    (run,) = (tmp_path / "runs").iterdir()
+    losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 12 and losses[-1] < losses[0] - 1
+    assert (run / "hf" / "model.safetensors").is_file()
