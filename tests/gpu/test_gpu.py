@@ -15,6 +15,8 @@ import pytest
 from alst_jax.memory.profile import Profile
 from alst_jax.ops import attention as attention_module
 from alst_jax.ops.attention import attention
+from alst_jax.optim.adamw import AdamW
+from alst_jax.optim.formats import join_float32
 from benchmarks.shapes import llama_8b
 from tests.helpers import make_step, random_batch, relative_error
 
@@ -88,8 +90,10 @@ def test_offloaded_gradients_equal_plain(changes, capfd):
     (loss, plain), (other_loss, other) = results
     assert abs(float(loss) - float(other_loss)) < 1e-4
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(other), jax.tree.leaves(plain)):
-        # bfloat16 gradients; the order in which cuDNN adds differs from call to call.
-        assert relative_error(np.asarray(a, np.float32), np.asarray(b, np.float32)) < 1e-2, path
+        # bfloat16 gradients; the order in which cuDNN adds differs from call to call. Chunks that share a kv head each
+        # round its gradient to bfloat16 before they are summed: 1.06e-2 was measured.
+        tolerance = 1e-2 if changes.get("head_chunks", 1) <= MODEL.num_kv_heads else 1.5e-2
+        assert relative_error(np.asarray(a, np.float32), np.asarray(b, np.float32)) < tolerance, path
     assert "compute in host memory space" not in capfd.readouterr().err
 
 
@@ -108,6 +112,26 @@ def test_streamed_update_equals_the_update_on_the_device():
         weights.append(jax.tree.map(np.asarray, state["master"]))
     for a, b in zip(*map(jax.tree.leaves, weights)):
         assert relative_error(a, b) < 1e-5
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+def test_low_bits_are_a_float32_master_to_the_last_bit(on_host):
+    """Four updates with the same gradients. When this passes, setup.choose_dtype need not refuse low-bits any more."""
+    masters = {}
+    for kind in ("float32", "low-bits"):
+        profile = dataclasses.replace(CUDNN, offload_weights=on_host, offload_optimizer=on_host)
+        step = make_step(MODEL, profile=profile, dtype=jnp.bfloat16, optimizer=AdamW(master=kind))
+        params = step.init_params(jax.random.key(0), jnp.bfloat16)
+        state = step.init_optimizer(params)
+        for seed in range(4):
+            gradients = jax.tree.map(lambda p: jax.random.normal(jax.random.key(seed), p.shape, p.dtype), step.params)
+            gradients = jax.device_put(gradients, step.param_shardings)
+            params, state = step.update(params, gradients, state, jnp.float32(1), jnp.float32(1e-3))
+        kept = jax.tree.map(jnp.asarray, jax.device_get(state["master"]))
+        whole = jax.tree.map(jnp.asarray, jax.device_get(params))
+        masters[kind] = kept if kind == "float32" else jax.tree.map(join_float32, whole, kept)
+    for a, b in zip(*map(jax.tree.leaves, masters.values())):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
 @pytest.mark.parametrize("flags", [
