@@ -20,6 +20,11 @@ def main() -> int:
     except UserError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:  # jax's own errors are of this kind
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(f"\nerror: {out_of_memory(config, str(error))}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("\nstopped at once: nothing was saved since the last checkpoint", file=sys.stderr)
         return 130
@@ -37,6 +42,16 @@ def parse(arguments: list[str]) -> TrainConfig:
         # The run has its model with it; one that is typed must be the same.
         return tyro.cli(TrainConfig, args=arguments, default=TrainConfig(**saved | {"model": None}))
     return with_demo_defaults(config)
+
+
+def out_of_memory(config: TrainConfig, reason: str) -> str:
+    """What did not fit, and the flags that are left to try, cheapest first."""
+    off = [f"--{name.replace('_', '-')}" for name in ("offload_optimizer", "offload_activations", "offload_weights")
+           if not getattr(config, name)]
+    off += [flag for flag, on in (("--optimizer-states int8", config.optimizer_states == "int8"),
+                                  ("--head-chunks", config.head_chunks > 1), ("--segment-layers", config.segment_layers > 1)) if not on]
+    return (f"out of memory: {reason.strip().splitlines()[0][:300]}. These need less: {', '.join([*off, 'a larger --sp'])}, "
+            "or a shorter --seq-len. Checkpoints saved before are complete; go on from them with --resume")
 
 
 def with_demo_defaults(config: TrainConfig) -> TrainConfig:

@@ -23,6 +23,7 @@ from alst_jax.models.hf_weights import find_tensors, load_params
 from alst_jax.ops.rope import MAX_POSITION
 from alst_jax.step import TrainStep
 
+OLDEST_JAX_ON_CUDA = (0, 11, 1)  # openxla/xla#46231
 CUDNN_MAX_HEAD_DIM = 128  # of the backward pass on every generation
 CUDNN_MULTIPLE = 128  # tokens: cuDNN's attention wants whole tiles
 
@@ -97,6 +98,9 @@ def choose_dtype(config: TrainConfig) -> jnp.dtype:
 def make_profile(config: TrainConfig, dtype: jnp.dtype, model: ModelConfig) -> Profile:
     """The memory profile the flags describe. UserError if the attention kernel cannot run here."""
     on_gpu = jax.default_backend() == "gpu"
+    if on_gpu and jax.__version_info__ < OLDEST_JAX_ON_CUDA:
+        raise UserError(f"jax {jax.__version__} gives wrong gradients for offloaded activations on CUDA without a word; "
+                        f"install {'.'.join(map(str, OLDEST_JAX_ON_CUDA))} or newer")
     attention = config.attention
     if attention == "auto":
         if on_gpu and dtype != jnp.bfloat16:

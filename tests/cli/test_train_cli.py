@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import train
-from alst_jax import environment, setup
+from alst_jax import environment, setup, trainer
 from alst_jax.config import TrainConfig, UserError
 from alst_jax.data.embedded import TINY_LLAMA
 from alst_jax.data.tokenizer import byte_tokenizer
@@ -450,3 +451,21 @@ def test_float32_on_a_gpu_does_not_choose_slow_attention_in_silence(monkeypatch)
     monkeypatch.setattr(setup.jax, "default_backend", lambda: "gpu")
     with pytest.raises(UserError, match="--dtype float32 on a GPU: .*--attention xla, which is exact and very slow"):
         setup.make_profile(TrainConfig(), np.dtype("float32"), TINY_LLAMA)
+
+
+def test_a_jax_with_wrong_gradients_is_refused(monkeypatch):
+    monkeypatch.setattr(setup.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(setup.jax, "__version_info__", (0, 11, 0))
+    with pytest.raises(UserError, match="wrong gradients for offloaded activations on CUDA .*install 0.11.1 or newer"):
+        setup.make_profile(TrainConfig(), np.dtype("bfloat16"), TINY_LLAMA)
+
+
+def test_out_of_memory_names_what_is_left_to_try(call, model, data, tmp_path, monkeypatch):
+    def too_much(*_):
+        jax.block_until_ready(jax.numpy.zeros((2**46,)))
+
+    monkeypatch.setattr(trainer, "optimizer_step", too_much)
+    code, stderr = call("--model", model, "--data", data, "--seq-len", 128, "--dp", 1, "--offload-optimizer", "--out",
+                        tmp_path / "run")
+    assert code == 2 and "error: out of memory: RESOURCE_EXHAUSTED" in stderr
+    assert "These need less: --offload-activations, --offload-weights, --optimizer-states int8, --head-chunks" in stderr
