@@ -12,7 +12,17 @@ from alst_jax.config import IGNORED, UserError
 from alst_jax.memory.profile import Profile
 from alst_jax.parallel.mesh import AXES, choose_degrees
 from tests.helpers import (
-    PLAIN, TINY, assert_trees_close, loss_and_grad, make_step, random_batch, relative_error, tiny, to_numpy, train)
+    PLAIN,
+    TINY,
+    assert_trees_close,
+    loss_and_grad,
+    make_step,
+    random_batch,
+    relative_error,
+    tiny,
+    to_numpy,
+    train,
+)
 
 MESHES = [(1, 2), (1, 4), (1, 8), (2, 4), (4, 2)]
 PROFILE = Profile(loss_tile=7, mlp_tile=5)

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
 from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM
 
