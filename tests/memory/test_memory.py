@@ -17,7 +17,7 @@ SHAPE = jax.ShapeDtypeStruct
 @pytest.fixture(autouse=True)
 def all_optimizations():
     """Bytes are those of a program compiled as users' are."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
