@@ -15,6 +15,7 @@ def prepare(simulate_devices: int | None) -> None:
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch is meant so
     if simulate_devices:
         import jax
 
