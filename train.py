@@ -72,6 +72,7 @@ def run(config: TrainConfig) -> int:
     from alst_jax import checkpoint as ckpt
     from alst_jax import setup
     from alst_jax.data.batches import TrainingBatches, evaluation_batches, fingerprint
+    from alst_jax.memory.plan import plan_step
     from alst_jax.metrics import MetricsLog
     from alst_jax.models.hf_config import record_dtype
     from alst_jax.models.hf_weights import save_params
@@ -81,7 +82,7 @@ def run(config: TrainConfig) -> int:
     from alst_jax.trainer import StopSignal, TrainState, train
 
     # ------------------------------------------------------------------------------------------- where: devices, mesh
-    out = setup.check_out(config)
+    out = None if config.plan_only else setup.check_out(config)
     dp, sp = choose_degrees(config.dp, config.sp, jax.device_count())
     mesh = make_mesh(dp, sp)
 
@@ -96,6 +97,10 @@ def run(config: TrainConfig) -> int:
     # ----------------------------------------------------------------------------------------------- on what: the data
     seq_len = setup.check_seq_len(config, source.config)
     rows, padded_len = dp * config.batch_size, setup.padded_length(seq_len, sp, profile)
+    if config.plan_only:
+        plan = plan_step(step, rows, padded_len, config.grad_accum)
+        print(plan.to_json() if config.json else plan.table())
+        return 0
     sequences, stats = setup.read_sequences(config, source, seq_len)
     pad_token = setup.pad_token(source.tokenizer)
     setup.check_enough(config, len(sequences), rows * config.grad_accum)

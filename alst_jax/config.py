@@ -199,6 +199,10 @@ class TrainConfig:
     """Checkpoint every so many steps, besides the last one."""
     keep_checkpoints: int = 2
     """Checkpoints kept; older ones are deleted."""
+    plan_only: bool = False
+    """Print what a step needs, by part, and stop: compiles, allocates nothing, needs no --data and no --out."""
+    json: bool = False
+    """With --plan-only: one JSON object instead of a table."""
     resume: bool = False
     """Continue the run in --out from its newest checkpoint."""
     eval_data: str | None = None
@@ -247,7 +251,11 @@ def check_run(config: TrainConfig) -> None:
         raise UserError("--eval-every needs --eval-data, the file to evaluate on")
     if config.resume and config.out is None:
         raise UserError("--resume needs --out, the directory of the run to continue")
-    if config.model is not None and not config.data:
+    if config.json and not config.plan_only:
+        raise UserError("--json is for --plan-only")
+    if config.plan_only and config.resume:
+        raise UserError("--plan-only with --resume: plan the run with its own flags and --model on its directory")
+    if config.model is not None and not config.data and not config.plan_only:
         raise UserError("--model without --data: name the files to train on (--data FILE_OR_DIR...)")
     if config.loss_tile is not None and not config.tiled_loss:
         raise UserError("--loss-tile has no meaning with --no-tiled-loss; leave one of them out")
