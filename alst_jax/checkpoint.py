@@ -36,8 +36,7 @@ class Checkpoints:
         remove what a save that was killed left behind."""
         self.directory = pathlib.Path(run_dir).absolute() / CHECKPOINTS
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=True, create=True,
-            cleanup_tmp_directories=clean)
+            max_to_keep=keep, enable_async_checkpointing=True, create=True, cleanup_tmp_directories=clean)
         # Without a limit on what is being written at once, orbax would hold a second copy of everything in memory.
         tree = lambda: ocp.PyTreeCheckpointHandler(save_concurrent_gb=_concurrent_gigabytes(largest_leaf))
         handlers = {"params": tree(), "optimizer": tree(), "loop": ocp.JsonCheckpointHandler()}

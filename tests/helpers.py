@@ -9,6 +9,7 @@ import numpy as np
 from alst_jax.config import IGNORED, ModelConfig
 from alst_jax.memory.profile import Profile
 from alst_jax.optim.adamw import AdamW
+from alst_jax.optim.formats import join_float32
 from alst_jax.parallel.mesh import make_mesh
 from alst_jax.step import TrainStep, count_labels
 
@@ -61,6 +62,19 @@ def train(step: TrainStep, batch, steps=3, learning_rate=1e-2, seed=0):
         norm = step.gradient_norm(gradients)
         params, state = step.update(params, gradients, state, norm, jnp.float32(learning_rate))
     return losses, first, to_numpy(params)
+
+
+def float32_masters(master: str, model: ModelConfig, profile: Profile):
+    """The float32 weights behind bfloat16 ones after four updates with fixed gradients, however they are kept."""
+    step = make_step(model, profile=profile, dtype=jnp.bfloat16, optimizer=AdamW(master=master))
+    params = step.init_params(jax.random.key(0), jnp.bfloat16)
+    state = step.init_optimizer(params)
+    for seed in range(4):
+        gradients = jax.tree.map(lambda p: jax.random.normal(jax.random.key(seed), p.shape, p.dtype), step.params)
+        gradients = jax.device_put(gradients, step.param_shardings)
+        params, state = step.update(params, gradients, state, jnp.float32(1), jnp.float32(1e-3))
+    whole, kept = (jax.tree.map(jnp.asarray, to_numpy(tree)) for tree in (params, state["master"]))
+    return to_numpy(kept if master == "float32" else jax.tree.map(join_float32, whole, kept))
 
 
 def to_numpy(tree):

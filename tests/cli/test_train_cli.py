@@ -469,3 +469,21 @@ def test_out_of_memory_names_what_is_left_to_try(call, model, data, tmp_path, mo
                         tmp_path / "run")
     assert code == 2 and "error: out of memory: RESOURCE_EXHAUSTED" in stderr
     assert "These need less: --offload-activations, --offload-weights, --optimizer-states int8, --head-chunks" in stderr
+
+
+def test_memory_flags_reach_the_profile():
+    flags = dict(remat=True, offload_activations=True, offload_weights=True, offload_optimizer=True, segment_layers=3,
+                 keep_attention_on_device=1, keep_attention_on_host=2, head_chunks=2, reduce_dtype="bfloat16", loss_tile=7,
+                 mlp_tile=5)
+    profile = setup.make_profile(TrainConfig(**flags), np.dtype("float32"), TINY_LLAMA)
+    assert {name: getattr(profile, name) for name in flags} == flags
+    off = setup.make_profile(TrainConfig(remat=False, tiled_loss=False, tiled_mlp=False), np.dtype("float32"), TINY_LLAMA)
+    assert (off.remat, off.loss_tile, off.mlp_tile) == (False, None, None)
+
+
+def test_optimizer_flags_reach_the_checkpoint(model, data, tmp_path):
+    assert run_here("--model", model, "--data", data, "--seq-len", 128, "--dp", 1, "--steps", 1, "--dtype", "bfloat16",
+                    "--optimizer-states", "int8", "--master-weights", "none", "--segment-layers", 2,
+                    "--keep-attention-on-host", 1, "--head-chunks", 2, "--out", tmp_path / "run") == 0
+    names = (tmp_path / "run" / "checkpoints" / "1" / "optimizer" / "_METADATA").read_text()
+    assert "code" in names and "scale" in names and "master" not in names

@@ -15,10 +15,8 @@ import pytest
 from alst_jax.memory.profile import Profile
 from alst_jax.ops import attention as attention_module
 from alst_jax.ops.attention import attention
-from alst_jax.optim.adamw import AdamW
-from alst_jax.optim.formats import join_float32
 from benchmarks.shapes import llama_8b
-from tests.helpers import make_step, random_batch, relative_error
+from tests.helpers import float32_masters, make_step, random_batch, relative_error
 
 pytestmark = pytest.mark.gpu
 CUDNN = Profile(attention="cudnn", compute_dtype="bfloat16", loss_tile=512, mlp_tile=256)
@@ -116,22 +114,11 @@ def test_streamed_update_equals_the_update_on_the_device():
 
 @pytest.mark.parametrize("on_host", [False, True])
 def test_low_bits_are_a_float32_master_to_the_last_bit(on_host):
-    """Four updates with the same gradients. When this passes, setup.choose_dtype need not refuse low-bits any more."""
-    masters = {}
-    for kind in ("float32", "low-bits"):
-        profile = dataclasses.replace(CUDNN, offload_weights=on_host, offload_optimizer=on_host)
-        step = make_step(MODEL, profile=profile, dtype=jnp.bfloat16, optimizer=AdamW(master=kind))
-        params = step.init_params(jax.random.key(0), jnp.bfloat16)
-        state = step.init_optimizer(params)
-        for seed in range(4):
-            gradients = jax.tree.map(lambda p: jax.random.normal(jax.random.key(seed), p.shape, p.dtype), step.params)
-            gradients = jax.device_put(gradients, step.param_shardings)
-            params, state = step.update(params, gradients, state, jnp.float32(1), jnp.float32(1e-3))
-        kept = jax.tree.map(jnp.asarray, jax.device_get(state["master"]))
-        whole = jax.tree.map(jnp.asarray, jax.device_get(params))
-        masters[kind] = kept if kind == "float32" else jax.tree.map(join_float32, whole, kept)
-    for a, b in zip(*map(jax.tree.leaves, masters.values())):
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    """When this passes, setup.choose_dtype need not refuse low-bits any more."""
+    profile = dataclasses.replace(CUDNN, offload_weights=on_host, offload_optimizer=on_host)
+    low_bits, exact = (float32_masters(kind, MODEL, profile) for kind in ("low-bits", "float32"))
+    for a, b in zip(jax.tree.leaves(low_bits), jax.tree.leaves(exact)):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("flags", [

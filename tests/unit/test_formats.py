@@ -9,7 +9,7 @@ import pytest
 from alst_jax.memory.profile import Profile
 from alst_jax.optim.adamw import AdamW
 from alst_jax.optim.formats import Log8, Plain, block_of, join_float32, round_to_bfloat16, split_float32
-from tests.helpers import PLAIN, make_step, random_batch, tiny, to_numpy, train
+from tests.helpers import PLAIN, float32_masters, make_step, random_batch, tiny, to_numpy, train
 
 DRAWS = 4000
 
@@ -87,18 +87,8 @@ def reference():
 
 @pytest.mark.parametrize("profile", [PLAIN, Profile(offload_weights=True, offload_optimizer=True)], ids=["device", "host"])
 def test_low_bits_are_a_float32_master_to_the_last_bit(profile):
-    def masters(kind):
-        step = make_step(MODEL, profile=profile, dtype=jnp.bfloat16, optimizer=AdamW(master=kind))
-        params = step.init_params(jax.random.key(0), jnp.bfloat16)
-        state = step.init_optimizer(params)
-        for seed in range(4):
-            gradients = jax.tree.map(lambda p: jax.random.normal(jax.random.key(seed), p.shape, p.dtype), step.params)
-            gradients = jax.device_put(gradients, step.param_shardings)
-            params, state = step.update(params, gradients, state, step.gradient_norm(gradients), jnp.float32(1e-3))
-        params, kept = to_numpy(params), to_numpy(state["master"])
-        return kept if kind == "float32" else jax.tree.map(lambda high, low: join_float32(jnp.asarray(high), jnp.asarray(low)), params, kept)
-
-    for a, b in zip(*map(jax.tree.leaves, (masters("low-bits"), masters("float32")))):
+    low_bits, exact = (float32_masters(kind, MODEL, profile) for kind in ("low-bits", "float32"))
+    for a, b in zip(jax.tree.leaves(low_bits), jax.tree.leaves(exact)):
         np.testing.assert_array_equal(a, b)
 
 
