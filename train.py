@@ -49,7 +49,7 @@ def out_of_memory(config: TrainConfig, reason: str) -> str:
     off = [f"--{name.replace('_', '-')}" for name in ("offload_optimizer", "offload_activations", "offload_weights")
            if not getattr(config, name)]
     off += [flag for flag, on in (("--optimizer-states int8", config.optimizer_states == "int8"),
-                                  ("--head-chunks", config.head_chunks > 1), ("--segment-layers", config.segment_layers > 1)) if not on]
+                                  ("--head-chunks", config.head_chunks > 1), ("--segment-layers", config.segment_layers != (1,))) if not on]
     return (f"out of memory: {reason.strip().splitlines()[0][:300]}. These need less: {', '.join([*off, 'a larger --sp'])}, "
             "or a shorter --seq-len. Checkpoints saved before are complete; go on from them with --resume")
 

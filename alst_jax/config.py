@@ -187,12 +187,12 @@ class TrainConfig:
     offload_optimizer: bool = False
     """Keep optimizer state in host memory, streamed one layer at a time."""
 
-    segment_layers: int = 1
-    """Layers between two kept layer inputs; the inputs between them are computed again."""
+    segment_layers: tuple[int, ...] = (1,)
+    """Layers between two kept layer inputs; the inputs between them are computed again. One number, or one a segment."""
     keep_attention_on_device: int = 0
-    """Layers of each segment whose attention output is kept, so that attention is not run again for them."""
+    """Layers, the last ones, whose attention output is kept, so that attention is not run again for them."""
     keep_attention_on_host: int = 0
-    """The same, kept in host memory."""
+    """Layers, those before them, whose attention output is kept in host memory."""
     head_chunks: int = 1
     """Groups of attention heads worked on one after the other, so that less memory is needed at a time."""
     save_every: int | None = None
@@ -221,12 +221,14 @@ class TrainConfig:
 
 def check_run(config: TrainConfig) -> None:
     """Refuse what is wrong whatever the model, the data and the machine are."""
-    at_least = dict(segment_layers=1, keep_attention_on_device=0, keep_attention_on_host=0, head_chunks=1, dp=1, sp=1, simulate_devices=1, steps=1, batch_size=1, grad_accum=1, warmup_steps=0, save_every=1,
+    at_least = dict(keep_attention_on_device=0, keep_attention_on_host=0, head_chunks=1, dp=1, sp=1, simulate_devices=1, steps=1, batch_size=1, grad_accum=1, warmup_steps=0, save_every=1,
                     keep_checkpoints=1, eval_every=1, weight_decay=0, clip_norm=0, seed=0)
     for field, least in at_least.items():
         value = getattr(config, field)
         if value is not None and not value >= least:
             raise UserError(f"{flag(field)} {value}: must be at least {least}")
+    if not config.segment_layers or min(config.segment_layers) < 1:
+        raise UserError(f"--segment-layers {' '.join(map(str, config.segment_layers))}: must be at least 1 each")
     if config.seed >= 2**32:
         raise UserError(f"--seed {config.seed}: must be below 2^32")
     for field, value in (("learning_rate", config.learning_rate), ("eps", config.eps)):

@@ -263,9 +263,9 @@ def announce(
     on = [name for name, value in (("tiled loss", profile.loss_tile is not None), ("tiled MLP", profile.mlp_tile is not None),
           ("remat", profile.remat), ("activations in host memory", profile.offload_activations),
           ("weights in host memory", profile.offload_weights), ("optimizer in host memory", profile.offload_optimizer),
-          (f"segments of {profile.segment_layers} layers", profile.segment_layers > 1),
-          (f"attention of {profile.keep_attention_on_device} layers a segment kept", profile.keep_attention_on_device),
-          (f"of {profile.keep_attention_on_host} in host memory", profile.keep_attention_on_host),
+          (f"segments of {', '.join(map(str, profile.segment_layers))} layers", profile.segment_layers != (1,)),
+          (f"attention of {profile.keep_attention_on_device} layers kept", profile.keep_attention_on_device),
+          (f"of {profile.keep_attention_on_host} kept in host memory", profile.keep_attention_on_host),
           (f"{profile.head_chunks} head chunks", profile.head_chunks > 1)) if value]
     idle = jax.device_count() - dp * sp
     print(f"model   {source.name}: {model.num_params / 1e6:,.1f}M parameters, {model.num_layers} layers, "

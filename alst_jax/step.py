@@ -17,9 +17,11 @@ from jax.typing import DTypeLike
 
 from alst_jax.config import IGNORED, ModelConfig, UserError
 from alst_jax.memory import host
+from alst_jax.memory.order import gradient_first
 from alst_jax.memory.profile import Profile
 from alst_jax.memory.remat import scan_layers
-from alst_jax.models.llama import Compute, abstract_params, block_apply, init_params
+from alst_jax.models.layer import Layer
+from alst_jax.models.llama import abstract_params, block_functions, init_params
 from alst_jax.ops.cross_entropy import cross_entropy, default_tile, tiled_cross_entropy
 from alst_jax.ops.linear import embed
 from alst_jax.ops.norm import rms_norm
@@ -28,7 +30,7 @@ from alst_jax.ops.tiling import accumulation_dtype
 from alst_jax.optim.adamw import AdamW, apply_update, global_norm, is_spec
 from alst_jax.parallel.mesh import AXES, SEQ
 from alst_jax.parallel.sharding import BATCH_SPEC, drop_layer_dim, gather, is_stacked, param_specs, shardings
-from alst_jax.parallel.ulysses import check_degree, project_and_attend
+from alst_jax.parallel.ulysses import Ulysses, check_degree
 
 Params = Any
 
@@ -134,15 +136,14 @@ def check_profile(profile: Profile, model: ModelConfig, sp: int) -> None:
     chunks, kv_heads = profile.head_chunks, model.num_kv_heads
     if chunks % kv_heads and kv_heads % chunks:
         raise UserError(f"--head-chunks {chunks}: must divide the {kv_heads} kv heads or be a multiple of them")
-    if model.num_layers % profile.segment_layers:
-        works = [k for k in range(1, model.num_layers + 1) if model.num_layers % k == 0]
-        raise UserError(f"--segment-layers {profile.segment_layers} must divide {model.num_layers} layers; use one of "
-                        f"{', '.join(map(str, works))}")
+    segments, layers = profile.segment_layers, model.num_layers
+    if len(segments) != 1 and sum(segments) != layers:
+        raise UserError(f"--segment-layers {' '.join(map(str, segments))}: {sum(segments)} layers in all, where the model has "
+                        f"{layers}; give one number for all segments alike, or one each that add up to {layers}")
     kept = profile.keep_attention_on_device + profile.keep_attention_on_host
-    if kept > profile.segment_layers:
-        raise UserError(f"--keep-attention-on-device + --keep-attention-on-host = {kept} layers of each segment, which has "
-                        f"{profile.segment_layers} (--segment-layers)")
-    if not profile.remat and (kept or profile.segment_layers > 1 or profile.offload_activations):
+    if kept > layers:
+        raise UserError(f"--keep-attention-on-device + --keep-attention-on-host = {kept} layers, where the model has {layers}")
+    if not profile.remat and (kept or segments != (1,) or profile.offload_activations):
         raise UserError("--segment-layers, --keep-attention-on-device, --keep-attention-on-host and --offload-activations "
                         "say what rematerialisation keeps; they need --remat, not --no-remat")
 
@@ -164,14 +165,10 @@ def local_loss(
     gather_all = functools.partial(_gather_all, reduce_dtype=jnp.dtype(profile.reduce_dtype))
     fetch = lambda shards, specs: gather_all(host.to_device(shards) if profile.offload_weights else shards, specs)
     rope = rope_tables(model.rope, model.head_dim, batch.positions)
-    attend = functools.partial(
-        project_and_attend, implementation=profile.attention, axis=SEQ, chunks=profile.head_chunks)
-    block = block_apply(model)
     layer_specs = jax.tree.map(drop_layer_dim, specs["layers"], is_leaf=lambda x: isinstance(x, P))
-
-    def layer(h, shards, rope, kept):
-        compute = Compute(functools.partial(attend, kept=kept), _token_tile(model, profile))
-        return block(gather_all(shards, layer_specs), h, rope, compute)
+    layer = Layer(
+        block_functions(model), load=lambda shards: gather_all(shards, layer_specs), tile=_token_tile(model, profile),
+        ulysses=Ulysses(model.num_heads, model.num_kv_heads, profile.attention, SEQ, profile.head_chunks))
 
     table = fetch(params["embed_tokens"], specs["embed_tokens"])["embedding"]
     h_BTD = embed(table, batch.tokens, dtype)
@@ -179,7 +176,10 @@ def local_loss(
     h_BTD = rms_norm(h_BTD, fetch(params["norm"], specs["norm"])["scale"], model.rms_norm_eps)
 
     head = "embed_tokens" if model.tie_word_embeddings else "lm_head"
-    table = fetch(params[head], specs[head])["embedding"]
+    table = params[head]["embedding"]
+    table = host.to_device(table) if profile.offload_weights else table
+    h_BTD, table = gradient_first(h_BTD, table)  # its float32 sums do not outlive the loss
+    table = gather_all(table, specs[head]["embedding"])
     h_TD, labels_T = h_BTD.reshape(-1, h_BTD.shape[-1]), batch.labels.reshape(-1)
     if profile.loss_tile is None:
         total = cross_entropy(h_TD, table, labels_T)

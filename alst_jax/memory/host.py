@@ -26,6 +26,18 @@ def to_host(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Host), tree)
 
 
+def row(tree: Any, index: jax.Array | int, on_host: bool) -> Any:
+    """Inside jit: row `index` of dim 0 of each array, on the device."""
+    rows = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, keepdims=False), tree)
+    return to_device(rows) if on_host else rows
+
+
+def put_row(tree: Any, rows: Any, index: jax.Array | int, on_host: bool) -> Any:
+    """Inside jit: the arrays with row `index` of dim 0 replaced, in place where they are a loop's carry."""
+    rows = to_host(rows) if on_host else rows
+    return jax.tree.map(lambda x, new: lax.dynamic_update_index_in_dim(x, new, index, 0), tree, rows)
+
+
 def chunk_rows(shape: tuple[int, ...], stacked: bool) -> int:
     """Rows of dim 0 to work on at a time: one layer of a stacked array, otherwise about CHUNK_BYTES of float32."""
     if stacked or not shape:
@@ -34,16 +46,18 @@ def chunk_rows(shape: tuple[int, ...], stacked: bool) -> int:
 
 
 def stream(
-    body: Callable, carry: Any, written: tuple, read: tuple, rows: int, on_host: tuple[bool, ...]
+    body: Callable, carry: Any, written: tuple, read: tuple, rows: int, on_host: tuple[bool, ...] | None = None
 ) -> tuple[Any, tuple]:
     """Update arrays in place, `rows` rows of dim 0 at a time, wherever they live. Runs inside jit.
 
     body(carry, written_chunk, read_chunk) -> (carry, new_written_chunk) sees device arrays. `on_host` says for each
-    array of written + read whether it lives in host memory. The host buffers are the carry of a fori_loop and are
-    written with dynamic_update_slice, which XLA does in place at the speed of the bus; a scan with stacked outputs
-    would make a second copy of everything at a quarter of the speed (measured).
+    array of written + read whether it lives in host memory (None: none does). The buffers are the carry of a fori_loop
+    and are written with dynamic_update_slice, which XLA does in place, in host memory at the speed of the bus; a scan
+    with stacked outputs would make a second copy of everything at a quarter of the speed (measured).
     """
     length = (written + read)[0].shape[0]
+    rows = min(rows, length)
+    on_host = on_host or (False,) * len(written + read)
     written_host, read_host = on_host[: len(written)], on_host[len(written) :]
 
     def take(x, start, rows, in_host_memory):

@@ -1,116 +1,136 @@
-"""The scan over layers: what its backward pass finds kept, where, and how it makes the rest again.
+"""The stack of layers: what its backward pass finds kept, where, and how it makes the rest again.
 
-Written out as forward and backward rules of a segment of layers rather than left to `jax.checkpoint`, because the order
-matters at length: loops inside loops keep one layer's intermediates alive at a time, which a compiler that sees all
-layers of a segment at once does not.
+Written out as forward and backward rules rather than left to `jax.checkpoint`, because the order matters at length: loops
+keep one layer's intermediates alive at a time, which a compiler that sees several layers at once does not, and what is
+kept is freed segment by segment.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from alst_jax.memory import host
-from alst_jax.memory.profile import Profile
+from alst_jax.memory.order import indices_after, read_back, zeros_after
+from alst_jax.memory.profile import Profile, Run
+from alst_jax.models.layer import Layer
+from alst_jax.parallel.vma import vary_like
 
 PyTree = Any
 
 
-def scan_layers(layer: Callable, h: jax.Array, layers: PyTree, rope: PyTree, profile: Profile) -> jax.Array:
+def scan_layers(layer: Layer, h: jax.Array, layers: PyTree, rope: PyTree, profile: Profile) -> jax.Array:
     """h through all layers.
 
-    layer(h, weights, rope, kept) -> (h, attention) is one of them; `attention` are its attention output and statistics,
-    and where they are handed in again as `kept`, attention is not run. layers: weights stacked on dim 0, on the device or
-    in host memory; rope gets no gradient.
+    layers: their weights, as `layer.load` takes them, stacked on dim 0, on the device or in host memory, from where one
+    layer at a time is brought to the device; their gradients go the same way back. rope gets no gradient.
 
-    The layers are cut into segments of `profile.segment_layers`. The scan keeps each segment's input (on the device or,
-    offloaded, in host memory) and the attention of as many of its layers as the profile says. Its backward pass rebuilds
-    the inputs of a segment's layers one after the other (matrix products alone, where attention was kept), then goes back
-    through one layer at a time.
+    Of each of `profile.segments` the input of the first layer (or of all) is kept, on the device or, offloaded, in host
+    memory, and the attention outputs that the profile says. The backward pass rebuilds the other inputs of a segment one
+    after the other (matrix products alone, where attention was kept), then goes back through one layer at a time.
     """
-    fetch = host.to_device if profile.offload_weights else lambda tree: tree
     if not profile.remat:
-        return lax.scan(lambda h, w: (layer(h, fetch(w), rope, None)[0], None), h, layers)[0]
-    segment = functools.partial(_segment, layer, profile)
-    layers = jax.tree.map(lambda w: w.reshape(-1, profile.segment_layers, *w.shape[1:]), layers)
-    return lax.scan(lambda h, w: (segment(h, w, rope), None), h, layers)[0]
+        fetch = host.to_device if profile.offload_weights else lambda tree: tree
+        return lax.scan(lambda h, w: (layer.plain(h, layer.load(fetch(w)), rope), None), h, layers)[0]
+    return _stack(layer, profile, h, layers, rope)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _segment(layer, profile, h, layers, rope):
-    return _segment_fwd(layer, profile, h, layers, rope)[0]
+def _stack(layer, profile, h, layers, rope):
+    weights = lambda i: layer.load(host.row(layers, i, profile.offload_weights))
+    body = lambda h, i: (layer.forward(h, weights(i), rope)[0], None)
+    return lax.scan(body, h, jnp.arange(_count(layers)))[0]
 
 
-def _runs(profile: Profile) -> list[tuple[str | None, int, int]]:
-    """(where attention is kept, first layer, last layer + 1) of the runs of like layers in a segment.
-
-    Kept ones come first: the last layer's output is not needed to rebuild the input of a next one.
-    """
-    on_device = profile.keep_attention_on_device
-    on_host = on_device + profile.keep_attention_on_host
-    runs = [(host.DEVICE, 0, on_device), (host.HOST, on_device, on_host), (None, on_host, profile.segment_layers)]
-    return [run for run in runs if run[1] < run[2]]
+def _count(layers):
+    return jax.tree.leaves(layers)[0].shape[0]
 
 
-def _segment_fwd(layer, profile, h, layers, rope):
-    weights, kept = _load(layers, profile.offload_weights), []
-    first_input = h
-    for place, start, stop in _runs(profile):
+def _stack_fwd(layer, profile, h, layers, rope):
+    residuals, segments = [], profile.segments(_count(layers))
+    # One array for the inputs of all segments: a single one would not be moved to the host, for copies there and back
+    # with no loop between cancel out.
+    number, firsts, after = 0, None, h
+    if count := sum(not segment.all_inputs for segment in segments):
+        firsts = _store(zeros_after(h, (count, *h.shape), h.dtype), profile.offload_activations)
+    for segment in segments:
+        inputs, kept = None, []
+        if not segment.all_inputs:
+            (at,) = indices_after(h, number, number + 1)
+            firsts = host.put_row(firsts, h, at, profile.offload_activations)
+            inputs, number, after = number, number + 1, read_back(firsts, at, profile.offload_activations)
+        for run in segment.runs:
 
-        def forward(h, w, place=place):
-            h, attention = layer(h, w, rope, None)
-            return h, None if place is None else attention
+            def forward(h, i, segment=segment, run=run):
+                out, attention = layer.forward(h, layer.load(host.row(layers, i, profile.offload_weights)), rope)
+                return out, (_store(h, profile.offload_activations) if segment.all_inputs else None,
+                             _store(attention, run.place == host.HOST) if run.place else None)
 
-        h, attention = lax.scan(forward, h, _cut(weights, start, stop))
-        kept.append(_store(attention, place == host.HOST))
-    return h, (_store(first_input, profile.offload_activations), layers, rope, kept)
+            h, (all_inputs, attention) = lax.scan(forward, h, indices_after(after, run.start, run.stop))
+            kept.append(attention)
+        residuals.append((all_inputs if segment.all_inputs else inputs, kept))
+    return h, (residuals, firsts, layers, rope)
 
 
-def _segment_bwd(layer, profile, residuals, dh):
-    first_input, layers, rope, kept = residuals
-    weights = _load(layers, profile.offload_weights)
-    h = _load(first_input, profile.offload_activations)
+def _stack_bwd(layer, profile, saved, dh):
+    residuals, firsts, layers, rope = saved
+    shards = lambda i: host.row(layers, i, profile.offload_weights)
+    # Loops write into these, one layer at a time; in host memory they are not even cleared first.
+    zeros = jax.tree.map(lambda w: vary_like(jnp.zeros(w.shape, w.dtype), w), layers)
+    dlayers = _store(zeros, profile.offload_weights)
 
-    # Weights, input and attention of each layer; the last one's input is what comes out of the loops.
-    rebuilt, last = [], profile.segment_layers - 1
-    kept = [_load(attention, place == host.HOST) for (place, *_), attention in zip(_runs(profile), kept)]  # None: not kept
-    for (place, start, stop), attention in zip(_runs(profile), kept):
-        stop = min(stop, last)
-        if start == stop:
+    def backward(carry, i, h, attention):
+        dh, dlayers = carry
+        weights, give_back = jax.vjp(layer.load, shards(i))
+        if attention is None:
+            attention = layer.attend(h, weights, rope)
+        dh, dweights = layer.backward(h, weights, rope, attention, dh)
+        return dh, host.put_row(dlayers, give_back(dweights)[0], i, profile.offload_weights)
+
+    def backward_run(carry, run, inputs, inputs_on_host, attention, attention_on_host):
+        """Back through the layers of a run, whose inputs and attention outputs (or None) are stacked."""
+        def body(carry, i):
+            h = host.row(inputs, i - run.start, inputs_on_host)
+            return backward(carry, i, h, host.row(attention, i - run.start, attention_on_host)), None
+
+        return lax.scan(body, carry, jnp.arange(run.start, run.stop), reverse=True)[0]
+
+    carry = dh, dlayers
+    segments = profile.segments(_count(layers))
+    for segment, (inputs, kept) in reversed(list(zip(segments, residuals, strict=True))):
+        if segment.all_inputs:
+            (run,) = segment.runs
+            carry = backward_run(carry, run, inputs, profile.offload_activations, kept[0], run.place == host.HOST)
             continue
+        dh, last, rebuilt = carry[0], segment.runs[-1].stop - 1, []
+        h = host.row(firsts, indices_after(dh, inputs, inputs + 1)[0], profile.offload_activations)
+        for run, attention in zip(segment.runs, kept, strict=True):
 
-        def rebuild(h, w_and_kept):
-            w, kept = w_and_kept
-            out, made = layer(h, w, rope, kept)
-            return out, (h, made if kept is None else None)
+            def rebuild(carry, i, run=run, attention=attention):
+                h, stacks = carry
+                old = host.row(attention, i - run.start, run.place == host.HOST)
+                out, made = layer.forward(h, layer.load(shards(i)), rope, old)
+                return (out, host.put_row(stacks, (h, made if old is None else None), i - run.start, False)), None
 
-        run, old = _cut(weights, start, stop), _cut(attention, 0, stop - start)
-        h, (inputs, made) = lax.scan(rebuild, h, (run, old))
-        rebuilt.append((run, inputs, made if place is None else old))
-
-    def backward(dh, w_h_kept):
-        w, h, kept = w_h_kept
-        _, pullback = jax.vjp(lambda h, w: layer(h, w, rope, kept)[0], h, w)
-        dh, dw = pullback(dh)
-        return dh, dw
-
-    only = lambda tree: jax.tree.map(lambda x: x.squeeze(0), tree)
-    dh, dlast = backward(dh, (only(_cut(weights, last, last + 1)), h, only(_cut(kept[-1], -1, None))))
-    dweights = [jax.tree.map(lambda g: g[None], dlast)]
-    for run in reversed(rebuilt):
-        dh, drun = lax.scan(backward, dh, run, reverse=True)
-        dweights.insert(0, drun)
-    dweights = jax.tree.map(lambda *runs: lax.concatenate(runs, 0), *dweights)
-    return dh, _store(dweights, profile.offload_weights), None
-
-
-_segment.defvjp(_segment_fwd, _segment_bwd)
+            if run.start < last:
+                stop = min(run.stop, last)
+                made = None if run.place else jax.eval_shape(lambda h: layer.attend(h, layer.load(shards(0)), rope), h)
+                stack = lambda x: zeros_after(dh, (stop - run.start, *x.shape), x.dtype, h)
+                stacks = jax.tree.map(stack, (h, made))
+                (h, stacks), _ = lax.scan(rebuild, (h, stacks), indices_after(dh, run.start, stop))
+                rebuilt.append((Run(run.start, stop, run.place), stacks[0], attention if run.place else stacks[1]))
+        # The last layer's output is needed by nobody, so its attention was not made again; its input is in h.
+        run, attention = segment.runs[-1], kept[-1]
+        carry = backward(carry, jnp.int32(last), h, host.row(attention, last - run.start, run.place == host.HOST))
+        for run, all_inputs, attention in reversed(rebuilt):
+            carry = backward_run(carry, run, all_inputs, False, attention, run.place == host.HOST)
+    dh, dlayers = carry
+    return dh, dlayers, None
 
 
-def _cut(tree: PyTree, start: int, stop: int | None) -> PyTree:
-    return jax.tree.map(lambda x: lax.slice_in_dim(x, start, stop, axis=0), tree)
+_stack.defvjp(_stack_fwd, _stack_bwd)
 
 
 def _load(tree: PyTree, on_host: bool) -> PyTree:

@@ -4,10 +4,9 @@ B batch, T local tokens, D hidden, F ffn, N query heads, K kv heads, H head dim,
 whole weights and local tokens; how weights are sharded, gathered and placed is decided outside (step.py).
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,21 +18,8 @@ from alst_jax.config import ModelConfig
 from alst_jax.ops.linear import add_bias, linear
 from alst_jax.ops.norm import rms_norm
 from alst_jax.ops.rope import apply_rope
-from alst_jax.ops.tiling import even_tile, tiled
 
 Params = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Compute:
-    """How a block computes, without changing what.
-
-    attend(project, h, weights, rope, (N, K)) -> o[B, T, N, H], statistics: attention from hidden states, see
-    `parallel.ulysses.project_and_attend`. tile: tokens worked on at a time in all that is token-wise (None: all).
-    """
-
-    attend: Callable
-    tile: int | None = None
 
 
 class Linear(nnx.Module):
@@ -87,49 +73,13 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Pre-norm attention and MLP, each added to the residual stream.
-
-    All but attention is token-wise: what is before it and what is behind it are one tiled function each, so that no
-    intermediate of the whole sequence exists but h, q, k, v and o.
-    """
+    """Pre-norm attention and MLP, each added to the residual stream. All but attention is token-wise: `before` and `behind`."""
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.self_attn = Attention(config, dtype, rngs)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.mlp = MLP(config, dtype, rngs)
-        self.heads = config.num_heads, config.num_kv_heads
-
-    def __call__(self, h: Float[Array, "B T D"], rope: tuple, compute: Compute) -> tuple[Float[Array, "B T D"], tuple]:
-        """The next h, and the attention's output and statistics."""
-        batch, length, _ = h.shape
-        tile = compute.tile and even_tile(batch * length, compute.tile)
-        tokens = lambda x: x.reshape(batch * length, *x.shape[2:])
-        sequences = lambda x: x.reshape(batch, length, *x.shape[1:])
-        attn = self.self_attn
-        before, before_weights = _split(
-            lambda norm, *projections: lambda h, rope: attn.project(norm(h), *projections, rope),
-            self.input_layernorm, attn.q_proj, attn.k_proj, attn.v_proj)
-        behind, behind_weights = _split(
-            lambda o_proj, norm, mlp: lambda h_and_o: _add_attention_and_mlp(*h_and_o, o_proj, norm, mlp),
-            attn.o_proj, self.post_attention_layernorm, self.mlp)
-
-        def project(h_BTD, weights, rope):
-            return jax.tree.map(sequences, tiled(before, tile, tokens(h_BTD), weights, jax.tree.map(tokens, rope)))
-
-        o_BTNH, statistics = compute.attend(project, h, before_weights, rope, self.heads)
-        return sequences(tiled(behind, tile, (tokens(h), tokens(o_BTNH)), behind_weights)), (o_BTNH, statistics)
-
-
-def _add_attention_and_mlp(h_TD, o_TNH, o_proj, norm, mlp):
-    h_TD = h_TD + o_proj(o_TNH.reshape(o_TNH.shape[0], -1))
-    return h_TD + mlp(norm(h_TD))
-
-
-def _split(method: Callable, *modules: nnx.Module) -> tuple[Callable, tuple]:
-    """A pure function fn(x, weights, *fixed) = method(*modules)(x, *fixed), and the weights of the modules."""
-    graphdefs, weights = zip(*(nnx.split(module) for module in modules))
-    return lambda x, weights, *fixed: method(*map(nnx.merge, graphdefs, weights))(x, *fixed), weights
 
 
 class Llama(nnx.Module):
@@ -155,13 +105,60 @@ def abstract_params(config: ModelConfig, dtype: DTypeLike) -> Params:
     return jax.eval_shape(lambda: init_params(config, dtype, jax.random.key(0)))
 
 
-def block_apply(config: ModelConfig) -> Callable:
-    """`Block` as a pure function (layer_params, h, rope, compute) -> (h, attention) of one layer's parameters (no L dim)."""
+class BlockFunctions(NamedTuple):
+    """A `Block` as pure functions of some tokens T and of one layer's weights (no L dim).
+
+    before(h[T, D], weights, rope) -> q[T, N, H], k[T, K, H], v[T, K, H]; weights: (norm, q_proj, k_proj, v_proj), and
+    any columns of the projections make that many heads. behind((h[T, D], o[T, N, H]), weights) -> the next h[T, D].
+    split(layer) -> the weights of the two; join(before, behind) -> layer.
+    """
+
+    before: Callable
+    behind: Callable
+    split: Callable
+    join: Callable
+
+
+def block_functions(config: ModelConfig) -> BlockFunctions:
+    """`Block` taken apart where its attention is."""
     # Dtypes and shapes of the abstract block do not matter: merge puts in the arrays it is given.
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Block(config, jnp.float32, nnx.Rngs(0))))
+    block = nnx.eval_shape(lambda: Block(config, jnp.float32, nnx.Rngs(0)))
+    attn = block.self_attn
 
-    def apply(layer: Params, h: Float[Array, "B T D"], rope: tuple, compute: Compute) -> tuple:
-        filled = jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(layer))
-        return nnx.merge(graphdef, filled)(h, rope, compute)
+    def project(norm, q_proj, k_proj, v_proj):
+        return lambda h_TD, rope: attn.project(norm(h_TD), q_proj, k_proj, v_proj, rope)
 
-    return apply
+    def add_attention_and_mlp(o_proj, norm, mlp):
+        def behind(h_and_o):
+            h_TD, o_TNH = h_and_o
+            h_TD = h_TD + o_proj(o_TNH.reshape(o_TNH.shape[0], -1))
+            return h_TD + mlp(norm(h_TD))
+
+        return behind
+
+    return BlockFunctions(
+        _pure(project, block.input_layernorm, attn.q_proj, attn.k_proj, attn.v_proj),
+        _pure(add_attention_and_mlp, attn.o_proj, block.post_attention_layernorm, block.mlp), _split, _join)
+
+
+def _split(layer):
+    attn = layer["self_attn"]
+    return ((layer["input_layernorm"], attn["q_proj"], attn["k_proj"], attn["v_proj"]),
+            (attn["o_proj"], layer["post_attention_layernorm"], layer["mlp"]))
+
+
+def _join(before, behind):
+    (norm, q_proj, k_proj, v_proj), (o_proj, post_norm, mlp) = before, behind
+    attn = {"q_proj": q_proj, "k_proj": k_proj, "v_proj": v_proj, "o_proj": o_proj}
+    return {"input_layernorm": norm, "self_attn": attn, "post_attention_layernorm": post_norm, "mlp": mlp}
+
+
+def _pure(method: Callable, *modules: nnx.Module) -> Callable:
+    """fn(x, weights, *args) = method(*modules)(x, *args), with a tree of weights for each of the modules."""
+    parts = [nnx.split(module) for module in modules]
+
+    def merge(part, weights):
+        graphdef, state = part
+        return nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(weights)))
+
+    return lambda x, weights, *args: method(*map(merge, parts, weights))(x, *args)

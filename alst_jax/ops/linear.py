@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from alst_jax.parallel.vma import vary_like
+from alst_jax.memory.order import zeros_after
 
 
 @jax.custom_vjp
@@ -58,7 +58,7 @@ def _rows_fwd(dtype, table, tokens):
 
 def _rows_bwd(dtype, residuals, dy):
     table, tokens = residuals
-    zeros = vary_like(jnp.zeros_like(table), table, dy)
+    zeros = zeros_after(dy, table.shape, table.dtype, table)
     return zeros.at[tokens].add(dy.astype(table.dtype)), None
 
 

@@ -1,6 +1,6 @@
 """Ulysses sequence parallelism (arXiv 2309.14509): swap sequence for heads around attention, and back."""
 
-import functools
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,9 +11,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from alst_jax.config import UserError
+from alst_jax.memory.order import zeros_after
 from alst_jax.ops.attention import attention_backward, attention_forward, attention_from
 from alst_jax.ops.tiling import accumulation_dtype
-from alst_jax.parallel.vma import vary_like
 
 
 def _qkv_to_heads(q, k, v, axis):
@@ -50,99 +50,89 @@ def _divisors(number: int) -> str:
     return works[0] if len(works) == 1 else ", ".join(works[:-1]) + " or " + works[-1]
 
 
-# ------------------------------------------------------------------------------------------ projections and attention
-
-
-def project_and_attend(
-    project: Callable, x: Array, weights: Any, rope: tuple, heads: tuple[int, int], implementation: str, axis: str,
-    chunks: int = 1, kept: tuple | None = None,
-) -> tuple[Float[Array, "B T N H"], tuple]:
+@dataclasses.dataclass(frozen=True)
+class Ulysses:
     """Causal attention over the whole sequence, from and to local tokens of it. Runs inside a shard_map over `axis`.
 
-    project(x, weights, rope) -> q[B, S/seq, N, H], k, v[B, S/seq, K, H] -> all-to-all -> q[B, S, N/seq, H] -> attention
+    project(weights) -> q[B, S/seq, N, H], k, v[B, S/seq, K, H] -> all-to-all -> q[B, S, N/seq, H] -> attention
     -> all-to-all -> o[B, S/seq, N, H]. kv heads that do not divide over the axis are repeated just as often as needed, so
     that every device has the kv heads its query heads read.
 
     chunks > 1: that many groups of heads go through all of this one after the other, in both directions, so that queries,
-    keys, values and the kernel's workspace exist for one group at a time. weights: (shared, q, k, v); `project` must work
-    on any columns (slices of the last dim) of those of q, k and v. heads: (N, K).
-
-    Returns o and the attention's statistics. Both may be handed in again as `kept`: attention is then not run, and what
-    comes out is `kept` with the gradients of attention.
+    keys, values and the kernel's workspace exist for one group at a time (UPipe, arXiv 2602.21196). Weights are then
+    (shared, q, k, v), and `project` must work on any columns (slices of the last dim) of those of q, k and v.
     """
-    if kept is None and chunks == 1:
-        q, k, v = _qkv_to_heads(*project(x, weights, rope), axis)
-        results = attention_forward(*lax.stop_gradient((q, k, v)), implementation)
-        return _to_tokens(attention_from(q, k, v, results, implementation), axis), results[1]
-    spec = (project, heads, implementation, axis, chunks)
-    if kept is None:
-        kept = _forward(*spec, *lax.stop_gradient((x, weights, rope)))
-    elif chunks == 1:
-        kept = kept[0], jax.tree.map(lambda y: y[None], kept[1])
-    return _from_kept(spec, x, weights, rope, kept), kept[1]
 
+    num_heads: int
+    num_kv_heads: int
+    implementation: str
+    axis: str
+    chunks: int = 1
 
-def _chunk(weights, heads, chunks, i):
-    """Columns of the (q, k, v) projections that make query heads [i N/C, (i+1) N/C) and the kv heads they read."""
-    def columns(w, count):
-        head_dim, per_chunk = w.shape[-1] // count, max(1, count // chunks)
-        return lax.dynamic_slice_in_dim(w, i * count // chunks * head_dim, per_chunk * head_dim, axis=-1)
+    def attend(self, project: Callable, weights: Any, after: Array) -> tuple[Float[Array, "B T N H"], tuple]:
+        """o, and the statistics that the kernel's backward pass needs, stacked over the chunks. after: what `project`
+        reads, which is there when this begins."""
+        def one(i):
+            q, k, v = _qkv_to_heads(*project(self._columns(weights, i)), self.axis)
+            results = attention_forward(*lax.stop_gradient((q, k, v)), self.implementation)
+            return _to_tokens(attention_from(q, k, v, results, self.implementation), self.axis), results[1]
 
-    shared, q_weights, k_weights, v_weights = weights
-    pick = lambda tree, count: jax.tree.map(lambda w: columns(w, count), tree)
-    return shared, pick(q_weights, heads[0]), pick(k_weights, heads[1]), pick(v_weights, heads[1])
+        if self.chunks == 1:
+            o, statistics = one(0)
+            return o, jax.tree.map(lambda x: x[None], statistics)
+        q = jax.eval_shape(project, weights)[0]
+        out = zeros_after(after, q.shape, q.dtype, *jax.tree.leaves(weights))
 
+        def body(out, i):
+            o, statistics = one(i)
+            return _write(out, o, i * o.shape[2]), statistics
 
-def _forward(project, heads, implementation, axis, chunks, x, weights, rope):
-    """o and statistics, the latter stacked over the chunks, without gradients."""
-    q_shape, *_ = jax.eval_shape(project, x, weights, rope)
+        return lax.scan(body, out, jnp.arange(self.chunks))
 
-    def body(out, i):
-        q, k, v = project(x, _chunk(weights, heads, chunks, i), rope)
-        o, statistics = attention_forward(*_qkv_to_heads(q, k, v, axis), implementation)
-        return _write(out, _to_tokens(o, axis), i * q.shape[2]), statistics
+    def attend_backward(
+        self, project: Callable, weights: Any, kept: tuple, do: Float[Array, "B T N H"]
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+        """The gradients of q, k and v, from what `attend` gave (`kept`) and the gradient of o, over which that of q is
+        written group by group."""
+        o, statistics = kept
+        if self.chunks == 1:
+            return self._back(project(weights), o, jax.tree.map(lambda x: x[0], statistics), do)
+        shapes = jax.eval_shape(project, weights)
+        shared = self.chunks > self.num_kv_heads  # several chunks read the same kv head: sum their gradients in float32
+        zeros = lambda s: zeros_after(do, s.shape, accumulation_dtype(s.dtype) if shared else s.dtype, o)
 
-    return lax.scan(body, vary_like(jnp.zeros(q_shape.shape, q_shape.dtype), x), jnp.arange(chunks))
+        def body(grads, chunk):
+            i, statistics = chunk
+            do, all_dk, all_dv = grads
+            q, k, v = project(self._columns(weights, i))
+            width, kv_width, at = q.shape[2], k.shape[2], i * self.num_kv_heads // self.chunks
+            take = lambda x: lax.dynamic_slice_in_dim(x, i * width, width, axis=2)
+            dq, dk, dv = self._back((q, k, v), take(o), statistics, take(do))
+            if shared:
+                read = lambda x: lax.dynamic_slice_in_dim(x, at, kv_width, axis=2)
+                dk, dv = read(all_dk) + dk.astype(all_dk.dtype), read(all_dv) + dv.astype(all_dv.dtype)
+            return (_write(do, dq, i * width), _write(all_dk, dk, at), _write(all_dv, dv, at)), None
 
+        grads, _ = lax.scan(body, (do, *map(zeros, shapes[1:])), (jnp.arange(self.chunks), statistics))
+        return tuple(g.astype(s.dtype) for g, s in zip(grads, shapes))
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _from_kept(spec, x, weights, rope, kept):
-    return kept[0]
+    def _back(self, qkv, o, statistics, do):
+        qkv, swap_back = jax.vjp(lambda q, k, v: _qkv_to_heads(q, k, v, self.axis), *qkv)
+        o, do = _to_heads(o, self.axis), _to_heads(do, self.axis)
+        return swap_back(attention_backward(*qkv, o, statistics, do, self.implementation))
 
+    def _columns(self, weights, i):
+        """Columns of the projections that make query heads [i N/C, (i+1) N/C) and the kv heads they read."""
+        if self.chunks == 1:
+            return weights
 
-def _from_kept_fwd(spec, x, weights, rope, kept):
-    return kept[0], (x, weights, rope, kept)
+        def columns(w, count):
+            head_dim, per_chunk = w.shape[-1] // count, max(1, count // self.chunks)
+            return lax.dynamic_slice_in_dim(w, i * count // self.chunks * head_dim, per_chunk * head_dim, axis=-1)
 
-
-def _from_kept_bwd(spec, residuals, do):
-    project, heads, implementation, axis, chunks = spec
-    x, weights, rope, (o, statistics) = residuals
-    _, pullback = jax.vjp(lambda x, w: project(x, w, rope), x, weights)
-    shared = chunks > heads[1]  # several chunks read the same kv head: sum their gradients in float32
-
-    def body(grads, chunk):
-        i, statistics = chunk
-        q, k, v = project(x, _chunk(weights, heads, chunks, i), rope)
-        width, kv_width, at = q.shape[2], k.shape[2], i * heads[1] // chunks
-        (q, k, v), swap_back = jax.vjp(lambda q, k, v: _qkv_to_heads(q, k, v, axis), q, k, v)
-        take = lambda y: _to_heads(lax.dynamic_slice_in_dim(y, i * width, width, axis=2), axis)
-        dq, dk, dv = swap_back(attention_backward(q, k, v, take(o), statistics, take(do), implementation))
-        all_dq, all_dk, all_dv = grads
-        if shared:
-            read = lambda y: lax.dynamic_slice_in_dim(y, at, kv_width, axis=2)
-            dk, dv = read(all_dk) + dk.astype(all_dk.dtype), read(all_dv) + dv.astype(all_dv.dtype)
-        return (_write(all_dq, dq, i * width), _write(all_dk, dk, at), _write(all_dv, dv, at)), None
-
-    shapes = jax.eval_shape(project, x, weights, rope)
-    zeros = tuple(vary_like(jnp.zeros(s.shape, accumulation_dtype(s.dtype) if shared and n else s.dtype), x, do)
-                  for n, s in enumerate(shapes))
-    grads, _ = lax.scan(body, zeros, (jnp.arange(chunks), statistics))
-    # For all heads at once: large products, and no sum over chunks to round.
-    dx, dweights = pullback(tuple(g.astype(s.dtype) for g, s in zip(grads, shapes)))
-    return dx, dweights, None, None
-
-
-_from_kept.defvjp(_from_kept_fwd, _from_kept_bwd)
+        shared, q_weights, k_weights, v_weights = weights
+        pick = lambda tree, count: jax.tree.map(lambda w: columns(w, count), tree)
+        return shared, pick(q_weights, self.num_heads), pick(k_weights, self.num_kv_heads), pick(v_weights, self.num_kv_heads)
 
 
 def _write(buffer, heads, at):

@@ -1,0 +1,109 @@
+"""One layer's forward and backward pass, written out: what is token-wise runs in tiles, and writes over what it has read."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float
+
+from alst_jax.memory.host import stream
+from alst_jax.memory.order import zeros_after
+from alst_jax.models.llama import BlockFunctions
+from alst_jax.ops.tiling import accumulation_dtype, even_tile, tiled
+from alst_jax.parallel.ulysses import Ulysses
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layer:
+    """How a layer is computed, without changing what.
+
+    functions: the block as pure functions of tokens. ulysses: its attention. load(shards) -> whole weights, on the device.
+    tile: tokens worked on at a time in all that is token-wise (None: all).
+    """
+
+    functions: BlockFunctions
+    ulysses: Ulysses
+    load: Callable
+    tile: int | None
+
+    def plain(self, h: Float[Array, "B T D"], weights: PyTree, rope: PyTree) -> Float[Array, "B T D"]:
+        """The next h, differentiable as it stands; `forward` and `backward` are this with less memory."""
+        before, behind = self.functions.split(weights)
+        o, _ = self.ulysses.attend(lambda w: self._project(h, w, rope), before, h)
+        tokens, tile = _tokens(h), self._tile(h)
+        return tiled(self.functions.behind, tile, (tokens, _tokens(o)), behind).reshape(h.shape)
+
+    def attend(self, h: Float[Array, "B T D"], weights: PyTree, rope: PyTree) -> tuple[Float[Array, "B T N H"], PyTree]:
+        """The attention's output and statistics, from the layer's input."""
+        before, _ = self.functions.split(weights)
+        return self.ulysses.attend(lambda w: self._project(h, w, rope), before, h)
+
+    def forward(
+        self, h: Float[Array, "B T D"], weights: PyTree, rope: PyTree, kept: PyTree = None
+    ) -> tuple[Float[Array, "B T D"], PyTree]:
+        """The next h, and what `attend` gives; where that is handed in as `kept`, attention is not run."""
+        kept = self.attend(h, weights, rope) if kept is None else kept
+        _, behind = self.functions.split(weights)
+        body = lambda _, written, read: ((), (self.functions.behind((written[0], read[0]), behind),))
+        _, (out,) = stream(body, (), (_tokens(h),), (_tokens(kept[0]),), self._rows(h))
+        return out.reshape(h.shape), kept
+
+    def backward(
+        self, h: Float[Array, "B T D"], weights: PyTree, rope: PyTree, kept: PyTree, dh: Float[Array, "B T D"]
+    ) -> tuple[Float[Array, "B T D"], PyTree]:
+        """The gradients of the layer's input h and of its weights, from that of its output.
+
+        The gradient of h is written over that of the output, that of q over that of the attention's output; beside them
+        and h and o only keys' and values' gradients and one group of heads are of the sequence's length.
+        """
+        before, behind = self.functions.split(weights)
+        o, _ = kept
+
+        def back_behind(sums, written, read):
+            _, pullback = jax.vjp(self.functions.behind, read, behind)
+            (dh, do), dweights = pullback(written[0])
+            return _add(sums, dweights), (dh, do)
+
+        # The zeros are all overwritten: a place for the gradient of o.
+        written = _tokens(dh), zeros_after(dh, _tokens(o).shape, o.dtype, o)
+        dbehind, (dh_TD, do) = stream(
+            back_behind, _zeros_after(dh, behind, h), written, (_tokens(h), _tokens(o)), self._rows(h))
+        dqkv = self.ulysses.attend_backward(lambda w: self._project(h, w, rope), before, kept, do.reshape(o.shape))
+
+        def back_before(sums, written, read):
+            h, dqkv, rope = read[0], read[1:4], read[4:]
+            _, pullback = jax.vjp(lambda h, w: self.functions.before(h, w, rope), h, before)
+            dx, dweights = pullback(dqkv)
+            return _add(sums, dweights), (written[0] + dx,)
+
+        read = (h, *dqkv, *rope)
+        dbefore, (dh_TD,) = stream(
+            back_before, _zeros_after(dqkv[0], before, h), (dh_TD,), tuple(map(_tokens, read)), self._rows(h))
+        like = lambda sums, weights: jax.tree.map(lambda s, w: s.astype(w.dtype), sums, weights)
+        return dh_TD.reshape(h.shape), self.functions.join(like(dbefore, before), like(dbehind, behind))
+
+    def _project(self, h, before, rope):
+        qkv = tiled(self.functions.before, self._tile(h), _tokens(h), before, tuple(map(_tokens, rope)))
+        return tuple(x.reshape(*h.shape[:2], *x.shape[1:]) for x in qkv)
+
+    def _tile(self, h):
+        return self.tile and even_tile(h.shape[0] * h.shape[1], self.tile)
+
+    def _rows(self, h):
+        return self._tile(h) or h.shape[0] * h.shape[1]
+
+
+def _tokens(x):
+    """[B, T, ...] -> [B T, ...]"""
+    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+
+
+def _zeros_after(array, weights, *others):
+    return jax.tree.map(lambda w: zeros_after(array, w.shape, accumulation_dtype(w.dtype), w, *others), weights)
+
+
+def _add(sums, parts):
+    return jax.tree.map(lambda s, d: s + d.astype(s.dtype), sums, parts)
