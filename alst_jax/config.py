@@ -168,8 +168,8 @@ class TrainConfig:
     """Weights and compute; bfloat16 keeps what makes it float32 in the optimizer, see --master-weights. auto: bfloat16 on GPU, float32 on CPU."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype in which gradients are summed over devices."""
-    attention: Literal["auto", "cudnn", "xla"] = "auto"
-    """Attention kernel. auto: cudnn on GPU, xla (tiled, any device) elsewhere."""
+    attention: Literal["auto", "cudnn", "tokamax", "xla"] = "auto"
+    """Attention kernel: cudnn (GPU), tokamax (forward; Hopper, needs the extra of that name) with cudnn's backward, xla (tiled, any device). auto: cudnn on GPU, else xla."""
     tiled_loss: bool = True
     """Compute logits and loss in tiles of tokens instead of all at once."""
     loss_tile: _Length | None = None

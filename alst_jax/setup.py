@@ -1,6 +1,7 @@
 """From flags to the parts of a run: model, dtype, profile, data, run directory. Each answers or refuses."""
 
 import dataclasses
+import importlib.util
 import json
 import math
 import pathlib
@@ -25,6 +26,7 @@ from alst_jax.step import TrainStep
 
 OLDEST_JAX_ON_CUDA = (0, 11, 1)  # openxla/xla#46231
 CUDNN_MAX_HEAD_DIM = 128  # of the backward pass on every generation
+HOPPER = "9.0"  # compute capability
 CUDNN_MULTIPLE = 128  # tokens: cuDNN's attention wants whole tiles
 
 
@@ -107,13 +109,20 @@ def make_profile(config: TrainConfig, dtype: jnp.dtype, model: ModelConfig) -> P
             raise UserError(f"--dtype {dtype} on a GPU: cuDNN attention computes in bfloat16 only. Use --dtype bfloat16, or "
                             "--attention xla, which is exact and very slow at length")
         attention = "cudnn" if on_gpu else "xla"
-    if attention == "cudnn" and not on_gpu:
-        raise UserError("--attention cudnn needs an NVIDIA GPU, and jax sees none (is jax[cuda12] or jax[cuda13] "
+    if attention != "xla" and not on_gpu:
+        raise UserError(f"--attention {attention} needs an NVIDIA GPU, and jax sees none (is jax[cuda12] or jax[cuda13] "
                         "installed?); use --attention xla")
-    if attention == "cudnn" and dtype != jnp.bfloat16:
-        raise UserError("--attention cudnn needs --dtype bfloat16; use that or --attention xla")
-    if attention == "cudnn" and (model.head_dim % 8 or model.head_dim > CUDNN_MAX_HEAD_DIM):
-        raise UserError(f"--attention cudnn: the model's head_dim={model.head_dim} must be a multiple of 8 up to "
+    if attention != "xla" and dtype != jnp.bfloat16:
+        raise UserError(f"--attention {attention} needs --dtype bfloat16; use that or --attention xla")
+    if attention == "tokamax":
+        if importlib.util.find_spec("tokamax") is None:
+            raise UserError("--attention tokamax: the package is not installed (pip install tokamax, or the extra of that "
+                            "name); or use --attention cudnn")
+        if jax.devices()[0].compute_capability != HOPPER:
+            raise UserError(f"--attention tokamax: its kernel was tested on Hopper GPUs only, this is a "
+                            f"{jax.devices()[0].device_kind}; use --attention cudnn")
+    if attention != "xla" and (model.head_dim % 8 or model.head_dim > CUDNN_MAX_HEAD_DIM):
+        raise UserError(f"--attention {attention}: the model's head_dim={model.head_dim} must be a multiple of 8 up to "
                         f"{CUDNN_MAX_HEAD_DIM}; use --attention xla")
     return Profile(
         loss_tile=(config.loss_tile or 0) if config.tiled_loss else None,
@@ -163,7 +172,7 @@ def check_seq_len(config: TrainConfig, model: ModelConfig) -> int:
 
 def padded_length(seq_len: int, sp: int, profile: Profile) -> int:
     """seq_len, rounded up to what the mesh and the attention kernel divide; the rest is padding without labels."""
-    multiple = math.lcm(sp, CUDNN_MULTIPLE if profile.attention == "cudnn" else 1)
+    multiple = math.lcm(sp, CUDNN_MULTIPLE if profile.attention != "xla" else 1)
     return -(-seq_len // multiple) * multiple
 
 

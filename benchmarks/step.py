@@ -7,6 +7,9 @@ Random weights and tokens, bfloat16, cuDNN attention, batch 1. Prints one line a
 """
 
 import dataclasses
+import statistics
+import subprocess
+import threading
 import time
 from typing import Literal
 
@@ -32,6 +35,8 @@ class Options:
     master: Literal["float32", "low-bits", "none"] = "float32"
     """Of the bfloat16 weights."""
     compile_only: bool = False
+    reserve: int = 0
+    """GiB of pinned host memory to make in one piece first; needed where a step's activations take tens of GiB of it."""
     profile: Profile = dataclasses.field(default_factory=lambda: Profile(attention="cudnn", compute_dtype="bfloat16"))
 
 
@@ -42,6 +47,7 @@ def main():
     import jax.numpy as jnp
     import numpy as np
 
+    from alst_jax.memory import host
     from alst_jax.optim.adamw import AdamW
     from alst_jax.parallel.mesh import make_mesh
     from alst_jax.step import Batch, TrainStep
@@ -65,27 +71,66 @@ def main():
           flush=True)
     if options.compile_only:
         return
+    if options.reserve:
+        started = time.perf_counter()
+        host.reserve(options.reserve)
+        print(f"{options.reserve} GiB of pinned memory made in {time.perf_counter() - started:.0f} s, "
+              f"{used_gib():.1f} GiB of host memory in use", flush=True)
     started = time.perf_counter()
     params = jax.block_until_ready(step.init_params(jax.random.key(0), jnp.bfloat16))
     state = jax.block_until_ready(step.init_optimizer(params)) if options.update else None
     print(f"weights and states made in {time.perf_counter() - started:.0f} s", flush=True)
     device = jax.devices()[0]
     for number in range(options.steps):
-        started = time.perf_counter()
-        loss, gradients = jax.block_until_ready(compiled(params, batch, scale))
-        seconds, norm, update_seconds = time.perf_counter() - started, float("nan"), 0.0
-        if options.update:
-            after = time.perf_counter()
-            norm = step.gradient_norm(gradients)
-            params, state = jax.block_until_ready(step.update(params, gradients, state, norm, jnp.float32(1e-5)))
-            update_seconds = time.perf_counter() - after
+        with Monitor() as monitor:
+            started = time.perf_counter()
+            loss, gradients = jax.block_until_ready(compiled(params, batch, scale))
+            seconds, norm, update_seconds = time.perf_counter() - started, float("nan"), 0.0
+            print(f"step {number + 1}: loss {float(loss):.4f}, gradient there after {seconds:.3f} s", flush=True)
+            if options.update:
+                after = time.perf_counter()
+                norm = step.gradient_norm(gradients)
+                params, state = jax.block_until_ready(step.update(params, gradients, state, norm, jnp.float32(1e-5)))
+                update_seconds = time.perf_counter() - after
         del gradients
         total = seconds + update_seconds
         mfu = model.flops_per_sequence(length) / total / (environment.peak_flops(device.device_kind) or float("nan"))
         print(f"step {number + 1}: loss {float(loss):.4f} norm {float(norm):.3f}  {seconds:.3f} + {update_seconds:.3f} s  "
               f"{length / total:,.0f} tok/s  MFU {mfu:.1%}  forward+backward alone {length / seconds:,.0f} tok/s  device peak "
-              f"{device.memory_stats()['peak_bytes_in_use'] / GIB:.2f} GiB  host used "
-              f"{psutil.virtual_memory().used / GIB:.1f} GiB", flush=True)
+              f"{device.memory_stats()['peak_bytes_in_use'] / GIB:.2f} GiB  {monitor.summary()}", flush=True)
+
+
+def used_gib() -> float:
+    """Host memory of the machine that is not available to others."""
+    memory = psutil.virtual_memory()
+    return (memory.total - memory.available) / GIB
+
+
+class Monitor:
+    """Samples the GPU (nvidia-smi, once a second) and host memory while it is open."""
+
+    def __enter__(self):
+        command = ["nvidia-smi", "--query-gpu=utilization.gpu,clocks.sm,power.draw", "--format=csv,noheader,nounits", "-l", "1"]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self.samples, self.host_peak = [], used_gib()
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+        return self
+
+    def _read(self):
+        for line in self._process.stdout:
+            self.samples.append([float(x) for x in line.split(",")])
+            self.host_peak = max(self.host_peak, used_gib())
+
+    def __exit__(self, *_):
+        self._process.terminate()
+        self._thread.join()
+        self.host_peak = max(self.host_peak, used_gib())
+
+    def summary(self) -> str:
+        """Host peak; mean share of time in which a kernel ran, SM clock and power."""
+        busy, clock, power = (statistics.mean(column) for column in zip(*self.samples)) if self.samples else [float("nan")] * 3
+        return f"host peak {self.host_peak:.1f} GiB  GPU busy {busy:.0f}%  {clock:.0f} MHz  {power:.0f} W"
 
 
 if __name__ == "__main__":

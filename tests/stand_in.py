@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from alst_jax.ops import attention
+
 
 def _scores(q, k):
     tokens, heads, head_dim = q.shape[1:]
@@ -41,8 +43,11 @@ def _bwd(residuals, do):
 flash_attention.defvjp(_fwd, _bwd)
 
 
-def install(monkeypatch) -> list[tuple[int, ...]]:
-    """Let `jax.nn.dot_product_attention(implementation="cudnn")` be the stand-in; returns the q shapes of its calls."""
+def install(monkeypatch) -> list:
+    """Let `jax.nn.dot_product_attention(implementation="cudnn")` and tokamax's kernel be the stand-in.
+
+    Returns a list that grows by the q shape of each call of the former, and by "tokamax".
+    """
     calls = []
 
     def kernel(q, k, v, is_causal, implementation):
@@ -50,5 +55,12 @@ def install(monkeypatch) -> list[tuple[int, ...]]:
         calls.append(q.shape)
         return flash_attention(q, k, v)
 
+    def tokamax_kernel(q, k, v):
+        calls.append("tokamax")
+        o, (*_, lse) = _fwd(q, k, v)
+        largest = jnp.max(_scores(q, k), axis=-1)
+        return o, largest, jnp.exp(lse - largest)
+
     monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
+    monkeypatch.setattr(attention, "_tokamax_kernel", tokamax_kernel)
     return calls

@@ -5,9 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
-DEVICE, HOST = "device", "pinned_host"
+from alst_jax.memory.profile import DEVICE, HOST
+
 CHUNK_BYTES = 2**28  # of each array at a time, when there is no layer dim to walk along
 
 
@@ -76,3 +78,23 @@ def stream(
     if whole * rows < length:
         state = step(whole * rows, length - whole * rows, *state)
     return state
+
+
+def reserve(gibibytes: int) -> None:
+    """Make jax's pool of pinned host memory of one piece of this size, before anything else is put there.
+
+    The pool grows by pieces of twice the last one's size and never gives one back: what a step needs in one piece, tens
+    of GiB, would be asked for beside pieces that hold weights, and be refused where it fits. Takes about a second a GiB.
+    Raises jax.errors.JaxRuntimeError (RESOURCE_EXHAUSTED) where the machine or the pool's limit,
+    XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB, has less.
+    """
+    float(_reserve(gibibytes).lower(jax.ShapeDtypeStruct((), jnp.int32)).compile()(jnp.int32(1)))
+
+
+def _reserve(gibibytes):
+    def use(rows):
+        pool = to_host(jnp.zeros((gibibytes, 2**28), jnp.float32))
+        pool = lax.fori_loop(0, rows, lambda i, pool: put_row(pool, jnp.full(2**28, 1.0), i, True), pool)
+        return row(pool, rows - 1, True)[0]
+
+    return jax.jit(use)

@@ -14,9 +14,14 @@ from alst_jax.memory import host
 from alst_jax.parallel.vma import vary_like
 
 
-def indices_after(array: jax.Array, start: int, stop: int) -> jax.Array:
-    """int32 start, ..., stop - 1, for a loop that must not begin before `array` is there."""
-    return _zero_after(array) + jnp.arange(start, stop)
+def after(array: jax.Array, x: jax.Array) -> jax.Array:
+    """x, but not before `array` is there. Writes one element of x, in place where x is not needed otherwise."""
+    return x.at[(slice(0, 1),) * x.ndim].add(_zero_after(array).astype(x.dtype))
+
+
+def index_after(array: jax.Array, index: int) -> jax.Array:
+    """int32 index, for an access that must not happen before `array` is there."""
+    return _zero_after(array) + index
 
 
 def read_back(array: jax.Array, row: jax.Array, on_host: bool) -> jax.Array:
@@ -33,8 +38,7 @@ def gradient_first(h: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Arra
 
 def _gradient_first_bwd(_, gradients):
     dh, dweight = gradients
-    first = (slice(0, 1),) * dh.ndim
-    return dh.at[first].add(_zero_after(dweight).astype(dh.dtype)), dweight
+    return after(dweight, dh), dweight
 
 
 gradient_first.defvjp(lambda h, weight: ((h, weight), None), _gradient_first_bwd)

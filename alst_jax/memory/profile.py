@@ -3,8 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from alst_jax.memory.host import DEVICE, HOST
-
+DEVICE, HOST = "device", "pinned_host"  # jax's names of memory kinds
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
@@ -20,7 +19,7 @@ class Profile:
     keep_attention_on_device: int = 0  # last layers whose attention output and log-sum-exp are kept
     keep_attention_on_host: int = 0  # layers before those that keep them in host memory
     head_chunks: int = 1  # groups of heads that are worked on one after the other
-    attention: Literal["cudnn", "xla"] = "xla"
+    attention: Literal["cudnn", "tokamax", "xla"] = "xla"
     compute_dtype: str = "float32"
     reduce_dtype: str = "float32"
 

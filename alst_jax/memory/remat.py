@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from alst_jax.memory import host
-from alst_jax.memory.order import indices_after, read_back, zeros_after
+from alst_jax.memory.order import after, index_after, read_back, zeros_after
 from alst_jax.memory.profile import Profile, Run
 from alst_jax.models.layer import Layer
 from alst_jax.parallel.vma import vary_like
@@ -52,15 +52,16 @@ def _stack_fwd(layer, profile, h, layers, rope):
     residuals, segments = [], profile.segments(_count(layers))
     # One array for the inputs of all segments: a single one would not be moved to the host, for copies there and back
     # with no loop between cancel out.
-    number, firsts, after = 0, None, h
+    number, firsts = 0, None
     if count := sum(not segment.all_inputs for segment in segments):
         firsts = _store(zeros_after(h, (count, *h.shape), h.dtype), profile.offload_activations)
     for segment in segments:
         inputs, kept = None, []
         if not segment.all_inputs:
-            (at,) = indices_after(h, number, number + 1)
+            at = index_after(h, number)
             firsts = host.put_row(firsts, h, at, profile.offload_activations)
-            inputs, number, after = number, number + 1, read_back(firsts, at, profile.offload_activations)
+            h = after(read_back(firsts, at, profile.offload_activations), h)
+            inputs, number = number, number + 1
         for run in segment.runs:
 
             def forward(h, i, segment=segment, run=run):
@@ -68,7 +69,7 @@ def _stack_fwd(layer, profile, h, layers, rope):
                 return out, (_store(h, profile.offload_activations) if segment.all_inputs else None,
                              _store(attention, run.place == host.HOST) if run.place else None)
 
-            h, (all_inputs, attention) = lax.scan(forward, h, indices_after(after, run.start, run.stop))
+            h, (all_inputs, attention) = lax.scan(forward, h, jnp.arange(run.start, run.stop))
             kept.append(attention)
         residuals.append((all_inputs if segment.all_inputs else inputs, kept))
     return h, (residuals, firsts, layers, rope)
@@ -105,7 +106,7 @@ def _stack_bwd(layer, profile, saved, dh):
             carry = backward_run(carry, run, inputs, profile.offload_activations, kept[0], run.place == host.HOST)
             continue
         dh, last, rebuilt = carry[0], segment.runs[-1].stop - 1, []
-        h = host.row(firsts, indices_after(dh, inputs, inputs + 1)[0], profile.offload_activations)
+        h = host.row(firsts, index_after(dh, inputs), profile.offload_activations)
         for run, attention in zip(segment.runs, kept, strict=True):
 
             def rebuild(carry, i, run=run, attention=attention):
@@ -119,7 +120,7 @@ def _stack_bwd(layer, profile, saved, dh):
                 made = None if run.place else jax.eval_shape(lambda h: layer.attend(h, layer.load(shards(0)), rope), h)
                 stack = lambda x: zeros_after(dh, (stop - run.start, *x.shape), x.dtype, h)
                 stacks = jax.tree.map(stack, (h, made))
-                (h, stacks), _ = lax.scan(rebuild, (h, stacks), indices_after(dh, run.start, stop))
+                (h, stacks), _ = lax.scan(rebuild, (h, stacks), jnp.arange(run.start, stop))
                 rebuilt.append((Run(run.start, stop, run.place), stacks[0], attention if run.place else stacks[1]))
         # The last layer's output is needed by nobody, so its attention was not made again; its input is in h.
         run, attention = segment.runs[-1], kept[-1]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from alst_jax.config import UserError
+from alst_jax.ops.opaque import opaque
 from alst_jax.ops.tiling import tiled
 
 SCORES_BYTES = 2**20  # float32 scores the XLA implementation works on at once: they stay in a CPU's cache
@@ -21,8 +22,9 @@ def attention(
 ) -> Float[Array, "B S N H"]:
     """softmax(q k^T / sqrt(H)) v over earlier and equal positions; query head n reads kv head n // (N / K).
 
-    implementation: "cudnn" (GPU, bfloat16 or float16, S a multiple of 128) or "xla" (any device and dtype; quadratic
-    time, memory linear in S because queries are tiled).
+    implementation: "cudnn" (GPU, bfloat16 or float16, S a multiple of 128), "tokamax" (the same, with tokamax's kernel for
+    Hopper forward and cuDNN's backward: each is the faster one at length) or "xla" (any device and dtype; quadratic time,
+    memory linear in S because queries are tiled).
     """
     return attention_from(q, k, v, attention_forward(*jax.lax.stop_gradient((q, k, v)), implementation), implementation)
 
@@ -46,13 +48,13 @@ attention_from.defvjp(_attention_from_fwd, _attention_from_bwd)
 
 def attention_forward(q: Array, k: Array, v: Array, implementation: str) -> tuple[Array, tuple[Array, ...]]:
     """The output o[B, S, N, H] and what the backward pass needs besides q, k, v and o: log-sum-exp[B, N, S], or nothing."""
-    if implementation == "cudnn":
-        pieces = _split_heads(q, k, v)
-        outputs, statistics = zip(*(_cudnn_forward(*piece) for piece in pieces))
+    if implementation in ("cudnn", "tokamax"):
+        forward = _cudnn_forward if implementation == "cudnn" else _tokamax_forward
+        outputs, statistics = zip(*(forward(*piece) for piece in _split_heads(q, k, v)))
         return _concatenate(outputs, axis=2), tuple(_concatenate(parts, axis=1) for parts in zip(*statistics))
     if implementation == "xla":
         return _xla_attention(q, k, v), ()
-    raise ValueError(f"attention implementation {implementation!r}: cudnn or xla")
+    raise ValueError(f"attention implementation {implementation!r}: cudnn, tokamax or xla")
 
 
 def attention_backward(
@@ -122,6 +124,20 @@ def _cudnn_backward(q, k, v, o, statistics, do):
     kept = iter(statistics)
     swap = lambda x: o if x is fresh else x if _is_one_of(x, (q, k, v)) or not x.size else next(kept)
     return treedef.unflatten([swap(x) for x in leaves])(do)
+
+
+def _tokamax_forward(q, k, v):
+    o, largest, total = opaque(_tokamax_kernel)(q, k, v)
+    return o, (largest + jnp.log(total),)
+
+
+def _tokamax_kernel(q, k, v):
+    """o[B, S, N, H] and, of each query's scores, the largest and the sum of exponentials relative to it [B, N, S]."""
+    # The public tokamax.dot_product_attention has no way to ask for these.
+    from tokamax._src.ops.attention.api import IMPLEMENTATIONS
+
+    o, (largest, total) = IMPLEMENTATIONS["mosaic_gpu"](q, k, v, is_causal=True, return_residuals=True)
+    return o, largest, total
 
 
 def _is_one_of(x, others) -> bool:

@@ -472,7 +472,7 @@ def test_out_of_memory_names_what_is_left_to_try(call, model, data, tmp_path, mo
 
 
 def test_memory_flags_reach_the_profile():
-    flags = dict(remat=True, offload_activations=True, offload_weights=True, offload_optimizer=True, segment_layers=3,
+    flags = dict(remat=True, offload_activations=True, offload_weights=True, offload_optimizer=True, segment_layers=(2, 1),
                  keep_attention_on_device=1, keep_attention_on_host=2, head_chunks=2, reduce_dtype="bfloat16", loss_tile=7,
                  mlp_tile=5)
     profile = setup.make_profile(TrainConfig(**flags), np.dtype("float32"), TINY_LLAMA)

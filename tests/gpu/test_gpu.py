@@ -76,8 +76,8 @@ OFFLOADED = dict(offload_activations=True, offload_weights=True)
 
 @pytest.mark.parametrize("changes", [
     OFFLOADED, dict(keep_attention_on_host=1, **OFFLOADED), dict(head_chunks=2), dict(head_chunks=4, **OFFLOADED),
-    dict(segment_layers=2, **OFFLOADED), dict(segment_layers=2, keep_attention_on_host=1, head_chunks=2, **OFFLOADED),
-    dict(segment_layers=4, keep_attention_on_host=1, keep_attention_on_device=1, **OFFLOADED)], ids=str)
+    dict(segment_layers=(2,), **OFFLOADED), dict(segment_layers=(2, 1, 1), keep_attention_on_host=1, head_chunks=2, **OFFLOADED),
+    dict(segment_layers=(4,), keep_attention_on_host=1, keep_attention_on_device=1, **OFFLOADED)], ids=str)
 def test_offloaded_gradients_equal_plain(changes, capfd):
     batch = random_batch(MODEL, rows=1, length=4096)
     results = []

@@ -19,17 +19,19 @@ MODEL = tiny(num_layers=4, attention_bias=True, mlp_bias=False)
 TILES = dict(loss_tile=7, mlp_tile=5)
 HOST = dict(offload_activations=True, offload_weights=True, offload_optimizer=True)
 PROFILES = [
-    dict(head_chunks=2), dict(head_chunks=4), dict(head_chunks=8), dict(segment_layers=2), dict(segment_layers=4),
-    dict(keep_attention_on_device=1), dict(keep_attention_on_host=1),
-    dict(segment_layers=2, keep_attention_on_host=2),
-    dict(segment_layers=4, keep_attention_on_device=1, keep_attention_on_host=2, head_chunks=4),
-    dict(segment_layers=2, keep_attention_on_host=1, head_chunks=2, **TILES, **HOST),
-    dict(segment_layers=4, keep_attention_on_device=1, head_chunks=4, **TILES, **HOST),
+    dict(head_chunks=2), dict(head_chunks=4), dict(head_chunks=8), dict(segment_layers=(2,)), dict(segment_layers=(4,)),
+    dict(segment_layers=(3,)), dict(keep_attention_on_device=4), dict(keep_attention_on_host=4),
+    dict(segment_layers=(2,), keep_attention_on_host=4),
+    dict(segment_layers=(4,), keep_attention_on_device=1, keep_attention_on_host=2, head_chunks=4),
+    dict(segment_layers=(2, 1, 1), keep_attention_on_device=1, keep_attention_on_host=1),
+    dict(segment_layers=(1, 3), keep_attention_on_device=3, offload_activations=True),
+    dict(segment_layers=(2,), keep_attention_on_host=2, head_chunks=2, **TILES, **HOST),
+    dict(segment_layers=(2, 1, 1), keep_attention_on_device=2, keep_attention_on_host=1, head_chunks=4, **TILES, **HOST),
 ]
 ON_MESHES = [
     ((1, 2), dict(head_chunks=2)), ((1, 2), dict(head_chunks=4)),  # 4: two chunks share each kv head
-    ((1, 4), dict(head_chunks=2, segment_layers=2, keep_attention_on_host=1)),  # sp > kv heads of a chunk
-    ((2, 2), dict(segment_layers=4, keep_attention_on_host=1, keep_attention_on_device=1, head_chunks=2, **TILES, **HOST)),
+    ((1, 4), dict(head_chunks=2, segment_layers=(2,), keep_attention_on_host=2)),  # sp > kv heads of a chunk
+    ((2, 2), dict(segment_layers=(3, 1), keep_attention_on_host=1, keep_attention_on_device=1, head_chunks=2, **TILES, **HOST)),
 ]
 
 
@@ -61,10 +63,13 @@ def test_profile_on_a_mesh_equals_plain(mesh, changes, reference):
 
 
 @pytest.mark.parametrize("changes", [
-    dict(segment_layers=4, keep_attention_on_host=2), dict(segment_layers=2, keep_attention_on_device=1, head_chunks=4)], ids=name)
-def test_with_a_kernel_that_lives_on_kept_statistics(changes, reference, monkeypatch):
-    stand_in.install(monkeypatch)
-    check(reference, sp=2, attention="cudnn", **changes)
+    dict(segment_layers=(4,), keep_attention_on_host=2), dict(segment_layers=(2, 1, 1), keep_attention_on_device=1, head_chunks=4)],
+    ids=name)
+@pytest.mark.parametrize("attention", ["cudnn", "tokamax"])
+def test_with_a_kernel_that_lives_on_kept_statistics(attention, changes, reference, monkeypatch):
+    calls = stand_in.install(monkeypatch)
+    check(reference, sp=2, attention=attention, **changes)
+    assert ("tokamax" in calls) == (attention == "tokamax")
 
 
 # ------------------------------------------------------------------------------------------------------- what is kept
@@ -93,12 +98,13 @@ def executions(jaxpr, name) -> int:
 
 
 @pytest.mark.parametrize("changes,forwards", [
-    ({}, 8), (dict(keep_attention_on_device=1), 4), (dict(keep_attention_on_host=1), 4),
-    (dict(segment_layers=2), 8),  # not 10: what is made while a segment is rebuilt serves its backward pass too
-    (dict(segment_layers=2, keep_attention_on_host=1), 6), (dict(segment_layers=2, keep_attention_on_device=2), 4),
-    (dict(segment_layers=4, keep_attention_on_device=1, keep_attention_on_host=2), 5),
-    (dict(head_chunks=4), 32), (dict(head_chunks=4, keep_attention_on_host=1), 16),
-    (dict(head_chunks=4, segment_layers=4, keep_attention_on_host=2), 24)], ids=name)
+    ({}, 8), (dict(keep_attention_on_device=4), 4), (dict(keep_attention_on_host=3), 5),
+    (dict(segment_layers=(2,)), 8),  # not 10: what is made while a segment is rebuilt serves its backward pass too
+    (dict(segment_layers=(2,), keep_attention_on_host=2), 6), (dict(segment_layers=(2,), keep_attention_on_device=4), 4),
+    (dict(segment_layers=(4,), keep_attention_on_device=1, keep_attention_on_host=2), 5),
+    (dict(segment_layers=(3, 1), keep_attention_on_device=1), 7),
+    (dict(head_chunks=4), 32), (dict(head_chunks=4, keep_attention_on_host=4), 16),
+    (dict(head_chunks=4, segment_layers=(4,), keep_attention_on_host=2), 24)], ids=name)
 def test_kept_outputs_spare_attention_forwards(changes, forwards, monkeypatch):
     """4 layers: 4 forwards, and one again for each layer whose output was not kept; times the chunks."""
     jaxpr = traced(monkeypatch, **changes)
@@ -108,19 +114,25 @@ def test_kept_outputs_spare_attention_forwards(changes, forwards, monkeypatch):
 
 def test_what_is_kept_on_the_host(monkeypatch):
     def host(**changes):
-        return set(re.findall(r"<host>\[([\d,]+)\]", str(traced(monkeypatch, segment_layers=2, **changes))))
+        """Shapes of host arrays of at least a layer's activations, without those of a single row on its way."""
+        found = re.findall(r"<host>\[([\d,]+)\]", str(traced(monkeypatch, **changes)))
+        return {shape for shape in found if not shape.startswith("1,1,") and shape not in ("1,256,64", output, statistics)}
 
-    output, statistics, layer_input = "1,256,8,16", "1,8,256", "1,256,64"
-    assert host(keep_attention_on_device=2) == set()
-    # Of one layer, in each of two segments.
-    assert host(keep_attention_on_host=1) == {f"1,{output}", f"2,1,{output}", f"1,{statistics}", f"2,1,{statistics}"}
-    # Of 2 segments, not of 4 layers.
-    assert host(offload_activations=True) == {layer_input, f"2,{layer_input}"}
+    output, statistics, inputs = "1,256,8,16", "1,1,8,256", "1,256,64"
+    assert host(keep_attention_on_device=2, segment_layers=(2,)) == set()
+    # Of the three layers before the last: two of one segment, one of another.
+    kept = dict(keep_attention_on_device=1, keep_attention_on_host=3)
+    assert host(segment_layers=(2,), **kept) == {f"2,{output}", f"2,{statistics}"}
+    assert host(segment_layers=(1,), **kept) == {f"3,{output}", f"3,{statistics}"}
+    # Of 2 segments, of 4 layers, of the first and the last layer apart.
+    assert host(offload_activations=True, segment_layers=(2,)) == {f"2,{inputs}"}
+    assert host(offload_activations=True) == {f"4,{inputs}"}
+    assert host(offload_activations=True, segment_layers=(2, 1, 1)) == {f"2,{inputs}"}
 
 
 @pytest.mark.parametrize("changes,message", [
-    (dict(segment_layers=3), "--segment-layers 3 must divide 4 layers; use one of 1, 2, 4"),
-    (dict(segment_layers=2, keep_attention_on_device=2, keep_attention_on_host=1), "= 3 layers of each segment, which has 2"),
+    (dict(segment_layers=(3, 2)), "--segment-layers 3 2: 5 layers in all, where the model has 4"),
+    (dict(keep_attention_on_device=2, keep_attention_on_host=3), "= 5 layers, where the model has 4"),
     (dict(keep_attention_on_host=1, remat=False), "they need --remat"),
     (dict(head_chunks=3), "--head-chunks 3 must divide 8 query heads; use 1, 2, 4 or 8")], ids=name)
 def test_impossible_profiles_are_refused(changes, message):

@@ -92,8 +92,12 @@ def test_rope_tables_at_length(twins):
         assert (difference <= bound).all(), difference
 
 
-def attend(project, x, weights, rope, heads):
-    return attention(*project(x, weights, rope), "xla"), ()
+def block(config, weights, h, rope):
+    """One layer, from the pure functions it is taken apart into."""
+    functions = llama.block_functions(config)
+    before, behind = functions.split(weights)
+    q, k, v = jax.vmap(lambda h, *rope: functions.before(h, before, rope))(h, *rope)
+    return jax.vmap(lambda *h_and_o: functions.behind(h_and_o, behind))(h, attention(q, k, v, "xla"))
 
 
 def test_attention_module(twins):
@@ -120,9 +124,8 @@ def test_mlp_module(twins):
 def test_block(twins):
     model, config, params = twins
     x, at = hidden(), positions()
-    compute = llama.Compute(attend, tile=7)
     rope = rope_tables(config.rope, config.head_dim, jnp.asarray(at))
-    ours, _ = llama.block_apply(config)(layer(params, 1), jnp.asarray(x), rope, compute)
+    ours = block(config, layer(params, 1), jnp.asarray(x), rope)
     theirs = model.model.layers[1](
         torch.tensor(x), attention_mask=causal_mask(24), position_embeddings=torch_rope(model, x, at))
     theirs = theirs[0] if isinstance(theirs, tuple) else theirs
@@ -139,9 +142,8 @@ def logits(config, params, tokens):
     """All logits, from the parts the step is made of."""
     h = params["embed_tokens"]["embedding"][tokens]
     rope = rope_tables(config.rope, config.head_dim, jnp.asarray(positions(*tokens.shape)))
-    compute = llama.Compute(attend)
     for i in range(config.num_layers):
-        h, _ = llama.block_apply(config)(layer(params, i), h, rope, compute)
+        h = block(config, layer(params, i), h, rope)
     h = rms_norm(h, params["norm"]["scale"], config.rms_norm_eps)
     return h @ params["embed_tokens" if config.tie_word_embeddings else "lm_head"]["embedding"].T
 

@@ -29,7 +29,7 @@ LOSS, WEIGHTS = 2e-5, 1e-4
 STEPS, WARMUP, PEAK, FINAL, DECAY = 20, 5, 3e-3, 0.1, 0.1
 SEQ_LEN, ROWS, ACCUMULATION = 256, 2, 2
 FEATURES = Profile(loss_tile=48, mlp_tile=24, remat=True, offload_activations=True, offload_weights=True,
-                   offload_optimizer=True, segment_layers=2, keep_attention_on_host=1, head_chunks=2)
+                   offload_optimizer=True, segment_layers=(2,), keep_attention_on_host=1, head_chunks=2)
 
 
 @pytest.fixture(scope="module")

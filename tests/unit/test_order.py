@@ -1,0 +1,38 @@
+# pytest tests/unit/test_order.py
+"""Values that wait for an array: right whatever it holds, and not known to the compiler without it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alst_jax.memory.order import after, gradient_first, index_after, read_back, zeros_after
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("value", [0.0, -0.0, 1.5, -3e38, float("inf"), float("-inf"), float("nan")])
+def test_values_do_not_depend_on_the_array(value, dtype):
+    array = jnp.full((2, 3), value, dtype)
+    assert jax.jit(lambda x: index_after(x, 3))(array) == 3
+    np.testing.assert_array_equal(jax.jit(after)(array, jnp.arange(6.0).reshape(2, 3)), np.arange(6.0).reshape(2, 3))
+    zeros = jax.jit(lambda x: zeros_after(x, (2, 5), jnp.float32))(array)
+    np.testing.assert_array_equal(zeros, np.zeros((2, 5), np.float32))
+    h, weight = jnp.ones((2, 2), dtype), array
+    dh, dweight = jax.vjp(gradient_first, h, weight)[1]((h * 2, array))
+    np.testing.assert_array_equal(dh, h * 2)
+    np.testing.assert_array_equal(np.float32(dweight), np.float32(array))
+
+
+def test_the_compiler_does_not_see_through():
+    """Were the result a constant in the optimised program, nothing would wait."""
+    shape = jax.ShapeDtypeStruct((4,), jnp.float32)
+    for fn in (lambda x: index_after(x, 4), lambda x: zeros_after(x, (4,), jnp.float32), lambda x: after(x, jnp.ones(4))):
+        text = jax.jit(fn).lower(shape).compile().as_text()
+        assert "bitcast-convert" in text, text
+    known = jax.jit(lambda x: jnp.arange(4) + 0 * x.astype(jnp.int32)).lower(shape).compile().as_text()
+    assert "bitcast-convert" not in known
+
+
+def test_read_back():
+    array = jnp.arange(24.0).reshape(4, 3, 2)
+    assert read_back(array, jnp.int32(2), False).ravel() == array[2, 0, 0]
