@@ -15,6 +15,7 @@ MIN_ROWS = 16  # queries in a tile at least
 # cuDNN's backward indexes q with 32-bit integers: above 2^31 elements its dQ is wrong without an error (measured, jax
 # 0.11.2, cuDNN 9.19: the rows past element 2^31 are off by 100%).
 CUDNN_MAX_ELEMENTS = 2**31
+TOKAMAX_TILES = dict(block_q=64, block_kv=128, num_stages=2, persistent=False)  # the fastest tried, see docs/log.md
 
 
 def attention(
@@ -134,9 +135,10 @@ def _tokamax_forward(q, k, v):
 def _tokamax_kernel(q, k, v):
     """o[B, S, N, H] and, of each query's scores, the largest and the sum of exponentials relative to it [B, N, S]."""
     # The public tokamax.dot_product_attention has no way to ask for these.
-    from tokamax._src.ops.attention.api import IMPLEMENTATIONS
+    from tokamax._src.ops.attention.pallas_mosaic_gpu import ConfigSM90, PallasMosaicGpuFlashAttention
 
-    o, (largest, total) = IMPLEMENTATIONS["mosaic_gpu"](q, k, v, is_causal=True, return_residuals=True)
+    kernel = PallasMosaicGpuFlashAttention(config=ConfigSM90(**TOKAMAX_TILES))
+    o, (largest, total) = kernel(q, k, v, is_causal=True, return_residuals=True)
     return o, largest, total
 
 

@@ -47,8 +47,7 @@ class AdamW:
 
     def init_one(self, param: jax.Array, spec: P) -> dict[str, Any]:
         """`init` for one parameter, whole or local."""
-        zeros, key = jnp.zeros(param.shape, accumulation_dtype(param.dtype)), jax.random.key(self.seed)
-        state = {name: form.encode(zeros, key) for name, form in self.formats(param, spec).items()}
+        state = {name: form.zeros(param.shape) for name, form in self.formats(param, spec).items()}
         if self.master == "none":
             return state
         if self.master == "low-bits" and needs_master(param.dtype):
