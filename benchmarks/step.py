@@ -46,6 +46,7 @@ def main():
     import jax
     import jax.numpy as jnp
     import numpy as np
+    from jax.sharding import NamedSharding, PartitionSpec
 
     from alst_jax.memory import host
     from alst_jax.optim.adamw import AdamW
@@ -69,6 +70,10 @@ def main():
           f"{plan.output_size_in_bytes / GIB:.2f} = {device_plan / GIB:.2f}; host temp {plan.host_temp_size_in_bytes / GIB:.2f} "
           f"+ arguments {plan.host_argument_size_in_bytes / GIB:.2f} + outputs {plan.host_output_size_in_bytes / GIB:.2f}",
           flush=True)
+    if options.update:
+        scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(step.mesh, PartitionSpec()))
+        norm_of = step.gradient_norm.lower(step.params).compile()
+        update = step.update.lower(step.params, step.params, step.optimizer_state, scalar, scalar).compile()
     limit = jax.devices()[0].memory_stats()["bytes_limit"]
     if device_plan > limit:
         raise SystemExit(f"planned {device_plan / GIB:.2f} GiB, and jax may use {limit / GIB:.2f} of the device's")
@@ -92,8 +97,9 @@ def main():
             print(f"step {number + 1}: loss {float(loss):.4f}, gradient there after {seconds:.3f} s", flush=True)
             if options.update:
                 after = time.perf_counter()
-                norm = step.gradient_norm(gradients)
-                params, state = jax.block_until_ready(step.update(params, gradients, state, norm, jnp.float32(1e-5)))
+                norm = norm_of(gradients)
+                rate = jax.device_put(jnp.float32(1e-5), scalar.sharding)
+                params, state = jax.block_until_ready(update(params, gradients, state, norm, rate))
                 update_seconds = time.perf_counter() - after
         del gradients
         total = seconds + update_seconds
