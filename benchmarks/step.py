@@ -70,15 +70,15 @@ def main():
           f"{plan.output_size_in_bytes / GIB:.2f} = {device_plan / GIB:.2f}; host temp {plan.host_temp_size_in_bytes / GIB:.2f} "
           f"+ arguments {plan.host_argument_size_in_bytes / GIB:.2f} + outputs {plan.host_output_size_in_bytes / GIB:.2f}",
           flush=True)
-    if options.update:
-        scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(step.mesh, PartitionSpec()))
-        norm_of = step.gradient_norm.lower(step.params).compile()
-        update = step.update.lower(step.params, step.params, step.optimizer_state, scalar, scalar).compile()
     limit = jax.devices()[0].memory_stats()["bytes_limit"]
     if device_plan > limit:
         raise SystemExit(f"planned {device_plan / GIB:.2f} GiB, and jax may use {limit / GIB:.2f} of the device's")
     if options.compile_only:
         return
+    if options.update:
+        scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(step.mesh, PartitionSpec()))
+        norm_of = step.gradient_norm.lower(step.params).compile()
+        update = step.update.lower(step.params, step.params, step.optimizer_state, scalar, scalar).compile()
     if options.reserve:
         started = time.perf_counter()
         host.reserve(options.reserve)
