@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from typing import Literal
 
 import tyro
 
@@ -27,6 +28,10 @@ class Options:
     seq_lens: tuple[int, ...] = (65536,)
     steps: int = 6
     sides: tuple[str, ...] = ("ours", "ours, all recomputed", "hf+liger")
+    attention: Literal["cudnn", "tokamax"] = "cudnn"
+    """Kernel of our sides."""
+    mlp_tile: int = 0
+    """Tokens a tile of our sides; 0: the hidden size."""
     side: str | None = None
     """Run one side in this process and print JSON (what the parent process does for each)."""
 
@@ -34,16 +39,17 @@ class Options:
 def main():
     options = tyro.cli(Options)
     if options.side is not None:
-        measure = {"ours": functools.partial(ours, keep=1), "ours, all recomputed": functools.partial(ours, keep=0),
+        measure = {"ours": functools.partial(ours, keep=options.layers), "ours, all recomputed": functools.partial(ours, keep=0),
                    "hf+liger": hf_liger}[options.side]
-        print("RESULT " + json.dumps(measure(options.layers, options.seq_lens[0], options.steps)))
+        print("RESULT " + json.dumps(measure(options, options.seq_lens[0])))
         return
     print(f"{'side':20} {'tokens':>8} {'seconds':>8} {'spread':>7} {'tok/s':>8} {'MFU':>6} {'peak GiB':>9} {'loss':>8}")
     for seq_len in options.seq_lens:
         speeds = {}
         for side in options.sides:
             command = [sys.executable, "-m", "benchmarks.hf_liger", "--side", side, "--layers", str(options.layers),
-                       "--seq-lens", str(seq_len), "--steps", str(options.steps)]
+                       "--seq-lens", str(seq_len), "--steps", str(options.steps), "--attention", options.attention,
+                       "--mlp-tile", str(options.mlp_tile)]
             done = subprocess.run(command, capture_output=True, text=True)
             line = next((x for x in done.stdout.splitlines() if x.startswith("RESULT ")), None)
             if line is None:
@@ -60,7 +66,7 @@ def main():
                 print(f"ratio {side} / hf+liger at {seq_len}: {speeds[side] / speeds['hf+liger']:.3f}", flush=True)
 
 
-def ours(layers: int, seq_len: int, steps: int, keep: int) -> dict:
+def ours(options: Options, seq_len: int, keep: int) -> dict:
     environment.prepare(None)
     import jax
     import jax.numpy as jnp
@@ -71,13 +77,14 @@ def ours(layers: int, seq_len: int, steps: int, keep: int) -> dict:
     from alst_jax.parallel.mesh import make_mesh
     from alst_jax.step import TrainStep
 
-    profile = Profile(attention="cudnn", compute_dtype="bfloat16", keep_attention_on_device=keep)
-    step = TrainStep(llama_8b(layers), make_mesh(1, 1), profile, AdamW(), jnp.bfloat16)
+    profile = Profile(attention=options.attention, compute_dtype="bfloat16", keep_attention_on_device=keep,
+                      mlp_tile=options.mlp_tile)
+    step = TrainStep(llama_8b(options.layers), make_mesh(1, 1), profile, AdamW(), jnp.bfloat16)
     params = step.init_params(jax.random.key(0), jnp.bfloat16)
     tokens = np.random.default_rng(0).integers(0, 128256, (1, seq_len), dtype=np.int32)
     batch = step.put_batch(tokens, np.roll(tokens, -1, 1), np.arange(seq_len, dtype=np.int32)[None])
     seconds = []
-    for _ in range(steps):
+    for _ in range(options.steps):
         started = time.perf_counter()
         loss, gradients = jax.block_until_ready(step.loss_and_grad(params, batch, jnp.float32(1 / seq_len)))
         seconds.append(time.perf_counter() - started)
@@ -87,7 +94,7 @@ def ours(layers: int, seq_len: int, steps: int, keep: int) -> dict:
             "peak_gib": device.memory_stats()["peak_bytes_in_use"] / 2**30, "versions": f"jax {jax.__version__}"}
 
 
-def hf_liger(layers: int, seq_len: int, steps: int) -> dict:
+def hf_liger(options: Options, seq_len: int) -> dict:
     import torch
     import transformers
     from liger_kernel.transformers import apply_liger_kernel_to_llama
@@ -96,7 +103,7 @@ def hf_liger(layers: int, seq_len: int, steps: int) -> dict:
     from alst_jax.models.hf_config import hf_config_dict
 
     apply_liger_kernel_to_llama(rope=True, swiglu=True, rms_norm=True, fused_linear_cross_entropy=True)
-    config = transformers.LlamaConfig(**hf_config_dict(llama_8b(layers)), attn_implementation="sdpa")
+    config = transformers.LlamaConfig(**hf_config_dict(llama_8b(options.layers)), attn_implementation="sdpa")
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
         model = transformers.LlamaForCausalLM(config)
@@ -105,7 +112,7 @@ def hf_liger(layers: int, seq_len: int, steps: int) -> dict:
     ids = torch.randint(0, config.vocab_size, (1, seq_len), device="cuda")
     positions = torch.arange(seq_len, device="cuda")[None]
     seconds = []
-    for _ in range(steps):
+    for _ in range(options.steps):
         torch.cuda.synchronize()
         started = time.perf_counter()
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
