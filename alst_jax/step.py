@@ -27,9 +27,10 @@ from alst_jax.ops.linear import embed
 from alst_jax.ops.norm import rms_norm
 from alst_jax.ops.rope import MAX_POSITION, rope_tables
 from alst_jax.ops.tiling import accumulation_dtype
-from alst_jax.optim.adamw import AdamW, apply_update, global_norm, is_spec
+from alst_jax.optim.adamw import AdamW, apply_update, count_not_finite, global_norm, is_spec
 from alst_jax.parallel.mesh import AXES, SEQ
-from alst_jax.parallel.sharding import BATCH_SPEC, drop_layer_dim, gather, is_stacked, param_specs, shardings
+from alst_jax.parallel.sharding import (
+    BATCH_SPEC, drop_layer_dim, gather, is_stacked, param_specs, scatter, shardings, whole)
 from alst_jax.parallel.ulysses import Ulysses, check_degree
 
 Params = Any
@@ -81,6 +82,10 @@ class TrainStep:
             on_mesh(functools.partial(global_norm, on_host=self.profile.offload_weights),
                     in_specs=(self.specs,), out_specs=P()), out_shardings=scalar)
         """gradients -> their global norm, float32."""
+        self.count_not_finite = jax.jit(
+            on_mesh(functools.partial(count_not_finite, on_host=self.profile.offload_weights), in_specs=(self.specs,),
+                    out_specs=P()))
+        """gradients -> for each parameter, its elements that are no finite numbers: int32[layers], int32[1] if not stacked."""
         self.zero_gradients = jax.jit(
             lambda: jax.tree.map(lambda p: jnp.zeros(p.shape, accumulation_dtype(p.dtype)), self.params),
             out_shardings=grads)
@@ -167,8 +172,11 @@ def local_loss(
     rope = rope_tables(model.rope, model.head_dim, batch.positions)
     layer_specs = jax.tree.map(drop_layer_dim, specs["layers"], is_leaf=lambda x: isinstance(x, P))
     layer = Layer(
-        block_functions(model), load=lambda shards: gather_all(shards, layer_specs), tile=_token_tile(model, profile),
-        ulysses=Ulysses(model.num_heads, model.num_kv_heads, profile.attention, SEQ, profile.head_chunks))
+        block_functions(model), Ulysses(model.num_heads, model.num_kv_heads, profile.attention, SEQ, profile.head_chunks),
+        load=lambda shards: jax.tree.map(whole, shards, layer_specs),
+        scatter=lambda gradients, shards: jax.tree.map(
+            lambda g, spec, shard: scatter(g, spec, profile.reduce_dtype, shard.dtype), gradients, layer_specs, shards),
+        carriers=lambda shards: gather_all(shards, layer_specs), tile=_token_tile(model, profile))
 
     table = fetch(params["embed_tokens"], specs["embed_tokens"])["embedding"]
     h_BTD = embed(table, batch.tokens, dtype)

@@ -17,6 +17,7 @@ from alst_jax.config import TrainConfig, UserError
 from alst_jax.data.batches import TrainingBatches
 from alst_jax.environment import peak_flops
 from alst_jax.metrics import MetricsLog, ProgressDisplay, peak_memory
+from alst_jax.parallel.sharding import is_stacked
 from alst_jax.step import TrainStep, count_labels
 
 
@@ -89,10 +90,25 @@ def optimizer_step(
     norm = step.gradient_norm(gradients)
     values = {"loss": loss, "grad_norm": float(norm), "labels": labels}
     if not (math.isfinite(loss) and math.isfinite(values["grad_norm"])):
-        raise NotFinite(f"loss {loss}, gradient norm {values['grad_norm']}")
+        raise NotFinite(f"loss {loss}, gradient norm {values['grad_norm']}, {where_not_finite(step, gradients)}")
     params, optimizer = step.update(state.params, gradients, state.optimizer, norm, jnp.float32(learning_rate))
     jax.block_until_ready(params)
     return TrainState(params, optimizer, state.step + 1), values
+
+
+def where_not_finite(step: TrainStep, gradients: Any) -> str:
+    """Which layers' gradients, and which parameters', are not finite, in words."""
+    layers, names = set(), []
+    for path, counts in jax.tree_util.tree_leaves_with_path(step.count_not_finite(gradients)):
+        bad = np.flatnonzero(np.asarray(counts))
+        if len(bad):
+            stacked = is_stacked(path)
+            layers.update(bad.tolist() if stacked else [])
+            names.append(".".join(key.key for key in path[int(stacked):]))
+    if not names:
+        return "every gradient finite: only their norm is not"
+    where = f"layers {', '.join(map(str, sorted(layers)))} of {step.model.num_layers}" if layers else "no layer"
+    return f"gradients not finite in {where} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
 
 
 def check_weights(step: TrainStep, state: TrainState) -> None:

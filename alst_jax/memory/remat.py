@@ -33,7 +33,7 @@ def scan_layers(layer: Layer, h: jax.Array, layers: PyTree, rope: PyTree, profil
     """
     if not profile.remat:
         fetch = host.to_device if profile.offload_weights else lambda tree: tree
-        return lax.scan(lambda h, w: (layer.plain(h, layer.load(fetch(w)), rope), None), h, layers)[0]
+        return lax.scan(lambda h, w: (layer.plain(h, fetch(w), rope), None), h, layers)[0]
     return _stack(layer, profile, h, layers, rope)
 
 
@@ -84,11 +84,12 @@ def _stack_bwd(layer, profile, saved, dh):
 
     def backward(carry, i, h, attention):
         dh, dlayers = carry
-        weights, give_back = jax.vjp(layer.load, shards(i))
+        local = shards(i)
+        weights = layer.load(local)
         if attention is None:
             attention = layer.attend(h, weights, rope)
         dh, dweights = layer.backward(h, weights, rope, attention, dh)
-        return dh, host.put_row(dlayers, give_back(dweights)[0], i, profile.offload_weights)
+        return dh, host.put_row(dlayers, layer.scatter(dweights, local), i, profile.offload_weights)
 
     def backward_run(carry, run, inputs, inputs_on_host, attention, attention_on_host):
         """Back through the layers of a run, whose inputs and attention outputs (or None) are stacked."""

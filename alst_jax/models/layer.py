@@ -20,18 +20,24 @@ PyTree = Any
 class Layer:
     """How a layer is computed, without changing what.
 
-    functions: the block as pure functions of tokens. ulysses: its attention. load(shards) -> whole weights, on the device.
+    functions: the block as pure functions of tokens. ulysses: its attention. load(shards) -> whole weights, on the device;
+    scatter(gradients, shards) -> the gradients of the shards; carriers(shards) -> whole weights in float32, differentiable.
     tile: tokens worked on at a time in all that is token-wise (None: all).
+
+    Weights stay in their own dtype outside the loops over tiles and are widened to carriers (see ops/linear.py) inside,
+    where the compiler sees the conversion there and back and drops it: not one of each weight for each tile.
     """
 
     functions: BlockFunctions
     ulysses: Ulysses
     load: Callable
+    scatter: Callable
+    carriers: Callable
     tile: int | None
 
-    def plain(self, h: Float[Array, "B T D"], weights: PyTree, rope: PyTree) -> Float[Array, "B T D"]:
+    def plain(self, h: Float[Array, "B T D"], shards: PyTree, rope: PyTree) -> Float[Array, "B T D"]:
         """The next h, differentiable as it stands; `forward` and `backward` are this with less memory."""
-        before, behind = self.functions.split(weights)
+        before, behind = self.functions.split(self.carriers(shards))
         o, _ = self.ulysses.attend(lambda w: self._project(h, w, rope), before, h)
         tokens, tile = _tokens(h), self._tile(h)
         return tiled(self.functions.behind, tile, (tokens, _tokens(o)), behind).reshape(h.shape)
@@ -47,14 +53,14 @@ class Layer:
         """The next h, and what `attend` gives; where that is handed in as `kept`, attention is not run."""
         kept = self.attend(h, weights, rope) if kept is None else kept
         _, behind = self.functions.split(weights)
-        body = lambda _, written, read: ((), (self.functions.behind((written[0], read[0]), behind),))
+        body = lambda _, written, read: ((), (self._behind((written[0], read[0]), behind),))
         _, (out,) = stream(body, (), (_tokens(h),), (_tokens(kept[0]),), self._rows(h))
         return out.reshape(h.shape), kept
 
     def backward(
         self, h: Float[Array, "B T D"], weights: PyTree, rope: PyTree, kept: PyTree, dh: Float[Array, "B T D"]
     ) -> tuple[Float[Array, "B T D"], PyTree]:
-        """The gradients of the layer's input h and of its weights, from that of its output.
+        """The gradients of the layer's input h and of its weights, the latter float32, from that of its output.
 
         The gradient of h is written over that of the output, that of q over that of the attention's output; beside them
         and h and o only keys' and values' gradients and one group of heads are of the sequence's length.
@@ -63,7 +69,7 @@ class Layer:
         o, _ = kept
 
         def back_behind(sums, written, read):
-            _, pullback = jax.vjp(self.functions.behind, read, behind)
+            _, pullback = jax.vjp(self.functions.behind, read, _widen(behind))
             (dh, do), dweights = pullback(written[0])
             return _add(sums, dweights), (dh, do)
 
@@ -75,18 +81,23 @@ class Layer:
 
         def back_before(sums, written, read):
             h, dqkv, rope = read[0], read[1:4], read[4:]
-            _, pullback = jax.vjp(lambda h, w: self.functions.before(h, w, rope), h, before)
+            _, pullback = jax.vjp(lambda h, w: self.functions.before(h, w, rope), h, _widen(before))
             dx, dweights = pullback(dqkv)
             return _add(sums, dweights), (written[0] + dx,)
 
         read = (h, *dqkv, *rope)
         dbefore, (dh_TD,) = stream(
             back_before, _zeros_after(dqkv[0], before, h), (dh_TD,), tuple(map(_tokens, read)), self._rows(h))
-        like = lambda sums, weights: jax.tree.map(lambda s, w: s.astype(w.dtype), sums, weights)
-        return dh_TD.reshape(h.shape), self.functions.join(like(dbefore, before), like(dbehind, behind))
+        return dh_TD.reshape(h.shape), self.functions.join(dbefore, dbehind)
+
+    def _behind(self, h_and_o, behind):
+        return self.functions.behind(h_and_o, _widen(behind))
+
+    def _before(self, h, before, rope):
+        return self.functions.before(h, _widen(before), rope)
 
     def _project(self, h, before, rope):
-        qkv = tiled(self.functions.before, self._tile(h), _tokens(h), before, tuple(map(_tokens, rope)))
+        qkv = tiled(self._before, self._tile(h), _tokens(h), before, tuple(map(_tokens, rope)))
         return tuple(x.reshape(*h.shape[:2], *x.shape[1:]) for x in qkv)
 
     def _tile(self, h):
@@ -99,6 +110,10 @@ class Layer:
 def _tokens(x):
     """[B, T, ...] -> [B T, ...]"""
     return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+
+
+def _widen(weights):
+    return jax.tree.map(lambda w: w.astype(accumulation_dtype(w.dtype)), weights)
 
 
 def _zeros_after(array, weights, *others):

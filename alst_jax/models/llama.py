@@ -18,6 +18,7 @@ from alst_jax.config import ModelConfig
 from alst_jax.ops.linear import add_bias, linear
 from alst_jax.ops.norm import rms_norm
 from alst_jax.ops.rope import apply_rope
+from alst_jax.ops.swiglu import swiglu
 
 Params = dict[str, Any]
 
@@ -69,7 +70,7 @@ class MLP(nnx.Module):
         self.down_proj = make(f, d)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nnx.Module):

@@ -51,6 +51,8 @@ def tiled_cross_entropy(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _tiled_cross_entropy(tile, h, table, labels):
+    table = table.astype(h.dtype)  # once, not for each tile
+
     def body(total, rows):
         h_tile, labels_tile = rows
         return total + jnp.sum(_token_losses(_logits(h_tile, table), labels_tile)[0]), ()
@@ -60,14 +62,16 @@ def _tiled_cross_entropy(tile, h, table, labels):
 
 
 def _fwd(tile, h, table, labels):
+    narrow = table.astype(h.dtype)  # once, not for each tile
+
     def body(carry, rows):
         (total, dtable), (h_tile, labels_tile) = carry, rows
-        logits = _logits(h_tile, table)
+        logits = _logits(h_tile, narrow)
         losses, log_normaliser = _token_losses(logits, labels_tile)
         is_label = labels_tile[:, None] == jnp.arange(logits.shape[1])[None, :]
         valid = (labels_tile != IGNORED)[:, None]
         dlogits = jnp.where(valid, jnp.exp(logits - log_normaliser[:, None]) - is_label, 0).astype(h.dtype)
-        dh = dlogits @ table.astype(h.dtype)
+        dh = dlogits @ narrow
         dtable += jax.lax.dot_general(
             dlogits, h_tile, (((0,), (0,)), ((), ())), preferred_element_type=dtable.dtype)
         return (total + jnp.sum(losses), dtable), dh

@@ -134,6 +134,27 @@ def global_norm(gradients: Any, on_host: bool) -> jax.Array:
     return jnp.sqrt(total)
 
 
+def count_not_finite(gradients: Any, on_host: bool) -> Any:
+    """For each parameter int32[layers] (int32[1] where it is not stacked): its elements that are no finite numbers, over
+    all devices. Runs inside the shard_map; host gradients are streamed."""
+    def count(path, leaf):
+        rows = host.chunk_rows(leaf.shape, is_stacked(path))
+        layers = leaf.shape[0] if is_stacked(path) else 1
+        varying = tuple(sorted(varying_axes(leaf)))
+
+        def add(carry, _, chunk):
+            at, counts = carry
+            bad = jnp.sum(~jnp.isfinite(chunk[0].astype(jnp.float32)), dtype=jnp.int32)
+            return (at + 1, counts.at[jnp.minimum(at, layers - 1)].add(bad)), ()
+
+        counts = jnp.zeros(layers, jnp.int32)
+        counts = lax.pcast(counts, varying, to="varying") if varying else counts
+        (_, counts), _ = host.stream(add, (jnp.int32(0), counts), (), (leaf,), rows, (on_host,))
+        return lax.psum(counts, varying) if varying else counts
+
+    return jax.tree_util.tree_map_with_path(count, gradients)
+
+
 def _zero_like(leaf: jax.Array) -> jax.Array:
     axes = tuple(sorted(varying_axes(leaf)))
     zero = jnp.zeros((), jnp.float32)

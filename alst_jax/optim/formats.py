@@ -97,13 +97,18 @@ def round_to_bfloat16(x: Array, key: Array) -> Array:
 
 def split_float32(x: Array) -> tuple[Array, Array]:
     """float32 -> (bfloat16, the low 16 bits of x as uint16); `join_float32` gives x back, bit for bit."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    high = (bits + 0x8000) >> 16  # to the nearest: one more than the high bits of x where the low ones are above half
-    low = bits & 0xFFFF
-    return jax.lax.bitcast_convert_type(high.astype(jnp.uint16), jnp.bfloat16), low.astype(jnp.uint16)
+    # Not with `bits & 0xFFFF`: inside a larger kernel jax 0.11.2 makes 1 of that on a GPU whenever it is not 0 (measured).
+    low, high = _halves(x)
+    high = high + (low >> 15)  # to the nearest: one more than the high bits of x where the low ones are above half
+    return jax.lax.bitcast_convert_type(high, jnp.bfloat16), low
 
 
 def join_float32(high: Array, low: Array) -> Array:
     """The float32 that `split_float32` split."""
-    high, low = jax.lax.bitcast_convert_type(high, jnp.uint16).astype(jnp.uint32), low.astype(jnp.uint32)
-    return jax.lax.bitcast_convert_type(((high - (low >> 15)) << 16) | low, jnp.float32)
+    high = jax.lax.bitcast_convert_type(high, jnp.uint16) - (low >> 15)
+    return jax.lax.bitcast_convert_type(jnp.stack([low, high], axis=-1), jnp.float32)
+
+
+def _halves(x):
+    halves = jax.lax.bitcast_convert_type(x, jnp.uint16)  # [..., 2], the low half first
+    return halves[..., 0], halves[..., 1]

@@ -53,37 +53,48 @@ def shardings(specs: Any, mesh: Mesh, memory_kind: str) -> Any:
         lambda spec: NamedSharding(mesh, spec, memory_kind=memory_kind), specs, is_leaf=lambda x: isinstance(x, P))
 
 
-def gather(shard: jax.Array, spec: P, reduce_dtype: DTypeLike) -> jax.Array:
-    """A whole weight from its shards, as a float32 carrier (see ops/linear.py). Runs inside the shard_map.
+def whole(shard: jax.Array, spec: P) -> jax.Array:
+    """A whole weight from its shards, w[D/(data x seq), F] -> all-gather -> w[D, F]. Runs inside the shard_map.
 
-    w[D/(data x seq), F] -> all-gather -> w[D, F]; the gradient goes back by a reduce-scatter in `reduce_dtype` (an
-    all-reduce for a replicated weight), then into the weight's own dtype.
+    Not to be differentiated: `scatter` is the way back of its gradient.
     """
-    return _gather(sharded_dim(spec), jnp.dtype(reduce_dtype), jnp.dtype(shard.dtype), shard)
+    dim = sharded_dim(spec)
+    if dim is None:
+        return lax.pcast(shard, AXES, to="varying")
+    if lax.axis_size(AXES) == 1:
+        return shard  # not every backend removes a collective among one
+    return lax.all_gather(shard, AXES, axis=dim, tiled=True)
+
+
+def scatter(gradient: jax.Array, spec: P, reduce_dtype: DTypeLike, dtype: DTypeLike) -> jax.Array:
+    """The shard's gradient, of `dtype`, from each device's gradient of the whole weight.
+
+    A reduce-scatter in `reduce_dtype` (an all-reduce for a replicated weight), then into the weight's own dtype.
+    """
+    gradient, dim = gradient.astype(reduce_dtype), sharded_dim(spec)
+    if dim is None:
+        return lax.psum(gradient, AXES).astype(dtype)
+    if lax.axis_size(AXES) == 1:
+        return gradient.astype(dtype)
+    return lax.psum_scatter(gradient, AXES, scatter_dimension=dim, tiled=True).astype(dtype)
+
+
+def gather(shard: jax.Array, spec: P, reduce_dtype: DTypeLike) -> jax.Array:
+    """`whole` as a float32 carrier (see ops/linear.py), differentiable: its gradient goes back by `scatter`."""
+    return _gather(spec, jnp.dtype(reduce_dtype), jnp.dtype(shard.dtype), shard)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _gather(dim, reduce_dtype, dtype, shard):
-    if dim is None:
-        whole = lax.pcast(shard, AXES, to="varying")
-    elif lax.axis_size(AXES) == 1:
-        whole = shard  # not every backend removes a collective among one
-    else:
-        whole = lax.all_gather(shard, AXES, axis=dim, tiled=True)
-    return whole.astype(accumulation_dtype(dtype))
+def _gather(spec, reduce_dtype, dtype, shard):
+    return whole(shard, spec).astype(accumulation_dtype(dtype))
 
 
-def _gather_fwd(dim, reduce_dtype, dtype, shard):
-    return _gather(dim, reduce_dtype, dtype, shard), None
+def _gather_fwd(spec, reduce_dtype, dtype, shard):
+    return _gather(spec, reduce_dtype, dtype, shard), None
 
 
-def _gather_bwd(dim, reduce_dtype, dtype, _, gradient):
-    gradient = gradient.astype(reduce_dtype)
-    if dim is None:
-        return (lax.psum(gradient, AXES).astype(dtype),)
-    if lax.axis_size(AXES) == 1:
-        return (gradient.astype(dtype),)
-    return (lax.psum_scatter(gradient, AXES, scatter_dimension=dim, tiled=True).astype(dtype),)
+def _gather_bwd(spec, reduce_dtype, dtype, _, gradient):
+    return (scatter(gradient, spec, reduce_dtype, dtype),)
 
 
 _gather.defvjp(_gather_fwd, _gather_bwd)

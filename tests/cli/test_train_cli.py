@@ -409,6 +409,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_state_saved(call, model, data,
              "--clip-norm", 0, "--out", tmp_path / "run")
     code, stderr = call(*flags, "--steps", 20, "--learning-rate", 1e15)
     assert code == 2 and "The step was not applied; the state before it, step" in stderr and "is saved" in stderr
+    assert "gradients not finite in layers 0, 1" in stderr
     saved = [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()]
     assert len(saved) == 1 and saved[0].isdigit()  # complete, not cut off
     assert not (tmp_path / "run" / "hf").exists()

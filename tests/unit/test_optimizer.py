@@ -1,6 +1,8 @@
 # pytest tests/unit/test_optimizer.py
 """AdamW against optax's and torch's; the float32 master copy; streaming; the schedule."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +14,8 @@ from alst_jax.config import TrainConfig
 from alst_jax.memory import host
 from alst_jax.memory.profile import Profile
 from alst_jax.optim.adamw import AdamW, decays
-from alst_jax.trainer import learning_rate_schedule
-from tests.helpers import PLAIN, assert_trees_close, make_step, relative_error, tiny, to_numpy
+from alst_jax.trainer import learning_rate_schedule, where_not_finite
+from tests.helpers import PLAIN, TINY, assert_trees_close, make_step, relative_error, tiny, to_numpy
 
 MODEL = tiny(num_layers=2)
 SETTINGS = dict(beta1=0.8, beta2=0.95, eps=1e-6, weight_decay=0.1, clip_norm=1.0)
@@ -127,3 +129,23 @@ def test_learning_rate(schedule, middle, last):
     rate = learning_rate_schedule(TrainConfig(schedule=schedule, warmup_steps=10), 110, 2.0)
     assert [rate(i) for i in (0, 4, 9)] == pytest.approx([0.2, 1.0, 2.0])
     assert rate(60) == pytest.approx(2.0 * middle) and rate(110) == pytest.approx(2.0 * last)
+
+
+@pytest.mark.parametrize("mesh,on_host", [((1, 1), False), ((2, 2), True)])
+def test_a_gradient_that_is_not_finite_is_named(mesh, on_host):
+    """Its layer and its parameter, from whole, sharded and host-resident gradients."""
+    step = make_step(TINY, *mesh, profile=dataclasses.replace(PLAIN, offload_weights=on_host))
+    gradients = step.init_params(jax.random.key(0), jnp.float32)
+    assert where_not_finite(step, gradients) == "every gradient finite: only their norm is not"
+
+    def spoil(tree, name, *places):
+        values = np.array(tree[name])
+        for place in places:
+            values[place] = np.nan if place[0] else np.inf
+        tree[name] = jax.device_put(values, tree[name].sharding)
+
+    spoil(gradients["layers"]["mlp"]["up_proj"], "kernel", (1, 0, 0), (2, 5, 3), (2, 63, 95))
+    assert where_not_finite(step, gradients) == "gradients not finite in layers 1, 2 of 3 (mlp.up_proj.kernel)"
+    assert np.array_equal(step.count_not_finite(gradients)["layers"]["mlp"]["up_proj"]["kernel"], [0, 1, 2])
+    spoil(gradients["embed_tokens"], "embedding", (0, 0))
+    assert "(embed_tokens.embedding, mlp.up_proj.kernel)" in where_not_finite(step, gradients)
