@@ -32,6 +32,8 @@ class Options:
     """Kernel of our sides."""
     mlp_tile: int = 0
     """Tokens a tile of our sides; 0: the hidden size."""
+    loss_tile: int = 0
+    """Tokens a tile of logits of our sides; 0: 1 GiB of logits."""
     side: str | None = None
     """Run one side in this process and print JSON (what the parent process does for each)."""
 
@@ -49,7 +51,7 @@ def main():
         for side in options.sides:
             command = [sys.executable, "-m", "benchmarks.hf_liger", "--side", side, "--layers", str(options.layers),
                        "--seq-lens", str(seq_len), "--steps", str(options.steps), "--attention", options.attention,
-                       "--mlp-tile", str(options.mlp_tile)]
+                       "--mlp-tile", str(options.mlp_tile), "--loss-tile", str(options.loss_tile)]
             done = subprocess.run(command, capture_output=True, text=True)
             line = next((x for x in done.stdout.splitlines() if x.startswith("RESULT ")), None)
             if line is None:
@@ -78,7 +80,7 @@ def ours(options: Options, seq_len: int, keep: int) -> dict:
     from alst_jax.step import TrainStep
 
     profile = Profile(attention=options.attention, compute_dtype="bfloat16", keep_attention_on_device=keep,
-                      mlp_tile=options.mlp_tile)
+                      mlp_tile=options.mlp_tile, loss_tile=options.loss_tile)
     step = TrainStep(llama_8b(options.layers), make_mesh(1, 1), profile, AdamW(), jnp.bfloat16)
     params = step.init_params(jax.random.key(0), jnp.bfloat16)
     tokens = np.random.default_rng(0).integers(0, 128256, (1, seq_len), dtype=np.int32)
