@@ -49,6 +49,16 @@ def test_cudnn_equals_xla():
         assert relative_error(ours.astype(jnp.float32), true) < 1e-2  # bfloat16: 2^-8 an element
 
 
+def test_tokamax_forward_serves_the_cudnn_backward():
+    pytest.importorskip("tokamax")
+    args = qkvd(4096, 8, 2, 128)
+    run = lambda name: jax.jit(gradients, static_argnums=4)(*args, name)
+    for ours, cudnn in zip(run("tokamax"), run("cudnn")):
+        assert relative_error(ours.astype(jnp.float32), cudnn.astype(jnp.float32)) < 2e-3  # 4.5e-4 measured
+    (lse,), (same,) = (attention_module.attention_forward(*args[:3], name)[1] for name in ("tokamax", "cudnn"))
+    assert relative_error(lse, same) < 1e-6
+
+
 def past_the_wall(gradients):
     """dq[1, 589824, 32, 128] in one call, against calls a quarter of the heads at a time: relative error of the last ninth."""
     q, k, v, do = qkvd(589_824, 32, 8, 128)
@@ -124,7 +134,11 @@ def test_low_bits_are_a_float32_master_to_the_last_bit(on_host):
 @pytest.mark.parametrize("flags", [
     [], ["--profile.offload-weights", "--profile.offload-activations"],
     ["--profile.offload-weights", "--profile.offload-activations", "--profile.segment-layers", "2",
-     "--profile.keep-attention-on-host", "1"]], ids=lambda flags: f"{len(flags)} flags")
+     "--profile.keep-attention-on-host", "1"],
+    # 4 layers at 262,144: segments, two kinds of kept outputs, head chunks and the optimizer's states all at once.
+    ["--layers", "4", "--seq-len", "262144", "--update", "--states", "int8", "--master", "none", "--profile.offload-weights",
+     "--profile.offload-activations", "--profile.offload-optimizer", "--profile.segment-layers", "3", "1",
+     "--profile.keep-attention-on-host", "1", "--profile.keep-attention-on-device", "1", "--profile.head-chunks", "8"]], ids=lambda flags: f"{len(flags)} flags")
 def test_planned_device_bytes_are_those_measured(flags):
     """In a process of its own, whose peak is that of the step. Needs XLA_PYTHON_CLIENT_PREALLOCATE=false in this one."""
     command = [sys.executable, "-m", "benchmarks.step", "--layers", "2", "--seq-len", "131072", "--steps", "2", "--no-update"]
@@ -132,3 +146,17 @@ def test_planned_device_bytes_are_those_measured(flags):
     planned = float(re.search(r"= ([\d.]+); host temp", done.stdout)[1])
     measured = float(re.search(r"device peak ([\d.]+) GiB", done.stdout)[1])
     assert abs(measured - planned) < 0.05 * planned, done.stdout
+    losses = [float(x) for x in re.findall(r"^step \d+: loss ([\d.]+) norm", done.stdout, re.MULTILINE)]
+    assert len(losses) == 2 and all(11 < loss < 14 for loss in losses)  # ln(128256) = 11.8 of random weights, and some
+
+
+def test_segments_are_rebuilt_one_at_a_time():
+    """Temporary memory of the compiled program does not grow by a segment's activations with the number of segments."""
+    def temp_bytes(layers):
+        step = make_step(dataclasses.replace(MODEL, num_layers=layers), dtype=jnp.bfloat16,
+                         profile=dataclasses.replace(CUDNN, segment_layers=(4,), **OFFLOADED))
+        batch = step.put_batch(**random_batch(MODEL, rows=1, length=65536))
+        lowered = step.loss_and_grad.lower(step.params, batch, jax.ShapeDtypeStruct((), jnp.float32))
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    assert temp_bytes(12) - temp_bytes(8) < 65536 * 512 * 2  # less than one layer's input
