@@ -44,7 +44,7 @@ class Search:
         """Bytes that a plan lacks of "device" and "host" memory, what is to be left free included."""
         spare = {
             "device": int(plan.device_limit * (1 - self.margin)) - plan.device_bytes,
-            "host": plan.host_limit - plan.host_bytes - self.host_correction}
+            "host": int(plan.host_limit * (1 - self.margin)) - plan.host_bytes - self.host_correction}
         return {place: -bytes for place, bytes in spare.items() if bytes < 0}
 
 
@@ -161,7 +161,17 @@ def _bases(job: Job, search: Search) -> Iterator[Job]:
     for (states, master), values, n in itertools.product(
             formats, sorted(itertools.product((False, True), repeat=len(free)), key=sum), chunks):
         profile = dataclasses.replace(job.profile, head_chunks=n, **dict(zip(free, values)))
+        if "loss_tile" not in search.fixed and profile.loss_tile == 0:
+            profile = dataclasses.replace(profile, loss_tile=_even_loss_tile(job))
         yield dataclasses.replace(job, profile=profile, states=states, master=master)
+
+
+def _even_loss_tile(job: Job) -> int:
+    """A tile of the usual size that divides the tokens of a device; 0, the usual one, if it does so itself or none does."""
+    tokens, usual = job.rows * job.length // job.devices, cost.usual_loss_tile(job.model)
+    if tokens <= usual or tokens % usual == 0:
+        return 0
+    return next((tile for tile in range(usual, usual // 2, -128) if tokens % tile == 0), 0)
 
 
 def _chunks(job: Job) -> list[int]:
@@ -204,7 +214,7 @@ def _most_on_host(make: Callable[[int], Job | None], most: int, search: Search) 
     while high - low > 1:
         middle = (low + high) // 2
         job = make(middle)
-        room = job and search.cluster.host_share - search.host_correction - host_bytes(job)
+        room = job and search.cluster.host_share * (1 - search.margin) - search.host_correction - host_bytes(job)
         if job and room >= 0:
             best, low = job, middle
         else:
@@ -296,6 +306,7 @@ def describe(job: Job) -> str:
     for name, value, default in (
             ("keep-attention-on-device", profile.keep_attention_on_device, 0),
             ("keep-attention-on-host", profile.keep_attention_on_host, 0), ("head-chunks", profile.head_chunks, 1),
+            ("loss-tile", profile.loss_tile or 0, 0), ("mlp-tile", profile.mlp_tile or 0, 0),
             ("optimizer-states", job.states, "float32"), ("master-weights", job.master, "float32")):
         if value != default:
             words.append(f"--{name} {value}")

@@ -67,7 +67,8 @@ class Sizes:
     def of(job: Job) -> "Sizes":
         model, tokens = job.model, job.rows * job.length // job.devices
         per_token = lambda columns: tokens * columns * job.width
-        layers = model.num_params - model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
+        tables = model.vocab_size * (1 if model.tie_word_embeddings else 2)
+        layers = model.num_params - model.hidden_size * (tables + 1)  # and the last norm
         return Sizes(
             hidden=per_token(model.hidden_size), heads=per_token(model.num_heads * model.head_dim),
             kv=per_token(model.num_kv_heads * model.head_dim),
@@ -156,14 +157,20 @@ def loss_peak(job: Job) -> int:
     """At the loss: all that is kept, four hidden states, the table twice in float32, and a tile's logits."""
     size, model, profile = job.sizes, job.model, job.profile
     tokens = job.rows * job.length // job.devices
-    tile = profile.loss_tile or max(128, LOGITS_BYTES // (4 * model.vocab_size) // 128 * 128)
-    tile = tokens if profile.loss_tile is None else min(tile, tokens)
+    tile = tokens if profile.loss_tile is None else min(profile.loss_tile or usual_loss_tile(model), tokens)
     wide = size.table * 4 // job.width
-    logits = tile * model.vocab_size * (4 if tile < tokens else 4 + 3 * job.width // 2)
+    logits = tile * model.vocab_size
+    logits = max(size.table + 4 * logits, (4 + job.width) * logits) if tile < tokens else (
+        size.table + (4 + 3 * job.width // 2) * logits)
     if tokens % tile:  # a last, shorter tile has a gradient of its own
         logits += wide + tokens % tile * model.vocab_size * job.width
     shards = wide // job.devices if job.devices > 1 else 0
-    return kept_bytes(job)[DEVICE] + 3 * size.hidden + 2 * wide + size.table + shards + logits + size.rope
+    return kept_bytes(job)[DEVICE] + 3 * size.hidden + 2 * wide + shards + logits + size.rope
+
+
+def usual_loss_tile(model: ModelConfig) -> int:
+    """As `ops.cross_entropy.default_tile`."""
+    return max(128, LOGITS_BYTES // (4 * model.vocab_size) // 128 * 128)
 
 
 def layers_peak(job: Job) -> int:
@@ -220,6 +227,8 @@ def layer_work(job: Job, kept_here: int = 0, unrolled: bool = False) -> int:
         attention += wide if job.devices == 1 else 0  # as do the sums of the layer before
     if unrolled and job.devices > 1 and profile.head_chunks > 1:
         mlp += wide  # the last layer's weights
+    if profile.head_chunks == 1 and job.sp > 1 and not unrolled:
+        mlp += 4 * size.heads + 2 * size.kv  # the attention's swaps over devices start early
     if profile.head_chunks > 1 and job.sp > 1 and kept_here:  # attention outputs are turned round, in copies
         one_head = job.model.num_heads == profile.head_chunks * job.sp
         attention += one_head * kept_here * size.heads

@@ -45,7 +45,7 @@ class Planner:
     def search(self) -> Search:
         """What --memory auto may choose; with manual, nothing."""
         profile_fields = {"segment_layers", "keep_attention_on_device", "keep_attention_on_host", "head_chunks",
-                          "optimizer_states", "master_weights", *auto.PLACEMENTS}
+                          "optimizer_states", "master_weights", "loss_tile", *auto.PLACEMENTS}
         fixed = profile_fields if self.config.memory == "manual" else profile_fields & set(self.config.typed)
         return Search(self.cluster, frozenset(fixed), self.config.allow_narrow_optimizer,
                       auto.CONFIRMED if self.compiles else auto.UNCONFIRMED)
@@ -108,6 +108,8 @@ class Planner:
         """Why a job does not fit, the longest length that does, and the flags that would help."""
         search = self.search
         missing = plan.lacks or search.missing(plan)
+        if self.config.memory == "auto":
+            missing = self._least_missing(job, search)
         longest = auto.longest(job, search, job.length)
         if not longest:
             return self.never_fits(job, search)
@@ -117,10 +119,13 @@ class Planner:
     def never_fits(self, job: Job, search: Search) -> str:
         """Why a model does not fit at any length."""
         short = dataclasses.replace(job, length=auto.LENGTH_STEP * max(1, -(-job.sp // 8)))
-        plans = [search.plan(candidate) for candidate in auto.candidates(short, search)]
-        least = min((search.missing(plan) for plan in plans), key=lambda missing: sum(missing.values()))
+        least = self._least_missing(short, search)
         return (f"the model ({job.model.num_params / 1e9:.1f} billion parameters) does not fit {self.cluster} at any length: at "
                 f"{short.length} tokens {_lacks(least)} missing" + self._help(short, search))
+
+    def _least_missing(self, job: Job, search: Search) -> dict[str, int]:
+        found = (search.missing(search.plan(candidate)) for candidate in auto.candidates(job, search))
+        return min(found, key=lambda missing: sum(missing.values()))
 
     def _help(self, job: Job, search: Search) -> str:
         wider = dataclasses.replace(search, fixed=frozenset(), narrow=False)

@@ -118,7 +118,7 @@ class Cluster:
             " each" if self.hosts > 1 else "")
 
 
-def parse_cluster(text: str, host_memory_gib: float | None = None) -> Cluster:
+def parse_cluster(text: str, host_memory_gib: float | int | None = None) -> Cluster:
     """`H100-80`, `8xH100` (any unique beginning of a name), `4x8xH100` (four hosts of eight) -> the cluster.
 
     host_memory_gib: of one host; None: the usual share a device, times the devices. UserError on an unknown name.

@@ -118,8 +118,8 @@ def device_update_bytes(job: "Job") -> float:
     from alst_jax.memory.cost import state_bytes
 
     weights, gradients, optimizer = state_bytes(job)
-    here = 0.0 if job.profile.offload_weights else 2 * gradients + 2 * weights
-    return here + (0.0 if job.profile.offload_optimizer else 2 * optimizer)
+    here = 0 if job.profile.offload_weights else 2 * gradients + 2 * weights
+    return float(here + (0 if job.profile.offload_optimizer else 2 * optimizer))
 
 
 def collectives(job: "Job") -> dict[str, dict[str, int]]:
