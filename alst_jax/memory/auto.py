@@ -8,7 +8,7 @@ from alst_jax.config import UserError
 from alst_jax.memory import cost
 from alst_jax.memory.cost import Job
 from alst_jax.memory.machines import GIB, Cluster
-from alst_jax.memory.profile import DEVICE, HOST
+from alst_jax.memory.profile import HOST
 from alst_jax.memory.report import Plan
 
 UNCONFIRMED = 0.05  # of the memory, left free where no compiler confirms: the model's error (plan_accuracy.py)
@@ -210,15 +210,19 @@ def _kept(job: Job, search: Search, on_device: Iterable[int], least: bool = Fals
 
 def _most_on_host(make: Callable[[int], Job | None], most: int, search: Search) -> Job | None:
     """make(n) for the largest n whose host memory suffices; make(0) if none does."""
+    room = search.cluster.host_share * (1 - search.margin) - search.host_correction
+    fits = lambda job: job is not None and host_bytes(job) <= room
     best, low, high = make(0), 0, most + 1
+    if not fits(best) or search.missing(search.plan(best)).keys() == {"device"}:
+        return best
+    middle = most  # tried first: it is often the answer
     while high - low > 1:
-        middle = (low + high) // 2
         job = make(middle)
-        room = job and search.cluster.host_share * (1 - search.margin) - search.host_correction - host_bytes(job)
-        if job and room >= 0:
+        if fits(job):
             best, low = job, middle
         else:
             high = middle
+        middle = (low + high) // 2
     return best
 
 
@@ -226,7 +230,7 @@ def host_bytes(job: Job) -> int:
     """Of a job's plan, without the rest of it."""
     weights, gradients, optimizer = cost.state_bytes(job)
     profile = job.profile
-    return (weights + gradients) * profile.offload_weights + optimizer * profile.offload_optimizer + cost.kept_bytes(job)[HOST]
+    return (weights + gradients) * profile.offload_weights + optimizer * profile.offload_optimizer + job.kept[HOST]
 
 
 def segments_within(job: Job, search: Search, part: float) -> tuple[int, ...] | None:
@@ -240,9 +244,9 @@ def segments_within(job: Job, search: Search, part: float) -> tuple[int, ...] | 
     room = search.cluster.machine.usable * (1 - search.margin) - states - search.device_correction
     room = room / cost.FRAGMENTS - cost.layer_work(job)
     output = size.heads + size.statistics
-    kept_before = [0]  # on the device, of the layers before
-    for layer in range(layers):
-        kept_before.append(kept_before[-1] + output * (profile.attention_place(layer, layers) == DEVICE))
+    on_device = layers - profile.keep_attention_on_device  # the first layer that keeps its output there
+    not_kept = on_device - profile.keep_attention_on_host  # so many layers keep none
+    kept_before = [max(0, layer - on_device) * output for layer in range(layers + 1)]  # on the device, of the layers before
     free = (room - kept_before[-1]) * part  # at the end of the forward pass
     if free < 0:
         return None
@@ -250,8 +254,7 @@ def segments_within(job: Job, search: Search, part: float) -> tuple[int, ...] | 
     while stop:
         need, start = kept_before[stop], stop - 1
         while start:
-            made_again = profile.attention_place(start - 1, layers) is None
-            need += size.hidden + output * made_again
+            need += size.hidden + output * (start - 1 < not_kept)
             if need > budget:
                 break
             start -= 1

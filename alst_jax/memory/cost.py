@@ -12,7 +12,7 @@ import math
 from alst_jax.config import ModelConfig
 from alst_jax.memory import speed
 from alst_jax.memory.machines import Cluster
-from alst_jax.memory.profile import DEVICE, HOST, Profile
+from alst_jax.memory.profile import DEVICE, HOST, Profile, Segment
 from alst_jax.memory.report import ESTIMATED, Plan
 
 FRAGMENTS = 1.015  # what the allocator's peak is above the sum of what is alive
@@ -50,6 +50,18 @@ class Job:
     def sizes(self) -> "Sizes":
         return Sizes.of(self)
 
+    @functools.cached_property
+    def segments(self) -> list[Segment]:
+        return self.profile.segments(self.model.num_layers)
+
+    @functools.cached_property
+    def kept(self) -> dict[str, int]:
+        return kept_bytes(self)
+
+    @functools.cached_property
+    def passes(self) -> speed.Passes:
+        return speed.Passes.of(self)
+
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
@@ -83,7 +95,7 @@ def estimate(job: Job, cluster: Cluster | None = None, correction: int = 0) -> P
     correction: bytes that the compiler was seen to need beside what this model says, added to the working set.
     """
     weights, gradients, optimizer = state_bytes(job)
-    kept = kept_bytes(job)
+    kept = job.kept
     places = {DEVICE: {}, HOST: {}}
     on = lambda offloaded: places[HOST if offloaded else DEVICE]
     on(job.profile.offload_weights)["weights"] = weights
@@ -115,7 +127,7 @@ def kept_bytes(job: Job) -> dict[str, int]:
     if not profile.remat:
         kept[DEVICE] = job.model.num_layers * unremat_layer(job)
         return kept
-    for segment in profile.segments(job.model.num_layers):
+    for segment in job.segments:
         layers = segment.runs[-1].stop - segment.runs[0].start
         inputs = HOST if profile.offload_activations else DEVICE
         if segment.all_inputs:
@@ -165,7 +177,7 @@ def loss_peak(job: Job) -> int:
     if tokens % tile:  # a last, shorter tile has a gradient of its own
         logits += wide + tokens % tile * model.vocab_size * job.width
     shards = wide // job.devices if job.devices > 1 else 0
-    return kept_bytes(job)[DEVICE] + 3 * size.hidden + 2 * wide + shards + logits + size.rope
+    return job.kept[DEVICE] + 3 * size.hidden + 2 * wide + shards + logits + size.rope
 
 
 def usual_loss_tile(model: ModelConfig) -> int:
@@ -175,15 +187,14 @@ def usual_loss_tile(model: ModelConfig) -> int:
 
 def layers_peak(job: Job) -> int:
     """In the backward pass: what is still kept, what a segment's layers were rebuilt of, and one layer's work."""
-    profile, size, layers = job.profile, job.sizes, job.model.num_layers
+    profile, size = job.profile, job.sizes
     if not profile.remat:
-        return kept_bytes(job)[DEVICE] + layer_work(job)
-    segments = profile.segments(layers)
+        return job.kept[DEVICE] + layer_work(job)
     inputs_on_device = 0 if profile.offload_activations else size.hidden
-    firsts = inputs_on_device * sum(not segment.all_inputs for segment in segments)  # one array, to the end
+    firsts = inputs_on_device * sum(not segment.all_inputs for segment in job.segments)  # one array, to the end
     peak, kept, waiting = 0, firsts, 0
     output = size.heads + size.statistics
-    for segment in segments:  # forwards: `kept` is what is there when the backward pass comes to this segment
+    for segment in job.segments:  # forwards: `kept` is what is there when the backward pass comes to this segment
         count = segment.runs[-1].stop - segment.runs[0].start
         if segment.all_inputs:
             kept += size.hidden if count == 1 else inputs_on_device * count

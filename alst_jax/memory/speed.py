@@ -39,7 +39,7 @@ class Passes:
             again = layers if profile.mlp_tile is not None else 0
             return Passes(layers, layers, layers + again, layers)
         kept = rebuilt = rebuilt_with_attention = 0
-        for segment in profile.segments(layers):
+        for segment in job.segments:
             count = segment.runs[-1].stop - segment.runs[0].start
             kept += sum(run.stop - run.start for run in segment.runs if run.place)
             if not segment.all_inputs:
@@ -65,7 +65,7 @@ def attention_speed(implementation: str, which: str, length: int, peak: float) -
 
 def seconds(job: "Job", cluster: Cluster) -> dict[str, float]:
     """Predicted seconds of one optimizer step, by term; they add up. What hides behind the arithmetic counts as nothing."""
-    model, machine, passes = job.model, cluster.machine, Passes.of(job)
+    model, machine, passes = job.model, cluster.machine, job.passes
     rows = job.rows / job.dp
     tokens = rows * job.length / job.sp
     batches = job.grad_accum
@@ -99,14 +99,14 @@ def seconds(job: "Job", cluster: Cluster) -> dict[str, float]:
 
 def host_traffic(job: "Job") -> dict[str, float]:
     """Bytes of one device to and from host memory: in a forward and backward pass ("step") and in the update."""
-    from alst_jax.memory.cost import HOST, kept_bytes, state_bytes
+    from alst_jax.memory.cost import HOST, state_bytes
 
     weights, gradients, optimizer = state_bytes(job)
     profile, layers = job.profile, job.model.num_layers
-    step = 2.0 * kept_bytes(job)[HOST]
+    step = 2.0 * job.kept[HOST]
     update = 0.0
     if profile.offload_weights:
-        step += weights * Passes.of(job).loads / layers + gradients
+        step += weights * job.passes.loads / layers + gradients
         update += 2 * gradients + 2 * weights  # for the norm and for the update; there and back
     if profile.offload_optimizer:
         update += 2 * optimizer
@@ -125,7 +125,7 @@ def device_update_bytes(job: "Job") -> float:
 def collectives(job: "Job") -> dict[str, dict[str, int]]:
     """Calls of each collective in a step, and the bytes that one device sends in them."""
     model, size, n, sp = job.model, job.sizes, job.devices, job.sp
-    batches, passes = job.grad_accum, Passes.of(job)
+    batches, passes = job.grad_accum, job.passes
     leaves = 9 + (4 if model.attention_bias else 0) + (3 if model.mlp_bias else 0)  # of a layer
     tables = 1 if model.tie_word_embeddings else 2
     gathered = size.layer * passes.loads + size.table * 2
