@@ -67,48 +67,59 @@ def with_demo_defaults(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, **{k: v for k, v in demo.items() if getattr(config, k) is None})
 
 
+def subject(config: TrainConfig):
+    """(model source, planner, job): what is trained or planned, where, and in which shapes; refuses what cannot be."""
+    import jax
+
+    from alst_jax import setup
+    from alst_jax.memory import decide
+    from alst_jax.memory.cost import Job
+    from alst_jax.parallel.mesh import choose_degrees
+
+    # ------------------------------------------------------------------------------------------- where: devices, mesh
+    cluster = decide.target(config)
+    dp, sp = choose_degrees(config.dp, config.sp, cluster.devices if config.plan_for else jax.device_count())
+
+    # -------------------------------------------------------------------------------------------------- what: the model
+    source = setup.find_model(config, tokenizer=not config.planning)
+    dtype = setup.choose_dtype(config)
+    profile = setup.make_profile(config, dtype, source.config)
+    seq_len = decide.ANY_LENGTH if config.find_max_seq_len else setup.check_seq_len(config, source.config)
+    job = Job(source.config, profile, dp * config.batch_size, setup.padded_length(seq_len, sp, profile), dp, sp,
+              config.grad_accum, config.optimizer_states, config.master_weights)
+    return source, decide.Planner.of(config, cluster, dtype), job
+
+
 def run(config: TrainConfig) -> int:
     """The story of a run, from flags to a Hugging Face directory. Returns the exit code."""
     # jax reads its environment when it is imported: not before main() has prepared it.
+    from alst_jax.memory import decide
+
+    if config.planning:
+        _, planner, job = subject(config)
+        print(decide.report(planner, job))
+        return 0
+
     import jax
 
     from alst_jax import checkpoint as ckpt
     from alst_jax import setup
     from alst_jax.data.batches import TrainingBatches, evaluation_batches, fingerprint
-    from alst_jax.memory import decide
-    from alst_jax.memory.cost import Job
     from alst_jax.metrics import MetricsLog, peak_memory
     from alst_jax.models.hf_config import record_dtype
     from alst_jax.models.hf_weights import save_params
-    from alst_jax.parallel.mesh import choose_degrees
     from alst_jax.trainer import StopSignal, TrainState, train
 
-    # ------------------------------------------------------------------------------------------- where: devices, mesh
-    planning = config.plan_only or config.find_max_seq_len
-    out = None if planning else setup.check_out(config)
-    cluster = decide.target(config)
-    dp, sp = choose_degrees(config.dp, config.sp, cluster.devices if config.plan_for else jax.device_count())
-
-    # -------------------------------------------------------------------------------------------------- what: the model
-    source = setup.find_model(config)
-    dtype = setup.choose_dtype(config)
-    profile = setup.make_profile(config, dtype, source.config)
-    seq_len = decide.ANY_LENGTH if config.find_max_seq_len else setup.check_seq_len(config, source.config)
-    rows, padded_len = dp * config.batch_size, setup.padded_length(seq_len, sp, profile)
-
-    # ------------------------------------------------------------------------------------------------ the memory plan
-    planner = decide.Planner.of(config, cluster, dtype)
-    job = Job(source.config, profile, rows, padded_len, dp, sp, config.grad_accum, config.optimizer_states,
-              config.master_weights)
-    if planning:
-        print(decide.report(planner, job))
-        return 0
-    plan = None
-    if cluster is not None:  # what cannot fit is refused here, before anything is allocated
+    # ---------------------------------------------------------------------------------- where, what, and how: the plan
+    out = setup.check_out(config)
+    source, planner, job = subject(config)
+    choice = None
+    if planner.cluster is not None:  # what cannot fit is refused here, before anything is allocated
         choice = planner.choose(job)
         decide.announce(planner, choice)
-        job, plan = choice.job, choice.plan
+        job = choice.job
     step = planner.step(job)
+    seq_len, rows, padded_len, dtype = config.seq_len, job.rows, job.length, planner.dtype
 
     # ----------------------------------------------------------------------------------------------- on what: the data
     sequences, stats = setup.read_sequences(config, source, seq_len)
@@ -155,8 +166,8 @@ def run(config: TrainConfig) -> int:
         finally:
             checkpoints.close()  # waits for the save in progress
             log.close()
-        if plan is not None and log.seconds:
-            print(decide.planned_against_measured(plan, peak_memory()[1], log.seconds))
+        if choice is not None and log.seconds:
+            print(decide.planned_against_measured(choice.plan, peak_memory()[1], log.seconds))
         if stop.received is not None and state.step < steps:
             print(f"stopped by {stop.received.name}; step {state.step} is saved. Go on with: "
                   f"python train.py --resume --out {out}")

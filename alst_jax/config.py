@@ -233,6 +233,11 @@ class TrainConfig:
     typed: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
     """Which of MEMORY_FIELDS were typed: `--memory auto` leaves them as they are."""
 
+    @property
+    def planning(self) -> bool:
+        """Whether there is a plan to print and nothing to run."""
+        return self.plan_only or self.find_max_seq_len
+
 
 # What a memory profile is made of: flags that --memory auto chooses, with two values each to tell which were typed.
 MEMORY_FIELDS = {
@@ -285,9 +290,8 @@ def check_run(config: TrainConfig) -> None:
         raise UserError("--eval-every needs --eval-data, the file to evaluate on")
     if config.resume and config.out is None:
         raise UserError("--resume needs --out, the directory of the run to continue")
-    planning = config.plan_only or config.find_max_seq_len
     for field in ("json", "plan_for", "plan_picture"):
-        if getattr(config, field) and not planning:
+        if getattr(config, field) and not config.planning:
             raise UserError(f"{flag(field)} is for --plan-only and --find-max-seq-len; a run has the machine it is on")
     if config.host_memory is not None and not (config.plan_for and config.host_memory > 0):
         raise UserError(f"--host-memory {config.host_memory}: a positive number of GiB, for --plan-for; otherwise the host's own "
@@ -300,7 +304,7 @@ def check_run(config: TrainConfig) -> None:
         raise UserError("--allow-narrow-optimizer is for --memory auto; with manual, say --optimizer-states and --master-weights")
     if config.plan_only and config.resume:
         raise UserError("--plan-only with --resume: plan the run with its own flags and --model on its directory")
-    if config.model is not None and not config.data and not planning:
+    if config.model is not None and not config.data and not config.planning:
         raise UserError("--model without --data: name the files to train on (--data FILE_OR_DIR...)")
     if config.loss_tile is not None and not config.tiled_loss:
         raise UserError("--loss-tile has no meaning with --no-tiled-loss; leave one of them out")

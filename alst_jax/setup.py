@@ -43,8 +43,9 @@ class ModelSource:
 # ---------------------------------------------------------------------------------------------------------------- model
 
 
-def find_model(config: TrainConfig) -> ModelSource:
-    """The model of a run: that of the run directory when resuming, the one named, or the embedded tiny Llama."""
+def find_model(config: TrainConfig, tokenizer: bool = True) -> ModelSource:
+    """The model of a run: that of the run directory when resuming, the one named, or the embedded tiny Llama; a plan needs
+    no tokenizer."""
     if config.resume:
         run_dir = pathlib.Path(config.out)
         if ckpt.read_run_file(run_dir).get("kind") != "training":
@@ -54,9 +55,9 @@ def find_model(config: TrainConfig) -> ModelSource:
         named = files if config.model is None else _model_files(config.model)  # compared with the run's own later
         return ModelSource(str(config.model or files), model_config(named), load_tokenizer(files), files)
     if config.model is None:
-        return ModelSource("the embedded tiny Llama", TINY_LLAMA, byte_tokenizer(), None)
+        return ModelSource("the embedded tiny Llama", TINY_LLAMA, byte_tokenizer() if tokenizer else None, None)
     files = _model_files(config.model)
-    parts = (config.model, model_config(files), load_tokenizer(files), files)
+    parts = (config.model, model_config(files), load_tokenizer(files) if tokenizer else None, files)
     if ckpt.is_checkpoint(config.model):
         return ModelSource(*parts, checkpoint=ckpt.find_checkpoint(config.model))
     return ModelSource(*parts, hf_weights=files)

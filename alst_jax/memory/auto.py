@@ -260,7 +260,7 @@ def segments_within(job: Job, search: Search, part: float) -> tuple[int, ...] | 
             start -= 1
         lengths.append(stop - start)
         stop = start
-    return tuple(reversed(lengths))
+    return (lengths[0],) if len(set(lengths)) == 1 else tuple(reversed(lengths))
 
 
 def _spread(layers: int) -> list[int]:

@@ -190,5 +190,5 @@ def planned_against_measured(plan: Plan, peak_gib: float, seconds: list[float]) 
     return "plan    " + "; ".join(parts)
 
 
-def _percent(measured: float, planned: float) -> str:
+def _percent(measured: float, planned: float | int) -> str:
     return f"{(measured / planned - 1) * 100:+.0f}%"
