@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable, Iterator
 from alst_jax.config import UserError
 from alst_jax.memory import cost
 from alst_jax.memory.cost import Job
+from alst_jax.memory.flags import PLACEMENTS, describe, describe_changes
 from alst_jax.memory.machines import GIB, Cluster
 from alst_jax.memory.profile import HOST
 from alst_jax.memory.report import Plan
 
 UNCONFIRMED = 0.05  # of the memory, left free where no compiler confirms: the model's error (plan_accuracy.py)
 CONFIRMED = 0.01
-PLACEMENTS = ("offload_activations", "offload_weights", "offload_optimizer")
 MOST_CHUNKS = 8
 BUDGETS = (0.0, 0.25, 0.5, 1.0)  # parts of the free device memory that rebuilding a segment may take
 KEPT_STEPS = 12  # numbers of layers that are tried for what is kept on the device
@@ -26,8 +26,9 @@ ROUNDS = 5  # of choosing and compiling
 class Search:
     """What may be chosen, and what it has to fit.
 
-    fixed: fields of the profile that the user has typed. narrow: whether the optimizer's formats may be chosen too. margin:
-    part of each memory to leave free. corrections: bytes of device and host that the compiler was seen to need more.
+    fixed: fields of the profile that the user has typed. narrow: whether the optimizer's formats may be chosen too.
+    margin: part of each memory to leave free. corrections: bytes of device and host that the compiler was seen to need
+    more.
     """
 
     cluster: Cluster
@@ -46,6 +47,17 @@ class Search:
             "device": int(plan.device_limit * (1 - self.margin)) - plan.device_bytes,
             "host": int(plan.host_limit * (1 - self.margin)) - plan.host_bytes - self.host_correction}
         return {place: -bytes for place, bytes in spare.items() if bytes < 0}
+
+    def corrected(self, estimated: Plan, compiled: Plan) -> tuple["Search", dict[str, int]]:
+        """With what the compiler says of a plan that it does not let through; and what it needs more than was estimated, of
+        the memories that do not suffice. A tenth more than seen, at least 0.1 GiB: the same choice must not come back."""
+        more = {"device": compiled.device_bytes - estimated.device_bytes,
+                "host": compiled.host_bytes - estimated.host_bytes - self.host_correction}
+        more = {place: more[place] for place in compiled.lacks}
+        add = lambda place: max(GIB // 10, int(1.1 * more[place])) if place in more else 0
+        return dataclasses.replace(
+            self, device_correction=self.device_correction + add("device"),
+            host_correction=self.host_correction + add("host")), more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +116,8 @@ def fits_somehow(job: Job, search: Search) -> Job | None:
 def confirm(
     job: Job, search: Search, compile_plan: Callable[[Job], Plan], say: Callable[[str], None] = lambda text: None
 ) -> Choice:
-    """`choose`, until the compiler agrees that the choice fits: its excess over the model corrects the model. UserError if
-    nothing is left."""
+    """`choose`, until the compiler agrees that the choice fits: its excess over the model corrects the model. UserError
+    if nothing is left."""
     search = dataclasses.replace(search, margin=CONFIRMED)
     for _ in range(ROUNDS):
         choice = choose(job, search)
@@ -114,16 +126,9 @@ def confirm(
         compiled = compile_plan(choice.job)
         if not compiled.lacks:
             return dataclasses.replace(choice, plan=compiled)
-        excess = compiled.device_bytes - choice.plan.device_bytes
-        more_host = compiled.host_bytes - choice.plan.host_bytes - search.host_correction
-        say(f"the compiler needs {excess / GIB:+.1f} GiB of device and {more_host / GIB:+.1f} GiB of host memory to what was "
-            "estimated: choosing again")
-        # A tenth more than seen, at least 0.1 GiB: the same choice must not come back.
-        search = dataclasses.replace(
-            search, device_correction=search.device_correction + max(GIB // 10, int(1.1 * excess)) if "device" in compiled.lacks
-            else search.device_correction,
-            host_correction=search.host_correction + max(GIB // 10, int(1.1 * more_host)) if "host" in compiled.lacks
-            else search.host_correction)
+        search, more = search.corrected(choice.plan, compiled)
+        say("the compiler needs " + " and ".join(f"{value / GIB:+.1f} GiB of {place} memory" for place, value in more.items())
+            + " against the estimate: choosing again")
     raise UserError(f"--memory auto: no profile was found that the compiler says fits {search.cluster}; "
                     "use a shorter --seq-len, a larger --sp, or choose by hand with --memory manual")
 
@@ -144,7 +149,7 @@ def longest(job: Job, search: Search, most: int) -> int:
     return low * step
 
 
-# ------------------------------------------------------------------------------------------------------------ candidates
+# ----------------------------------------------------------------------------------------------------------- candidates
 
 
 def _bases(job: Job, search: Search) -> Iterator[Job]:
@@ -167,7 +172,8 @@ def _bases(job: Job, search: Search) -> Iterator[Job]:
 
 
 def _even_loss_tile(job: Job) -> int:
-    """A tile of the usual size that divides the tokens of a device; 0, the usual one, if it does so itself or none does."""
+    """A tile of the usual size that divides the tokens of a device; 0, the usual one, if it does so itself or none
+    does."""
     tokens, usual = job.rows * job.length // job.devices, cost.usual_loss_tile(job.model)
     if tokens <= usual or tokens % usual == 0:
         return 0
@@ -182,8 +188,8 @@ def _chunks(job: Job) -> list[int]:
 
 
 def _kept(job: Job, search: Search, on_device: Iterable[int], least: bool = False) -> Iterator[Job]:
-    """Segments and kept attention outputs for given placements: so many layers' on the device, as many as possible (`least`:
-    none) in host memory."""
+    """Segments and kept attention outputs for given placements: so many layers' on the device, as many as possible
+    (`least`: none) in host memory."""
     profile, layers = job.profile, job.model.num_layers
     if not profile.remat:
         yield job
@@ -234,8 +240,8 @@ def host_bytes(job: Job) -> int:
 
 
 def segments_within(job: Job, search: Search, part: float) -> tuple[int, ...] | None:
-    """Segments as long as `part` of the free device memory allows, from the last layer back: what is kept on the device is
-    freed on the way, so earlier segments may be longer. None if what is kept alone is too much."""
+    """Segments as long as `part` of the free device memory allows, from the last layer back: what is kept on the device
+    is freed on the way, so earlier segments may be longer. None if what is kept alone is too much."""
     profile, size, layers = job.profile, job.sizes, job.model.num_layers
     if part == 0.0:
         return (1,)
@@ -246,7 +252,8 @@ def segments_within(job: Job, search: Search, part: float) -> tuple[int, ...] | 
     output = size.heads + size.statistics
     on_device = layers - profile.keep_attention_on_device  # the first layer that keeps its output there
     not_kept = on_device - profile.keep_attention_on_host  # so many layers keep none
-    kept_before = [max(0, layer - on_device) * output for layer in range(layers + 1)]  # on the device, of the layers before
+    # on the device, of the layers before
+    kept_before = [max(0, layer - on_device) * output for layer in range(layers + 1)]
     free = (room - kept_before[-1]) * part  # at the end of the forward pass
     if free < 0:
         return None
@@ -285,7 +292,8 @@ def _next_faster(best: Choice, search: Search) -> tuple[Job, Plan, dict[str, int
     if profile.remat:
         changes += [{"segment_layers": (1,)}] if profile.segment_layers != (1,) else []
         if kept < layers:
-            changes += [{name: getattr(profile, name) + 1} for name in ("keep_attention_on_device", "keep_attention_on_host")]
+            more = lambda name: {name: getattr(profile, name) + 1}
+            changes += [more("keep_attention_on_device"), more("keep_attention_on_host")]
     found = []
     for change in changes:
         if set(change) & search.fixed:
@@ -295,34 +303,3 @@ def _next_faster(best: Choice, search: Search) -> tuple[Job, Plan, dict[str, int
         if plan.step_seconds < best.plan.step_seconds and search.missing(plan):
             found.append((job, plan, search.missing(plan)))
     return max(found, key=lambda item: item[1].step_seconds, default=None)
-
-
-# ------------------------------------------------------------------------------------------------------------- in words
-
-
-def describe(job: Job) -> str:
-    """The choices of a job as flags."""
-    profile = job.profile
-    words = [f"--{name.replace('_', '-')}" for name in PLACEMENTS if getattr(profile, name)]
-    if profile.segment_layers != (1,):
-        words.append(f"--segment-layers {' '.join(map(str, profile.segment_layers))}")
-    for name, value, default in (
-            ("keep-attention-on-device", profile.keep_attention_on_device, 0),
-            ("keep-attention-on-host", profile.keep_attention_on_host, 0), ("head-chunks", profile.head_chunks, 1),
-            ("loss-tile", profile.loss_tile or 0, 0), ("mlp-tile", profile.mlp_tile or 0, 0),
-            ("optimizer-states", job.states, "float32"), ("master-weights", job.master, "float32")):
-        if value != default:
-            words.append(f"--{name} {value}")
-    return " ".join(words) or "nothing offloaded, every layer's input kept"
-
-
-def describe_changes(old: Job, new: Job) -> Iterator[str]:
-    """What differs in a job's profile, as flags."""
-    for field in dataclasses.fields(old.profile):
-        before, after = getattr(old.profile, field.name), getattr(new.profile, field.name)
-        if before != after:
-            flag = field.name.replace("_", "-")
-            if isinstance(after, bool):
-                yield f"--{'' if after else 'no-'}{flag}"
-            else:
-                yield f"--{flag} {' '.join(map(str, after)) if isinstance(after, tuple) else after}"

@@ -1,8 +1,9 @@
-"""The cost model: bytes and seconds of one step, from arithmetic alone. Nothing is traced or compiled: microseconds a plan.
+"""The cost model: bytes and seconds of one step, from arithmetic alone. Nothing is traced or compiled: microseconds a
+plan.
 
-B sequences a device, T tokens a device (B x S / seq), D hidden, F ffn, V vocabulary, L layers, N query heads, K kv heads, H
-head dim. The terms follow the program (step.py, memory/remat.py, models/layer.py) and were checked against what the
-compiler allocates: `python -m benchmarks.plan_accuracy` prints the error of each of its combinations.
+B sequences a device, T tokens a device (B x S / seq), D hidden, F ffn, V vocabulary, L layers, N query heads, K kv
+heads, H head dim. The terms follow the program (step.py, memory/remat.py, models/layer.py) and were checked against
+what the compiler allocates: `python -m benchmarks.plan_accuracy` prints the error of each of its combinations.
 """
 
 import dataclasses
@@ -24,7 +25,8 @@ UPDATE_CHUNK = 2**26  # elements, as memory/host.py
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What one optimizer step works on: `rows` sequences of `length` tokens over dp x sp devices, `grad_accum` times."""
+    """What one optimizer step works on: `rows` sequences of `length` tokens over dp x sp devices, `grad_accum`
+    times."""
 
     model: ModelConfig
     profile: Profile
@@ -135,18 +137,20 @@ def kept_bytes(job: Job) -> dict[str, int]:
         kept[inputs] += size.hidden * (layers if segment.all_inputs else 1)
         for run in segment.runs:
             if run.place:
-                kept[place_of(run.place, run.stop - run.start)] += (run.stop - run.start) * (size.heads + size.statistics)
+                count = run.stop - run.start
+                kept[place_of(run.place, count)] += count * (size.heads + size.statistics)
     return kept
 
 
 def place_of(place: str, layers: int) -> str:
-    """Where a loop over so many layers keeps things: one of a single trip is none, and the compiler leaves out copies to
-    the host and back that have no loop between them."""
+    """Where a loop over so many layers keeps things: one of a single trip is none, and the compiler leaves out copies
+    to the host and back that have no loop between them."""
     return DEVICE if layers == 1 else place
 
 
 def unremat_layer(job: Job) -> int:
-    """Without rematerialisation: what differentiation keeps of a layer, with MLP and norms (tiled) computed again or not."""
+    """Without rematerialisation: what differentiation keeps of a layer, with MLP and norms (tiled) computed again or
+    not."""
     size = job.sizes
     kept = 2 * size.hidden + 2 * size.heads + 2 * size.kv + size.statistics
     if job.profile.mlp_tile is None:
@@ -160,7 +164,8 @@ def working_set(job: Job) -> int:
     before, after, size, model = 0, 0, job.sizes, job.model
     if not job.profile.offload_weights:
         largest = model.num_layers * model.hidden_size * model.intermediate_size * job.width // job.devices
-        before = state_bytes(job)[1] if largest >= size.table * 4 // job.width else size.table if largest >= size.table else 0
+        if largest >= size.table:
+            before = state_bytes(job)[1] if largest >= size.table * 4 // job.width else size.table
         after = size.table if job.devices == 1 else 0
     return max(int(FRAGMENTS * max(loss_peak(job) - before, layers_peak(job) - after)), update_work(job))
 
@@ -216,8 +221,8 @@ def layers_peak(job: Job) -> int:
 
 
 def zeros_bytes(job: Job) -> int:
-    """Of each layer still to come that no loop goes over (the last of a segment): what its queries, keys and values will be
-    written into, which the compiler makes for all of them at once where heads are not worked on in chunks."""
+    """Of each layer still to come that no loop goes over (the last of a segment): what its queries, keys and values
+    will be written into, which the compiler makes for all of them at once where heads are not worked on in chunks."""
     size = job.sizes
     return size.heads + 2 * size.kv if job.profile.head_chunks == 1 else 0
 
@@ -225,8 +230,8 @@ def zeros_bytes(job: Job) -> int:
 def layer_work(job: Job, kept_here: int = 0, unrolled: bool = False) -> int:
     """One layer's backward pass, beside what is kept and rebuilt: at the attention or in a tile of the MLP.
 
-    kept_here: layers of the segment whose attention outputs are on the device; unrolled: whether a layer of the segment is
-    computed outside of a loop.
+    kept_here: layers of the segment whose attention outputs are on the device; unrolled: whether a layer of the segment
+    is computed outside of a loop.
     """
     size, profile = job.sizes, job.profile
     wide = size.layer * 4 // job.width
@@ -248,7 +253,8 @@ def layer_work(job: Job, kept_here: int = 0, unrolled: bool = False) -> int:
 
 
 def attention_work(job: Job) -> int:
-    """Gradients of keys and values; one chunk's q, k, v, their gradients, slices of o and do; the kernel's workspace."""
+    """Gradients of keys and values; one chunk's q, k, v, their gradients, slices of o and do; the kernel's
+    workspace."""
     size, model, chunks = job.sizes, job.model, job.profile.head_chunks
     shared = chunks > model.num_kv_heads
     kv_chunk = size.kv // min(chunks, model.num_kv_heads)
@@ -281,8 +287,9 @@ def mlp_work(job: Job) -> int:
 
 
 def update_work(job: Job) -> int:
-    """What the optimizer's update needs beside its arrays: for the largest parameter at once, or, streamed from host memory, for
-    a chunk. Formats that are rounded stochastically need random bits of the same size (compiled for an H100)."""
+    """What the optimizer's update needs beside its arrays: for the largest parameter at once, or, streamed from host
+    memory, for a chunk. Formats that are rounded stochastically need random bits of the same size (compiled for an
+    H100)."""
     model, profile = job.model, job.profile
     matrix, table = model.hidden_size * model.intermediate_size, model.vocab_size * model.hidden_size
     rounded = (job.states != "float32") + (job.master == "none" and job.width == 2)

@@ -12,6 +12,7 @@ from alst_jax.environment import has_cuda_compiler
 from alst_jax.memory import auto
 from alst_jax.memory.auto import Choice, Search
 from alst_jax.memory.cost import Job
+from alst_jax.memory.flags import PLACEMENTS, describe
 from alst_jax.memory.machines import GIB, Cluster, parse_cluster
 from alst_jax.memory.plan import absent_devices, plan_step, this_cluster
 from alst_jax.memory.report import ESTIMATED, Plan
@@ -21,8 +22,8 @@ from alst_jax.parallel.mesh import make_mesh
 from alst_jax.step import TrainStep, check_profile
 
 ANY_LENGTH = 1024  # where the length is what is looked for
-MEASURED_ERROR = ("estimated by arithmetic, without a compiler: see benchmarks/results/2026-11-24-plan-accuracy.md for its measured "
-                  "error; install the extra cuda12 or cuda13 to compile for these devices without having them")
+MEASURED_ERROR = ("estimated by arithmetic, without a compiler: its measured error is in "
+                  "benchmarks/results/2026-11-24-plan-accuracy.md; install the extra cuda12 or cuda13 to compile for these devices without having them")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Planner:
     def search(self) -> Search:
         """What --memory auto may choose; with manual, nothing."""
         profile_fields = {"segment_layers", "keep_attention_on_device", "keep_attention_on_host", "head_chunks",
-                          "optimizer_states", "master_weights", "loss_tile", *auto.PLACEMENTS}
+                          "optimizer_states", "master_weights", "loss_tile", *PLACEMENTS}
         fixed = profile_fields if self.config.memory == "manual" else profile_fields & set(self.config.typed)
         return Search(self.cluster, frozenset(fixed), self.config.allow_narrow_optimizer,
                       auto.CONFIRMED if self.compiles else auto.UNCONFIRMED)
@@ -53,7 +54,8 @@ class Planner:
     def step(self, job: Job) -> TrainStep:
         """The step of a job, on the devices at hand or on those it is planned for."""
         config = self.config
-        optimizer = AdamW(config.beta1, config.beta2, config.eps, config.weight_decay, config.clip_norm, job.states, job.master,
+        optimizer = AdamW(config.beta1, config.beta2, config.eps, config.weight_decay, config.clip_norm, job.states,
+            job.master,
                           config.seed)
         devices = absent_devices(self.cluster) if config.plan_for else None
         return TrainStep(job.model, make_mesh(job.dp, job.sp, devices), job.profile, optimizer, self.dtype)
@@ -93,14 +95,9 @@ class Planner:
             plan = self.compile(found)
             if not plan.lacks:
                 return Choice(found, plan)
-            estimated = search.plan(found)
-            more = (plan.device_bytes - estimated.device_bytes,
-                    plan.host_bytes - estimated.host_bytes - search.host_correction)
-            search = dataclasses.replace(
-                search, device_correction=search.device_correction + max(GIB // 10, int(1.1 * more[0])) * ("device" in plan.lacks),
-                host_correction=search.host_correction + max(GIB // 10, int(1.1 * more[1])) * ("host" in plan.lacks))
-        raise UserError("--find-max-seq-len: the compiler and the cost model did not agree on any length; plan one length at a "
-                        "time with --plan-only --seq-len")
+            search, _ = search.corrected(search.plan(found), plan)
+        raise UserError("--find-max-seq-len: the compiler and the cost model did not agree on any length; plan one "
+                        "length at a time with --plan-only --seq-len")
 
     # ------------------------------------------------------------------------------------------------------- refusals
 
@@ -113,15 +110,15 @@ class Planner:
         longest = auto.longest(job, search, job.length)
         if not longest:
             return self.never_fits(job, search)
-        return (f"--seq-len {job.length}: does not fit {self.cluster}: {_lacks(missing)} missing. The longest that fits with these "
-                f"flags is about {longest}" + self._help(job, search))
+        return (f"--seq-len {job.length}: does not fit {self.cluster}: {_lacks(missing)} missing. The longest that "
+                f"fits with these flags is about {longest}" + self._help(job, search))
 
     def never_fits(self, job: Job, search: Search) -> str:
         """Why a model does not fit at any length."""
         short = dataclasses.replace(job, length=auto.LENGTH_STEP * max(1, -(-job.sp // 8)))
         least = self._least_missing(short, search)
-        return (f"the model ({job.model.num_params / 1e9:.1f} billion parameters) does not fit {self.cluster} at any length: at "
-                f"{short.length} tokens {_lacks(least)} missing" + self._help(short, search))
+        return (f"the model ({job.model.num_params / 1e9:.1f} billion parameters) does not fit {self.cluster} at any "
+                f"length: at {short.length} tokens {_lacks(least)} missing" + self._help(short, search))
 
     def _least_missing(self, job: Job, search: Search) -> dict[str, int]:
         found = (search.missing(search.plan(candidate)) for candidate in auto.candidates(job, search))
@@ -136,14 +133,14 @@ class Planner:
             found.append("--allow-narrow-optimizer (or --optimizer-states int8 --master-weights none)")
         if job.devices > job.sp and job.model.num_heads % job.devices == 0:
             found.append(f"--sp {job.devices}")
-        return f". What would help: {'; '.join(found)}" if found else ". What would help: more devices (--sp) or host memory"
+        return f". What would help: {'; '.join(found) or 'more devices (--sp) or host memory'}"
 
 
 def _lacks(missing: dict[str, int]) -> str:
     return " and ".join(f"{value / GIB:.1f} GiB of {place} memory" for place, value in missing.items())
 
 
-# ------------------------------------------------------------------------------------------------------------- the story
+# ------------------------------------------------------------------------------------------------------------ the story
 
 
 def target(config: TrainConfig) -> Cluster | None:
@@ -163,9 +160,11 @@ def report(planner: Planner, job: Job) -> str:
         plan.picture(config.plan_picture)
     if config.json:
         found = {"max_seq_len": choice.job.length} if config.find_max_seq_len else {}
-        return json.dumps(json.loads(plan.to_json()) | {"flags": auto.describe(choice.job), "seq_len": choice.job.length} | found)
-    lines = [f"longest sequence: {choice.job.length:,} tokens, with {auto.describe(choice.job)}"] if config.find_max_seq_len else []
-    lines.append(plan.table())
+        return json.dumps(json.loads(plan.to_json()) | {"flags": describe(choice.job),
+            "seq_len": choice.job.length} | found)
+    lines = [plan.table()]
+    if config.find_max_seq_len:
+        lines.insert(0, f"longest sequence: {choice.job.length:,} tokens, with {describe(choice.job)}")
     if plan.source == ESTIMATED:
         lines.append(MEASURED_ERROR)
     if planner.cluster is not None and config.memory == "auto" and not config.find_max_seq_len:
@@ -183,10 +182,12 @@ def announce(planner: Planner, choice: Choice) -> None:
 def planned_against_measured(plan: Plan, peak_gib: float, seconds: list[float]) -> str:
     """After a run: device peak in GiB and the median of its steps' seconds, the first left out, beside the plan."""
     later = seconds[1:] or seconds
-    parts = [f"device {plan.device_bytes / GIB:.1f} GiB planned, {peak_gib:.1f} measured ({_percent(peak_gib * GIB, plan.device_bytes)})"]
+    parts = [f"device {plan.device_bytes / GIB:.1f} GiB planned, {peak_gib:.1f} measured ({_percent(peak_gib * GIB,
+        plan.device_bytes)})"]
     if later and plan.step_seconds:
         measured = statistics.median(later)
-        parts.append(f"{plan.step_seconds:.1f} s a step planned, {measured:.1f} measured ({_percent(measured, plan.step_seconds)})")
+        parts.append(f"{plan.step_seconds:.1f} s a step planned, {measured:.1f} measured ({_percent(measured,
+            plan.step_seconds)})")
     return "plan    " + "; ".join(parts)
 
 

@@ -1,8 +1,8 @@
 """Machines by name: what plans need to know about devices, hosts and the links between them. Pure Python, no jax.
 
 Memory, cores, caches and clocks are those of the compiler's own target descriptions (openxla/xla,
-backends/gpu/target_config/specs) or the vendor's data sheet; peaks are dense bfloat16 from the data sheets. Links are what
-programs reach: measured on an H100 with PCIe 5 (docs/log.md), otherwise 85% of the data sheet's one-way rate.
+backends/gpu/target_config/specs) or the vendor's data sheet; peaks are dense bfloat16 from the data sheets. Links are
+what programs reach: measured on an H100 with PCIe 5 (docs/log.md), otherwise 85% of the data sheet's one-way rate.
 """
 
 import dataclasses
@@ -78,14 +78,22 @@ class Machine:
             clock=self.clock, memory=self.memory, major=self.capability[0], minor=self.capability[1], kind=self.kind)
 
 
+# name, kind, memory, host memory, peak, and bandwidths; then capability, cores, L2 cache, GHz
 MACHINES = {machine.name: machine for machine in (
-    Machine("H100-80", "H100", 84929347584, 221 * GIB, 989e12, 3.352e12, 53e9, 380e9, 42e9, (9, 0), 132, 52428800, 1.98),
-    Machine("H200-141", "H200", 150754820096, 221 * GIB, 989e12, 4.8e12, 53e9, 380e9, 42e9, (9, 0), 132, 52428800, 1.98),
-    Machine("GH200-96", "GH200", 101468602368, 480 * GIB, 989e12, 4.0e12, 300e9, 380e9, 42e9, (9, 0), 132, 52428800, 1.98),
-    Machine("A100-80", "A100", 85100068864, 144 * GIB, 312e12, 2.039e12, 26e9, 255e9, 21e9, (8, 0), 108, 41943040, 1.41),
-    Machine("L40S-48", "L40S", 47697362944, 192 * GIB, 362e12, 0.864e12, 26e9, 26e9, 10e9, (8, 9), 142, 100663296, 2.52),
-    Machine("RTX-4090-24", "RTX 4090", 25756696576, 64 * GIB, 165e12, 1.008e12, 26e9, 20e9, 10e9, (8, 9), 128, 75497472, 2.52),
-    Machine("B200", "B200", 191514411008, 256 * GIB, 2250e12, 7.672e12, 53e9, 765e9, 42e9, (10, 0), 148, 132644864, 1.965),
+    Machine("H100-80", "H100", 84929347584, 221 * GIB, 989e12, 3.352e12, 53e9, 380e9, 42e9,
+            (9, 0), 132, 52428800, 1.98),
+    Machine("H200-141", "H200", 150754820096, 221 * GIB, 989e12, 4.8e12, 53e9, 380e9, 42e9,
+            (9, 0), 132, 52428800, 1.98),
+    Machine("GH200-96", "GH200", 101468602368, 480 * GIB, 989e12, 4.0e12, 300e9, 380e9, 42e9,
+            (9, 0), 132, 52428800, 1.98),
+    Machine("A100-80", "A100", 85100068864, 144 * GIB, 312e12, 2.039e12, 26e9, 255e9, 21e9,
+            (8, 0), 108, 41943040, 1.41),
+    Machine("L40S-48", "L40S", 47697362944, 192 * GIB, 362e12, 0.864e12, 26e9, 26e9, 10e9,
+            (8, 9), 142, 100663296, 2.52),
+    Machine("RTX-4090-24", "RTX 4090", 25756696576, 64 * GIB, 165e12, 1.008e12, 26e9, 20e9, 10e9,
+            (8, 9), 128, 75497472, 2.52),
+    Machine("B200", "B200", 191514411008, 256 * GIB, 2250e12, 7.672e12, 53e9, 765e9, 42e9,
+            (10, 0), 148, 132644864, 1.965),
 )}
 
 
@@ -135,14 +143,16 @@ def parse_cluster(text: str, host_memory_gib: float | int | None = None) -> Clus
 
 
 def find_machine(name: str) -> Machine:
-    """The machine of this name or of the only name that begins so. UserError, with the list and the closest, otherwise."""
+    """The machine of this name or of the only name that begins so. UserError, with the list and the closest,
+    otherwise."""
     found = [machine for key, machine in MACHINES.items() if name and key.lower().startswith(name.lower())]
     if len(found) == 1:
         return found[0]
     lower = {key.lower(): key for key in MACHINES}
     closest = difflib.get_close_matches(name.lower(), lower, 1, 0.0)
-    raise UserError(f"--plan-for {name or '(nothing)'}: {'several machines begin so' if found else 'no such machine'}; known are "
-                    f"{', '.join(MACHINES)}; the closest is {lower[closest[0]] if closest else next(iter(MACHINES))}")
+    why = "several machines begin so" if found else "no such machine"
+    raise UserError(f"--plan-for {name or '(nothing)'}: {why}; known are {', '.join(MACHINES)}; the closest is "
+                    f"{lower[closest[0]] if closest else next(iter(MACHINES))}")
 
 
 def machine_of_kind(device_kind: str) -> Machine | None:

@@ -1,4 +1,5 @@
-"""What a step will need, known before anything is allocated: the compiler's bytes for the working set, shapes for the rest."""
+"""What a step will need, known before anything is allocated: the compiler's bytes for the working set, shapes for the
+rest."""
 
 import dataclasses
 import functools
@@ -27,9 +28,9 @@ def plan_step(
 ) -> Plan:
     """The plan of a step over `rows` sequences of `length` tokens, `grad_accum` times. Compiles; allocates nothing.
 
-    The step's mesh may be of `absent_devices`. cluster: limits and speeds; None: those of the devices that are here. On a CPU
-    all memory is one: what would be kept in host memory on a GPU is counted there, while the working set counts the copies
-    that a GPU would not have.
+    The step's mesh may be of `absent_devices`. cluster: limits and speeds; None: those of the devices that are here. On
+    a CPU all memory is one: what would be kept in host memory on a GPU is counted there, while the working set counts
+    the copies that a GPU would not have.
     """
     cluster = this_cluster() if cluster is None else cluster
     job = job_of(step, rows, length, grad_accum)
@@ -81,7 +82,7 @@ def shard_bytes(leaf: Any) -> int:
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize
 
 
-# ---------------------------------------------------------------------------------------------------- devices, absent too
+# -------------------------------------------------------------------------------------------------- devices, absent too
 
 
 def absent_devices(cluster: Cluster) -> list[jax.Device]:
@@ -112,7 +113,7 @@ def this_cluster() -> Cluster | None:
     return Cluster(machine, jax.process_count(), jax.local_device_count(), psutil.virtual_memory().total)
 
 
-# ------------------------------------------------------------------------------------------------------------- compiling
+# ------------------------------------------------------------------------------------------------------------ compiling
 
 
 def _compile(step: TrainStep, rows: int, length: int, absent: bool) -> Any:
@@ -127,7 +128,8 @@ def _compile(step: TrainStep, rows: int, length: int, absent: bool) -> Any:
 def _with_weights_on_host(step: TrainStep, params: Any, batch: Batch, scale: jax.Array) -> Any:
     """Loss, and an element of each gradient. Devices that are not here have no memories, so that arguments and results
     cannot be declared to live on the host: weights go there first, and gradients stay there. (Were they brought back as
-    results, the compiler would use their place on the device for temporary arrays, and a plan would lack up to their size.)"""
+    results, the compiler would use their place on the device for temporary arrays, and a plan would lack up to their
+    size.)"""
     loss, gradients = step.loss_and_grad(host.to_host(params), batch, scale)
     at = (scale * 0).astype(jnp.int32)
 

@@ -17,8 +17,8 @@ class Plan:
 
     source: COMPILED by the compiler of the devices at hand, ABSENT for devices that are not here, ESTIMATED by the cost
     model. collectives: name -> calls a step and bytes that one device sends in them; in a compiled plan also the
-    `instructions` in the program, of which those in a loop run once a trip. seconds: by term; empty where the machine is
-    not known. Limits are None where nobody knows them (CPU).
+    `instructions` in the program, of which those in a loop run once a trip. seconds: by term; empty where the machine
+    is not known. Limits are None where nobody knows them (CPU).
     """
 
     source: str
@@ -84,7 +84,8 @@ class Plan:
             for name, calls in self.collectives.items() if calls["calls"]) or "none"))
         rows.append(f"model FLOPs a step: {self.flops:.3e}; tokens {self.tokens:,}")
         if self.step_seconds:
-            terms = ", ".join(f"{name} {value:.1f}" for name, value in sorted(self.seconds.items(), key=lambda i: -i[1]))
+            terms = ", ".join(f"{name} {value:.1f}" for name, value in sorted(self.seconds.items(),
+                key=lambda i: -i[1]))
             rows.append(f"predicted: {self.speed_line()} ({terms} s)")
         return "\n".join(rows)
 
@@ -105,8 +106,8 @@ class Plan:
         try:
             import matplotlib
         except ImportError as error:
-            raise UserError("--plan-picture draws with matplotlib, which is not installed; install the extra `plot`, or "
-                            "leave the flag out") from error
+            raise UserError("--plan-picture draws with matplotlib, which is not installed; install the extra `plot`, "
+                            "or leave the flag out") from error
         matplotlib.use("Agg")
         from matplotlib import pyplot
 
@@ -122,7 +123,7 @@ class Plan:
         for x, limit in enumerate((self.device_limit, self.host_limit)):
             if limit is not None:
                 axes.hlines(limit / GIB, x - 0.45, x + 0.45, colors="black", linestyles="dashed")
-        axes.set(ylabel="GiB", title=f"{self.tokens:,} tokens a step on {self.devices} x {self.device_kind} ({self.source})")
+        axes.set(ylabel="GiB", title=f"{self.tokens:,} tokens, {self.devices} x {self.device_kind} ({self.source})")
         axes.legend(loc="upper right", fontsize="small")
         try:
             figure.savefig(file)

@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from alst_jax.memory.cost import Job
 
 # Part of the peak that is reached, measured on an H100 and an H200 at head dim 128 (docs/log.md; benchmarks/results):
-# matrix products, and causal attention by tokens of the whole sequence. Other machines are assumed to reach the same part.
+# matrix products, and causal attention by tokens of the whole sequence. Other machines are assumed to reach the same
+# part.
 MATMUL = 650 / 989
 ATTENTION = {
     "cudnn": {"forward": {32768: 647, 131072: 590, 524288: 481}, "backward": {32768: 529, 131072: 513, 524288: 550}},
@@ -19,7 +20,8 @@ ATTENTION = {
 MEASURED_PEAK = 989  # TFLOP/s, of the device those numbers are from
 SLOW_ATTENTION = 0.05  # part of the peak, of kernels that are not in the table
 UPDATE_BYTES_PER_SECOND = 0.94  # of the host link's, reached by the streamed update
-EXPOSED = 0.55  # of the time host traffic takes, that is not hidden (docs/log.md: 28,786 to 26,853 tok/s with all offloaded)
+# of the time host traffic takes, that is not hidden (docs/log.md: 28,786 to 26,853 tok/s with all offloaded)
+EXPOSED = 0.55
 BACKWARD = 2.5  # FLOPs of attention's backward pass, in forwards
 
 
@@ -64,7 +66,8 @@ def attention_speed(implementation: str, which: str, length: int, peak: float) -
 
 
 def seconds(job: "Job", cluster: Cluster) -> dict[str, float]:
-    """Predicted seconds of one optimizer step, by term; they add up. What hides behind the arithmetic counts as nothing."""
+    """Predicted seconds of one optimizer step, by term; they add up. What hides behind the arithmetic counts as
+    nothing."""
     model, machine, passes = job.model, cluster.machine, job.passes
     rows = job.rows / job.dp
     tokens = rows * job.length / job.sp
@@ -88,7 +91,8 @@ def seconds(job: "Job", cluster: Cluster) -> dict[str, float]:
     terms["host traffic"] = max(EXPOSED * copies, copies - hidden)
     wires = machine.interconnect if cluster.hosts == 1 else machine.network
     calls = collectives(job)
-    swapped = calls["all-to-all"]["bytes"] / batches / (machine.interconnect if job.sp <= cluster.per_host else machine.network)
+    wire = machine.interconnect if job.sp <= cluster.per_host else machine.network
+    swapped = calls["all-to-all"]["bytes"] / batches / wire
     others = sum(call["bytes"] for name, call in calls.items() if name != "all-to-all") / batches / wires
     terms["collectives"] = swapped + max(0.0, others - hidden)  # weights are gathered while something else is computed
     terms = {name: batches * value for name, value in terms.items()}
@@ -135,7 +139,8 @@ def collectives(job: "Job") -> dict[str, dict[str, int]]:
     if n > 1:
         others = lambda whole: batches * whole * (n - 1) // n
         calls["all-gather"] = {"calls": batches * (leaves * passes.loads + 3), "bytes": others(gathered)}
-        calls["reduce-scatter"] = {"calls": batches * (leaves * model.num_layers + 1 + tables), "bytes": others(reduced)}
+        calls["reduce-scatter"] = {"calls": batches * (leaves * model.num_layers + 1 + tables),
+            "bytes": others(reduced)}
         calls["all-reduce"] = {"calls": batches + 1, "bytes": 4 * (batches + 1)}
     if sp > 1:
         chunks, layers = job.profile.head_chunks, model.num_layers

@@ -33,7 +33,8 @@ def test_the_choice_fits_and_the_next_faster_does_not(length, search):
         _, plan, missing = choice.next_faster
         assert missing and plan.step_seconds < choice.plan.step_seconds
         assert "lacks" in choice.explain() and "GiB of" in choice.explain()
-    simple = [estimate(dataclasses.replace(job(length), profile=dataclasses.replace(PLAIN, **changes)), search.cluster) for changes in (
+    simple = [estimate(dataclasses.replace(job(length), profile=dataclasses.replace(PLAIN, **changes)), search.cluster)
+        for changes in (
         {}, dict(offload_activations=True), dict(offload_activations=True, offload_optimizer=True),
         dict(offload_activations=True, offload_optimizer=True, offload_weights=True))]
     for plan in simple:
@@ -48,10 +49,12 @@ def test_all_stays_on_the_device_where_there_is_room():
 
 def test_segments_get_shorter_towards_the_last_layer():
     """What is kept on the device is freed on the way back, so that earlier segments have more room."""
-    long = job(524288, llama_8b(32), offload_activations=True, offload_weights=True, offload_optimizer=True, head_chunks=8,
+    long = job(524288, llama_8b(32), offload_activations=True, offload_weights=True, offload_optimizer=True,
+        head_chunks=8,
                keep_attention_on_device=10, keep_attention_on_host=12)
     lengths = segments_within(long, Search(H100), 1.0)
-    assert sum(lengths) == 32 and lengths[-1] < max(lengths) and list(lengths[-4:]) == sorted(lengths[-4:], reverse=True)
+    assert sum(lengths) == 32 and lengths[-1] < max(lengths) and list(lengths[-4:]) == sorted(lengths[-4:],
+        reverse=True)
     fitted = dataclasses.replace(long, profile=dataclasses.replace(long.profile, segment_layers=lengths))
     assert "device" not in Search(H100).missing(estimate(fitted, H100))
     too_much = dataclasses.replace(long, profile=dataclasses.replace(long.profile, keep_attention_on_device=20))
@@ -69,7 +72,8 @@ def test_what_is_typed_stays():
 
 
 def test_formats_of_the_optimizer_change_only_if_allowed():
-    assert fits_somehow(job(2**20), Search(H100)) is None  # 12 bytes a parameter and what is kept: too much for the host
+    # 12 bytes a parameter and what is kept: too much for the host
+    assert fits_somehow(job(2**20), Search(H100)) is None
     assert fits_somehow(job(2**20), Search(H100, narrow=True)).states != "float32"
     kept = choose(job(524288), Search(H100, frozenset({"master_weights"}), narrow=True)).job
     assert kept.master == "float32"
@@ -86,7 +90,8 @@ class Compiler:
     def __call__(self, job):
         plan = estimate(job, self.cluster)
         plan = dataclasses.replace(
-            plan, source="compiled", device=plan.device | {"excess": self.excess}, host=plan.host | {"excess": self.host})
+            plan, source="compiled", device=plan.device | {"excess": self.excess},
+                host=plan.host | {"excess": self.host})
         self.seen.append(plan)
         return plan
 
@@ -121,14 +126,16 @@ def test_the_longest_length():
 def test_what_was_typed_is_known():
     typed = lambda *arguments: parse(["--model", "m", "--data", "d", *arguments]).typed
     assert typed() == ()
-    assert typed("--offload-weights", "--segment-layers", "1") == ("offload_weights", "segment_layers")  # a default typed counts
+    # a default typed counts
+    assert typed("--offload-weights", "--segment-layers", "1") == ("offload_weights", "segment_layers")
     assert typed("--no-offload-weights", "--head-chunks", "2", "--optimizer-states", "float32") == (
         "offload_weights", "head_chunks", "optimizer_states")
     assert parse(["--steps", "3"]) == dataclasses.replace(parse(["--steps", "3"]), typed=())
 
 
 @pytest.mark.parametrize("flags,message", [
-    (dict(plan_for="H100"), "--plan-for is for --plan-only"), (dict(plan_picture="x.png"), "--plan-picture is for --plan-only"),
+    (dict(plan_for="H100"), "--plan-for is for --plan-only"), (dict(plan_picture="x.png"),
+    "--plan-picture is for --plan-only"),
     (dict(json=True), "--json is for --plan-only"), (dict(host_memory=3.0), "--host-memory 3.0"),
     (dict(host_memory=-1.0, plan_for="H100", plan_only=True), "--host-memory -1.0: a positive number"),
     (dict(plan_for="H100", plan_only=True, simulate_devices=2), "leave one of them out"),

@@ -16,7 +16,8 @@ from benchmarks.shapes import LLAMA_8B, LLAMA_70B, llama_8b
 from tests.helpers import make_step, tiny
 
 H100 = parse_cluster("H100-80", 125)
-SMALL = tiny(vocab_size=256, hidden_size=256, intermediate_size=512, num_heads=8, num_kv_heads=2, head_dim=32, num_layers=6,
+SMALL = tiny(vocab_size=256, hidden_size=256, intermediate_size=512, num_heads=8, num_kv_heads=2, head_dim=32,
+    num_layers=6,
              attention_bias=False, mlp_bias=False)
 OFFLOADED = dict(offload_activations=True, offload_weights=True, offload_optimizer=True)
 
@@ -58,7 +59,8 @@ def test_kept_bytes_by_hand():
     assert kept_bytes(job()) == {DEVICE: 32 * hidden, HOST: 0}
     assert kept_bytes(job(offload_activations=True)) == {DEVICE: 0, HOST: 32 * hidden}
     assert kept_bytes(job(segment_layers=(4,), keep_attention_on_device=3, keep_attention_on_host=5)) == {
-        DEVICE: 8 * hidden + 4 * output, HOST: 4 * output}  # a run of a single layer is no loop, and stays on the device
+        # a run of a single layer is no loop, and stays on the device
+        DEVICE: 8 * hidden + 4 * output, HOST: 4 * output}
 
 
 def test_states_by_hand():
@@ -69,7 +71,8 @@ def test_states_by_hand():
 
 
 def test_more_length_layers_or_devices():
-    profiles = ({}, OFFLOADED, OFFLOADED | dict(segment_layers=(4,), head_chunks=8), dict(keep_attention_on_device=2, head_chunks=2))
+    profiles = ({}, OFFLOADED, OFFLOADED | dict(segment_layers=(4,), head_chunks=8),
+        dict(keep_attention_on_device=2, head_chunks=2))
     for changes in profiles:
         plans = [estimate(job(length=n * 1024, **changes), H100) for n in (32, 64, 128, 256, 512, 1024)]
         for smaller, larger in zip(plans, plans[1:]):
@@ -79,7 +82,8 @@ def test_more_length_layers_or_devices():
         for smaller, larger in zip(plans, plans[1:]):
             assert smaller.device_bytes <= larger.device_bytes and smaller.step_seconds < larger.step_seconds
             assert smaller.device_bytes + smaller.host_bytes < larger.device_bytes + larger.host_bytes
-        plans = [estimate(job(sp=n, length=2**19, **changes | dict(head_chunks=1)), parse_cluster(f"{n}xH100")) for n in (1, 2, 4, 8)]
+        plans = [estimate(job(sp=n, length=2**19, **changes | dict(head_chunks=1)), parse_cluster(f"{n}xH100"))
+            for n in (1, 2, 4, 8)]
         for fewer, more in zip(plans, plans[1:]):
             assert fewer.device_bytes > more.device_bytes and fewer.step_seconds > more.step_seconds
 
@@ -87,11 +91,13 @@ def test_more_length_layers_or_devices():
 @pytest.mark.parametrize("off,on,least", [  # bytes of device memory that a switch must save, at 131,072 tokens
     (dict(loss_tile=None), {}, 0.9 * 131072 * 128256 * 4), (dict(mlp_tile=None), {}, 131072 * 14336 * 2),
     (dict(remat=False), {}, 32 * 131072 * 4096 * 2), ({}, dict(offload_activations=True), 30 * 131072 * 4096 * 2),
-    ({}, dict(offload_weights=True), 3.5 * LLAMA_8B.num_params), ({}, dict(offload_optimizer=True), 11.9 * LLAMA_8B.num_params),
+    ({}, dict(offload_weights=True), 3.5 * LLAMA_8B.num_params), ({}, dict(offload_optimizer=True),
+    11.9 * LLAMA_8B.num_params),
     ({}, dict(segment_layers=(8,), head_chunks=2), 10 * 131072 * 4096 * 2),
     (dict(segment_layers=(4,)), dict(segment_layers=(4,), head_chunks=8), 131072 * 4096 * 2),
     (dict(keep_attention_on_device=8), {}, 8 * 131072 * 4096 * 2),
-    (dict(keep_attention_on_device=8), dict(keep_attention_on_host=8), 8 * 131072 * 4096 * 2), ({}, dict(sp=8), 30 * 2**30)])
+    (dict(keep_attention_on_device=8), dict(keep_attention_on_host=8), 8 * 131072 * 4096 * 2),
+    ({}, dict(sp=8), 30 * 2**30)])
 def test_a_feature_off_shows_the_bytes_it_would_save(off, on, least):
     assert estimate(job(**off)).device_bytes - estimate(job(**on)).device_bytes >= least
 
@@ -128,18 +134,22 @@ def test_collectives_by_hand():
     assert calls["all-to-all"]["bytes"] == 32 * 3 * local * (32 + 8 + 8 + 32) * 7 // 8
     again = collectives(job(sp=8, length=2**20))["all-to-all"]
     assert again["calls"] == 16 * 32 and again["bytes"] > calls["all-to-all"]["bytes"]
-    assert collectives(job(model=LLAMA_70B, sp=64, length=2**20))["all-to-all"]["calls"] == 16 * 80  # kv heads are repeated
+    # kv heads are repeated
+    assert collectives(job(model=LLAMA_70B, sp=64, length=2**20))["all-to-all"]["calls"] == 16 * 80
     layers = LLAMA_8B.num_params - 2 * 128256 * 4096
     assert calls["all-gather"]["bytes"] == pytest.approx((2 * layers + 2 * 128256 * 4096) * 2 * 7 / 8, rel=1e-3)
     assert calls["reduce-scatter"]["bytes"] == pytest.approx(LLAMA_8B.num_params * 4 * 7 / 8, rel=1e-3)
 
 
-@pytest.mark.parametrize("layers,length,changes,measured", [  # benchmarks/results/2026-11-24-h200.md: forward + backward
-    (4, 65536, dict(keep_attention_on_device=4), 1.999), (4, 65536, {}, 2.232), (4, 131072, dict(keep_attention_on_device=4), 5.890),
+# benchmarks/results/2026-11-24-h200.md: forward + backward
+@pytest.mark.parametrize("layers,length,changes,measured", [
+    (4, 65536, dict(keep_attention_on_device=4), 1.999), (4, 65536, {}, 2.232),
+    (4, 131072, dict(keep_attention_on_device=4), 5.890),
     (4, 131072, {}, 6.905),
     (32, 131072, OFFLOADED | dict(segment_layers=(4,), keep_attention_on_device=16, keep_attention_on_host=16), 48.8)])
 def test_seconds_of_runs_on_record(layers, length, changes, measured):
-    predicted = estimate(dataclasses.replace(job(llama_8b(layers), length, **changes), states="int8", master="low-bits"), H100)
+    predicted = estimate(dataclasses.replace(job(llama_8b(layers), length, **changes), states="int8",
+        master="low-bits"), H100)
     assert predicted.step_seconds == pytest.approx(measured, rel=0.15)
 
 
@@ -149,5 +159,6 @@ def test_what_limits():
     assert estimate(job(length=1024, **OFFLOADED), H100).limiting_term == "host traffic"
     assert estimate(job(length=131072)).step_seconds is None  # nobody knows a CPU's speed
     slow = estimate(job(sp=8, length=8192), dataclasses.replace(parse_cluster("2x4xH100"), per_host=4))
-    assert slow.seconds["collectives"] > estimate(job(sp=8, length=8192), parse_cluster("8xH100")).seconds["collectives"]
+    assert slow.seconds["collectives"] > estimate(job(sp=8, length=8192),
+        parse_cluster("8xH100")).seconds["collectives"]
     assert jnp.isfinite(slow.step_seconds)

@@ -14,14 +14,16 @@ from alst_jax.memory.machines import GIB, MACHINES, machine_of_kind, parse_clust
     ("RTX", "RTX-4090-24", 1, 1, "1x1x1"), (" 4xL40S-48 ", "L40S-48", 1, 4, "1x1x4")])
 def test_names_and_numbers(text, name, hosts, per_host, topology):
     cluster = parse_cluster(text)
-    assert (cluster.machine.name, cluster.hosts, cluster.per_host, cluster.topology) == (name, hosts, per_host, topology)
+    assert (cluster.machine.name, cluster.hosts, cluster.per_host, cluster.topology) == (name, hosts, per_host,
+        topology)
     assert cluster.devices == hosts * per_host
 
 
 @pytest.mark.parametrize("text,message", [
     ("X100", "no such machine; known are H100-80, H200-141"), ("X100", "the closest is H100-80"),
     ("8xL4OS", "the closest is L40S-48"), ("H", "several machines begin so"), ("", "(nothing)"),
-    ("16xH100", "a host has at most 8 devices"), ("16xH100", "as in 2x8xH100-80"), ("0xH100", "at least one host of one device"),
+    ("16xH100", "a host has at most 8 devices"), ("16xH100", "as in 2x8xH100-80"),
+    ("0xH100", "at least one host of one device"),
     ("2x2x2xH100", "no such machine")])
 def test_what_does_not_exist_is_refused(text, message):
     with pytest.raises(UserError) as error:
@@ -41,7 +43,8 @@ def test_every_machine_is_described_for_the_compiler():
         text = machine.target_config
         assert f"major: {major} minor: {minor}" in text and f"device_memory_size: {machine.memory}" in text
         assert text.count("{") == text.count("}") and machine.usable < machine.memory
-        assert machine.memory / 1e9 == pytest.approx(float(machine.name.rsplit("-", 1)[1]) if "-" in machine.name else 180, rel=0.11)
+        assert machine.memory / 1e9 == pytest.approx(float(machine.name.rsplit("-", 1)[1])
+            if "-" in machine.name else 180, rel=0.11)
 
 
 def test_device_kinds_as_jax_names_them():

@@ -112,15 +112,19 @@ def only_plan(model, *arguments):
 def test_a_plan_for_a_machine_by_arithmetic(llama_8b):
     done = only_plan(llama_8b, "--seq-len", "512Ki", "--allow-narrow-optimizer")
     assert done.returncode == 0, done.stderr
-    for part in ("estimated, for 1 x H100", "weights", "optimizer", "kept activations", "working set", "headroom", "there is",
-                 "collectives a step", "model FLOPs", "tok/s, limited by attention backward", "measured error", "memory: --offload",
+    for part in ("estimated, for 1 x H100", "weights", "optimizer", "kept activations", "working set", "headroom",
+        "there is",
+                 "collectives a step", "model FLOPs", "tok/s, limited by attention backward", "measured error",
+                 "memory: --offload",
                  "lacks"):
         assert part in done.stdout, part
 
 
 SCHEMA = {  # of --json
-    "source": str, "device_kind": str, "device": dict, "host": dict, "device_limit": int, "host_limit": int, "flops": float,
-    "collectives": dict, "seconds": dict, "tokens": int, "devices": int, "device_bytes": int, "host_bytes": int, "headroom": int,
+    "source": str, "device_kind": str, "device": dict, "host": dict, "device_limit": int, "host_limit": int,
+    "flops": float,
+    "collectives": dict, "seconds": dict, "tokens": int, "devices": int, "device_bytes": int, "host_bytes": int,
+    "headroom": int,
     "step_seconds": float, "tokens_per_second": float, "limiting_term": str, "fits": bool, "flags": str, "seq_len": int}
 
 
@@ -132,10 +136,12 @@ def test_json_for_machines(llama_8b):
     assert {name: type(value) for name, value in values.items()} == SCHEMA
     assert set(values["device"]) <= set(PARTS) and set(values["host"]) <= set(PARTS)
     assert all(type(size) is int for place in ("device", "host") for size in values[place].values())
-    assert values["device_bytes"] == sum(values["device"].values()) <= values["device_limit"] == values["device_bytes"] + values["headroom"]
-    assert values["step_seconds"] == pytest.approx(sum(values["seconds"].values())) and values["limiting_term"] in values["seconds"]
+    assert values["device_bytes"] == sum(values["device"].values()) == values["device_limit"] - values["headroom"]
+    assert values["step_seconds"] == pytest.approx(sum(values["seconds"].values()))
+    assert values["limiting_term"] in values["seconds"]
     assert all(set(calls) == {"calls", "bytes"} for calls in values["collectives"].values())
-    assert values["tokens_per_second"] == pytest.approx(2**20 / values["step_seconds"]) and values["fits"] and values["devices"] == 8
+    assert values["tokens_per_second"] == pytest.approx(2**20 / values["step_seconds"])
+    assert values["fits"] and values["devices"] == 8
 
 
 @pytest.mark.skipif(has_cuda_compiler(), reason="there the compiler would be asked, and take a minute")
@@ -151,8 +157,10 @@ def test_the_longest_sequence(llama_8b):
 @pytest.mark.parametrize("arguments,messages", [
     (("--seq-len", "512Ki"), ("--seq-len 524288: does not fit 1 x H100-80, 125 GiB", "missing. The longest that fits",
                               "--allow-narrow-optimizer")),
-    (("--seq-len", "128Ki", "--memory", "manual"), ("GiB of device memory missing", "leave the memory flags to --memory auto")),
-    (("--seq-len", "32Ki", "--host-memory", "20"), ("does not fit", "at any length: at 1024 tokens", "GiB of host memory")),
+    (("--seq-len", "128Ki", "--memory", "manual"), ("GiB of device memory missing",
+    "leave the memory flags to --memory auto")),
+    (("--seq-len", "32Ki", "--host-memory", "20"), ("does not fit", "at any length: at 1024 tokens",
+    "GiB of host memory")),
     (("--seq-len", "32Ki", "--plan-for", "X100"), ("--plan-for X100: no such machine", "the closest is H100-80")),
     (("--seq-len", "32Ki", "--sp", "3"), ("sp=3 needs 3 devices and there are 1",)),
     (("--seq-len", "32Ki", "--segment-layers", "3", "4"), ("7 layers in all, where the model has 32",))])
