@@ -197,7 +197,7 @@ def layers_peak(job: Job) -> int:
         return job.kept[DEVICE] + layer_work(job)
     inputs_on_device = 0 if profile.offload_activations else size.hidden
     firsts = inputs_on_device * sum(not segment.all_inputs for segment in job.segments)  # one array, to the end
-    peak, kept, waiting = 0, firsts, 0
+    peak, kept, waiting, early = 0, firsts, 0, 0
     output = size.heads + size.statistics
     for segment in job.segments:  # forwards: `kept` is what is there when the backward pass comes to this segment
         count = segment.runs[-1].stop - segment.runs[0].start
@@ -215,8 +215,12 @@ def layers_peak(job: Job) -> int:
         if not segment.all_inputs:
             rebuilt_runs = [(place, n) for place, n in (*lengths[:-1], (lengths[-1][0], lengths[-1][1] - 1)) if n == 1]
             waiting += sum(1 + (place is None) for place, _ in rebuilt_runs)
+            # Loads from the host that are in no loop are begun long before they are needed.
+            early += len(rebuilt_runs) * size.layer // job.devices * profile.offload_weights
+        elif job.sp > 1 and not one_head(job):  # before heads are swapped, a copy of all outputs is turned round
+            peak = max(peak, kept + here * size.heads + size.hidden)
         work = layer_work(job, here, not segment.all_inputs)
-        peak = max(peak, kept + rebuilt + waiting * zeros_bytes(job) + work)
+        peak = max(peak, kept + rebuilt + early + waiting * zeros_bytes(job) + work)
     return peak
 
 
@@ -245,11 +249,15 @@ def layer_work(job: Job, kept_here: int = 0, unrolled: bool = False) -> int:
         mlp += wide  # the last layer's weights
     if profile.head_chunks == 1 and job.sp > 1 and not unrolled:
         mlp += 4 * size.heads + 2 * size.kv  # the attention's swaps over devices start early
-    if profile.head_chunks > 1 and job.sp > 1 and kept_here:  # attention outputs are turned round, in copies
-        one_head = job.model.num_heads == profile.head_chunks * job.sp
-        attention += one_head * kept_here * size.heads
-        mlp += (one_head * kept_here + 2) * size.heads
+    if profile.head_chunks > 1 and job.sp > 1 and kept_here and unrolled:  # outputs are turned round, in copies
+        attention += one_head(job) * kept_here * size.heads
+        mlp += (one_head(job) * kept_here + 2) * size.heads
     return always + max(attention, mlp)
+
+
+def one_head(job: Job) -> bool:
+    """Whether a device works on one head of a chunk at a time."""
+    return job.model.num_heads == job.profile.head_chunks * job.sp
 
 
 def attention_work(job: Job) -> int:
