@@ -8,14 +8,14 @@ import time
 import tyro
 
 from alst_jax import environment
-from alst_jax.config import TrainConfig, UserError, check_run
+from alst_jax.config import TrainConfig, UserError, check_run, typed_fields
 
 
 def main() -> int:
     try:
         config = parse(sys.argv[1:])
         check_run(config)
-        environment.prepare(config.simulate_devices)
+        environment.prepare(config.simulate_devices, absent_devices=config.plan_for is not None)
         return run(config)
     except UserError as error:
         print(f"\nerror: {error}", file=sys.stderr)
@@ -32,7 +32,9 @@ def main() -> int:
 
 def parse(arguments: list[str]) -> TrainConfig:
     """The flags. A resumed run starts from the flags it began with; what is typed now changes them."""
-    config = tyro.cli(TrainConfig, args=arguments)
+    cli = lambda default: tyro.cli(TrainConfig, args=arguments, default=default)
+    config = cli(TrainConfig())
+    typed = typed_fields(cli, config)
     if config.resume and config.out is not None:
         from alst_jax.checkpoint import read_run_file
 
@@ -40,8 +42,9 @@ def parse(arguments: list[str]) -> TrainConfig:
         known = {field.name for field in dataclasses.fields(TrainConfig)}
         saved = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items() if name in known}
         # The run has its model with it; one that is typed must be the same.
-        return tyro.cli(TrainConfig, args=arguments, default=TrainConfig(**saved | {"model": None}))
-    return with_demo_defaults(config)
+        config = cli(TrainConfig(**saved | {"model": None}))
+        return dataclasses.replace(config, typed=tuple(sorted({*saved.get("typed", ()), *typed})))
+    return with_demo_defaults(dataclasses.replace(config, typed=typed))
 
 
 def out_of_memory(config: TrainConfig, reason: str) -> str:
@@ -56,7 +59,7 @@ def out_of_memory(config: TrainConfig, reason: str) -> str:
 
 def with_demo_defaults(config: TrainConfig) -> TrainConfig:
     """Without --model: a tiny Llama, simulated devices, sequence parallelism on; what was typed is kept."""
-    if config.model is not None or config.resume:
+    if config.model is not None or config.resume or config.plan_for:
         return config
     sp = config.sp or 4
     demo = dict(sp=sp, simulate_devices=sp * (config.dp or 1), steps=80, seq_len=2048, learning_rate=3e-3,
@@ -64,43 +67,61 @@ def with_demo_defaults(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, **{k: v for k, v in demo.items() if getattr(config, k) is None})
 
 
+def subject(config: TrainConfig):
+    """(model source, planner, job): what is trained or planned, where, and in which shapes; refuses what cannot be."""
+    import jax
+
+    from alst_jax import setup
+    from alst_jax.memory import decide
+    from alst_jax.memory.cost import Job
+    from alst_jax.parallel.mesh import choose_degrees
+
+    # ------------------------------------------------------------------------------------------- where: devices, mesh
+    cluster = decide.target(config)
+    dp, sp = choose_degrees(config.dp, config.sp, cluster.devices if config.plan_for else jax.device_count())
+
+    # -------------------------------------------------------------------------------------------------- what: the model
+    source = setup.find_model(config, tokenizer=not config.planning)
+    dtype = setup.choose_dtype(config)
+    profile = setup.make_profile(config, dtype, source.config)
+    seq_len = decide.ANY_LENGTH if config.find_max_seq_len else setup.check_seq_len(config, source.config)
+    job = Job(source.config, profile, dp * config.batch_size, setup.padded_length(seq_len, sp, profile), dp, sp,
+              config.grad_accum, config.optimizer_states, config.master_weights)
+    return source, decide.Planner.of(config, cluster, dtype), job
+
+
 def run(config: TrainConfig) -> int:
     """The story of a run, from flags to a Hugging Face directory. Returns the exit code."""
     # jax reads its environment when it is imported: not before main() has prepared it.
+    from alst_jax.memory import decide
+
+    if config.planning:
+        _, planner, job = subject(config)
+        print(decide.report(planner, job))
+        return 0
+
     import jax
 
     from alst_jax import checkpoint as ckpt
     from alst_jax import setup
     from alst_jax.data.batches import TrainingBatches, evaluation_batches, fingerprint
-    from alst_jax.memory.plan import plan_step
-    from alst_jax.metrics import MetricsLog
+    from alst_jax.metrics import MetricsLog, peak_memory
     from alst_jax.models.hf_config import record_dtype
     from alst_jax.models.hf_weights import save_params
-    from alst_jax.optim.adamw import AdamW
-    from alst_jax.parallel.mesh import choose_degrees, make_mesh
-    from alst_jax.step import TrainStep
     from alst_jax.trainer import StopSignal, TrainState, train
 
-    # ------------------------------------------------------------------------------------------- where: devices, mesh
-    out = None if config.plan_only else setup.check_out(config)
-    dp, sp = choose_degrees(config.dp, config.sp, jax.device_count())
-    mesh = make_mesh(dp, sp)
-
-    # -------------------------------------------------------------------------------------------------- what: the model
-    source = setup.find_model(config)
-    dtype = setup.choose_dtype(config)
-    profile = setup.make_profile(config, dtype, source.config)
-    optimizer = AdamW(config.beta1, config.beta2, config.eps, config.weight_decay, config.clip_norm,
-                      config.optimizer_states, config.master_weights, config.seed)
-    step = TrainStep(source.config, mesh, profile, optimizer, dtype)
+    # ---------------------------------------------------------------------------------- where, what, and how: the plan
+    out = setup.check_out(config)
+    source, planner, job = subject(config)
+    choice = None
+    if planner.cluster is not None:  # what cannot fit is refused here, before anything is allocated
+        choice = planner.choose(job)
+        decide.announce(planner, choice)
+        job = choice.job
+    step = planner.step(job)
+    seq_len, rows, padded_len, dtype = config.seq_len, job.rows, job.length, planner.dtype
 
     # ----------------------------------------------------------------------------------------------- on what: the data
-    seq_len = setup.check_seq_len(config, source.config)
-    rows, padded_len = dp * config.batch_size, setup.padded_length(seq_len, sp, profile)
-    if config.plan_only:
-        plan = plan_step(step, rows, padded_len, config.grad_accum)
-        print(plan.to_json() if config.json else plan.table())
-        return 0
     sequences, stats = setup.read_sequences(config, source, seq_len)
     pad_token = setup.pad_token(source.tokenizer)
     setup.check_enough(config, len(sequences), rows * config.grad_accum)
@@ -113,8 +134,8 @@ def run(config: TrainConfig) -> int:
 
     # ------------------------------------------------------------------------------- from where: resume, load or draw
     geometry = {"data": fingerprint(sequences), "seed": config.seed, "rows": rows, "grad_accum": config.grad_accum,
-                "seq_len": seq_len, "dtype": str(dtype), "optimizer_states": config.optimizer_states,
-                "master_weights": config.master_weights}
+                "seq_len": seq_len, "dtype": str(dtype), "optimizer_states": job.states,
+                "master_weights": job.master}
     if config.resume:
         _, at = ckpt.find_checkpoint(out)
         checkpoints = setup.open_checkpoints(out, config, step)
@@ -145,6 +166,8 @@ def run(config: TrainConfig) -> int:
         finally:
             checkpoints.close()  # waits for the save in progress
             log.close()
+        if choice is not None and log.seconds:
+            print(decide.planned_against_measured(choice.plan, peak_memory()[1], log.seconds))
         if stop.received is not None and state.step < steps:
             print(f"stopped by {stop.received.name}; step {state.step} is saved. Go on with: "
                   f"python train.py --resume --out {out}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 import tyro
@@ -199,10 +200,22 @@ class TrainConfig:
     """Checkpoint every so many steps, besides the last one."""
     keep_checkpoints: int = 2
     """Checkpoints kept; older ones are deleted."""
+    memory: Literal["auto", "manual"] = "auto"
+    """auto: on a GPU the fastest of the memory profiles that fit is chosen; flags that are typed are kept. manual: the flags alone."""
+    allow_narrow_optimizer: bool = False
+    """Let --memory auto also choose --optimizer-states and --master-weights, which change the result by rounding."""
     plan_only: bool = False
-    """Print what a step needs, by part, and stop: compiles, allocates nothing, needs no --data and no --out."""
+    """Print what a step needs, by part, and stop: allocates nothing, needs no --data and no --out."""
+    plan_for: str | None = None
+    """With --plan-only: plan for this machine instead of the one at hand: H100-80, 8xH100 or 4x8xH100 (4 hosts of 8)."""
+    host_memory: float | None = None
+    """With --plan-for: GiB of memory of each host. Default: what such machines usually have."""
+    find_max_seq_len: bool = False
+    """Find the longest sequence that fits, and stop; with --plan-for on another machine."""
+    plan_picture: str | None = None
+    """With --plan-only: draw the plan into this file (PNG, SVG, PDF); needs the extra `plot`."""
     json: bool = False
-    """With --plan-only: one JSON object instead of a table."""
+    """With --plan-only or --find-max-seq-len: one JSON object instead of a table."""
     resume: bool = False
     """Continue the run in --out from its newest checkpoint."""
     eval_data: str | None = None
@@ -217,6 +230,30 @@ class TrainConfig:
     """Field of a JSON or Parquet record that holds a chat."""
     pack: bool = False
     """Several documents in one sequence: not supported yet, refused."""
+    typed: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
+    """Which of MEMORY_FIELDS were typed: `--memory auto` leaves them as they are."""
+
+    @property
+    def planning(self) -> bool:
+        """Whether there is a plan to print and nothing to run."""
+        return self.plan_only or self.find_max_seq_len
+
+
+# What a memory profile is made of: flags that --memory auto chooses, with two values each to tell which were typed.
+MEMORY_FIELDS = {
+    "tiled_loss": (True, False), "loss_tile": (None, 1), "tiled_mlp": (True, False), "mlp_tile": (None, 1),
+    "remat": (True, False), "offload_activations": (True, False), "offload_weights": (True, False),
+    "offload_optimizer": (True, False), "segment_layers": ((1,), (2,)), "keep_attention_on_device": (0, 1),
+    "keep_attention_on_host": (0, 1), "head_chunks": (1, 2), "optimizer_states": ("float32", "int8"),
+    "master_weights": ("float32", "none"),
+}
+
+
+def typed_fields(parse: Callable[[TrainConfig], TrainConfig], default: TrainConfig) -> tuple[str, ...]:
+    """Those of MEMORY_FIELDS that the command line sets: their value does not depend on the default. parse(default) -> flags."""
+    one, other = (parse(dataclasses.replace(default, **{name: values[i] for name, values in MEMORY_FIELDS.items()}))
+                  for i in (0, 1))
+    return tuple(name for name in MEMORY_FIELDS if getattr(one, name) == getattr(other, name))
 
 
 def check_run(config: TrainConfig) -> None:
@@ -253,11 +290,21 @@ def check_run(config: TrainConfig) -> None:
         raise UserError("--eval-every needs --eval-data, the file to evaluate on")
     if config.resume and config.out is None:
         raise UserError("--resume needs --out, the directory of the run to continue")
-    if config.json and not config.plan_only:
-        raise UserError("--json is for --plan-only")
+    for field in ("json", "plan_for", "plan_picture"):
+        if getattr(config, field) and not config.planning:
+            raise UserError(f"{flag(field)} is for --plan-only and --find-max-seq-len; a run has the machine it is on")
+    if config.host_memory is not None and not (config.plan_for and config.host_memory > 0):
+        raise UserError(f"--host-memory {config.host_memory}: a positive number of GiB, for --plan-for; otherwise the host's own "
+                        "memory counts")
+    if config.plan_for and config.simulate_devices:
+        raise UserError("--plan-for names the machine and --simulate-devices another; leave one of them out")
+    if config.find_max_seq_len and config.seq_len is not None:
+        raise UserError(f"--find-max-seq-len looks for what --seq-len {config.seq_len} says; leave one of them out")
+    if config.allow_narrow_optimizer and config.memory == "manual":
+        raise UserError("--allow-narrow-optimizer is for --memory auto; with manual, say --optimizer-states and --master-weights")
     if config.plan_only and config.resume:
         raise UserError("--plan-only with --resume: plan the run with its own flags and --model on its directory")
-    if config.model is not None and not config.data and not config.plan_only:
+    if config.model is not None and not config.data and not config.planning:
         raise UserError("--model without --data: name the files to train on (--data FILE_OR_DIR...)")
     if config.loss_tile is not None and not config.tiled_loss:
         raise UserError("--loss-tile has no meaning with --no-tiled-loss; leave one of them out")

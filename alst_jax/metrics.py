@@ -20,6 +20,7 @@ class MetricsLog:
 
     def __init__(self, directory: pathlib.Path, resume_step: int):
         self.path = directory / "metrics.jsonl"
+        self.seconds: list[float] = []  # of the steps of this process
         # Steps after the checkpoint are run again: their old lines would stand there twice.
         kept = [line for line in self._lines() if _step(line) <= resume_step]
         self.path.write_text("".join(kept))
@@ -33,6 +34,7 @@ class MetricsLog:
 
     def write(self, values: dict[str, Any]) -> None:
         """Append one step's values; not-finite numbers become null, which JSON can hold."""
+        self.seconds.append(values["seconds"])
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self._file.write(json.dumps(finite) + "\n")
         for name, value in finite.items():

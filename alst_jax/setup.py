@@ -45,8 +45,9 @@ class ModelSource:
 # ---------------------------------------------------------------------------------------------------------------- model
 
 
-def find_model(config: TrainConfig) -> ModelSource:
-    """The model of a run: that of the run directory when resuming, the one named, or the embedded tiny Llama."""
+def find_model(config: TrainConfig, tokenizer: bool = True) -> ModelSource:
+    """The model of a run: that of the run directory when resuming, the one named, or the embedded tiny Llama; a plan needs
+    no tokenizer."""
     if config.resume:
         run_dir = pathlib.Path(config.out)
         if ckpt.read_run_file(run_dir).get("kind") != "training":
@@ -56,9 +57,9 @@ def find_model(config: TrainConfig) -> ModelSource:
         named = files if config.model is None else _model_files(config.model)  # compared with the run's own later
         return ModelSource(str(config.model or files), model_config(named), load_tokenizer(files), files)
     if config.model is None:
-        return ModelSource("the embedded tiny Llama", TINY_LLAMA, byte_tokenizer(), None)
+        return ModelSource("the embedded tiny Llama", TINY_LLAMA, byte_tokenizer() if tokenizer else None, None)
     files = _model_files(config.model)
-    parts = (config.model, model_config(files), load_tokenizer(files), files)
+    parts = (config.model, model_config(files), load_tokenizer(files) if tokenizer else None, files)
     if ckpt.is_checkpoint(config.model):
         return ModelSource(*parts, checkpoint=ckpt.find_checkpoint(config.model))
     return ModelSource(*parts, hf_weights=files)
@@ -85,13 +86,18 @@ def _hub_directory(model: str) -> pathlib.Path:
                         f"({reason})") from error
 
 
+def for_gpu(config: TrainConfig) -> bool:
+    """Whether the run is on GPUs, or planned for them."""
+    return config.plan_for is not None or jax.default_backend() == "gpu"
+
+
 def choose_dtype(config: TrainConfig) -> jnp.dtype:
     """float32 or bfloat16 weights and compute; auto is bfloat16 on GPU."""
-    auto = "bfloat16" if jax.default_backend() == "gpu" else "float32"
+    auto = "bfloat16" if for_gpu(config) else "float32"
     dtype = jnp.dtype(auto if config.dtype == "auto" else config.dtype)
     if dtype == jnp.float32 and config.master_weights != "float32":
         raise UserError(f"--master-weights {config.master_weights} is for bfloat16 weights; these are float32 (--dtype)")
-    if config.master_weights == "low-bits" and jax.default_backend() == "gpu":
+    if config.master_weights == "low-bits" and for_gpu(config):
         raise UserError("--master-weights low-bits is not known to be right on GPUs yet: in a test its losses left those of a "
                         "float32 master after two steps. Use float32 or none")
     return dtype
@@ -99,7 +105,7 @@ def choose_dtype(config: TrainConfig) -> jnp.dtype:
 
 def make_profile(config: TrainConfig, dtype: jnp.dtype, model: ModelConfig) -> Profile:
     """The memory profile the flags describe. UserError if the attention kernel cannot run here."""
-    on_gpu = jax.default_backend() == "gpu"
+    on_gpu = for_gpu(config)
     if on_gpu and jax.__version_info__ < OLDEST_JAX_ON_CUDA:
         raise UserError(f"jax {jax.__version__} gives wrong gradients for offloaded activations on CUDA without a word; "
                         f"install {'.'.join(map(str, OLDEST_JAX_ON_CUDA))} or newer")

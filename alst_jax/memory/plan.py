@@ -1,91 +1,147 @@
-"""What a step will need, known before anything is allocated: the compiler's bytes for the working set, shapes for the rest."""
+"""What a step will need, known before anything is allocated: the compiler's bytes for the working set, shapes for the
+rest."""
 
 import dataclasses
-import json
+import functools
 import math
 import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+import psutil
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from alst_jax.memory import host
+from alst_jax.memory import cost, host, speed
+from alst_jax.memory.machines import Cluster, machine_of_kind
+from alst_jax.memory.report import ABSENT, COMPILED, Plan
+from alst_jax.parallel.mesh import AXES, DATA, SEQ
 from alst_jax.parallel.sharding import BATCH_SPEC
 from alst_jax.step import Batch, TrainStep
 
-GIB = 2**30
-COLLECTIVES = ("all-to-all", "all-gather", "reduce-scatter", "all-reduce")
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Bytes of one device, and of host memory for that device; FLOPs of one step of the whole mesh.
-
-    `collectives` counts instructions in the compiled program, of which those in a loop run once a trip.
-    """
-
-    device: dict[str, int]
-    host: dict[str, int]
-    flops: float
-    collectives: dict[str, int]
-    device_limit: int | None
-    device_kind: str
-
-    @property
-    def device_bytes(self) -> int:
-        return sum(self.device.values())
-
-    @property
-    def host_bytes(self) -> int:
-        return sum(self.host.values())
-
-    def to_json(self) -> str:
-        """One JSON object, bytes as integers."""
-        return json.dumps(dataclasses.asdict(self) | {"device_bytes": self.device_bytes, "host_bytes": self.host_bytes})
-
-    def table(self) -> str:
-        """The same for people, in GiB."""
-        rows = [f"{'':24}{'device GiB':>12}{'host GiB':>12}"]
-        for part in dict.fromkeys((*self.device, *self.host)):
-            rows.append(f"{part:24}{self.device.get(part, 0) / GIB:12.2f}{self.host.get(part, 0) / GIB:12.2f}")
-        rows.append(f"{'total':24}{self.device_bytes / GIB:12.2f}{self.host_bytes / GIB:12.2f}")
-        if self.device_limit is not None:
-            rows.append(f"{'the device has':24}{self.device_limit / GIB:12.2f}   {self.device_kind}")
-        named = ", ".join(f"{count} {name}" for name, count in self.collectives.items() if count)
-        rows.append(f"model FLOPs a step: {self.flops:.3e}; collectives in the program: {named or 'none'}")
-        return "\n".join(rows)
-
-
-def plan_step(step: TrainStep, rows: int, length: int, grad_accum: int = 1) -> Plan:
+def plan_step(
+    step: TrainStep, rows: int, length: int, grad_accum: int = 1, cluster: Cluster | None = None
+) -> Plan:
     """The plan of a step over `rows` sequences of `length` tokens, `grad_accum` times. Compiles; allocates nothing.
 
-    On a CPU all memory is one: what would be in host memory on a GPU is counted there by its shapes, while the working
-    set counts the copies that a GPU would not have.
+    The step's mesh may be of `absent_devices`. cluster: limits and speeds; None: those of the devices that are here. On
+    a CPU all memory is one: what would be kept in host memory on a GPU is counted there, while the working set counts
+    the copies that a GPU would not have.
     """
-    tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=NamedSharding(step.mesh, BATCH_SPEC))
-    scalar = jax.ShapeDtypeStruct((), jnp.float32)
-    compiled = step.loss_and_grad.lower(step.params, Batch(tokens, tokens, tokens), scalar).compile()
-    memory = compiled.memory_analysis()
-    text = compiled.as_text()
+    cluster = this_cluster() if cluster is None else cluster
+    job = job_of(step, rows, length, grad_accum)
     device, on_host = {}, {}
     for part, tree in (("weights", step.params), ("gradients", step.params), ("optimizer", step.optimizer_state)):
+        offloaded = step.profile.offload_optimizer if part == "optimizer" else step.profile.offload_weights
         for leaf in jax.tree.leaves(tree):
             size = shard_bytes(leaf)
             if part == "gradients" and grad_accum > 1:  # and the float32 sums beside those of one batch
                 size += math.prod(leaf.sharding.shard_shape(leaf.shape)) * 4
-            place = on_host if leaf.sharding.memory_kind == host.HOST else device
+            place = on_host if offloaded and (leaf.ndim or part != "optimizer") else device  # the count stays
             place[part] = place.get(part, 0) + size
-    device["working set"] = memory.temp_size_in_bytes
-    device["batch"] = 3 * shard_bytes(tokens)
-    on_host["activations"] = memory.host_temp_size_in_bytes
-    first = step.mesh.devices.flat[0]
-    limit = (first.memory_stats() or {}).get("bytes_limit")
+    kept = cost.kept_bytes(job)
+    absent = is_absent(step.mesh)
+    compiled = _compile(step, rows, length, absent)
+    memory, on_cpu = compiled.memory_analysis(), step.mesh.devices.flat[0].platform == "cpu"
+    need = memory.temp_size_in_bytes
+    if absent:  # the compiler does not know what the attention kernel asks for when it runs
+        need += cost.working_set(job) - cost.working_set(dataclasses.replace(job, count_workspace=False))
+    if absent or on_cpu:  # where the update streams, it cannot be compiled without the memories it streams through
+        need = max(need, cost.update_work(job) if absent else 0)
+    else:
+        need = max(need, _update_bytes(step))
+    kept_here = min(need, sum(kept.values()) if on_cpu else kept[host.DEVICE])
+    device |= {"kept activations": kept_here, "working set": need - kept_here}
+    device["batch"] = 3 * math.prod(NamedSharding(step.mesh, BATCH_SPEC).shard_shape((rows, length))) * 4
+    on_host["kept activations"] = memory.host_temp_size_in_bytes
+    if absent and step.profile.offload_weights:  # there, layers and their gradients are temporary too
+        layers = sum(shard_bytes(leaf) for leaf in jax.tree.leaves(step.params["layers"]))
+        on_host["kept activations"] = max(0, memory.host_temp_size_in_bytes - 2 * layers)
+    text = compiled.as_text()
+    calls = {name: numbers | {"instructions": len(re.findall(rf"= [^=]*\b{name}(?:-start)?\(", text))}
+             for name, numbers in speed.collectives(job).items()}
     return Plan(
-        device, on_host, grad_accum * rows * step.model.flops_per_sequence(length),
-        {name: len(re.findall(rf"= [^=]*\b{name}(?:-start)?\(", text)) for name in COLLECTIVES}, limit, first.device_kind)
+        ABSENT if absent else COMPILED, step.mesh.devices.flat[0].device_kind, device, on_host,
+        cluster and cluster.machine.usable, cluster and cluster.host_share,
+        grad_accum * rows * step.model.flops_per_sequence(length), calls,
+        speed.seconds(job, cluster) if cluster else {}, grad_accum * rows * length, step.mesh.size)
+
+
+def job_of(step: TrainStep, rows: int, length: int, grad_accum: int = 1) -> cost.Job:
+    """What the cost model works on, from a step."""
+    return cost.Job(step.model, step.profile, rows, length, step.mesh.shape[DATA], step.mesh.shape[SEQ], grad_accum,
+                    step.optimizer.states, step.optimizer.master)
 
 
 def shard_bytes(leaf: Any) -> int:
     """Bytes of one device's shard of an array or abstract array."""
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize
+
+
+# -------------------------------------------------------------------------------------------------- devices, absent too
+
+
+def absent_devices(cluster: Cluster) -> list[jax.Device]:
+    """Devices to compile for that are not here."""
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc(
+        "", "cuda", target_config=cluster.machine.target_config, topology=cluster.topology)
+    return list(topology.devices)
+
+
+def is_absent(mesh: Mesh) -> bool:
+    """Whether the mesh is of devices that can only be compiled for."""
+    return not mesh.devices.flat[0].addressable_memories()
+
+
+def this_cluster() -> Cluster | None:
+    """The devices and the host that are here; None on a CPU.
+
+    A device that is not in the list counts as an H100 in speed; its memory is its own.
+    """
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        return None
+    limit = device.memory_stats()["bytes_limit"]
+    known = machine_of_kind(device.device_kind) or machine_of_kind("H100")
+    machine = dataclasses.replace(known, name=device.device_kind, kind=device.device_kind, memory=limit, fraction=1.0)
+    return Cluster(machine, jax.process_count(), jax.local_device_count(), psutil.virtual_memory().total)
+
+
+# ------------------------------------------------------------------------------------------------------------ compiling
+
+
+def _compile(step: TrainStep, rows: int, length: int, absent: bool) -> Any:
+    tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=NamedSharding(step.mesh, BATCH_SPEC))
+    scalar = jax.ShapeDtypeStruct((), jnp.float32)
+    function = step.loss_and_grad
+    if absent and step.profile.offload_weights:
+        function = jax.jit(functools.partial(_with_weights_on_host, step))
+    return function.lower(step.params, Batch(tokens, tokens, tokens), scalar).compile()
+
+
+def _with_weights_on_host(step: TrainStep, params: Any, batch: Batch, scale: jax.Array) -> Any:
+    """Loss, and an element of each gradient. Devices that are not here have no memories, so that arguments and results
+    cannot be declared to live on the host: weights go there first, and gradients stay there. (Were they brought back as
+    results, the compiler would use their place on the device for temporary arrays, and a plan would lack up to their
+    size.)"""
+    loss, gradients = step.loss_and_grad(host.to_host(params), batch, scale)
+    at = (scale * 0).astype(jnp.int32)
+
+    def elements(gradients, at):
+        element = lambda x: host.to_device(lax.dynamic_slice(x, (at,) * x.ndim, (1,) * x.ndim)).reshape(1)
+        return jax.tree.map(element, gradients)
+
+    elements = jax.shard_map(elements, mesh=step.mesh, in_specs=(step.specs, P()), out_specs=P(AXES))
+    return loss, elements(host.to_host(gradients), at)
+
+
+def _update_bytes(step: TrainStep) -> int:
+    scalar = jax.ShapeDtypeStruct((), jnp.float32)
+    update = step.update.lower(step.params, step.params, step.optimizer_state, scalar, scalar)
+    return update.compile().memory_analysis().temp_size_in_bytes

@@ -1,6 +1,7 @@
 # pytest tests/memory/test_plan.py
 """The plan: parts that add up, that follow the switches, and that the compiler and the arrays agree with."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,9 +10,16 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from alst_jax.config import UserError
+from alst_jax.environment import has_cuda_compiler
+from alst_jax.memory.decide import planned_against_measured
+from alst_jax.memory.machines import GIB
 from alst_jax.memory.plan import plan_step
 from alst_jax.memory.profile import Profile
+from alst_jax.memory.report import PARTS
+from alst_jax.models.hf_config import hf_config_dict
 from alst_jax.optim.adamw import AdamW
+from benchmarks.shapes import LLAMA_8B
 from tests.helpers import make_step, tiny
 
 MODEL = tiny(num_heads=8, num_kv_heads=8, attention_bias=False, mlp_bias=False)
@@ -22,6 +30,10 @@ def plan(
     rows=1, length=1024, grad_accum=1, sp=1, dp=1, dtype=jnp.float32, optimizer=AdamW(), model=MODEL, **changes
 ):
     return plan_step(make_step(model, dp, sp, Profile(**TILED | changes), optimizer, dtype), rows, length, grad_accum)
+
+
+def temporary(plan):
+    return plan.device["working set"] + plan.device["kept activations"]
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +60,13 @@ def test_offloading_moves_parts_to_the_host(base):
 
 
 def test_each_switch_shows_the_bytes_it_saves(base):
-    work = lambda **changes: plan(**changes).device["working set"]
+    work = lambda **changes: temporary(plan(**changes))
     wide = dict(model=tiny(vocab_size=4096, intermediate_size=4096, num_layers=2))
     assert work(**wide, loss_tile=None) > work(**wide) + 1024 * 4096 * 4  # the logits, at least
     assert work(**wide, mlp_tile=None) > work(**wide) + 1024 * 4096 * 4  # one of the MLP's intermediates, at least
-    assert work(remat=False) > 1.2 * base.device["working set"]
-    assert work(length=2048) > 1.5 * base.device["working set"]
-    assert work(sp=4) < 0.6 * base.device["working set"]  # tiles and gathered weights do not shrink
+    assert work(remat=False) > 1.2 * temporary(base)
+    assert work(length=2048) > 1.5 * temporary(base)
+    assert work(sp=4) < 0.6 * temporary(base)  # tiles and gathered weights do not shrink
 
 
 def test_shards_dtypes_and_accumulation(base):
@@ -64,13 +76,119 @@ def test_shards_dtypes_and_accumulation(base):
     assert plan(grad_accum=2).flops == 2 * base.flops
     narrow = plan(dtype=jnp.bfloat16, compute_dtype="bfloat16", optimizer=AdamW(states="int8", master="none"))
     assert narrow.device["optimizer"] < 0.35 * base.device["optimizer"]
-    assert base.collectives["all-to-all"] == 0 and plan(sp=2).collectives["all-to-all"] == 12
+    in_program = lambda p: p.collectives["all-to-all"]["instructions"]
+    assert in_program(base) == 0 and in_program(plan(sp=2)) == 12
 
 
 def test_command_line(tmp_path):
     command = [sys.executable, "train.py", "--plan-only", "--seq-len", "512"]
     table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "working set" in table and "device GiB" in table and "12 all-to-all" in table
+    assert "working set" in table and "device GiB" in table and "12 in the program" in table
     values = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout)
-    assert values["device_bytes"] == sum(values["device"].values()) and set(values["host"]) >= {"activations"}
+    assert values["device_bytes"] == sum(values["device"].values()) and set(values["host"]) >= {"kept activations"}
     assert values["flops"] > 0 and values["device_kind"] == "cpu"
+
+
+# ------------------------------------------------------------------------------------------- machines that are not here
+
+
+@pytest.fixture(scope="module")
+def llama_8b(tmp_path_factory):
+    """A model directory without weights: plans do not need them."""
+    directory = tmp_path_factory.mktemp("8b")
+    (directory / "config.json").write_text(json.dumps(hf_config_dict(LLAMA_8B)))
+    return str(directory)
+
+
+def train(*arguments):
+    return subprocess.run([sys.executable, "train.py", *arguments], capture_output=True, text=True)
+
+
+def only_plan(model, *arguments):
+    return train("--model", model, "--plan-only", "--plan-for", "H100-80", "--host-memory", "125", *arguments)
+
+
+@pytest.mark.skipif(has_cuda_compiler(), reason="there the compiler would be asked, and take a minute")
+def test_a_plan_for_a_machine_by_arithmetic(llama_8b):
+    done = only_plan(llama_8b, "--seq-len", "512Ki", "--allow-narrow-optimizer")
+    assert done.returncode == 0, done.stderr
+    for part in ("estimated, for 1 x H100", "weights", "optimizer", "kept activations", "working set", "headroom",
+        "there is",
+                 "collectives a step", "model FLOPs", "tok/s, limited by attention backward", "measured error",
+                 "memory: --offload",
+                 "lacks"):
+        assert part in done.stdout, part
+
+
+SCHEMA = {  # of --json
+    "source": str, "device_kind": str, "device": dict, "host": dict, "device_limit": int, "host_limit": int,
+    "flops": float,
+    "collectives": dict, "seconds": dict, "tokens": int, "devices": int, "device_bytes": int, "host_bytes": int,
+    "headroom": int,
+    "step_seconds": float, "tokens_per_second": float, "limiting_term": str, "fits": bool, "flags": str, "seq_len": int}
+
+
+@pytest.mark.skipif(has_cuda_compiler(), reason="there the compiler would be asked, and take a minute")
+def test_json_for_machines(llama_8b):
+    done = train("--model", llama_8b, "--plan-only", "--plan-for", "8xH100", "--seq-len", "1Mi", "--sp", "8", "--json")
+    assert done.returncode == 0, done.stderr
+    values = json.loads(done.stdout)
+    assert {name: type(value) for name, value in values.items()} == SCHEMA
+    assert set(values["device"]) <= set(PARTS) and set(values["host"]) <= set(PARTS)
+    assert all(type(size) is int for place in ("device", "host") for size in values[place].values())
+    assert values["device_bytes"] == sum(values["device"].values()) == values["device_limit"] - values["headroom"]
+    assert values["step_seconds"] == pytest.approx(sum(values["seconds"].values()))
+    assert values["limiting_term"] in values["seconds"]
+    assert all(set(calls) == {"calls", "bytes"} for calls in values["collectives"].values())
+    assert values["tokens_per_second"] == pytest.approx(2**20 / values["step_seconds"])
+    assert values["fits"] and values["devices"] == 8
+
+
+@pytest.mark.skipif(has_cuda_compiler(), reason="there the compiler would be asked, and take a minute")
+def test_the_longest_sequence(llama_8b):
+    arguments = ("--model", llama_8b, "--find-max-seq-len", "--plan-for", "H100", "--host-memory", "125")
+    values = json.loads(train(*arguments, "--json").stdout)
+    assert values["max_seq_len"] % 1024 == 0 and values["max_seq_len"] > 300_000 and values["fits"]
+    with_formats = json.loads(train(*arguments, "--json", "--allow-narrow-optimizer").stdout)["max_seq_len"]
+    assert with_formats > values["max_seq_len"]
+    assert f"longest sequence: {values['max_seq_len']:,} tokens, with --offload" in train(*arguments).stdout
+
+
+@pytest.mark.parametrize("arguments,messages", [
+    (("--seq-len", "512Ki"), ("--seq-len 524288: does not fit 1 x H100-80, 125 GiB", "missing. The longest that fits",
+                              "--allow-narrow-optimizer")),
+    (("--seq-len", "128Ki", "--memory", "manual"), ("GiB of device memory missing",
+    "leave the memory flags to --memory auto")),
+    (("--seq-len", "32Ki", "--host-memory", "20"), ("does not fit", "at any length: at 1024 tokens",
+    "GiB of host memory")),
+    (("--seq-len", "32Ki", "--plan-for", "X100"), ("--plan-for X100: no such machine", "the closest is H100-80")),
+    (("--seq-len", "32Ki", "--sp", "3"), ("sp=3 needs 3 devices and there are 1",)),
+    (("--seq-len", "32Ki", "--segment-layers", "3", "4"), ("7 layers in all, where the model has 32",))])
+@pytest.mark.skipif(has_cuda_compiler(), reason="there the compiler would be asked, and take a minute")
+def test_what_cannot_be_is_refused(llama_8b, arguments, messages):
+    done = only_plan(llama_8b, *arguments)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    for message in messages:
+        assert message in done.stderr
+
+
+def test_the_picture(tmp_path, base):
+    pytest.importorskip("matplotlib")
+    base.picture(str(tmp_path / "plan.png"))
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UserError, match="its directory does not exist"):
+        base.picture(str(tmp_path / "nowhere" / "plan.png"))
+    with pytest.raises(UserError, match="--plan-picture .*plan.doc"):
+        base.picture(str(tmp_path / "plan.doc"))
+
+
+def test_the_picture_needs_matplotlib(monkeypatch, base):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match="install the extra `plot`"):
+        base.picture("plan.png")
+
+
+def test_planned_against_measured(base):
+    planned = dataclasses.replace(base, device={"all": 10 * GIB}, seconds={"matmuls": 2.0})
+    line = planned_against_measured(planned, 11.0, [9.0, 2.0, 2.2, 2.0])
+    assert "10.0 GiB planned, 11.0 measured (+10%)" in line and "2.0 s a step planned, 2.0 measured (+0%)" in line

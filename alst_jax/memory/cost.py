@@ -1,0 +1,306 @@
+"""The cost model: bytes and seconds of one step, from arithmetic alone. Nothing is traced or compiled: microseconds a
+plan.
+
+B sequences a device, T tokens a device (B x S / seq), D hidden, F ffn, V vocabulary, L layers, N query heads, K kv
+heads, H head dim. The terms follow the program (step.py, memory/remat.py, models/layer.py) and were checked against
+what the compiler allocates: `python -m benchmarks.plan_accuracy` prints the error of each of its combinations.
+"""
+
+import dataclasses
+import functools
+import math
+
+from alst_jax.config import ModelConfig
+from alst_jax.memory import speed
+from alst_jax.memory.machines import Cluster
+from alst_jax.memory.profile import DEVICE, HOST, Profile, Segment
+from alst_jax.memory.report import ESTIMATED, Plan
+
+FRAGMENTS = 1.015  # what the allocator's peak is above the sum of what is alive
+STATE_BYTES = {"float32": 8, "bfloat16": 4, "int8": 2 + 2 * 4 / 256}  # of both moments of a parameter
+MASTER_BYTES = {"float32": 4, "low-bits": 2, "none": 0}  # of a bfloat16 parameter
+LOGITS_BYTES = 2**30  # as ops/cross_entropy.py
+UPDATE_CHUNK = 2**26  # elements, as memory/host.py
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What one optimizer step works on: `rows` sequences of `length` tokens over dp x sp devices, `grad_accum`
+    times."""
+
+    model: ModelConfig
+    profile: Profile
+    rows: int
+    length: int
+    dp: int = 1
+    sp: int = 1
+    grad_accum: int = 1
+    states: str = "float32"
+    master: str = "float32"
+    count_workspace: bool = True  # of the attention kernel
+
+    @property
+    def devices(self) -> int:
+        return self.dp * self.sp
+
+    @property
+    def width(self) -> int:
+        """Bytes of a weight or an activation."""
+        return 2 if self.profile.compute_dtype == "bfloat16" else 4
+
+    @functools.cached_property
+    def sizes(self) -> "Sizes":
+        return Sizes.of(self)
+
+    @functools.cached_property
+    def segments(self) -> list[Segment]:
+        return self.profile.segments(self.model.num_layers)
+
+    @functools.cached_property
+    def kept(self) -> dict[str, int]:
+        return kept_bytes(self)
+
+    @functools.cached_property
+    def passes(self) -> speed.Passes:
+        return speed.Passes.of(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Bytes, on one device, of the arrays that a plan is made of."""
+
+    hidden: int  # [B, T, D]
+    heads: int  # [B, T, N, H]
+    kv: int  # [B, T, K, H]
+    statistics: int  # float32 [B, T, N], of a kernel that gives them
+    layer: int  # one layer's weights, gathered
+    table: int  # the head's table, gathered
+    rope: int  # both tables, float32
+
+    @staticmethod
+    def of(job: Job) -> "Sizes":
+        model, tokens = job.model, job.rows * job.length // job.devices
+        per_token = lambda columns: tokens * columns * job.width
+        tables = model.vocab_size * (1 if model.tie_word_embeddings else 2)
+        layers = model.num_params - model.hidden_size * (tables + 1)  # and the last norm
+        return Sizes(
+            hidden=per_token(model.hidden_size), heads=per_token(model.num_heads * model.head_dim),
+            kv=per_token(model.num_kv_heads * model.head_dim),
+            statistics=tokens * model.num_heads * 4 if job.profile.attention != "xla" else 0,
+            layer=layers // model.num_layers * job.width, table=model.vocab_size * model.hidden_size * job.width,
+            rope=tokens * model.head_dim * 4)
+
+
+def estimate(job: Job, cluster: Cluster | None = None, correction: int = 0) -> Plan:
+    """The plan of a job, by this model. cluster: the devices' limits and speeds; None: a CPU, without either.
+
+    correction: bytes that the compiler was seen to need beside what this model says, added to the working set.
+    """
+    weights, gradients, optimizer = state_bytes(job)
+    kept = job.kept
+    places = {DEVICE: {}, HOST: {}}
+    on = lambda offloaded: places[HOST if offloaded else DEVICE]
+    on(job.profile.offload_weights)["weights"] = weights
+    on(job.profile.offload_weights)["gradients"] = gradients
+    on(job.profile.offload_optimizer)["optimizer"] = optimizer
+    places[DEVICE]["kept activations"] = kept[DEVICE]
+    places[HOST]["kept activations"] = kept[HOST]
+    places[DEVICE]["working set"] = max(0, working_set(job) + correction - kept[DEVICE])
+    places[DEVICE]["batch"] = 3 * 4 * job.rows * job.length // job.devices
+    flops = job.grad_accum * job.rows * job.model.flops_per_sequence(job.length)
+    return Plan(
+        ESTIMATED, cluster.machine.kind if cluster else "cpu", places[DEVICE], places[HOST],
+        cluster and cluster.machine.usable, cluster and cluster.host_share, flops, speed.collectives(job),
+        speed.seconds(job, cluster) if cluster else {}, job.grad_accum * job.rows * job.length, job.devices)
+
+
+def state_bytes(job: Job) -> tuple[int, int, int]:
+    """Weights, gradients and optimizer state: one device's shards."""
+    parameters = -(-job.model.num_params // job.devices)
+    gradients = parameters * (job.width + (4 if job.grad_accum > 1 else 0))
+    master = MASTER_BYTES[job.master] if job.width == 2 else 0
+    return parameters * job.width, gradients, int(parameters * (STATE_BYTES[job.states] + master))
+
+
+def kept_bytes(job: Job) -> dict[str, int]:
+    """What the forward pass keeps for the backward pass, by place."""
+    size, profile = job.sizes, job.profile
+    kept = {DEVICE: 0, HOST: 0}
+    if not profile.remat:
+        kept[DEVICE] = job.model.num_layers * unremat_layer(job)
+        return kept
+    for segment in job.segments:
+        layers = segment.runs[-1].stop - segment.runs[0].start
+        inputs = HOST if profile.offload_activations else DEVICE
+        if segment.all_inputs:
+            inputs = place_of(inputs, layers)
+        kept[inputs] += size.hidden * (layers if segment.all_inputs else 1)
+        for run in segment.runs:
+            if run.place:
+                count = run.stop - run.start
+                kept[place_of(run.place, count)] += count * (size.heads + size.statistics)
+    return kept
+
+
+def place_of(place: str, layers: int) -> str:
+    """Where a loop over so many layers keeps things: one of a single trip is none, and the compiler leaves out copies
+    to the host and back that have no loop between them."""
+    return DEVICE if layers == 1 else place
+
+
+def unremat_layer(job: Job) -> int:
+    """Without rematerialisation: what differentiation keeps of a layer, with MLP and norms (tiled) computed again or
+    not."""
+    size = job.sizes
+    kept = 2 * size.hidden + 2 * size.heads + 2 * size.kv + size.statistics
+    if job.profile.mlp_tile is None:
+        kept += 4 * size.hidden // job.model.hidden_size * job.model.intermediate_size
+    return kept
+
+
+def working_set(job: Job) -> int:
+    """The peak of what is alive beside weights, gradients, optimizer and batch; what is kept on the device included."""
+    # Gradients that stay on the device are results, whose places serve other purposes before, if they are large enough.
+    before, after, size, model = 0, 0, job.sizes, job.model
+    if not job.profile.offload_weights:
+        largest = model.num_layers * model.hidden_size * model.intermediate_size * job.width // job.devices
+        if largest >= size.table:
+            before = state_bytes(job)[1] if largest >= size.table * 4 // job.width else size.table
+        after = size.table if job.devices == 1 else 0
+    return max(int(FRAGMENTS * max(loss_peak(job) - before, layers_peak(job) - after)), update_work(job))
+
+
+def loss_peak(job: Job) -> int:
+    """At the loss: all that is kept, four hidden states, the table twice in float32, and a tile's logits."""
+    size, model, profile = job.sizes, job.model, job.profile
+    tokens = job.rows * job.length // job.devices
+    tile = tokens if profile.loss_tile is None else min(profile.loss_tile or usual_loss_tile(model), tokens)
+    wide = size.table * 4 // job.width
+    logits = tile * model.vocab_size
+    logits = max(size.table + 4 * logits, (4 + job.width) * logits) if tile < tokens else (
+        size.table + (4 + 3 * job.width // 2) * logits)
+    if tokens % tile:  # a last, shorter tile has a gradient of its own
+        logits += wide + tokens % tile * model.vocab_size * job.width
+    shards = wide // job.devices if job.devices > 1 else 0
+    return job.kept[DEVICE] + 3 * size.hidden + 2 * wide + shards + logits + size.rope
+
+
+def usual_loss_tile(model: ModelConfig) -> int:
+    """As `ops.cross_entropy.default_tile`."""
+    return max(128, LOGITS_BYTES // (4 * model.vocab_size) // 128 * 128)
+
+
+def layers_peak(job: Job) -> int:
+    """In the backward pass: what is still kept, what a segment's layers were rebuilt of, and one layer's work."""
+    profile, size = job.profile, job.sizes
+    if not profile.remat:
+        return job.kept[DEVICE] + layer_work(job)
+    inputs_on_device = 0 if profile.offload_activations else size.hidden
+    firsts = inputs_on_device * sum(not segment.all_inputs for segment in job.segments)  # one array, to the end
+    peak, kept, waiting, early = 0, firsts, 0, 0
+    output = size.heads + size.statistics
+    for segment in job.segments:  # forwards: `kept` is what is there when the backward pass comes to this segment
+        count = segment.runs[-1].stop - segment.runs[0].start
+        if segment.all_inputs:
+            kept += size.hidden if count == 1 else inputs_on_device * count
+        lengths = [(run.place, run.stop - run.start) for run in segment.runs]
+        here = sum(n for place, n in lengths if place and place_of(place, n) == DEVICE)
+        kept += here * output
+        rebuilt = 0
+        if not segment.all_inputs:
+            not_kept = sum(run.stop - run.start for run in segment.runs if not run.place)
+            not_kept -= segment.runs[-1].place is None  # the last layer's is made in its turn
+            rebuilt = (count - 1) * size.hidden + not_kept * output
+        waiting += count == 1 or not segment.all_inputs
+        if not segment.all_inputs:
+            rebuilt_runs = [(place, n) for place, n in (*lengths[:-1], (lengths[-1][0], lengths[-1][1] - 1)) if n == 1]
+            waiting += sum(1 + (place is None) for place, _ in rebuilt_runs)
+            # Loads from the host that are in no loop are begun long before they are needed.
+            early += len(rebuilt_runs) * size.layer // job.devices * profile.offload_weights
+        elif job.sp > 1 and not one_head(job):  # before heads are swapped, a copy of all outputs is turned round
+            peak = max(peak, kept + here * size.heads + size.hidden)
+        work = layer_work(job, here, not segment.all_inputs)
+        peak = max(peak, kept + rebuilt + early + waiting * zeros_bytes(job) + work)
+    return peak
+
+
+def zeros_bytes(job: Job) -> int:
+    """Of each layer still to come that no loop goes over (the last of a segment): what its queries, keys and values
+    will be written into, which the compiler makes for all of them at once where heads are not worked on in chunks."""
+    size = job.sizes
+    return size.heads + 2 * size.kv if job.profile.head_chunks == 1 else 0
+
+
+def layer_work(job: Job, kept_here: int = 0, unrolled: bool = False) -> int:
+    """One layer's backward pass, beside what is kept and rebuilt: at the attention or in a tile of the MLP.
+
+    kept_here: layers of the segment whose attention outputs are on the device; unrolled: whether a layer of the segment
+    is computed outside of a loop.
+    """
+    size, profile = job.sizes, job.profile
+    wide = size.layer * 4 // job.width
+    attention, mlp = attention_work(job), mlp_work(job)
+    always = 2 * size.hidden + 2 * size.heads + size.rope + size.statistics  # h and dh, o and do
+    always += wide  # float32 sums of the weights' gradients
+    if profile.offload_weights:
+        always += size.table // job.devices  # the head's gradient waits for its way to the host
+        attention += wide if job.devices == 1 else 0  # as do the sums of the layer before
+    if unrolled and job.devices > 1 and profile.head_chunks > 1:
+        mlp += wide  # the last layer's weights
+    if profile.head_chunks == 1 and job.sp > 1 and not unrolled:
+        mlp += 4 * size.heads + 2 * size.kv  # the attention's swaps over devices start early
+    if profile.head_chunks > 1 and job.sp > 1 and kept_here and unrolled:  # outputs are turned round, in copies
+        attention += one_head(job) * kept_here * size.heads
+        mlp += (one_head(job) * kept_here + 2) * size.heads
+    return always + max(attention, mlp)
+
+
+def one_head(job: Job) -> bool:
+    """Whether a device works on one head of a chunk at a time."""
+    return job.model.num_heads == job.profile.head_chunks * job.sp
+
+
+def attention_work(job: Job) -> int:
+    """Gradients of keys and values; one chunk's q, k, v, their gradients, slices of o and do; the kernel's
+    workspace."""
+    size, model, chunks = job.sizes, job.model, job.profile.head_chunks
+    shared = chunks > model.num_kv_heads
+    kv_chunk = size.kv // min(chunks, model.num_kv_heads)
+    repeats = job.sp // math.gcd(job.sp, max(1, model.num_kv_heads // chunks))
+    q_chunk, kv_chunk = size.heads // chunks, kv_chunk * repeats
+    if chunks == 1:
+        return q_chunk + 4 * kv_chunk + workspace(job)
+    return 4 * q_chunk + 4 * kv_chunk + 2 * size.kv * (4 // job.width if shared else 1) + workspace(job)
+
+
+def workspace(job: Job) -> int:
+    """cuDNN's in its backward pass: float32 dq, and dk and dv of each query head, for the heads of one call."""
+    if job.profile.attention == "xla" or not job.count_workspace:
+        return 0
+    model = job.model
+    heads = max(1, model.num_heads // job.profile.head_chunks // job.sp)
+    rows = job.rows // job.dp
+    while rows * job.length * heads * model.head_dim > 2**31 and heads % 2 == 0:  # as ops/attention.py splits them
+        heads //= 2
+    return rows * job.length * heads * model.head_dim * 8
+
+
+def mlp_work(job: Job) -> int:
+    """The layer's weights, also in float32, and a tile's intermediates and weight gradients."""
+    size, model, profile = job.sizes, job.model, job.profile
+    tokens = job.rows * job.length // job.devices
+    tile = tokens if profile.mlp_tile is None else min(tokens, profile.mlp_tile or model.hidden_size)
+    wide = size.layer * 4 // job.width if tile < tokens else 0
+    return wide + int(4.75 * tile * model.intermediate_size * job.width)
+
+
+def update_work(job: Job) -> int:
+    """What the optimizer's update needs beside its arrays: for the largest parameter at once, or, streamed from host
+    memory, for a chunk. Formats that are rounded stochastically need random bits of the same size (compiled for an
+    H100)."""
+    model, profile = job.model, job.profile
+    matrix, table = model.hidden_size * model.intermediate_size, model.vocab_size * model.hidden_size
+    rounded = (job.states != "float32") + (job.master == "none" and job.width == 2)
+    if profile.offload_weights or profile.offload_optimizer:
+        return 40 * max(matrix // job.devices, min(table // job.devices, UPDATE_CHUNK))
+    return max(matrix * model.num_layers, table) // job.devices * (24 if job.states == "int8" else 6 * bool(rounded))

@@ -1,0 +1,195 @@
+"""From flags to a plan: which machine, which profile, does it fit; what to say before a run and after it."""
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from alst_jax.config import TrainConfig, UserError
+from alst_jax.environment import has_cuda_compiler
+from alst_jax.memory import auto
+from alst_jax.memory.auto import Choice, Search
+from alst_jax.memory.cost import Job
+from alst_jax.memory.flags import PLACEMENTS, describe
+from alst_jax.memory.machines import GIB, Cluster, parse_cluster
+from alst_jax.memory.plan import absent_devices, plan_step, this_cluster
+from alst_jax.memory.report import ESTIMATED, Plan
+from alst_jax.ops.rope import MAX_POSITION
+from alst_jax.optim.adamw import AdamW
+from alst_jax.parallel.mesh import make_mesh
+from alst_jax.step import TrainStep, check_profile
+
+ANY_LENGTH = 1024  # where the length is what is looked for
+MEASURED_ERROR = ("estimated by arithmetic, without a compiler: its measured error is in "
+                  "benchmarks/results/2026-11-24-plan-accuracy.md; install the extra cuda12 or cuda13 to compile for these devices without having them")
+
+
+@dataclasses.dataclass(frozen=True)
+class Planner:
+    """Plans of one command line: for the devices at hand, or for the machine it names.
+
+    cluster: that machine; None where no limits and speeds are known (CPU). compiles: whether a compiler for it is here.
+    """
+
+    config: TrainConfig
+    cluster: Cluster | None
+    compiles: bool
+    dtype: jnp.dtype
+
+    @staticmethod
+    def of(config: TrainConfig, cluster: Cluster | None, dtype: jnp.dtype) -> "Planner":
+        return Planner(config, cluster, not config.plan_for or has_cuda_compiler(), dtype)
+
+    @property
+    def search(self) -> Search:
+        """What --memory auto may choose; with manual, nothing."""
+        profile_fields = {"segment_layers", "keep_attention_on_device", "keep_attention_on_host", "head_chunks",
+                          "optimizer_states", "master_weights", "loss_tile", *PLACEMENTS}
+        fixed = profile_fields if self.config.memory == "manual" else profile_fields & set(self.config.typed)
+        return Search(self.cluster, frozenset(fixed), self.config.allow_narrow_optimizer,
+                      auto.CONFIRMED if self.compiles else auto.UNCONFIRMED)
+
+    def step(self, job: Job) -> TrainStep:
+        """The step of a job, on the devices at hand or on those it is planned for."""
+        config = self.config
+        optimizer = AdamW(config.beta1, config.beta2, config.eps, config.weight_decay, config.clip_norm, job.states,
+            job.master,
+                          config.seed)
+        devices = absent_devices(self.cluster) if config.plan_for else None
+        return TrainStep(job.model, make_mesh(job.dp, job.sp, devices), job.profile, optimizer, self.dtype)
+
+    def compile(self, job: Job) -> Plan:
+        """The plan of a job by the compiler, or by the cost model where there is none."""
+        if not self.compiles:
+            return self.search.plan(job)
+        return plan_step(self.step(job), job.rows, job.length, job.grad_accum, self.cluster)
+
+    def choose(self, job: Job, say: Callable[[str], None] = print) -> Choice:
+        """The job with the profile that --memory says, and its plan. UserError if it cannot fit."""
+        check_profile(job.profile, job.model, job.sp)
+        if self.cluster is None:
+            return Choice(job, self.compile(job))
+        search = self.search
+        if self.config.memory == "manual":
+            choice = Choice(job, self.compile(job))
+            if search.missing(choice.plan) if self.compiles is False else choice.plan.lacks:
+                raise UserError(self.too_large(job, choice.plan))
+            return choice
+        if auto.fits_somehow(job, search) is None:
+            raise UserError(self.too_large(job, search.plan(job)))
+        if self.compiles:
+            return auto.confirm(job, search, self.compile, say)
+        return auto.choose(job, search)
+
+    def longest(self, job: Job) -> Choice:
+        """The job at the longest length that fits, with its plan. UserError if none does."""
+        search, most = self.search, min(MAX_POSITION, 2**31 // job.model.head_dim)
+        check_profile(job.profile, job.model, job.sp)
+        for _ in range(auto.ROUNDS):
+            length = auto.longest(job, search, most)
+            if not length:
+                raise UserError(self.never_fits(job, search))
+            found = auto.fits_somehow(dataclasses.replace(job, length=length), search)
+            plan = self.compile(found)
+            if not plan.lacks:
+                return Choice(found, plan)
+            search, _ = search.corrected(search.plan(found), plan)
+        raise UserError("--find-max-seq-len: the compiler and the cost model did not agree on any length; plan one "
+                        "length at a time with --plan-only --seq-len")
+
+    # ------------------------------------------------------------------------------------------------------- refusals
+
+    def too_large(self, job: Job, plan: Plan) -> str:
+        """Why a job does not fit, the longest length that does, and the flags that would help."""
+        search = self.search
+        missing = plan.lacks or search.missing(plan)
+        if self.config.memory == "auto":
+            missing = self._least_missing(job, search)
+        longest = auto.longest(job, search, job.length)
+        if not longest:
+            return self.never_fits(job, search)
+        return (f"--seq-len {job.length}: does not fit {self.cluster}: {_lacks(missing)} missing. The longest that "
+                f"fits with these flags is about {longest}" + self._help(job, search))
+
+    def never_fits(self, job: Job, search: Search) -> str:
+        """Why a model does not fit at any length."""
+        short = dataclasses.replace(job, length=auto.LENGTH_STEP * max(1, -(-job.sp // 8)))
+        least = self._least_missing(short, search)
+        return (f"the model ({job.model.num_params / 1e9:.1f} billion parameters) does not fit {self.cluster} at any "
+                f"length: at {short.length} tokens {_lacks(least)} missing" + self._help(short, search))
+
+    def _least_missing(self, job: Job, search: Search) -> dict[str, int]:
+        found = (search.missing(search.plan(candidate)) for candidate in auto.candidates(job, search))
+        return min(found, key=lambda missing: sum(missing.values()))
+
+    def _help(self, job: Job, search: Search) -> str:
+        wider = dataclasses.replace(search, fixed=frozenset(), narrow=False)
+        found = []
+        if search.fixed and auto.fits_somehow(job, wider):
+            found.append("leave the memory flags to --memory auto")
+        if not search.narrow and auto.fits_somehow(job, dataclasses.replace(wider, narrow=True)):
+            found.append("--allow-narrow-optimizer (or --optimizer-states int8 --master-weights none)")
+        if job.devices > job.sp and job.model.num_heads % job.devices == 0:
+            found.append(f"--sp {job.devices}")
+        return f". What would help: {'; '.join(found) or 'more devices (--sp) or host memory'}"
+
+
+def _lacks(missing: dict[str, int]) -> str:
+    return " and ".join(f"{value / GIB:.1f} GiB of {place} memory" for place, value in missing.items())
+
+
+# ------------------------------------------------------------------------------------------------------------ the story
+
+
+def target(config: TrainConfig) -> Cluster | None:
+    """The machine that a command line plans for, or that it is on; None on a CPU."""
+    return parse_cluster(config.plan_for, config.host_memory) if config.plan_for else this_cluster()
+
+
+def report(planner: Planner, job: Job) -> str:
+    """What --plan-only and --find-max-seq-len print; draws the picture, if one was asked for."""
+    config = planner.config
+    quiet = (lambda text: None) if config.json else print
+    if config.find_max_seq_len and planner.cluster is None:
+        raise UserError("--find-max-seq-len on a CPU: nobody knows its limits; name a machine with --plan-for")
+    choice = planner.longest(job) if config.find_max_seq_len else planner.choose(job, quiet)
+    plan = choice.plan
+    if config.plan_picture:
+        plan.picture(config.plan_picture)
+    if config.json:
+        found = {"max_seq_len": choice.job.length} if config.find_max_seq_len else {}
+        return json.dumps(json.loads(plan.to_json()) | {"flags": describe(choice.job),
+            "seq_len": choice.job.length} | found)
+    lines = [plan.table()]
+    if config.find_max_seq_len:
+        lines.insert(0, f"longest sequence: {choice.job.length:,} tokens, with {describe(choice.job)}")
+    if plan.source == ESTIMATED:
+        lines.append(MEASURED_ERROR)
+    if planner.cluster is not None and config.memory == "auto" and not config.find_max_seq_len:
+        lines.append(dataclasses.replace(choice, plan=plan).explain())
+    return "\n".join(lines)
+
+
+def announce(planner: Planner, choice: Choice) -> None:
+    """Before a run: its plan, in a few lines."""
+    print(f"plan    {choice.plan.line()}")
+    if planner.config.memory == "auto":
+        print(f"        {choice.explain()}", flush=True)
+
+
+def planned_against_measured(plan: Plan, peak_gib: float, seconds: list[float]) -> str:
+    """After a run: device peak in GiB and the median of its steps' seconds, the first left out, beside the plan."""
+    later = seconds[1:] or seconds
+    parts = [f"device {plan.device_bytes / GIB:.1f} GiB planned, {peak_gib:.1f} measured ({_percent(peak_gib * GIB,
+        plan.device_bytes)})"]
+    if later and plan.step_seconds:
+        measured = statistics.median(later)
+        parts.append(f"{plan.step_seconds:.1f} s a step planned, {measured:.1f} measured ({_percent(measured,
+            plan.step_seconds)})")
+    return "plan    " + "; ".join(parts)
+
+
+def _percent(measured: float, planned: float | int) -> str:
+    return f"{(measured / planned - 1) * 100:+.0f}%"

@@ -1,0 +1,36 @@
+"""A job's profile in the words of the command line."""
+
+import dataclasses
+from collections.abc import Iterator
+
+from alst_jax.memory.cost import Job
+
+PLACEMENTS = ("offload_activations", "offload_weights", "offload_optimizer")
+
+
+def describe(job: Job) -> str:
+    """The choices of a job as flags."""
+    profile = job.profile
+    words = [f"--{name.replace('_', '-')}" for name in PLACEMENTS if getattr(profile, name)]
+    if profile.segment_layers != (1,):
+        words.append(f"--segment-layers {' '.join(map(str, profile.segment_layers))}")
+    for name, value, default in (
+            ("keep-attention-on-device", profile.keep_attention_on_device, 0),
+            ("keep-attention-on-host", profile.keep_attention_on_host, 0), ("head-chunks", profile.head_chunks, 1),
+            ("loss-tile", profile.loss_tile or 0, 0), ("mlp-tile", profile.mlp_tile or 0, 0),
+            ("optimizer-states", job.states, "float32"), ("master-weights", job.master, "float32")):
+        if value != default:
+            words.append(f"--{name} {value}")
+    return " ".join(words) or "nothing offloaded, every layer's input kept"
+
+
+def describe_changes(old: Job, new: Job) -> Iterator[str]:
+    """What differs in a job's profile, as flags."""
+    for field in dataclasses.fields(old.profile):
+        before, after = getattr(old.profile, field.name), getattr(new.profile, field.name)
+        if before != after:
+            flag = field.name.replace("_", "-")
+            if isinstance(after, bool):
+                yield f"--{'' if after else 'no-'}{flag}"
+            else:
+                yield f"--{flag} {' '.join(map(str, after)) if isinstance(after, tuple) else after}"

@@ -1,0 +1,133 @@
+"""A plan as data, and how it is shown: a table, one JSON object, a line, a picture."""
+
+import dataclasses
+import json
+import pathlib
+
+from alst_jax.config import UserError
+from alst_jax.memory.machines import GIB
+
+COMPILED, ABSENT, ESTIMATED = "compiled", "compiled for a device that is not here", "estimated"
+PARTS = ("weights", "gradients", "optimizer", "kept activations", "working set", "batch")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One optimizer step. Bytes of one device, and of host memory for that device; FLOPs and tokens of the whole mesh.
+
+    source: COMPILED by the compiler of the devices at hand, ABSENT for devices that are not here, ESTIMATED by the cost
+    model. collectives: name -> calls a step and bytes that one device sends in them; in a compiled plan also the
+    `instructions` in the program, of which those in a loop run once a trip. seconds: by term; empty where the machine
+    is not known. Limits are None where nobody knows them (CPU).
+    """
+
+    source: str
+    device_kind: str
+    device: dict[str, int]
+    host: dict[str, int]
+    device_limit: int | None
+    host_limit: int | None
+    flops: float
+    collectives: dict[str, dict[str, int]]
+    seconds: dict[str, float]
+    tokens: int
+    devices: int = 1
+
+    @property
+    def device_bytes(self) -> int:
+        return sum(self.device.values())
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(self.host.values())
+
+    @property
+    def step_seconds(self) -> float | None:
+        return sum(self.seconds.values()) or None
+
+    @property
+    def limiting_term(self) -> str | None:
+        """What takes most of the predicted time."""
+        return max(self.seconds, key=self.seconds.get) if self.seconds else None
+
+    @property
+    def lacks(self) -> dict[str, int]:
+        """Bytes that are missing, of "device" and "host" memory; empty if the plan fits or limits are not known."""
+        pairs = (("device", self.device_bytes, self.device_limit), ("host", self.host_bytes, self.host_limit))
+        return {place: need - limit for place, need, limit in pairs if limit is not None and need > limit}
+
+    def to_json(self) -> str:
+        """One JSON object: the fields, and what follows from them. Bytes are integers."""
+        headroom = None if self.device_limit is None else self.device_limit - self.device_bytes
+        speed = self.tokens / self.step_seconds if self.step_seconds else None
+        return json.dumps(dataclasses.asdict(self) | {
+            "device_bytes": self.device_bytes, "host_bytes": self.host_bytes, "headroom": headroom,
+            "step_seconds": self.step_seconds, "tokens_per_second": speed, "limiting_term": self.limiting_term,
+            "fits": not self.lacks})
+
+    def table(self) -> str:
+        """For people, in GiB."""
+        rows = [f"{self.source}, for {self.devices} x {self.device_kind}", f"{'':24}{'device GiB':>12}{'host GiB':>12}"]
+        for part in dict.fromkeys((*PARTS, *self.device, *self.host)):
+            if part in self.device or part in self.host:
+                rows.append(f"{part:24}{self.device.get(part, 0) / GIB:12.2f}{self.host.get(part, 0) / GIB:12.2f}")
+        rows.append(f"{'total':24}{self.device_bytes / GIB:12.2f}{self.host_bytes / GIB:12.2f}")
+        limits = (self.device_limit, self.host_limit)
+        if any(limit is not None for limit in limits):
+            cell = lambda value: f"{value / GIB:12.2f}" if value is not None else f"{'':12}"
+            rows.append(f"{'there is':24}" + "".join(map(cell, limits)))
+            spare = (limit and limit - need for limit, need in zip(limits, (self.device_bytes, self.host_bytes)))
+            rows.append(f"{'headroom':24}" + "".join(map(cell, spare)))
+        rows.append("collectives a step, and what a device sends in them: " + (", ".join(
+            f"{calls['calls']} {name} ({calls['bytes'] / GIB:.2f} GiB" + (
+                f", {calls['instructions']} in the program)" if "instructions" in calls else ")")
+            for name, calls in self.collectives.items() if calls["calls"]) or "none"))
+        rows.append(f"model FLOPs a step: {self.flops:.3e}; tokens {self.tokens:,}")
+        if self.step_seconds:
+            terms = ", ".join(f"{name} {value:.1f}" for name, value in sorted(self.seconds.items(),
+                key=lambda i: -i[1]))
+            rows.append(f"predicted: {self.speed_line()} ({terms} s)")
+        return "\n".join(rows)
+
+    def speed_line(self) -> str:
+        """Seconds, tokens a second and what limits them, on one line."""
+        return (f"{self.step_seconds:.1f} s a step, {self.tokens / self.step_seconds:,.0f} tok/s, limited by "
+                f"{self.limiting_term}")
+
+    def line(self) -> str:
+        """The plan in one line."""
+        of = lambda need, limit: f"{need / GIB:.1f}" + (f" of {limit / GIB:.1f}" if limit is not None else "")
+        speed = f"; {self.speed_line()}" if self.step_seconds else ""
+        return (f"{self.source}: device {of(self.device_bytes, self.device_limit)} GiB, host "
+                f"{of(self.host_bytes, self.host_limit)} GiB{speed}")
+
+    def picture(self, file: str) -> None:
+        """A stacked bar each for device and host memory, with their limits. UserError without matplotlib."""
+        try:
+            import matplotlib
+        except ImportError as error:
+            raise UserError("--plan-picture draws with matplotlib, which is not installed; install the extra `plot`, "
+                            "or leave the flag out") from error
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        if not pathlib.Path(file).absolute().parent.is_dir():
+            raise UserError(f"--plan-picture {file}: its directory does not exist")
+        figure, axes = pyplot.subplots(figsize=(7, 5))
+        bottoms = [0.0, 0.0]
+        for part in dict.fromkeys((*PARTS, *self.device, *self.host)):
+            heights = [place.get(part, 0) / GIB for place in (self.device, self.host)]
+            if any(heights):
+                axes.bar(("one device", "its host memory"), heights, bottom=bottoms, label=part)
+                bottoms = [bottom + height for bottom, height in zip(bottoms, heights)]
+        for x, limit in enumerate((self.device_limit, self.host_limit)):
+            if limit is not None:
+                axes.hlines(limit / GIB, x - 0.45, x + 0.45, colors="black", linestyles="dashed")
+        axes.set(ylabel="GiB", title=f"{self.tokens:,} tokens, {self.devices} x {self.device_kind} ({self.source})")
+        axes.legend(loc="upper right", fontsize="small")
+        try:
+            figure.savefig(file)
+        except ValueError as error:
+            raise UserError(f"--plan-picture {file}: {error}") from error
+        finally:
+            pyplot.close(figure)

@@ -1,0 +1,70 @@
+"""The longest sequences that plans say fit, beside those ALST publishes (arXiv 2506.13996 and its recipes).
+
+    python -m benchmarks.longest --compiled 1 8
+
+Full fine-tuning, batch 1, bfloat16, H100 80 GB. `--compiled`: numbers of GPUs for which the compiler confirms (it needs
+the extra cuda12 or cuda13, and no GPU); the other cells are the cost model's, with 5% of each memory left free for its
+error.
+"""
+
+import dataclasses
+from typing import Literal
+
+import tyro
+
+from alst_jax import environment
+from benchmarks.shapes import LLAMA_8B, LLAMA_70B, QWEN3_32B
+
+MODELS = {"Llama-8B": LLAMA_8B, "Llama-70B": LLAMA_70B, "Qwen3-32B": QWEN3_32B}
+CLUSTERS = {1: "H100-80", 8: "8xH100-80", 32: "4x8xH100-80"}
+ALST = {("Llama-8B", 1): "500K", ("Llama-8B", 8): "3.7M", ("Llama-8B", 32): "15M", ("Llama-70B", 8): "200K",
+    ("Llama-70B", 32): "4.0M",
+        ("Qwen3-32B", 1): "230K", ("Qwen3-32B", 8): "1.55M", ("Qwen3-32B", 32): "7.0M"}
+
+
+@dataclasses.dataclass
+class Options:
+    compiled: tuple[Literal[1, 8, 32], ...] = ()
+    """Numbers of GPUs whose cells the compiler confirms."""
+    host_memory: float | None = None
+    """GiB for each GPU. Default: 221, an eighth of the 1.9 TB nodes of ALST's runs."""
+    formats: tuple[Literal["float32", "int8"], ...] = ("float32", "int8")
+    """Of the optimizer: float32 moments and master, or 8-bit moments and no master."""
+
+
+def main():
+    options = tyro.cli(Options)
+    environment.prepare(None, absent_devices=True)
+    import jax.numpy as jnp
+
+    from alst_jax.config import TrainConfig, UserError
+    from alst_jax.memory import decide
+    from alst_jax.memory.cost import Job
+    from alst_jax.memory.flags import describe
+    from alst_jax.memory.machines import parse_cluster
+    from alst_jax.memory.profile import Profile
+
+    print("| model | GPUs | optimizer | longest | | host GiB a GPU | profile | ALST |\n|" + "---|" * 8)
+    for (name, model), (gpus, machine) in ((m, c) for m in MODELS.items() for c in CLUSTERS.items()):
+        for states in options.formats:
+            master = "float32" if states == "float32" else "none"
+            memory = None if options.host_memory is None else options.host_memory * min(gpus, 8)
+            config = TrainConfig(plan_for=machine, host_memory=memory, find_max_seq_len=True)
+            planner = decide.Planner.of(config, parse_cluster(machine, memory), jnp.dtype("bfloat16"))
+            planner = dataclasses.replace(planner, compiles=planner.compiles and gpus in options.compiled)
+            job = Job(model, Profile(attention="cudnn", compute_dtype="bfloat16"), 1, 1024, 1, gpus, states=states,
+                master=master)
+            cell = f"| {name} | {gpus} | {states} "
+            try:
+                choice = planner.longest(job)
+                plan = choice.plan
+                host = f"{plan.host_bytes / 2**30:.0f} of {plan.host_limit / 2**30:.0f}"
+                cell += (f"| {choice.job.length:,} | {plan.source} | {host} | "
+                         f"{describe(choice.job)} ")
+            except UserError as error:
+                cell += f"| none | | | {str(error).split('.')[0][:160]} "
+            print(cell + f"| {ALST.get((name, gpus), '')} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

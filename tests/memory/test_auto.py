@@ -1,0 +1,149 @@
+# pytest tests/memory/test_auto.py
+"""Choosing a profile: the fastest that fits; the compiler has the last word; what is typed stays."""
+
+import dataclasses
+
+import pytest
+
+from alst_jax.config import TrainConfig, UserError
+from alst_jax.memory import auto
+from alst_jax.memory.auto import Search, choose, confirm, fits_somehow, longest, segments_within
+from alst_jax.memory.cost import Job, estimate
+from alst_jax.memory.machines import GIB, parse_cluster
+from alst_jax.memory.profile import Profile
+from benchmarks.shapes import LLAMA_70B, llama_8b
+from train import parse
+
+PLAIN = Profile(attention="cudnn", compute_dtype="bfloat16")
+MODEL = llama_8b(8)
+H100 = parse_cluster("H100-80", 62)
+
+
+def job(length=262144, model=MODEL, sp=1, **changes) -> Job:
+    return Job(model, dataclasses.replace(PLAIN, **changes), 1, length, 1, sp)
+
+
+@pytest.mark.parametrize("length,search", [
+    (65536, Search(H100)), (524288, Search(H100)), (786432, Search(H100, narrow=True)),
+    (524288, Search(parse_cluster("H200-141")))])
+def test_the_choice_fits_and_the_next_faster_does_not(length, search):
+    choice = choose(job(length), search)
+    assert not search.missing(choice.plan)
+    if choice.next_faster is not None:
+        _, plan, missing = choice.next_faster
+        assert missing and plan.step_seconds < choice.plan.step_seconds
+        assert "lacks" in choice.explain() and "GiB of" in choice.explain()
+    simple = [estimate(dataclasses.replace(job(length), profile=dataclasses.replace(PLAIN, **changes)), search.cluster)
+        for changes in (
+        {}, dict(offload_activations=True), dict(offload_activations=True, offload_optimizer=True),
+        dict(offload_activations=True, offload_optimizer=True, offload_weights=True))]
+    for plan in simple:
+        assert search.missing(plan) or plan.step_seconds >= choice.plan.step_seconds
+
+
+def test_all_stays_on_the_device_where_there_is_room():
+    choice = choose(job(65536, sp=8), Search(parse_cluster("8xH200")))
+    profile = choice.job.profile
+    assert not choice.plan.host_bytes and profile.keep_attention_on_device + profile.keep_attention_on_host == 8
+
+
+def test_segments_get_shorter_towards_the_last_layer():
+    """What is kept on the device is freed on the way back, so that earlier segments have more room."""
+    long = job(524288, llama_8b(32), offload_activations=True, offload_weights=True, offload_optimizer=True,
+        head_chunks=8,
+               keep_attention_on_device=10, keep_attention_on_host=12)
+    lengths = segments_within(long, Search(H100), 1.0)
+    assert sum(lengths) == 32 and lengths[-1] < max(lengths) and list(lengths[-4:]) == sorted(lengths[-4:],
+        reverse=True)
+    fitted = dataclasses.replace(long, profile=dataclasses.replace(long.profile, segment_layers=lengths))
+    assert "device" not in Search(H100).missing(estimate(fitted, H100))
+    too_much = dataclasses.replace(long, profile=dataclasses.replace(long.profile, keep_attention_on_device=20))
+    assert segments_within(too_much, Search(H100), 1.0) is None
+
+
+def test_what_is_typed_stays():
+    typed = dict(offload_weights=True, keep_attention_on_device=3, head_chunks=4)
+    choice = choose(job(**typed), Search(H100, frozenset(typed)))
+    assert all(getattr(choice.job.profile, name) == value for name, value in typed.items())
+    free = choose(job(), Search(H100))
+    assert choice.plan.step_seconds >= free.plan.step_seconds
+    assert fits_somehow(job(2**20), Search(H100, narrow=True))
+    assert fits_somehow(job(2**20), Search(H100, frozenset({"offload_activations"}), narrow=True)) is None  # it is off
+
+
+def test_formats_of_the_optimizer_change_only_if_allowed():
+    # 12 bytes a parameter and what is kept: too much for the host
+    assert fits_somehow(job(2**20), Search(H100)) is None
+    assert fits_somehow(job(2**20), Search(H100, narrow=True)).states != "float32"
+    kept = choose(job(524288), Search(H100, frozenset({"master_weights"}), narrow=True)).job
+    assert kept.master == "float32"
+    typed = choose(job(524288), Search(H100, frozenset({"master_weights", "optimizer_states"}), narrow=True)).job
+    assert (typed.states, typed.master) == ("float32", "float32")
+
+
+class Compiler:
+    """A compiler that needs `excess` bytes more of the device, and `host` of the host, than the model says."""
+
+    def __init__(self, cluster, excess=0, host=0):
+        self.cluster, self.excess, self.host, self.seen = cluster, excess, host, []
+
+    def __call__(self, job):
+        plan = estimate(job, self.cluster)
+        plan = dataclasses.replace(
+            plan, source="compiled", device=plan.device | {"excess": self.excess},
+                host=plan.host | {"excess": self.host})
+        self.seen.append(plan)
+        return plan
+
+
+@pytest.mark.parametrize("excess,host", [(0, 0), (6 * GIB, 0), (0, 20 * GIB), (6 * GIB, 20 * GIB), (-GIB, 0)])
+def test_a_choice_that_the_compiler_contradicts_is_corrected(excess, host):
+    compiler, said = Compiler(H100, excess, host), []
+    choice = confirm(job(524288), Search(H100), compiler, said.append)
+    assert choice.plan is compiler.seen[-1] and not choice.plan.lacks
+    assert all(plan.lacks for plan in compiler.seen[:-1]) and len(said) == len(compiler.seen) - 1
+    if excess > 0:
+        assert len(compiler.seen) > 1  # the compiler did contradict
+
+
+def test_nothing_is_chosen_that_no_compiler_accepts():
+    with pytest.raises(UserError, match="no profile was found that the compiler says fits"):
+        confirm(job(524288), Search(H100), Compiler(H100, 500 * GIB), lambda text: None)
+
+
+def test_the_longest_length():
+    search = Search(H100, narrow=True)
+    found = longest(job(), search, 2**24)
+    assert found % auto.LENGTH_STEP == 0 and found > 500_000
+    assert fits_somehow(job(found), search) and not fits_somehow(job(found + auto.LENGTH_STEP), search)
+    assert longest(job(), search, 100_000) == 100_000 // 1024 * 1024  # no longer than is asked for
+    more_host = longest(job(), Search(parse_cluster("H100-80", 300), narrow=True), 2**24)
+    eight = longest(job(sp=8), Search(parse_cluster("8xH100"), narrow=True), 2**24)
+    assert found < more_host < eight
+    assert longest(job(model=LLAMA_70B), Search(H100, narrow=True), 2**24) == 0
+
+
+def test_what_was_typed_is_known():
+    typed = lambda *arguments: parse(["--model", "m", "--data", "d", *arguments]).typed
+    assert typed() == ()
+    # a default typed counts
+    assert typed("--offload-weights", "--segment-layers", "1") == ("offload_weights", "segment_layers")
+    assert typed("--no-offload-weights", "--head-chunks", "2", "--optimizer-states", "float32") == (
+        "offload_weights", "head_chunks", "optimizer_states")
+    assert parse(["--steps", "3"]) == dataclasses.replace(parse(["--steps", "3"]), typed=())
+
+
+@pytest.mark.parametrize("flags,message", [
+    (dict(plan_for="H100"), "--plan-for is for --plan-only"), (dict(plan_picture="x.png"),
+    "--plan-picture is for --plan-only"),
+    (dict(json=True), "--json is for --plan-only"), (dict(host_memory=3.0), "--host-memory 3.0"),
+    (dict(host_memory=-1.0, plan_for="H100", plan_only=True), "--host-memory -1.0: a positive number"),
+    (dict(plan_for="H100", plan_only=True, simulate_devices=2), "leave one of them out"),
+    (dict(find_max_seq_len=True, seq_len=5), "--find-max-seq-len looks for what --seq-len 5 says"),
+    (dict(memory="manual", allow_narrow_optimizer=True), "--allow-narrow-optimizer is for --memory auto")])
+def test_flags_that_contradict_each_other(flags, message):
+    from alst_jax.config import check_run
+
+    with pytest.raises(UserError) as error:
+        check_run(TrainConfig(**flags))
+    assert message in str(error.value)
