@@ -136,6 +136,8 @@ def run(config: TrainConfig) -> int:
     geometry = {"data": fingerprint(sequences), "seed": config.seed, "rows": rows, "grad_accum": config.grad_accum,
                 "seq_len": seq_len, "dtype": str(dtype), "optimizer_states": job.states,
                 "master_weights": job.master}
+    if choice is not None:
+        decide.make_host_pool(choice.plan)
     if config.resume:
         _, at = ckpt.find_checkpoint(out)
         checkpoints = setup.open_checkpoints(out, config, step)

@@ -6,7 +6,7 @@ import subprocess
 
 import psutil
 
-from alst_jax.memory.machines import HOST_RESERVE, MEMORY_FRACTION, machine_of_kind
+from alst_jax.memory.machines import GIB, MEMORY_FRACTION, machine_of_kind, usable_host_memory
 
 CUDA_PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 
@@ -35,9 +35,10 @@ def prepare(simulate_devices: int | None, absent_devices: bool = False) -> None:
         return
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # setting both names is an error
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(MEMORY_FRACTION))
-    # jax caps pinned memory at 64 GB unless told otherwise; weights and optimizer states of an 8B model need more.
-    gigabytes = int(psutil.virtual_memory().total * (1 - HOST_RESERVE) / 1e9)
-    os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(gigabytes))
+    # jax caps pinned memory at 64 GiB unless told otherwise; weights and optimizer states of an 8B model need more. The unit
+    # is GiB, whatever the name says.
+    limit = usable_host_memory(psutil.virtual_memory().total) // GIB
+    os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(limit))
     if _has_nvidia_gpu():  # the flag is unknown to CPU-only builds, which would abort
         _schedule_to_hide_latency()
 

@@ -5,11 +5,12 @@ import json
 import statistics
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 
 from alst_jax.config import TrainConfig, UserError
 from alst_jax.environment import has_cuda_compiler
-from alst_jax.memory import auto
+from alst_jax.memory import auto, host
 from alst_jax.memory.auto import Choice, Search
 from alst_jax.memory.cost import Job
 from alst_jax.memory.flags import PLACEMENTS, describe
@@ -21,6 +22,7 @@ from alst_jax.optim.adamw import AdamW
 from alst_jax.parallel.mesh import make_mesh
 from alst_jax.step import TrainStep, check_profile
 
+POOL_SLACK, POOL_MATTERS = 2, 16  # GiB
 ANY_LENGTH = 1024  # where the length is what is looked for
 MEASURED_ERROR = ("estimated by arithmetic, without a compiler: its measured error is in "
                   "benchmarks/results/2026-11-24-plan-accuracy.md; install the extra cuda12 or cuda13 to compile for these devices without having them")
@@ -177,6 +179,23 @@ def announce(planner: Planner, choice: Choice) -> None:
     print(f"plan    {choice.plan.line()}")
     if planner.config.memory == "auto":
         print(f"        {choice.explain()}", flush=True)
+
+
+def make_host_pool(plan: Plan) -> None:
+    """Pin the host memory of a plan in one piece (see `host.reserve`), if it is of a size that matters. UserError if the
+    host refuses."""
+    gibibytes = -(-plan.host_bytes * jax.local_device_count() // GIB) + POOL_SLACK
+    if gibibytes < POOL_MATTERS:
+        return
+    print(f"pinning {gibibytes} GiB of host memory, about a second each", flush=True)
+    try:
+        host.reserve(gibibytes)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(f"{gibibytes} GiB of host memory could not be pinned: {str(error).splitlines()[0][:200]}. Free some, raise "
+                        "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB where it is set, or keep less there (--keep-attention-on-host, "
+                        "--optimizer-states int8, a shorter --seq-len)") from error
 
 
 def planned_against_measured(plan: Plan, peak_gib: float, seconds: list[float]) -> str:

@@ -13,7 +13,8 @@ from alst_jax.config import UserError
 
 GIB = 2**30
 MEMORY_FRACTION = 0.95  # of a device's memory that jax is given: XLA_CLIENT_MEM_FRACTION, set by environment.py
-HOST_RESERVE = 0.08  # of host memory, left to the operating system, the data and the program
+HOST_RESERVE = 0.13  # of host memory, left to the operating system, the data and the program (11 GiB measured), but at most
+MOST_RESERVED = 16 * GIB
 LARGEST_HOST = 8  # devices
 
 _TARGET = """gpu_device_info {{
@@ -113,7 +114,7 @@ class Cluster:
     @property
     def host_share(self) -> int:
         """Bytes of host memory that plans may give to one device."""
-        return int(self.host_memory * (1 - HOST_RESERVE)) // self.per_host
+        return usable_host_memory(self.host_memory) // self.per_host
 
     @property
     def topology(self) -> str:
@@ -124,6 +125,11 @@ class Cluster:
         hosts = f"{self.hosts} hosts of " if self.hosts > 1 else ""
         return f"{hosts}{self.per_host} x {self.machine.name}, {self.host_memory / GIB:.0f} GiB of host memory" + (
             " each" if self.hosts > 1 else "")
+
+
+def usable_host_memory(total: int) -> int:
+    """Bytes of a host's memory that jax may pin."""
+    return total - min(int(total * HOST_RESERVE), MOST_RESERVED)
 
 
 def parse_cluster(text: str, host_memory_gib: float | int | None = None) -> Cluster:

@@ -33,7 +33,7 @@ def test_what_does_not_exist_is_refused(text, message):
 
 def test_host_memory_is_that_of_a_host_and_shared_by_its_devices():
     cluster = parse_cluster("2x4xH100", 1000)
-    assert cluster.host_memory == 1000 * GIB and cluster.host_share == pytest.approx(1000 * GIB * 0.92 / 4, rel=1e-6)
+    assert cluster.host_memory == 1000 * GIB and cluster.host_share == (1000 - 16) * GIB // 4
     assert parse_cluster("8xH100").host_memory == 8 * parse_cluster("H100").host_memory
 
 
