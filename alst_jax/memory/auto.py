@@ -18,6 +18,7 @@ MOST_CHUNKS = 8
 BUDGETS = (0.0, 0.25, 0.5, 1.0)  # parts of the free device memory that rebuilding a segment may take
 KEPT_STEPS = 12  # numbers of layers that are tried for what is kept on the device
 NARROWER = (("bfloat16", "float32"), ("int8", "float32"), ("int8", "none"))  # moments, master
+EARLY_LOADS = 4  # layers whose weights come from the host before they are needed, for which segments leave room
 LENGTH_STEP = 1024
 ROUNDS = 5  # of choosing and compiling
 
@@ -249,6 +250,7 @@ def segments_within(job: Job, search: Search, part: float) -> tuple[int, ...] | 
     states = (0 if profile.offload_weights else weights + gradients) + (0 if profile.offload_optimizer else optimizer)
     room = search.cluster.machine.usable * (1 - search.margin) - states - search.device_correction
     room = room / cost.FRAGMENTS - cost.layer_work(job)
+    room -= EARLY_LOADS * size.layer // job.devices * profile.offload_weights
     output = size.heads + size.statistics
     on_device = layers - profile.keep_attention_on_device  # the first layer that keeps its output there
     not_kept = on_device - profile.keep_attention_on_host  # so many layers keep none

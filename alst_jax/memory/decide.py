@@ -56,9 +56,8 @@ class Planner:
     def step(self, job: Job) -> TrainStep:
         """The step of a job, on the devices at hand or on those it is planned for."""
         config = self.config
-        optimizer = AdamW(config.beta1, config.beta2, config.eps, config.weight_decay, config.clip_norm, job.states,
-            job.master,
-                          config.seed)
+        optimizer = AdamW(config.beta1, config.beta2, config.eps, config.weight_decay, config.clip_norm,
+                          job.states, job.master, config.seed)
         devices = absent_devices(self.cluster) if config.plan_for else None
         return TrainStep(job.model, make_mesh(job.dp, job.sp, devices), job.profile, optimizer, self.dtype)
 
@@ -76,14 +75,15 @@ class Planner:
         search = self.search
         if self.config.memory == "manual":
             choice = Choice(job, self.compile(job))
-            if search.missing(choice.plan) if self.compiles is False else choice.plan.lacks:
+            if choice.plan.lacks if self.compiles else search.missing(choice.plan):
                 raise UserError(self.too_large(job, choice.plan))
             return choice
-        if auto.fits_somehow(job, search) is None:
-            raise UserError(self.too_large(job, search.plan(job)))
-        if self.compiles:
+        if self.compiles and auto.fits_somehow(job, search) is not None:
             return auto.confirm(job, search, self.compile, say)
-        return auto.choose(job, search)
+        choice = None if self.compiles else auto.choose(job, search)
+        if choice is None:
+            raise UserError(self.too_large(job, search.plan(job)))
+        return choice
 
     def longest(self, job: Job) -> Choice:
         """The job at the longest length that fits, with its plan. UserError if none does."""

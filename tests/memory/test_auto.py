@@ -56,7 +56,7 @@ def test_segments_get_shorter_towards_the_last_layer():
     assert sum(lengths) == 32 and lengths[-1] < max(lengths) and list(lengths[-4:]) == sorted(lengths[-4:],
         reverse=True)
     fitted = dataclasses.replace(long, profile=dataclasses.replace(long.profile, segment_layers=lengths))
-    assert "device" not in Search(H100).missing(estimate(fitted, H100))
+    assert "device" not in estimate(fitted, H100).lacks
     too_much = dataclasses.replace(long, profile=dataclasses.replace(long.profile, keep_attention_on_device=20))
     assert segments_within(too_much, Search(H100), 1.0) is None
 
