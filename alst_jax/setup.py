@@ -18,6 +18,7 @@ from alst_jax.data.documents import Sequence, Stats, make_sequences
 from alst_jax.data.embedded import TINY_LLAMA, python_reference
 from alst_jax.data.sources import read_documents
 from alst_jax.data.tokenizer import byte_tokenizer, load_tokenizer
+from alst_jax.memory.machines import parse_cluster
 from alst_jax.memory.profile import Profile
 from alst_jax.models.hf_config import hf_config_dict, model_config
 from alst_jax.models.hf_weights import find_tensors, load_params
@@ -121,12 +122,7 @@ def make_profile(config: TrainConfig, dtype: jnp.dtype, model: ModelConfig) -> P
     if attention != "xla" and dtype != jnp.bfloat16:
         raise UserError(f"--attention {attention} needs --dtype bfloat16; use that or --attention xla")
     if attention == "tokamax":
-        if importlib.util.find_spec("tokamax") is None:
-            raise UserError("--attention tokamax: the package is not installed (pip install tokamax, or the extra of that "
-                            "name); or use --attention cudnn")
-        if jax.devices()[0].compute_capability != HOPPER:
-            raise UserError(f"--attention tokamax: its kernel was tested on Hopper GPUs only, this is a "
-                            f"{jax.devices()[0].device_kind}; use --attention cudnn")
+        _check_tokamax(config)
     if attention != "xla" and (model.head_dim % 8 or model.head_dim > CUDNN_MAX_HEAD_DIM):
         raise UserError(f"--attention {attention}: the model's head_dim={model.head_dim} must be a multiple of 8 up to "
                         f"{CUDNN_MAX_HEAD_DIM}; use --attention xla")
@@ -138,6 +134,19 @@ def make_profile(config: TrainConfig, dtype: jnp.dtype, model: ModelConfig) -> P
         keep_attention_on_device=config.keep_attention_on_device, keep_attention_on_host=config.keep_attention_on_host,
         head_chunks=config.head_chunks, attention=attention, compute_dtype=str(dtype),
         reduce_dtype=config.reduce_dtype)
+
+
+def _check_tokamax(config: TrainConfig) -> None:
+    if config.plan_for:
+        machine = parse_cluster(config.plan_for).machine
+        name, capability = machine.name, ".".join(map(str, machine.capability))
+    else:
+        name, capability = jax.devices()[0].device_kind, jax.devices()[0].compute_capability
+        if importlib.util.find_spec("tokamax") is None:
+            raise UserError("--attention tokamax: the package is not installed (pip install tokamax, or the extra of that "
+                            "name); or use --attention cudnn")
+    if capability != HOPPER:
+        raise UserError(f"--attention tokamax: its kernel was tested on Hopper GPUs only, not on {name}; use --attention cudnn")
 
 
 def load_weights(source: ModelSource, step: TrainStep, dtype: jnp.dtype, seed: int) -> Any:

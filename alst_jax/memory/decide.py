@@ -65,6 +65,10 @@ class Planner:
         """The plan of a job by the compiler, or by the cost model where there is none."""
         if not self.compiles:
             return self.search.plan(job)
+        if self.config.plan_for and job.profile.attention == "tokamax":
+            # Its kernel is made for the device at hand only; what cuDNN's forward needs is the same to the byte.
+            as_cudnn = dataclasses.replace(job, profile=dataclasses.replace(job.profile, attention="cudnn"))
+            return dataclasses.replace(self.compile(as_cudnn), seconds=self.search.plan(job).seconds)
         return plan_step(self.step(job), job.rows, job.length, job.grad_accum, self.cluster)
 
     def choose(self, job: Job, say: Callable[[str], None] = print) -> Choice:
@@ -75,7 +79,10 @@ class Planner:
         search = self.search
         if self.config.memory == "manual":
             choice = Choice(job, self.compile(job))
-            if choice.plan.lacks if self.compiles else search.missing(choice.plan):
+            # What an estimate misses by less than its error is shown, not refused.
+            error, plan = 0.0 if self.compiles else auto.UNCONFIRMED, choice.plan
+            limits = {"device": plan.device_limit, "host": plan.host_limit}
+            if any(missing > error * limits[place] for place, missing in plan.lacks.items()):
                 raise UserError(self.too_large(job, choice.plan))
             return choice
         if self.compiles and auto.fits_somehow(job, search) is not None:

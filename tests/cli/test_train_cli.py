@@ -74,7 +74,7 @@ def wait_for_steps(out: pathlib.Path, is_running: Callable[[], bool]) -> None:
 def run_here(*arguments) -> int:
     """The exit code of train.main() in this process, on the eight devices it has."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(environment, "prepare", lambda _: None)
+        patch.setattr(environment, "prepare", lambda *_, **__: None)
         patch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
         try:
             return train.main()
