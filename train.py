@@ -64,6 +64,8 @@ def with_demo_defaults(config: TrainConfig) -> TrainConfig:
     sp = config.sp or 4
     demo = dict(sp=sp, simulate_devices=sp * (config.dp or 1), steps=80, seq_len=2048, learning_rate=3e-3,
                 out=f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
+    if config.find_max_seq_len:
+        del demo["seq_len"]
     return dataclasses.replace(config, **{k: v for k, v in demo.items() if getattr(config, k) is None})
 
 

@@ -290,6 +290,8 @@ def check_run(config: TrainConfig) -> None:
         raise UserError("--eval-every needs --eval-data, the file to evaluate on")
     if config.resume and config.out is None:
         raise UserError("--resume needs --out, the directory of the run to continue")
+    if config.plan_for is not None and not config.plan_for.strip():
+        raise UserError("--plan-for '': name a machine, as in H100-80 or 8xH100")
     for field in ("json", "plan_for", "plan_picture"):
         if getattr(config, field) and not config.planning:
             raise UserError(f"{flag(field)} is for --plan-only and --find-max-seq-len; a run has the machine it is on")
@@ -302,8 +304,8 @@ def check_run(config: TrainConfig) -> None:
         raise UserError(f"--find-max-seq-len looks for what --seq-len {config.seq_len} says; leave one of them out")
     if config.allow_narrow_optimizer and config.memory == "manual":
         raise UserError("--allow-narrow-optimizer is for --memory auto; with manual, say --optimizer-states and --master-weights")
-    if config.plan_only and config.resume:
-        raise UserError("--plan-only with --resume: plan the run with its own flags and --model on its directory")
+    if config.planning and config.resume:
+        raise UserError("--plan-only or --find-max-seq-len with --resume: plan the run with its own flags and --model on its directory")
     if config.model is not None and not config.data and not config.planning:
         raise UserError("--model without --data: name the files to train on (--data FILE_OR_DIR...)")
     if config.loss_tile is not None and not config.tiled_loss:

@@ -8,6 +8,7 @@ import psutil
 
 from alst_jax.memory.machines import GIB, MEMORY_FRACTION, machine_of_kind, usable_host_memory
 
+HOST_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 CUDA_PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 
 
@@ -38,7 +39,7 @@ def prepare(simulate_devices: int | None, absent_devices: bool = False) -> None:
     # jax caps pinned memory at 64 GiB unless told otherwise; weights and optimizer states of an 8B model need more. The unit
     # is GiB, whatever the name says.
     limit = usable_host_memory(psutil.virtual_memory().total) // GIB
-    os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(limit))
+    os.environ.setdefault(HOST_LIMIT, str(limit))
     if _has_nvidia_gpu():  # the flag is unknown to CPU-only builds, which would abort
         _schedule_to_hide_latency()
 

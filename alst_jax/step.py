@@ -137,8 +137,14 @@ class TrainStep:
 
 def check_profile(profile: Profile, model: ModelConfig, sp: int) -> None:
     """UserError if the profile cannot be had with this model on this mesh."""
+    if profile.head_chunks < 1:
+        raise UserError(f"--head-chunks {profile.head_chunks}: must be at least 1")
     check_degree(sp, model.num_heads, profile.head_chunks)
     chunks, kv_heads = profile.head_chunks, model.num_kv_heads
+    if min(profile.segment_layers, default=0) < 1:
+        raise UserError(f"--segment-layers {' '.join(map(str, profile.segment_layers))}: must be at least 1 each")
+    if min(profile.keep_attention_on_device, profile.keep_attention_on_host) < 0:
+        raise UserError("--keep-attention-on-device and --keep-attention-on-host must be at least 0")
     if chunks % kv_heads and kv_heads % chunks:
         raise UserError(f"--head-chunks {chunks}: must divide the {kv_heads} kv heads or be a multiple of them")
     segments, layers = profile.segment_layers, model.num_layers
@@ -168,7 +174,7 @@ def local_loss(
     """scale x the loss summed over the valid labels of all devices, from local shards. Runs inside the shard_map."""
     dtype = jnp.dtype(profile.compute_dtype)
     gather_all = functools.partial(_gather_all, reduce_dtype=jnp.dtype(profile.reduce_dtype))
-    fetch = lambda shards, specs: gather_all(host.to_device(shards) if profile.offload_weights else shards, specs)
+    on_device = lambda shards: host.to_device(shards) if profile.offload_weights else shards
     rope = rope_tables(model.rope, model.head_dim, batch.positions)
     layer_specs = jax.tree.map(drop_layer_dim, specs["layers"], is_leaf=lambda x: isinstance(x, P))
     layer = Layer(
@@ -178,14 +184,14 @@ def local_loss(
             lambda g, spec, shard: scatter(g, spec, profile.reduce_dtype, shard.dtype), gradients, layer_specs, shards),
         carriers=lambda shards: gather_all(shards, layer_specs), tile=_token_tile(model, profile))
 
-    table = fetch(params["embed_tokens"], specs["embed_tokens"])["embedding"]
-    h_BTD = embed(table, batch.tokens, dtype)
+    # Brought to the device once: where it is the head too, the sum of its two gradients is no work for the host.
+    embedding = on_device(params["embed_tokens"]["embedding"])
+    h_BTD = embed(gather_all(embedding, specs["embed_tokens"]["embedding"]), batch.tokens, dtype)
     h_BTD = scan_layers(layer, h_BTD, params["layers"], rope, profile)
-    h_BTD = rms_norm(h_BTD, fetch(params["norm"], specs["norm"])["scale"], model.rms_norm_eps)
+    h_BTD = rms_norm(h_BTD, gather_all(on_device(params["norm"]), specs["norm"])["scale"], model.rms_norm_eps)
 
     head = "embed_tokens" if model.tie_word_embeddings else "lm_head"
-    table = params[head]["embedding"]
-    table = host.to_device(table) if profile.offload_weights else table
+    table = embedding if model.tie_word_embeddings else on_device(params[head]["embedding"])
     h_BTD, table = gradient_first(h_BTD, table)  # its float32 sums do not outlive the loss
     table = gather_all(table, specs[head]["embedding"])
     h_TD, labels_T = h_BTD.reshape(-1, h_BTD.shape[-1]), batch.labels.reshape(-1)

@@ -90,14 +90,18 @@ def optimizer_step(
     norm = step.gradient_norm(gradients)
     values = {"loss": loss, "grad_norm": float(norm), "labels": labels}
     if not (math.isfinite(loss) and math.isfinite(values["grad_norm"])):
-        raise NotFinite(f"loss {loss}, gradient norm {values['grad_norm']}, {where_not_finite(step, gradients)}")
+        where = where_not_finite(step, gradients)
+        if where is None:
+            where = "every gradient finite: only the loss is not" if math.isfinite(values["grad_norm"]) else (
+                "every gradient finite: only their norm is not")
+        raise NotFinite(f"loss {loss}, gradient norm {values['grad_norm']}, {where}")
     params, optimizer = step.update(state.params, gradients, state.optimizer, norm, jnp.float32(learning_rate))
     jax.block_until_ready(params)
     return TrainState(params, optimizer, state.step + 1), values
 
 
-def where_not_finite(step: TrainStep, gradients: Any) -> str:
-    """Which layers' gradients, and which parameters', are not finite, in words."""
+def where_not_finite(step: TrainStep, gradients: Any) -> str | None:
+    """Which layers' gradients, and which parameters', are not finite, in words; None if all are finite."""
     layers, names = set(), []
     for path, counts in jax.tree_util.tree_leaves_with_path(step.count_not_finite(gradients)):
         bad = np.flatnonzero(np.asarray(counts))
@@ -106,7 +110,7 @@ def where_not_finite(step: TrainStep, gradients: Any) -> str:
             layers.update(bad.tolist() if stacked else [])
             names.append(".".join(key.key for key in path[int(stacked):]))
     if not names:
-        return "every gradient finite: only their norm is not"
+        return None
     where = f"layers {', '.join(map(str, sorted(layers)))} of {step.model.num_layers}" if layers else "no layer"
     return f"gradients not finite in {where} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
 

@@ -62,7 +62,7 @@ def main():
                 cell += (f"| {choice.job.length:,} | {plan.source} | {host} | "
                          f"{describe(choice.job)} ")
             except UserError as error:
-                cell += f"| none | | | {str(error).split('.')[0][:160]} "
+                cell += f"| none | | | {str(error).partition('. What would')[0]} "
             print(cell + f"| {ALST.get((name, gpus), '')} |", flush=True)
 
 

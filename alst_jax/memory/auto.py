@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 
 from alst_jax.config import UserError
@@ -134,11 +135,16 @@ def confirm(
                     "use a shorter --seq-len, a larger --sp, or choose by hand with --memory manual")
 
 
+def length_step(job: Job) -> int:
+    """Lengths that are looked at: multiples of this, which the sequence-parallel degree divides."""
+    return math.lcm(LENGTH_STEP, job.sp)
+
+
 def longest(job: Job, search: Search, most: int) -> int:
-    """The longest sequence, a multiple of LENGTH_STEP up to `most`, for which some profile fits; 0 if there is none."""
-    step = LENGTH_STEP
+    """The longest sequence, a multiple of `length_step` up to `most`, for which some profile fits; 0 if there is none."""
+    step = length_step(job)
     fits = lambda n: fits_somehow(dataclasses.replace(job, length=n * step), search) is not None
-    if not fits(1):
+    if step > most or not fits(1):
         return 0
     low, high = 1, 2
     while high * step <= most and fits(high):

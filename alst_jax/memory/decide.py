@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import statistics
 from collections.abc import Callable
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from alst_jax.config import TrainConfig, UserError
+from alst_jax import environment
 from alst_jax.environment import has_cuda_compiler
 from alst_jax.memory import auto, host
 from alst_jax.memory.auto import Choice, Search
@@ -116,7 +118,7 @@ class Planner:
         missing = plan.lacks or search.missing(plan)
         if self.config.memory == "auto":
             missing = self._least_missing(job, search)
-        longest = auto.longest(job, search, job.length)
+        longest = auto.longest(job, search, job.length - 1)
         if not longest:
             return self.never_fits(job, search)
         return (f"--seq-len {job.length}: does not fit {self.cluster}: {_lacks(missing)} missing. The longest that "
@@ -124,7 +126,7 @@ class Planner:
 
     def never_fits(self, job: Job, search: Search) -> str:
         """Why a model does not fit at any length."""
-        short = dataclasses.replace(job, length=auto.LENGTH_STEP * max(1, -(-job.sp // 8)))
+        short = dataclasses.replace(job, length=auto.length_step(job))
         least = self._least_missing(short, search)
         return (f"the model ({job.model.num_params / 1e9:.1f} billion parameters) does not fit {self.cluster} at any "
                 f"length: at {short.length} tokens {_lacks(least)} missing" + self._help(short, search))
@@ -189,11 +191,12 @@ def announce(planner: Planner, choice: Choice) -> None:
 
 
 def make_host_pool(plan: Plan) -> None:
-    """Pin the host memory of a plan in one piece (see `host.reserve`), if it is of a size that matters. UserError if the
-    host refuses."""
-    gibibytes = -(-plan.host_bytes * jax.local_device_count() // GIB) + POOL_SLACK
-    if gibibytes < POOL_MATTERS:
+    """Pin the host memory of a plan in one piece (see `host.reserve`), if it is of a size that matters: with some slack, but
+    no more than jax may pin. UserError if the host refuses."""
+    need = -(-plan.host_bytes * min(plan.devices, jax.local_device_count()) // GIB)
+    if need < POOL_MATTERS:
         return
+    gibibytes = max(need, min(need + POOL_SLACK, int(os.environ[environment.HOST_LIMIT])))
     print(f"pinning {gibibytes} GiB of host memory, about a second each", flush=True)
     try:
         host.reserve(gibibytes)

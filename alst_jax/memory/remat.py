@@ -135,9 +135,5 @@ def _stack_bwd(layer, profile, saved, dh):
 _stack.defvjp(_stack_fwd, _stack_bwd)
 
 
-def _load(tree: PyTree, on_host: bool) -> PyTree:
-    return host.to_device(tree) if on_host else tree
-
-
 def _store(tree: PyTree, on_host: bool) -> PyTree:
     return host.to_host(tree) if on_host else tree

@@ -111,8 +111,6 @@ class Plan:
         matplotlib.use("Agg")
         from matplotlib import pyplot
 
-        if not pathlib.Path(file).absolute().parent.is_dir():
-            raise UserError(f"--plan-picture {file}: its directory does not exist")
         figure, axes = pyplot.subplots(figsize=(7, 5))
         bottoms = [0.0, 0.0]
         for part in dict.fromkeys((*PARTS, *self.device, *self.host)):
@@ -127,7 +125,7 @@ class Plan:
         axes.legend(loc="upper right", fontsize="small")
         try:
             figure.savefig(file)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"--plan-picture {file}: {error}") from error
         finally:
             pyplot.close(figure)

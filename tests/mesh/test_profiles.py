@@ -140,6 +140,26 @@ def test_impossible_profiles_are_refused(changes, message):
         make_step(MODEL, profile=Profile(**changes))
 
 
+@pytest.mark.parametrize("nonsense", [dict(segment_layers=(5, -1)), dict(segment_layers=()), dict(head_chunks=0),
+                                      dict(keep_attention_on_device=-1)], ids=name)
+def test_nonsense_is_refused_in_the_library_too(nonsense):
+    with pytest.raises(UserError, match="must be at least"):
+        make_step(MODEL, profile=Profile(**nonsense))
+
+
+def test_tied_embeddings_are_summed_on_the_device():
+    """The gradients of the two uses of one table, each of which would go to host memory by itself; and they are right."""
+    model = tiny(num_layers=2, tie_word_embeddings=True)
+    profile = Profile(loss_tile=7, mlp_tile=5, offload_weights=True)
+    step = make_step(model, profile=profile)
+    batch = step.put_batch(**random_batch(model))
+    jaxpr = str(step.loss_and_grad.trace(step.params, batch, jax.ShapeDtypeStruct((), jnp.float32)).jaxpr)
+    assert "<host>" in jaxpr and not [line for line in jaxpr.splitlines() if "add_any" in line and "<host>" in line]
+    one, many = train(make_step(model), random_batch(model)), train(step, random_batch(model))
+    assert_trees_close(many[1], one[1], 1e-5)
+    assert_trees_close(many[2], one[2], 1e-4)
+
+
 def test_chunks_and_degree_must_fit_together():
     with pytest.raises(UserError, match=r"sp=4 must divide 2 query heads of each of 4 chunks \(--head-chunks\); use 1 or 2"):
         make_step(MODEL, sp=4, profile=Profile(head_chunks=4))

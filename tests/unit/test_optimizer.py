@@ -136,7 +136,7 @@ def test_a_gradient_that_is_not_finite_is_named(mesh, on_host):
     """Its layer and its parameter, from whole, sharded and host-resident gradients."""
     step = make_step(TINY, *mesh, profile=dataclasses.replace(PLAIN, offload_weights=on_host))
     gradients = step.init_params(jax.random.key(0), jnp.float32)
-    assert where_not_finite(step, gradients) == "every gradient finite: only their norm is not"
+    assert where_not_finite(step, gradients) is None
 
     def spoil(tree, name, *places):
         values = np.array(tree[name])
