@@ -173,7 +173,6 @@ def test_what_cannot_be_is_refused(llama_8b, arguments, messages):
 
 
 def test_the_picture(tmp_path, base):
-    pytest.importorskip("matplotlib")
     base.picture(str(tmp_path / "plan.png"))
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UserError, match="--plan-picture .*No such file or directory"):
