@@ -23,7 +23,7 @@ def prepare(simulate_devices: int | None, absent_devices: bool = False) -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch is meant so
     if absent_devices:
         if has_cuda_compiler():
-            _schedule_to_hide_latency()
+            _set_compiler_flags()
         import jax
 
         jax.config.update("jax_platforms", "cpu")
@@ -41,13 +41,18 @@ def prepare(simulate_devices: int | None, absent_devices: bool = False) -> None:
     limit = usable_host_memory(psutil.virtual_memory().total) // GIB
     os.environ.setdefault(HOST_LIMIT, str(limit))
     if _has_nvidia_gpu():  # the flag is unknown to CPU-only builds, which would abort
-        _schedule_to_hide_latency()
+        _set_compiler_flags()
 
 
-def _schedule_to_hide_latency() -> None:
+# With dynamic slice fusion, a kernel whose output is both put into a stack and used otherwise is run twice: attention whose
+# output is kept (found in the program of jax 0.11.2, see docs/log.md).
+XLA_GPU_FLAGS = {"xla_gpu_enable_latency_hiding_scheduler": "true", "xla_gpu_enable_dynamic_slice_fusion": "false"}
+
+
+def _set_compiler_flags() -> None:
     flags = os.environ.get("XLA_FLAGS", "")
-    if "xla_gpu_enable_latency_hiding_scheduler" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_latency_hiding_scheduler=true".strip()
+    missing = [f"--{name}={value}" for name, value in XLA_GPU_FLAGS.items() if name not in flags]
+    os.environ["XLA_FLAGS"] = " ".join([flags, *missing]).strip()
 
 
 def has_cuda_compiler() -> bool:

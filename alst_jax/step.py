@@ -186,8 +186,11 @@ def local_loss(
 
     # Brought to the device once: where it is the head too, the sum of its two gradients is no work for the host.
     embedding = on_device(params["embed_tokens"]["embedding"])
-    h_BTD = embed(gather_all(embedding, specs["embed_tokens"]["embedding"]), batch.tokens, dtype)
-    h_BTD = scan_layers(layer, h_BTD, params["layers"], rope, profile)
+    look_up = lambda shards, tokens: embed(gather_all(shards, specs["embed_tokens"]["embedding"]), tokens, dtype)
+    h_BTD = look_up(embedding, batch.tokens)
+    look_up_again = lambda shards, tokens: look_up(on_device(shards), tokens)
+    source = params["embed_tokens"]["embedding"], batch.tokens
+    h_BTD = scan_layers(layer, h_BTD, look_up_again, source, params["layers"], rope, profile)
     h_BTD = rms_norm(h_BTD, gather_all(on_device(params["norm"]), specs["norm"])["scale"], model.rms_norm_eps)
 
     head = "embed_tokens" if model.tie_word_embeddings else "lm_head"

@@ -6,6 +6,7 @@ kept is freed segment by segment.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,24 +22,29 @@ from alst_jax.parallel.vma import vary_like
 PyTree = Any
 
 
-def scan_layers(layer: Layer, h: jax.Array, layers: PyTree, rope: PyTree, profile: Profile) -> jax.Array:
+def scan_layers(
+    layer: Layer, h: jax.Array, look_up: Callable, source: tuple[PyTree, jax.Array], layers: PyTree, rope: PyTree,
+    profile: Profile,
+) -> jax.Array:
     """h through all layers.
 
-    layers: their weights, as `layer.load` takes them, stacked on dim 0, on the device or in host memory, from where one
-    layer at a time is brought to the device; their gradients go the same way back. rope gets no gradient.
+    look_up(*source) gives h again; source: (table, tokens). layers: their weights, as `layer.load` takes them, stacked on
+    dim 0, on the device or in host memory, from where one layer at a time is brought to the device; their gradients go the
+    same way back. source and rope get no gradient.
 
     Of each of `profile.segments` the input of the first layer (or of all) is kept, on the device or, offloaded, in host
     memory, and the attention outputs that the profile says. The backward pass rebuilds the other inputs of a segment one
-    after the other (matrix products alone, where attention was kept), then goes back through one layer at a time.
+    after the other (matrix products alone, where attention was kept), then goes back through one layer at a time. Where
+    several layers make the first segment, its input is not kept: it is looked up again.
     """
     if not profile.remat:
         fetch = host.to_device if profile.offload_weights else lambda tree: tree
         return lax.scan(lambda h, w: (layer.plain(h, fetch(w), rope), None), h, layers)[0]
-    return _stack(layer, profile, h, layers, rope)
+    return _stack(layer, profile, look_up, h, lax.stop_gradient(source), layers, rope)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _stack(layer, profile, h, layers, rope):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _stack(layer, profile, look_up, h, source, layers, rope):
     weights = lambda i: layer.load(host.row(layers, i, profile.offload_weights))
     body = lambda h, i: (layer.forward(h, weights(i), rope)[0], None)
     return lax.scan(body, h, jnp.arange(_count(layers)))[0]
@@ -48,16 +54,16 @@ def _count(layers):
     return jax.tree.leaves(layers)[0].shape[0]
 
 
-def _stack_fwd(layer, profile, h, layers, rope):
+def _stack_fwd(layer, profile, look_up, h, source, layers, rope):
     residuals, segments = [], profile.segments(_count(layers))
     # One array for the inputs of all segments: a single one would not be moved to the host, for copies there and back
     # with no loop between cancel out.
     number, firsts = 0, None
-    if count := sum(not segment.all_inputs for segment in segments):
+    if count := sum(not segment.all_inputs for segment in segments[1:]):
         firsts = _store(zeros_after(h, (count, *h.shape), h.dtype), profile.offload_activations)
     for segment in segments:
         inputs, kept = None, []
-        if not segment.all_inputs:
+        if not segment.all_inputs and segment is not segments[0]:
             at = index_after(h, number)
             firsts = host.put_row(firsts, h, at, profile.offload_activations)
             h = after(read_back(firsts, at, profile.offload_activations), h)
@@ -72,11 +78,11 @@ def _stack_fwd(layer, profile, h, layers, rope):
             h, (all_inputs, attention) = lax.scan(forward, h, jnp.arange(run.start, run.stop))
             kept.append(attention)
         residuals.append((all_inputs if segment.all_inputs else inputs, kept))
-    return h, (residuals, firsts, layers, rope)
+    return h, (residuals, firsts, source, layers, rope)
 
 
-def _stack_bwd(layer, profile, saved, dh):
-    residuals, firsts, layers, rope = saved
+def _stack_bwd(layer, profile, look_up, saved, dh):
+    residuals, firsts, source, layers, rope = saved
     shards = lambda i: host.row(layers, i, profile.offload_weights)
     # Loops write into these, one layer at a time; in host memory they are not even cleared first.
     zeros = jax.tree.map(lambda w: vary_like(jnp.zeros(w.shape, w.dtype), w), layers)
@@ -107,7 +113,11 @@ def _stack_bwd(layer, profile, saved, dh):
             carry = backward_run(carry, run, inputs, profile.offload_activations, kept[0], run.place == host.HOST)
             continue
         dh, last, rebuilt = carry[0], segment.runs[-1].stop - 1, []
-        h = host.row(firsts, index_after(dh, inputs), profile.offload_activations)
+        if segment is segments[0]:
+            table, tokens = source
+            h = look_up(table, after(dh, tokens))
+        else:
+            h = host.row(firsts, index_after(dh, inputs), profile.offload_activations)
         for run, attention in zip(segment.runs, kept, strict=True):
 
             def rebuild(carry, i, run=run, attention=attention):
@@ -129,7 +139,7 @@ def _stack_bwd(layer, profile, saved, dh):
         for run, all_inputs, attention in reversed(rebuilt):
             carry = backward_run(carry, run, all_inputs, False, attention, run.place == host.HOST)
     dh, dlayers = carry
-    return dh, dlayers, None
+    return dh, None, dlayers, None
 
 
 _stack.defvjp(_stack_fwd, _stack_bwd)
