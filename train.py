@@ -15,7 +15,7 @@ def main() -> int:
     try:
         config = parse(sys.argv[1:])
         check_run(config)
-        environment.prepare(config.simulate_devices, absent_devices=config.plan_for is not None)
+        environment.prepare(config.simulate_devices, config.plan_for is not None, config.host_memory)
         return run(config)
     except UserError as error:
         print(f"\nerror: {error}", file=sys.stderr)

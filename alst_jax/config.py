@@ -209,7 +209,7 @@ class TrainConfig:
     plan_for: str | None = None
     """With --plan-only: plan for this machine instead of the one at hand: H100-80, 8xH100 or 4x8xH100 (4 hosts of 8)."""
     host_memory: float | None = None
-    """With --plan-for: GiB of memory of each host. Default: what such machines usually have."""
+    """GiB of host memory to use at most; with --plan-for, what each host has (default: what is usual for it)."""
     find_max_seq_len: bool = False
     """Find the longest sequence that fits, and stop; with --plan-for on another machine."""
     plan_picture: str | None = None
@@ -295,9 +295,8 @@ def check_run(config: TrainConfig) -> None:
     for field in ("json", "plan_for", "plan_picture"):
         if getattr(config, field) and not config.planning:
             raise UserError(f"{flag(field)} is for --plan-only and --find-max-seq-len; a run has the machine it is on")
-    if config.host_memory is not None and not (config.plan_for and config.host_memory > 0):
-        raise UserError(f"--host-memory {config.host_memory}: a positive number of GiB, for --plan-for; otherwise the host's own "
-                        "memory counts")
+    if config.host_memory is not None and not config.host_memory > 0:
+        raise UserError(f"--host-memory {config.host_memory}: must be a positive number of GiB")
     if config.plan_for and config.simulate_devices:
         raise UserError("--plan-for names the machine and --simulate-devices another; leave one of them out")
     if config.find_max_seq_len and config.seq_len is not None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import statistics
 from collections.abc import Callable
 
@@ -155,8 +154,14 @@ def _lacks(missing: dict[str, int]) -> str:
 
 
 def target(config: TrainConfig) -> Cluster | None:
-    """The machine that a command line plans for, or that it is on; None on a CPU."""
-    return parse_cluster(config.plan_for, config.host_memory) if config.plan_for else this_cluster()
+    """The machine that a command line plans for, or that it is on; None on a CPU. UserError for --host-memory there."""
+    if config.plan_for:
+        return parse_cluster(config.plan_for, config.host_memory)
+    cluster = this_cluster(config.host_memory)
+    if cluster is None and config.host_memory is not None:
+        raise UserError(f"--host-memory {config.host_memory:g}: limits what GPUs may keep in host memory, and jax sees no "
+                        "GPU; leave it out, or name a machine with --plan-for")
+    return cluster
 
 
 def report(planner: Planner, job: Job) -> str:
@@ -196,7 +201,8 @@ def make_host_pool(plan: Plan) -> None:
     need = -(-plan.host_bytes * min(plan.devices, jax.local_device_count()) // GIB)
     if need < POOL_MATTERS:
         return
-    gibibytes = max(need, min(need + POOL_SLACK, int(os.environ[environment.HOST_LIMIT])))
+    most = environment.pinned_limit()
+    gibibytes = need + POOL_SLACK if most is None else max(need, min(need + POOL_SLACK, most // GIB))
     print(f"pinning {gibibytes} GiB of host memory, about a second each", flush=True)
     try:
         host.reserve(gibibytes)

@@ -9,18 +9,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import psutil
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from alst_jax.environment import pinned_limit
 from alst_jax.memory import cost, host, speed
+from alst_jax.memory.limits import host_memory
 from alst_jax.memory.machines import Cluster, machine_of_kind
 from alst_jax.memory.report import ABSENT, COMPILED, Plan
 from alst_jax.parallel.mesh import AXES, DATA, SEQ
 from alst_jax.parallel.sharding import BATCH_SPEC
 from alst_jax.step import Batch, TrainStep
-
 
 
 def plan_step(
@@ -99,10 +99,11 @@ def is_absent(mesh: Mesh) -> bool:
     return not mesh.devices.flat[0].addressable_memories()
 
 
-def this_cluster() -> Cluster | None:
-    """The devices and the host that are here; None on a CPU.
+def this_cluster(host_memory_gib: float | int | None = None) -> Cluster | None:
+    """The devices and the host that are here; None on a CPU. host_memory_gib: use no more of the host.
 
-    A device that is not in the list counts as an H100 in speed; its memory is its own.
+    A device that is not in the list counts as an H100 in speed; its memory is its own. What the environment says that
+    jax may pin counts as far as the host has it.
     """
     device = jax.devices()[0]
     if device.platform != "gpu":
@@ -110,7 +111,9 @@ def this_cluster() -> Cluster | None:
     limit = device.memory_stats()["bytes_limit"]
     known = machine_of_kind(device.device_kind) or machine_of_kind("H100")
     machine = dataclasses.replace(known, name=device.device_kind, kind=device.device_kind, memory=limit, fraction=1.0)
-    return Cluster(machine, jax.process_count(), jax.local_device_count(), psutil.virtual_memory().total)
+    pinned = pinned_limit()
+    return Cluster(machine, jax.process_count(), jax.local_device_count(), host_memory(host_memory_gib),
+                   None if pinned is None else min(pinned, host_memory()))
 
 
 # ------------------------------------------------------------------------------------------------------------ compiling

@@ -136,8 +136,8 @@ def test_what_was_typed_is_known():
 @pytest.mark.parametrize("flags,message", [
     (dict(plan_for="H100"), "--plan-for is for --plan-only"), (dict(plan_picture="x.png"),
     "--plan-picture is for --plan-only"),
-    (dict(json=True), "--json is for --plan-only"), (dict(host_memory=3.0), "--host-memory 3.0"),
-    (dict(host_memory=-1.0, plan_for="H100", plan_only=True), "--host-memory -1.0: a positive number"),
+    (dict(json=True), "--json is for --plan-only"), (dict(host_memory=0.0), "--host-memory 0.0"),
+    (dict(host_memory=-1.0, plan_for="H100", plan_only=True), "--host-memory -1.0: must be a positive number"),
     (dict(plan_for="H100", plan_only=True, simulate_devices=2), "leave one of them out"),
     (dict(find_max_seq_len=True, seq_len=5), "--find-max-seq-len looks for what --seq-len 5 says"),
     (dict(memory="manual", allow_narrow_optimizer=True), "--allow-narrow-optimizer is for --memory auto")])
