@@ -34,12 +34,14 @@ class Planner:
     """Plans of one command line: for the devices at hand, or for the machine it names.
 
     cluster: that machine; None where no limits and speeds are known (CPU). compiles: whether a compiler for it is here.
+    last: the step of the last job that one was made for; a run goes on with what was compiled for its plan.
     """
 
     config: TrainConfig
     cluster: Cluster | None
     compiles: bool
     dtype: jnp.dtype
+    last: dict[Job, TrainStep] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     @staticmethod
     def of(config: TrainConfig, cluster: Cluster | None, dtype: jnp.dtype) -> "Planner":
@@ -55,7 +57,13 @@ class Planner:
                       auto.CONFIRMED if self.compiles else auto.UNCONFIRMED)
 
     def step(self, job: Job) -> TrainStep:
-        """The step of a job, on the devices at hand or on those it is planned for."""
+        """The step of a job, on the devices at hand or on those it is planned for; the same object if it was the last."""
+        if job not in self.last:
+            self.last.clear()  # first: what was compiled for it is no longer needed
+            self.last[job] = self._make_step(job)
+        return self.last[job]
+
+    def _make_step(self, job: Job) -> TrainStep:
         config = self.config
         optimizer = AdamW(config.beta1, config.beta2, config.eps, config.weight_decay, config.clip_norm,
                           job.states, job.master, config.seed)

@@ -18,6 +18,7 @@ from alst_jax.memory import cost, host, speed
 from alst_jax.memory.limits import host_memory
 from alst_jax.memory.machines import Cluster, machine_of_kind
 from alst_jax.memory.report import ABSENT, COMPILED, Plan
+from alst_jax.ops.tiling import accumulation_dtype
 from alst_jax.parallel.mesh import AXES, DATA, SEQ
 from alst_jax.parallel.sharding import BATCH_SPEC
 from alst_jax.step import Batch, TrainStep
@@ -53,7 +54,7 @@ def plan_step(
     if absent or on_cpu:  # where the update streams, it cannot be compiled without the memories it streams through
         need = max(need, cost.update_work(job) if absent else 0)
     else:
-        need = max(need, _update_bytes(step))
+        need = max(need, _update_bytes(step, grad_accum))
     kept_here = min(need, sum(kept.values()) if on_cpu else kept[host.DEVICE])
     device |= {"kept activations": kept_here, "working set": need - kept_here}
     device["batch"] = 3 * math.prod(NamedSharding(step.mesh, BATCH_SPEC).shard_shape((rows, length))) * 4
@@ -144,7 +145,12 @@ def _with_weights_on_host(step: TrainStep, params: Any, batch: Batch, scale: jax
     return loss, elements(host.to_host(gradients), at)
 
 
-def _update_bytes(step: TrainStep) -> int:
-    scalar = jax.ShapeDtypeStruct((), jnp.float32)
-    update = step.update.lower(step.params, step.params, step.optimizer_state, scalar, scalar)
+def _update_bytes(step: TrainStep, grad_accum: int) -> int:
+    # As in a run, which then compiles nothing again: the norm was computed on the mesh, the rate comes from the host.
+    norm = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(step.mesh, P()))
+    rate = jax.ShapeDtypeStruct((), jnp.float32)
+    widen = accumulation_dtype if grad_accum > 1 else lambda dtype: dtype
+    gradients = jax.tree.map(
+        lambda p: jax.ShapeDtypeStruct(p.shape, widen(p.dtype), sharding=p.sharding), step.params)
+    update = step.update.lower(step.params, gradients, step.optimizer_state, norm, rate)
     return update.compile().memory_analysis().temp_size_in_bytes
