@@ -51,8 +51,10 @@ def out_of_memory(config: TrainConfig, reason: str) -> str:
     """What did not fit, and the flags that are left to try, cheapest first."""
     off = [f"--{name.replace('_', '-')}" for name in ("offload_optimizer", "offload_activations", "offload_weights")
            if not getattr(config, name)]
-    off += [flag for flag, on in (("--optimizer-states int8", config.optimizer_states == "int8"),
-                                  ("--head-chunks", config.head_chunks > 1), ("--segment-layers", config.segment_layers != (1,))) if not on]
+    off += [flag for flag, on in (
+        ("--remat", config.remat), ("--tiled-loss", config.tiled_loss), ("--tiled-mlp", config.tiled_mlp),
+        ("--optimizer-states int8", config.optimizer_states == "int8"), ("--head-chunks", config.head_chunks > 1),
+        ("--segment-layers", config.segment_layers != (1,))) if not on]
     return (f"out of memory: {reason.strip().splitlines()[0][:300]}. These need less: {', '.join([*off, 'a larger --sp'])}, "
             "or a shorter --seq-len. Checkpoints saved before are complete; go on from them with --resume")
 

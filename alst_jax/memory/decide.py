@@ -1,7 +1,10 @@
 """From flags to a plan: which machine, which profile, does it fit; what to say before a run and after it."""
 
 import dataclasses
+import functools
+import itertools
 import json
+import operator
 import statistics
 from collections.abc import Callable
 
@@ -57,7 +60,7 @@ class Planner:
                       auto.CONFIRMED if self.compiles else auto.UNCONFIRMED)
 
     def step(self, job: Job) -> TrainStep:
-        """The step of a job, on the devices at hand or on those it is planned for; the same object if it was the last."""
+        """The step of a job, on the devices at hand or on those it is planned for; the same if it was the last."""
         if job not in self.last:
             self.last.clear()  # first: what was compiled for it is no longer needed
             self.last[job] = self._make_step(job)
@@ -145,6 +148,10 @@ class Planner:
     def _help(self, job: Job, search: Search) -> str:
         wider = dataclasses.replace(search, fixed=frozenset(), narrow=False)
         found = []
+        if cure := _switches_that_cost(job, search):
+            found.append(f"without {cure}")
+        elif search.fixed and (cure := _switches_that_cost(job, wider)):
+            found.append(f"without {cure}, and the other memory flags left to --memory auto")
         if search.fixed and auto.fits_somehow(job, wider):
             found.append("leave the memory flags to --memory auto")
         if not search.narrow and auto.fits_somehow(job, dataclasses.replace(wider, narrow=True)):
@@ -152,6 +159,22 @@ class Planner:
         if job.devices > job.sp and job.model.num_heads % job.devices == 0:
             found.append(f"--sp {job.devices}")
         return f". What would help: {'; '.join(found) or 'more devices (--sp) or host memory'}"
+
+
+def _switches_that_cost(job: Job, search: Search) -> str | None:
+    """The fewest of the flags that switch a feature off without which the job fits, in words; None if it never does, or
+    does with all of them."""
+    profile = job.profile
+    off = [(name, change) for name, is_off, change in (
+        ("--no-remat", not profile.remat, {"remat": True}),
+        ("--no-tiled-loss", profile.loss_tile is None, {"loss_tile": 0}),
+        ("--no-tiled-mlp", profile.mlp_tile is None, {"mlp_tile": 0})) if is_off]
+    for some in (some for n in range(1, len(off) + 1) for some in itertools.combinations(off, n)):
+        changes = functools.reduce(operator.or_, (change for _, change in some))
+        changed = dataclasses.replace(job, profile=dataclasses.replace(profile, **changes))
+        if auto.fits_somehow(changed, search):
+            return " and ".join(name for name, _ in some)
+    return None
 
 
 def _lacks(missing: dict[str, int]) -> str:
