@@ -170,7 +170,7 @@ def run(config: TrainConfig) -> int:
         try:
             state = train(config, step, state, steps, learning_rate, data, eval_batches, log, save, stop)
         finally:
-            checkpoints.close()  # waits for the save in progress
+            checkpoints.close()
             log.close()
         if choice is not None and log.seconds:
             print(decide.planned_against_measured(choice.plan, peak_memory()[1], log.seconds))

@@ -7,6 +7,7 @@
 """
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import math
@@ -20,6 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from alst_jax.config import ModelConfig, UserError
+from alst_jax.memory import saving
 
 CHECKPOINTS, MODEL, RUN_FILE, EXPORT = "checkpoints", "model", "run.json", "hf"
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf",
@@ -27,7 +29,7 @@ WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.ind
 
 
 class Checkpoints:
-    """The checkpoints of one run directory. A save runs in the background; one that was cut off is never found."""
+    """The checkpoints of one run directory. A save that was cut off is never found."""
 
     def __init__(
         self, run_dir: str | pathlib.Path, keep: int | None = None, largest_leaf: int = 0, clean: bool = False
@@ -36,17 +38,22 @@ class Checkpoints:
         remove what a save that was killed left behind."""
         self.directory = pathlib.Path(run_dir).absolute() / CHECKPOINTS
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=True, create=True, cleanup_tmp_directories=clean)
-        # Without a limit on what is being written at once, orbax would hold a second copy of everything in memory.
-        tree = lambda: ocp.PyTreeCheckpointHandler(save_concurrent_gb=_concurrent_gigabytes(largest_leaf))
+            max_to_keep=keep, enable_async_checkpointing=False, create=True, cleanup_tmp_directories=clean)
+        # Without limits on what is copied and written at once, orbax would hold a second copy of everything in memory;
+        # with them it copies as it goes, so that nothing may change the arrays meanwhile.
+        gigabytes = _concurrent_gigabytes(largest_leaf)
+        tree = lambda: ocp.PyTreeCheckpointHandler(
+            save_concurrent_gb=gigabytes, save_device_host_concurrent_gb=saving.COPIES // 10**9,
+            restore_concurrent_gb=gigabytes if largest_leaf else None)
         handlers = {"params": tree(), "optimizer": tree(), "loop": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self.directory, item_handlers=handlers, options=options)
 
     def save(self, step: int, params: Any, optimizer: Any | None, loop: dict[str, Any]) -> None:
-        """Copy the state and write it in the background; `loop` is JSON. Waits for an earlier save to end."""
-        items = {"params": ocp.args.PyTreeSave(params), "loop": ocp.args.JsonSave(loop)}
+        """Write the state; `loop` is JSON. Returns when all is on disk. Holds what memory/saving.py says."""
+        tree = functools.partial(ocp.args.PyTreeSave, ocdbt_target_data_file_size=saving.DATA_FILE)
+        items = {"params": tree(params), "loop": ocp.args.JsonSave(loop)}
         if optimizer is not None:
-            items["optimizer"] = ocp.args.PyTreeSave(optimizer)
+            items["optimizer"] = tree(optimizer)
         self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def steps(self) -> list[int]:
@@ -102,12 +109,7 @@ class Checkpoints:
         reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         return UserError(f"checkpoint {self.directory / str(step)} cannot be read: {reason}; {advice}")
 
-    def wait(self) -> None:
-        """Until the save in progress is complete on disk; raises what went wrong in it."""
-        self._manager.wait_until_finished()
-
     def close(self) -> None:
-        self._manager.wait_until_finished()
         self._manager.close()
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 
 from alst_jax.config import UserError
-from alst_jax.memory import cost
+from alst_jax.memory import cost, saving
 from alst_jax.memory.cost import Job
 from alst_jax.memory.flags import PLACEMENTS, describe, describe_changes
 from alst_jax.memory.machines import GIB, Cluster
@@ -240,10 +240,12 @@ def _most_on_host(make: Callable[[int], Job | None], most: int, search: Search) 
 
 
 def host_bytes(job: Job) -> int:
-    """Of a job's plan, without the rest of it."""
+    """Of host memory in a job's plan, without the rest of it."""
     weights, gradients, optimizer = cost.state_bytes(job)
     profile = job.profile
-    return (weights + gradients) * profile.offload_weights + optimizer * profile.offload_optimizer + job.kept[HOST]
+    step_only = job.kept[HOST] + gradients * profile.offload_weights
+    states = weights * profile.offload_weights + optimizer * profile.offload_optimizer
+    return states + step_only + saving.saving_bytes(job, step_only)
 
 
 def segments_within(job: Job, search: Search, part: float) -> tuple[int, ...] | None:

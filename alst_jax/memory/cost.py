@@ -11,7 +11,7 @@ import functools
 import math
 
 from alst_jax.config import ModelConfig
-from alst_jax.memory import speed
+from alst_jax.memory import saving, speed
 from alst_jax.memory.machines import Cluster
 from alst_jax.memory.profile import DEVICE, HOST, Profile, Segment
 from alst_jax.memory.report import ESTIMATED, Plan
@@ -105,6 +105,7 @@ def estimate(job: Job, cluster: Cluster | None = None, correction: int = 0) -> P
     on(job.profile.offload_optimizer)["optimizer"] = optimizer
     places[DEVICE]["kept activations"] = kept[DEVICE]
     places[HOST]["kept activations"] = kept[HOST]
+    places[HOST]["saving"] = saving.saving_bytes(job, kept[HOST] + places[HOST].get("gradients", 0))
     places[DEVICE]["working set"] = max(0, working_set(job) + correction - kept[DEVICE])
     places[DEVICE]["batch"] = 3 * 4 * job.rows * job.length // job.devices
     flops = job.grad_accum * job.rows * job.model.flops_per_sequence(job.length)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from alst_jax.config import TrainConfig, UserError
 from alst_jax import environment
 from alst_jax.environment import has_cuda_compiler
-from alst_jax.memory import auto, host
+from alst_jax.memory import auto, host, saving
 from alst_jax.memory.auto import Choice, Search
 from alst_jax.memory.cost import Job
 from alst_jax.memory.flags import PLACEMENTS, describe
@@ -229,7 +229,8 @@ def announce(planner: Planner, choice: Choice) -> None:
 def make_host_pool(plan: Plan) -> None:
     """Pin the host memory of a plan in one piece (see `host.reserve`), if it is of a size that matters: with some slack, but
     no more than jax may pin. UserError if the host refuses."""
-    need = -(-plan.host_bytes * min(plan.devices, jax.local_device_count()) // GIB)
+    need = plan.host_bytes * min(plan.devices, jax.local_device_count()) - saving.BUFFERS  # which are not pinned
+    need = -(-need // GIB)
     if need < POOL_MATTERS:
         return
     most = environment.pinned_limit()

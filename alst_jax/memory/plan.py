@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from alst_jax.environment import pinned_limit
-from alst_jax.memory import cost, host, speed
+from alst_jax.memory import cost, host, saving, speed
 from alst_jax.memory.limits import host_memory
 from alst_jax.memory.machines import Cluster, machine_of_kind
 from alst_jax.memory.report import ABSENT, COMPILED, Plan
@@ -62,6 +62,7 @@ def plan_step(
     if absent and step.profile.offload_weights:  # there, layers and their gradients are temporary too
         layers = sum(shard_bytes(leaf) for leaf in jax.tree.leaves(step.params["layers"]))
         on_host["kept activations"] = max(0, memory.host_temp_size_in_bytes - 2 * layers)
+    on_host["saving"] = saving.saving_bytes(job, on_host["kept activations"] + on_host.get("gradients", 0))
     text = compiled.as_text()
     calls = {name: numbers | {"instructions": len(re.findall(rf"= [^=]*\b{name}(?:-start)?\(", text))}
              for name, numbers in speed.collectives(job).items()}
