@@ -1,4 +1,5 @@
-"""Train a Llama on very long sequences: `python train.py --help`. Without flags, a tiny one learns in about a minute."""
+"""Train a Llama on very long sequences: `python train.py --help`. Without flags, a tiny one learns in about a
+minute."""
 
 import dataclasses
 import functools
@@ -55,8 +56,9 @@ def out_of_memory(config: TrainConfig, reason: str) -> str:
         ("--remat", config.remat), ("--tiled-loss", config.tiled_loss), ("--tiled-mlp", config.tiled_mlp),
         ("--optimizer-states int8", config.optimizer_states == "int8"), ("--head-chunks", config.head_chunks > 1),
         ("--segment-layers", config.segment_layers != (1,))) if not on]
-    return (f"out of memory: {reason.strip().splitlines()[0][:300]}. These need less: {', '.join([*off, 'a larger --sp'])}, "
-            "or a shorter --seq-len. Checkpoints saved before are complete; go on from them with --resume")
+    less = ", ".join([*off, "a larger --sp"])
+    return (f"out of memory: {reason.strip().splitlines()[0][:300]}. These need less: {less}, or a shorter --seq-len. "
+            "Checkpoints saved before are complete; go on from them with --resume")
 
 
 def with_demo_defaults(config: TrainConfig) -> TrainConfig:

@@ -64,7 +64,7 @@ class Checkpoints:
         return self._restore(step, loop=ocp.args.JsonRestore())["loop"]
 
     def restore_params(self, step: int, abstract: Any) -> Any:
-        """Weights onto the shardings and dtypes of `abstract` (ShapeDtypeStructs), whatever mesh they were saved from."""
+        """Weights onto the shardings and dtypes of `abstract` (ShapeDtypeStructs), whatever mesh they are from."""
         return self._restore_tree(step, "params", abstract)
 
     def restore_optimizer(self, step: int, abstract: Any) -> Any:
@@ -122,8 +122,8 @@ def find_checkpoint(path: str | pathlib.Path) -> tuple[pathlib.Path, int]:
     given = pathlib.Path(path).absolute()
     located = _locate(given)
     if located is None:
-        raise UserError(f"{path}: no checkpoint there; it is a directory with {RUN_FILE}, {MODEL}/ and {CHECKPOINTS}/, as "
-                        "convert.from_hf or a training run makes")
+        raise UserError(f"{path}: no checkpoint there; it is a directory with {RUN_FILE}, {MODEL}/ and {CHECKPOINTS}/, "
+                        "as convert.from_hf or a training run makes")
     run_dir, step = located
     folder = run_dir / CHECKPOINTS
     steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
@@ -191,12 +191,12 @@ def check_same_model(saved: ModelConfig, now: ModelConfig) -> None:
     before, after = dataclasses.asdict(saved), dataclasses.asdict(now)
     changed = [f"{name} {before[name]} -> {after[name]}" for name in before if before[name] != after[name]]
     if changed:
-        raise UserError(f"--resume: the model has changed since the checkpoint ({'; '.join(changed)}); start a new run in "
-                        "another --out, or resume with the model it began with")
+        raise UserError(f"--resume: the model has changed since the checkpoint ({'; '.join(changed)}); start a new run "
+                        "in another --out, or resume with the model it began with")
 
 
 def copy_model_files(hf_dir: str | pathlib.Path, out: str | pathlib.Path) -> None:
-    """Everything of a Hugging Face directory that is not weights: config, tokenizer, chat template, generation config."""
+    """All of a Hugging Face directory that is not weights: config, tokenizer, chat template, generation config."""
     source, target = pathlib.Path(hf_dir), pathlib.Path(out)
     target.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()):

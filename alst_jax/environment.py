@@ -18,7 +18,8 @@ def prepare(
     """Set the environment of a run, respecting what the user has set already. Call before anything imports jax.
 
     simulate_devices: that many CPU devices; None or 0: the machine's own devices. absent_devices: only to plan for, or
-    compile for, devices that are not here; those that are here are left alone. host_memory_gib: use no more of the host.
+    compile for, devices that are not here; those that are here are left alone. host_memory_gib: use no more of
+    the host.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")

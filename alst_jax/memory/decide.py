@@ -29,7 +29,8 @@ from alst_jax.step import TrainStep, check_profile
 POOL_SLACK, POOL_MATTERS = 2, 16  # GiB
 ANY_LENGTH = 1024  # where the length is what is looked for
 MEASURED_ERROR = ("estimated by arithmetic, without a compiler: its measured error is in "
-                  "benchmarks/results/2026-11-24-plan-accuracy.md; install the extra cuda12 or cuda13 to compile for these devices without having them")
+                  "benchmarks/results/2026-11-24-plan-accuracy.md; install the extra cuda12 or cuda13 to compile for "
+                  "these devices without having them")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,8 +191,8 @@ def target(config: TrainConfig) -> Cluster | None:
         return parse_cluster(config.plan_for, config.host_memory)
     cluster = this_cluster(config.host_memory)
     if cluster is None and config.host_memory is not None:
-        raise UserError(f"--host-memory {config.host_memory:g}: limits what GPUs may keep in host memory, and jax sees no "
-                        "GPU; leave it out, or name a machine with --plan-for")
+        raise UserError(f"--host-memory {config.host_memory:g}: limits what GPUs may keep in host memory, and jax sees "
+                        "no GPU; leave it out, or name a machine with --plan-for")
     return cluster
 
 
@@ -227,8 +228,8 @@ def announce(planner: Planner, choice: Choice) -> None:
 
 
 def make_host_pool(plan: Plan) -> None:
-    """Pin the host memory of a plan in one piece (see `host.reserve`), if it is of a size that matters: with some slack, but
-    no more than jax may pin. UserError if the host refuses."""
+    """Pin the host memory of a plan in one piece (see `host.reserve`), if it is of a size that matters: with some slack,
+    but no more than jax may pin. UserError if the host refuses."""
     need = plan.host_bytes * min(plan.devices, jax.local_device_count()) - saving.BUFFERS  # which are not pinned
     need = -(-need // GIB)
     if need < POOL_MATTERS:
@@ -241,9 +242,10 @@ def make_host_pool(plan: Plan) -> None:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise UserError(f"{gibibytes} GiB of host memory could not be pinned: {str(error).splitlines()[0][:200]}. Free some, raise "
-                        "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB where it is set, or keep less there (--keep-attention-on-host, "
-                        "--optimizer-states int8, a shorter --seq-len)") from error
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(f"{gibibytes} GiB of host memory could not be pinned: {reason}. Free some, raise "
+                        "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB where it is set, or keep less there "
+                        "(--keep-attention-on-host, --optimizer-states int8, a shorter --seq-len)") from error
 
 
 def planned_against_measured(plan: Plan, peak_gib: float, seconds: list[float]) -> str:

@@ -1,4 +1,5 @@
-"""A memory profile: where things live and how much is worked on at a time. Data, not code; every switch is independent."""
+"""A memory profile: where things live and how much is worked on at a time. Data, not code; every switch is
+independent."""
 
 import dataclasses
 from typing import Literal
@@ -15,7 +16,7 @@ class Profile:
     offload_activations: bool = False
     offload_weights: bool = False
     offload_optimizer: bool = False
-    segment_layers: tuple[int, ...] = (1,)  # layers between two kept layer inputs: of each segment, or one for all alike
+    segment_layers: tuple[int, ...] = (1,)  # layers between two kept inputs: of each segment, or one for all alike
     keep_attention_on_device: int = 0  # last layers whose attention output and log-sum-exp are kept
     keep_attention_on_host: int = 0  # layers before those that keep them in host memory
     head_chunks: int = 1  # groups of heads that are worked on one after the other
@@ -24,7 +25,8 @@ class Profile:
     reduce_dtype: str = "float32"
 
     def attention_place(self, layer: int, num_layers: int) -> str | None:
-        """Where the attention output of this layer (of 0, 1, ...) is kept for the backward pass; None: it is made again.
+        """Where the attention output of this layer (of 0, 1, ...) is kept for the backward pass; None: it is made
+        again.
 
         The last layers are the first to be needed again, so the device is theirs; the first are not kept.
         """
