@@ -1,4 +1,5 @@
-"""Train a Llama on very long sequences: `python train.py --help`. Without flags, a tiny one learns in about a minute."""
+"""Train a Llama on very long sequences: `python train.py --help`. Without flags, a tiny one learns in about a
+minute."""
 
 import dataclasses
 import functools
@@ -15,7 +16,7 @@ def main() -> int:
     try:
         config = parse(sys.argv[1:])
         check_run(config)
-        environment.prepare(config.simulate_devices, absent_devices=config.plan_for is not None)
+        environment.prepare(config.simulate_devices, config.plan_for is not None, config.host_memory)
         return run(config)
     except UserError as error:
         print(f"\nerror: {error}", file=sys.stderr)
@@ -51,10 +52,13 @@ def out_of_memory(config: TrainConfig, reason: str) -> str:
     """What did not fit, and the flags that are left to try, cheapest first."""
     off = [f"--{name.replace('_', '-')}" for name in ("offload_optimizer", "offload_activations", "offload_weights")
            if not getattr(config, name)]
-    off += [flag for flag, on in (("--optimizer-states int8", config.optimizer_states == "int8"),
-                                  ("--head-chunks", config.head_chunks > 1), ("--segment-layers", config.segment_layers != (1,))) if not on]
-    return (f"out of memory: {reason.strip().splitlines()[0][:300]}. These need less: {', '.join([*off, 'a larger --sp'])}, "
-            "or a shorter --seq-len. Checkpoints saved before are complete; go on from them with --resume")
+    off += [flag for flag, on in (
+        ("--remat", config.remat), ("--tiled-loss", config.tiled_loss), ("--tiled-mlp", config.tiled_mlp),
+        ("--optimizer-states int8", config.optimizer_states == "int8"), ("--head-chunks", config.head_chunks > 1),
+        ("--segment-layers", config.segment_layers != (1,))) if not on]
+    less = ", ".join([*off, "a larger --sp"])
+    return (f"out of memory: {reason.strip().splitlines()[0][:300]}. These need less: {less}, or a shorter --seq-len. "
+            "Checkpoints saved before are complete; go on from them with --resume")
 
 
 def with_demo_defaults(config: TrainConfig) -> TrainConfig:
@@ -168,7 +172,7 @@ def run(config: TrainConfig) -> int:
         try:
             state = train(config, step, state, steps, learning_rate, data, eval_batches, log, save, stop)
         finally:
-            checkpoints.close()  # waits for the save in progress
+            checkpoints.close()
             log.close()
         if choice is not None and log.seconds:
             print(decide.planned_against_measured(choice.plan, peak_memory()[1], log.seconds))

@@ -7,6 +7,7 @@
 """
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import math
@@ -20,6 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from alst_jax.config import ModelConfig, UserError
+from alst_jax.memory import saving
 
 CHECKPOINTS, MODEL, RUN_FILE, EXPORT = "checkpoints", "model", "run.json", "hf"
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf",
@@ -27,7 +29,7 @@ WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.ind
 
 
 class Checkpoints:
-    """The checkpoints of one run directory. A save runs in the background; one that was cut off is never found."""
+    """The checkpoints of one run directory. A save that was cut off is never found."""
 
     def __init__(
         self, run_dir: str | pathlib.Path, keep: int | None = None, largest_leaf: int = 0, clean: bool = False
@@ -36,17 +38,22 @@ class Checkpoints:
         remove what a save that was killed left behind."""
         self.directory = pathlib.Path(run_dir).absolute() / CHECKPOINTS
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=True, create=True, cleanup_tmp_directories=clean)
-        # Without a limit on what is being written at once, orbax would hold a second copy of everything in memory.
-        tree = lambda: ocp.PyTreeCheckpointHandler(save_concurrent_gb=_concurrent_gigabytes(largest_leaf))
+            max_to_keep=keep, enable_async_checkpointing=False, create=True, cleanup_tmp_directories=clean)
+        # Without limits on what is copied and written at once, orbax would hold a second copy of everything in memory;
+        # with them it copies as it goes, so that nothing may change the arrays meanwhile.
+        gigabytes = _concurrent_gigabytes(largest_leaf)
+        tree = lambda: ocp.PyTreeCheckpointHandler(
+            save_concurrent_gb=gigabytes, save_device_host_concurrent_gb=saving.COPIES // 10**9,
+            restore_concurrent_gb=gigabytes if largest_leaf else None)
         handlers = {"params": tree(), "optimizer": tree(), "loop": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self.directory, item_handlers=handlers, options=options)
 
     def save(self, step: int, params: Any, optimizer: Any | None, loop: dict[str, Any]) -> None:
-        """Copy the state and write it in the background; `loop` is JSON. Waits for an earlier save to end."""
-        items = {"params": ocp.args.PyTreeSave(params), "loop": ocp.args.JsonSave(loop)}
+        """Write the state; `loop` is JSON. Returns when all is on disk. Holds what memory/saving.py says."""
+        tree = functools.partial(ocp.args.PyTreeSave, ocdbt_target_data_file_size=saving.DATA_FILE)
+        items = {"params": tree(params), "loop": ocp.args.JsonSave(loop)}
         if optimizer is not None:
-            items["optimizer"] = ocp.args.PyTreeSave(optimizer)
+            items["optimizer"] = tree(optimizer)
         self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def steps(self) -> list[int]:
@@ -57,7 +64,7 @@ class Checkpoints:
         return self._restore(step, loop=ocp.args.JsonRestore())["loop"]
 
     def restore_params(self, step: int, abstract: Any) -> Any:
-        """Weights onto the shardings and dtypes of `abstract` (ShapeDtypeStructs), whatever mesh they were saved from."""
+        """Weights onto the shardings and dtypes of `abstract` (ShapeDtypeStructs), whatever mesh they are from."""
         return self._restore_tree(step, "params", abstract)
 
     def restore_optimizer(self, step: int, abstract: Any) -> Any:
@@ -102,12 +109,7 @@ class Checkpoints:
         reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         return UserError(f"checkpoint {self.directory / str(step)} cannot be read: {reason}; {advice}")
 
-    def wait(self) -> None:
-        """Until the save in progress is complete on disk; raises what went wrong in it."""
-        self._manager.wait_until_finished()
-
     def close(self) -> None:
-        self._manager.wait_until_finished()
         self._manager.close()
 
 
@@ -120,8 +122,8 @@ def find_checkpoint(path: str | pathlib.Path) -> tuple[pathlib.Path, int]:
     given = pathlib.Path(path).absolute()
     located = _locate(given)
     if located is None:
-        raise UserError(f"{path}: no checkpoint there; it is a directory with {RUN_FILE}, {MODEL}/ and {CHECKPOINTS}/, as "
-                        "convert.from_hf or a training run makes")
+        raise UserError(f"{path}: no checkpoint there; it is a directory with {RUN_FILE}, {MODEL}/ and {CHECKPOINTS}/, "
+                        "as convert.from_hf or a training run makes")
     run_dir, step = located
     folder = run_dir / CHECKPOINTS
     steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
@@ -189,12 +191,12 @@ def check_same_model(saved: ModelConfig, now: ModelConfig) -> None:
     before, after = dataclasses.asdict(saved), dataclasses.asdict(now)
     changed = [f"{name} {before[name]} -> {after[name]}" for name in before if before[name] != after[name]]
     if changed:
-        raise UserError(f"--resume: the model has changed since the checkpoint ({'; '.join(changed)}); start a new run in "
-                        "another --out, or resume with the model it began with")
+        raise UserError(f"--resume: the model has changed since the checkpoint ({'; '.join(changed)}); start a new run "
+                        "in another --out, or resume with the model it began with")
 
 
 def copy_model_files(hf_dir: str | pathlib.Path, out: str | pathlib.Path) -> None:
-    """Everything of a Hugging Face directory that is not weights: config, tokenizer, chat template, generation config."""
+    """All of a Hugging Face directory that is not weights: config, tokenizer, chat template, generation config."""
     source, target = pathlib.Path(hf_dir), pathlib.Path(out)
     target.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()):

@@ -187,6 +187,9 @@ class TrainConfig:
     """Keep weights and gradients in host memory, streamed one layer at a time."""
     offload_optimizer: bool = False
     """Keep optimizer state in host memory, streamed one layer at a time."""
+    update_in_backward: bool = False
+    """Update each layer as soon as its gradient is there: gradients are never stored. Needs --clip-norm 0 and --grad-accum
+    1. A gradient that is no finite number is met after later layers were updated: the run ends at its last checkpoint."""
 
     segment_layers: tuple[int, ...] = (1,)
     """Layers between two kept layer inputs; the inputs between them are computed again. One number, or one a segment."""
@@ -209,7 +212,7 @@ class TrainConfig:
     plan_for: str | None = None
     """With --plan-only: plan for this machine instead of the one at hand: H100-80, 8xH100 or 4x8xH100 (4 hosts of 8)."""
     host_memory: float | None = None
-    """With --plan-for: GiB of memory of each host. Default: what such machines usually have."""
+    """GiB of host memory to use at most; with --plan-for, what each host has (default: what is usual for it)."""
     find_max_seq_len: bool = False
     """Find the longest sequence that fits, and stop; with --plan-for on another machine."""
     plan_picture: str | None = None
@@ -283,6 +286,13 @@ def check_run(config: TrainConfig) -> None:
         raise UserError(f"--warmup-steps {config.warmup_steps} is more than --steps {config.steps}")
     if config.offload_activations and not config.remat:
         raise UserError("--offload-activations offloads what rematerialisation keeps; it needs --remat, not --no-remat")
+    if config.update_in_backward and not (config.remat and config.clip_norm == 0 and config.grad_accum == 1):
+        wrong = next(flag for flag, is_so in (
+            ("--no-remat", not config.remat), (f"--grad-accum {config.grad_accum}", config.grad_accum != 1),
+            (f"--clip-norm {config.clip_norm:g}", True)) if is_so)
+        raise UserError(f"--update-in-backward with {wrong}: a layer is updated before the other gradients are known, so "
+                        "that they can be neither clipped by their common norm nor summed over batches; use --clip-norm 0, "
+                        "--grad-accum 1 and --remat with it")
     if config.pack:
         raise UserError("--pack: packing several documents into one sequence is not supported yet; leave it out, "
                         "and each document gets sequences of its own")
@@ -295,9 +305,8 @@ def check_run(config: TrainConfig) -> None:
     for field in ("json", "plan_for", "plan_picture"):
         if getattr(config, field) and not config.planning:
             raise UserError(f"{flag(field)} is for --plan-only and --find-max-seq-len; a run has the machine it is on")
-    if config.host_memory is not None and not (config.plan_for and config.host_memory > 0):
-        raise UserError(f"--host-memory {config.host_memory}: a positive number of GiB, for --plan-for; otherwise the host's own "
-                        "memory counts")
+    if config.host_memory is not None and not config.host_memory > 0:
+        raise UserError(f"--host-memory {config.host_memory}: must be a positive number of GiB")
     if config.plan_for and config.simulate_devices:
         raise UserError("--plan-for names the machine and --simulate-devices another; leave one of them out")
     if config.find_max_seq_len and config.seq_len is not None:

@@ -4,19 +4,25 @@ import importlib.util
 import os
 import subprocess
 
-import psutil
-
+from alst_jax.config import UserError
+from alst_jax.memory.limits import host_memory
 from alst_jax.memory.machines import GIB, MEMORY_FRACTION, machine_of_kind, usable_host_memory
 
 HOST_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+# With dynamic slice fusion, a kernel whose output is both put into a stack and used otherwise is run twice: attention
+# whose output is kept (found in programs of jax 0.11.2, see docs/log.md).
+XLA_GPU_FLAGS = {"xla_gpu_enable_latency_hiding_scheduler": "true", "xla_gpu_enable_dynamic_slice_fusion": "false"}
 CUDA_PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 
 
-def prepare(simulate_devices: int | None, absent_devices: bool = False) -> None:
+def prepare(
+    simulate_devices: int | None, absent_devices: bool = False, host_memory_gib: float | int | None = None
+) -> None:
     """Set the environment of a run, respecting what the user has set already. Call before anything imports jax.
 
-    simulate_devices: that many CPU devices; None or 0: the machine's own devices. absent_devices: only to plan for, or compile
-    for, devices that are not here; those that are here are left alone.
+    simulate_devices: that many CPU devices; None or 0: the machine's own devices. absent_devices: only to plan for, or
+    compile for, devices that are not here; those that are here are left alone. host_memory_gib: use no more of
+    the host.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
@@ -36,17 +42,20 @@ def prepare(simulate_devices: int | None, absent_devices: bool = False) -> None:
         return
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # setting both names is an error
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(MEMORY_FRACTION))
-    # jax caps pinned memory at 64 GiB unless told otherwise; weights and optimizer states of an 8B model need more. The unit
-    # is GiB, whatever the name says.
-    limit = usable_host_memory(psutil.virtual_memory().total) // GIB
-    os.environ.setdefault(HOST_LIMIT, str(limit))
+    # jax caps pinned memory at 64 GiB unless told otherwise; weights and optimizer states of an 8B model need more. The
+    # unit is GiB, whatever the name says.
+    os.environ.setdefault(HOST_LIMIT, str(usable_host_memory(host_memory(host_memory_gib)) // GIB))
     if _has_nvidia_gpu():  # the flag is unknown to CPU-only builds, which would abort
         _set_compiler_flags()
 
 
-# With dynamic slice fusion, a kernel whose output is both put into a stack and used otherwise is run twice: attention whose
-# output is kept (found in the program of jax 0.11.2, see docs/log.md).
-XLA_GPU_FLAGS = {"xla_gpu_enable_latency_hiding_scheduler": "true", "xla_gpu_enable_dynamic_slice_fusion": "false"}
+def pinned_limit() -> int | None:
+    """Bytes of host memory that jax may pin, as the environment says; None if it does not. UserError if it is no whole
+    number."""
+    text = os.environ.get(HOST_LIMIT)
+    if text is not None and not text.isdigit():
+        raise UserError(f"{HOST_LIMIT}={text}: a whole number of GiB")
+    return None if text is None else int(text) * GIB
 
 
 def _set_compiler_flags() -> None:

@@ -130,7 +130,8 @@ def make_profile(config: TrainConfig, dtype: jnp.dtype, model: ModelConfig) -> P
         loss_tile=(config.loss_tile or 0) if config.tiled_loss else None,
         mlp_tile=(config.mlp_tile or 0) if config.tiled_mlp else None,
         remat=config.remat, offload_activations=config.offload_activations, offload_weights=config.offload_weights,
-        offload_optimizer=config.offload_optimizer, segment_layers=config.segment_layers,
+        offload_optimizer=config.offload_optimizer, update_in_backward=config.update_in_backward,
+        segment_layers=config.segment_layers,
         keep_attention_on_device=config.keep_attention_on_device, keep_attention_on_host=config.keep_attention_on_host,
         head_chunks=config.head_chunks, attention=attention, compute_dtype=str(dtype),
         reduce_dtype=config.reduce_dtype)
@@ -287,6 +288,7 @@ def announce(
     on = [name for name, value in (("tiled loss", profile.loss_tile is not None), ("tiled MLP", profile.mlp_tile is not None),
           ("remat", profile.remat), ("activations in host memory", profile.offload_activations),
           ("weights in host memory", profile.offload_weights), ("optimizer in host memory", profile.offload_optimizer),
+          ("update in the backward pass", profile.update_in_backward),
           (f"segments of {', '.join(map(str, profile.segment_layers))} layers", profile.segment_layers != (1,)),
           (f"attention of {profile.keep_attention_on_device} layers kept", profile.keep_attention_on_device),
           (f"of {profile.keep_attention_on_host} kept in host memory", profile.keep_attention_on_host),

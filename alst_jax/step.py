@@ -5,6 +5,7 @@ transpose is the reduce-scatter), four all-to-alls around attention, one psum fo
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from alst_jax.config import IGNORED, ModelConfig, UserError
-from alst_jax.memory import host
+from alst_jax.memory import host, remat
 from alst_jax.memory.order import gradient_first
 from alst_jax.memory.profile import Profile
 from alst_jax.memory.remat import scan_layers
@@ -27,7 +28,8 @@ from alst_jax.ops.linear import embed
 from alst_jax.ops.norm import rms_norm
 from alst_jax.ops.rope import MAX_POSITION, rope_tables
 from alst_jax.ops.tiling import accumulation_dtype
-from alst_jax.optim.adamw import AdamW, apply_update, count_not_finite, global_norm, is_spec
+from alst_jax.optim.adamw import (
+    AdamW, apply_update, count_not_finite, global_norm, is_spec, join_updates, parameter_updates, square_sum)
 from alst_jax.parallel.mesh import AXES, SEQ
 from alst_jax.parallel.sharding import (
     BATCH_SPEC, drop_layer_dim, gather, is_stacked, param_specs, scatter, shardings, whole)
@@ -53,6 +55,8 @@ class TrainStep:
 
     def __init__(self, model: ModelConfig, mesh: Mesh, profile: Profile, optimizer: AdamW, dtype: DTypeLike):
         check_profile(profile, model, mesh.shape[SEQ])
+        if profile.update_in_backward and optimizer.clip_norm > 0:
+            raise UserError("--update-in-backward: gradients cannot be clipped by a norm that is not known yet (--clip-norm 0)")
         self.model, self.mesh, self.profile, self.optimizer = model, mesh, profile, optimizer
         self.specs = param_specs(abstract_params(model, dtype), mesh)
         weights_kind = host.memory_kind(profile.offload_weights)
@@ -103,6 +107,16 @@ class TrainStep:
                     out_specs=(self.specs, self._state_specs)),
             donate_argnums=(0, 2), out_shardings=(self.param_shardings, self._optimizer_shardings))
         """(params, gradients, optimizer state, gradient norm, learning rate) -> (params, optimizer state), in place."""
+        in_backward = functools.partial(
+            local_update_in_backward, model=self.model, profile=self.profile, specs=self.specs, optimizer=self.optimizer)
+        self.update_in_backward = jax.jit(
+            on_mesh(in_backward, in_specs=(self.specs, self._state_specs, batch, P(), P()),
+                    out_specs=(P(), P(), P(), P(), self.specs, self._state_specs)),
+            donate_argnums=(0, 1), out_shardings=(scalar,) * 4 + (self.param_shardings, self._optimizer_shardings))
+        """(params, optimizer state, batch, scale, learning rate) -> (scale x summed loss, gradient norm, whether all
+        gradients were finite, layers updated, params, optimizer state), in place: a whole step in which each layer's
+        gradient is used as soon as it is there and never stored. Where something is not finite, nothing is updated from
+        there on: layers that the backward pass had reached before have been."""
 
     def init_params(self, key: jax.Array, dtype: DTypeLike) -> Params:
         """Random weights, made where they will live."""
@@ -154,9 +168,9 @@ def check_profile(profile: Profile, model: ModelConfig, sp: int) -> None:
     kept = profile.keep_attention_on_device + profile.keep_attention_on_host
     if kept > layers:
         raise UserError(f"--keep-attention-on-device + --keep-attention-on-host = {kept} layers, where the model has {layers}")
-    if not profile.remat and (kept or segments != (1,) or profile.offload_activations):
-        raise UserError("--segment-layers, --keep-attention-on-device, --keep-attention-on-host and --offload-activations "
-                        "say what rematerialisation keeps; they need --remat, not --no-remat")
+    if not profile.remat and (kept or segments != (1,) or profile.offload_activations or profile.update_in_backward):
+        raise UserError("--segment-layers, --keep-attention-on-device, --keep-attention-on-host, --offload-activations and "
+                        "--update-in-backward are parts of rematerialisation; they need --remat, not --no-remat")
 
 
 def _with_shardings(tree: Any, shardings: Any) -> Any:
@@ -172,37 +186,135 @@ def local_loss(
     params: Params, batch: Batch, scale: jax.Array, *, model: ModelConfig, profile: Profile, specs: Any
 ) -> jax.Array:
     """scale x the loss summed over the valid labels of all devices, from local shards. Runs inside the shard_map."""
-    dtype = jnp.dtype(profile.compute_dtype)
-    gather_all = functools.partial(_gather_all, reduce_dtype=jnp.dtype(profile.reduce_dtype))
-    on_device = lambda shards: host.to_device(shards) if profile.offload_weights else shards
-    rope = rope_tables(model.rope, model.head_dim, batch.positions)
-    layer_specs = jax.tree.map(drop_layer_dim, specs["layers"], is_leaf=lambda x: isinstance(x, P))
-    layer = Layer(
-        block_functions(model), Ulysses(model.num_heads, model.num_kv_heads, profile.attention, SEQ, profile.head_chunks),
-        load=lambda shards: jax.tree.map(whole, shards, layer_specs),
-        scatter=lambda gradients, shards: jax.tree.map(
-            lambda g, spec, shard: scatter(g, spec, profile.reduce_dtype, shard.dtype), gradients, layer_specs, shards),
-        carriers=lambda shards: gather_all(shards, layer_specs), tile=_token_tile(model, profile))
-
+    parts = _Parts.of(batch, scale, model, profile, specs)
     # Brought to the device once: where it is the head too, the sum of its two gradients is no work for the host.
-    embedding = on_device(params["embed_tokens"]["embedding"])
-    look_up = lambda shards, tokens: embed(gather_all(shards, specs["embed_tokens"]["embedding"]), tokens, dtype)
-    h_BTD = look_up(embedding, batch.tokens)
-    look_up_again = lambda shards, tokens: look_up(on_device(shards), tokens)
+    embedding = parts.on_device(params["embed_tokens"]["embedding"])
+    h_BTD = parts.look_up(embedding, batch.tokens)
     source = params["embed_tokens"]["embedding"], batch.tokens
-    h_BTD = scan_layers(layer, h_BTD, look_up_again, source, params["layers"], rope, profile)
-    h_BTD = rms_norm(h_BTD, gather_all(on_device(params["norm"]), specs["norm"])["scale"], model.rms_norm_eps)
+    h_BTD = scan_layers(parts.layer, h_BTD, parts.look_up, source, params["layers"], parts.rope, profile)
+    table = embedding if model.tie_word_embeddings else parts.on_device(params["lm_head"]["embedding"])
+    return parts.loss(h_BTD, parts.on_device(params["norm"]), table)
 
-    head = "embed_tokens" if model.tie_word_embeddings else "lm_head"
-    table = embedding if model.tie_word_embeddings else on_device(params[head]["embedding"])
-    h_BTD, table = gradient_first(h_BTD, table)  # its float32 sums do not outlive the loss
-    table = gather_all(table, specs[head]["embedding"])
-    h_TD, labels_T = h_BTD.reshape(-1, h_BTD.shape[-1]), batch.labels.reshape(-1)
-    if profile.loss_tile is None:
-        total = cross_entropy(h_TD, table, labels_T)
-    else:
-        total = tiled_cross_entropy(h_TD, table, labels_T, profile.loss_tile or default_tile(model.vocab_size))
-    return lax.psum(total * scale, AXES)
+
+def local_update_in_backward(
+    params: Params, state: dict[str, Any], batch: Batch, scale: jax.Array, learning_rate: jax.Array, *,
+    model: ModelConfig, profile: Profile, specs: Any, optimizer: AdamW,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, Params, dict[str, Any]]:
+    """`TrainStep.update_in_backward` from local shards. Runs inside the shard_map."""
+    parts = _Parts.of(batch, scale, model, profile, specs)
+    embedding = parts.on_device(params["embed_tokens"]["embedding"])
+    h_BTD, back_to_embedding = jax.vjp(lambda table: parts.look_up(table, batch.tokens), embedding)
+    source = params["embed_tokens"]["embedding"], batch.tokens
+    h_BTD, saved = remat.forward(parts.layer, profile, parts.look_up, h_BTD, source, params["layers"], parts.rope)
+    table = embedding if model.tie_word_embeddings else parts.on_device(params["lm_head"]["embedding"])
+    loss, back_to_layers = jax.vjp(parts.loss, h_BTD, parts.on_device(params["norm"]), table)
+    dh_BTD, dnorm, dtable = back_to_layers(jnp.ones_like(loss))
+
+    updates = parameter_updates(optimizer, params, state, specs, learning_rate)
+    of_layers = [update for update in updates if is_stacked(update.path)]
+    on_host = (profile.offload_weights, profile.offload_optimizer)
+    # A tied table's gradient counts when it is whole; that its first part is finite must be known now.
+    progress = _Progress(jnp.float32(0), jnp.isfinite(loss) & jnp.isfinite(square_sum(dtable)), jnp.int32(0))
+    progress = progress.after([dnorm["scale"]] if model.tie_word_embeddings else [dnorm["scale"], dtable], 0)
+    layers = jax.tree.structure(params["layers"])
+
+    def read(store, i):
+        return layers.unflatten([host.row(written[0], i, on_host[0]) for written in store[0]])
+
+    def write(store, i, shards, gradients):
+        all_written, progress = store
+        gradients = jax.tree.leaves(gradients)
+        progress = progress.after(gradients, 1)
+        result = []
+        for update, written, gradient, old in zip(of_layers, all_written, gradients, jax.tree.leaves(shards), strict=True):
+            kept = host.row(written[1:], i, on_host[1])
+            rows = jax.tree.map(lambda x: x[None], (old, *kept))
+            new = update.step(i, rows, gradient[None].astype(update.wide))
+            new = [jnp.where(progress.finite, x, was)[0] for x, was in zip(new, rows, strict=True)]
+            result.append((host.put_row(written[0], new[0], i, on_host[0]),
+                           *host.put_row(written[1:], tuple(new[1:]), i, on_host[1])))
+        return result, progress
+
+    store = [update.written for update in of_layers], progress
+    dh_BTD, (layers_written, progress) = remat.backward(
+        parts.layer, profile, parts.look_up, saved, dh_BTD, store, read, write)
+    (dembedding,) = back_to_embedding(dh_BTD)
+    head = {} if model.tie_word_embeddings else {"lm_head": {"embedding": dtable}}
+    dembedding = dembedding + dtable if model.tie_word_embeddings else dembedding
+    gradients = {"embed_tokens": {"embedding": dembedding}, "norm": dnorm, **head}
+    progress = progress.after([dembedding], 0)
+    gradients = iter(jax.tree.leaves(gradients))
+    layers_written, results = iter(layers_written), []
+    for update in updates:
+        if is_stacked(update.path):
+            results.append(next(layers_written))
+            continue
+        step = lambda chunk, written, read, update=update: (chunk + 1, tuple(
+            jnp.where(progress.finite, x, was)
+            for x, was in zip(update.step(chunk, written, read[0].astype(update.wide)), written, strict=True)))
+        rows = host.chunk_rows(update.param.shape, False) if any(on_host) else update.param.shape[0]
+        places = (on_host[0],) + (on_host[1],) * len(update.stored) + (False,)
+        results.append(host.stream(step, jnp.int32(0), update.written, (next(gradients),), rows, places)[1])
+    new_params, new_state = join_updates(params, state, updates, results)
+    new_state["count"] = jnp.where(progress.finite, new_state["count"], state["count"])
+    return loss, jnp.sqrt(progress.square), progress.finite, progress.layers, new_params, new_state
+
+
+class _Progress(NamedTuple):
+    """Of an update in the backward pass: sum of the squares of the gradients so far, whether all were finite numbers, and
+    how many layers were updated."""
+
+    square: jax.Array
+    finite: jax.Array
+    layers: jax.Array
+
+    def after(self, gradients: list[jax.Array], layers: int) -> "_Progress":
+        square = self.square + sum(map(square_sum, gradients), jnp.float32(0))
+        finite = self.finite & jnp.isfinite(square)
+        return _Progress(square, finite, self.layers + jnp.where(finite, layers, 0))
+
+
+class _Parts(NamedTuple):
+    """The model without its weights. look_up(embedding's shards, tokens) -> h; loss(h, norm's, head's shards on the
+    device)."""
+
+    layer: Layer
+    rope: Any
+    on_device: Callable
+    look_up: Callable
+    loss: Callable
+
+    @staticmethod
+    def of(batch: Batch, scale: jax.Array, model: ModelConfig, profile: Profile, specs: Any) -> "_Parts":
+        dtype = jnp.dtype(profile.compute_dtype)
+        gather_all = functools.partial(_gather_all, reduce_dtype=jnp.dtype(profile.reduce_dtype))
+        layer_specs = jax.tree.map(drop_layer_dim, specs["layers"], is_leaf=is_spec)
+        ulysses = Ulysses(model.num_heads, model.num_kv_heads, profile.attention, SEQ, profile.head_chunks)
+        layer = Layer(
+            block_functions(model), ulysses, load=lambda shards: jax.tree.map(whole, shards, layer_specs),
+            scatter=lambda gradients, shards: jax.tree.map(
+                lambda g, spec, shard: scatter(g, spec, profile.reduce_dtype, shard.dtype), gradients, layer_specs, shards),
+            carriers=lambda shards: gather_all(shards, layer_specs), tile=_token_tile(model, profile))
+        head = "embed_tokens" if model.tie_word_embeddings else "lm_head"
+
+        def on_device(shards):
+            return host.to_device(shards) if profile.offload_weights else shards
+
+        def look_up(shards, tokens):
+            return embed(gather_all(on_device(shards), specs["embed_tokens"]["embedding"]), tokens, dtype)
+
+        def loss(h_BTD, norm, table):
+            h_BTD = rms_norm(h_BTD, gather_all(norm, specs["norm"])["scale"], model.rms_norm_eps)
+            h_BTD, table = gradient_first(h_BTD, table)  # its float32 sums do not outlive the loss
+            table = gather_all(table, specs[head]["embedding"])
+            h_TD, labels_T = h_BTD.reshape(-1, h_BTD.shape[-1]), batch.labels.reshape(-1)
+            if profile.loss_tile is None:
+                total = cross_entropy(h_TD, table, labels_T)
+            else:
+                total = tiled_cross_entropy(h_TD, table, labels_T, profile.loss_tile or default_tile(model.vocab_size))
+            return lax.psum(total * scale, AXES)
+
+        return _Parts(layer, rope_tables(model.rope, model.head_dim, batch.positions), on_device, look_up, loss)
 
 
 def _token_tile(model: ModelConfig, profile: Profile) -> int | None:

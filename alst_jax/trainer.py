@@ -22,7 +22,12 @@ from alst_jax.step import TrainStep, count_labels
 
 
 class NotFinite(Exception):
-    """Loss or gradient is not a finite number; the step was not applied."""
+    """Loss or gradient is not a finite number. state: that before the step, which was not applied; None if it was applied in
+    part."""
+
+    def __init__(self, reason: str, state: "TrainState | None"):
+        super().__init__(reason)
+        self.state = state
 
 
 @dataclasses.dataclass
@@ -76,8 +81,10 @@ def optimizer_step(
 ) -> tuple[TrainState, dict[str, float]]:
     """One step over `batches` (int32 arrays [accumulation, B, S]); the loss is the mean over all their valid labels.
 
-    Raises NotFinite, and leaves `state` as it is, if the loss or the gradient's norm is not finite.
+    Raises NotFinite if the loss or the gradient's norm is not finite.
     """
+    if step.profile.update_in_backward:
+        return _step_in_backward(step, state, batches, learning_rate)
     labels = count_labels(batches["labels"])
     scale = jnp.float32(1 / labels)
     accumulation = batches["tokens"].shape[0]
@@ -94,8 +101,25 @@ def optimizer_step(
         if where is None:
             where = "every gradient finite: only the loss is not" if math.isfinite(values["grad_norm"]) else (
                 "every gradient finite: only their norm is not")
-        raise NotFinite(f"loss {loss}, gradient norm {values['grad_norm']}, {where}")
+        raise NotFinite(f"loss {loss}, gradient norm {values['grad_norm']}, {where}", state)
     params, optimizer = step.update(state.params, gradients, state.optimizer, norm, jnp.float32(learning_rate))
+    jax.block_until_ready(params)
+    return TrainState(params, optimizer, state.step + 1), values
+
+
+def _step_in_backward(step, state, batches, learning_rate):
+    labels, layers = count_labels(batches["labels"]), step.model.num_layers
+    if len(batches["tokens"]) != 1:
+        raise ValueError(f"{len(batches['tokens'])} batches: gradients that are used at once cannot be summed over several")
+    batch = step.put_batch(**{name: array[0] for name, array in batches.items()})
+    loss, norm, finite, updated, params, optimizer = step.update_in_backward(
+        state.params, state.optimizer, batch, jnp.float32(1 / labels), jnp.float32(learning_rate))
+    values = {"loss": float(loss), "grad_norm": float(norm), "labels": labels}
+    if not finite:
+        where = "the embedding" if updated == layers else f"layer {layers - 1 - int(updated)} of {layers}"
+        where = f"first met in {where}, going back" if updated else "first met in the loss, the head or the last layer"
+        raise NotFinite(f"loss {values['loss']}, gradient norm {values['grad_norm']}, {where}",
+                        None if updated else TrainState(params, optimizer, state.step))
     jax.block_until_ready(params)
     return TrainState(params, optimizer, state.step + 1), values
 
@@ -152,6 +176,13 @@ def train(
                 batches = next(data)
                 state, values = optimizer_step(step, state, batches, learning_rate)
             except NotFinite as problem:
+                if problem.state is None:
+                    last = f"the last checkpoint, step {saved}, with --resume" if saved else "the beginning: none was saved"
+                    raise UserError(f"step {state.step + 1}: {problem}. Later layers were updated already (--update-in-backward), "
+                                    f"so nothing is saved; go on from {last}. A smaller --learning-rate, --save-every, or "
+                                    "a run without --update-in-backward, which would not apply such a step, may help"
+                                    ) from problem
+                state = problem.state
                 data.set_state(position)  # a resumed run meets the same batch again
                 if state.step != saved:
                     check_weights(step, state)

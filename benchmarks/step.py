@@ -48,23 +48,34 @@ def main():
     import numpy as np
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from alst_jax.memory import host
     from alst_jax.optim.adamw import AdamW
     from alst_jax.parallel.mesh import make_mesh
     from alst_jax.step import Batch, TrainStep
 
     model, length = llama_8b(options.layers), options.seq_len
-    step = TrainStep(model, make_mesh(1, 1), options.profile, AdamW(states=options.states, master=options.master),
-                     jnp.bfloat16)
+    in_backward = options.profile.update_in_backward
+    if in_backward and not options.update:
+        raise SystemExit("--profile.update-in-backward with --no-update: leave one of them out")
+    optimizer = AdamW(states=options.states, master=options.master, clip_norm=0.0 if in_backward else 1.0)
+    step = TrainStep(model, make_mesh(1, 1), options.profile, optimizer, jnp.bfloat16)
     print(f"{options}, jax {jax.__version__}, {jax.devices()[0].device_kind}", flush=True)
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, (1, length), dtype=np.int32)
     batch = step.put_batch(tokens, np.roll(tokens, -1, 1), np.arange(length, dtype=np.int32)[None])
     scale = jnp.float32(1 / length)
     abstract = Batch(*(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in batch))
     started = time.perf_counter()
-    compiled = step.loss_and_grad.lower(step.params, abstract, jax.ShapeDtypeStruct((), jnp.float32)).compile()
+    reserving = None
+    if options.reserve and not options.compile_only:  # beside the compiler: it takes about a second a GiB
+        reserving = threading.Thread(target=reserve, args=(options.reserve,))
+        reserving.start()
+    number = jax.ShapeDtypeStruct((), jnp.float32)
+    if in_backward:
+        compiled = step.update_in_backward.lower(step.params, step.optimizer_state, abstract, number, number).compile()
+    else:
+        compiled = step.loss_and_grad.lower(step.params, abstract, number).compile()
     plan = compiled.memory_analysis()
-    device_plan = plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes
+    device_plan = (plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes
+                   - plan.alias_size_in_bytes)
     print(f"compiled in {time.perf_counter() - started:.0f} s; GiB planned: device temp "
           f"{plan.temp_size_in_bytes / GIB:.2f} + arguments {plan.argument_size_in_bytes / GIB:.2f} + outputs "
           f"{plan.output_size_in_bytes / GIB:.2f} = {device_plan / GIB:.2f}; host temp {plan.host_temp_size_in_bytes / GIB:.2f} "
@@ -75,15 +86,12 @@ def main():
         raise SystemExit(f"planned {device_plan / GIB:.2f} GiB, and jax may use {limit / GIB:.2f} of the device's")
     if options.compile_only:
         return
-    if options.update:
+    if options.update and not in_backward:
         scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(step.mesh, PartitionSpec()))
         norm_of = step.gradient_norm.lower(step.params).compile()
         update = step.update.lower(step.params, step.params, step.optimizer_state, scalar, scalar).compile()
-    if options.reserve:
-        started = time.perf_counter()
-        host.reserve(options.reserve)
-        print(f"{options.reserve} GiB of pinned memory made in {time.perf_counter() - started:.0f} s, "
-              f"{used_gib():.1f} GiB of host memory in use", flush=True)
+    if reserving:
+        reserving.join()
     started = time.perf_counter()
     params = jax.block_until_ready(step.init_params(jax.random.key(0), jnp.bfloat16))
     state = jax.block_until_ready(step.init_optimizer(params)) if options.update else None
@@ -92,10 +100,16 @@ def main():
     for number in range(options.steps):
         with Monitor() as monitor:
             started = time.perf_counter()
-            loss, gradients = jax.block_until_ready(compiled(params, batch, scale))
-            seconds, norm, update_seconds = time.perf_counter() - started, float("nan"), 0.0
-            print(f"step {number + 1}: loss {float(loss):.4f}, gradient there after {seconds:.3f} s", flush=True)
-            if options.update:
+            gradients, norm, update_seconds = None, float("nan"), 0.0
+            if in_backward:
+                loss, norm, finite, layers, params, state = jax.block_until_ready(
+                    compiled(params, state, batch, scale, jnp.float32(1e-5)))
+                assert finite and layers == model.num_layers, (finite, layers)
+            else:
+                loss, gradients = jax.block_until_ready(compiled(params, batch, scale))
+            seconds = time.perf_counter() - started
+            print(f"step {number + 1}: loss {float(loss):.4f} after {seconds:.3f} s", flush=True)
+            if options.update and not in_backward:
                 after = time.perf_counter()
                 norm = norm_of(gradients)
                 rate = jax.device_put(jnp.float32(1e-5), scalar.sharding)
@@ -107,6 +121,16 @@ def main():
         print(f"step {number + 1}: loss {float(loss):.4f} norm {float(norm):.3f}  {seconds:.3f} + {update_seconds:.3f} s  "
               f"{length / total:,.0f} tok/s  MFU {mfu:.1%}  forward+backward alone {length / seconds:,.0f} tok/s  device peak "
               f"{device.memory_stats()['peak_bytes_in_use'] / GIB:.2f} GiB  {monitor.summary()}", flush=True)
+
+
+def reserve(gibibytes: int) -> None:
+    """`host.reserve`, with what it took."""
+    from alst_jax.memory import host
+
+    started = time.perf_counter()
+    host.reserve(gibibytes)
+    print(f"{gibibytes} GiB of pinned memory made in {time.perf_counter() - started:.0f} s, "
+          f"{used_gib():.1f} GiB of host memory in use", flush=True)
 
 
 def used_gib() -> float:

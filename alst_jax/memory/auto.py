@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 
 from alst_jax.config import UserError
-from alst_jax.memory import cost
+from alst_jax.memory import cost, saving
 from alst_jax.memory.cost import Job
 from alst_jax.memory.flags import PLACEMENTS, describe, describe_changes
 from alst_jax.memory.machines import GIB, Cluster
@@ -51,8 +51,9 @@ class Search:
         return {place: -bytes for place, bytes in spare.items() if bytes < 0}
 
     def corrected(self, estimated: Plan, compiled: Plan) -> tuple["Search", dict[str, int]]:
-        """With what the compiler says of a plan that it does not let through; and what it needs more than was estimated, of
-        the memories that do not suffice. A tenth more than seen, at least 0.1 GiB: the same choice must not come back."""
+        """With what the compiler says of a plan that it does not let through; and what it needs more than was estimated,
+        of the memories that do not suffice. A tenth more than seen, at least 0.1 GiB: the same choice must not come
+        back."""
         more = {"device": compiled.device_bytes - estimated.device_bytes,
                 "host": compiled.host_bytes - estimated.host_bytes - self.host_correction}
         more = {place: more[place] for place in compiled.lacks}
@@ -129,8 +130,8 @@ def confirm(
         if not compiled.lacks:
             return dataclasses.replace(choice, plan=compiled)
         search, more = search.corrected(choice.plan, compiled)
-        say("the compiler needs " + " and ".join(f"{value / GIB:+.1f} GiB of {place} memory" for place, value in more.items())
-            + " against the estimate: choosing again")
+        needs = " and ".join(f"{value / GIB:+.1f} GiB of {place} memory" for place, value in more.items())
+        say(f"the compiler needs {needs} against the estimate: choosing again")
     raise UserError(f"--memory auto: no profile was found that the compiler says fits {search.cluster}; "
                     "use a shorter --seq-len, a larger --sp, or choose by hand with --memory manual")
 
@@ -141,7 +142,8 @@ def length_step(job: Job) -> int:
 
 
 def longest(job: Job, search: Search, most: int) -> int:
-    """The longest sequence, a multiple of `length_step` up to `most`, for which some profile fits; 0 if there is none."""
+    """The longest sequence, a multiple of `length_step` up to `most`, for which some profile fits; 0 if there is
+    none."""
     step = length_step(job)
     fits = lambda n: fits_somehow(dataclasses.replace(job, length=n * step), search) is not None
     if step > most or not fits(1):
@@ -240,10 +242,12 @@ def _most_on_host(make: Callable[[int], Job | None], most: int, search: Search) 
 
 
 def host_bytes(job: Job) -> int:
-    """Of a job's plan, without the rest of it."""
+    """Of host memory in a job's plan, without the rest of it."""
     weights, gradients, optimizer = cost.state_bytes(job)
     profile = job.profile
-    return (weights + gradients) * profile.offload_weights + optimizer * profile.offload_optimizer + job.kept[HOST]
+    step_only = job.kept[HOST] + gradients * profile.offload_weights
+    states = weights * profile.offload_weights + optimizer * profile.offload_optimizer
+    return states + step_only + saving.saving_bytes(job, step_only)
 
 
 def segments_within(job: Job, search: Search, part: float) -> tuple[int, ...] | None:

@@ -11,9 +11,9 @@ import functools
 import math
 
 from alst_jax.config import ModelConfig
-from alst_jax.memory import speed
+from alst_jax.memory import saving, speed
 from alst_jax.memory.machines import Cluster
-from alst_jax.memory.profile import DEVICE, HOST, Profile, Segment
+from alst_jax.memory.profile import DEVICE, HOST, Profile, Segment, segment_inputs
 from alst_jax.memory.report import ESTIMATED, Plan
 
 FRAGMENTS = 1.015  # what the allocator's peak is above the sum of what is alive
@@ -105,6 +105,7 @@ def estimate(job: Job, cluster: Cluster | None = None, correction: int = 0) -> P
     on(job.profile.offload_optimizer)["optimizer"] = optimizer
     places[DEVICE]["kept activations"] = kept[DEVICE]
     places[HOST]["kept activations"] = kept[HOST]
+    places[HOST]["saving"] = saving.saving_bytes(job, kept[HOST] + places[HOST].get("gradients", 0))
     places[DEVICE]["working set"] = max(0, working_set(job) + correction - kept[DEVICE])
     places[DEVICE]["batch"] = 3 * 4 * job.rows * job.length // job.devices
     flops = job.grad_accum * job.rows * job.model.flops_per_sequence(job.length)
@@ -117,7 +118,7 @@ def estimate(job: Job, cluster: Cluster | None = None, correction: int = 0) -> P
 def state_bytes(job: Job) -> tuple[int, int, int]:
     """Weights, gradients and optimizer state: one device's shards."""
     parameters = -(-job.model.num_params // job.devices)
-    gradients = parameters * (job.width + (4 if job.grad_accum > 1 else 0))
+    gradients = parameters * (job.width + (4 if job.grad_accum > 1 else 0)) * (not job.profile.update_in_backward)
     master = MASTER_BYTES[job.master] if job.width == 2 else 0
     return parameters * job.width, gradients, int(parameters * (STATE_BYTES[job.states] + master))
 
@@ -129,12 +130,12 @@ def kept_bytes(job: Job) -> dict[str, int]:
     if not profile.remat:
         kept[DEVICE] = job.model.num_layers * unremat_layer(job)
         return kept
+    inputs = HOST if profile.offload_activations else DEVICE
+    kept[inputs] += size.hidden * segment_inputs(job.segments)
     for segment in job.segments:
         layers = segment.runs[-1].stop - segment.runs[0].start
-        inputs = HOST if profile.offload_activations else DEVICE
         if segment.all_inputs:
-            inputs = place_of(inputs, layers)
-        kept[inputs] += size.hidden * (layers if segment.all_inputs else 1)
+            kept[place_of(inputs, layers)] += size.hidden * layers
         for run in segment.runs:
             if run.place:
                 count = run.stop - run.start
@@ -196,7 +197,7 @@ def layers_peak(job: Job) -> int:
     if not profile.remat:
         return job.kept[DEVICE] + layer_work(job)
     inputs_on_device = 0 if profile.offload_activations else size.hidden
-    firsts = inputs_on_device * sum(not segment.all_inputs for segment in job.segments)  # one array, to the end
+    firsts = inputs_on_device * segment_inputs(job.segments)  # one array, to the end
     peak, kept, waiting, early = 0, firsts, 0, 0
     output = size.heads + size.statistics
     for segment in job.segments:  # forwards: `kept` is what is there when the backward pass comes to this segment

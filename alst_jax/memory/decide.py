@@ -1,8 +1,10 @@
 """From flags to a plan: which machine, which profile, does it fit; what to say before a run and after it."""
 
 import dataclasses
+import functools
+import itertools
 import json
-import os
+import operator
 import statistics
 from collections.abc import Callable
 
@@ -12,7 +14,7 @@ import jax.numpy as jnp
 from alst_jax.config import TrainConfig, UserError
 from alst_jax import environment
 from alst_jax.environment import has_cuda_compiler
-from alst_jax.memory import auto, host
+from alst_jax.memory import auto, host, saving
 from alst_jax.memory.auto import Choice, Search
 from alst_jax.memory.cost import Job
 from alst_jax.memory.flags import PLACEMENTS, describe
@@ -27,7 +29,8 @@ from alst_jax.step import TrainStep, check_profile
 POOL_SLACK, POOL_MATTERS = 2, 16  # GiB
 ANY_LENGTH = 1024  # where the length is what is looked for
 MEASURED_ERROR = ("estimated by arithmetic, without a compiler: its measured error is in "
-                  "benchmarks/results/2026-11-24-plan-accuracy.md; install the extra cuda12 or cuda13 to compile for these devices without having them")
+                  "benchmarks/results/2026-11-24-plan-accuracy.md; install the extra cuda12 or cuda13 to compile for "
+                  "these devices without having them")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +38,14 @@ class Planner:
     """Plans of one command line: for the devices at hand, or for the machine it names.
 
     cluster: that machine; None where no limits and speeds are known (CPU). compiles: whether a compiler for it is here.
+    last: the step of the last job that one was made for; a run goes on with what was compiled for its plan.
     """
 
     config: TrainConfig
     cluster: Cluster | None
     compiles: bool
     dtype: jnp.dtype
+    last: dict[Job, TrainStep] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     @staticmethod
     def of(config: TrainConfig, cluster: Cluster | None, dtype: jnp.dtype) -> "Planner":
@@ -56,7 +61,13 @@ class Planner:
                       auto.CONFIRMED if self.compiles else auto.UNCONFIRMED)
 
     def step(self, job: Job) -> TrainStep:
-        """The step of a job, on the devices at hand or on those it is planned for."""
+        """The step of a job, on the devices at hand or on those it is planned for; the same if it was the last."""
+        if job not in self.last:
+            self.last.clear()  # first: what was compiled for it is no longer needed
+            self.last[job] = self._make_step(job)
+        return self.last[job]
+
+    def _make_step(self, job: Job) -> TrainStep:
         config = self.config
         optimizer = AdamW(config.beta1, config.beta2, config.eps, config.weight_decay, config.clip_norm,
                           job.states, job.master, config.seed)
@@ -138,6 +149,10 @@ class Planner:
     def _help(self, job: Job, search: Search) -> str:
         wider = dataclasses.replace(search, fixed=frozenset(), narrow=False)
         found = []
+        if cure := _switches_that_cost(job, search):
+            found.append(f"without {cure}")
+        elif search.fixed and (cure := _switches_that_cost(job, wider)):
+            found.append(f"without {cure}, and the other memory flags left to --memory auto")
         if search.fixed and auto.fits_somehow(job, wider):
             found.append("leave the memory flags to --memory auto")
         if not search.narrow and auto.fits_somehow(job, dataclasses.replace(wider, narrow=True)):
@@ -145,6 +160,22 @@ class Planner:
         if job.devices > job.sp and job.model.num_heads % job.devices == 0:
             found.append(f"--sp {job.devices}")
         return f". What would help: {'; '.join(found) or 'more devices (--sp) or host memory'}"
+
+
+def _switches_that_cost(job: Job, search: Search) -> str | None:
+    """The fewest of the flags that switch a feature off without which the job fits, in words; None if it never does, or
+    does with all of them."""
+    profile = job.profile
+    off = [(name, change) for name, is_off, change in (
+        ("--no-remat", not profile.remat, {"remat": True}),
+        ("--no-tiled-loss", profile.loss_tile is None, {"loss_tile": 0}),
+        ("--no-tiled-mlp", profile.mlp_tile is None, {"mlp_tile": 0})) if is_off]
+    for some in (some for n in range(1, len(off) + 1) for some in itertools.combinations(off, n)):
+        changes = functools.reduce(operator.or_, (change for _, change in some))
+        changed = dataclasses.replace(job, profile=dataclasses.replace(profile, **changes))
+        if auto.fits_somehow(changed, search):
+            return " and ".join(name for name, _ in some)
+    return None
 
 
 def _lacks(missing: dict[str, int]) -> str:
@@ -155,8 +186,14 @@ def _lacks(missing: dict[str, int]) -> str:
 
 
 def target(config: TrainConfig) -> Cluster | None:
-    """The machine that a command line plans for, or that it is on; None on a CPU."""
-    return parse_cluster(config.plan_for, config.host_memory) if config.plan_for else this_cluster()
+    """The machine that a command line plans for, or that it is on; None on a CPU. UserError for --host-memory there."""
+    if config.plan_for:
+        return parse_cluster(config.plan_for, config.host_memory)
+    cluster = this_cluster(config.host_memory)
+    if cluster is None and config.host_memory is not None:
+        raise UserError(f"--host-memory {config.host_memory:g}: limits what GPUs may keep in host memory, and jax sees "
+                        "no GPU; leave it out, or name a machine with --plan-for")
+    return cluster
 
 
 def report(planner: Planner, job: Job) -> str:
@@ -191,21 +228,24 @@ def announce(planner: Planner, choice: Choice) -> None:
 
 
 def make_host_pool(plan: Plan) -> None:
-    """Pin the host memory of a plan in one piece (see `host.reserve`), if it is of a size that matters: with some slack, but
-    no more than jax may pin. UserError if the host refuses."""
-    need = -(-plan.host_bytes * min(plan.devices, jax.local_device_count()) // GIB)
+    """Pin the host memory of a plan in one piece (see `host.reserve`), if it is of a size that matters: with some slack,
+    but no more than jax may pin. UserError if the host refuses."""
+    need = plan.host_bytes * min(plan.devices, jax.local_device_count()) - saving.BUFFERS  # which are not pinned
+    need = -(-need // GIB)
     if need < POOL_MATTERS:
         return
-    gibibytes = max(need, min(need + POOL_SLACK, int(os.environ[environment.HOST_LIMIT])))
+    most = environment.pinned_limit()
+    gibibytes = need + POOL_SLACK if most is None else max(need, min(need + POOL_SLACK, most // GIB))
     print(f"pinning {gibibytes} GiB of host memory, about a second each", flush=True)
     try:
         host.reserve(gibibytes)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise UserError(f"{gibibytes} GiB of host memory could not be pinned: {str(error).splitlines()[0][:200]}. Free some, raise "
-                        "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB where it is set, or keep less there (--keep-attention-on-host, "
-                        "--optimizer-states int8, a shorter --seq-len)") from error
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(f"{gibibytes} GiB of host memory could not be pinned: {reason}. Free some, raise "
+                        "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB where it is set, or keep less there "
+                        "(--keep-attention-on-host, --optimizer-states int8, a shorter --seq-len)") from error
 
 
 def planned_against_measured(plan: Plan, peak_gib: float, seconds: list[float]) -> str:

@@ -11,7 +11,7 @@ PLACEMENTS = ("offload_activations", "offload_weights", "offload_optimizer")
 def describe(job: Job) -> str:
     """The choices of a job as flags."""
     profile = job.profile
-    words = [f"--{name.replace('_', '-')}" for name in PLACEMENTS if getattr(profile, name)]
+    words = [f"--{name.replace('_', '-')}" for name in (*PLACEMENTS, "update_in_backward") if getattr(profile, name)]
     if profile.segment_layers != (1,):
         words.append(f"--segment-layers {' '.join(map(str, profile.segment_layers))}")
     for name, value, default in (

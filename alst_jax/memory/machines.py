@@ -13,7 +13,7 @@ from alst_jax.config import UserError
 
 GIB = 2**30
 MEMORY_FRACTION = 0.95  # of a device's memory that jax is given: XLA_CLIENT_MEM_FRACTION, set by environment.py
-HOST_RESERVE = 0.13  # of host memory, left to the operating system, the data and the program (11 GiB measured), but at most
+HOST_RESERVE = 0.13  # of host memory, left to the operating system, the data and the program (11 GiB measured)
 MOST_RESERVED = 16 * GIB
 LARGEST_HOST = 8  # devices
 
@@ -100,12 +100,14 @@ MACHINES = {machine.name: machine for machine in (
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """Some hosts with the same number of the same devices; `host_memory` is that of one host."""
+    """Some hosts with the same number of the same devices. host_memory: bytes of one host; pinned: those of them that
+    jax may pin, None for what is usual."""
 
     machine: Machine
     hosts: int
     per_host: int
     host_memory: int
+    pinned: int | None = None
 
     @property
     def devices(self) -> int:
@@ -114,7 +116,8 @@ class Cluster:
     @property
     def host_share(self) -> int:
         """Bytes of host memory that plans may give to one device."""
-        return usable_host_memory(self.host_memory) // self.per_host
+        pinned = usable_host_memory(self.host_memory) if self.pinned is None else self.pinned
+        return pinned // self.per_host
 
     @property
     def topology(self) -> str:

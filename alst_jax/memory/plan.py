@@ -9,18 +9,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import psutil
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from alst_jax.memory import cost, host, speed
+from alst_jax.environment import pinned_limit
+from alst_jax.memory import cost, host, saving, speed
+from alst_jax.memory.limits import host_memory
 from alst_jax.memory.machines import Cluster, machine_of_kind
 from alst_jax.memory.report import ABSENT, COMPILED, Plan
+from alst_jax.ops.tiling import accumulation_dtype
 from alst_jax.parallel.mesh import AXES, DATA, SEQ
 from alst_jax.parallel.sharding import BATCH_SPEC
 from alst_jax.step import Batch, TrainStep
-
 
 
 def plan_step(
@@ -35,7 +36,8 @@ def plan_step(
     cluster = this_cluster() if cluster is None else cluster
     job = job_of(step, rows, length, grad_accum)
     device, on_host = {}, {}
-    for part, tree in (("weights", step.params), ("gradients", step.params), ("optimizer", step.optimizer_state)):
+    gradients = {} if step.profile.update_in_backward else step.params
+    for part, tree in (("weights", step.params), ("gradients", gradients), ("optimizer", step.optimizer_state)):
         offloaded = step.profile.offload_optimizer if part == "optimizer" else step.profile.offload_weights
         for leaf in jax.tree.leaves(tree):
             size = shard_bytes(leaf)
@@ -52,8 +54,8 @@ def plan_step(
         need += cost.working_set(job) - cost.working_set(dataclasses.replace(job, count_workspace=False))
     if absent or on_cpu:  # where the update streams, it cannot be compiled without the memories it streams through
         need = max(need, cost.update_work(job) if absent else 0)
-    else:
-        need = max(need, _update_bytes(step))
+    elif not step.profile.update_in_backward:
+        need = max(need, _update_bytes(step, grad_accum))
     kept_here = min(need, sum(kept.values()) if on_cpu else kept[host.DEVICE])
     device |= {"kept activations": kept_here, "working set": need - kept_here}
     device["batch"] = 3 * math.prod(NamedSharding(step.mesh, BATCH_SPEC).shard_shape((rows, length))) * 4
@@ -61,6 +63,7 @@ def plan_step(
     if absent and step.profile.offload_weights:  # there, layers and their gradients are temporary too
         layers = sum(shard_bytes(leaf) for leaf in jax.tree.leaves(step.params["layers"]))
         on_host["kept activations"] = max(0, memory.host_temp_size_in_bytes - 2 * layers)
+    on_host["saving"] = saving.saving_bytes(job, on_host["kept activations"] + on_host.get("gradients", 0))
     text = compiled.as_text()
     calls = {name: numbers | {"instructions": len(re.findall(rf"= [^=]*\b{name}(?:-start)?\(", text))}
              for name, numbers in speed.collectives(job).items()}
@@ -99,10 +102,11 @@ def is_absent(mesh: Mesh) -> bool:
     return not mesh.devices.flat[0].addressable_memories()
 
 
-def this_cluster() -> Cluster | None:
-    """The devices and the host that are here; None on a CPU.
+def this_cluster(host_memory_gib: float | int | None = None) -> Cluster | None:
+    """The devices and the host that are here; None on a CPU. host_memory_gib: use no more of the host.
 
-    A device that is not in the list counts as an H100 in speed; its memory is its own.
+    A device that is not in the list counts as an H100 in speed; its memory is its own. What the environment says that
+    jax may pin counts as far as the host has it.
     """
     device = jax.devices()[0]
     if device.platform != "gpu":
@@ -110,7 +114,9 @@ def this_cluster() -> Cluster | None:
     limit = device.memory_stats()["bytes_limit"]
     known = machine_of_kind(device.device_kind) or machine_of_kind("H100")
     machine = dataclasses.replace(known, name=device.device_kind, kind=device.device_kind, memory=limit, fraction=1.0)
-    return Cluster(machine, jax.process_count(), jax.local_device_count(), psutil.virtual_memory().total)
+    pinned = pinned_limit()
+    return Cluster(machine, jax.process_count(), jax.local_device_count(), host_memory(host_memory_gib),
+                   None if pinned is None else min(pinned, host_memory()))
 
 
 # ------------------------------------------------------------------------------------------------------------ compiling
@@ -120,13 +126,18 @@ def _compile(step: TrainStep, rows: int, length: int, absent: bool) -> Any:
     tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=NamedSharding(step.mesh, BATCH_SPEC))
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
     function = step.loss_and_grad
+    if step.profile.update_in_backward and not absent:
+        rate = jax.ShapeDtypeStruct((), jnp.float32)
+        return step.update_in_backward.lower(
+            step.params, step.optimizer_state, Batch(tokens, tokens, tokens), scalar, rate).compile()
     if absent and step.profile.offload_weights:
         function = jax.jit(functools.partial(_with_weights_on_host, step))
     return function.lower(step.params, Batch(tokens, tokens, tokens), scalar).compile()
 
 
 def _with_weights_on_host(step: TrainStep, params: Any, batch: Batch, scale: jax.Array) -> Any:
-    """Loss, and an element of each gradient. Devices that are not here have no memories, so that arguments and results
+    """Loss, and an element of each gradient (where they are used at once, too: it compiles ten times faster, and one layer's
+    update needs less than its backward pass). Devices that are not here have no memories, so that arguments and results
     cannot be declared to live on the host: weights go there first, and gradients stay there. (Were they brought back as
     results, the compiler would use their place on the device for temporary arrays, and a plan would lack up to their
     size.)"""
@@ -141,7 +152,12 @@ def _with_weights_on_host(step: TrainStep, params: Any, batch: Batch, scale: jax
     return loss, elements(host.to_host(gradients), at)
 
 
-def _update_bytes(step: TrainStep) -> int:
-    scalar = jax.ShapeDtypeStruct((), jnp.float32)
-    update = step.update.lower(step.params, step.params, step.optimizer_state, scalar, scalar)
+def _update_bytes(step: TrainStep, grad_accum: int) -> int:
+    # As in a run, which then compiles nothing again: the norm was computed on the mesh, the rate comes from the host.
+    norm = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(step.mesh, P()))
+    rate = jax.ShapeDtypeStruct((), jnp.float32)
+    widen = accumulation_dtype if grad_accum > 1 else lambda dtype: dtype
+    gradients = jax.tree.map(
+        lambda p: jax.ShapeDtypeStruct(p.shape, widen(p.dtype), sharding=p.sharding), step.params)
+    update = step.update.lower(step.params, gradients, step.optimizer_state, norm, rate)
     return update.compile().memory_analysis().temp_size_in_bytes

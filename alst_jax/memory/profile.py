@@ -1,4 +1,5 @@
-"""A memory profile: where things live and how much is worked on at a time. Data, not code; every switch is independent."""
+"""A memory profile: where things live and how much is worked on at a time. Data, not code; every switch is
+independent."""
 
 import dataclasses
 from typing import Literal
@@ -15,16 +16,18 @@ class Profile:
     offload_activations: bool = False
     offload_weights: bool = False
     offload_optimizer: bool = False
-    segment_layers: tuple[int, ...] = (1,)  # layers between two kept layer inputs: of each segment, or one for all alike
+    segment_layers: tuple[int, ...] = (1,)  # layers between two kept inputs: of each segment, or one for all alike
     keep_attention_on_device: int = 0  # last layers whose attention output and log-sum-exp are kept
     keep_attention_on_host: int = 0  # layers before those that keep them in host memory
+    update_in_backward: bool = False  # each layer as soon as its gradient is there; gradients are never stored
     head_chunks: int = 1  # groups of heads that are worked on one after the other
     attention: Literal["cudnn", "tokamax", "xla"] = "xla"
     compute_dtype: str = "float32"
     reduce_dtype: str = "float32"
 
     def attention_place(self, layer: int, num_layers: int) -> str | None:
-        """Where the attention output of this layer (of 0, 1, ...) is kept for the backward pass; None: it is made again.
+        """Where the attention output of this layer (of 0, 1, ...) is kept for the backward pass; None: it is made
+        again.
 
         The last layers are the first to be needed again, so the device is theirs; the first are not kept.
         """
@@ -73,3 +76,10 @@ class Segment:
 
     all_inputs: bool
     runs: tuple[Run, ...]
+
+
+def segment_inputs(segments: list[Segment]) -> int:
+    """Rows of the array in which the inputs of segments are kept; that of the first is looked up again instead."""
+    # At least two: a single one would not be moved to the host, for copies there and back with no loop between cancel out.
+    count = sum(not segment.all_inputs for segment in segments[1:])
+    return count and max(count, 2)

@@ -7,7 +7,7 @@ kept is freed segment by segment.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jax import lax
 
 from alst_jax.memory import host
 from alst_jax.memory.order import after, index_after, read_back, zeros_after
-from alst_jax.memory.profile import Profile, Run
+from alst_jax.memory.profile import Profile, Run, segment_inputs
 from alst_jax.models.layer import Layer
 from alst_jax.parallel.vma import vary_like
 
@@ -54,13 +54,25 @@ def _count(layers):
     return jax.tree.leaves(layers)[0].shape[0]
 
 
-def _stack_fwd(layer, profile, look_up, h, source, layers, rope):
+class Saved(NamedTuple):
+    """What the forward pass leaves for the backward pass; segments: of each, inputs (or the row of `firsts`) and what
+    is kept of attention, by run."""
+
+    segments: list
+    firsts: jax.Array | None
+    source: PyTree
+    layers: PyTree
+    rope: PyTree
+
+
+def forward(
+    layer: Layer, profile: Profile, look_up: Callable, h: jax.Array, source: PyTree, layers: PyTree, rope: PyTree
+) -> tuple[jax.Array, Saved]:
+    """h through all layers, and what `backward` needs. Arguments as those of `scan_layers`."""
     residuals, segments = [], profile.segments(_count(layers))
-    # One array for the inputs of all segments: a single one would not be moved to the host, for copies there and back
-    # with no loop between cancel out.
     number, firsts = 0, None
-    if count := sum(not segment.all_inputs for segment in segments[1:]):
-        firsts = _store(zeros_after(h, (count, *h.shape), h.dtype), profile.offload_activations)
+    if rows := segment_inputs(segments):
+        firsts = _store(zeros_after(h, (rows, *h.shape), h.dtype), profile.offload_activations)
     for segment in segments:
         inputs, kept = None, []
         if not segment.all_inputs and segment is not segments[0]:
@@ -70,79 +82,93 @@ def _stack_fwd(layer, profile, look_up, h, source, layers, rope):
             inputs, number = number, number + 1
         for run in segment.runs:
 
-            def forward(h, i, segment=segment, run=run):
+            def one(h, i, segment=segment, run=run):
                 out, attention = layer.forward(h, layer.load(host.row(layers, i, profile.offload_weights)), rope)
                 return out, (_store(h, profile.offload_activations) if segment.all_inputs else None,
                              _store(attention, run.place == host.HOST) if run.place else None)
 
-            h, (all_inputs, attention) = lax.scan(forward, h, jnp.arange(run.start, run.stop))
+            h, (all_inputs, attention) = lax.scan(one, h, jnp.arange(run.start, run.stop))
             kept.append(attention)
         residuals.append((all_inputs if segment.all_inputs else inputs, kept))
-    return h, (residuals, firsts, source, layers, rope)
+    return h, Saved(residuals, firsts, source, layers, rope)
 
 
 def _stack_bwd(layer, profile, look_up, saved, dh):
-    residuals, firsts, source, layers, rope = saved
-    shards = lambda i: host.row(layers, i, profile.offload_weights)
+    layers = saved.layers
     # Loops write into these, one layer at a time; in host memory they are not even cleared first.
     zeros = jax.tree.map(lambda w: vary_like(jnp.zeros(w.shape, w.dtype), w), layers)
-    dlayers = _store(zeros, profile.offload_weights)
+    read = lambda _, i: host.row(layers, i, profile.offload_weights)
+    write = lambda dlayers, i, shards, gradients: host.put_row(dlayers, gradients, i, profile.offload_weights)
+    dh, dlayers = backward(layer, profile, look_up, saved, dh, _store(zeros, profile.offload_weights), read, write)
+    return dh, None, dlayers, None
 
-    def backward(carry, i, h, attention):
-        dh, dlayers = carry
-        local = shards(i)
-        weights = layer.load(local)
+
+_stack.defvjp(forward, _stack_bwd)
+
+
+def backward(
+    layer: Layer, profile: Profile, look_up: Callable, saved: Saved, dh: jax.Array, store: PyTree, read: Callable,
+    write: Callable,
+) -> tuple[jax.Array, PyTree]:
+    """Back through the stack: the gradient of its input h from that of its output, and what became of `store`.
+
+    store: what the loops carry from layer to layer, last to first. read(store, i) -> the weights of layer i;
+    write(store, i, weights, gradients) -> the store, with what the layer's gradients are for.
+    """
+    rope = saved.rope
+
+    def back_one(carry, i, h, attention):
+        dh, store = carry
+        shards = read(store, i)
+        weights = layer.load(shards)
         if attention is None:
             attention = layer.attend(h, weights, rope)
         dh, dweights = layer.backward(h, weights, rope, attention, dh)
-        return dh, host.put_row(dlayers, layer.scatter(dweights, local), i, profile.offload_weights)
+        return dh, write(store, i, shards, layer.scatter(dweights, shards))
 
-    def backward_run(carry, run, inputs, inputs_on_host, attention, attention_on_host):
+    def back_run(carry, run, inputs, inputs_on_host, attention, attention_on_host):
         """Back through the layers of a run, whose inputs and attention outputs (or None) are stacked."""
         def body(carry, i):
             h = host.row(inputs, i - run.start, inputs_on_host)
-            return backward(carry, i, h, host.row(attention, i - run.start, attention_on_host)), None
+            return back_one(carry, i, h, host.row(attention, i - run.start, attention_on_host)), None
 
         return lax.scan(body, carry, jnp.arange(run.start, run.stop), reverse=True)[0]
 
-    carry = dh, dlayers
-    segments = profile.segments(_count(layers))
-    for segment, (inputs, kept) in reversed(list(zip(segments, residuals, strict=True))):
+    carry = dh, store
+    segments = profile.segments(_count(saved.layers))
+    for segment, (inputs, kept) in reversed(list(zip(segments, saved.segments, strict=True))):
         if segment.all_inputs:
             (run,) = segment.runs
-            carry = backward_run(carry, run, inputs, profile.offload_activations, kept[0], run.place == host.HOST)
+            carry = back_run(carry, run, inputs, profile.offload_activations, kept[0], run.place == host.HOST)
             continue
-        dh, last, rebuilt = carry[0], segment.runs[-1].stop - 1, []
+        (dh, store), last, rebuilt = carry, segment.runs[-1].stop - 1, []
         if segment is segments[0]:
-            table, tokens = source
+            table, tokens = saved.source
             h = look_up(table, after(dh, tokens))
         else:
-            h = host.row(firsts, index_after(dh, inputs), profile.offload_activations)
+            h = host.row(saved.firsts, index_after(dh, inputs), profile.offload_activations)
         for run, attention in zip(segment.runs, kept, strict=True):
 
-            def rebuild(carry, i, run=run, attention=attention):
+            def rebuild(carry, i, run=run, attention=attention, store=store):
                 h, stacks = carry
                 old = host.row(attention, i - run.start, run.place == host.HOST)
-                out, made = layer.forward(h, layer.load(shards(i)), rope, old)
+                out, made = layer.forward(h, layer.load(read(store, i)), rope, old)
                 return (out, host.put_row(stacks, (h, made if old is None else None), i - run.start, False)), None
 
             if run.start < last:
                 stop = min(run.stop, last)
-                made = None if run.place else jax.eval_shape(lambda h: layer.attend(h, layer.load(shards(0)), rope), h)
+                attend = lambda h, store=store: layer.attend(h, layer.load(read(store, 0)), rope)
+                made = None if run.place else jax.eval_shape(attend, h)
                 stack = lambda x: zeros_after(dh, (stop - run.start, *x.shape), x.dtype, h)
                 stacks = jax.tree.map(stack, (h, made))
                 (h, stacks), _ = lax.scan(rebuild, (h, stacks), jnp.arange(run.start, stop))
                 rebuilt.append((Run(run.start, stop, run.place), stacks[0], attention if run.place else stacks[1]))
         # The last layer's output is needed by nobody, so its attention was not made again; its input is in h.
         run, attention = segment.runs[-1], kept[-1]
-        carry = backward(carry, jnp.int32(last), h, host.row(attention, last - run.start, run.place == host.HOST))
+        carry = back_one(carry, jnp.int32(last), h, host.row(attention, last - run.start, run.place == host.HOST))
         for run, all_inputs, attention in reversed(rebuilt):
-            carry = backward_run(carry, run, all_inputs, False, attention, run.place == host.HOST)
-    dh, dlayers = carry
-    return dh, None, dlayers, None
-
-
-_stack.defvjp(_stack_fwd, _stack_bwd)
+            carry = back_run(carry, run, all_inputs, False, attention, run.place == host.HOST)
+    return carry
 
 
 def _store(tree: PyTree, on_host: bool) -> PyTree:

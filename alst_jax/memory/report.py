@@ -8,7 +8,7 @@ from alst_jax.config import UserError
 from alst_jax.memory.machines import GIB
 
 COMPILED, ABSENT, ESTIMATED = "compiled", "compiled for a device that is not here", "estimated"
-PARTS = ("weights", "gradients", "optimizer", "kept activations", "working set", "batch")
+PARTS = ("weights", "gradients", "optimizer", "kept activations", "working set", "batch", "saving")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -122,16 +122,18 @@ def global_norm(gradients: Any, on_host: bool) -> jax.Array:
     """Norm over all parameters and devices, float32. Runs inside the shard_map; host gradients are streamed."""
     total = jnp.zeros((), jnp.float32)
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
-        square_sum = lambda total, _, chunk: (total + jnp.sum(jnp.square(chunk[0].astype(jnp.float32))), ())
-        zero = _zero_like(leaf)
-        if on_host:
-            rows = host.chunk_rows(leaf.shape, is_stacked(path))
-            part, _ = host.stream(square_sum, zero, (), (leaf,), rows, (True,))
-        else:
-            part, _ = square_sum(zero, (), (leaf,))
-        axes = tuple(sorted(varying_axes(part)))  # empty for a replicated parameter, which counts once
-        total += lax.psum(part, axes) if axes else part
+        rows = host.chunk_rows(leaf.shape, is_stacked(path)) if on_host else None
+        total += square_sum(leaf, rows)
     return jnp.sqrt(total)
+
+
+def square_sum(leaf: jax.Array, rows: int | None = None) -> jax.Array:
+    """Sum of squares over all devices, float32. rows: the array is in host memory, and so many are brought at a time."""
+    add = lambda total, _, chunk: (total + jnp.sum(jnp.square(chunk[0].astype(jnp.float32))), ())
+    zero = _zero_like(leaf)
+    part, _ = add(zero, (), (leaf,)) if rows is None else host.stream(add, zero, (), (leaf,), rows, (True,))
+    axes = tuple(sorted(varying_axes(part)))  # empty for a replicated parameter, which counts once
+    return lax.psum(part, axes) if axes else part
 
 
 def count_not_finite(gradients: Any, on_host: bool) -> Any:
@@ -169,42 +171,87 @@ def apply_update(
     scale = jnp.ones((), jnp.float32)
     if optimizer.clip_norm > 0:
         scale = jnp.minimum(scale, optimizer.clip_norm / jnp.maximum(gradient_norm, 1e-30))
+    updates = parameter_updates(optimizer, params, state, specs, learning_rate)
+    results = []
+    for update, gradient in zip(updates, jax.tree.leaves(gradients), strict=True):
+        step = lambda chunk, written, read, update=update: (
+            chunk + 1, update.step(chunk, written, read[0].astype(update.wide) * scale))
+        if params_on_host or state_on_host:
+            places = (params_on_host,) + (state_on_host,) * len(update.stored) + (params_on_host,)
+            rows = host.chunk_rows(gradient.shape, is_stacked(update.path))
+            _, new = host.stream(step, jnp.int32(0), update.written, (gradient,), rows, places)
+        else:
+            _, new = step(jnp.int32(0), update.written, (gradient,))
+        results.append(new)
+    return join_updates(params, state, updates, results)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ParameterUpdate:
+    """How one parameter is stepped. written: what a step replaces, the parameter and what is kept for it (`stored`)."""
+
+    optimizer: AdamW
+    path: tuple
+    param: jax.Array
+    stored: tuple
+    structure: Any  # of what is kept: {"mu": ..., "nu": ..., maybe "master"}
+    formats: dict[str, Plain | Log8]
+    key: jax.Array
+    count: jax.Array
+    learning_rate: jax.Array
+
+    @property
+    def written(self) -> tuple:
+        return (self.param, *self.stored)
+
+    @property
+    def wide(self) -> jnp.dtype:
+        return accumulation_dtype(self.param.dtype)
+
+    def step(self, chunk: jax.Array | int, written: tuple, gradient: jax.Array) -> tuple:
+        """New values of `written`, or of some rows of it, from the (clipped) gradient in `wide`. chunk: number of the rows,
+        which draws the random bits of stochastic rounding."""
+        keys = jax.random.split(jax.random.fold_in(self.key, chunk), 3)
+        old = self.structure.unflatten(written[1:])
+        mu, nu = (self.formats[name].decode(old[name], self.wide) for name in ("mu", "nu"))
+        master = self.optimizer.read_master(written[0], old.get("master"))
+        master, mu, nu = self.optimizer.update_values(
+            master, gradient, mu, nu, self.count, self.learning_rate, decays(self.path))
+        new_param, kept = self.optimizer.write_master(master, written[0].dtype, keys[0])
+        new = {"mu": self.formats["mu"].encode(mu, keys[1]), "nu": self.formats["nu"].encode(nu, keys[2])}
+        if kept is not None:
+            new["master"] = kept
+        return (new_param, *jax.tree.leaves(new))
+
+
+def parameter_updates(
+    optimizer: AdamW, params: Any, state: dict[str, Any], specs: Any, learning_rate: jax.Array
+) -> list[ParameterUpdate]:
+    """One for each parameter, in the order of the tree's leaves. Runs inside the shard_map."""
     count = state["count"]
     flat, treedef = jax.tree_util.tree_flatten_with_path(params)
     columns = {name: treedef.flatten_up_to(tree) for name, tree in state.items() if name != "count"}
-    flat_specs = jax.tree.leaves(specs, is_leaf=is_spec)
-    results, new_params = {name: [] for name in columns}, []
-    for i, ((path, param), gradient, spec) in enumerate(zip(flat, treedef.flatten_up_to(gradients), flat_specs, strict=True)):
-        formats, wide = optimizer.formats(param, spec), accumulation_dtype(param.dtype)
+    updates = []
+    for i, ((path, param), spec) in enumerate(zip(flat, jax.tree.leaves(specs, is_leaf=is_spec), strict=True)):
         names = [name for name in columns if name != "master" or needs_master(param.dtype)]
         stored, structure = jax.tree.flatten({name: columns[name][i] for name in names})
-        leaf_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(optimizer.seed), count), i)
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(optimizer.seed), count), i)
         if varying_axes(param):  # a replicated parameter is rounded alike everywhere
-            leaf_key = jax.random.fold_in(leaf_key, lax.axis_index(AXES))
+            key = jax.random.fold_in(key, lax.axis_index(AXES))
+        updates.append(ParameterUpdate(optimizer, path, param, tuple(stored), structure, optimizer.formats(param, spec), key,
+                                       count, learning_rate))
+    return updates
 
-        def step(chunk, written, read):
-            keys = jax.random.split(jax.random.fold_in(leaf_key, chunk), 3)
-            old = structure.unflatten(written[1:])
-            mu, nu = (formats[name].decode(old[name], wide) for name in ("mu", "nu"))
-            master, mu, nu = optimizer.update_values(
-                optimizer.read_master(written[0], old.get("master")), read[0].astype(wide) * scale, mu, nu, count,
-                learning_rate, decays(path))
-            new_param, kept = optimizer.write_master(master, written[0].dtype, keys[0])
-            new = {"mu": formats["mu"].encode(mu, keys[1]), "nu": formats["nu"].encode(nu, keys[2])}
-            if kept is not None:
-                new["master"] = kept
-            return chunk + 1, (new_param, *jax.tree.leaves(new))
 
-        written, first = (param, *stored), jnp.int32(0)
-        if params_on_host or state_on_host:
-            places = (params_on_host,) + (state_on_host,) * len(stored) + (params_on_host,)
-            rows = host.chunk_rows(param.shape, is_stacked(path))
-            _, new = host.stream(step, first, written, (gradient,), rows, places)
-        else:
-            _, new = step(first, written, (gradient,))
-        new_params.append(new[0])
-        new_state = structure.unflatten(new[1:])
-        for name in columns:
-            results[name].append(new_state.get(name, columns[name][i]))
-    new_state = {name: treedef.unflatten(leaves) for name, leaves in results.items()}
-    return treedef.unflatten(new_params), new_state | {"count": count + 1}
+def join_updates(
+    params: Any, state: dict[str, Any], updates: list[ParameterUpdate], results: list[tuple]
+) -> tuple[Any, dict[str, Any]]:
+    """(params, state) after a step: results are new values of each update's `written`."""
+    treedef = jax.tree.structure(params)
+    new = {}
+    for name, tree in state.items():
+        if name != "count":
+            columns = zip(updates, results, treedef.flatten_up_to(tree), strict=True)
+            kept = [update.structure.unflatten(result[1:]).get(name, old) for update, result, old in columns]
+            new[name] = treedef.unflatten(kept)
+    return treedef.unflatten([result[0] for result in results]), new | {"count": state["count"] + 1}

@@ -15,6 +15,7 @@ import pytest
 from alst_jax.memory.profile import Profile
 from alst_jax.ops import attention as attention_module
 from alst_jax.ops.attention import attention
+from alst_jax.optim.adamw import AdamW
 from benchmarks.shapes import llama_8b
 from tests.helpers import float32_masters, make_step, random_batch, relative_error
 
@@ -120,6 +121,38 @@ def test_streamed_update_equals_the_update_on_the_device():
         weights.append(jax.tree.map(np.asarray, state["master"]))
     for a, b in zip(*map(jax.tree.leaves, weights)):
         assert relative_error(a, b) < 1e-5
+
+
+@pytest.mark.parametrize("changes", [{}, dict(segment_layers=(3, 1), keep_attention_on_host=1, **OFFLOADED)], ids=str)
+def test_update_in_backward_equals_the_update_behind_it(changes):
+    """Gradients are the same but for bfloat16's rounding, of which the update behind it sees one more."""
+    profile = dataclasses.replace(CUDNN, offload_optimizer=bool(changes), **changes)
+    step = make_step(MODEL, profile=profile, dtype=jnp.bfloat16, optimizer=AdamW(clip_norm=0.0, eps=1e-4))
+    batch, scale, rate = step.put_batch(**random_batch(MODEL, rows=1, length=2048)), jnp.float32(1 / 2048), jnp.float32(1e-2)
+    start = lambda: (params := step.init_params(jax.random.key(1), jnp.bfloat16), step.init_optimizer(params))
+    params, state = start()
+    loss, norm, finite, layers, _, state = step.update_in_backward(params, state, batch, scale, rate)
+    assert finite and layers == 4
+    params, behind = start()
+    same_loss, gradients = step.loss_and_grad(params, batch, scale)
+    same_norm = step.gradient_norm(gradients)
+    _, behind = step.update(params, gradients, behind, same_norm, rate)
+    assert float(loss) == pytest.approx(float(same_loss), rel=1e-5)
+    assert float(norm) == pytest.approx(float(same_norm), rel=1e-2)
+    for name in ("mu", "master"):
+        for a, b in zip(jax.tree.leaves(state[name]), jax.tree.leaves(behind[name])):
+            assert relative_error(np.asarray(a), np.asarray(b)) < 1e-2
+
+
+def test_kept_attention_is_not_run_twice():
+    """Dynamic slice fusion, which environment.XLA_GPU_FLAGS switches off, runs the forward kernel once for each use."""
+    from alst_jax.environment import XLA_GPU_FLAGS
+
+    step = make_step(MODEL, profile=dataclasses.replace(CUDNN, keep_attention_on_device=4), dtype=jnp.bfloat16)
+    batch = step.put_batch(**random_batch(MODEL, rows=1, length=4096))
+    lowered = step.loss_and_grad.lower(step.params, batch, jax.ShapeDtypeStruct((), jnp.float32))
+    text = lowered.compile({name: value == "true" for name, value in XLA_GPU_FLAGS.items()}).as_text()
+    assert len(re.findall(r'custom_call_target="__cudnn\$fmhaSoftmax"', text)) == 1
 
 
 @pytest.mark.parametrize("on_host", [False, True])

@@ -44,7 +44,8 @@ def test_the_choice_fits_and_the_next_faster_does_not(length, search):
 def test_all_stays_on_the_device_where_there_is_room():
     choice = choose(job(65536, sp=8), Search(parse_cluster("8xH200")))
     profile = choice.job.profile
-    assert not choice.plan.host_bytes and profile.keep_attention_on_device + profile.keep_attention_on_host == 8
+    assert choice.plan.host_bytes == choice.plan.host["saving"]
+    assert profile.keep_attention_on_device + profile.keep_attention_on_host == 8
 
 
 def test_segments_get_shorter_towards_the_last_layer():
@@ -96,7 +97,7 @@ class Compiler:
         return plan
 
 
-@pytest.mark.parametrize("excess,host", [(0, 0), (6 * GIB, 0), (0, 20 * GIB), (6 * GIB, 20 * GIB), (-GIB, 0)])
+@pytest.mark.parametrize("excess,host", [(0, 0), (6 * GIB, 0), (0, 20 * GIB), (6 * GIB, 17 * GIB), (-GIB, 0)])
 def test_a_choice_that_the_compiler_contradicts_is_corrected(excess, host):
     compiler, said = Compiler(H100, excess, host), []
     choice = confirm(job(524288), Search(H100), compiler, said.append)
@@ -136,8 +137,8 @@ def test_what_was_typed_is_known():
 @pytest.mark.parametrize("flags,message", [
     (dict(plan_for="H100"), "--plan-for is for --plan-only"), (dict(plan_picture="x.png"),
     "--plan-picture is for --plan-only"),
-    (dict(json=True), "--json is for --plan-only"), (dict(host_memory=3.0), "--host-memory 3.0"),
-    (dict(host_memory=-1.0, plan_for="H100", plan_only=True), "--host-memory -1.0: a positive number"),
+    (dict(json=True), "--json is for --plan-only"), (dict(host_memory=0.0), "--host-memory 0.0"),
+    (dict(host_memory=-1.0, plan_for="H100", plan_only=True), "--host-memory -1.0: must be a positive number"),
     (dict(plan_for="H100", plan_only=True, simulate_devices=2), "leave one of them out"),
     (dict(find_max_seq_len=True, seq_len=5), "--find-max-seq-len looks for what --seq-len 5 says"),
     (dict(memory="manual", allow_narrow_optimizer=True), "--allow-narrow-optimizer is for --memory auto")])

@@ -148,7 +148,7 @@ def test_json_for_machines(llama_8b):
 def test_the_longest_sequence(llama_8b):
     arguments = ("--model", llama_8b, "--find-max-seq-len", "--plan-for", "H100", "--host-memory", "125")
     values = json.loads(train(*arguments, "--json").stdout)
-    assert values["max_seq_len"] % 1024 == 0 and values["max_seq_len"] > 300_000 and values["fits"]
+    assert values["max_seq_len"] % 1024 == 0 and values["max_seq_len"] > 290_000 and values["fits"]
     with_formats = json.loads(train(*arguments, "--json", "--allow-narrow-optimizer").stdout)["max_seq_len"]
     assert with_formats > values["max_seq_len"]
     assert f"longest sequence: {values['max_seq_len']:,} tokens, with --offload" in train(*arguments).stdout

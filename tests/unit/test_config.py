@@ -76,3 +76,12 @@ def test_flops_of_llama_8b():
 def test_help_does_not_import_jax():
     code = "import sys, alst_jax.config; assert 'jax' not in sys.modules and 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("flags,wrong", [
+    (dict(clip_norm=1.0), "--clip-norm 1"), (dict(clip_norm=0.0, grad_accum=2), "--grad-accum 2"),
+    (dict(clip_norm=0.0, remat=False), "--no-remat")], ids=str)
+def test_an_update_in_the_backward_pass_knows_no_other_gradients(flags, wrong):
+    with pytest.raises(UserError, match=f"--update-in-backward with {wrong}: "):
+        check_run(TrainConfig(update_in_backward=True, **flags))
+    check_run(TrainConfig(update_in_backward=True, clip_norm=0.0))

@@ -1,0 +1,42 @@
+"""What a save holds in host memory beside the state that is saved; checkpoint.py sets the limits that are counted here.
+
+Arrays of the device are copied to the host, COPIES bytes at a time or the largest alone, of weights and of optimizer
+states at once; arrays in pinned host memory are written from where they are. The copies are in jax's pool, where
+between two steps the room of activations and gradients is free. The writer holds encoded parts until one of its data
+files is full: several times DATA_FILE, whatever the arrays' sizes (docs/log.md).
+"""
+
+from typing import TYPE_CHECKING
+
+from alst_jax.config import ModelConfig
+from alst_jax.memory.machines import LARGEST_HOST
+
+if TYPE_CHECKING:
+    from alst_jax.memory.cost import Job
+
+COPIES = 10**9  # bytes of a host
+DATA_FILE = 2**26
+BUFFERS = 2 * 2**30  # bytes of a host, outside of jax's pool: the writers of both
+WIDTHS = {"float32": 4, "bfloat16": 2, "int8": 1, "low-bits": 2, "none": 0}  # of a state's or a master's element
+
+
+def saving_bytes(job: "Job", free: int) -> int:
+    """Bytes of host memory, of one device's part, that a save needs beside those of a step. free: those of a step that
+    are not in use then."""
+    profile, model, on_host = job.profile, job.model, min(job.devices, LARGEST_HOST)
+    state_width = max(WIDTHS[job.states], WIDTHS[job.master] if job.width == 2 else 0)
+    held, saved = 0, 0
+    for offloaded, width, arrays in (
+            (profile.offload_weights, job.width, 1), (profile.offload_optimizer, state_width, 2)):
+        size = model.num_params * width // job.devices
+        saved += arrays * size
+        if not offloaded:
+            largest = largest_parameter(model) * width // job.devices
+            held += min(arrays * size, max(largest, COPIES // on_host))
+    return max(0, held - free) + min(saved, BUFFERS // on_host)
+
+
+def largest_parameter(model: ModelConfig) -> int:
+    """Elements of the largest array of weights: the layers' are stacked."""
+    columns = max(model.intermediate_size, model.num_heads * model.head_dim)
+    return model.hidden_size * max(model.num_layers * columns, model.vocab_size)

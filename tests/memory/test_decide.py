@@ -1,0 +1,251 @@
+# pytest tests/memory/test_decide.py
+"""From flags to a plan with GPUs that are not here: what is chosen, compiled once, pinned and refused."""
+
+import collections
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import train
+from alst_jax import environment
+from alst_jax.config import TrainConfig, UserError
+from alst_jax.memory import auto, decide, plan, saving
+from alst_jax.memory.cost import Job, estimate
+from alst_jax.memory.decide import Planner
+from alst_jax.memory.machines import GIB, parse_cluster
+from alst_jax.memory.profile import Profile
+from alst_jax.memory.report import COMPILED, ESTIMATED
+from alst_jax.optim.adamw import AdamW
+from alst_jax.trainer import TrainState, optimizer_step
+from benchmarks.shapes import LLAMA_8B, LLAMA_70B
+from tests.helpers import TINY, make_step, random_batch
+
+H100 = parse_cluster("H100-80", 125)
+TILED = Profile(loss_tile=32, mlp_tile=32)
+ON_GPU = Profile(attention="cudnn", compute_dtype="bfloat16")
+EIGHT = Job(LLAMA_8B, ON_GPU, 1, 131072)
+
+
+@pytest.fixture
+def compiled():
+    """Names of what is compiled, and how often."""
+    counts = collections.Counter()
+
+    def listen(event, seconds, **details):
+        if event == "/jax/core/compile/backend_compile_duration":
+            counts[details["fun_name"]] += 1
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield counts
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+# ------------------------------------------------------------------------------------------------------- compiled once
+
+
+@pytest.mark.parametrize("memory", ["manual", "auto"])
+def test_a_run_compiles_nothing_that_its_plan_has_compiled(tmp_path, monkeypatch, capsys, compiled, memory):
+    monkeypatch.setattr(decide, "this_cluster", lambda host_memory_gib: H100)
+    (tmp_path / "data.txt").write_text("A long time ago. " * 100)
+    config = TrainConfig(data=(str(tmp_path / "data.txt"),), out=str(tmp_path / "run"), seq_len=128, dp=1, sp=1,
+                         steps=2, memory=memory, export=False)
+    assert train.run(config) == 0
+    assert "plan    compiled: device" in capsys.readouterr().out
+    assert compiled["jit(local_loss)"] == compiled["jit(apply_update)"] == 1, compiled
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_update_is_compiled_as_a_run_calls_it(compiled, accumulation):
+    step = make_step(TINY, 1, 2, TILED, AdamW(), jnp.bfloat16)
+    plan._update_bytes(step, accumulation)
+    params = step.init_params(jax.random.key(0), jnp.bfloat16)
+    batches = {name: jnp.stack([array] * accumulation) for name, array in random_batch().items()}
+    optimizer_step(step, TrainState(params, step.init_optimizer(params), 0), jax.device_get(batches), 1e-3)
+    assert compiled["jit(apply_update)"] == 1, compiled
+
+
+def test_another_job_has_a_step_of_its_own():
+    planner = Planner(TrainConfig(), H100, True, jnp.dtype("float32"))
+    job = Job(TINY, TILED, 1, 64)
+    step = planner.step(job)
+    assert planner.step(Job(TINY, dataclasses.replace(TILED), 1, 64)) is step
+    other = planner.step(dataclasses.replace(job, profile=Profile(loss_tile=32, mlp_tile=32, segment_layers=(3,))))
+    assert other.profile.segment_layers == (3,) and planner.last.keys() != {job}
+    assert planner.step(job) is not step  # only the last is kept
+
+
+# ------------------------------------------------------------------------------------------------------------- refused
+
+
+def planner(cluster=H100, compiles=False, **flags) -> Planner:
+    """For GPUs that are not here, without a compiler for them."""
+    return Planner(TrainConfig(**flags), cluster, compiles, jnp.dtype("bfloat16"))
+
+
+def job(**changes) -> Job:
+    return dataclasses.replace(EIGHT, profile=dataclasses.replace(ON_GPU, **changes))
+
+
+STREAMED = dict(offload_weights=True, offload_optimizer=True)
+
+
+@pytest.mark.parametrize("memory", ["auto", "manual"])
+@pytest.mark.parametrize("profile,cure", [
+    (dict(remat=False), "--no-remat"), (dict(loss_tile=None), "--no-tiled-loss"),
+    (dict(mlp_tile=None), "--no-tiled-mlp"),
+    (dict(loss_tile=None, remat=False), "--no-remat and --no-tiled-loss")])
+def test_the_switch_that_makes_it_too_large_is_named(memory, profile, cure):
+    """Whether the placements are typed or chosen: with them in host memory, what is switched off is the cause."""
+    length = 4 * 131072 if "mlp_tile" in profile else 131072
+    asked = dataclasses.replace(job(**STREAMED | profile), length=length, states="int8", master="none")
+    with pytest.raises(UserError) as error:
+        planner(memory=memory, typed=tuple(STREAMED)).choose(asked)
+    assert f"What would help: without {cure}" in str(error.value), error.value
+    assert f"without {cure}, and" not in str(error.value) or memory == "manual"  # by hand, more may have to change
+
+
+def test_a_switch_that_is_not_the_cause_is_not_named():
+    with pytest.raises(UserError) as error:  # too long with everything on
+        planner().choose(dataclasses.replace(job(remat=False), length=2**21))
+    assert "--no-remat" not in str(error.value)
+    with pytest.raises(UserError) as error:  # one of two suffices
+        planner(memory="manual").choose(dataclasses.replace(
+            job(**STREAMED, remat=False, mlp_tile=None), length=65536, states="int8", master="none"))
+    assert "without --no-remat;" in str(error.value) + ";"
+
+
+# ------------------------------------------------------------------------------------------------ the planner, by parts
+
+
+def test_without_a_compiler_plans_are_estimates(monkeypatch):
+    monkeypatch.setattr(decide, "plan_step", None)  # not called
+    choice = planner().choose(EIGHT)
+    assert choice.plan.source == ESTIMATED and not choice.plan.lacks and choice.next_faster is not None
+    assert planner().search.margin == auto.UNCONFIRMED and planner(compiles=True).search.margin == auto.CONFIRMED
+
+
+def test_what_is_typed_is_not_chosen():
+    assert planner(typed=("offload_weights",)).search.fixed == {"offload_weights"}
+    assert planner(typed=("remat",)).search.fixed == set()  # is never chosen
+    assert planner(memory="manual").search.fixed >= {"offload_weights", "head_chunks", "loss_tile", "master_weights"}
+    assert planner(allow_narrow_optimizer=True).search.narrow
+    typed = planner(typed=("offload_weights", "head_chunks")).choose(job(offload_weights=False, head_chunks=2)).job
+    assert (typed.profile.offload_weights, typed.profile.head_chunks) == (False, 2)
+
+
+class Compiler:
+    """In place of `plan_step`: the estimate, and `excess` bytes of device memory."""
+
+    def __init__(self, monkeypatch, excess=0):
+        self.excess, self.jobs = excess, []
+        monkeypatch.setattr(decide, "plan_step", self)
+        monkeypatch.setattr(Planner, "step", lambda planner, job: job)
+
+    def __call__(self, job, rows, length, grad_accum, cluster):
+        assert (rows, length, grad_accum) == (job.rows, job.length, job.grad_accum)
+        self.jobs.append(job)
+        plan = estimate(job, cluster)
+        return dataclasses.replace(plan, source=COMPILED, device=plan.device | {"excess": self.excess})
+
+
+@pytest.mark.parametrize("excess", [0, 8 * GIB])
+def test_the_compiler_has_the_last_word(monkeypatch, excess):
+    compiler, said = Compiler(monkeypatch, excess), []
+    choice = planner(compiles=True).choose(EIGHT, said.append)
+    assert choice.plan.source == COMPILED and choice.job == compiler.jobs[-1] and not choice.plan.lacks
+    assert len(said) == len(compiler.jobs) - 1 and bool(said) == bool(excess)
+    assert all("the compiler needs +8.0 GiB of device memory" in text for text in said)
+
+
+def test_by_hand_the_compiler_is_asked_once_and_refuses(monkeypatch):
+    fits, too_long = job(**STREAMED, offload_activations=True, head_chunks=8), 2**20
+    compiler, narrow = Compiler(monkeypatch), dict(states="int8", master="none")
+    by_hand = planner(compiles=True, memory="manual")
+    assert by_hand.choose(dataclasses.replace(fits, **narrow)).job.profile == fits.profile
+    with pytest.raises(UserError, match="GiB of host memory missing"):
+        by_hand.choose(dataclasses.replace(fits, length=too_long, **narrow))
+    assert len(compiler.jobs) == 2
+    with pytest.raises(UserError, match="--head-chunks 3"):
+        by_hand.choose(job(head_chunks=3))
+
+
+def test_what_cannot_fit_is_refused_before_anything_is_compiled(monkeypatch):
+    compiler = Compiler(monkeypatch)
+    with pytest.raises(UserError, match="--allow-narrow-optimizer"):
+        planner(compiles=True).choose(dataclasses.replace(EIGHT, length=2**19))
+    assert not compiler.jobs
+
+
+@pytest.mark.parametrize("excess", [0, 4 * GIB])
+def test_the_longest_length_is_one_that_compiles(monkeypatch, excess):
+    compiler = Compiler(monkeypatch, excess)
+    found = planner(compiles=True).longest(EIGHT)
+    assert found.job == compiler.jobs[-1] and not found.plan.lacks
+    if excess:
+        assert found.job.length < compiler.jobs[0].length
+
+
+def test_there_is_no_longest_length_on_a_cpu_or_of_too_large_a_model():
+    config = TrainConfig(find_max_seq_len=True)
+    with pytest.raises(UserError, match="nobody knows its limits"):
+        decide.report(Planner.of(config, None, jnp.dtype("float32")), Job(TINY, TILED, 1, 64))
+    with pytest.raises(UserError, match="at any length"):
+        planner().longest(dataclasses.replace(EIGHT, model=LLAMA_70B))
+
+
+def test_tokamax_is_compiled_as_cudnn_for_gpus_that_are_not_here(monkeypatch):
+    compiler = Compiler(monkeypatch)
+    made = planner(compiles=True, plan_for="H100").compile(job(attention="tokamax"))
+    assert [j.profile.attention for j in compiler.jobs] == ["cudnn"]
+    assert made.step_seconds == estimate(job(attention="tokamax"), H100).step_seconds
+    planner(compiles=True).compile(job(attention="tokamax"))
+    assert compiler.jobs[-1].profile.attention == "tokamax"
+
+
+# -------------------------------------------------------------------------------------------------------- pinned memory
+
+
+@pytest.fixture
+def reserved(monkeypatch):
+    """GiB that were asked for of a host's pool, on a machine with two GPUs."""
+    asked = []
+    monkeypatch.setattr(decide.host, "reserve", asked.append)
+    monkeypatch.setattr(jax, "local_device_count", lambda: 2)
+    monkeypatch.setenv(environment.HOST_LIMIT, "100")
+    return asked
+
+
+def on_host(gib: float, devices: int):
+    """A plan with so much pinned host memory a device, beside what saving holds."""
+    made = estimate(dataclasses.replace(EIGHT, sp=devices), H100)
+    return dataclasses.replace(made, host={"weights": int(gib * GIB), "saving": saving.BUFFERS // min(devices, 2)})
+
+
+@pytest.mark.parametrize("gib,devices,pinned", [
+    (40, 1, [42]), (40.5, 1, [43]), (40, 2, [82]), (40, 8, [82]),  # of the devices that are here
+    (99, 1, [100]), (100, 1, [100]), (104, 1, [104]),  # never more than jax may pin, if less will do
+    (15, 1, []), (7, 2, [])])
+def test_the_pool_is_of_the_plans_size(reserved, capsys, gib, devices, pinned):
+    decide.make_host_pool(on_host(gib, devices))
+    assert reserved == pinned
+    assert ("pinning" in capsys.readouterr().out) == bool(pinned)
+
+
+def test_a_pool_without_a_limit(reserved, monkeypatch):
+    monkeypatch.delenv(environment.HOST_LIMIT)
+    decide.make_host_pool(on_host(120, 1))
+    assert reserved == [122]
+
+
+def test_a_host_that_refuses_to_pin(reserved, monkeypatch):
+    def refuse(gibibytes, reason="RESOURCE_EXHAUSTED: no more"):
+        raise jax.errors.JaxRuntimeError(f"{reason}\nand more lines")
+
+    monkeypatch.setattr(decide.host, "reserve", refuse)
+    with pytest.raises(UserError, match="42 GiB of host memory could not be pinned: RESOURCE_EXHAUSTED: no more. Free"):
+        decide.make_host_pool(on_host(40, 1))
+    monkeypatch.setattr(decide.host, "reserve", lambda gibibytes: refuse(gibibytes, "INTERNAL: broken"))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="broken"):  # not the user's fault
+        decide.make_host_pool(on_host(40, 1))

@@ -1,0 +1,125 @@
+# pytest tests/memory/test_limits.py
+"""Host memory that is really there: control groups, --host-memory, and what the user says jax may pin."""
+
+import os
+
+import jax
+import psutil
+import pytest
+
+from alst_jax import environment
+from alst_jax.config import TrainConfig, UserError
+from alst_jax.memory import decide, limits
+from alst_jax.memory.limits import cgroup_limits, host_memory
+from alst_jax.memory.machines import GIB, usable_host_memory
+
+TOTAL = psutil.virtual_memory().total
+UNLIMITED = 9223372036854771712  # of version 1
+
+
+def files(root, **texts):
+    """A file system with these files; `__` in a name is a slash."""
+    for name, text in texts.items():
+        file = root / name.replace("__", "/").replace("DOT", ".")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{text}\n")
+    return root
+
+
+V2, V1 = "sys__fs__cgroup", "sys__fs__cgroup__memory"
+
+
+@pytest.mark.parametrize("texts,expected", [
+    ({}, []), ({"proc__self__cgroup": "0::/"}, []),
+    # version 2: the process's own group, and those above it
+    ({"proc__self__cgroup": "0::/a/b", f"{V2}__a__b__memoryDOTmax": 5 * GIB, f"{V2}__a__memoryDOTmax": "max"},
+     [5 * GIB]),
+    ({"proc__self__cgroup": "0::/a/b", f"{V2}__a__b__memoryDOTmax": "max", f"{V2}__a__memoryDOTmax": 3 * GIB},
+     [3 * GIB]),
+    ({"proc__self__cgroup": "0::/a", f"{V2}__other__memoryDOTmax": 3 * GIB}, []),
+    # in a container: the host's path, or one above the top; the container's own limit is at the top
+    ({"proc__self__cgroup": "0::/docker/1f", f"{V2}__memoryDOTmax": 4 * GIB}, [4 * GIB]),
+    ({"proc__self__cgroup": "0::/../x", f"{V2}__memoryDOTmax": 4 * GIB}, [4 * GIB]),
+    ({f"{V2}__memoryDOTmax": 4 * GIB}, [4 * GIB]),
+    # version 1, with its own path for each controller
+    ({"proc__self__cgroup": "9:cpu,memory:/m\n3:pids:/p\n0::/", f"{V1}__m__memoryDOTlimit_in_bytes": 2 * GIB,
+      f"{V1}__p__memoryDOTlimit_in_bytes": GIB, f"{V1}__memoryDOTlimit_in_bytes": UNLIMITED}, [2 * GIB, UNLIMITED]),
+    # both at once
+    ({"proc__self__cgroup": "4:memory:/\n0::/u", f"{V1}__memoryDOTlimit_in_bytes": 6 * GIB,
+      f"{V2}__unified__u__memoryDOTmax": 7 * GIB}, [6 * GIB, 7 * GIB])])
+def test_limits_of_control_groups(tmp_path, texts, expected):
+    root = files(tmp_path, **texts)
+    assert sorted(set(cgroup_limits(root))) == expected
+    assert host_memory(root=root) == min([TOTAL, *expected])
+
+
+def test_the_least_counts(tmp_path):
+    root = files(tmp_path, proc__self__cgroup="0::/", **{f"{V2}__memoryDOTmax": GIB // 2})
+    assert host_memory(0.25, root) == GIB // 4 and host_memory(0.75, root) == GIB // 2
+    assert host_memory(10**6, tmp_path / "nothing") == TOTAL
+
+
+@pytest.fixture
+def variables(monkeypatch):
+    """environment.prepare on a machine with 100 GiB, of which a control group leaves 40; what it sets is taken back."""
+    monkeypatch.setattr(environment, "_has_nvidia_gpu", lambda: False)
+    monkeypatch.setattr(limits, "cgroup_limits", lambda root: [40 * GIB])
+    monkeypatch.setattr(limits.psutil, "virtual_memory", lambda: type("Memory", (), {"total": 100 * GIB}))
+    monkeypatch.setattr(os, "environ", {})
+    return os.environ
+
+
+@pytest.mark.parametrize("cap,counts", [(None, 40), (50, 40), (20, 20)])
+def test_jax_may_pin_what_is_there(variables, cap, counts):
+    environment.prepare(None, host_memory_gib=cap)
+    assert variables[environment.HOST_LIMIT] == str(usable_host_memory(counts * GIB) // GIB)
+
+
+def test_what_the_user_sets_wins(variables):
+    variables[environment.HOST_LIMIT] = "37"
+    environment.prepare(None, host_memory_gib=20)
+    assert variables[environment.HOST_LIMIT] == "37" and environment.pinned_limit() == 37 * GIB
+    variables[environment.HOST_LIMIT] = "a lot"
+    with pytest.raises(UserError, match="=a lot: a whole number of GiB"):
+        environment.pinned_limit()
+
+
+class Card:
+    """What a plan asks of a device."""
+
+    platform, device_kind = "gpu", "NVIDIA H100 80GB HBM3"
+
+    def memory_stats(self):
+        return {"bytes_limit": 75 * GIB}
+
+
+@pytest.fixture
+def card(monkeypatch, variables):
+    """One GPU on that machine."""
+    monkeypatch.setattr(jax, "devices", lambda: [Card()])
+    monkeypatch.setattr(jax, "local_device_count", lambda: 1)
+    return variables
+
+
+@pytest.mark.parametrize("cap,set_by_user,host,usable", [
+    (None, None, 40, usable_host_memory(40 * GIB)), (20, None, 20, usable_host_memory(20 * GIB)),
+    (20, "37", 20, 37 * GIB), (None, "90", 40, 40 * GIB)])  # no more than is there, whatever the user says
+def test_the_cluster_at_hand(card, cap, set_by_user, host, usable):
+    if set_by_user:
+        card[environment.HOST_LIMIT] = set_by_user
+    environment.prepare(None, host_memory_gib=cap)
+    cluster = decide.target(TrainConfig(host_memory=cap and float(cap)))
+    assert cluster.host_memory == host * GIB and usable - GIB < cluster.host_share <= usable
+    assert (cluster.machine.name, cluster.machine.usable) == (Card.device_kind, 75 * GIB)
+    assert (cluster.machine.peak_flops, cluster.devices) == (989e12, 1)
+
+
+def test_a_card_that_is_not_in_the_list_counts_as_an_h100(card, monkeypatch):
+    monkeypatch.setattr(Card, "device_kind", "NVIDIA Strange")
+    assert decide.target(TrainConfig()).machine.bandwidth == 3.352e12
+
+
+def test_host_memory_means_nothing_on_a_cpu():
+    assert decide.target(TrainConfig()) is None
+    with pytest.raises(UserError, match="--host-memory 8: limits what GPUs may keep .* --plan-for"):
+        decide.target(TrainConfig(host_memory=8.0))

@@ -1,0 +1,78 @@
+# pytest tests/memory/test_saving.py
+"""What a save holds in host memory: bounded, and part of every plan."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+import pytest
+
+from alst_jax.checkpoint import Checkpoints
+from alst_jax.memory import saving
+from alst_jax.memory.auto import host_bytes
+from alst_jax.memory.cost import Job, estimate
+from alst_jax.memory.machines import parse_cluster
+from alst_jax.memory.plan import job_of, plan_step
+from alst_jax.memory.profile import Profile
+from alst_jax.models.llama import abstract_params
+from alst_jax.optim.adamw import AdamW
+from benchmarks.shapes import LLAMA_8B, LLAMA_70B
+from tests.helpers import TINY, make_step
+
+OFFLOADED = dict(offload_activations=True, offload_weights=True, offload_optimizer=True)
+LARGEST = 32 * 4096 * 14336  # elements of the 8B model's largest array
+
+
+def job(model=LLAMA_8B, dp=1, sp=1, states="float32", master="float32", **changes) -> Job:
+    profile = Profile(**dict(attention="cudnn", compute_dtype="bfloat16") | changes)
+    return Job(model, profile, dp, 131072, dp, sp, states=states, master=master)
+
+
+def test_bytes_by_hand():
+    held = lambda job, free=0: saving.saving_bytes(job, free)
+    assert held(job(**OFFLOADED)) == saving.BUFFERS  # written from where they are
+    assert held(job()) == LARGEST * (2 + 4) + saving.BUFFERS
+    assert held(job(offload_optimizer=True)) == LARGEST * 2 + saving.BUFFERS
+    assert held(job(offload_optimizer=True), 10**9) == LARGEST * 2 - 10**9 + saving.BUFFERS  # the room of activations
+    assert held(job(offload_optimizer=True), 10**10) == saving.BUFFERS
+    assert held(job(states="int8", master="none")) == LARGEST * (2 + 1) + saving.BUFFERS
+    assert held(job(sp=8)) == (LARGEST * (2 + 4) + saving.BUFFERS) // 8
+    # what is not larger than COPIES goes together; and no more is held than there is
+    assert held(job(dp=8, sp=8)) == (2 * saving.COPIES + saving.BUFFERS) // 8
+    assert held(job(TINY, **OFFLOADED)) == TINY.num_params * (2 + 2 * 4)
+
+
+@pytest.mark.parametrize("model", [TINY, LLAMA_8B, LLAMA_70B])
+def test_the_largest_parameter(model):
+    leaves = jax.tree.leaves(abstract_params(model, jnp.float32))
+    assert saving.largest_parameter(model) == max(leaf.size for leaf in leaves)
+
+
+@pytest.mark.parametrize("changes", [{}, OFFLOADED])
+def test_it_is_a_line_of_every_plan(changes):
+    step = make_step(TINY, 1, 2, Profile(loss_tile=32, mlp_tile=32, **changes), AdamW())
+    compiled, estimated = plan_step(step, 1, 256), estimate(job_of(step, 1, 256))
+    assert compiled.host["saving"] == estimated.host["saving"] > 0
+    assert [line.split()[0] for line in compiled.table().splitlines()].count("saving") == 1
+    assert host_bytes(job(**changes)) == estimate(job(**changes)).host_bytes
+
+
+def test_it_can_be_what_a_host_lacks():
+    cluster = dataclasses.replace(parse_cluster("8xH100"), pinned=saving.BUFFERS + 8 * 10**6)
+    assert estimate(job(sp=8), cluster).lacks.keys() == {"host"}
+
+
+def test_the_limits_are_set(tmp_path, monkeypatch):
+    limits, made = [], ocp.PyTreeCheckpointHandler
+    monkeypatch.setattr(ocp, "PyTreeCheckpointHandler", lambda **options: limits.append(options) or made(**options))
+    saved, save = [], ocp.CheckpointManager.save
+    monkeypatch.setattr(ocp.CheckpointManager, "save", lambda self, step, args, **options: (
+        saved.append(args), save(self, step, args=args, **options)))
+    checkpoints = Checkpoints(tmp_path, largest_leaf=3 * 10**9)
+    tree = {"a": jnp.ones(4)}
+    checkpoints.save(1, tree, tree, {})
+    assert (tmp_path / "checkpoints" / "1").is_dir()  # at once, so that no update changes what is being written
+    assert [sorted(options.items()) for options in limits] == 2 * [[
+        ("restore_concurrent_gb", 4), ("save_concurrent_gb", 4), ("save_device_host_concurrent_gb", 1)]]
+    assert {saved[0][item].ocdbt_target_data_file_size for item in ("params", "optimizer")} == {saving.DATA_FILE}

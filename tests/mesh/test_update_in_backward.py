@@ -1,0 +1,95 @@
+# pytest tests/mesh/test_update_in_backward.py
+"""A step whose gradients are never stored equals the step that stores them, and stops at what is not finite."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alst_jax.optim.adamw import AdamW
+from tests.helpers import PLAIN, QUIET_ADAMW, assert_trees_close, make_step, random_batch, tiny, to_numpy
+from tests.mesh.test_profiles import HOST, TILES, name
+
+MODEL = tiny(num_layers=4)
+REMAT = dataclasses.replace(PLAIN, remat=True)
+UNCLIPPED = dataclasses.replace(QUIET_ADAMW, clip_norm=0.0)
+
+
+def run(step, in_backward, steps=3):
+    """(losses, norms, weights, optimizer state) of some steps on one batch."""
+    params = step.init_params(jax.random.key(0), step.params["norm"]["scale"].dtype)
+    state, batch = step.init_optimizer(params), step.put_batch(**random_batch(step.model))
+    scale, rate, losses, norms = jnp.float32(1 / 200), jnp.float32(1e-2), [], []
+    for _ in range(steps):
+        if in_backward:
+            loss, norm, finite, layers, params, state = step.update_in_backward(params, state, batch, scale, rate)
+            assert finite and layers == step.model.num_layers
+        else:
+            loss, gradients = step.loss_and_grad(params, batch, scale)
+            norm = step.gradient_norm(gradients)
+            params, state = step.update(params, gradients, state, norm, rate)
+        losses.append(float(loss))
+        norms.append(float(norm))
+    return losses, norms, to_numpy(params), to_numpy(state)
+
+
+@pytest.mark.parametrize("mesh,changes", [
+    ((1, 1), {}), ((1, 1), dict(segment_layers=(2,), head_chunks=2)), ((2, 2), dict(**TILES, **HOST)),
+    ((1, 4), dict(segment_layers=(3, 1), keep_attention_on_host=2, keep_attention_on_device=1, **TILES, **HOST)),
+    ((1, 1), dict(segment_layers=(2, 1, 1), keep_attention_on_device=1, head_chunks=4, offload_weights=True))], ids=name)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_equals_the_update_behind_it(mesh, changes, tied):
+    profile = dataclasses.replace(REMAT, **changes)
+    step = make_step(dataclasses.replace(MODEL, tie_word_embeddings=tied), *mesh, profile=profile, optimizer=UNCLIPPED)
+    losses, norms, weights, state = run(step, in_backward=True)
+    same_losses, same_norms, same_weights, same_state = run(step, in_backward=False)
+    np.testing.assert_allclose(losses, same_losses, rtol=1e-5)
+    np.testing.assert_allclose(norms, same_norms, rtol=1e-5)
+    assert_trees_close(weights, same_weights, 1e-5)
+    assert_trees_close(state, same_state, 1e-4)
+
+
+@pytest.mark.parametrize("states", ["int8", "bfloat16"])
+def test_draws_the_same_random_bits(states):
+    """Streamed layer by layer, narrow states are rounded alike; with other bits about half of the codes would differ."""
+    profile = dataclasses.replace(REMAT, segment_layers=(2,), **HOST)
+    step = make_step(tiny(num_layers=4, intermediate_size=128), profile=profile, optimizer=AdamW(clip_norm=0.0, states=states))
+    ours, same = (run(step, in_backward, steps=1)[3] for in_backward in (True, False))
+    for ours, same in zip(jax.tree.leaves(ours), jax.tree.leaves(same), strict=True):
+        if ours.dtype != np.float32:
+            assert np.mean(ours != same) < 1e-3
+
+
+def poisoned(scale, spoil=lambda params: params):
+    """(finite, layers updated, indices of the layers that changed, whether anything else did) of one step."""
+    step = make_step(MODEL, profile=dataclasses.replace(REMAT, segment_layers=(2,)), optimizer=UNCLIPPED)
+    params = spoil(step.init_params(jax.random.key(0), jnp.float32))
+    before, state = to_numpy(params), step.init_optimizer(params)
+    _, _, finite, layers, params, state = step.update_in_backward(
+        params, state, step.put_batch(**random_batch(MODEL)), jnp.float32(scale), jnp.float32(1e-2))
+    after = to_numpy(params)
+    kernel = lambda tree: tree["layers"]["mlp"]["up_proj"]["kernel"]
+    changed = [i for i in range(4) if not np.array_equal(kernel(before)[i], kernel(after)[i], equal_nan=True)]
+    rest = [name for name in ("embed_tokens", "norm", "lm_head") if any(
+        not np.array_equal(a, b, equal_nan=True) for a, b in zip(*map(jax.tree.leaves, (before[name], after[name]))))]
+    return bool(finite), int(layers), changed, rest, int(state["count"])
+
+
+def test_nothing_is_updated_where_the_loss_is_not_finite():
+    spoil = lambda params: params | {"norm": jax.tree.map(lambda x: x * jnp.nan, params["norm"])}
+    assert poisoned(1.0, spoil) == (False, 0, [], [], 0)
+    assert poisoned(1 / 200) == (True, 4, [0, 1, 2, 3], ["embed_tokens", "norm", "lm_head"], 1)
+
+
+def test_update_stops_at_the_layer_where_the_norm_overflows():
+    step = make_step(MODEL, profile=REMAT, optimizer=UNCLIPPED)
+    params = step.init_params(jax.random.key(0), jnp.float32)
+    _, gradients = step.loss_and_grad(params, step.put_batch(**random_batch(MODEL)), jnp.float32(1))
+    squares = lambda tree: sum(float(np.sum(np.square(x.astype(np.float64)))) for x in jax.tree.leaves(to_numpy(tree)))
+    head = squares((gradients["norm"], gradients["lm_head"]))
+    upper = head + squares(jax.tree.map(lambda g: g[2:], gradients["layers"]))
+    lower = upper + squares(jax.tree.map(lambda g: g[1:2], gradients["layers"]))
+    scale = float(np.sqrt(3.4e38 / ((upper + lower) / 2)))  # the sum of squares passes float32's range in layer 1
+    assert poisoned(scale) == (False, 2, [2, 3], [], 0)
