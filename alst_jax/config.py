@@ -164,7 +164,7 @@ class TrainConfig:
     optimizer_states: Literal["float32", "bfloat16", "int8"] = "float32"
     """How AdamW's moments are stored; bfloat16 and int8 are rounded stochastically."""
     master_weights: Literal["float32", "low-bits", "none"] = "float32"
-    """For bfloat16 weights: a float32 copy; the 16 missing bits (the same result in 2 bytes less; CPU only so far); or stochastic rounding."""
+    """For bfloat16 weights: a float32 copy; the 16 missing bits (the same result in 2 bytes less); or stochastic rounding."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Weights and compute; bfloat16 keeps what makes it float32 in the optimizer, see --master-weights. auto: bfloat16 on GPU, float32 on CPU."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
