@@ -143,6 +143,7 @@ def run(config: TrainConfig) -> int:
                 "seq_len": seq_len, "dtype": str(dtype), "optimizer_states": job.states,
                 "master_weights": job.master}
     if choice is not None:
+        environment.return_freed_memory()
         decide.make_host_pool(choice.plan)
     if config.resume:
         _, at = ckpt.find_checkpoint(out)

@@ -1,5 +1,6 @@
 """What must be set before jax starts: simulated devices, memory limits, scheduler. No jax import at the top."""
 
+import ctypes
 import importlib.util
 import os
 import subprocess
@@ -62,6 +63,15 @@ def _set_compiler_flags() -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     missing = [f"--{name}={value}" for name, value in XLA_GPU_FLAGS.items() if name not in flags]
     os.environ["XLA_FLAGS"] = " ".join([flags, *missing]).strip()
+
+
+def return_freed_memory() -> None:
+    """Give the system what the compiler has freed and the C library keeps: of 3.3 GiB after compiling 8 layers of an 8B
+    model, 1.5. Does nothing where the library is not glibc."""
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):
+        pass  # another C library, which has no such call
 
 
 def has_cuda_compiler() -> bool:

@@ -64,10 +64,6 @@ def main():
     scale = jnp.float32(1 / length)
     abstract = Batch(*(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in batch))
     started = time.perf_counter()
-    reserving = None
-    if options.reserve and not options.compile_only:  # beside the compiler: it takes about a second a GiB
-        reserving = threading.Thread(target=reserve, args=(options.reserve,))
-        reserving.start()
     number = jax.ShapeDtypeStruct((), jnp.float32)
     if in_backward:
         compiled = step.update_in_backward.lower(step.params, step.optimizer_state, abstract, number, number).compile()
@@ -90,8 +86,9 @@ def main():
         scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(step.mesh, PartitionSpec()))
         norm_of = step.gradient_norm.lower(step.params).compile()
         update = step.update.lower(step.params, step.params, step.optimizer_state, scalar, scalar).compile()
-    if reserving:
-        reserving.join()
+    environment.return_freed_memory()
+    if options.reserve:
+        reserve(options.reserve)
     started = time.perf_counter()
     params = jax.block_until_ready(step.init_params(jax.random.key(0), jnp.bfloat16))
     state = jax.block_until_ready(step.init_optimizer(params)) if options.update else None

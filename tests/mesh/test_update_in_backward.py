@@ -8,6 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from alst_jax import trainer
+from alst_jax.config import TrainConfig, UserError
+from alst_jax.data.batches import TrainingBatches
+from alst_jax.data.documents import Sequence
+from alst_jax.metrics import MetricsLog
 from alst_jax.optim.adamw import AdamW
 from tests.helpers import PLAIN, QUIET_ADAMW, assert_trees_close, make_step, random_batch, tiny, to_numpy
 from tests.mesh.test_profiles import HOST, TILES, name
@@ -93,3 +98,37 @@ def test_update_stops_at_the_layer_where_the_norm_overflows():
     lower = upper + squares(jax.tree.map(lambda g: g[1:2], gradients["layers"]))
     scale = float(np.sqrt(3.4e38 / ((upper + lower) / 2)))  # the sum of squares passes float32's range in layer 1
     assert poisoned(scale) == (False, 2, [2, 3], [], 0)
+
+
+def train_until_it_is_not_finite(monkeypatch, tmp_path, updated):
+    """(error, steps that were saved) of a run whose second step meets what is not finite after so many updated layers."""
+    step = make_step(MODEL, profile=dataclasses.replace(REMAT, update_in_backward=True), optimizer=UNCLIPPED)
+    params = step.init_params(jax.random.key(0), jnp.float32)
+    state, real, calls, saved = trainer.TrainState(params, step.init_optimizer(params), 0), step.update_in_backward, [], []
+
+    def second_is_not(*args):
+        result = real(*args)
+        calls.append(result)
+        return result if len(calls) == 1 else (result[0], jnp.inf, jnp.bool(False), jnp.int32(updated), *result[4:])
+
+    monkeypatch.setattr(step, "update_in_backward", second_is_not)
+    tokens = np.arange(64, dtype=np.int32)
+    data = TrainingBatches([Sequence(tokens, tokens)] * 4, 64, 1, 1, 0, 0)
+    log = MetricsLog(tmp_path, 0)
+    with pytest.raises(UserError) as error, trainer.StopSignal() as stop:
+        trainer.train(TrainConfig(seq_len=64), step, state, 4, 1e-3, data, None, log, lambda state: saved.append(state.step), stop)
+    log.close()
+    return str(error.value), saved
+
+
+def test_a_step_that_was_not_applied_leaves_the_state_before_it(monkeypatch, tmp_path):
+    error, saved = train_until_it_is_not_finite(monkeypatch, tmp_path, updated=0)
+    assert "first met in the loss, the head or the last layer" in error and "step 1, is saved" in error
+    assert saved == [1]
+
+
+@pytest.mark.parametrize("updated,where", [(3, "layer 0 of 4"), (4, "the embedding")])
+def test_a_step_that_was_applied_in_part_is_not_saved(updated, where, monkeypatch, tmp_path):
+    error, saved = train_until_it_is_not_finite(monkeypatch, tmp_path, updated)
+    assert f"first met in {where}, going back" in error and "nothing is saved; go on from the beginning" in error
+    assert saved == []
