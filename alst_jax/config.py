@@ -164,7 +164,7 @@ class TrainConfig:
     optimizer_states: Literal["float32", "bfloat16", "int8"] = "float32"
     """How AdamW's moments are stored; bfloat16 and int8 are rounded stochastically."""
     master_weights: Literal["float32", "low-bits", "none"] = "float32"
-    """For bfloat16 weights: a float32 copy; the 16 missing bits (the same result in 2 bytes less); or stochastic rounding."""
+    """For bfloat16 weights: a float32 copy; the 16 missing bits (the same in 2 bytes less, but ties of weights round up); or stochastic rounding."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Weights and compute; bfloat16 keeps what makes it float32 in the optimizer, see --master-weights. auto: bfloat16 on GPU, float32 on CPU."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -188,8 +188,9 @@ class TrainConfig:
     offload_optimizer: bool = False
     """Keep optimizer state in host memory, streamed one layer at a time."""
     update_in_backward: bool = False
-    """Update each layer as soon as its gradient is there: gradients are never stored. Needs --clip-norm 0 and --grad-accum
-    1. A gradient that is no finite number is met after later layers were updated: the run ends at its last checkpoint."""
+    """Update each layer as soon as its gradient is there: gradients are never stored. For weights and optimizer in host memory
+    (--offload-weights --offload-optimizer), with --clip-norm 0 and --grad-accum 1. A gradient that is no finite number is met
+    after later layers were updated: the run ends at its last checkpoint."""
 
     segment_layers: tuple[int, ...] = (1,)
     """Layers between two kept layer inputs; the inputs between them are computed again. One number, or one a segment."""
@@ -293,6 +294,9 @@ def check_run(config: TrainConfig) -> None:
         raise UserError(f"--update-in-backward with {wrong}: a layer is updated before the other gradients are known, so "
                         "that they can be neither clipped by their common norm nor summed over batches; use --clip-norm 0, "
                         "--grad-accum 1 and --remat with it")
+    if config.update_in_backward and not (config.offload_weights and config.offload_optimizer):
+        raise UserError("--update-in-backward saves the host memory of gradients; on the device it would save none. Use it with "
+                        "--offload-weights and --offload-optimizer, or leave it out")
     if config.pack:
         raise UserError("--pack: packing several documents into one sequence is not supported yet; leave it out, "
                         "and each document gets sequences of its own")

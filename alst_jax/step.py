@@ -49,7 +49,7 @@ class Batch(NamedTuple):
 class TrainStep:
     """Compiled functions of one model on one mesh under one memory profile, and where their arrays live.
 
-    Compose a step from `loss_and_grad` (one or more batches; `add_gradients` sums them), `gradient_norm` and `update`.
+    UserError if the profile cannot be had. Compose a step from `loss_and_grad` (one or more batches; `add_gradients` sums them), `gradient_norm` and `update`.
     Arguments that an update replaces are donated: their buffers are reused and must not be read again.
     """
 
@@ -57,6 +57,9 @@ class TrainStep:
         check_profile(profile, model, mesh.shape[SEQ])
         if profile.update_in_backward and optimizer.clip_norm > 0:
             raise UserError("--update-in-backward: gradients cannot be clipped by a norm that is not known yet (--clip-norm 0)")
+        if profile.update_in_backward and not (profile.offload_weights and profile.offload_optimizer):
+            raise UserError("--update-in-backward is for weights and optimizer in host memory (--offload-weights, "
+                            "--offload-optimizer)")  # stacks on the device would be copied once for each loop
         self.model, self.mesh, self.profile, self.optimizer = model, mesh, profile, optimizer
         self.specs = param_specs(abstract_params(model, dtype), mesh)
         weights_kind = host.memory_kind(profile.offload_weights)

@@ -81,7 +81,9 @@ def optimizer_step(
 ) -> tuple[TrainState, dict[str, float]]:
     """One step over `batches` (int32 arrays [accumulation, B, S]); the loss is the mean over all their valid labels.
 
-    Raises NotFinite if the loss or the gradient's norm is not finite.
+    Raises NotFinite if the loss or the gradient's norm is not finite, with the state to go on from: `state` itself, or, where
+    the profile updates in the backward pass, what `state`, whose buffers are gone then, has become (None: a step done in part).
+    ValueError for more than one batch there.
     """
     if step.profile.update_in_backward:
         return _step_in_backward(step, state, batches, learning_rate)
@@ -189,8 +191,9 @@ def train(
                     save(state)
                 raise UserError(
                     f"step {state.step + 1}: {problem}. The step was not applied; the state before it, step "
-                    f"{state.step}, {'is saved' if state.step else 'is where the run began'}. A smaller "
-                    "--learning-rate or --clip-norm, or --dtype float32, may help.") from problem
+                    f"{state.step}, {'is saved' if state.step else 'is where the run began'}. A smaller --learning-rate"
+                    f"{'' if step.profile.update_in_backward else ' or --clip-norm'}, or --dtype float32, may help."
+                    ) from problem
             seconds = time.perf_counter() - started
             values = {"step": state.step, **values, **_speed(step, batches["tokens"].shape, seconds),
                       "learning_rate": learning_rate}

@@ -131,7 +131,7 @@ def kept_bytes(job: Job) -> dict[str, int]:
         kept[DEVICE] = job.model.num_layers * unremat_layer(job)
         return kept
     inputs = HOST if profile.offload_activations else DEVICE
-    kept[inputs] += size.hidden * segment_inputs(job.segments)
+    kept[inputs] += size.hidden * segment_inputs(job.segments, profile.offload_activations)
     for segment in job.segments:
         layers = segment.runs[-1].stop - segment.runs[0].start
         if segment.all_inputs:
@@ -197,7 +197,7 @@ def layers_peak(job: Job) -> int:
     if not profile.remat:
         return job.kept[DEVICE] + layer_work(job)
     inputs_on_device = 0 if profile.offload_activations else size.hidden
-    firsts = inputs_on_device * segment_inputs(job.segments)  # one array, to the end
+    firsts = inputs_on_device * segment_inputs(job.segments, profile.offload_activations)  # one array, to the end
     peak, kept, waiting, early = 0, firsts, 0, 0
     output = size.heads + size.statistics
     for segment in job.segments:  # forwards: `kept` is what is there when the backward pass comes to this segment

@@ -12,6 +12,8 @@ def describe(job: Job) -> str:
     """The choices of a job as flags."""
     profile = job.profile
     words = [f"--{name.replace('_', '-')}" for name in (*PLACEMENTS, "update_in_backward") if getattr(profile, name)]
+    if profile.update_in_backward:
+        words.append("--clip-norm 0")
     if profile.segment_layers != (1,):
         words.append(f"--segment-layers {' '.join(map(str, profile.segment_layers))}")
     for name, value, default in (

@@ -78,8 +78,8 @@ class Segment:
     runs: tuple[Run, ...]
 
 
-def segment_inputs(segments: list[Segment]) -> int:
+def segment_inputs(segments: list[Segment], on_host: bool) -> int:
     """Rows of the array in which the inputs of segments are kept; that of the first is looked up again instead."""
-    # At least two: a single one would not be moved to the host, for copies there and back with no loop between cancel out.
     count = sum(not segment.all_inputs for segment in segments[1:])
-    return count and max(count, 2)
+    # A single one would not be moved to the host, for copies there and back with no loop between cancel out.
+    return 2 if count == 1 and on_host else count

@@ -68,10 +68,10 @@ class Saved(NamedTuple):
 def forward(
     layer: Layer, profile: Profile, look_up: Callable, h: jax.Array, source: PyTree, layers: PyTree, rope: PyTree
 ) -> tuple[jax.Array, Saved]:
-    """h through all layers, and what `backward` needs. Arguments as those of `scan_layers`."""
+    """h[B, T, D] through all layers, and what `backward` needs. Arguments as those of `scan_layers`."""
     residuals, segments = [], profile.segments(_count(layers))
     number, firsts = 0, None
-    if rows := segment_inputs(segments):
+    if rows := segment_inputs(segments, profile.offload_activations):
         firsts = _store(zeros_after(h, (rows, *h.shape), h.dtype), profile.offload_activations)
     for segment in segments:
         inputs, kept = None, []
@@ -110,7 +110,7 @@ def backward(
     layer: Layer, profile: Profile, look_up: Callable, saved: Saved, dh: jax.Array, store: PyTree, read: Callable,
     write: Callable,
 ) -> tuple[jax.Array, PyTree]:
-    """Back through the stack: the gradient of its input h from that of its output, and what became of `store`.
+    """Back through the stack: the gradient of its input h[B, T, D] from that of its output, and what became of `store`.
 
     store: what the loops carry from layer to layer, last to first. read(store, i) -> the weights of layer i;
     write(store, i, weights, gradients) -> the store, with what the layer's gradients are for.

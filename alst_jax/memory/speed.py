@@ -111,7 +111,8 @@ def host_traffic(job: "Job") -> dict[str, float]:
     update = 0.0
     if profile.offload_weights:
         step += weights * job.passes.loads / layers + gradients
-        update += 2 * gradients + 2 * weights  # for the norm and for the update; there and back
+        # For the norm and for the update; there and back, or only back where the layer is on the device already.
+        update += weights if profile.update_in_backward else 2 * gradients + 2 * weights
     if profile.offload_optimizer:
         update += 2 * optimizer
     return {"step": step, "update": update}

@@ -227,7 +227,8 @@ class ParameterUpdate:
 def parameter_updates(
     optimizer: AdamW, params: Any, state: dict[str, Any], specs: Any, learning_rate: jax.Array
 ) -> list[ParameterUpdate]:
-    """One for each parameter, in the order of the tree's leaves. Runs inside the shard_map."""
+    """One for each parameter, in the order of the tree's leaves, of local shards. Runs inside the shard_map. state, specs: as
+    `AdamW.init` and `AdamW.state_specs` give them."""
     count = state["count"]
     flat, treedef = jax.tree_util.tree_flatten_with_path(params)
     columns = {name: treedef.flatten_up_to(tree) for name, tree in state.items() if name != "count"}

@@ -124,10 +124,10 @@ def test_streamed_update_equals_the_update_on_the_device():
         assert relative_error(a, b) < 1e-5
 
 
-@pytest.mark.parametrize("changes", [{}, dict(segment_layers=(3, 1), keep_attention_on_host=1, **OFFLOADED)], ids=str)
+@pytest.mark.parametrize("changes", [{}, dict(segment_layers=(3, 1), keep_attention_on_host=1, offload_activations=True)], ids=str)
 def test_update_in_backward_equals_the_update_behind_it(changes):
     """Gradients are the same but for bfloat16's rounding, of which the update behind it sees one more."""
-    profile = dataclasses.replace(CUDNN, offload_optimizer=bool(changes), **changes)
+    profile = dataclasses.replace(CUDNN, offload_weights=True, offload_optimizer=True, **changes)
     step = make_step(MODEL, profile=profile, dtype=jnp.bfloat16, optimizer=AdamW(clip_norm=0.0, eps=1e-4))
     batch, scale, rate = step.put_batch(**random_batch(MODEL, rows=1, length=2048)), jnp.float32(1 / 2048), jnp.float32(1e-2)
     start = lambda: (params := step.init_params(jax.random.key(1), jnp.bfloat16), step.init_optimizer(params))

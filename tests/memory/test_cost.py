@@ -169,3 +169,17 @@ def test_what_limits():
     assert slow.seconds["collectives"] > estimate(job(sp=8, length=8192),
         parse_cluster("8xH100")).seconds["collectives"]
     assert jnp.isfinite(slow.step_seconds)
+
+
+def test_an_update_in_the_backward_pass_stores_no_gradients():
+    offloaded = dict(offload_weights=True, offload_optimizer=True, offload_activations=True)
+    behind, within = (estimate(job(update_in_backward=on, **offloaded)) for on in (False, True))
+    assert behind.host["gradients"] == 2 * LLAMA_8B.num_params and within.host["gradients"] == 0
+    assert {**behind.host, "gradients": 0} == within.host and behind.device == within.device
+    optimizer = AdamW(clip_norm=0.0)
+    steps = (make_step(SMALL, profile=Profile(loss_tile=128, mlp_tile=128, update_in_backward=on, **offloaded),
+                       optimizer=optimizer) for on in (False, True))
+    behind, within = (plan_step(step, 1, 512) for step in steps)
+    weights = behind.host["weights"]
+    assert behind.host["gradients"] == weights and "gradients" not in within.host
+    assert within.host["weights"] == weights and within.host["optimizer"] == behind.host["optimizer"]

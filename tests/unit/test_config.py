@@ -1,11 +1,13 @@
 # pytest tests/unit/test_config.py
 """Flags and their checks; --help without jax."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 
+from alst_jax import environment
 from alst_jax.config import ModelConfig, TrainConfig, UserError, check_run, parse_length
 from tests.helpers import TINY, make_step
 
@@ -84,4 +86,23 @@ def test_help_does_not_import_jax():
 def test_an_update_in_the_backward_pass_knows_no_other_gradients(flags, wrong):
     with pytest.raises(UserError, match=f"--update-in-backward with {wrong}: "):
         check_run(TrainConfig(update_in_backward=True, **flags))
-    check_run(TrainConfig(update_in_backward=True, clip_norm=0.0))
+    offloaded = dict(update_in_backward=True, clip_norm=0.0, offload_weights=True)
+    with pytest.raises(UserError, match="Use it with --offload-weights and --offload-optimizer"):
+        check_run(TrainConfig(**offloaded))
+    check_run(TrainConfig(**offloaded, offload_optimizer=True))
+
+
+@pytest.mark.parametrize("before,after", [
+    ("", "--xla_gpu_enable_latency_hiding_scheduler=true --xla_gpu_enable_dynamic_slice_fusion=false"),
+    ("--xla_gpu_enable_dynamic_slice_fusion=true",
+     "--xla_gpu_enable_dynamic_slice_fusion=true --xla_gpu_enable_latency_hiding_scheduler=true")])
+def test_compiler_flags_of_a_gpu_run(before, after, monkeypatch):
+    for name in (environment.HOST_LIMIT, "XLA_CLIENT_MEM_FRACTION"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("XLA_FLAGS", before)
+    monkeypatch.setattr(environment, "_has_nvidia_gpu", lambda: False)
+    environment.prepare(None)
+    assert os.environ["XLA_FLAGS"] == before  # a CPU-only build would abort at flags it does not know
+    monkeypatch.setattr(environment, "_has_nvidia_gpu", lambda: True)
+    environment.prepare(None)
+    assert os.environ["XLA_FLAGS"] == after
