@@ -3,6 +3,7 @@
 import ctypes
 import importlib.util
 import os
+import platform
 import subprocess
 
 from alst_jax.config import UserError
@@ -10,8 +11,8 @@ from alst_jax.memory.limits import host_memory
 from alst_jax.memory.machines import GIB, MEMORY_FRACTION, machine_of_kind, usable_host_memory
 
 HOST_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
-# With dynamic slice fusion, a kernel whose output is both put into a stack and used otherwise is run twice: attention
-# whose output is kept (found in programs of jax 0.11.2, see docs/log.md).
+# With dynamic slice fusion, a Pallas kernel whose output is both put into a stack and used otherwise is run twice: tokamax's
+# attention whose output is kept (found in programs of jax 0.11.2, see docs/log.md); cuDNN's is not.
 XLA_GPU_FLAGS = {"xla_gpu_enable_latency_hiding_scheduler": "true", "xla_gpu_enable_dynamic_slice_fusion": "false"}
 CUDA_PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 
@@ -68,10 +69,8 @@ def _set_compiler_flags() -> None:
 def return_freed_memory() -> None:
     """Give the system what the compiler has freed and the C library keeps: of 3.3 GiB after compiling 8 layers of an 8B
     model, 1.5. Does nothing where the library is not glibc."""
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError):
-        pass  # another C library, which has no such call
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def has_cuda_compiler() -> bool:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from alst_jax.environment import XLA_GPU_FLAGS
 from alst_jax.memory.profile import Profile
 from alst_jax.ops import attention as attention_module
 from alst_jax.ops.attention import attention
@@ -146,14 +147,15 @@ def test_update_in_backward_equals_the_update_behind_it(changes):
 
 
 def test_kept_attention_is_not_run_twice():
-    """Dynamic slice fusion, which environment.XLA_GPU_FLAGS switches off, runs the forward kernel once for each use."""
-    from alst_jax.environment import XLA_GPU_FLAGS
-
-    step = make_step(MODEL, profile=dataclasses.replace(CUDNN, keep_attention_on_device=4), dtype=jnp.bfloat16)
+    """Dynamic slice fusion runs tokamax's kernel once for each use of its output; environment.XLA_GPU_FLAGS switch it off."""
+    pytest.importorskip("tokamax")
+    profile = dataclasses.replace(CUDNN, attention="tokamax", keep_attention_on_device=4)
+    step = make_step(dataclasses.replace(MODEL, head_dim=128), profile=profile, dtype=jnp.bfloat16)
     batch = step.put_batch(**random_batch(MODEL, rows=1, length=4096))
     lowered = step.loss_and_grad.lower(step.params, batch, jax.ShapeDtypeStruct((), jnp.float32))
-    text = lowered.compile({name: value == "true" for name, value in XLA_GPU_FLAGS.items()}).as_text()
-    assert len(re.findall(r'custom_call_target="__cudnn\$fmhaSoftmax"', text)) == 1
+    kernels = lambda flags: lowered.compile(flags).as_text().count('custom_call_target="mosaic_gpu_v2"')
+    assert kernels({name: value == "true" for name, value in XLA_GPU_FLAGS.items()}) == 1
+    assert kernels({"xla_gpu_enable_dynamic_slice_fusion": True}) == 2  # if not, XLA was mended and the flag can go
 
 
 @pytest.mark.parametrize("on_host", [False, True])

@@ -3,6 +3,7 @@
 
 import dataclasses
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -128,6 +129,12 @@ def test_what_is_kept_on_the_host(monkeypatch):
     assert host(offload_activations=True, segment_layers=(2,)) == {f"2,{inputs}"}
     assert host(offload_activations=True) == {f"4,{inputs}"}
     assert host(offload_activations=True, segment_layers=(2, 1, 1)) == {f"2,{inputs}"}
+
+
+def test_the_input_of_the_first_segment_is_looked_up_again(monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "MODEL", dataclasses.replace(MODEL, num_layers=6))
+    shapes = re.findall(r"<host>\[([\d,]+)\]", str(traced(monkeypatch, offload_activations=True, segment_layers=(2,))))
+    assert "2,1,256,64" in shapes and "3,1,256,64" not in shapes  # of three segments
 
 
 @pytest.mark.parametrize("changes,message", [

@@ -14,6 +14,7 @@ from alst_jax.data.batches import TrainingBatches
 from alst_jax.data.documents import Sequence
 from alst_jax.metrics import MetricsLog
 from alst_jax.optim.adamw import AdamW
+from alst_jax.setup import make_profile
 from tests.helpers import PLAIN, QUIET_ADAMW, assert_trees_close, make_step, random_batch, tiny, to_numpy
 from tests.mesh.test_profiles import HOST, TILES, name
 
@@ -65,6 +66,12 @@ def test_draws_the_same_random_bits(states):
     for ours, same in zip(jax.tree.leaves(ours), jax.tree.leaves(same), strict=True):
         if ours.dtype != np.float32:
             assert np.mean(ours != same) < 1e-3
+
+
+def test_the_flag_reaches_the_profile():
+    config = TrainConfig(update_in_backward=True, clip_norm=0.0, offload_weights=True, offload_optimizer=True)
+    assert make_profile(config, jnp.dtype(jnp.float32), MODEL).update_in_backward
+    assert not make_profile(TrainConfig(), jnp.dtype(jnp.float32), MODEL).update_in_backward
 
 
 def poisoned(scale, spoil=lambda params: params):
