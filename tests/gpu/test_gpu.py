@@ -16,6 +16,8 @@ from alst_jax.environment import XLA_GPU_FLAGS
 from alst_jax.memory.profile import Profile
 from alst_jax.ops import attention as attention_module
 from alst_jax.ops.attention import attention
+from alst_jax.ops.cross_entropy import cross_entropy, tiled_cross_entropy
+from alst_jax.ops.linear import embed
 from alst_jax.optim.adamw import AdamW
 from benchmarks.shapes import llama_8b
 from tests.helpers import float32_masters, make_step, random_batch, relative_error
@@ -82,6 +84,43 @@ def test_the_guard_is_needed(monkeypatch):
     """Without it the same comparison fails: if this test does, cuDNN was mended and the guard can go."""
     monkeypatch.setattr(attention_module, "CUDNN_MAX_ELEMENTS", 2**40)
     assert max(past_the_wall(gradients)) > 0.1
+
+
+def test_embedding_is_right_past_2_31_elements():
+    """589,824 tokens x 4,096: 2.4e9 elements, in whole numbers that float32 sums exactly."""
+    length, width, vocabulary = 589_824, 4096, 512
+    tokens = np.random.default_rng(0).integers(0, vocabulary, (1, length), dtype=np.int32)
+    rows, columns = np.arange(vocabulary) % 128, np.arange(width) % 128
+    table = jnp.asarray(rows[:, None] + columns, jnp.float32)
+
+    @jax.jit
+    def run(table, tokens):
+        h, pullback = jax.vjp(lambda table: embed(table, tokens, jnp.bfloat16), table)
+        dh = (jnp.arange(length)[None, :, None] % 5 + jnp.arange(width) % 3).astype(jnp.bfloat16)
+        return h[0, ::4093], h[0, -512:], *pullback(dh)
+
+    some, last, dtable = map(np.asarray, run(table, tokens))
+    for found, expected in ((some, tokens[0, ::4093]), (last, tokens[0, -512:])):
+        np.testing.assert_array_equal(found.astype(np.float32), rows[expected][:, None] + columns)
+    of_tokens = np.bincount(tokens[0], weights=np.arange(length) % 5, minlength=vocabulary)
+    count = np.bincount(tokens[0], minlength=vocabulary)
+    np.testing.assert_array_equal(dtable, of_tokens[:, None] + count[:, None] * (np.arange(width) % 3))
+
+
+def test_loss_is_right_past_2_31_logits():
+    """17,408 tokens x 128,256: 2.2e9 logits at once, against tiles of 1,024 tokens."""
+    length, width, vocabulary = 17_408, 256, 128_256
+    keys = jax.random.split(jax.random.key(0), 3)
+    h = jax.random.normal(keys[0], (length, width), jnp.bfloat16)
+    table = jax.random.normal(keys[1], (vocabulary, width), jnp.float32).astype(jnp.bfloat16).astype(jnp.float32) / 8
+    labels = jax.random.randint(keys[2], (length,), 0, vocabulary)
+    run = lambda loss: jax.jit(jax.value_and_grad(loss, (0, 1)))(h, table)
+    loss, whole = run(lambda h, table: cross_entropy(h, table, labels))
+    same, tiled = run(lambda h, table: tiled_cross_entropy(h, table, labels, 1024))
+    assert float(loss) == pytest.approx(float(same), rel=1e-5)
+    for ours, true in zip(whole, tiled):
+        for end in (slice(0, 1024), slice(-1024, None)):
+            assert relative_error(np.asarray(ours[end], np.float32), np.asarray(true[end], np.float32)) < 1e-2  # bfloat16
 
 
 OFFLOADED = dict(offload_activations=True, offload_weights=True)

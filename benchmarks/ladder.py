@@ -1,0 +1,125 @@
+"""ALST's features one after the other, the Llama-8B shape on one H100: the longest sequence that fits
+with each, and the speed at a common length.
+
+    python -m benchmarks.ladder --longest                  # compiled for an H100 (extra cuda13); needs no GPU
+    python -m benchmarks.ladder --layers 8 --seq-len 32768 # measured, on a GPU
+
+Full fine-tuning in bfloat16 with 8-bit AdamW and no float32 master, batch 1, each layer's input kept for the backward pass:
+where ALST's baseline, too, has gradient checkpointing. Each rung has all those above it.
+"""
+
+import dataclasses
+import re
+import subprocess
+import sys
+from typing import Literal
+
+import tyro
+
+from alst_jax import environment
+from alst_jax.memory.profile import Profile
+from benchmarks.shapes import llama_8b
+
+KEPT = {  # by layers: as many as fit at 524,288 tokens, and the same for a model small enough to measure all rungs quickly
+    32: dict(segment_layers=(5, 12, 8, 4, 2, 1), keep_attention_on_device=12, keep_attention_on_host=15),
+    8: dict(segment_layers=(2, 3, 2, 1), keep_attention_on_device=3, keep_attention_on_host=4)}
+RUNGS: list[tuple[str, dict]] = [
+    ("baseline: each layer's input kept", dict(loss_tile=None, mlp_tile=None)),
+    ("+ tiled loss", dict(loss_tile=8192)),
+    ("+ tiled MLP", dict(mlp_tile=16384)),
+    ("+ activations in host memory", dict(offload_activations=True)),
+    ("+ weights and optimizer in host memory", dict(offload_weights=True, offload_optimizer=True)),
+    ("+ 8 head chunks", dict(head_chunks=8)),
+    ("+ update in the backward pass", dict(update_in_backward=True)),
+    ("+ four segments", {}),
+    ("+ attention outputs kept, of 27 of 32 layers", {}),
+]  # what the last two change depends on the layers
+STEP = 4096  # lengths that are looked at
+
+
+@dataclasses.dataclass
+class Options:
+    longest: bool = False
+    """Look for the longest lengths, by compiling for `machine`. Otherwise measure steps of `seq_len` tokens on the GPU here."""
+    machine: str = "H100-80"
+    host_memory: float = 125
+    """GiB of `machine`."""
+    layers: Literal[8, 32] = 32
+    seq_len: int = 16384
+    steps: int = 2
+    rungs: tuple[int, ...] = tuple(range(len(RUNGS)))
+    """Numbers of the rungs, from 0."""
+
+
+def profiles(layers: int) -> list[tuple[str, Profile]]:
+    """Name and profile of each rung, for a model of so many layers."""
+    profile, found = Profile(attention="tokamax", compute_dtype="bfloat16"), []
+    last = [dict(segment_layers=(layers // 4,)), KEPT[layers]]
+    for (name, changes), more in zip(RUNGS, [{}] * (len(RUNGS) - 2) + last, strict=True):
+        changes = changes | more
+        profile = dataclasses.replace(profile, **changes)
+        found.append((name, profile))
+    return found
+
+
+def main():
+    options = tyro.cli(Options)
+    if options.longest:
+        environment.prepare(None, absent_devices=True)
+        print("| rung | longest | device GiB | host GiB | predicted tok/s there |\n|" + "---|" * 5, flush=True)
+    else:
+        print(f"| rung | tok/s at {options.seq_len:,} | seconds | device peak GiB | host peak GiB |\n|" + "---|" * 5, flush=True)
+    for name, profile in (profiles(options.layers)[i] for i in options.rungs):
+        print(f"| {name} | {longest(profile, options) if options.longest else measured(profile, options)} |", flush=True)
+
+
+def longest(profile: Profile, options: Options) -> str:
+    """The longest multiple of STEP that compiles to less than there is, within about 2%."""
+    import jax.numpy as jnp
+
+    from alst_jax.config import TrainConfig, UserError
+    from alst_jax.memory.cost import Job
+    from alst_jax.memory.decide import Planner
+    from alst_jax.memory.machines import GIB, parse_cluster
+
+    config = TrainConfig(plan_for=options.machine, host_memory=options.host_memory, memory="manual", clip_norm=0.0)
+    planner = Planner.of(config, parse_cluster(options.machine, options.host_memory), jnp.dtype("bfloat16"))
+    if not planner.compiles:
+        raise SystemExit("no compiler for GPUs here: install the extra cuda12 or cuda13")
+    job = Job(llama_8b(options.layers), profile, 1, STEP, states="int8", master="none")
+    try:
+        job = planner.longest(job).job
+    except UserError as error:
+        return f"none: {str(error).partition('. What')[0]} | | | "
+    low = job.length // STEP
+    high = int(low * 1.3) + 2
+    plan_at = lambda n: planner.compile(dataclasses.replace(job, length=n * STEP))
+    while high - low > max(1, low // 50):
+        middle = (low + high) // 2
+        low, high = (low, middle) if plan_at(middle).lacks else (middle, high)
+    plan = plan_at(low)
+    return (f"{low * STEP:,} | {plan.device_bytes / GIB:.1f} of {plan.device_limit / GIB:.1f} | "
+            f"{plan.host_bytes / GIB:.1f} of {plan.host_limit / GIB:.1f} | {plan.tokens / plan.step_seconds:,.0f}")
+
+
+def measured(profile: Profile, options: Options) -> str:
+    """The last of some steps, in a process of its own."""
+    flags = []
+    for field in dataclasses.fields(profile):
+        value, flag = getattr(profile, field.name), f"--profile.{field.name.replace('_', '-')}"
+        if isinstance(value, bool):
+            flags += [flag] if value else [f"--profile.no-{field.name.replace('_', '-')}"]
+        else:
+            flags += [flag, *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    command = [sys.executable, "-m", "benchmarks.step", "--layers", str(options.layers), "--seq-len", str(options.seq_len),
+               "--steps", str(options.steps), "--states", "int8", "--master", "none", *flags]
+    done = subprocess.run(command, capture_output=True, text=True)
+    found = re.findall(r"norm .* +([\d.]+) \+ ([\d.]+) s +([\d,]+) tok/s.* device peak ([\d.]+) GiB +host peak ([\d.]+)", done.stdout)
+    if not found:
+        return f"failed: {(done.stderr or done.stdout).strip().splitlines()[-1][:200]} | | | "
+    forward_backward, update, speed, device, host = found[-1]
+    return f"{speed} | {float(forward_backward) + float(update):.2f} | {device} | {host}"
+
+
+if __name__ == "__main__":
+    main()
