@@ -40,6 +40,10 @@ def chunks(n):
     return dict(head_chunks=n)
 
 
+def tiles(mlp, loss):
+    return dict(mlp_tile=mlp, loss_tile=loss)
+
+
 FITTED = [  # model, tokens, dp, sp, profile
     ("8B", 131072, 1, 1, {}), ("8B", 131072, 1, 1, A), ("8B", 131072, 1, 1, AW), ("8B", 131072, 1, 1, AW | kept(4)),
     ("8B", 131072, 1, 1, AW | kept(4, 8)), ("8B", 131072, 1, 1, AW | segments(4)),
@@ -67,8 +71,8 @@ FITTED = [  # model, tokens, dp, sp, profile
     ("1B", 524288, 4, 2, A | segments(2)), ("tiny", 131072, 1, 1, {}), ("tiny", 524288, 1, 1, A),
     ("tiny", 1048576, 1, 1, A | segments(2) | kept(2)), ("tiny", 1048576, 1, 1,
     AW | segments(3) | kept(1, 2) | chunks(2)),
-    ("tiny", 262144, 1, 8, kept(6)), ("tiny", 524288, 2, 4, A | segments(2))]
-HELD_OUT = [
+    ("tiny", 262144, 1, 8, kept(6)), ("tiny", 524288, 2, 4, A | segments(2)),
+    # held out once
     ("8B", 393216, 1, 1, AW | segments(4, 6, 9, 7, 4, 2) | chunks(8) | kept(10, 10)),
     ("8B", 65536, 1, 1, A | kept(8, 16)),
     ("8B", 196608, 1, 1, AW | segments(2) | chunks(4) | kept(12)), ("8B", 786432, 1, 4,
@@ -78,6 +82,13 @@ HELD_OUT = [
     1) | chunks(8) | kept(6, 4)),
     ("32B", 524288, 1, 8, AW | chunks(8) | kept(20)), ("1B", 262144, 1, 1, A | kept(6, 10) | chunks(4)),
     ("1B", 786432, 1, 2, AW | segments(4) | chunks(2) | kept(4)), ("tiny", 786432, 1, 4, A | chunks(2) | kept(3, 3))]
+HELD_OUT = [
+    ("8B", 524288, 1, 1, AW | segments(5, 12, 8, 4, 2, 1) | chunks(8) | kept(12, 15) | tiles(16384, 8192)
+     | dict(update_in_backward=True)),
+    ("8B", 458752, 1, 1, AW | segments(6, 11, 8, 4, 2, 1) | chunks(8) | kept(11, 14) | tiles(16384, 8192)),
+    ("8B", 131072, 1, 1, AW | kept(32) | tiles(16384, 8192)), ("8B", 65536, 1, 1, tiles(16384, 8192)),
+    ("1B", 262144, 1, 1, A | kept(16) | tiles(8192, 8192)), ("32B", 131072, 1, 4, AW | segments(4) | kept(10, 10) | tiles(20480, 4096)),
+    ("70B", 262144, 1, 8, AW | segments(8) | chunks(2) | kept(8, 8) | tiles(32768, 4096))]
 
 
 @dataclasses.dataclass
@@ -151,7 +162,7 @@ def words(changes: dict) -> str:
         text.append(f"kept {changes['keep_attention_on_device']} + {changes['keep_attention_on_host']}")
     if "head_chunks" in changes:
         text.append(f"{changes['head_chunks']} chunks")
-    text += [f"{name} None" for name in ("loss_tile", "mlp_tile") if name in changes]
+    text += [f"{name} {changes[name]}" for name in ("loss_tile", "mlp_tile", "update_in_backward") if name in changes]
     return ", ".join(filter(None, text)) or "all on the device"
 
 

@@ -10,7 +10,7 @@ from alst_jax.memory import cost, saving
 from alst_jax.memory.cost import Job
 from alst_jax.memory.flags import PLACEMENTS, describe, describe_changes
 from alst_jax.memory.machines import GIB, Cluster
-from alst_jax.memory.profile import HOST
+from alst_jax.memory.profile import HOST, Profile
 from alst_jax.memory.report import Plan
 
 UNCONFIRMED = 0.05  # of the memory, left free where no compiler confirms: the model's error (plan_accuracy.py)
@@ -19,6 +19,7 @@ MOST_CHUNKS = 8
 BUDGETS = (0.0, 0.25, 0.5, 1.0)  # parts of the free device memory that rebuilding a segment may take
 KEPT_STEPS = 12  # numbers of layers that are tried for what is kept on the device
 NARROWER = (("bfloat16", "float32"), ("int8", "float32"), ("int8", "none"))  # moments, master
+LARGER_TILES = 4  # times the usual: fewer sums of weight gradients, where there is room
 EARLY_LOADS = 4  # layers whose weights come from the host before they are needed, for which segments leave room
 LENGTH_STEP = 1024
 ROUNDS = 5  # of choosing and compiling
@@ -85,14 +86,16 @@ class Choice:
 def choose(job: Job, search: Search) -> Choice | None:
     """The fastest profile that fits by the cost model, or None. What is fixed stays as the job has it."""
     best: Choice | None = None
-    for base in _bases(job, search):
-        if best and _fastest_possible(base, search) >= best.plan.step_seconds:
-            continue
-        best = _fastest(_kept(base, search, _spread(job.model.num_layers)), search, best)
+    for larger in (True, False):
+        for base in [] if best else _bases(job, search, larger):
+            if best and _fastest_possible(base, search) >= best.plan.step_seconds:
+                continue
+            best = _fastest(_kept(base, search, _spread(job.model.num_layers)), search, best)
     if best and job.profile.remat:  # a closer look around the best
         kept, layers = best.job.profile.keep_attention_on_device, job.model.num_layers
         near = range(max(0, kept - layers // KEPT_STEPS), min(layers, kept + layers // KEPT_STEPS) + 1)
-        best = _fastest(_kept(best.job, search, near), search, best)
+        for profile in dict.fromkeys((best.job.profile, _with_tiles(best.job, job.profile, search, larger=False))):
+            best = _fastest(_kept(dataclasses.replace(best.job, profile=profile), search, near), search, best)
     return best and dataclasses.replace(best, next_faster=_next_faster(best, search))
 
 
@@ -107,7 +110,7 @@ def _fastest(candidates: Iterator[Job], search: Search, best: Choice | None) -> 
 
 def candidates(job: Job, search: Search) -> Iterator[Job]:
     """Profiles that need little, those first that need least; without a look at speed."""
-    for base in reversed(list(_bases(job, search))):
+    for base in reversed(list(_bases(job, search, larger=False))):
         yield from _kept(base, search, (0,), least=True)
 
 
@@ -161,8 +164,8 @@ def longest(job: Job, search: Search, most: int) -> int:
 # ----------------------------------------------------------------------------------------------------------- candidates
 
 
-def _bases(job: Job, search: Search) -> Iterator[Job]:
-    """Placements, formats and head chunks, those first that take most memory."""
+def _bases(job: Job, search: Search, larger: bool) -> Iterator[Job]:
+    """Placements, formats and head chunks, those first that take most memory, with larger tiles than the usual or not."""
     free = [name for name in PLACEMENTS if name not in search.fixed]
     if not job.profile.remat and "offload_activations" in free:
         free.remove("offload_activations")
@@ -174,19 +177,22 @@ def _bases(job: Job, search: Search) -> Iterator[Job]:
     chunks = [job.profile.head_chunks] if "head_chunks" in search.fixed else _chunks(job)
     for (states, master), values, n in itertools.product(
             formats, sorted(itertools.product((False, True), repeat=len(free)), key=sum), chunks):
-        profile = dataclasses.replace(job.profile, head_chunks=n, **dict(zip(free, values)))
-        if "loss_tile" not in search.fixed and profile.loss_tile == 0:
-            profile = dataclasses.replace(profile, loss_tile=_even_loss_tile(job))
+        profile = dataclasses.replace(_with_tiles(job, job.profile, search, larger), head_chunks=n, **dict(zip(free, values)))
         yield dataclasses.replace(job, profile=profile, states=states, master=master)
 
 
-def _even_loss_tile(job: Job) -> int:
-    """A tile of the usual size that divides the tokens of a device; 0, the usual one, if it does so itself or none
-    does."""
-    tokens, usual = job.rows * job.length // job.devices, cost.usual_loss_tile(job.model)
-    if tokens <= usual or tokens % usual == 0:
-        return 0
-    return next((tile for tile in range(usual, usual // 2, -128) if tokens % tile == 0), 0)
+def _with_tiles(job: Job, asked: Profile, search: Search, larger: bool) -> Profile:
+    """The profile of a job with tiles of the usual size or larger, where `asked` leaves them open; that of the loss is even,
+    if it can be: it divides the tokens of a device."""
+    tokens, changes = job.rows * job.length // job.devices, {}
+    if "mlp_tile" not in search.fixed and asked.mlp_tile == 0:
+        changes["mlp_tile"] = LARGER_TILES * job.model.hidden_size if larger else 0
+    if "loss_tile" not in search.fixed and asked.loss_tile == 0:
+        usual = cost.usual_loss_tile(job.model)
+        at_most = LARGER_TILES * usual if larger else usual
+        even = next((tile for tile in range(at_most, at_most // 2, -128) if tokens % tile == 0), 0)
+        changes["loss_tile"] = 0 if tokens <= usual or even == usual else even or (at_most if larger else 0)
+    return dataclasses.replace(job.profile, **changes)
 
 
 def _chunks(job: Job) -> list[int]:
@@ -279,6 +285,8 @@ def segments_within(job: Job, search: Search, part: float) -> tuple[int, ...] | 
             start -= 1
         lengths.append(stop - start)
         stop = start
+    if len(lengths) > 1 and lengths[-1] == 1 and lengths[-2] > 2:  # a first layer by itself would keep its input on the device
+        lengths[-2:] = [lengths[-2] - 1, 2]
     return (lengths[0],) if len(set(lengths)) == 1 else tuple(reversed(lengths))
 
 

@@ -221,6 +221,8 @@ def layers_peak(job: Job) -> int:
         elif job.sp > 1 and not one_head(job):  # before heads are swapped, a copy of all outputs is turned round
             peak = max(peak, kept + here * size.heads + size.hidden)
         work = layer_work(job, here, not segment.all_inputs)
+        if segment.all_inputs and count == 1:  # outside of a loop h and o are what is kept, not rows of it
+            work -= size.hidden + here * size.heads
         peak = max(peak, kept + rebuilt + early + waiting * zeros_bytes(job) + work)
     return peak
 
@@ -296,12 +298,7 @@ def mlp_work(job: Job) -> int:
 
 
 def update_work(job: Job) -> int:
-    """What the optimizer's update needs beside its arrays: for the largest parameter at once, or, streamed from host
-    memory, for a chunk. Formats that are rounded stochastically need random bits of the same size (compiled for an
-    H100)."""
-    model, profile = job.model, job.profile
+    """What the optimizer's update needs beside its arrays: for a layer of the largest parameter, or a chunk of a table."""
+    model = job.model
     matrix, table = model.hidden_size * model.intermediate_size, model.vocab_size * model.hidden_size
-    rounded = (job.states != "float32") + (job.master == "none" and job.width == 2)
-    if profile.offload_weights or profile.offload_optimizer:
-        return 40 * max(matrix // job.devices, min(table // job.devices, UPDATE_CHUNK))
-    return max(matrix * model.num_layers, table) // job.devices * (24 if job.states == "int8" else 6 * bool(rounded))
+    return 40 * max(matrix // job.devices, min(table // job.devices, UPDATE_CHUNK))

@@ -55,7 +55,7 @@ class Planner:
     def search(self) -> Search:
         """What --memory auto may choose; with manual, nothing."""
         profile_fields = {"segment_layers", "keep_attention_on_device", "keep_attention_on_host", "head_chunks",
-                          "optimizer_states", "master_weights", "loss_tile", *PLACEMENTS}
+                          "optimizer_states", "master_weights", "loss_tile", "mlp_tile", *PLACEMENTS}
         fixed = profile_fields if self.config.memory == "manual" else profile_fields & set(self.config.typed)
         return Search(self.cluster, frozenset(fixed), self.config.allow_narrow_optimizer,
                       auto.CONFIRMED if self.compiles else auto.UNCONFIRMED)

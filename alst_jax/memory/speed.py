@@ -85,6 +85,7 @@ def seconds(job: "Job", cluster: Cluster) -> dict[str, float]:
         "attention backward": model.num_layers * BACKWARD * attention / speed("backward"),
         "matmuls": 2.0 * products * tokens * width / (MATMUL * machine.peak_flops),
     }
+    terms["matmuls"] += tile_sum_bytes(job) / machine.bandwidth
     hidden = sum(terms.values())
     traffic = host_traffic(job)
     copies = traffic["step"] / machine.host_link
@@ -116,6 +117,19 @@ def host_traffic(job: "Job") -> dict[str, float]:
     if profile.offload_optimizer:
         update += 2 * optimizer
     return {"step": step, "update": update}
+
+
+def tile_sum_bytes(job: "Job") -> float:
+    """Bytes read and written to sum the weights' float32 gradients over tiles: that of each tile is written, then read with
+    the sum, which is written back."""
+    from alst_jax.memory.cost import usual_loss_tile
+
+    model, profile = job.model, job.profile
+    tokens = job.rows * job.length // job.devices
+    tiles = lambda size, usual: 0 if size is None else -(-tokens // (size or usual))
+    layers = job.sizes.layer // job.width * model.num_layers * tiles(profile.mlp_tile, model.hidden_size)
+    table = job.sizes.table // job.width * tiles(profile.loss_tile, usual_loss_tile(model))
+    return 16.0 * (layers + table)
 
 
 def device_update_bytes(job: "Job") -> float:

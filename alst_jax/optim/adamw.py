@@ -176,12 +176,9 @@ def apply_update(
     for update, gradient in zip(updates, jax.tree.leaves(gradients), strict=True):
         step = lambda chunk, written, read, update=update: (
             chunk + 1, update.step(chunk, written, read[0].astype(update.wide) * scale))
-        if params_on_host or state_on_host:
-            places = (params_on_host,) + (state_on_host,) * len(update.stored) + (params_on_host,)
-            rows = host.chunk_rows(gradient.shape, is_stacked(update.path))
-            _, new = host.stream(step, jnp.int32(0), update.written, (gradient,), rows, places)
-        else:
-            _, new = step(jnp.int32(0), update.written, (gradient,))
+        places = (params_on_host,) + (state_on_host,) * len(update.stored) + (params_on_host,)
+        rows = host.chunk_rows(gradient.shape, is_stacked(update.path))
+        _, new = host.stream(step, jnp.int32(0), update.written, (gradient,), rows, places)
         results.append(new)
     return join_updates(params, state, updates, results)
 

@@ -96,7 +96,7 @@ def test_embedding_is_right_past_2_31_elements():
     @jax.jit
     def run(table, tokens):
         h, pullback = jax.vjp(lambda table: embed(table, tokens, jnp.bfloat16), table)
-        dh = (jnp.arange(length)[None, :, None] % 5 + jnp.arange(width) % 3).astype(jnp.bfloat16)
+        dh = (jnp.arange(length)[None, :, None] % 5 + jnp.arange(width)[None, None, :] % 3).astype(jnp.bfloat16)
         return h[0, ::4093], h[0, -512:], *pullback(dh)
 
     some, last, dtable = map(np.asarray, run(table, tokens))

@@ -103,12 +103,10 @@ def test_a_feature_off_shows_the_bytes_it_would_save(off, on, least):
 
 
 def test_the_update_counts_too():
-    """8-bit moments are rounded with random bits of the whole parameter's size, unless they are streamed."""
-    short = lambda **changes: dataclasses.replace(job(length=8192, **changes), states="int8", master="none")
-    largest = 32 * 4096 * 14336
-    assert working_set(short()) > 20 * largest
-    assert working_set(short(offload_optimizer=True)) < 5 * largest
-    assert working_set(job(length=8192)) < 5 * largest
+    """Of a layer of the largest parameter, wherever it lives, where a step works on less than that."""
+    short = lambda **changes: dataclasses.replace(job(length=1024, **changes), states="int8", master="none")
+    assert working_set(short()) > 20 * 4096 * 14336
+    assert working_set(short(offload_optimizer=True)) == working_set(short())
 
 
 def test_the_kernels_workspace():
