@@ -174,11 +174,11 @@ class TrainConfig:
     tiled_loss: bool = True
     """Compute logits and loss in tiles of tokens instead of all at once."""
     loss_tile: _Length | None = None
-    """Tokens per tile of logits. Default: about 1 GiB of float32 logits."""
+    """Tokens per tile of logits. Default: about 1 GiB of float32 logits; --memory auto may take four times that."""
     tiled_mlp: bool = True
     """Compute the MLP in tiles of tokens."""
     mlp_tile: _Length | None = None
-    """Tokens per MLP tile. Default: the hidden size."""
+    """Tokens per MLP tile. Default: the hidden size; --memory auto may take four times that."""
     remat: bool = True
     """Recompute each layer in the backward pass instead of keeping its intermediates."""
     offload_activations: bool = False

@@ -255,7 +255,7 @@ def local_update_in_backward(
         step = lambda chunk, written, read, update=update: (chunk + 1, tuple(
             jnp.where(progress.finite, x, was)
             for x, was in zip(update.step(chunk, written, read[0].astype(update.wide)), written, strict=True)))
-        rows = host.chunk_rows(update.param.shape, False) if any(on_host) else update.param.shape[0]
+        rows = host.chunk_rows(update.param.shape, False)
         places = (on_host[0],) + (on_host[1],) * len(update.stored) + (False,)
         results.append(host.stream(step, jnp.int32(0), update.written, (next(gradients),), rows, places)[1])
     new_params, new_state = join_updates(params, state, updates, results)

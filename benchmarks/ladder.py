@@ -1,11 +1,11 @@
-"""ALST's features one after the other, the Llama-8B shape on one H100: the longest sequence that fits
-with each, and the speed at a common length.
+"""ALST's features one after the other, the Llama-8B shape on one H100: the longest sequence that fits with each, and
+the speed at a common length.
 
     python -m benchmarks.ladder --longest                  # compiled for an H100 (extra cuda13); needs no GPU
     python -m benchmarks.ladder --layers 8 --seq-len 32768 # measured, on a GPU
 
-Full fine-tuning in bfloat16 with 8-bit AdamW and no float32 master, batch 1, each layer's input kept for the backward pass:
-where ALST's baseline, too, has gradient checkpointing. Each rung has all those above it.
+Full fine-tuning in bfloat16 with 8-bit AdamW and no float32 master, batch 1, each layer's input kept for the backward
+pass: ALST's baseline, too, has gradient checkpointing. Each rung has all those above it.
 """
 
 import dataclasses
@@ -20,9 +20,6 @@ from alst_jax import environment
 from alst_jax.memory.profile import Profile
 from benchmarks.shapes import llama_8b
 
-KEPT = {  # by layers: as many as fit at 524,288 tokens, and the same for a model small enough to measure all rungs quickly
-    32: dict(segment_layers=(5, 12, 8, 4, 2, 1), keep_attention_on_device=12, keep_attention_on_host=15),
-    8: dict(segment_layers=(2, 3, 2, 1), keep_attention_on_device=3, keep_attention_on_host=4)}
 RUNGS: list[tuple[str, dict]] = [
     ("baseline: each layer's input kept", dict(loss_tile=None, mlp_tile=None)),
     ("+ tiled loss", dict(loss_tile=8192)),
@@ -31,32 +28,35 @@ RUNGS: list[tuple[str, dict]] = [
     ("+ weights and optimizer in host memory", dict(offload_weights=True, offload_optimizer=True)),
     ("+ 8 head chunks", dict(head_chunks=8)),
     ("+ update in the backward pass", dict(update_in_backward=True)),
-    ("+ four segments", {}),
-    ("+ attention outputs kept, of 27 of 32 layers", {}),
-]  # what the last two change depends on the layers
+]
+# Of 32 layers, what fits at 524,288 tokens; and the like for 8, so that all rungs can be measured quickly.
+SEGMENTS = {32: (5, 12, 8, 4, 2, 1), 8: (2, 3, 2, 1)}
+KEPT = {32: (12, 15), 8: (3, 4)}  # attention outputs on the device, in host memory
 STEP = 4096  # lengths that are looked at
 
 
 @dataclasses.dataclass
 class Options:
     longest: bool = False
-    """Look for the longest lengths, by compiling for `machine`. Otherwise measure steps of `seq_len` tokens on the GPU here."""
+    """Look for the longest lengths, by compiling for `machine`. Otherwise measure steps of `seq_len` tokens, here."""
     machine: str = "H100-80"
     host_memory: float = 125
     """GiB of `machine`."""
     layers: Literal[8, 32] = 32
     seq_len: int = 16384
     steps: int = 2
-    rungs: tuple[int, ...] = tuple(range(len(RUNGS)))
+    rungs: tuple[int, ...] = tuple(range(len(RUNGS) + 2))
     """Numbers of the rungs, from 0."""
 
 
 def profiles(layers: int) -> list[tuple[str, Profile]]:
     """Name and profile of each rung, for a model of so many layers."""
+    on_device, on_host = KEPT[layers]
+    last = [(f"+ segments of {' '.join(map(str, SEGMENTS[layers]))} layers", dict(segment_layers=SEGMENTS[layers])),
+            (f"+ attention outputs kept, of {on_device + on_host} of {layers} layers",
+             dict(keep_attention_on_device=on_device, keep_attention_on_host=on_host))]
     profile, found = Profile(attention="tokamax", compute_dtype="bfloat16"), []
-    last = [dict(segment_layers=(layers // 4,)), KEPT[layers]]
-    for (name, changes), more in zip(RUNGS, [{}] * (len(RUNGS) - 2) + last, strict=True):
-        changes = changes | more
+    for name, changes in RUNGS + last:
         profile = dataclasses.replace(profile, **changes)
         found.append((name, profile))
     return found
@@ -66,11 +66,16 @@ def main():
     options = tyro.cli(Options)
     if options.longest:
         environment.prepare(None, absent_devices=True)
-        print("| rung | longest | device GiB | host GiB | predicted tok/s there |\n|" + "---|" * 5, flush=True)
+        columns = ("rung", "longest", "device GiB", "host GiB", "predicted tok/s there")
     else:
-        print(f"| rung | tok/s at {options.seq_len:,} | seconds | device peak GiB | host peak GiB |\n|" + "---|" * 5, flush=True)
+        columns = ("rung", f"tok/s at {options.seq_len:,}", "seconds", "device peak GiB", "host peak GiB")
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
+    failed = False
     for name, profile in (profiles(options.layers)[i] for i in options.rungs):
-        print(f"| {name} | {longest(profile, options) if options.longest else measured(profile, options)} |", flush=True)
+        cells = longest(profile, options) if options.longest else measured(profile, options)
+        failed |= "failed" in cells
+        print(f"| {name} | {cells} |", flush=True)
+    sys.exit(failed)
 
 
 def longest(profile: Profile, options: Options) -> str:
@@ -91,7 +96,7 @@ def longest(profile: Profile, options: Options) -> str:
         job = planner.longest(job).job
     except UserError as error:
         return f"none: {str(error).partition('. What')[0]} | | | "
-    low = job.length // STEP
+    low = max(1, job.length // STEP)
     high = int(low * 1.3) + 2
     plan_at = lambda n: planner.compile(dataclasses.replace(job, length=n * STEP))
     while high - low > max(1, low // 50):
@@ -111,12 +116,17 @@ def measured(profile: Profile, options: Options) -> str:
             flags += [flag] if value else [f"--profile.no-{field.name.replace('_', '-')}"]
         else:
             flags += [flag, *(map(str, value) if isinstance(value, tuple) else [str(value)])]
-    command = [sys.executable, "-m", "benchmarks.step", "--layers", str(options.layers), "--seq-len", str(options.seq_len),
-               "--steps", str(options.steps), "--states", "int8", "--master", "none", *flags]
+    command = [sys.executable, "-m", "benchmarks.step", "--layers", str(options.layers), "--seq-len",
+               str(options.seq_len), "--steps", str(options.steps), "--states", "int8", "--master", "none", *flags]
     done = subprocess.run(command, capture_output=True, text=True)
-    found = re.findall(r"norm .* +([\d.]+) \+ ([\d.]+) s +([\d,]+) tok/s.* device peak ([\d.]+) GiB +host peak ([\d.]+)", done.stdout)
-    if not found:
-        return f"failed: {(done.stderr or done.stdout).strip().splitlines()[-1][:200]} | | | "
+    return cells_of(done.stdout) or f"failed: {(done.stderr or done.stdout).strip()[-200:]} | | | "
+
+
+def cells_of(printed: str) -> str | None:
+    """Tokens a second, seconds, device and host peak of the last step that benchmarks.step printed; None if it did none."""
+    pattern = r"norm .* +([\d.]+) \+ ([\d.]+) s +([\d,]+) tok/s.* device peak ([\d.]+) GiB +host peak ([\d.]+)"
+    if not (found := re.findall(pattern, printed)):
+        return None
     forward_backward, update, speed, device, host = found[-1]
     return f"{speed} | {float(forward_backward) + float(update):.2f} | {device} | {host}"
 

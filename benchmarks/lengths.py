@@ -1,9 +1,9 @@
-"""Speed and memory against length: what --memory auto plans for Llama-8B on one H100, and what was measured.
+"""Speed and memory against length: what --memory auto plans for Llama-8B on one H100, and steps that were measured.
 
-    python -m benchmarks.lengths --measured benchmarks/results/2026-11-24-h100-steps.json --out benchmarks/results/2026-11-24-lengths
+    python -m benchmarks.lengths --measured benchmarks/results/2026-11-24-h100-steps.json --out lengths
 
-Full fine-tuning, batch 1, bfloat16, tokamax's attention forward, 8-bit AdamW without a float32 master. Plans are those of the
-cost model: no compiler is asked. Prints a table and draws OUT.png.
+Full fine-tuning, batch 1, bfloat16, tokamax's attention forward, 8-bit AdamW without a float32 master. Plans are those
+of the cost model: no compiler is asked. Prints a table and draws OUT.png.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ class Options:
     """GiB of the host."""
     lengths: tuple[int, ...] = (16384, 32768, 65536, 131072, 196608, 262144, 327680, 393216, 458752, 524288)
     measured: pathlib.Path | None = None
-    """JSON: objects with tokens, seconds, device_gib and host_gib (peak of the whole machine) of whole steps."""
+    """JSON: objects with tokens and seconds of whole steps."""
     out: pathlib.Path = pathlib.Path("lengths")
 
 
@@ -49,7 +49,8 @@ def main():
             print(f"| {length:,} | does not fit | | | | |", flush=True)
             continue
         plan = choice.plan
-        row = dict(tokens=length, seconds=plan.step_seconds, device_gib=plan.device_bytes / GIB, host_gib=plan.host_bytes / GIB)
+        row = dict(tokens=length, seconds=plan.step_seconds, device_gib=plan.device_bytes / GIB,
+                   host_gib=plan.host_bytes / GIB)
         planned.append(row)
         print(f"| {length:,} | {length / row['seconds']:,.0f} | {row['seconds']:.1f} | {row['device_gib']:.1f} | "
               f"{row['host_gib']:.1f} | {describe(choice.job)} |", flush=True)
@@ -68,7 +69,6 @@ def draw(planned: list[dict], measured: list[dict], options: Options) -> None:
     speed.set(ylabel="tokens a second", yscale="log")
     for name, label, colour in (("device_gib", "GPU", "C0"), ("host_gib", "host", "C1")):
         memory.plot(tokens(planned), column(planned, name), colour, label=f"{label}, planned")
-        memory.plot(tokens(measured), column(measured, name), "o", color=colour, label=f"{label}, measured, states in host memory")
     memory.set(ylabel="GiB", ylim=(0, None))
     for axes in (speed, memory):
         axes.set(xlabel="sequence length, thousands (1,024) of tokens", xlim=(0, None))

@@ -8,6 +8,7 @@ error.
 """
 
 import dataclasses
+import itertools
 from typing import Literal
 
 import tyro
@@ -24,6 +25,8 @@ ALST = {("Llama-8B", 1): "500K", ("Llama-8B", 8): "3.7M", ("Llama-8B", 32): "15M
 
 @dataclasses.dataclass
 class Options:
+    models: tuple[Literal["Llama-8B", "Llama-70B", "Qwen3-32B"], ...] = ("Llama-8B", "Llama-70B", "Qwen3-32B")
+    gpus: tuple[Literal[1, 8, 32], ...] = (1, 8, 32)
     compiled: tuple[Literal[1, 8, 32], ...] = ()
     """Numbers of GPUs whose cells the compiler confirms."""
     host_memory: float | None = None
@@ -45,7 +48,8 @@ def main():
     from alst_jax.memory.profile import Profile
 
     print("| model | GPUs | optimizer | longest | | host GiB a GPU | profile | ALST |\n|" + "---|" * 8)
-    for (name, model), (gpus, machine) in ((m, c) for m in MODELS.items() for c in CLUSTERS.items()):
+    for name, gpus in itertools.product(options.models, options.gpus):
+        model, machine = MODELS[name], CLUSTERS[gpus]
         for states in options.formats:
             master = "float32" if states == "float32" else "none"
             memory = None if options.host_memory is None else options.host_memory * min(gpus, 8)

@@ -87,7 +87,9 @@ HELD_OUT = [
      | dict(update_in_backward=True)),
     ("8B", 458752, 1, 1, AW | segments(6, 11, 8, 4, 2, 1) | chunks(8) | kept(11, 14) | tiles(16384, 8192)),
     ("8B", 131072, 1, 1, AW | kept(32) | tiles(16384, 8192)), ("8B", 65536, 1, 1, tiles(16384, 8192)),
-    ("1B", 262144, 1, 1, A | kept(16) | tiles(8192, 8192)), ("32B", 131072, 1, 4, AW | segments(4) | kept(10, 10) | tiles(20480, 4096)),
+    ("8B", 24576, 1, 1, tiles(None, None)), ("8B", 249856, 1, 1, AW | chunks(8) | tiles(16384, 8192)),
+    ("1B", 262144, 1, 1, A | kept(16) | tiles(8192, 8192)),
+    ("32B", 131072, 1, 4, AW | segments(4) | kept(10, 10) | tiles(20480, 4096)),
     ("70B", 262144, 1, 8, AW | segments(8) | chunks(2) | kept(8, 8) | tiles(32768, 4096))]
 
 

@@ -12,6 +12,7 @@ from alst_jax.memory.flags import PLACEMENTS, describe, describe_changes
 from alst_jax.memory.machines import GIB, Cluster
 from alst_jax.memory.profile import HOST, Profile
 from alst_jax.memory.report import Plan
+from alst_jax.ops.cross_entropy import default_tile
 
 UNCONFIRMED = 0.05  # of the memory, left free where no compiler confirms: the model's error (plan_accuracy.py)
 CONFIRMED = 0.01
@@ -86,17 +87,19 @@ class Choice:
 def choose(job: Job, search: Search) -> Choice | None:
     """The fastest profile that fits by the cost model, or None. What is fixed stays as the job has it."""
     best: Choice | None = None
-    for larger in (True, False):
-        for base in [] if best else _bases(job, search, larger):
-            if best and _fastest_possible(base, search) >= best.plan.step_seconds:
-                continue
-            best = _fastest(_kept(base, search, _spread(job.model.num_layers)), search, best)
+    for base in itertools.chain.from_iterable(_bases(job, search, larger) for larger in (True, False)):
+        if best and _fastest_possible(base, search) >= best.plan.step_seconds:
+            continue
+        best = _fastest(_kept(base, search, _spread(job.model.num_layers)), search, best)
     if best and job.profile.remat:  # a closer look around the best
         kept, layers = best.job.profile.keep_attention_on_device, job.model.num_layers
         near = range(max(0, kept - layers // KEPT_STEPS), min(layers, kept + layers // KEPT_STEPS) + 1)
-        for profile in dict.fromkeys((best.job.profile, _with_tiles(best.job, job.profile, search, larger=False))):
+        for profile in dict.fromkeys(_with_tiles(best.job, job.profile, search, larger) for larger in (True, False)):
             best = _fastest(_kept(dataclasses.replace(best.job, profile=profile), search, near), search, best)
-    return best and dataclasses.replace(best, next_faster=_next_faster(best, search))
+    if best is None:
+        return None
+    larger = _with_tiles(best.job, job.profile, search, larger=True)
+    return dataclasses.replace(best, next_faster=_next_faster(best, search, larger))
 
 
 def _fastest(candidates: Iterator[Job], search: Search, best: Choice | None) -> Choice | None:
@@ -165,7 +168,7 @@ def longest(job: Job, search: Search, most: int) -> int:
 
 
 def _bases(job: Job, search: Search, larger: bool) -> Iterator[Job]:
-    """Placements, formats and head chunks, those first that take most memory, with larger tiles than the usual or not."""
+    """Placements, formats and head chunks, those first that take most memory; with larger tiles than usual or not."""
     free = [name for name in PLACEMENTS if name not in search.fixed]
     if not job.profile.remat and "offload_activations" in free:
         free.remove("offload_activations")
@@ -182,16 +185,18 @@ def _bases(job: Job, search: Search, larger: bool) -> Iterator[Job]:
 
 
 def _with_tiles(job: Job, asked: Profile, search: Search, larger: bool) -> Profile:
-    """The profile of a job with tiles of the usual size or larger, where `asked` leaves them open; that of the loss is even,
-    if it can be: it divides the tokens of a device."""
+    """The profile of a job with tiles of the usual size or larger, where `asked` leaves them open. That of the loss is
+    even, if it can be: it divides the tokens of a device."""
     tokens, changes = job.rows * job.length // job.devices, {}
+    times = LARGER_TILES if larger else 1
     if "mlp_tile" not in search.fixed and asked.mlp_tile == 0:
-        changes["mlp_tile"] = LARGER_TILES * job.model.hidden_size if larger else 0
+        changes["mlp_tile"] = times * job.model.hidden_size if larger and tokens > job.model.hidden_size else 0
     if "loss_tile" not in search.fixed and asked.loss_tile == 0:
-        usual = cost.usual_loss_tile(job.model)
-        at_most = LARGER_TILES * usual if larger else usual
-        even = next((tile for tile in range(at_most, at_most // 2, -128) if tokens % tile == 0), 0)
-        changes["loss_tile"] = 0 if tokens <= usual or even == usual else even or (at_most if larger else 0)
+        usual = default_tile(job.model.vocab_size)
+        tile = even = next((n for n in range(times * usual, times * usual // 2, -128) if tokens % n == 0), 0)
+        if not even and larger:
+            tile = times * usual
+        changes["loss_tile"] = 0 if tokens <= usual or tile == usual else tile
     return dataclasses.replace(job.profile, **changes)
 
 
@@ -285,8 +290,11 @@ def segments_within(job: Job, search: Search, part: float) -> tuple[int, ...] | 
             start -= 1
         lengths.append(stop - start)
         stop = start
-    if len(lengths) > 1 and lengths[-1] == 1 and lengths[-2] > 2:  # a first layer by itself would keep its input on the device
-        lengths[-2:] = [lengths[-2] - 1, 2]
+    if len(lengths) > 1 and lengths[-1] == 1:  # a first layer by itself keeps its input on the device to the end
+        if lengths[-2] > 2:
+            lengths[-2:] = [lengths[-2] - 1, 2]
+        elif kept_before[3] + 2 * size.hidden + output * min(2, not_kept) <= budget:
+            lengths[-2:] = [3]
     return (lengths[0],) if len(set(lengths)) == 1 else tuple(reversed(lengths))
 
 
@@ -304,11 +312,12 @@ def _fastest_possible(job: Job, search: Search) -> float:
     return search.plan(dataclasses.replace(job, profile=dataclasses.replace(profile, **changes))).step_seconds
 
 
-def _next_faster(best: Choice, search: Search) -> tuple[Job, Plan, dict[str, int]] | None:
-    """Of the choices one change away, the slowest that is faster and does not fit."""
+def _next_faster(best: Choice, search: Search, larger: Profile) -> tuple[Job, Plan, dict[str, int]] | None:
+    """Of the choices one change away, the slowest that is faster and does not fit. larger: with larger tiles."""
     profile, layers = best.job.profile, best.job.model.num_layers
     kept = profile.keep_attention_on_device + profile.keep_attention_on_host
     changes = [{name: False} for name in PLACEMENTS if getattr(profile, name)]
+    changes += [{"mlp_tile": larger.mlp_tile, "loss_tile": larger.loss_tile}] if larger != profile else []
     if profile.remat:
         changes += [{"segment_layers": (1,)}] if profile.segment_layers != (1,) else []
         if kept < layers:
@@ -316,7 +325,7 @@ def _next_faster(best: Choice, search: Search) -> tuple[Job, Plan, dict[str, int
             changes += [more("keep_attention_on_device"), more("keep_attention_on_host")]
     found = []
     for change in changes:
-        if set(change) & search.fixed:
+        if any(name in search.fixed and value != getattr(profile, name) for name, value in change.items()):
             continue
         job = dataclasses.replace(best.job, profile=dataclasses.replace(profile, **change))
         plan = search.plan(job)

@@ -15,11 +15,12 @@ from alst_jax.memory import saving, speed
 from alst_jax.memory.machines import Cluster
 from alst_jax.memory.profile import DEVICE, HOST, Profile, Segment, segment_inputs
 from alst_jax.memory.report import ESTIMATED, Plan
+from alst_jax.ops.cross_entropy import default_tile
+from alst_jax.ops.tiling import even_tile
 
 FRAGMENTS = 1.015  # what the allocator's peak is above the sum of what is alive
 STATE_BYTES = {"float32": 8, "bfloat16": 4, "int8": 2 + 2 * 4 / 256}  # of both moments of a parameter
 MASTER_BYTES = {"float32": 4, "low-bits": 2, "none": 0}  # of a bfloat16 parameter
-LOGITS_BYTES = 2**30  # as ops/cross_entropy.py
 UPDATE_CHUNK = 2**26  # elements, as memory/host.py
 
 
@@ -165,30 +166,44 @@ def working_set(job: Job) -> int:
     before, after, size, model = 0, 0, job.sizes, job.model
     if not job.profile.offload_weights:
         largest = model.num_layers * model.hidden_size * model.intermediate_size * job.width // job.devices
-        if largest >= size.table:
+        logits = 4 * loss_tokens(job) * model.vocab_size
+        if largest >= max(size.table, logits * (job.profile.loss_tile is None)):
             before = state_bytes(job)[1] if largest >= size.table * 4 // job.width else size.table
         after = size.table if job.devices == 1 else 0
     return max(int(FRAGMENTS * max(loss_peak(job) - before, layers_peak(job) - after)), update_work(job))
 
 
 def loss_peak(job: Job) -> int:
-    """At the loss: all that is kept, four hidden states, the table twice in float32, and a tile's logits."""
+    """At the loss: all that is kept, three hidden states, the gradient of the table in float32 and what it is made of,
+    and a tile's logits."""
     size, model, profile = job.sizes, job.model, job.profile
     tokens = job.rows * job.length // job.devices
-    tile = tokens if profile.loss_tile is None else min(profile.loss_tile or usual_loss_tile(model), tokens)
+    tile = loss_tokens(job)
     wide = size.table * 4 // job.width
     logits = tile * model.vocab_size
     logits = max(size.table + 4 * logits, (4 + job.width) * logits) if tile < tokens else (
         size.table + (4 + 3 * job.width // 2) * logits)
     if tokens % tile:  # a last, shorter tile has a gradient of its own
         logits += wide + tokens % tile * model.vocab_size * job.width
+    # Where weights come from the host, the table is not widened; gathered shards are only in part (fitted).
+    table = 0 if profile.offload_weights else wide if job.devices == 1 else wide // 2
     shards = wide // job.devices if job.devices > 1 else 0
-    return job.kept[DEVICE] + 3 * size.hidden + 2 * wide + shards + logits + size.rope
+    return job.kept[DEVICE] + 3 * size.hidden + wide + table + shards + logits + size.rope
 
 
-def usual_loss_tile(model: ModelConfig) -> int:
-    """As `ops.cross_entropy.default_tile`."""
-    return max(128, LOGITS_BYTES // (4 * model.vocab_size) // 128 * 128)
+def loss_tokens(job: Job) -> int:
+    """Tokens of a device, or of a tile of the loss."""
+    tokens, tile = job.rows * job.length // job.devices, job.profile.loss_tile
+    return tokens if tile is None else min(tile or default_tile(job.model.vocab_size), tokens)
+
+
+def mlp_tokens(job: Job) -> int:
+    """Tokens of a device, or of a tile of all that is token-wise in a layer."""
+    tokens, tile = job.rows * job.length // job.devices, job.profile.mlp_tile
+    return tokens if tile is None else min(tokens, _even_tile(tokens, tile or job.model.hidden_size))
+
+
+_even_tile = functools.cache(even_tile)
 
 
 def layers_peak(job: Job) -> int:
@@ -228,10 +243,11 @@ def layers_peak(job: Job) -> int:
 
 
 def zeros_bytes(job: Job) -> int:
-    """Of each layer still to come that no loop goes over (the last of a segment): what its queries, keys and values
-    will be written into, which the compiler makes for all of them at once where heads are not worked on in chunks."""
+    """Of each layer still to come that no loop goes over (the last of a segment), on a mesh and where heads are not worked
+    on in chunks: what the compiler makes early of its swaps over devices (fitted: a quarter of queries, keys and values;
+    segments of two layers need anything between nothing and half)."""
     size = job.sizes
-    return size.heads + 2 * size.kv if job.profile.head_chunks == 1 else 0
+    return (size.heads + 2 * size.kv) // 4 if job.profile.head_chunks == 1 and job.sp > 1 else 0
 
 
 def layer_work(job: Job, kept_here: int = 0, unrolled: bool = False) -> int:
@@ -251,9 +267,8 @@ def layer_work(job: Job, kept_here: int = 0, unrolled: bool = False) -> int:
     if unrolled and job.devices > 1 and profile.head_chunks > 1:
         mlp += wide  # the last layer's weights
     if profile.head_chunks == 1 and job.sp > 1 and not unrolled:
-        mlp += 4 * size.heads + 2 * size.kv  # the attention's swaps over devices start early
+        mlp += 2 * size.heads + 2 * size.kv  # the attention's swaps over devices start early
     if profile.head_chunks > 1 and job.sp > 1 and kept_here and unrolled:  # outputs are turned round, in copies
-        attention += one_head(job) * kept_here * size.heads
         mlp += (one_head(job) * kept_here + 2) * size.heads
     return always + max(attention, mlp)
 
@@ -289,16 +304,17 @@ def workspace(job: Job) -> int:
 
 
 def mlp_work(job: Job) -> int:
-    """The layer's weights, also in float32, and a tile's intermediates and weight gradients."""
+    """The layer's weights, and a tile's intermediates and weight gradients."""
     size, model, profile = job.sizes, job.model, job.profile
     tokens = job.rows * job.length // job.devices
-    tile = tokens if profile.mlp_tile is None else min(tokens, profile.mlp_tile or model.hidden_size)
-    wide = size.layer * 4 // job.width if tile < tokens else 0
-    return wide + int(4.75 * tile * model.intermediate_size * job.width)
+    tile = mlp_tokens(job)
+    weights = size.layer if tile < tokens else 0
+    return weights + int(4.75 * tile * model.intermediate_size * job.width)
 
 
 def update_work(job: Job) -> int:
-    """What the optimizer's update needs beside its arrays: for a layer of the largest parameter, or a chunk of a table."""
+    """What the optimizer's update needs beside its arrays: for a layer of the largest parameter, or a chunk of a
+    table."""
     model = job.model
     matrix, table = model.hidden_size * model.intermediate_size, model.vocab_size * model.hidden_size
     return 40 * max(matrix // job.devices, min(table // job.devices, UPDATE_CHUNK))

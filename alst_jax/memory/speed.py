@@ -120,16 +120,14 @@ def host_traffic(job: "Job") -> dict[str, float]:
 
 
 def tile_sum_bytes(job: "Job") -> float:
-    """Bytes read and written to sum the weights' float32 gradients over tiles: that of each tile is written, then read with
-    the sum, which is written back."""
-    from alst_jax.memory.cost import usual_loss_tile
+    """Bytes read and written to sum the weights' float32 gradients over tiles: that of each tile is written, then read
+    with the sum, which is written back."""
+    from alst_jax.memory.cost import loss_tokens, mlp_tokens
 
-    model, profile = job.model, job.profile
-    tokens = job.rows * job.length // job.devices
-    tiles = lambda size, usual: 0 if size is None else -(-tokens // (size or usual))
-    layers = job.sizes.layer // job.width * model.num_layers * tiles(profile.mlp_tile, model.hidden_size)
-    table = job.sizes.table // job.width * tiles(profile.loss_tile, usual_loss_tile(model))
-    return 16.0 * (layers + table)
+    tokens, size = job.rows * job.length // job.devices, job.sizes
+    tiles = lambda tile: 0 if tile >= tokens else -(-tokens // tile)
+    layers = job.model.num_layers * size.layer * tiles(mlp_tokens(job))
+    return 16.0 * (layers + size.table * tiles(loss_tokens(job))) / job.width
 
 
 def device_update_bytes(job: "Job") -> float:

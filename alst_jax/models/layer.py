@@ -38,8 +38,13 @@ class Layer:
     def plain(self, h: Float[Array, "B T D"], shards: PyTree, rope: PyTree) -> Float[Array, "B T D"]:
         """The next h, differentiable as it stands; `forward` and `backward` are this with less memory."""
         before, behind = self.functions.split(self.carriers(shards))
-        o, _ = self.ulysses.attend(lambda w: self._project(h, w, rope), before, h)
         tokens, tile = _tokens(h), self._tile(h)
+
+        def project(weights):
+            qkv = tiled(self._before, tile, tokens, weights, tuple(map(_tokens, rope)))
+            return tuple(x.reshape(*h.shape[:2], *x.shape[1:]) for x in qkv)
+
+        o, _ = self.ulysses.attend(project, before, h)
         return tiled(self.functions.behind, tile, (tokens, _tokens(o)), behind).reshape(h.shape)
 
     def attend(self, h: Float[Array, "B T D"], weights: PyTree, rope: PyTree) -> tuple[Float[Array, "B T N H"], PyTree]:
@@ -97,7 +102,12 @@ class Layer:
         return self.functions.before(h, _widen(before), rope)
 
     def _project(self, h, before, rope):
-        qkv = tiled(self._before, self._tile(h), _tokens(h), before, tuple(map(_tokens, rope)))
+        """q, k and v, a tile at a time, written into places that are made after h: those of a scan's results would be made
+        long before, for all layers that no loop goes over at once."""
+        read = (_tokens(h), *map(_tokens, rope))
+        one = lambda rows: self._before(rows[0], before, rows[1:])
+        places = [zeros_after(h, x.shape, x.dtype, *jax.tree.leaves(before)) for x in jax.eval_shape(one, read)]
+        _, qkv = stream(lambda _, written, rows: ((), one(rows)), (), tuple(places), read, self._rows(h))
         return tuple(x.reshape(*h.shape[:2], *x.shape[1:]) for x in qkv)
 
     def _tile(self, h):

@@ -1,4 +1,4 @@
-"""AdamW on sharded parameters, on the device or streamed through it from host memory. The arithmetic is optax's."""
+"""AdamW on sharded parameters, a layer at a time, wherever they live. The arithmetic is optax's."""
 
 import dataclasses
 from collections.abc import Callable

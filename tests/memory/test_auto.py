@@ -2,6 +2,7 @@
 """Choosing a profile: the fastest that fits; the compiler has the last word; what is typed stays."""
 
 import dataclasses
+import itertools
 
 import pytest
 
@@ -11,7 +12,7 @@ from alst_jax.memory.auto import Search, choose, confirm, fits_somehow, longest,
 from alst_jax.memory.cost import Job, estimate
 from alst_jax.memory.machines import GIB, parse_cluster
 from alst_jax.memory.profile import Profile
-from benchmarks.shapes import LLAMA_70B, llama_8b
+from benchmarks.shapes import LLAMA_8B, LLAMA_70B, llama_8b
 from train import parse
 
 PLAIN = Profile(attention="cudnn", compute_dtype="bfloat16")
@@ -60,6 +61,32 @@ def test_segments_get_shorter_towards_the_last_layer():
     assert "device" not in estimate(fitted, H100).lacks
     too_much = dataclasses.replace(long, profile=dataclasses.replace(long.profile, keep_attention_on_device=20))
     assert segments_within(too_much, Search(H100), 1.0) is None
+
+
+def test_a_first_layer_is_no_segment_by_itself():
+    """Its input would stay on the device to the end, where that of several layers is looked up again."""
+    streamed = dict(offload_activations=True, offload_weights=True, offload_optimizer=True, head_chunks=8)
+    jobs = [job(524288, llama_8b(layers), keep_attention_on_device=kept, keep_attention_on_host=4, **streamed)
+            for kept, layers in itertools.product(range(10), range(20, 33))]
+    found = list(filter(None, (segments_within(long, Search(H100), 1.0) for long in jobs)))
+    assert len(found) > 100 and all(len(lengths) == 1 or lengths[0] > 1 for lengths in found)
+
+
+def test_tiles_are_larger_where_there_is_room():
+    usual, larger = (choose(job(131072, **tiles), Search(H100, frozenset(tiles))) for tiles in (dict(mlp_tile=4096, loss_tile=2048), {}))
+    profile = larger.job.profile
+    assert (profile.mlp_tile, profile.loss_tile) == (16384, 8192) and larger.plan.step_seconds < usual.plan.step_seconds
+    assert (usual.job.profile.mlp_tile, usual.job.profile.loss_tile) == (4096, 2048)
+    assert fits_somehow(job(131072), Search(H100)).profile.mlp_tile == 0
+    untiled = choose(job(16384, loss_tile=None), Search(H100, frozenset({"loss_tile"}))).job.profile
+    assert (untiled.mlp_tile, untiled.loss_tile) == (16384, None)
+
+
+def test_tiles_are_as_usual_where_larger_ones_would_drive_something_out():
+    choice = choose(job(32768, LLAMA_8B, sp=4), Search(parse_cluster("4xL40S-48", 500)))
+    profile = choice.job.profile
+    assert profile.mlp_tile == 0 and not (profile.offload_weights or profile.offload_optimizer)
+    assert "The next faster, with --loss-tile 8192, --mlp-tile 16384" in choice.explain()
 
 
 def test_what_is_typed_stays():
