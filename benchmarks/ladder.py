@@ -29,9 +29,10 @@ RUNGS: list[tuple[str, dict]] = [
     ("+ 8 head chunks", dict(head_chunks=8)),
     ("+ update in the backward pass", dict(update_in_backward=True)),
 ]
-# Of 32 layers, what fits at 524,288 tokens; and the like for 8, so that all rungs can be measured quickly.
-SEGMENTS = {32: (5, 12, 8, 4, 2, 1), 8: (2, 3, 2, 1)}
-KEPT = {32: (12, 15), 8: (3, 4)}  # attention outputs on the device, in host memory
+# By layers: what fits at 524,288 tokens for 32, and the like for 8, so that all rungs can be measured quickly.
+KEPT = {  # attention outputs on the device and in host memory, and segments that leave them room
+    32: dict(keep_attention_on_device=12, keep_attention_on_host=15, segment_layers=(5, 12, 8, 4, 2, 1)),
+    8: dict(keep_attention_on_device=3, keep_attention_on_host=4, segment_layers=(2, 3, 2, 1))}
 STEP = 4096  # lengths that are looked at
 
 
@@ -51,10 +52,10 @@ class Options:
 
 def profiles(layers: int) -> list[tuple[str, Profile]]:
     """Name and profile of each rung, for a model of so many layers."""
-    on_device, on_host = KEPT[layers]
-    last = [(f"+ segments of {' '.join(map(str, SEGMENTS[layers]))} layers", dict(segment_layers=SEGMENTS[layers])),
-            (f"+ attention outputs kept, of {on_device + on_host} of {layers} layers",
-             dict(keep_attention_on_device=on_device, keep_attention_on_host=on_host))]
+    kept = KEPT[layers]
+    outputs, segments = kept["keep_attention_on_device"] + kept["keep_attention_on_host"], kept["segment_layers"]
+    last = [(f"+ segments of {layers // 4} layers", dict(segment_layers=(layers // 4,))),
+            (f"+ attention outputs of {outputs} of {layers} layers kept, segments of {' '.join(map(str, segments))}", kept)]
     profile, found = Profile(attention="tokamax", compute_dtype="bfloat16"), []
     for name, changes in RUNGS + last:
         profile = dataclasses.replace(profile, **changes)

@@ -186,7 +186,7 @@ def loss_peak(job: Job) -> int:
     if tokens % tile:  # a last, shorter tile has a gradient of its own
         logits += wide + tokens % tile * model.vocab_size * job.width
     # Where weights come from the host, the table is not widened; gathered shards are only in part (fitted).
-    table = 0 if profile.offload_weights else wide if job.devices == 1 else wide // 2
+    table = 0 if profile.offload_weights else wide if job.devices == 1 else wide // 4
     shards = wide // job.devices if job.devices > 1 else 0
     return job.kept[DEVICE] + 3 * size.hidden + wide + table + shards + logits + size.rope
 
@@ -264,12 +264,10 @@ def layer_work(job: Job, kept_here: int = 0, unrolled: bool = False) -> int:
     if profile.offload_weights:
         always += size.table // job.devices  # the head's gradient waits for its way to the host
         attention += wide if job.devices == 1 else 0  # as do the sums of the layer before
-    if unrolled and job.devices > 1 and profile.head_chunks > 1:
-        mlp += wide  # the last layer's weights
     if profile.head_chunks == 1 and job.sp > 1 and not unrolled:
         mlp += 2 * size.heads + 2 * size.kv  # the attention's swaps over devices start early
-    if profile.head_chunks > 1 and job.sp > 1 and kept_here and unrolled:  # outputs are turned round, in copies
-        mlp += (one_head(job) * kept_here + 2) * size.heads
+    if profile.head_chunks > 1 and job.sp > 1 and kept_here and unrolled:
+        mlp += 2 * size.heads  # outputs are turned round, in copies
     return always + max(attention, mlp)
 
 
