@@ -55,7 +55,8 @@ def profiles(layers: int) -> list[tuple[str, Profile]]:
     kept = KEPT[layers]
     outputs, segments = kept["keep_attention_on_device"] + kept["keep_attention_on_host"], kept["segment_layers"]
     last = [(f"+ segments of {layers // 4} layers", dict(segment_layers=(layers // 4,))),
-            (f"+ attention outputs of {outputs} of {layers} layers kept, segments of {' '.join(map(str, segments))}", kept)]
+            (f"+ attention outputs of {outputs} of {layers} layers kept, segments of "
+             f"{' '.join(map(str, segments))}", kept)]
     profile, found = Profile(attention="tokamax", compute_dtype="bfloat16"), []
     for name, changes in RUNGS + last:
         profile = dataclasses.replace(profile, **changes)
@@ -124,7 +125,7 @@ def measured(profile: Profile, options: Options) -> str:
 
 
 def cells_of(printed: str) -> str | None:
-    """Tokens a second, seconds, device and host peak of the last step that benchmarks.step printed; None if it did none."""
+    """Tokens a second, seconds, device and host peak of the last step that benchmarks.step printed; None: no step."""
     pattern = r"norm .* +([\d.]+) \+ ([\d.]+) s +([\d,]+) tok/s.* device peak ([\d.]+) GiB +host peak ([\d.]+)"
     if not (found := re.findall(pattern, printed)):
         return None

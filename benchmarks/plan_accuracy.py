@@ -132,8 +132,8 @@ def main():
             if key not in known:
                 mesh = make_mesh(dp, sp, absent_devices(cluster))
                 started = time.perf_counter()
-                device, host = numbers(plan_step(TrainStep(job.model, mesh, profile, AdamW(), jnp.bfloat16), dp, length,
-                    1, cluster))
+                step = TrainStep(job.model, mesh, profile, AdamW(clip_norm=0.0), jnp.bfloat16)
+                device, host = numbers(plan_step(step, dp, length, 1, cluster))
                 device -= cost.working_set(job) - cost.working_set(bare)
                 known[key] = dict(key=key, device=device, host=host, seconds=time.perf_counter() - started)
                 if options.rows is not None:

@@ -180,7 +180,8 @@ def _bases(job: Job, search: Search, larger: bool) -> Iterator[Job]:
     chunks = [job.profile.head_chunks] if "head_chunks" in search.fixed else _chunks(job)
     for (states, master), values, n in itertools.product(
             formats, sorted(itertools.product((False, True), repeat=len(free)), key=sum), chunks):
-        profile = dataclasses.replace(_with_tiles(job, job.profile, search, larger), head_chunks=n, **dict(zip(free, values)))
+        profile = _with_tiles(job, job.profile, search, larger)
+        profile = dataclasses.replace(profile, head_chunks=n, **dict(zip(free, values)))
         yield dataclasses.replace(job, profile=profile, states=states, master=master)
 
 

@@ -243,9 +243,9 @@ def layers_peak(job: Job) -> int:
 
 
 def zeros_bytes(job: Job) -> int:
-    """Of each layer still to come that no loop goes over (the last of a segment), on a mesh and where heads are not worked
-    on in chunks: what the compiler makes early of its swaps over devices (fitted: a quarter of queries, keys and values;
-    segments of two layers need anything between nothing and half)."""
+    """Of each layer still to come that no loop goes over (the last of a segment), on a mesh and where heads are not
+    worked on in chunks: what the compiler makes early of its swaps over devices (fitted: a quarter of queries, keys and
+    values; segments of two layers need anything between nothing and half)."""
     size = job.sizes
     return (size.heads + 2 * size.kv) // 4 if job.profile.head_chunks == 1 and job.sp > 1 else 0
 

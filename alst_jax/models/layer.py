@@ -102,8 +102,8 @@ class Layer:
         return self.functions.before(h, _widen(before), rope)
 
     def _project(self, h, before, rope):
-        """q, k and v, a tile at a time, written into places that are made after h: those of a scan's results would be made
-        long before, for all layers that no loop goes over at once."""
+        """q, k and v, a tile at a time, written into places that are made after h: those of a scan's results would be
+        made long before, for all layers that no loop goes over at once."""
         read = (_tokens(h), *map(_tokens, rope))
         one = lambda rows: self._before(rows[0], before, rows[1:])
         places = [zeros_after(h, x.shape, x.dtype, *jax.tree.leaves(before)) for x in jax.eval_shape(one, read)]

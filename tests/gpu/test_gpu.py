@@ -120,7 +120,8 @@ def test_loss_is_right_past_2_31_logits():
     assert float(loss) == pytest.approx(float(same), rel=1e-5)
     for ours, true in zip(whole, tiled):
         for end in (slice(0, 1024), slice(-1024, None)):
-            assert relative_error(np.asarray(ours[end], np.float32), np.asarray(true[end], np.float32)) < 1e-2  # bfloat16
+            found, expected = (np.asarray(x[end], np.float32) for x in (ours, true))
+            assert relative_error(found, expected) < 1e-2  # bfloat16
 
 
 OFFLOADED = dict(offload_activations=True, offload_weights=True)

@@ -73,7 +73,8 @@ def test_a_first_layer_is_no_segment_by_itself():
 
 
 def test_tiles_are_larger_where_there_is_room():
-    usual, larger = (choose(job(131072, **tiles), Search(H100, frozenset(tiles))) for tiles in (dict(mlp_tile=4096, loss_tile=2048), {}))
+    usual, larger = (choose(job(131072, **tiles), Search(H100, frozenset(tiles)))
+                     for tiles in (dict(mlp_tile=4096, loss_tile=2048), {}))
     profile = larger.job.profile
     assert (profile.mlp_tile, profile.loss_tile) == (16384, 8192) and larger.plan.step_seconds < usual.plan.step_seconds
     assert (usual.job.profile.mlp_tile, usual.job.profile.loss_tile) == (4096, 2048)

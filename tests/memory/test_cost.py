@@ -158,7 +158,8 @@ def test_seconds_of_runs_on_record(layers, length, changes, measured):
     assert predicted.step_seconds == pytest.approx(measured, rel=0.15)
 
 
-@pytest.mark.parametrize("layers,length,changes,seconds,gibibytes", [  # benchmarks/results/2026-11-24-h100.md: whole steps
+# benchmarks/results/2026-11-24-h100.md: whole steps
+@pytest.mark.parametrize("layers,length,changes,seconds,gibibytes", [
     (32, 131072, OFFLOADED | dict(keep_attention_on_device=32), 44.64, 45.34),
     (32, 524288, OFFLOADED | dict(
         segment_layers=(5, 12, 8, 4, 2, 1), keep_attention_on_device=12, keep_attention_on_host=15, head_chunks=8,
