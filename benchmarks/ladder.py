@@ -105,6 +105,8 @@ def longest(profile: Profile, options: Options) -> str:
         middle = (low + high) // 2
         low, high = (low, middle) if plan_at(middle).lacks else (middle, high)
     plan = plan_at(low)
+    if plan.lacks:
+        return f"less than {STEP:,} | | | "
     return (f"{low * STEP:,} | {plan.device_bytes / GIB:.1f} of {plan.device_limit / GIB:.1f} | "
             f"{plan.host_bytes / GIB:.1f} of {plan.host_limit / GIB:.1f} | {plan.tokens / plan.step_seconds:,.0f}")
 

@@ -194,9 +194,8 @@ def _with_tiles(job: Job, asked: Profile, search: Search, larger: bool) -> Profi
         changes["mlp_tile"] = times * job.model.hidden_size if larger and tokens > job.model.hidden_size else 0
     if "loss_tile" not in search.fixed and asked.loss_tile == 0:
         usual = default_tile(job.model.vocab_size)
-        tile = even = next((n for n in range(times * usual, times * usual // 2, -128) if tokens % n == 0), 0)
-        if not even and larger:
-            tile = times * usual
+        even = next((n for n in range(times * usual, times * usual // 2, -128) if tokens % n == 0), 0)
+        tile = even or (times * usual if larger else 0)
         changes["loss_tile"] = 0 if tokens <= usual or tile == usual else tile
     return dataclasses.replace(job.profile, **changes)
 

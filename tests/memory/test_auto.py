@@ -66,10 +66,13 @@ def test_segments_get_shorter_towards_the_last_layer():
 def test_a_first_layer_is_no_segment_by_itself():
     """Its input would stay on the device to the end, where that of several layers is looked up again."""
     streamed = dict(offload_activations=True, offload_weights=True, offload_optimizer=True, head_chunks=8)
-    jobs = [job(524288, llama_8b(layers), keep_attention_on_device=kept, keep_attention_on_host=4, **streamed)
-            for kept, layers in itertools.product(range(10), range(20, 33))]
-    found = list(filter(None, (segments_within(long, Search(H100), 1.0) for long in jobs)))
-    assert len(found) > 100 and all(len(lengths) == 1 or lengths[0] > 1 for lengths in found)
+    found = []
+    for kept, layers, length, part in itertools.product(range(10), range(24, 33), (425984, 524288), (0.25, 0.5, 1.0)):
+        long = job(length, llama_8b(layers), keep_attention_on_device=kept, keep_attention_on_host=4, **streamed)
+        found.append(segments_within(long, Search(H100), part) or ())
+    # Where the next have two layers each and three are too many, it stays.
+    assert all(len(lengths) < 2 or lengths[0] > 1 or lengths[1] <= 2 for lengths in found)
+    assert sum(len(lengths) > 1 for lengths in found) > 100
 
 
 def test_tiles_are_larger_where_there_is_room():
