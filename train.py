@@ -111,7 +111,7 @@ def run(config: TrainConfig) -> int:
     from alst_jax import checkpoint as ckpt
     from alst_jax import setup
     from alst_jax.data.batches import TrainingBatches, evaluation_batches, fingerprint
-    from alst_jax.metrics import MetricsLog, peak_memory
+    from alst_jax.metrics import MetricsLog, peak_host_memory, peak_memory
     from alst_jax.models.hf_config import record_dtype
     from alst_jax.models.hf_weights import save_params
     from alst_jax.trainer import StopSignal, TrainState, train
@@ -176,7 +176,7 @@ def run(config: TrainConfig) -> int:
             checkpoints.close()
             log.close()
         if choice is not None and log.seconds:
-            print(decide.planned_against_measured(choice.plan, peak_memory()[1], log.seconds))
+            print(decide.planned_against_measured(choice.plan, peak_memory()[1], peak_host_memory(), log.seconds), flush=True)
         if stop.received is not None and state.step < steps:
             print(f"stopped by {stop.received.name}; step {state.step} is saved. Go on with: "
                   f"python train.py --resume --out {out}")

@@ -91,4 +91,9 @@ def peak_memory() -> tuple[str, float]:
     peaks = [s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s]
     if peaks:
         return "GPU", max(peaks) / 2**30
-    return "RAM", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return "RAM", peak_host_memory()
+
+
+def peak_host_memory() -> float:
+    """Peak GiB of host memory of this process: Python, libraries and what is pinned for the devices."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -248,11 +248,13 @@ def make_host_pool(plan: Plan) -> None:
                         "(--keep-attention-on-host, --optimizer-states int8, a shorter --seq-len)") from error
 
 
-def planned_against_measured(plan: Plan, peak_gib: float, seconds: list[float]) -> str:
-    """After a run: device peak in GiB and the median of its steps' seconds, the first left out, beside the plan."""
+def planned_against_measured(plan: Plan, peak_gib: float, host_peak_gib: float, seconds: list[float]) -> str:
+    """After a run: peaks of the device and of the process in GiB and the median of its steps' seconds, the first left out,
+    beside the plan."""
     later = seconds[1:] or seconds
     parts = [f"device {plan.device_bytes / GIB:.1f} GiB planned, {peak_gib:.1f} measured ({_percent(peak_gib * GIB,
-        plan.device_bytes)})"]
+        plan.device_bytes)})",
+             f"host {plan.host_bytes / GIB:.1f} GiB planned, {host_peak_gib:.1f} the whole process's peak"]
     if later and plan.step_seconds:
         measured = statistics.median(later)
         parts.append(f"{plan.step_seconds:.1f} s a step planned, {measured:.1f} measured ({_percent(measured,
