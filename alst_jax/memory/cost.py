@@ -213,7 +213,7 @@ def layers_peak(job: Job) -> int:
         return job.kept[DEVICE] + layer_work(job)
     inputs_on_device = 0 if profile.offload_activations else size.hidden
     firsts = inputs_on_device * segment_inputs(job.segments, profile.offload_activations)  # one array, to the end
-    peak, kept, waiting, early = 0, firsts, 0, 0
+    peak, kept, waiting = 0, firsts, 0
     output = size.heads + size.statistics
     for segment in job.segments:  # forwards: `kept` is what is there when the backward pass comes to this segment
         count = segment.runs[-1].stop - segment.runs[0].start
@@ -228,24 +228,19 @@ def layers_peak(job: Job) -> int:
             not_kept -= segment.runs[-1].place is None  # the last layer's is made in its turn
             rebuilt = (count - 1) * size.hidden + not_kept * output
         waiting += count == 1 or not segment.all_inputs
-        if not segment.all_inputs:
-            rebuilt_runs = [(place, n) for place, n in (*lengths[:-1], (lengths[-1][0], lengths[-1][1] - 1)) if n == 1]
-            waiting += sum(1 + (place is None) for place, _ in rebuilt_runs)
-            # Loads from the host that are in no loop are begun long before they are needed.
-            early += len(rebuilt_runs) * size.layer // job.devices * profile.offload_weights
-        elif job.sp > 1 and not one_head(job):  # before heads are swapped, a copy of all outputs is turned round
+        if segment.all_inputs and job.sp > 1 and not one_head(job):  # before heads are swapped, a copy of all outputs is turned round
             peak = max(peak, kept + here * size.heads + size.hidden)
         work = layer_work(job, here, not segment.all_inputs)
         if segment.all_inputs and count == 1:  # outside of a loop h and o are what is kept, not rows of it
             work -= size.hidden + here * size.heads
-        peak = max(peak, kept + rebuilt + early + waiting * zeros_bytes(job) + work)
+        peak = max(peak, kept + rebuilt + waiting * early_bytes(job) + work)
     return peak
 
 
-def zeros_bytes(job: Job) -> int:
+def early_bytes(job: Job) -> int:
     """Of each layer still to come that no loop goes over (the last of a segment), on a mesh and where heads are not
     worked on in chunks: what the compiler makes early of its swaps over devices (fitted: a quarter of queries, keys and
-    values; segments of two layers need anything between nothing and half)."""
+    values)."""
     size = job.sizes
     return (size.heads + 2 * size.kv) // 4 if job.profile.head_chunks == 1 and job.sp > 1 else 0
 

@@ -5,22 +5,25 @@ that several loops start from become one operation that makes all of them at onc
 524,288 tokens: 242 GiB of temporary memory instead of 66).
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from alst_jax.memory import host
 from alst_jax.parallel.vma import vary_like
 
 
-def after(array: jax.Array, x: jax.Array) -> jax.Array:
-    """x, but not before `array` is there. Writes one element of x, in place where x is not needed otherwise."""
-    return x.at[(slice(0, 1),) * x.ndim].add(_zero_after(array).astype(x.dtype))
+def after(arrays: Any, x: jax.Array) -> jax.Array:
+    """x, but not before all of `arrays`, a tree, are there. Writes one element of x, in place where x is not needed otherwise."""
+    zero = sum(map(_zero_after, jax.tree.leaves(arrays)))
+    return x.at[(slice(0, 1),) * x.ndim].add(zero.astype(x.dtype))
 
 
-def index_after(array: jax.Array, index: int) -> jax.Array:
-    """int32 index, for an access that must not happen before `array` is there."""
+def index_after(array: jax.Array, index: ArrayLike) -> jax.Array:
+    """int32 index or indices, for an access that must not happen before `array` is there."""
     return _zero_after(array) + index
 
 

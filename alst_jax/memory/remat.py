@@ -119,12 +119,14 @@ def backward(
 
     def back_one(carry, i, h, attention):
         dh, store = carry
-        shards = read(store, i)
+        shards = read(store, index_after(dh, i))
         weights = layer.load(shards)
         if attention is None:
             attention = layer.attend(h, weights, rope)
         dh, dweights = layer.backward(h, weights, rope, attention, dh)
-        return dh, write(store, i, shards, layer.scatter(dweights, shards))
+        gradients = layer.scatter(dweights, shards)
+        # Outside of a loop, the float32 sums of many layers would wait to be summed over devices all together.
+        return after(gradients, dh), write(store, i, shards, gradients)
 
     def back_run(carry, run, inputs, inputs_on_host, attention, attention_on_host):
         """Back through the layers of a run, whose inputs and attention outputs (or None) are stacked."""
@@ -132,8 +134,10 @@ def backward(
             h = host.row(inputs, i - run.start, inputs_on_host)
             return back_one(carry, i, h, host.row(attention, i - run.start, attention_on_host)), None
 
-        return lax.scan(body, carry, jnp.arange(run.start, run.stop), reverse=True)[0]
+        return lax.scan(body, carry, index_after(carry[0], jnp.arange(run.start, run.stop)), reverse=True)[0]
 
+    # Numbers of layers are not known before the gradient is there (a loop of one layer is none): weights would be brought to the
+    # device and gathered, and what is kept in host memory would not be put there at all.
     carry = dh, store
     segments = profile.segments(_count(saved.layers))
     for segment, (inputs, kept) in reversed(list(zip(segments, saved.segments, strict=True))):
@@ -161,7 +165,7 @@ def backward(
                 made = None if run.place else jax.eval_shape(attend, h)
                 stack = lambda x: zeros_after(dh, (stop - run.start, *x.shape), x.dtype, h)
                 stacks = jax.tree.map(stack, (h, made))
-                (h, stacks), _ = lax.scan(rebuild, (h, stacks), jnp.arange(run.start, stop))
+                (h, stacks), _ = lax.scan(rebuild, (h, stacks), index_after(dh, jnp.arange(run.start, stop)))
                 rebuilt.append((Run(run.start, stop, run.place), stacks[0], attention if run.place else stacks[1]))
         # The last layer's output is needed by nobody, so its attention was not made again; its input is in h.
         run, attention = segment.runs[-1], kept[-1]

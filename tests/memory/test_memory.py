@@ -95,3 +95,20 @@ def test_eight_sequence_ranks_need_an_eighth(length):
     one, eight = step_bytes(length=length), step_bytes(length=length, sp=8)
     # Gathered weights, tiles and the whole sequence's keys for one head do not shrink.
     assert one / 12 < eight < one / 5
+
+
+def test_weights_of_segments_of_two_are_gathered_in_their_turn(monkeypatch):
+    """No loop goes over their layers, so that nothing but order keeps the compiler from gathering all of them at once."""
+    wide = dict(hidden_size=256, intermediate_size=1024, vocab_size=64)
+
+    def bytes_of(layers):
+        step = make_step(tiny(num_layers=layers, **wide), 2, 2, Profile(segment_layers=(2,), mlp_tile=64, loss_tile=64))
+        shapes = step.put_batch(**random_batch(step.model, rows=2, length=256))
+        lowered = step.loss_and_grad.lower(step.params, shapes, SHAPE((), jnp.float32))
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    weights = sum(x.size * 4 for x in jax.tree.leaves(make_step(tiny(num_layers=1, **wide)).params["layers"]))
+    assert bytes_of(12) - bytes_of(4) < weights
+    monkeypatch.setattr("alst_jax.memory.remat.after", lambda arrays, x: x)
+    monkeypatch.setattr("alst_jax.memory.remat.index_after", lambda arrays, index: jnp.int32(index))
+    assert bytes_of(12) - bytes_of(4) > 4 * weights
