@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
+import logging
 import math
 import pathlib
 import shutil
@@ -19,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint._src.metadata.array_metadata_store import Store
 from orbax.checkpoint._src.serialization.types import SerializationStatusCallback, TransferPriority
 
 from alst_jax.config import ModelConfig, UserError
@@ -30,19 +32,22 @@ WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.ind
 
 
 class _CopiedAsWritten(SerializationStatusCallback):
-    """Arrays are copied to the host when it is their turn to be written. By default orbax 0.12 copies all of them first, whatever
-    its limits say (docs/log.md); it has no public name for this."""
+    """Arrays are copied to the host when it is their turn to be written. By default orbax 0.12 copies all of them first,
+    whatever its limits say (docs/log.md); it has no public name for this, and warns of it at every save."""
 
     def key_priority(self, keypath: Any) -> TransferPriority:
         return TransferPriority.ASYNCHRONOUS_DEPRIORITIZED
 
 
 def _tree_handler(gigabytes: int, restore_gigabytes: int | None) -> ocp.PyTreeCheckpointHandler:
-    arrays = ocp.type_handlers.ArrayHandler(callback=_CopiedAsWritten())
+    arrays = ocp.type_handlers.ArrayHandler(array_metadata_store=Store(), callback=_CopiedAsWritten())
     return ocp.PyTreeCheckpointHandler(
         save_concurrent_gb=gigabytes, save_device_host_concurrent_gb=saving.COPIES / 10**9,
         restore_concurrent_gb=restore_gigabytes, type_handler_registry=ocp.type_handlers.create_type_handler_registry(
             (jax.Array, arrays), (np.ndarray, ocp.type_handlers.NumpyHandler())))
+
+
+logging.getLogger("absl").addFilter(lambda record: "No prioritized params found" not in str(record.msg))
 
 
 class Checkpoints:

@@ -183,8 +183,8 @@ def loss_peak(job: Job) -> int:
     logits = tile * model.vocab_size
     logits = max(size.table + 4 * logits, (4 + job.width) * logits) if tile < tokens else (
         size.table + (4 + 3 * job.width // 2) * logits)
-    if tokens % tile:  # a last, shorter tile has a gradient of its own
-        logits += wide + tokens % tile * model.vocab_size * job.width
+    if tokens % tile:  # a last, shorter tile has logits and, on a mesh, a gradient of its own (fitted)
+        logits += (wide if job.devices > 1 else 0) + tokens % tile * model.vocab_size * job.width
     # Where weights come from the host, the table is not widened; gathered shards are only in part (fitted).
     table = 0 if profile.offload_weights else wide if job.devices == 1 else wide // 4
     shards = wide // job.devices if job.devices > 1 else 0
@@ -258,7 +258,7 @@ def layer_work(job: Job, kept_here: int = 0, unrolled: bool = False) -> int:
     always += wide  # float32 sums of the weights' gradients
     if profile.offload_weights:
         always += size.table // job.devices  # the head's gradient waits for its way to the host
-        attention += wide if job.devices == 1 else 0  # as do the sums of the layer before
+        attention += wide if job.devices == 1 and profile.head_chunks == 1 else 0  # and the last layer's sums (fitted)
     if profile.head_chunks == 1 and job.sp > 1 and not unrolled:
         mlp += 2 * size.heads + 2 * size.kv  # the attention's swaps over devices start early
     if profile.head_chunks > 1 and job.sp > 1 and kept_here and unrolled:

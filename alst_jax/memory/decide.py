@@ -252,9 +252,11 @@ def planned_against_measured(plan: Plan, peak_gib: float, host_peak_gib: float, 
     """After a run: peaks of the device and of the process in GiB and the median of its steps' seconds, the first left out,
     beside the plan."""
     later = seconds[1:] or seconds
+    here = min(plan.devices, jax.local_device_count())  # plans are of one device, a process has several
     parts = [f"device {plan.device_bytes / GIB:.1f} GiB planned, {peak_gib:.1f} measured ({_percent(peak_gib * GIB,
         plan.device_bytes)})",
-             f"host {plan.host_bytes / GIB:.1f} GiB planned, {host_peak_gib:.1f} the whole process's peak"]
+             f"host {plan.host_bytes * here / GIB:.1f} GiB planned, {host_peak_gib:.1f} the whole "
+             "process's peak"]
     if later and plan.step_seconds:
         measured = statistics.median(later)
         parts.append(f"{plan.step_seconds:.1f} s a step planned, {measured:.1f} measured ({_percent(measured,

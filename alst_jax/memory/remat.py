@@ -125,7 +125,7 @@ def backward(
             attention = layer.attend(h, weights, rope)
         dh, dweights = layer.backward(h, weights, rope, attention, dh)
         gradients = layer.scatter(dweights, shards)
-        # Outside of a loop, the float32 sums of many layers would wait to be summed over devices all together.
+        # Outside of a loop, the float32 sums of many layers would wait all together (on GPUs; not seen on a CPU).
         return after(gradients, dh), write(store, i, shards, gradients)
 
     def back_run(carry, run, inputs, inputs_on_host, attention, attention_on_host):
@@ -136,8 +136,8 @@ def backward(
 
         return lax.scan(body, carry, index_after(carry[0], jnp.arange(run.start, run.stop)), reverse=True)[0]
 
-    # Numbers of layers are not known before the gradient is there (a loop of one layer is none): weights would be brought to the
-    # device and gathered, and what is kept in host memory would not be put there at all.
+    # Numbers of layers are not known before the gradient is there: where no loop goes over layers (one of a single trip is
+    # none), all weights would be gathered at once, and rows kept in host memory would never go there.
     carry = dh, store
     segments = profile.segments(_count(saved.layers))
     for segment, (inputs, kept) in reversed(list(zip(segments, saved.segments, strict=True))):

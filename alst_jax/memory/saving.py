@@ -25,9 +25,10 @@ def saving_bytes(job: "Job", free: int) -> int:
     are not in use then."""
     profile, model, on_host = job.profile, job.model, min(job.devices, LARGEST_HOST)
     state_width = max(WIDTHS[job.states], WIDTHS[job.master] if job.width == 2 else 0)
+    has_master = job.width == 2 and job.master != "none"
     held, saved = 0, 0
     for offloaded, width, arrays in (
-            (profile.offload_weights, job.width, 1), (profile.offload_optimizer, state_width, 2)):
+            (profile.offload_weights, job.width, 1), (profile.offload_optimizer, state_width, 2 + has_master)):
         size = model.num_params * width // job.devices
         saved += arrays * size
         if not offloaded:

@@ -188,6 +188,7 @@ def test_the_picture_needs_matplotlib(monkeypatch, base):
 
 
 def test_planned_against_measured(base):
-    planned = dataclasses.replace(base, device={"all": 10 * GIB}, seconds={"matmuls": 2.0})
+    planned = dataclasses.replace(base, device={"all": 10 * GIB}, host={"all": GIB}, seconds={"matmuls": 2.0}, devices=4)
     line = planned_against_measured(planned, 11.0, 30.0, [9.0, 2.0, 2.2, 2.0])
     assert "10.0 GiB planned, 11.0 measured (+10%)" in line and "2.0 s a step planned, 2.0 measured (+0%)" in line
+    assert "host 4.0 GiB planned, 30.0 the whole process's peak" in line  # of all four devices, which are here
