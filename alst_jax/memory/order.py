@@ -13,7 +13,7 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from alst_jax.memory import host
-from alst_jax.parallel.vma import vary_like
+from alst_jax.parallel.vma import vary_like, varying_axes
 
 
 def after(arrays: Any, x: jax.Array) -> jax.Array:
@@ -24,7 +24,9 @@ def after(arrays: Any, x: jax.Array) -> jax.Array:
 
 def index_after(array: jax.Array, index: ArrayLike) -> jax.Array:
     """int32 index or indices, for an access that must not happen before `array` is there."""
-    return _zero_after(array) + index
+    zero = _zero_after(array)
+    axes = tuple(sorted(varying_axes(zero)))  # the same on all devices: it reads and writes what does not vary, too
+    return (lax.psum(zero, axes) if axes else zero) + index
 
 
 def read_back(array: jax.Array, row: jax.Array, on_host: bool) -> jax.Array:
