@@ -5,6 +5,7 @@ that several loops start from become one operation that makes all of them at onc
 524,288 tokens: 242 GiB of temporary memory instead of 66).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,16 +18,22 @@ from alst_jax.parallel.vma import vary_like, varying_axes
 
 
 def after(arrays: Any, x: jax.Array) -> jax.Array:
-    """x, but not before all of `arrays`, a tree, are there. Writes one element of x, in place where x is not needed otherwise."""
+    """x, but not before all of `arrays`, a tree, are there. Writes one element of x, in place where x is not needed
+    otherwise."""
     zero = sum(map(_zero_after, jax.tree.leaves(arrays)))
     return x.at[(slice(0, 1),) * x.ndim].add(zero.astype(x.dtype))
 
 
 def index_after(array: jax.Array, index: ArrayLike) -> jax.Array:
     """int32 index or indices, for an access that must not happen before `array` is there."""
-    zero = _zero_after(array)
-    axes = tuple(sorted(varying_axes(zero)))  # the same on all devices: it reads and writes what does not vary, too
-    return (lax.psum(zero, axes) if axes else zero) + index
+    return _zero_after(array) + index
+
+
+def read_after(array: jax.Array, read: Callable, index: ArrayLike) -> Any:
+    """read(index), a tree of arrays, but not before `array` is there; what is the same on all devices is read at once, for
+    an index that waits may differ between devices."""
+    soon, late = read(index), read(index_after(array, index))
+    return jax.tree.map(lambda s, l: l if varying_axes(s) == varying_axes(l) else s, soon, late)
 
 
 def read_back(array: jax.Array, row: jax.Array, on_host: bool) -> jax.Array:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from alst_jax.memory import host
-from alst_jax.memory.order import after, index_after, read_back, zeros_after
+from alst_jax.memory.order import after, index_after, read_after, read_back, zeros_after
 from alst_jax.memory.profile import Profile, Run, segment_inputs
 from alst_jax.models.layer import Layer
 from alst_jax.parallel.vma import vary_like
@@ -119,7 +119,7 @@ def backward(
 
     def back_one(carry, i, h, attention):
         dh, store = carry
-        shards = read(store, index_after(dh, i))
+        shards = read_after(dh, functools.partial(read, store), i)
         weights = layer.load(shards)
         if attention is None:
             attention = layer.attend(h, weights, rope)
@@ -131,13 +131,14 @@ def backward(
     def back_run(carry, run, inputs, inputs_on_host, attention, attention_on_host):
         """Back through the layers of a run, whose inputs and attention outputs (or None) are stacked."""
         def body(carry, i):
-            h = host.row(inputs, i - run.start, inputs_on_host)
-            return back_one(carry, i, h, host.row(attention, i - run.start, attention_on_host)), None
+            row = index_after(carry[0], i - run.start)
+            h = host.row(inputs, row, inputs_on_host)
+            return back_one(carry, i, h, host.row(attention, row, attention_on_host)), None
 
-        return lax.scan(body, carry, index_after(carry[0], jnp.arange(run.start, run.stop)), reverse=True)[0]
+        return lax.scan(body, carry, jnp.arange(run.start, run.stop), reverse=True)[0]
 
-    # Numbers of layers are not known before the gradient is there: where no loop goes over layers (one of a single trip is
-    # none), all weights would be gathered at once, and rows kept in host memory would never go there.
+    # Rows are not known before the gradient is there: where no loop goes over layers (one of a single trip is none), all
+    # weights would be gathered at once, and what is kept in host memory would never go there.
     carry = dh, store
     segments = profile.segments(_count(saved.layers))
     for segment, (inputs, kept) in reversed(list(zip(segments, saved.segments, strict=True))):
@@ -153,10 +154,11 @@ def backward(
             h = host.row(saved.firsts, index_after(dh, inputs), profile.offload_activations)
         for run, attention in zip(segment.runs, kept, strict=True):
 
-            def rebuild(carry, i, run=run, attention=attention, store=store):
+            def rebuild(carry, i, run=run, attention=attention, store=store, dh=dh):
                 h, stacks = carry
-                old = host.row(attention, i - run.start, run.place == host.HOST)
-                out, made = layer.forward(h, layer.load(read(store, i)), rope, old)
+                old = host.row(attention, index_after(dh, i - run.start), run.place == host.HOST)
+                weights = layer.load(read_after(dh, functools.partial(read, store), i))
+                out, made = layer.forward(h, weights, rope, old)
                 return (out, host.put_row(stacks, (h, made if old is None else None), i - run.start, False)), None
 
             if run.start < last:
@@ -165,7 +167,7 @@ def backward(
                 made = None if run.place else jax.eval_shape(attend, h)
                 stack = lambda x: zeros_after(dh, (stop - run.start, *x.shape), x.dtype, h)
                 stacks = jax.tree.map(stack, (h, made))
-                (h, stacks), _ = lax.scan(rebuild, (h, stacks), index_after(dh, jnp.arange(run.start, stop)))
+                (h, stacks), _ = lax.scan(rebuild, (h, stacks), jnp.arange(run.start, stop))
                 rebuilt.append((Run(run.start, stop, run.place), stacks[0], attention if run.place else stacks[1]))
         # The last layer's output is needed by nobody, so its attention was not made again; its input is in h.
         run, attention = segment.runs[-1], kept[-1]

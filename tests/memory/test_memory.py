@@ -109,6 +109,5 @@ def test_weights_of_segments_of_two_are_gathered_in_their_turn(monkeypatch):
 
     weights = sum(x.size * 4 for x in jax.tree.leaves(make_step(tiny(num_layers=1, **wide)).params["layers"]))
     assert bytes_of(12) - bytes_of(4) < weights
-    monkeypatch.setattr("alst_jax.memory.remat.after", lambda arrays, x: x)
-    monkeypatch.setattr("alst_jax.memory.remat.index_after", lambda arrays, index: jnp.int32(index))
+    monkeypatch.setattr("alst_jax.memory.remat.read_after", lambda array, read, index: read(index))
     assert bytes_of(12) - bytes_of(4) > 4 * weights

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alst_jax.memory.order import after, gradient_first, index_after, read_back, zeros_after
+from alst_jax.memory.order import after, gradient_first, index_after, read_after, read_back, zeros_after
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -43,3 +43,18 @@ def test_the_compiler_does_not_see_through():
 def test_read_back():
     array = jnp.arange(24.0).reshape(4, 3, 2)
     assert read_back(array, jnp.int32(2), False).ravel() == array[2, 0, 0]
+
+
+def test_what_is_the_same_on_all_devices_stays_so():
+    """A row read at an index that waits for an array of one device would count as that device's."""
+    mesh = jax.make_mesh((4,), ("seq",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    P = jax.sharding.PartitionSpec
+    table, shards = jnp.arange(6.0).reshape(3, 2), jnp.arange(24.0).reshape(3, 8)
+
+    def local(array, table, shards):
+        return read_after(array, lambda i: (table[i], shards[i]), 2)
+
+    on_mesh = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P("seq"), P(), P(None, "seq")), out_specs=(P(), P("seq"))))
+    rows = on_mesh(jnp.ones((4, 2)), table, shards)  # out_specs refuse a first row that varies
+    np.testing.assert_array_equal(rows[0], table[2])
+    np.testing.assert_array_equal(rows[1], shards[2])
