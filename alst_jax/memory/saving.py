@@ -1,9 +1,10 @@
 """What a save holds in host memory beside the state that is saved; checkpoint.py sets the limits that are counted here.
 
 Arrays of the device are copied to the host, COPIES bytes at a time or the largest alone, of weights and of optimizer
-states at once, and the last copies go when the next are there; arrays in pinned host memory are written from where they are.
-The copies are in jax's pool, where between two steps the room of activations and gradients is free. The writer holds encoded parts until one of its data
-files is full: several times DATA_FILE, whatever the arrays' sizes (docs/log.md).
+states at once, and the last copies go when the next are there; arrays in pinned host memory are written from where they
+are. The copies are in jax's pool, where between two steps the room of activations and gradients is free. The writer
+holds encoded parts until one of its data files is full: several times DATA_FILE, whatever the arrays' sizes
+(docs/log.md).
 """
 
 from typing import TYPE_CHECKING
