@@ -1,9 +1,10 @@
-"""One training step of a Llama-8B shape on one GPU: planned and measured bytes, seconds, tokens a second, MFU.
+"""One training step of a Llama-8B shape: planned and measured bytes of a GPU, seconds, tokens a second, MFU.
 
     python -m benchmarks.step --layers 4 --seq-len 65536 --profile.keep-attention-on-device 1
     python -m benchmarks.step --layers 32 --seq-len 524288 --compile-only --profile.offload-weights ...
+    python -m benchmarks.step --layers 32 --seq-len 131072 --sp 2 --states int8 --master none
 
-Random weights and tokens, bfloat16, cuDNN attention, batch 1. Prints one line a step, so that a long run can be watched.
+Random weights and tokens, bfloat16, cuDNN attention, a sequence for each of --dp groups of --sp GPUs. Prints one line a step, so that a long run can be watched.
 """
 
 import dataclasses
@@ -27,6 +28,8 @@ GIB = 2**30
 class Options:
     layers: int = 4
     seq_len: int = 65536
+    dp: int = 1
+    sp: int = 1
     steps: int = 4
     update: bool = True
     """With the optimizer step, or forward and backward only."""
@@ -57,11 +60,13 @@ def main():
     if in_backward and not options.update:
         raise SystemExit("--profile.update-in-backward with --no-update: leave one of them out")
     optimizer = AdamW(states=options.states, master=options.master, clip_norm=0.0 if in_backward else 1.0)
-    step = TrainStep(model, make_mesh(1, 1), options.profile, optimizer, jnp.bfloat16)
-    print(f"{options}, jax {jax.__version__}, {jax.devices()[0].device_kind}", flush=True)
-    tokens = np.random.default_rng(0).integers(0, model.vocab_size, (1, length), dtype=np.int32)
-    batch = step.put_batch(tokens, np.roll(tokens, -1, 1), np.arange(length, dtype=np.int32)[None])
-    scale = jnp.float32(1 / length)
+    mesh = make_mesh(options.dp, options.sp)
+    step = TrainStep(model, mesh, options.profile, optimizer, jnp.bfloat16)
+    print(f"{options}, jax {jax.__version__}, {mesh.size} x {jax.devices()[0].device_kind}", flush=True)
+    tokens = np.random.default_rng(0).integers(0, model.vocab_size, (options.dp, length), dtype=np.int32)
+    positions = np.tile(np.arange(length, dtype=np.int32), (options.dp, 1))
+    batch = step.put_batch(tokens, np.roll(tokens, -1, 1), positions)
+    scale = jnp.float32(1 / tokens.size)
     abstract = Batch(*(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in batch))
     started = time.perf_counter()
     number = jax.ShapeDtypeStruct((), jnp.float32)
@@ -93,7 +98,7 @@ def main():
     params = jax.block_until_ready(step.init_params(jax.random.key(0), jnp.bfloat16))
     state = jax.block_until_ready(step.init_optimizer(params)) if options.update else None
     print(f"weights and states made in {time.perf_counter() - started:.0f} s", flush=True)
-    device = jax.devices()[0]
+    peak_flops = environment.peak_flops(jax.devices()[0].device_kind) or float("nan")
     for number in range(options.steps):
         with Monitor() as monitor:
             started = time.perf_counter()
@@ -114,10 +119,11 @@ def main():
                 update_seconds = time.perf_counter() - after
         del gradients
         total = seconds + update_seconds
-        mfu = model.flops_per_sequence(length) / total / (environment.peak_flops(device.device_kind) or float("nan"))
+        mfu = options.dp * model.flops_per_sequence(length) / total / mesh.size / peak_flops
+        device_peak = max(device.memory_stats()["peak_bytes_in_use"] for device in mesh.devices.flat)
         print(f"step {number + 1}: loss {float(loss):.4f} norm {float(norm):.3f}  {seconds:.3f} + {update_seconds:.3f} s  "
-              f"{length / total:,.0f} tok/s  MFU {mfu:.1%}  forward+backward alone {length / seconds:,.0f} tok/s  device peak "
-              f"{device.memory_stats()['peak_bytes_in_use'] / GIB:.2f} GiB  {monitor.summary()}", flush=True)
+              f"{tokens.size / total:,.0f} tok/s  MFU {mfu:.1%}  forward+backward alone {tokens.size / seconds:,.0f} tok/s  "
+              f"device peak {device_peak / GIB:.2f} GiB  {monitor.summary()}", flush=True)
 
 
 def reserve(gibibytes: int) -> None:

@@ -1,0 +1,128 @@
+"""Does sharding change training? The same samples, the same weights, some AdamW steps on meshes of all GPUs here.
+
+    python -m benchmarks.parity --layers 4 --seq-len 32768                                   # bfloat16, cuDNN attention
+    python -m benchmarks.parity --layers 4 --seq-len 2048 --dtype float32 --attention xla    # exact
+
+Each mesh is compared with one device: losses and gradient norms of the steps; the first moments, which are sums of the
+gradients; and the updates, final weights less those of the beginning. In float32 the limit is 1e-4 for all of them; in
+bfloat16 a second run of one device with other tiles, "control", says how much is rounding. "data parallel without
+features" beside "sequence parallel with all" is the loss-parity experiment of ALST (arXiv 2506.13996, section 5.6). A
+step takes as many sequences as there are devices. Exits with 1 if a limit is passed.
+"""
+
+import dataclasses
+import sys
+import time
+from typing import Any, Literal
+
+import tyro
+
+from alst_jax import environment
+from alst_jax.memory.profile import Profile
+from benchmarks.shapes import llama_8b
+
+LIMITS = {"float32": 1e-4, "bfloat16": 2e-2}
+
+
+@dataclasses.dataclass
+class Options:
+    layers: int = 4
+    seq_len: int = 32768
+    steps: int = 3
+    learning_rate: float = 1e-4
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    attention: Literal["cudnn", "tokamax", "xla"] = "cudnn"
+    width: int = 1
+    """Divides the hidden size and the numbers of heads of Llama-8B; 1 is the real width."""
+    simulate_devices: int = 0
+    """CPU devices instead of GPUs."""
+
+
+def cases(options: Options, devices: int) -> list[tuple[str, int, int, Profile]]:
+    """(name, dp, sp, profile); the first is what the others are compared with."""
+    plain = Profile(attention=options.attention, compute_dtype=options.dtype)
+    untiled = dataclasses.replace(plain, loss_tile=None, mlp_tile=None)
+    everything = dataclasses.replace(
+        plain, offload_activations=True, offload_weights=True, offload_optimizer=True, head_chunks=2,
+        segment_layers=(options.layers - 1, 1), keep_attention_on_host=1, keep_attention_on_device=1)
+    control = dataclasses.replace(plain, loss_tile=512, mlp_tile=1024)
+    meshes = [("sequence parallel", devices // sp, sp, plain) for sp in (2, 4, 8, 16) if sp <= devices and devices % sp == 0]
+    return [("one device", 1, 1, plain), ("control: one device, other tiles", 1, 1, control), *meshes,
+            ("data parallel without features", devices, 1, untiled), ("sequence parallel with all", 1, devices, everything)]
+
+
+def main():
+    options = tyro.cli(Options)
+    environment.prepare(options.simulate_devices)
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    if options.dtype == "float32":
+        jax.config.update("jax_default_matmul_precision", "highest")  # not TF32
+    model, devices = llama_8b(options.layers), len(jax.devices())
+    model = dataclasses.replace(
+        model, hidden_size=model.hidden_size // options.width, intermediate_size=model.intermediate_size // options.width,
+        num_heads=model.num_heads // options.width, num_kv_heads=max(1, model.num_kv_heads // options.width))
+    print(f"{options}, jax {jax.__version__}, {devices} x {jax.devices()[0].device_kind}", flush=True)
+    tokens = np.random.default_rng(0).integers(0, model.vocab_size, (options.steps, devices, options.seq_len), dtype=np.int32)
+    reference, failed, limit = None, False, LIMITS[options.dtype]
+    for name, dp, sp, profile in cases(options, devices):
+        started = time.perf_counter()
+        result = train(model, dp, sp, profile, jnp.dtype(options.dtype), tokens, options.learning_rate)
+        reference = reference or result
+        errors = compare(result, reference)
+        passed = max(errors.values()) <= limit
+        failed |= not passed
+        print(f"{name} (dp {dp} x sp {sp}): losses {' '.join(f'{x:.6f}' for x in result['losses'])}  norms "
+              f"{' '.join(f'{x:.5f}' for x in result['norms'])}  relative errors: "
+              f"{', '.join(f'{part} {error:.1e}' for part, error in errors.items())}  "
+              f"{'ok' if passed else f'MORE THAN {limit:g}'}  ({time.perf_counter() - started:.0f} s)", flush=True)
+    sys.exit(failed)
+
+
+def train(model, dp: int, sp: int, profile: Profile, dtype, tokens, learning_rate: float) -> dict[str, Any]:
+    """Losses and norms of the steps; first moments and updates of all parameters, float32 on the host."""
+    import jax
+    import numpy as np
+
+    from alst_jax.optim.adamw import AdamW
+    from alst_jax.parallel.mesh import make_mesh
+    from alst_jax.step import TrainStep
+    from alst_jax.trainer import TrainState, optimizer_step
+
+    # eps: where a gradient is nothing but rounding, Adam would make a whole step of it.
+    step = TrainStep(model, make_mesh(dp, sp), profile, AdamW(eps=1e-6), dtype)
+    params = step.init_params(jax.random.key(0), dtype)
+    state = TrainState(params, step.init_optimizer(params), 0)
+    masters = lambda state: [np.asarray(x, np.float32) for x in jax.tree.leaves(state.optimizer.get("master", state.params))]
+    start, losses, norms = masters(state), [], []
+    del params
+    positions = np.arange(tokens.shape[-1], dtype=np.int32)
+    for rows in tokens:
+        shape = (len(rows) // dp, dp, len(positions))
+        batches = {"tokens": rows.reshape(shape), "labels": np.roll(rows, -1, -1).reshape(shape),
+                   "positions": np.broadcast_to(positions, shape)}
+        state, values = optimizer_step(step, state, batches, learning_rate)
+        losses.append(values["loss"])
+        norms.append(values["grad_norm"])
+    return {"losses": losses, "norms": norms, "updates": [new - old for new, old in zip(masters(state), start, strict=True)],
+            "moments": [np.asarray(x) for x in jax.tree.leaves(state.optimizer["mu"])]}
+
+
+def compare(result: dict[str, Any], reference: dict[str, Any]) -> dict[str, float]:
+    """Relative errors: the largest of the steps, of the norm of the whole difference, and of the worst parameter."""
+    import numpy as np
+
+    numbers = lambda name: float(np.max(np.abs(np.divide(result[name], reference[name]) - 1)))
+    norm = lambda arrays: np.array([np.linalg.norm(x.ravel()) for x in arrays])
+    errors = {"loss": numbers("losses"), "norm": numbers("norms")}
+    for name in ("moments", "updates"):
+        off = norm(a - b for a, b in zip(result[name], reference[name], strict=True))
+        size = norm(reference[name])
+        errors |= {name: float(np.linalg.norm(off) / np.linalg.norm(size)), f"worst of {name}": float(np.max(off / size))}
+    return errors
+
+
+if __name__ == "__main__":
+    main()
