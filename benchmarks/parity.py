@@ -4,10 +4,11 @@
     python -m benchmarks.parity --layers 4 --seq-len 2048 --dtype float32 --attention xla    # exact
 
 Each mesh is compared with one device: losses and gradient norms of the steps; the first moments, which are sums of the
-gradients; and the updates, final weights less those of the beginning. In float32 the limit is 1e-4 for all of them; in
-bfloat16 a second run of one device with other tiles, "control", says how much is rounding. "data parallel without
-features" beside "sequence parallel with all" is the loss-parity experiment of ALST (arXiv 2506.13996, section 5.6). A
-step takes as many sequences as there are devices. Exits with 1 if a limit is passed.
+gradients; and the updates, final weights less those of the beginning. In float32 the limit is 1e-4 for all of them. In
+bfloat16 a second run of one device with other tiles, the control, says how much is rounding: the limit is 1.5 times that,
+and 1e-3 where it is less. "data parallel without features" beside "sequence parallel with all" is the loss-parity
+experiment of ALST (arXiv 2506.13996). A step takes as many sequences as there are devices. Exits with 1 if a limit is
+passed.
 """
 
 import dataclasses
@@ -21,7 +22,8 @@ from alst_jax import environment
 from alst_jax.memory.profile import Profile
 from benchmarks.shapes import llama_8b
 
-LIMITS = {"float32": 1e-4, "bfloat16": 2e-2}
+LIMITS = {"float32": 1e-4, "bfloat16": 1e-3}
+CONTROL = 1.5  # times the control's error, which float32 is not given
 
 
 @dataclasses.dataclass
@@ -36,6 +38,8 @@ class Options:
     """Divides the hidden size and the numbers of heads of Llama-8B; 1 is the real width."""
     simulate_devices: int = 0
     """CPU devices instead of GPUs."""
+    meshes: bool = True
+    """Sequence parallel without other features, too."""
 
 
 def cases(options: Options, devices: int) -> list[tuple[str, int, int, Profile]]:
@@ -47,12 +51,14 @@ def cases(options: Options, devices: int) -> list[tuple[str, int, int, Profile]]
         segment_layers=(options.layers - 1, 1), keep_attention_on_host=1, keep_attention_on_device=1)
     control = dataclasses.replace(plain, loss_tile=512, mlp_tile=1024)
     meshes = [("sequence parallel", devices // sp, sp, plain) for sp in (2, 4, 8, 16) if sp <= devices and devices % sp == 0]
-    return [("one device", 1, 1, plain), ("control: one device, other tiles", 1, 1, control), *meshes,
+    return [("one device", 1, 1, plain), ("control: one device, other tiles", 1, 1, control), *(meshes if options.meshes else ()),
             ("data parallel without features", devices, 1, untiled), ("sequence parallel with all", 1, devices, everything)]
 
 
 def main():
     options = tyro.cli(Options)
+    if options.layers < 2:
+        sys.exit(f"--layers {options.layers}: at least 2, of which one keeps its attention output in host memory")
     environment.prepare(options.simulate_devices)
     import jax
     import jax.numpy as jnp
@@ -66,18 +72,21 @@ def main():
         num_heads=model.num_heads // options.width, num_kv_heads=max(1, model.num_kv_heads // options.width))
     print(f"{options}, jax {jax.__version__}, {devices} x {jax.devices()[0].device_kind}", flush=True)
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, (options.steps, devices, options.seq_len), dtype=np.int32)
-    reference, failed, limit = None, False, LIMITS[options.dtype]
+    reference, limits, failed = None, None, False
     for name, dp, sp, profile in cases(options, devices):
         started = time.perf_counter()
         result = train(model, dp, sp, profile, jnp.dtype(options.dtype), tokens, options.learning_rate)
         reference = reference or result
         errors = compare(result, reference)
-        passed = max(errors.values()) <= limit
+        if limits is None or name.startswith("control"):
+            rounding = CONTROL if options.dtype == "bfloat16" else 0.0
+            limits = {part: max(LIMITS[options.dtype], rounding * error) for part, error in errors.items()}
+        passed = all(error <= limits[part] for part, error in errors.items())
         failed |= not passed
         print(f"{name} (dp {dp} x sp {sp}): losses {' '.join(f'{x:.6f}' for x in result['losses'])}  norms "
               f"{' '.join(f'{x:.5f}' for x in result['norms'])}  relative errors: "
               f"{', '.join(f'{part} {error:.1e}' for part, error in errors.items())}  "
-              f"{'ok' if passed else f'MORE THAN {limit:g}'}  ({time.perf_counter() - started:.0f} s)", flush=True)
+              f"{'ok' if passed else 'MORE THAN ALLOWED'}  ({time.perf_counter() - started:.0f} s)", flush=True)
     sys.exit(failed)
 
 

@@ -1,12 +1,15 @@
 # pytest tests/unit/test_benchmarks.py
-"""What benchmarks read of each other."""
+"""What benchmarks read: of each other, of traces, of the results of two meshes."""
 
 import dataclasses
 
+import numpy as np
 import pytest
 import tyro
 
-from benchmarks import ladder, step
+from alst_jax.step import check_profile
+from benchmarks import ladder, parity, scaling, step
+from benchmarks.shapes import llama_8b
 
 PRINTED = """compiled in 18 s; GiB planned: device temp 45.34 + arguments 0.00 + outputs 0.00 = 45.34
 step 1: loss 12.5735 after 42.591 s
@@ -33,3 +36,39 @@ def test_a_rung_reaches_the_step_as_it_is(layers, monkeypatch):
         parsed = tyro.cli(step.Options, args=commands[-1][3:])
         assert (parsed.profile, parsed.layers, parsed.states, parsed.master) == (profile, layers, "int8", "none")
     assert len(set(profiles)) == len(ladder.Options().rungs) and sum(profiles[-1].segment_layers) == layers
+
+
+def test_shares_of_a_trace():
+    """Two collectives of 2 and 1 s, one of them half beside a kernel; the copy is neither."""
+    events = [("ncclDevKernel_SendRecv(args)", 0.0, 2.0), ("gemm", 1.0, 4.0), ("ncclDevKernel_AllGather_RING_LL", 5.0, 6.0),
+              ("MemcpyH2D", 4.0, 9.0), ("gemm", 8.0, 10.0), ("attention", 8.5, 9.5)]
+    shares = scaling.shares_of(events)
+    assert shares == scaling.Shares(10.0, 5.0, 3.0, 2.0, {"all-to-all": 2.0, "all-gather": 1.0})
+    assert scaling.describe([shares]) == "50.0% | 30.0% | 20.0% | all-gather 10.0%, all-to-all 20.0%"
+    assert "no GPU" in scaling.describe([])
+
+
+def test_flags_of_the_compiler():
+    assert scaling.compiler_option("xla_a=true") == {"xla_a": True}
+    assert scaling.compiler_option("xla_b=3") == {"xla_b": 3}
+    with pytest.raises(SystemExit, match="name=value"):
+        scaling.compiler_option("xla_c")
+
+
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_meshes_that_are_compared_use_all_devices(devices):
+    cases = parity.cases(parity.Options(), devices)
+    for name, dp, sp, profile in cases:
+        assert dp * sp == (1 if "one device" in name else devices)
+        check_profile(profile, llama_8b(4), sp)
+    assert {sp for _, _, sp, _ in cases} == {n for n in (1, 2, 4, 8) if n <= devices}
+
+
+def test_errors_of_a_mesh():
+    reference = {"losses": [2.0, 1.0], "norms": [4.0, 4.0], "moments": [np.ones(4), np.ones(12)],
+                 "updates": [np.full(4, 2.0), np.zeros(2) + 1]}
+    assert max(parity.compare(reference, reference).values()) == 0
+    other = reference | {"losses": [2.0, 1.1], "moments": [np.ones(4), np.full(12, 1.5)]}
+    errors = parity.compare(other, reference)
+    assert errors["loss"] == pytest.approx(0.1) and errors["norm"] == errors["updates"] == 0
+    assert errors["moments"] == pytest.approx(0.5 * (12 / 16) ** 0.5) and errors["worst of moments"] == pytest.approx(0.5)
