@@ -24,6 +24,7 @@ LARGER_TILES = 4  # times the usual: fewer sums of weight gradients, where there
 EARLY_LOADS = 4  # layers whose weights come from the host before they are needed, for which segments leave room
 LENGTH_STEP = 1024
 ROUNDS = 5  # of choosing and compiling
+UNUSUAL = 0.1  # of the device: an error of the model so large is that of one kind of profile, not of all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Search:
 
     fixed: fields of the profile that the user has typed. narrow: whether the optimizer's formats may be chosen too.
     margin: part of each memory to leave free. corrections: bytes of device and host that the compiler was seen to need
-    more.
+    more; of_kinds: of the device, for profiles of one kind.
     """
 
     cluster: Cluster
@@ -41,9 +42,11 @@ class Search:
     margin: float = UNCONFIRMED
     device_correction: int = 0
     host_correction: int = 0
+    of_kinds: tuple[tuple[tuple[int, int], int], ...] = ()
 
     def plan(self, job: Job) -> Plan:
-        return cost.estimate(job, self.cluster, self.device_correction)
+        of_kind = sum(more for kind, more in self.of_kinds if kind == kind_of(job.profile))
+        return cost.estimate(job, self.cluster, self.device_correction + of_kind)
 
     def missing(self, plan: Plan) -> dict[str, int]:
         """Bytes that a plan lacks of "device" and "host" memory, what is to be left free included."""
@@ -52,17 +55,24 @@ class Search:
             "host": int(plan.host_limit * (1 - self.margin)) - plan.host_bytes - self.host_correction}
         return {place: -bytes for place, bytes in spare.items() if bytes < 0}
 
-    def corrected(self, estimated: Plan, compiled: Plan) -> tuple["Search", dict[str, int]]:
-        """With what the compiler says of a plan that it does not let through; and what it needs more than was estimated,
-        of the memories that do not suffice. A tenth more than seen, at least 0.1 GiB: the same choice must not come
-        back."""
+    def corrected(self, profile: Profile, estimated: Plan, compiled: Plan) -> tuple["Search", dict[str, int]]:
+        """With what the compiler says of a profile's plan that it does not let through; and what it needs more than was
+        estimated, of the memories that do not suffice. A tenth more than seen, at least 0.1 GiB: the same choice must
+        not come back."""
         more = {"device": compiled.device_bytes - estimated.device_bytes,
                 "host": compiled.host_bytes - estimated.host_bytes - self.host_correction}
         more = {place: more[place] for place in compiled.lacks}
         add = lambda place: max(GIB // 10, int(1.1 * more[place])) if place in more else 0
-        return dataclasses.replace(
-            self, device_correction=self.device_correction + add("device"),
-            host_correction=self.host_correction + add("host")), more
+        search = dataclasses.replace(self, host_correction=self.host_correction + add("host"))
+        if more.get("device", 0) > UNUSUAL * compiled.device_limit:
+            of_kinds = (*self.of_kinds, (kind_of(profile), add("device")))
+            return dataclasses.replace(search, of_kinds=of_kinds), more
+        return dataclasses.replace(search, device_correction=self.device_correction + add("device")), more
+
+
+def kind_of(profile: Profile) -> tuple[int, int]:
+    """Profiles of one kind have programs alike: as many head chunks, and segments of one layer, two or more."""
+    return profile.head_chunks, min(3, max(profile.segment_layers))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +145,7 @@ def confirm(
         compiled = compile_plan(choice.job)
         if not compiled.lacks:
             return dataclasses.replace(choice, plan=compiled)
-        search, more = search.corrected(choice.plan, compiled)
+        search, more = search.corrected(choice.job.profile, choice.plan, compiled)
         needs = " and ".join(f"{value / GIB:+.1f} GiB of {place} memory" for place, value in more.items())
         say(f"the compiler needs {needs} against the estimate: choosing again")
     raise UserError(f"--memory auto: no profile was found that the compiler says fits {search.cluster}; "

@@ -117,7 +117,7 @@ class Planner:
             plan = self.compile(found)
             if not plan.lacks:
                 return Choice(found, plan)
-            search, _ = search.corrected(search.plan(found), plan)
+            search, _ = search.corrected(found.profile, search.plan(found), plan)
         raise UserError("--find-max-seq-len: the compiler and the cost model did not agree on any length; plan one "
                         "length at a time with --plan-only --seq-len")
 

@@ -8,7 +8,7 @@ import pytest
 
 from alst_jax.config import TrainConfig, UserError
 from alst_jax.memory import auto
-from alst_jax.memory.auto import Search, choose, confirm, fits_somehow, longest, segments_within
+from alst_jax.memory.auto import Search, choose, confirm, fits_somehow, kind_of, longest, segments_within
 from alst_jax.memory.cost import Job, estimate
 from alst_jax.memory.machines import GIB, parse_cluster
 from alst_jax.memory.profile import Profile
@@ -136,6 +136,20 @@ def test_a_choice_that_the_compiler_contradicts_is_corrected(excess, host):
     assert all(plan.lacks for plan in compiler.seen[:-1]) and len(said) == len(compiler.seen) - 1
     if excess > 0:
         assert len(compiler.seen) > 1  # the compiler did contradict
+
+
+def test_a_kind_of_profile_that_is_misjudged_does_not_condemn_the_others():
+    first = choose(job(524288), Search(H100, margin=auto.CONFIRMED)).job
+    misjudged, excess = kind_of(first.profile), 40 * GIB
+
+    class OneKind(Compiler):
+        def __call__(self, job):
+            self.excess = excess * (kind_of(job.profile) == misjudged)
+            return super().__call__(job)
+
+    choice = confirm(job(524288), Search(H100), OneKind(H100))
+    assert kind_of(choice.job.profile) != misjudged
+    assert choice.plan.device_bytes + excess > choice.plan.device_limit  # corrected for all, it would have been left out
 
 
 def test_nothing_is_chosen_that_no_compiler_accepts():
