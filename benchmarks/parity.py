@@ -1,29 +1,33 @@
-"""Does sharding change training? The same samples, the same weights, some AdamW steps on meshes of all GPUs here.
+"""Does sharding change training? The same samples, the same weights, some AdamW steps on meshes of all devices here.
 
-    python -m benchmarks.parity --layers 4 --seq-len 32768                                   # bfloat16, cuDNN attention
-    python -m benchmarks.parity --layers 4 --seq-len 2048 --dtype float32 --attention xla    # exact
+    python -m benchmarks.parity --layers 4 --seq-len 32768                                # bfloat16, cuDNN attention
+    python -m benchmarks.parity --layers 4 --seq-len 2048 --dtype float32 --attention xla # exact
+    python -m benchmarks.parity --layers 3 --seq-len 256 --dtype float32 --attention xla --width 4 --simulate-devices 4
 
 Each mesh is compared with one device: losses and gradient norms of the steps; the first moments, which are sums of the
 gradients; and the updates, final weights less those of the beginning. In float32 the limit is 1e-4 for all of them. In
 bfloat16 a second run of one device with other tiles, the control, says how much is rounding: the limit is 1.5 times that,
-and 1e-3 where it is less. "data parallel without features" beside "sequence parallel with all" is the loss-parity
-experiment of ALST (arXiv 2506.13996). A step takes as many sequences as there are devices. Exits with 1 if a limit is
-passed.
+and no less than FLOORS. "data parallel without features" (weights sharded, each layer's input kept, nothing tiled) beside
+"sequence parallel with all" is the loss-parity experiment of ALST (arXiv 2506.13996). The last case must fail: there
+each device numbers its tokens from 0. A step takes as many sequences as there are devices. Exits with 1 if a case passes a
+limit, or the last one none.
 """
 
 import dataclasses
 import sys
 import time
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import tyro
 
 from alst_jax import environment
+from alst_jax.config import ModelConfig, UserError
 from alst_jax.memory.profile import Profile
 from benchmarks.shapes import llama_8b
 
-LIMITS = {"float32": 1e-4, "bfloat16": 1e-3}
-CONTROL = 1.5  # times the control's error, which float32 is not given
+EXACT = 1e-4
+FLOORS = {"loss": 2e-5, "norm": 5e-4}  # of the limits in bfloat16; of the others 1e-3
+CONTROL = 1.5  # times the control's error
 
 
 @dataclasses.dataclass
@@ -34,7 +38,7 @@ class Options:
     learning_rate: float = 1e-4
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     attention: Literal["cudnn", "tokamax", "xla"] = "cudnn"
-    width: int = 1
+    width: Literal[1, 2, 4, 8] = 1
     """Divides the hidden size and the numbers of heads of Llama-8B; 1 is the real width."""
     simulate_devices: int = 0
     """CPU devices instead of GPUs."""
@@ -42,55 +46,102 @@ class Options:
     """Sequence parallel without other features, too."""
 
 
-def cases(options: Options, devices: int) -> list[tuple[str, int, int, Profile]]:
-    """(name, dp, sp, profile); the first is what the others are compared with."""
+class Case(NamedTuple):
+    name: str
+    dp: int
+    sp: int
+    profile: Profile
+    wrong: bool = False  # each device numbers its tokens from 0
+
+
+def cases(options: Options, devices: int) -> list[Case]:
+    """What is compared; with the first of them."""
     plain = Profile(attention=options.attention, compute_dtype=options.dtype)
     untiled = dataclasses.replace(plain, loss_tile=None, mlp_tile=None)
     everything = dataclasses.replace(
         plain, offload_activations=True, offload_weights=True, offload_optimizer=True, head_chunks=2,
         segment_layers=(options.layers - 1, 1), keep_attention_on_host=1, keep_attention_on_device=1)
     control = dataclasses.replace(plain, loss_tile=512, mlp_tile=1024)
-    meshes = [("sequence parallel", devices // sp, sp, plain) for sp in (2, 4, 8, 16) if sp <= devices and devices % sp == 0]
-    return [("one device", 1, 1, plain), ("control: one device, other tiles", 1, 1, control), *(meshes if options.meshes else ()),
-            ("data parallel without features", devices, 1, untiled), ("sequence parallel with all", 1, devices, everything)]
+    degrees = [sp for sp in (2, 4, 8, 16) if sp <= devices and devices % sp == 0] if options.meshes else []
+    return [Case("one device", 1, 1, plain), Case("control: one device, other tiles", 1, 1, control),
+            *(Case("sequence parallel", devices // sp, sp, plain) for sp in degrees),
+            Case("data parallel without features", devices, 1, untiled),
+            Case("sequence parallel with all", 1, devices, everything),
+            Case("wrong positions", 1, devices, plain, wrong=True)]
 
 
 def main():
     options = tyro.cli(Options)
-    if options.layers < 2:
-        sys.exit(f"--layers {options.layers}: at least 2, of which one keeps its attention output in host memory")
     environment.prepare(options.simulate_devices)
     import jax
     import jax.numpy as jnp
     import numpy as np
 
+    from alst_jax.step import check_profile
+
+    devices = len(jax.devices())
+    chosen = cases(options, devices)
+    model = narrowed(options)
+    try:
+        check(options, devices)
+        for case in chosen:
+            check_profile(case.profile, model, case.sp)
+    except UserError as error:
+        sys.exit(str(error))
     if options.dtype == "float32":
         jax.config.update("jax_default_matmul_precision", "highest")  # not TF32
-    model, devices = llama_8b(options.layers), len(jax.devices())
-    model = dataclasses.replace(
-        model, hidden_size=model.hidden_size // options.width, intermediate_size=model.intermediate_size // options.width,
-        num_heads=model.num_heads // options.width, num_kv_heads=max(1, model.num_kv_heads // options.width))
     print(f"{options}, jax {jax.__version__}, {devices} x {jax.devices()[0].device_kind}", flush=True)
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, (options.steps, devices, options.seq_len), dtype=np.int32)
-    reference, limits, failed = None, None, False
-    for name, dp, sp, profile in cases(options, devices):
+    reference, control, failed = None, {}, False
+    for case in chosen:
         started = time.perf_counter()
-        result = train(model, dp, sp, profile, jnp.dtype(options.dtype), tokens, options.learning_rate)
+        result = train(model, case, jnp.dtype(options.dtype), tokens, options.learning_rate)
         reference = reference or result
         errors = compare(result, reference)
-        if limits is None or name.startswith("control"):
-            rounding = CONTROL if options.dtype == "bfloat16" else 0.0
-            limits = {part: max(LIMITS[options.dtype], rounding * error) for part, error in errors.items()}
-        passed = all(error <= limits[part] for part, error in errors.items())
-        failed |= not passed
-        print(f"{name} (dp {dp} x sp {sp}): losses {' '.join(f'{x:.6f}' for x in result['losses'])}  norms "
+        if case.name.startswith("control") and options.dtype == "bfloat16":
+            control = errors
+        verdict = judge(case, errors, control, options.dtype)
+        failed |= not verdict.startswith("ok")
+        print(f"{case.name} (dp {case.dp} x sp {case.sp}): losses {' '.join(f'{x:.6f}' for x in result['losses'])}  norms "
               f"{' '.join(f'{x:.5f}' for x in result['norms'])}  relative errors: "
               f"{', '.join(f'{part} {error:.1e}' for part, error in errors.items())}  "
-              f"{'ok' if passed else 'MORE THAN ALLOWED'}  ({time.perf_counter() - started:.0f} s)", flush=True)
+              f"{verdict}  ({time.perf_counter() - started:.0f} s)", flush=True)
     sys.exit(failed)
 
 
-def train(model, dp: int, sp: int, profile: Profile, dtype, tokens, learning_rate: float) -> dict[str, Any]:
+def check(options: Options, devices: int) -> None:
+    """UserError if nothing could be learned from the comparison."""
+    if devices < 2:
+        raise UserError(f"{devices} device here: at least 2 are compared with one (--simulate-devices)")
+    if options.layers < 2:
+        raise UserError(f"--layers {options.layers}: at least 2, of which one keeps its attention output in host memory")
+    if options.seq_len % devices:
+        raise UserError(f"--seq-len {options.seq_len}: must be a multiple of the {devices} devices")
+    if options.dtype == "bfloat16" and options.seq_len < 2048:
+        raise UserError(f"--seq-len {options.seq_len}: the control's tiles of 1,024 tokens would be the whole sequence; at "
+                        "least 2048, or --dtype float32")
+
+
+def narrowed(options: Options) -> ModelConfig:
+    """The 8B shape, of fewer layers and heads."""
+    model, width = llama_8b(options.layers), options.width
+    return dataclasses.replace(
+        model, hidden_size=model.hidden_size // width, intermediate_size=model.intermediate_size // width,
+        num_heads=model.num_heads // width, num_kv_heads=model.num_kv_heads // width)
+
+
+def judge(case: Case, errors: dict[str, float], control: dict[str, float], dtype: str) -> str:
+    """"ok", or what is wrong with a case; control: the errors of rounding, none in float32."""
+    limit = lambda part: EXACT if dtype == "float32" else max(FLOORS.get(part, 1e-3), CONTROL * control.get(part, 0.0))
+    passed = [part for part, error in errors.items() if not error <= limit(part)]
+    if case.name.startswith("control") and dtype == "bfloat16":
+        return "ok: what rounding does"
+    if case.wrong:
+        return f"ok: refused for {', '.join(passed)}" if passed else "NOT NOTICED"
+    return f"MORE THAN ALLOWED: {', '.join(passed)}" if passed else "ok"
+
+
+def train(model: ModelConfig, case: Case, dtype, tokens, learning_rate: float) -> dict[str, Any]:
     """Losses and norms of the steps; first moments and updates of all parameters, float32 on the host."""
     import jax
     import numpy as np
@@ -101,15 +152,17 @@ def train(model, dp: int, sp: int, profile: Profile, dtype, tokens, learning_rat
     from alst_jax.trainer import TrainState, optimizer_step
 
     # eps: where a gradient is nothing but rounding, Adam would make a whole step of it.
-    step = TrainStep(model, make_mesh(dp, sp), profile, AdamW(eps=1e-6), dtype)
+    step = TrainStep(model, make_mesh(case.dp, case.sp), case.profile, AdamW(eps=1e-6), dtype)
     params = step.init_params(jax.random.key(0), dtype)
     state = TrainState(params, step.init_optimizer(params), 0)
     masters = lambda state: [np.asarray(x, np.float32) for x in jax.tree.leaves(state.optimizer.get("master", state.params))]
     start, losses, norms = masters(state), [], []
     del params
     positions = np.arange(tokens.shape[-1], dtype=np.int32)
+    if case.wrong:
+        positions %= len(positions) // case.sp
     for rows in tokens:
-        shape = (len(rows) // dp, dp, len(positions))
+        shape = (len(rows) // case.dp, case.dp, len(positions))
         batches = {"tokens": rows.reshape(shape), "labels": np.roll(rows, -1, -1).reshape(shape),
                    "positions": np.broadcast_to(positions, shape)}
         state, values = optimizer_step(step, state, batches, learning_rate)

@@ -1,12 +1,13 @@
 """Forward and backward of a Llama-8B shape on meshes of the GPUs of one host: speed a GPU, and what collectives cost.
 
-    python -m benchmarks.scaling --layers 4 --cases 1 1 65536 2 1 65536 1 2 131072
-    python -m benchmarks.scaling --layers 4 --cases 1 2 131072 --flags xla_gpu_enable_pipelined_all_gather=true
+    python -m benchmarks.scaling --layers 4 --cases 2 1 65536 1 2 131072
+    python -m benchmarks.scaling --layers 4 --cases 1 2 131072 --flags xla_gpu_enable_while_loop_double_buffering=true
 
 A case is dp, sp and the length of a sequence. Weights are sharded over all of its GPUs and gathered layer by layer. After
 the timed steps one more is traced. Of each GPU's span in that trace the table gives, in the mean over GPUs, the share in
 which a computing kernel ran; in which NCCL ran (which waits for the slower GPU, too), by kind; and how much of that no
-computing kernel covered. Each of the flags, given to the compiler alone, is compared with none on the last case.
+computing kernel covered. Each of the flags, given to the compiler alone, is compared with none on the last case. "measured"
+is the peak of the process, so it is given only where it rose: begin with the case that needs least.
 """
 
 import dataclasses
@@ -36,6 +37,7 @@ class Options:
     """dp, sp, tokens of a sequence, and again."""
     layers: int = 4
     steps: int = 4
+    """The first is not counted; at least 4."""
     attention: Literal["cudnn", "tokamax"] = "tokamax"
     flags: tuple[str, ...] = ()
     """XLA's, as name=value."""
@@ -55,15 +57,26 @@ def main():
     options = tyro.cli(Options)
     if not options.cases or len(options.cases) % 3:
         sys.exit(f"--cases {' '.join(map(str, options.cases))}: three numbers each, dp, sp and tokens")
+    if options.steps < 4:
+        sys.exit(f"--steps {options.steps}: at least 4, of which the first is not counted")
     environment.prepare(None)
     import jax
 
-    print(f"jax {jax.__version__}, {len(jax.devices())} x {jax.devices()[0].device_kind}; {options}")
-    print("| dp x sp | tokens | flag | seconds | spread | tok/s a GPU | MFU | GiB planned | measured | computing | NCCL | NCCL alone | kinds |")
-    print("|" + "---|" * 13, flush=True)
+    from alst_jax.config import UserError
+    from alst_jax.parallel.mesh import choose_degrees
+
     cases = [options.cases[i : i + 3] for i in range(0, len(options.cases), 3)]
-    for dp, sp, length in cases:
-        measure(options, dp, sp, length, options.flags if (dp, sp, length) == cases[-1] else ())
+    try:
+        for dp, sp, _ in cases:
+            choose_degrees(dp, sp, len(jax.devices()))
+    except UserError as error:
+        sys.exit(str(error))
+    print(f"jax {jax.__version__}, {len(jax.devices())} x {jax.devices()[0].device_kind}; {options}")
+    columns = ("dp x sp", "tokens", "flag", "seconds", "spread", "tok/s a GPU", "MFU", "GiB planned", "measured", "computing",
+               "NCCL", "NCCL alone", "kinds")
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
+    for i, (dp, sp, length) in enumerate(cases, 1):
+        measure(options, dp, sp, length, options.flags if i == len(cases) else ())
         gc.collect()
 
 
@@ -86,7 +99,9 @@ def measure(options: Options, dp: int, sp: int, length: int, flags: tuple[str, .
     lowered = step.loss_and_grad.lower(step.params, batch, jax.ShapeDtypeStruct((), jnp.float32))
     flops = dp * model.flops_per_sequence(length) / len(devices)
     peak = environment.peak_flops(devices[0].device_kind) or float("nan")
+    peaks = lambda: max(device.memory_stats()["peak_bytes_in_use"] for device in devices)
     for flag in (None, *flags):
+        before = peaks()
         compiled = lowered.compile(compiler_options=compiler_option(flag) if flag else None)
         plan = compiled.memory_analysis()
         planned = (plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes - plan.alias_size_in_bytes)
@@ -102,10 +117,10 @@ def measure(options: Options, dp: int, sp: int, length: int, flags: tuple[str, .
                 seconds()
             shares = read_trace(pathlib.Path(directory))
         median, spread = statistics.median(times), max(times) - min(times)
-        measured = max(device.memory_stats()["peak_bytes_in_use"] for device in devices)
+        measured = f"{peaks() / 2**30:.2f}" if peaks() > before else ""
         print(f"| {dp} x {sp} | {length:,} | {flag or ''} | {median:.3f} | {spread:.3f} | "
               f"{dp * length / median / len(devices):,.0f} | {flops / median / peak:.1%} | {planned / 2**30:.2f} | "
-              f"{measured / 2**30:.2f} | {describe(shares)} |", flush=True)
+              f"{measured} | {describe(shares)} |", flush=True)
 
 
 def compiler_option(flag: str) -> dict[str, Any]:

@@ -4,10 +4,12 @@
     python -m benchmarks.step --layers 32 --seq-len 524288 --compile-only --profile.offload-weights ...
     python -m benchmarks.step --layers 32 --seq-len 131072 --sp 2 --states int8 --master none
 
-Random weights and tokens, bfloat16, cuDNN attention, a sequence for each of --dp groups of --sp GPUs. Prints one line a step, so that a long run can be watched.
+Random weights and tokens, bfloat16, cuDNN attention, a sequence for each of --dp groups of --sp GPUs. Prints one line a
+step, so that a long run can be watched.
 """
 
 import dataclasses
+import os
 import statistics
 import subprocess
 import threading
@@ -52,7 +54,9 @@ def main():
     from jax.sharding import NamedSharding, PartitionSpec
 
     from alst_jax.optim.adamw import AdamW
-    from alst_jax.parallel.mesh import make_mesh
+    from alst_jax.config import UserError
+    from alst_jax.memory.plan import shard_bytes
+    from alst_jax.parallel.mesh import choose_degrees, make_mesh
     from alst_jax.step import Batch, TrainStep
 
     model, length = llama_8b(options.layers), options.seq_len
@@ -60,7 +64,10 @@ def main():
     if in_backward and not options.update:
         raise SystemExit("--profile.update-in-backward with --no-update: leave one of them out")
     optimizer = AdamW(states=options.states, master=options.master, clip_norm=0.0 if in_backward else 1.0)
-    mesh = make_mesh(options.dp, options.sp)
+    try:
+        mesh = make_mesh(*choose_degrees(options.dp, options.sp, len(jax.devices())))
+    except UserError as error:
+        raise SystemExit(str(error)) from error
     step = TrainStep(model, mesh, options.profile, optimizer, jnp.bfloat16)
     print(f"{options}, jax {jax.__version__}, {mesh.size} x {jax.devices()[0].device_kind}", flush=True)
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, (options.dp, length), dtype=np.int32)
@@ -77,10 +84,14 @@ def main():
     plan = compiled.memory_analysis()
     device_plan = (plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes
                    - plan.alias_size_in_bytes)
+    states = 0  # on the device while gradients are computed, beside the program that computes them
+    if options.update and not options.profile.offload_optimizer:
+        states = sum(map(shard_bytes, jax.tree.leaves(step.optimizer_state))) * (not in_backward)
+    device_plan += states
     print(f"compiled in {time.perf_counter() - started:.0f} s; GiB planned: device temp "
           f"{plan.temp_size_in_bytes / GIB:.2f} + arguments {plan.argument_size_in_bytes / GIB:.2f} + outputs "
-          f"{plan.output_size_in_bytes / GIB:.2f} = {device_plan / GIB:.2f}; host temp {plan.host_temp_size_in_bytes / GIB:.2f} "
-          f"+ arguments {plan.host_argument_size_in_bytes / GIB:.2f} + outputs {plan.host_output_size_in_bytes / GIB:.2f}",
+          f"{plan.output_size_in_bytes / GIB:.2f} + states {states / GIB:.2f} = {device_plan / GIB:.2f}; host temp "
+          f"{plan.host_temp_size_in_bytes / GIB:.2f} + arguments {plan.host_argument_size_in_bytes / GIB:.2f} + outputs {plan.host_output_size_in_bytes / GIB:.2f}",
           flush=True)
     limit = jax.devices()[0].memory_stats()["bytes_limit"]
     if device_plan > limit:
@@ -100,7 +111,7 @@ def main():
     print(f"weights and states made in {time.perf_counter() - started:.0f} s", flush=True)
     peak_flops = environment.peak_flops(jax.devices()[0].device_kind) or float("nan")
     for number in range(options.steps):
-        with Monitor() as monitor:
+        with Monitor(mesh.size) as monitor:
             started = time.perf_counter()
             gradients, norm, update_seconds = None, float("nan"), 0.0
             if in_backward:
@@ -143,10 +154,14 @@ def used_gib() -> float:
 
 
 class Monitor:
-    """Samples the GPU (nvidia-smi, once a second) and host memory while it is open."""
+    """Samples some GPUs (nvidia-smi, once a second) and host memory while it is open."""
+
+    def __init__(self, gpus: int):
+        self.gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")[:gpus]
 
     def __enter__(self):
-        command = ["nvidia-smi", "--query-gpu=utilization.gpu,clocks.sm,power.draw", "--format=csv,noheader,nounits", "-l", "1"]
+        command = ["nvidia-smi", "-i", ",".join(self.gpus), "--query-gpu=utilization.gpu,clocks.sm,power.draw",
+                   "--format=csv,noheader,nounits", "-l", "1"]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         self.samples, self.host_peak = [], used_gib()
         self._thread = threading.Thread(target=self._read, daemon=True)

@@ -45,8 +45,11 @@ class Search:
     of_kinds: tuple[tuple[tuple[int, int], int], ...] = ()
 
     def plan(self, job: Job) -> Plan:
-        of_kind = sum(more for kind, more in self.of_kinds if kind == kind_of(job.profile))
-        return cost.estimate(job, self.cluster, self.device_correction + of_kind)
+        return cost.estimate(job, self.cluster, self.correction(kind_of(job.profile)))
+
+    def correction(self, kind: tuple[int, int]) -> int:
+        """Of the device, for profiles of a kind."""
+        return self.device_correction + dict(self.of_kinds).get(kind, 0)
 
     def missing(self, plan: Plan) -> dict[str, int]:
         """Bytes that a plan lacks of "device" and "host" memory, what is to be left free included."""
@@ -64,10 +67,15 @@ class Search:
         more = {place: more[place] for place in compiled.lacks}
         add = lambda place: max(GIB // 10, int(1.1 * more[place])) if place in more else 0
         search = dataclasses.replace(self, host_correction=self.host_correction + add("host"))
+        everywhere, kind, of_kinds = add("device"), kind_of(profile), dict(self.of_kinds)
         if more.get("device", 0) > UNUSUAL * compiled.device_limit:
-            of_kinds = (*self.of_kinds, (kind_of(profile), add("device")))
-            return dataclasses.replace(search, of_kinds=of_kinds), more
-        return dataclasses.replace(search, device_correction=self.device_correction + add("device")), more
+            # What a second kind needs more as well is no matter of kinds.
+            others = [bytes for other, bytes in of_kinds.items() if other != kind]
+            everywhere = min(everywhere, max(others, default=0))
+            of_kinds = {other: max(0, bytes - everywhere) for other, bytes in of_kinds.items()}
+            of_kinds[kind] = of_kinds.get(kind, 0) + add("device") - everywhere
+        return dataclasses.replace(search, device_correction=self.device_correction + everywhere,
+                                   of_kinds=tuple(of_kinds.items())), more
 
 
 def kind_of(profile: Profile) -> tuple[int, int]:
@@ -279,7 +287,7 @@ def segments_within(job: Job, search: Search, part: float) -> tuple[int, ...] | 
         return (1,)
     weights, gradients, optimizer = cost.state_bytes(job)
     states = (0 if profile.offload_weights else weights + gradients) + (0 if profile.offload_optimizer else optimizer)
-    room = search.cluster.machine.usable * (1 - search.margin) - states - search.device_correction
+    room = search.cluster.machine.usable * (1 - search.margin) - states - search.correction((profile.head_chunks, 3))
     room = room / cost.FRAGMENTS - cost.layer_work(job)
     room -= EARLY_LOADS * size.layer // job.devices * profile.offload_weights
     output = size.heads + size.statistics

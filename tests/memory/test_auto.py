@@ -128,7 +128,8 @@ class Compiler:
         return plan
 
 
-@pytest.mark.parametrize("excess,host", [(0, 0), (6 * GIB, 0), (0, 20 * GIB), (6 * GIB, 17 * GIB), (-GIB, 0)])
+@pytest.mark.parametrize("excess,host", [
+    (0, 0), (6 * GIB, 0), (15 * GIB, 0), (20 * GIB, 0), (0, 20 * GIB), (6 * GIB, 17 * GIB), (-GIB, 0)])
 def test_a_choice_that_the_compiler_contradicts_is_corrected(excess, host):
     compiler, said = Compiler(H100, excess, host), []
     choice = confirm(job(524288), Search(H100), compiler, said.append)

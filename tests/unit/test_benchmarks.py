@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import tyro
 
+from alst_jax.config import UserError
 from alst_jax.step import check_profile
 from benchmarks import ladder, parity, scaling, step
-from benchmarks.shapes import llama_8b
 
 PRINTED = """compiled in 18 s; GiB planned: device temp 45.34 + arguments 0.00 + outputs 0.00 = 45.34
 step 1: loss 12.5735 after 42.591 s
@@ -55,13 +55,37 @@ def test_flags_of_the_compiler():
         scaling.compiler_option("xla_c")
 
 
-@pytest.mark.parametrize("devices", [1, 2, 8])
+@pytest.mark.parametrize("devices", [2, 4, 8])
 def test_meshes_that_are_compared_use_all_devices(devices):
-    cases = parity.cases(parity.Options(), devices)
-    for name, dp, sp, profile in cases:
-        assert dp * sp == (1 if "one device" in name else devices)
-        check_profile(profile, llama_8b(4), sp)
-    assert {sp for _, _, sp, _ in cases} == {n for n in (1, 2, 4, 8) if n <= devices}
+    options = parity.Options()
+    parity.check(options, devices)
+    cases = parity.cases(options, devices)
+    for case in cases:
+        assert case.dp * case.sp == (1 if "one device" in case.name else devices)
+        check_profile(case.profile, parity.narrowed(options), case.sp)
+    assert {case.sp for case in cases} == {n for n in (1, 2, 4, 8) if n <= devices}
+
+
+@pytest.mark.parametrize("devices,changes", [
+    (1, {}), (2, dict(layers=1)), (2, dict(seq_len=4097)), (2, dict(seq_len=1024)), (4, dict(seq_len=2050, dtype="float32"))])
+def test_comparisons_that_would_say_nothing_are_refused(devices, changes):
+    with pytest.raises(UserError):
+        parity.check(parity.Options(**changes), devices)
+
+
+def test_verdicts():
+    plain, control = parity.Case("sequence parallel", 1, 2, None), parity.Case("control: one device", 1, 1, None)
+    wrong = parity.Case("wrong positions", 1, 2, None, wrong=True)
+    errors, rounding = {"loss": 9e-6, "moments": 1.8e-2}, {"loss": 4e-6, "moments": 1.9e-2}
+    assert parity.judge(plain, errors, rounding, "bfloat16") == "ok"
+    assert parity.judge(plain, errors | {"moments": 3e-2}, rounding, "bfloat16") == "MORE THAN ALLOWED: moments"
+    assert parity.judge(plain, errors | {"loss": 3e-5}, rounding, "bfloat16") == "MORE THAN ALLOWED: loss"
+    assert parity.judge(plain, {"loss": float("nan")}, rounding, "bfloat16") == "MORE THAN ALLOWED: loss"
+    assert parity.judge(plain, {"loss": 2e-4}, {}, "float32") == "MORE THAN ALLOWED: loss"
+    assert parity.judge(control, {"loss": 2e-4}, {}, "float32") == "MORE THAN ALLOWED: loss"
+    assert parity.judge(control, errors, errors, "bfloat16") == "ok: what rounding does"
+    assert parity.judge(wrong, errors, rounding, "bfloat16") == "NOT NOTICED"
+    assert parity.judge(wrong, errors | {"moments": 0.5}, rounding, "bfloat16") == "ok: refused for moments"
 
 
 def test_errors_of_a_mesh():
