@@ -53,9 +53,9 @@ def main():
     import numpy as np
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from alst_jax.optim.adamw import AdamW
     from alst_jax.config import UserError
     from alst_jax.memory.plan import shard_bytes
+    from alst_jax.optim.adamw import AdamW
     from alst_jax.parallel.mesh import choose_degrees, make_mesh
     from alst_jax.step import Batch, TrainStep
 
@@ -91,8 +91,8 @@ def main():
     print(f"compiled in {time.perf_counter() - started:.0f} s; GiB planned: device temp "
           f"{plan.temp_size_in_bytes / GIB:.2f} + arguments {plan.argument_size_in_bytes / GIB:.2f} + outputs "
           f"{plan.output_size_in_bytes / GIB:.2f} + states {states / GIB:.2f} = {device_plan / GIB:.2f}; host temp "
-          f"{plan.host_temp_size_in_bytes / GIB:.2f} + arguments {plan.host_argument_size_in_bytes / GIB:.2f} + outputs {plan.host_output_size_in_bytes / GIB:.2f}",
-          flush=True)
+          f"{plan.host_temp_size_in_bytes / GIB:.2f} + arguments {plan.host_argument_size_in_bytes / GIB:.2f} + outputs "
+          f"{plan.host_output_size_in_bytes / GIB:.2f}", flush=True)
     limit = jax.devices()[0].memory_stats()["bytes_limit"]
     if device_plan > limit:
         raise SystemExit(f"planned {device_plan / GIB:.2f} GiB, and jax may use {limit / GIB:.2f} of the device's")
