@@ -121,6 +121,25 @@ def test_shards_over_both_mesh_axes_equal_the_whole(tmp_path, memory_kind):
     assert_equal(by_name(jax.tree.map(np.asarray, params), config), expected)
 
 
+@pytest.mark.parametrize("memory_kind", ["device", "pinned_host"])
+def test_large_parts_are_read_some_rows_at_a_time(tmp_path, monkeypatch, memory_kind):
+    """As the weights of an 8B model are, whose stacks of 3.5 GiB had no room beside the pinned memory of a long run."""
+    expected = make_hf(tmp_path, torch.bfloat16, **EVERY_BIAS)
+    config = model_config(tmp_path)
+    abstract = place(abstract_params(config, jnp.bfloat16), over_both_axes(memory_kind))
+    reads, original = [], hf_weights.read_part
+    monkeypatch.setattr(hf_weights, "read_part", lambda out, *rest: reads.append(out.nbytes) or original(out, *rest))
+    load_params(tmp_path, config, abstract)
+    at_once, reads[:] = max(reads), []
+    monkeypatch.setattr(hf_weights, "AT_ONCE", 1000)
+    params = load_params(tmp_path, config, abstract)
+    a_layer = 2 * 64 // 4 * 128 // 2  # bytes of the largest kernel's layer, a device's part of it; embedding rows are smaller
+    assert max(reads) == a_layer and at_once == 3 * a_layer
+    for x, wanted in zip(jax.tree.leaves(params), jax.tree.leaves(abstract), strict=True):
+        assert x.sharding == wanted.sharding and x.dtype == wanted.dtype
+    assert_equal(by_name(jax.tree.map(np.asarray, params), config), expected)
+
+
 def test_a_stack_may_be_sharded_over_its_layers(tmp_path):
     expected = make_hf(tmp_path, num_hidden_layers=4)
     config = model_config(tmp_path)
