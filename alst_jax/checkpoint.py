@@ -7,7 +7,6 @@
 """
 
 import dataclasses
-import functools
 import importlib.metadata
 import json
 import logging
@@ -70,7 +69,9 @@ class Checkpoints:
 
     def save(self, step: int, params: Any, optimizer: Any | None, loop: dict[str, Any]) -> None:
         """Write the state; `loop` is JSON. Returns when all is on disk. Holds what memory/saving.py says."""
-        tree = functools.partial(ocp.args.PyTreeSave, ocdbt_target_data_file_size=saving.DATA_FILE)
+        chunked = ocp.SaveArgs(chunk_byte_size=saving.chunk_bytes())
+        tree = lambda arrays: ocp.args.PyTreeSave(
+            arrays, jax.tree.map(lambda _: chunked, arrays), ocdbt_target_data_file_size=saving.DATA_FILE)
         items = {"params": tree(params), "loop": ocp.args.JsonSave(loop)}
         if optimizer is not None:
             items["optimizer"] = tree(optimizer)

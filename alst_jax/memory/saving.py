@@ -3,10 +3,11 @@
 Arrays of the device are copied to the host, COPIES bytes at a time or the largest alone, of weights and of optimizer
 states at once, and the last copies go when the next are there; arrays in pinned host memory are written from where they
 are. The copies are in jax's pool, where between two steps the room of activations and gradients is free. The writer
-holds encoded parts until one of its data files is full: several times DATA_FILE, whatever the arrays' sizes
-(docs/log.md).
+encodes a chunk of an array on each core, holds some of them for each, and encoded ones until one of its data files is
+full: a few chunks a core and several times DATA_FILE, whatever the arrays' sizes (docs/log.md).
 """
 
+import os
 from typing import TYPE_CHECKING
 
 from alst_jax.config import ModelConfig
@@ -18,7 +19,13 @@ if TYPE_CHECKING:
 COPIES = 10**9  # bytes of a host
 DATA_FILE = 2**26
 BUFFERS = 2 * 2**30  # bytes of a host, outside of jax's pool: the writers of both
+CHUNKS = 2**27  # bytes of the chunks of all cores together
 WIDTHS = {"float32": 4, "bfloat16": 2, "int8": 1, "low-bits": 2, "none": 0}  # of a state's or a master's element
+
+
+def chunk_bytes() -> int:
+    """Of an array that are encoded at once, by each core; between 1 and 16 MiB."""
+    return min(2**24, max(2**20, CHUNKS // (os.cpu_count() or 1)))
 
 
 def saving_bytes(job: "Job", free: int) -> int:

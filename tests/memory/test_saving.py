@@ -66,6 +66,12 @@ def test_it_can_be_what_a_host_lacks():
     assert estimate(job(sp=8), cluster).lacks.keys() == {"host"}
 
 
+def test_chunks_shrink_with_the_cores(monkeypatch):
+    for cores, size in ((1, 2**24), (2, 2**24), (8, 2**24), (16, 2**23), (128, 2**20), (999, 2**20), (None, 2**24)):
+        monkeypatch.setattr(saving.os, "cpu_count", lambda: cores)
+        assert saving.chunk_bytes() == size, cores
+
+
 def test_the_limits_are_set(tmp_path, monkeypatch):
     limits, made = [], ocp.PyTreeCheckpointHandler
     monkeypatch.setattr(ocp, "PyTreeCheckpointHandler", lambda **options: limits.append(options) or made(**options))
@@ -79,6 +85,7 @@ def test_the_limits_are_set(tmp_path, monkeypatch):
     assert [sorted(o for o in options.items() if o[0].endswith("_gb")) for options in limits] == 2 * [[
         ("restore_concurrent_gb", 4), ("save_concurrent_gb", 4), ("save_device_host_concurrent_gb", 1)]]
     assert {saved[0][item].ocdbt_target_data_file_size for item in ("params", "optimizer")} == {saving.DATA_FILE}
+    assert {saved[0][item].save_args["a"].chunk_byte_size for item in ("params", "optimizer")} == {saving.chunk_bytes()}
 
 
 SAVE = """
@@ -119,3 +126,45 @@ def test_copies_of_a_device_are_made_as_they_are_written(tmp_path):
     assert held < 2 * 10**8 + size / 4
     held, _ = peak("orbax")
     assert held > size
+
+
+ON_16_CORES = """
+import functools, os, pathlib, re, sys
+import jax
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint._src.serialization import tensorstore_utils
+from alst_jax import checkpoint
+from alst_jax.memory import saving
+
+os.cpu_count = lambda: 16
+tensorstore_utils.get_ts_context = functools.partial(tensorstore_utils.get_ts_context, data_copy_concurrency_limit=16)
+if sys.argv[2] == "orbax":  # its own chunks
+    saving.chunk_bytes = lambda: None
+bits = np.random.default_rng(0).integers(0, 2**16, (16, 4096, 8192), np.uint16)
+place = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+array = jax.block_until_ready(jax.device_put(bits.view(ml_dtypes.bfloat16), place))
+del bits
+checkpoints = checkpoint.Checkpoints(sys.argv[1], largest_leaf=array.nbytes)
+
+def kilobytes(field):
+    return int(re.search(field + r":\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
+
+checkpoints.save(1, {"small": jax.numpy.ones(1000)}, None, {})
+pathlib.Path("/proc/self/clear_refs").write_text("5")
+before = kilobytes("VmRSS")
+checkpoints.save(2, {"large": array}, None, {})
+print((kilobytes("VmHWM") - before) * 1024)
+"""
+
+
+def test_the_writer_of_many_cores_stays_within_its_part(tmp_path):
+    """A save of 8B weights and 8-bit states on 16 cores took 5.4 GiB where 2 were planned."""
+    def peak(how):
+        done = subprocess.run([sys.executable, "-c", ON_16_CORES, str(tmp_path / how), how], capture_output=True, text=True,
+                              cwd=pathlib.Path(__file__).parents[2], timeout=300)
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout)
+
+    assert peak("ours") < saving.BUFFERS / 2 < peak("orbax")

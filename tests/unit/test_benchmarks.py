@@ -74,7 +74,7 @@ def test_comparisons_that_would_say_nothing_are_refused(devices, changes):
 
 
 def test_verdicts():
-    plain, control = parity.Case("sequence parallel", 1, 2, None), parity.Case("control: one device", 1, 1, None)
+    plain, control = parity.Case("sequence parallel", 1, 2, None), parity.Case(parity.CONTROL_NAME, 1, 1, None, rounding=True)
     wrong = parity.Case("wrong positions", 1, 2, None, wrong=True)
     errors, rounding = {"loss": 9e-6, "moments": 1.8e-2}, {"loss": 4e-6, "moments": 1.9e-2}
     assert parity.judge(plain, errors, rounding, "bfloat16") == "ok"
