@@ -7,19 +7,22 @@
 """
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import logging
 import math
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint._src.arrays.fragments import ConcreteFragment
 from orbax.checkpoint._src.metadata.array_metadata_store import Store
+from orbax.checkpoint._src.serialization.replica_slices import ReplicaSlices
 from orbax.checkpoint._src.serialization.types import SerializationStatusCallback, TransferPriority
 
 from alst_jax.config import ModelConfig, UserError
@@ -38,10 +41,46 @@ class _CopiedAsWritten(SerializationStatusCallback):
         return TransferPriority.ASYNCHRONOUS_DEPRIORITIZED
 
 
-def _tree_handler(gigabytes: int, restore_gigabytes: int | None) -> ocp.PyTreeCheckpointHandler:
+def _pieces(fragment: ConcreteFragment) -> Iterator[ConcreteFragment]:
+    """What one device has of an array, in parts of at most saving.PIECE bytes: some rows of its first dim that has any."""
+    shape, size = fragment.value.shape, fragment.value.nbytes
+    if size <= saving.PIECE:
+        yield fragment
+        return
+    axis = next(axis for axis, length in enumerate(shape) if length > 1)
+    rows = max(1, saving.PIECE * shape[axis] // size)
+    for start in range(0, shape[axis], rows):
+        stop = min(start + rows, shape[axis])
+        place = fragment.np_index.copy()
+        place[axis, :2] = fragment.np_index[axis, 0] + np.array([start, stop])
+        value = fragment.value[(slice(None),) * axis + (slice(start, stop),)]
+        yield from _pieces(ConcreteFragment(np_index=place, value=value))
+
+
+def _in_pieces(to_fragments: Callable) -> Callable:
+    """orbax writes an array in one piece, and encodes all of it while the disk is busy with its beginning: as much memory
+    again as the array has. In pieces, its limit on what is written at once holds for each; it has no public name for
+    this either."""
+    @functools.wraps(to_fragments)
+    def fragments(self):
+        whole = to_fragments(self)
+        return dataclasses.replace(whole, fragments=[piece for part in whole.fragments for piece in _pieces(part)])
+
+    return fragments
+
+
+ReplicaSlices.to_fragments = _in_pieces(ReplicaSlices.to_fragments)
+
+
+def _chunks(array: jax.Array | np.ndarray) -> ocp.SaveArgs:
+    """A chunk lies in one layer of a stack, so that no two pieces share one."""
+    return ocp.SaveArgs(chunk_byte_size=saving.chunk_bytes(), shard_axes=(0,) if array.ndim > 2 else ())
+
+
+def _tree_handler(restore_gigabytes: int | None) -> ocp.PyTreeCheckpointHandler:
     arrays = ocp.type_handlers.ArrayHandler(array_metadata_store=Store(), callback=_CopiedAsWritten())
     return ocp.PyTreeCheckpointHandler(
-        save_concurrent_gb=gigabytes, save_device_host_concurrent_gb=saving.COPIES / 10**9,
+        save_concurrent_gb=saving.WRITTEN // 10**9, save_device_host_concurrent_gb=saving.COPIES / 10**9,
         restore_concurrent_gb=restore_gigabytes, type_handler_registry=ocp.type_handlers.create_type_handler_registry(
             (jax.Array, arrays), (np.ndarray, ocp.type_handlers.NumpyHandler())))
 
@@ -55,23 +94,21 @@ class Checkpoints:
     def __init__(
         self, run_dir: str | pathlib.Path, keep: int | None = None, largest_leaf: int = 0, clean: bool = False
     ):
-        """keep: checkpoints kept, None for all; largest_leaf: bytes of the largest array that will be saved; clean:
+        """keep: checkpoints kept, None for all; largest_leaf: bytes of the largest array that will be restored; clean:
         remove what a save that was killed left behind."""
         self.directory = pathlib.Path(run_dir).absolute() / CHECKPOINTS
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=False, create=True, cleanup_tmp_directories=clean)
         # Without limits on what is copied and written at once, orbax would hold a second copy of everything in memory;
         # with them it copies as it goes, so that nothing may change the arrays meanwhile.
-        gigabytes = _concurrent_gigabytes(largest_leaf)
-        tree = lambda: _tree_handler(gigabytes, gigabytes if largest_leaf else None)
+        tree = lambda: _tree_handler(_concurrent_gigabytes(largest_leaf) if largest_leaf else None)
         handlers = {"params": tree(), "optimizer": tree(), "loop": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self.directory, item_handlers=handlers, options=options)
 
     def save(self, step: int, params: Any, optimizer: Any | None, loop: dict[str, Any]) -> None:
         """Write the state; `loop` is JSON. Returns when all is on disk. Holds what memory/saving.py says."""
-        chunked = ocp.SaveArgs(chunk_byte_size=saving.chunk_bytes())
         tree = lambda arrays: ocp.args.PyTreeSave(
-            arrays, jax.tree.map(lambda _: chunked, arrays), ocdbt_target_data_file_size=saving.DATA_FILE)
+            arrays, jax.tree.map(_chunks, arrays), ocdbt_target_data_file_size=saving.DATA_FILE)
         items = {"params": tree(params), "loop": ocp.args.JsonSave(loop)}
         if optimizer is not None:
             items["optimizer"] = tree(optimizer)

@@ -2,9 +2,9 @@
 
 Arrays of the device are copied to the host, COPIES bytes at a time or the largest alone, of weights and of optimizer
 states at once, and the last copies go when the next are there; arrays in pinned host memory are written from where they
-are. The copies are in jax's pool, where between two steps the room of activations and gradients is free. The writer
-encodes a chunk of an array on each core, holds some of them for each, and encoded ones until one of its data files is
-full: a few chunks a core and several times DATA_FILE, whatever the arrays' sizes (docs/log.md).
+are. The copies are in jax's pool, where between two steps the room of activations and gradients is free. Arrays go to
+the writers in pieces of PIECE bytes, and until WRITTEN bytes of these are on the disk, no more of them; encoding them
+takes a few chunks a core beside them (docs/log.md).
 """
 
 import os
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 COPIES = 10**9  # bytes of a host
 DATA_FILE = 2**26
-BUFFERS = 2 * 2**30  # bytes of a host, outside of jax's pool: the writers of both
+PIECE = 2**27
+WRITTEN = 10**9  # bytes at once, of weights and of optimizer states: whole GB
+BUFFERS = 3 * 2**30  # bytes of a host, outside of jax's pool: the writers of both
 CHUNKS = 2**27  # bytes of the chunks of all cores together
 WIDTHS = {"float32": 4, "bfloat16": 2, "int8": 1, "low-bits": 2, "none": 0}  # of a state's or a master's element
 
