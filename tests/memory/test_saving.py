@@ -159,6 +159,8 @@ def test_what_was_written_in_pieces_is_restored(tmp_path, monkeypatch, memory_ki
     place = lambda *spec: NamedSharding(mesh, P(*spec), memory_kind=memory_kind)
     tree = {"stack": jax.device_put(jax.random.normal(jax.random.key(0), (3, 64, 40)), place(None, "a", "b")),
             "table": jax.device_put(jax.random.normal(jax.random.key(1), (101, 32)).astype(jnp.bfloat16), place(None, "a")),
+            # 31 rows a piece, 3 a chunk: two pieces meet in one
+            "uneven": jax.device_put(jax.random.normal(jax.random.key(2), (300, 8)), place()),
             "copies": jax.device_put(jnp.arange(2000), place()), "number": jax.device_put(jnp.float32(3), place())}
     checkpoints = Checkpoints(tmp_path, largest_leaf=10**6)
     checkpoints.save(1, tree, None, {})
