@@ -73,7 +73,8 @@ ReplicaSlices.to_fragments = _in_pieces(ReplicaSlices.to_fragments)
 
 
 def _chunks(array: jax.Array | np.ndarray) -> ocp.SaveArgs:
-    """A chunk lies in one layer of a stack, so that no two pieces share one."""
+    """A chunk of a stack lies in one layer, so that no two pieces share one; of tables, a chunk where two pieces meet is
+    written twice, which tensorstore sees to."""
     return ocp.SaveArgs(chunk_byte_size=saving.chunk_bytes(), shard_axes=(0,) if array.ndim > 2 else ())
 
 

@@ -257,7 +257,7 @@ def saved_model(out: pathlib.Path) -> ModelConfig:
 
 def open_checkpoints(out: pathlib.Path, config: TrainConfig, step: TrainStep) -> ckpt.Checkpoints:
     """The run's checkpoints, for saving and restoring."""
-    largest = max(math.prod(leaf.shape) * 4 for leaf in jax.tree.leaves(step.params))
+    largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((step.params, step.optimizer_state)))
     return ckpt.Checkpoints(out, config.keep_checkpoints, largest, clean=True)
 
 
