@@ -211,4 +211,4 @@ def test_the_writer_of_many_cores_stays_within_its_part(tmp_path):
         assert done.returncode == 0, done.stderr
         return int(done.stdout)
 
-    assert peak("ours") < saving.BUFFERS / 2 < peak("orbax")
+    assert peak("ours") < saving.BUFFERS / 3 < peak("orbax")  # 0.5 to 0.8 GB and 1.4 to 1.9, on slow and fast disks
