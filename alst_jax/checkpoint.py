@@ -42,9 +42,10 @@ class _CopiedAsWritten(SerializationStatusCallback):
 
 
 def _pieces(fragment: ConcreteFragment) -> Iterator[ConcreteFragment]:
-    """What one device has of an array, in parts of at most saving.PIECE bytes: some rows of its first dim that has any."""
+    """What one device has of an array, in parts of saving.PIECE bytes or one layer: some rows of its first dim longer than
+    1. A layer is cut only if orbax would refuse it, for chunks inside of it would be written by two parts."""
     shape, size = fragment.value.shape, fragment.value.nbytes
-    if size <= saving.PIECE:
+    if size <= saving.PIECE or len(shape) > 2 and shape[0] == 1 and size < saving.WRITTEN:
         yield fragment
         return
     axis = next(axis for axis, length in enumerate(shape) if length > 1)
@@ -73,8 +74,8 @@ ReplicaSlices.to_fragments = _in_pieces(ReplicaSlices.to_fragments)
 
 
 def _chunks(array: jax.Array | np.ndarray) -> ocp.SaveArgs:
-    """A chunk of a stack lies in one layer, so that no two pieces share one; of tables, a chunk where two pieces meet is
-    written twice, which tensorstore sees to."""
+    """A chunk of a stack lies in one layer, so that no two pieces share one; of tables they may, and such a chunk is written
+    twice (more often where the columns are sharded), which tensorstore sees to."""
     return ocp.SaveArgs(chunk_byte_size=saving.chunk_bytes(), shard_axes=(0,) if array.ndim > 2 else ())
 
 
