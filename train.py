@@ -147,7 +147,7 @@ def run(config: TrainConfig) -> int:
         decide.make_host_pool(choice.plan)
     if config.resume:
         _, at = ckpt.find_checkpoint(out)
-        checkpoints = setup.open_checkpoints(out, config, step)
+        checkpoints = ckpt.Checkpoints(out, config.keep_checkpoints, clean=True)
         loop = checkpoints.restore_loop(at)
         ckpt.check_same_model(setup.saved_model(out), source.config)
         setup.check_geometry(loop["geometry"], geometry)
@@ -157,7 +157,7 @@ def run(config: TrainConfig) -> int:
     else:
         params = setup.load_weights(source, step, dtype, config.seed)  # may refuse: nothing is written before
         setup.start_run_directory(out, config, source)
-        checkpoints = setup.open_checkpoints(out, config, step)
+        checkpoints = ckpt.Checkpoints(out, config.keep_checkpoints, clean=True)
         state = TrainState(params, step.init_optimizer(params), 0)
 
     # --------------------------------------------------------------------------------------------------------- the loop

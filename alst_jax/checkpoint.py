@@ -6,12 +6,12 @@
     DIR/hf/                   the export at the end of a training run
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
 import json
 import logging
-import math
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator
@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from orbax.checkpoint._src.arrays.fragments import ConcreteFragment
 from orbax.checkpoint._src.metadata.array_metadata_store import Store
 from orbax.checkpoint._src.serialization.replica_slices import ReplicaSlices
@@ -27,6 +28,7 @@ from orbax.checkpoint._src.serialization.types import SerializationStatusCallbac
 
 from alst_jax.config import ModelConfig, UserError
 from alst_jax.memory import saving
+from alst_jax.memory.loading import Bounds, load_array
 
 CHECKPOINTS, MODEL, RUN_FILE, EXPORT = "checkpoints", "model", "run.json", "hf"
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf",
@@ -79,11 +81,11 @@ def _chunks(array: jax.Array | np.ndarray) -> ocp.SaveArgs:
     return ocp.SaveArgs(chunk_byte_size=saving.chunk_bytes(), shard_axes=(0,) if array.ndim > 2 else ())
 
 
-def _tree_handler(restore_gigabytes: int | None) -> ocp.PyTreeCheckpointHandler:
+def _tree_handler() -> ocp.PyTreeCheckpointHandler:
     arrays = ocp.type_handlers.ArrayHandler(array_metadata_store=Store(), callback=_CopiedAsWritten())
     return ocp.PyTreeCheckpointHandler(
         save_concurrent_gb=saving.WRITTEN // 10**9, save_device_host_concurrent_gb=saving.COPIES / 10**9,
-        restore_concurrent_gb=restore_gigabytes, type_handler_registry=ocp.type_handlers.create_type_handler_registry(
+        type_handler_registry=ocp.type_handlers.create_type_handler_registry(
             (jax.Array, arrays), (np.ndarray, ocp.type_handlers.NumpyHandler())))
 
 
@@ -93,18 +95,14 @@ logging.getLogger("absl").addFilter(lambda record: "No prioritized params found"
 class Checkpoints:
     """The checkpoints of one run directory. A save that was cut off is never found."""
 
-    def __init__(
-        self, run_dir: str | pathlib.Path, keep: int | None = None, largest_leaf: int = 0, clean: bool = False
-    ):
-        """keep: checkpoints kept, None for all; largest_leaf: bytes of the largest array that will be restored; clean:
-        remove what a save that was killed left behind."""
+    def __init__(self, run_dir: str | pathlib.Path, keep: int | None = None, clean: bool = False):
+        """keep: checkpoints kept, None for all; clean: remove what a save that was killed left behind."""
         self.directory = pathlib.Path(run_dir).absolute() / CHECKPOINTS
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=False, create=True, cleanup_tmp_directories=clean)
         # Without limits on what is copied and written at once, orbax would hold a second copy of everything in memory;
         # with them it copies as it goes, so that nothing may change the arrays meanwhile.
-        tree = lambda: _tree_handler(_concurrent_gigabytes(largest_leaf) if largest_leaf else None)
-        handlers = {"params": tree(), "optimizer": tree(), "loop": ocp.JsonCheckpointHandler()}
+        handlers = {"params": _tree_handler(), "optimizer": _tree_handler(), "loop": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self.directory, item_handlers=handlers, options=options)
 
     def save(self, step: int, params: Any, optimizer: Any | None, loop: dict[str, Any]) -> None:
@@ -137,28 +135,44 @@ class Checkpoints:
 
     def read_params(self, step: int) -> Iterator[tuple[tuple, np.ndarray]]:
         """(path, array) of each saved weight, read one by one."""
-        try:
-            metadata = self._manager.item_metadata(step)["params"]
-        except Exception as error:  # orbax, tensorstore and json each raise their own
-            raise self._unreadable(step, error) from error
-        if metadata is None or metadata.tree is None:
-            raise self._unreadable(step, FileNotFoundError("the metadata of its weights are missing"))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(dict(metadata.tree)):
-            shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-            one, as_numpy = shape, ocp.RestoreArgs(restore_type=np.ndarray)
-            for key in reversed(path):
-                one, as_numpy = {key.key: one}, {key.key: as_numpy}
-            restored = self._restore(
-                step, params=ocp.args.PyTreeRestore(item=one, restore_args=as_numpy, partial_restore=True))["params"]
-            yield path, jax.tree.leaves(restored)[0]
+        with self._reading(step):
+            for path, array in self._open(step, "params").items():
+                yield path, array.read().result()
 
     def _restore_tree(self, step: int, item: str, abstract: Any) -> Any:
-        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
-        return self._restore(step, **{item: ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args)})[item]
+        with self._reading(step):
+            saved = {_name(path): array for path, array in self._open(step, item).items()}
+            wanted = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
+            shape = lambda arrays, name: arrays[name].shape if name in arrays else "none"
+            other = [f"{name} is {shape(saved, name)} there and {shape(wanted, name)} here" for name in {**saved, **wanted}
+                     if shape(saved, name) != shape(wanted, name)]
+            if other:
+                raise ValueError(f"{item} of another model or optimizer: {'; '.join(other[:5])}{', ...' * (len(other) > 5)}")
+            return jax.tree_util.tree_map_with_path(
+                lambda path, leaf: load_array(leaf, functools.partial(_read, saved[_name(path)])), abstract)
+
+    def _open(self, step: int, item: str) -> dict[tuple, ts.TensorStore]:
+        """The arrays of an item by their tree paths. They are read from here and not through orbax, which reads each
+        whole (docs/log.md): they are zarr arrays in an OCDBT database."""
+        place = self.directory / str(step) / item
+        if not place.is_dir():
+            raise FileNotFoundError(f"{item} not found")
+        metadata = ocp.PyTreeCheckpointHandler().metadata(place)
+        kvstore = {"driver": "ocdbt", "base": place.as_uri()}
+        spec = lambda name: {"driver": "zarr3" if metadata.use_zarr3 else "zarr", "kvstore": kvstore | {"path": f"{name}/"},
+                             "fill_missing_data_reads": False}  # a chunk that is not there is no zeros
+        context = ts.Context()
+        return {path: ts.open(spec(leaf.name), read=True, context=context).result()
+                for path, leaf in jax.tree_util.tree_leaves_with_path(dict(metadata.tree))}
 
     def _restore(self, step: int, **items: Any) -> Any:
-        try:
+        with self._reading(step):
             return self._manager.restore(step, args=ocp.args.Composite(**items))
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:  # orbax, tensorstore and json each raise their own
             raise self._unreadable(step, error) from error
 
@@ -173,8 +187,12 @@ class Checkpoints:
         self._manager.close()
 
 
-def _concurrent_gigabytes(largest_leaf: int) -> int:
-    return max(2, math.ceil(largest_leaf / 1e9) + 1)
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def _read(array: ts.TensorStore, bounds: Bounds) -> np.ndarray:
+    return array[tuple(slice(*b) for b in bounds)].read().result()
 
 
 def find_checkpoint(path: str | pathlib.Path) -> tuple[pathlib.Path, int]:

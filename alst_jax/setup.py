@@ -255,12 +255,6 @@ def saved_model(out: pathlib.Path) -> ModelConfig:
     return model_config(out / ckpt.MODEL)
 
 
-def open_checkpoints(out: pathlib.Path, config: TrainConfig, step: TrainStep) -> ckpt.Checkpoints:
-    """The run's checkpoints, for saving and restoring."""
-    largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((step.params, step.optimizer_state)))
-    return ckpt.Checkpoints(out, config.keep_checkpoints, largest, clean=True)
-
-
 def check_geometry(saved: dict[str, Any], now: dict[str, Any]) -> None:
     """UserError if resuming would not see the same data in the same order."""
     meaning = {"data": "--data", "rows": "--dp x --batch-size", "grad_accum": "--grad-accum"}

@@ -35,7 +35,7 @@ def from_hf(hf_dir: tyro.conf.Positional[pathlib.Path], checkpoint: tyro.conf.Po
         params = jax.tree_util.tree_map_with_path(leaf, abstract_params(config, np.float32), dtypes)
         leaves = jax.tree.leaves(params)
         copy_model_files(hf_dir, out / MODEL)
-        checkpoints = Checkpoints(out, largest_leaf=max(x.nbytes for x in leaves))
+        checkpoints = Checkpoints(out)
         checkpoints.save(0, params, None, {"step": 0})
         checkpoints.close()
         del params

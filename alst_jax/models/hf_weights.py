@@ -1,28 +1,24 @@
 """Hugging Face safetensors <-> the parameter tree. One key table serves both directions; nothing holds a whole model."""
 
-import functools
 import json
-import math
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
 import numpy as np
-from jax import lax
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from alst_jax.config import ModelConfig, UserError
+from alst_jax.memory.loading import load_array
 from alst_jax.models.llama import abstract_params
 from alst_jax.parallel.sharding import is_stacked
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dtype("bfloat16")}
-AT_ONCE = 2**28  # bytes read at a time
 DERIVED = re.compile(r".*rotary_emb\.inv_freq")  # old checkpoints hold it; it follows from the config
 # Part of a path in the tree -> part of a Hugging Face name. A `kernel` is [in, out] here and [out, in] there.
 KEY_TABLE = {
@@ -156,10 +152,8 @@ def file_dtypes(hf_dir: str | pathlib.Path, config: ModelConfig) -> Any:
 def load_params(hf_dir: str | pathlib.Path, config: ModelConfig, abstract: Any) -> Any:
     """The parameter tree, read from a Hugging Face directory and cast to what `abstract` says.
 
-    abstract: jax.ShapeDtypeStructs with shardings. Each device's part of each leaf is read by itself, AT_ONCE bytes or a
-    layer at a time, and handed over before the next is read. Larger parts are put together on their device, also those
-    that will live in host memory, so a device needs room for one of them. UserError if the files do not hold exactly the
-    model that `config` describes.
+    abstract: jax.ShapeDtypeStructs with shardings, for load_array. UserError if the files do not hold exactly the model
+    that `config` describes.
     """
     tensors = find_tensors(hf_dir)
     check_tensors(tensors, config, str(hf_dir))
@@ -167,44 +161,12 @@ def load_params(hf_dir: str | pathlib.Path, config: ModelConfig, abstract: Any) 
 
 
 def _load_leaf(path: tuple, leaf: jax.ShapeDtypeStruct, tensors: dict[str, Tensor], config: ModelConfig) -> jax.Array:
-    devices_of = {}
-    for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
-        devices_of.setdefault(tuple(s.indices(size)[:2] for s, size in zip(index, leaf.shape)), []).append(device)
-
     def read(bounds):
         part = np.empty([stop - start for start, stop in bounds], leaf.dtype)
         read_part(part, path, bounds, tensors, config)
         return part
 
-    parts = []
-    for bounds, devices in devices_of.items():
-        places = [jax.sharding.SingleDeviceSharding(device, memory_kind=leaf.sharding.memory_kind) for device in devices]
-        parts += _load_part(read, bounds, leaf.dtype, places)
-    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, parts)
-
-
-def _load_part(
-    read: Callable[[tuple], np.ndarray], bounds: tuple[tuple[int, int], ...], dtype: np.dtype,
-    places: list[jax.sharding.SingleDeviceSharding],
-) -> list[jax.Array]:
-    """What read(bounds) gives, at each of the places; of a large part, only some rows at a time are in numpy's hands."""
-    (first, last), *inner = bounds
-    shape = [stop - start for start, stop in bounds]
-    rows = max(1, AT_ONCE // max(1, math.prod(shape[1:]) * dtype.itemsize))
-    if rows >= last - first:
-        # The CPU backend may keep pointing at a numpy buffer instead of copying it: the buffer is not reused.
-        part = read(bounds)
-        return jax.block_until_ready([jax.device_put(part, place) for place in places])
-    made = [jnp.zeros(shape, dtype, device=jax.sharding.SingleDeviceSharding(*place.device_set)) for place in places]
-    for start in range(first, last, rows):
-        piece = read(((start, min(start + rows, last)), *inner))
-        made = jax.block_until_ready([_put_rows(x, jax.device_put(piece, x.sharding), start - first) for x in made])
-    return jax.block_until_ready([jax.device_put(x, place) for x, place in zip(made, places)])
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _put_rows(x: jax.Array, rows: jax.Array, start: jax.Array | int) -> jax.Array:
-    return lax.dynamic_update_slice_in_dim(x, rows, start, 0)
+    return load_array(leaf, read)
 
 
 def read_part(

@@ -84,12 +84,12 @@ def test_the_limits_are_set(tmp_path, monkeypatch):
     saved, save = [], ocp.CheckpointManager.save
     monkeypatch.setattr(ocp.CheckpointManager, "save", lambda self, step, args, **options: (
         saved.append(args), save(self, step, args=args, **options)))
-    checkpoints = Checkpoints(tmp_path, largest_leaf=3 * 10**9)
+    checkpoints = Checkpoints(tmp_path)
     tree = {"a": jnp.ones(4)}
     checkpoints.save(1, tree, tree, {})
     assert (tmp_path / "checkpoints" / "1").is_dir()  # at once, so that no update changes what is being written
     assert [sorted(o for o in options.items() if o[0].endswith("_gb")) for options in limits] == 2 * [[
-        ("restore_concurrent_gb", 4), ("save_concurrent_gb", 1), ("save_device_host_concurrent_gb", 1)]]
+        ("save_concurrent_gb", 1), ("save_device_host_concurrent_gb", 1)]]
     assert {saved[0][item].ocdbt_target_data_file_size for item in ("params", "optimizer")} == {saving.DATA_FILE}
     assert {saved[0][item].save_args["a"].chunk_byte_size for item in ("params", "optimizer")} == {saving.chunk_bytes()}
 
@@ -163,7 +163,7 @@ def test_what_was_written_in_pieces_is_restored(tmp_path, monkeypatch, memory_ki
             # 31 rows a piece, 3 a chunk: two pieces meet in one
             "uneven": jax.device_put(jax.random.normal(jax.random.key(2), (300, 8)), place()),
             "copies": jax.device_put(jnp.arange(2000), place()), "number": jax.device_put(jnp.float32(3), place())}
-    checkpoints = Checkpoints(tmp_path, largest_leaf=10**6)
+    checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, tree, None, {})
     values = [part.value for fragments in written for part in fragments.fragments]
     a_layer = 4 * 32 * 20
@@ -193,7 +193,7 @@ bits = np.random.default_rng(0).integers(0, 2**16, (16, 4096, 8192), np.uint16)
 place = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
 array = jax.block_until_ready(jax.device_put(bits.view(ml_dtypes.bfloat16), place))
 del bits
-checkpoints = checkpoint.Checkpoints(sys.argv[1], largest_leaf=array.nbytes)
+checkpoints = checkpoint.Checkpoints(sys.argv[1])
 
 def kilobytes(field):
     return int(re.search(field + r":\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])

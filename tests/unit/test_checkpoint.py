@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import tensorstore as ts
 
 from alst_jax import checkpoint as ckpt
 from alst_jax import setup
@@ -21,6 +22,7 @@ from alst_jax.config import TrainConfig, UserError
 from alst_jax.data.batches import TrainingBatches
 from alst_jax.data.documents import Sequence
 from alst_jax.data.tokenizer import byte_tokenizer
+from alst_jax.memory import loading
 from alst_jax.memory.profile import Profile
 from alst_jax.models.hf_config import hf_config_dict
 from alst_jax.models.hf_weights import save_params
@@ -101,6 +103,34 @@ def test_weights_come_in_the_dtype_asked_for(tmp_path):
         np.testing.assert_array_equal(np.asarray(x).astype(np.float32), rounded.astype(np.float32))
 
 
+@pytest.mark.parametrize("profile", [PLAIN, ON_HOST], ids=["device", "host"])
+def test_large_arrays_are_restored_some_rows_at_a_time(tmp_path, monkeypatch, profile):
+    """There is no room for a second copy of a stack beside the pinned memory of a long run."""
+    params, optimizer = saved(tmp_path, 1, made=make_step(dp=2, sp=2, dtype="bfloat16"))
+    reads, original = [], ckpt._read
+    monkeypatch.setattr(ckpt, "_read", lambda *where: reads.append(original(*where)) or reads[-1])
+    onto = make_step(sp=2, dtype="bfloat16", profile=profile)
+    back = lambda: (ckpt.Checkpoints(tmp_path).restore_params(1, onto.params),
+                    ckpt.Checkpoints(tmp_path).restore_optimizer(1, onto.optimizer_state))
+    back()
+    whole, number = max(x.nbytes for x in reads), len(reads)
+    reads.clear()
+    monkeypatch.setattr(loading, "AT_ONCE", 1000)
+    assert_identical(back(), (params, optimizer))
+    a_layer = whole // TINY.num_layers
+    assert max(x.nbytes for x in reads) == a_layer > 1000 and len(reads) > 2 * number
+
+
+def test_an_optimizer_of_another_kind_is_refused(tmp_path):
+    saved(tmp_path, 1, made=make_step(dtype="bfloat16"))
+    wanted = make_step(dtype="bfloat16").optimizer_state
+    less = {name: part for name, part in wanted.items() if name != "master"}
+    with pytest.raises(UserError, match=r"optimizer of another model or optimizer: master\.\S+ is \(.*\) there and none here"):
+        ckpt.Checkpoints(tmp_path).restore_optimizer(1, less)
+    with pytest.raises(UserError, match=r"low\.\S+ is none there and \(.*\) here"):
+        ckpt.Checkpoints(tmp_path).restore_optimizer(1, wanted | {"low": wanted["master"]})
+
+
 def test_weights_read_one_by_one(tmp_path):
     params, _ = saved(tmp_path, 1, made=make_step(dp=2, sp=2, dtype="bfloat16"))
     read = dict(ckpt.Checkpoints(tmp_path).read_params(1))
@@ -117,7 +147,7 @@ def test_a_conversion_has_no_optimizer(tmp_path):
     checkpoints = ckpt.Checkpoints(tmp_path)
     checkpoints.save(0, params, None, {})
     assert_identical(checkpoints.restore_params(0, step.params), params)
-    with pytest.raises(UserError, match=f"checkpoint {tmp_path}/checkpoints/0 cannot be read: .*optimizer.*not found"):
+    with pytest.raises(UserError, match=f"checkpoint {tmp_path}/checkpoints/0 cannot be read: optimizer.*not found"):
         checkpoints.restore_optimizer(0, step.optimizer_state)
 
 
@@ -223,7 +253,15 @@ def overwrite(file):
     file.write_bytes(content)
 
 
+def drop_a_chunk(item):
+    """Of one array, which then has no data there: zarr's readers would make zeros of it."""
+    database = ts.KvStore.open({"driver": "ocdbt", "base": item.as_uri()}).result()
+    chunks = [key for key in database.list().result() if re.search(rb"mlp.up_proj.kernel/[\d.]+$", key)]
+    database.write(chunks[-1], None).result()
+
+
 DAMAGES = {
+    "a chunk of weights missing": ("params", drop_a_chunk),
     "weights cut short": ("params", lambda item: halve(largest_file(item))),
     "weights overwritten": ("params", lambda item: overwrite(largest_file(item))),
     "weights' data missing": ("params", lambda item: largest_file(item).unlink()),

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from alst_jax.config import UserError
+from alst_jax.memory import loading
 from alst_jax.models import hf_weights
 from alst_jax.models.hf_config import model_config
 from alst_jax.models.hf_weights import file_dtypes, load_params, save_params
@@ -131,7 +132,7 @@ def test_large_parts_are_read_some_rows_at_a_time(tmp_path, monkeypatch, memory_
     monkeypatch.setattr(hf_weights, "read_part", lambda out, *rest: reads.append(out.nbytes) or original(out, *rest))
     load_params(tmp_path, config, abstract)
     at_once, reads[:] = max(reads), []
-    monkeypatch.setattr(hf_weights, "AT_ONCE", 1000)
+    monkeypatch.setattr(loading, "AT_ONCE", 1000)
     params = load_params(tmp_path, config, abstract)
     a_layer = 2 * 64 // 4 * 128 // 2  # bytes of the largest kernel's layer, a device's part of it; embedding rows are smaller
     assert max(reads) == a_layer and at_once == 3 * a_layer

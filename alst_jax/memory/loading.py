@@ -1,0 +1,55 @@
+"""Arrays from files, put where they will live a part at a time: beside pinned memory that takes nearly all of a host,
+there is no room for a second copy of one (3.5 GiB of an 8B model's largest stack; docs/log.md)."""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+AT_ONCE = 2**28  # bytes read at a time
+
+Bounds = tuple[tuple[int, int], ...]  # (start, stop) of each dim
+
+
+def load_array(wanted: jax.ShapeDtypeStruct, read: Callable[[Bounds], np.ndarray]) -> jax.Array:
+    """The array that `wanted` describes, dtype and sharding included; read(bounds) gives any part of it.
+
+    Each device's part is read by itself, AT_ONCE bytes or one row of its first dim (a layer of a stack) at a time, and
+    the next is read when it has been handed over: two of them are held at most. Larger parts are put together on their
+    device, also those that will live in host memory, so a device needs room for one of them.
+    """
+    devices_of = {}
+    for device, index in wanted.sharding.addressable_devices_indices_map(wanted.shape).items():
+        devices_of.setdefault(tuple(s.indices(size)[:2] for s, size in zip(index, wanted.shape)), []).append(device)
+    parts = []
+    for bounds, devices in devices_of.items():
+        places = [jax.sharding.SingleDeviceSharding(device, memory_kind=wanted.sharding.memory_kind) for device in devices]
+        parts += _load_part(read, bounds, wanted.dtype, places)
+    return jax.make_array_from_single_device_arrays(wanted.shape, wanted.sharding, parts)
+
+
+def _load_part(
+    read: Callable[[Bounds], np.ndarray], bounds: Bounds, dtype: np.dtype, places: list[jax.sharding.SingleDeviceSharding]
+) -> list[jax.Array]:
+    """What read(bounds) gives, at each of the places; of a large part, only some rows at a time are in numpy's hands."""
+    shape = [stop - start for start, stop in bounds]
+    rows = max(1, AT_ONCE // max(1, math.prod(shape[1:]) * dtype.itemsize))
+    if not shape or rows >= shape[0]:
+        # The CPU backend may keep pointing at a numpy buffer instead of copying it: the buffer is not reused.
+        part = read(bounds).astype(dtype, copy=False)
+        return jax.block_until_ready([jax.device_put(part, place) for place in places])
+    (first, last), *inner = bounds
+    made = [jnp.zeros(shape, dtype, device=jax.sharding.SingleDeviceSharding(*place.device_set)) for place in places]
+    for start in range(first, last, rows):
+        piece = read(((start, min(start + rows, last)), *inner)).astype(dtype, copy=False)
+        made = jax.block_until_ready([_put_rows(x, jax.device_put(piece, x.sharding), start - first) for x in made])
+    return jax.block_until_ready([jax.device_put(x, place) for x, place in zip(made, places)])
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put_rows(x: jax.Array, rows: jax.Array, start: jax.Array | int) -> jax.Array:
+    return lax.dynamic_update_slice_in_dim(x, rows, start, 0)
