@@ -111,6 +111,7 @@ def run(config: TrainConfig) -> int:
     from alst_jax import checkpoint as ckpt
     from alst_jax import setup
     from alst_jax.data.batches import TrainingBatches, evaluation_batches, fingerprint
+    from alst_jax.memory.saving import EXPORT_FILE
     from alst_jax.metrics import MetricsLog, peak_host_memory, peak_memory
     from alst_jax.models.hf_config import record_dtype
     from alst_jax.models.hf_weights import save_params
@@ -186,7 +187,7 @@ def run(config: TrainConfig) -> int:
         if config.export:
             target = out / ckpt.EXPORT
             ckpt.copy_model_files(out / ckpt.MODEL, target)
-            save_params(jax.tree_util.tree_leaves_with_path(state.params), source.config, target)
+            save_params(jax.tree_util.tree_leaves_with_path(state.params), source.config, target, EXPORT_FILE)
             record_dtype(target, str(dtype))
             print(f"wrote {target}: transformers.AutoModelForCausalLM.from_pretrained({str(target)!r}) loads it")
     return 0

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import train
 from alst_jax import environment, setup, trainer
+from alst_jax.checkpoint import Checkpoints
 from alst_jax.config import TrainConfig, UserError
 from alst_jax.data.embedded import TINY_LLAMA
 from alst_jax.data.tokenizer import byte_tokenizer
@@ -439,6 +440,20 @@ def test_the_export_of_a_bfloat16_model_trained_in_float32_is_float32(data, tmp_
         loaded = AutoModelForCausalLM.from_pretrained(export)
         assert loaded.dtype == torch.float32
         assert_same_tensors({k: v for k, v in loaded.state_dict().items()}, load_file(export / "model.safetensors"))
+
+
+def test_the_export_of_a_large_model_is_in_several_files(model, data, tmp_path, monkeypatch):
+    """Each is held in host memory, which is nearly full after a long run."""
+    monkeypatch.setattr("alst_jax.memory.saving.EXPORT_FILE", 10**5)
+    run = tmp_path / "run"
+    assert run_here("--model", model, "--data", data, "--seq-len", 128, "--dp", 1, "--steps", 1, "--out", run) == 0
+    files = sorted((run / "hf").glob("*.safetensors"))
+    exported = LlamaForCausalLM.from_pretrained(run / "hf").state_dict()
+    largest = max(x.nbytes for name, x in exported.items())
+    assert len(files) > 2 and all(file.stat().st_size < max(10**5, largest) + 10**4 for file in files)
+    saved = dict(Checkpoints(run).read_params(1))
+    norm = next(array for path, array in saved.items() if path[0].key == "norm")
+    np.testing.assert_array_equal(exported["model.norm.weight"].numpy(), norm)
 
 
 def test_a_step_does_not_meet_a_sequence_twice(call, model, tmp_path):
