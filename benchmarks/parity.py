@@ -16,6 +16,7 @@ with 1 if a case passes a limit, or the last one none.
 
 import concurrent.futures
 import dataclasses
+import math
 import sys
 import time
 from typing import Any, Literal, NamedTuple
@@ -30,6 +31,7 @@ from benchmarks.shapes import llama_8b
 EXACT = 1e-4
 FLOORS = {"loss": 2e-5, "norm": 5e-4}  # of the limits in bfloat16; of the others 1e-3
 CONTROL = 1.5  # times the control's error
+THREADS, PIECE = 8, 1 << 24  # that compare, and the numbers that each subtracts at once: 64 MiB
 PLAIN, CONTROL_NAME, UNTILED = "one device", "control: one device, other tiles", "one device without tiles"
 
 
@@ -189,17 +191,28 @@ def train(model: ModelConfig, case: Case, dtype, tokens, learning_rate: float) -
 
 
 def compare(result: dict[str, Any], reference: dict[str, Any]) -> dict[str, float]:
-    """Relative errors: the largest of the steps, of the norm of the whole difference, and of the worst parameter."""
+    """Relative errors: the largest of the steps, of the norm of the whole difference, and of the worst parameter.
+    ValueError if the two have not as many steps and the same parameters."""
     import numpy as np
 
-    numbers = lambda name: float(np.max(np.abs(np.divide(result[name], reference[name]) - 1)))
-    errors = {"loss": numbers("losses"), "norm": numbers("norms")}
-    for name in ("moments", "updates"):
-        with concurrent.futures.ThreadPoolExecutor() as threads:  # billions of numbers
-            off = np.array(list(threads.map(lambda a, b: np.linalg.norm((a - b).ravel()), result[name], reference[name])))
-            size = np.array(list(threads.map(lambda x: np.linalg.norm(x.ravel()), reference[name])))
-        assert len(off) == len(size)
-        errors |= {name: float(np.linalg.norm(off) / np.linalg.norm(size)), f"worst of {name}": float(np.max(off / size))}
+    for name in ("losses", "norms", "moments", "updates"):
+        here, there = [[np.shape(x) for x in tree[name]] for tree in (result, reference)]
+        if here != there:
+            raise ValueError(f"{name}: {len(here)} of shapes {here} beside {len(there)} of shapes {there}")
+
+    def length(a, b=None) -> float:  # of a - b, some numbers at a time: a difference is as large as its parameter
+        a, b = a.reshape(-1), None if b is None else b.reshape(-1)
+        with np.errstate(all="ignore"):  # judge sees what is not finite
+            return math.hypot(*(float(np.linalg.norm(a[i:i + PIECE] if b is None else a[i:i + PIECE] - b[i:i + PIECE]))
+                                for i in range(0, a.size, PIECE)))
+
+    with np.errstate(all="ignore"), concurrent.futures.ThreadPoolExecutor(THREADS) as threads:  # billions of numbers
+        numbers = lambda name: float(np.max(np.abs(np.divide(result[name], reference[name]) - 1)))
+        errors = {"loss": numbers("losses"), "norm": numbers("norms")}
+        for name in ("moments", "updates"):
+            off = np.array(list(threads.map(length, result[name], reference[name])))
+            size = np.array(list(threads.map(length, reference[name])))
+            errors |= {name: float(np.linalg.norm(off) / np.linalg.norm(size)), f"worst of {name}": float(np.max(off / size))}
     return errors
 
 

@@ -88,6 +88,12 @@ def test_verdicts():
     assert parity.judge(wrong, errors | {"moments": 0.5}, rounding, "bfloat16") == "ok: refused for moments"
 
 
+def results(off=0.0, worst=1.0):
+    """Of a run whose errors beside results() are all off, and worst times that for one of two parameters."""
+    return {"losses": [2.0, 2.0 * (1 + off)], "norms": [1.0 + off, 1.0],
+            **{name: [np.full(100, 1 + off, np.float64), np.full(1, 1 + off * worst)] for name in ("moments", "updates")}}
+
+
 def test_errors_of_a_mesh():
     reference = {"losses": [2.0, 1.0], "norms": [4.0, 4.0], "moments": [np.ones(4), np.ones(12)],
                  "updates": [np.full(4, 2.0), np.zeros(2) + 1]}
@@ -96,3 +102,29 @@ def test_errors_of_a_mesh():
     errors = parity.compare(other, reference)
     assert errors["loss"] == pytest.approx(0.1) and errors["norm"] == errors["updates"] == 0
     assert errors["moments"] == pytest.approx(0.5 * (12 / 16) ** 0.5) and errors["worst of moments"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("part", ["losses", "norms", "moments", "updates"])
+def test_runs_of_other_lengths_or_shapes_are_not_compared(part):
+    whole = results()
+    with pytest.raises(ValueError, match=f"{part}: 1 of .* beside 2 of"):
+        parity.compare(whole | {part: whole[part][:1]}, whole)
+    with pytest.raises(ValueError, match=f"{part}: 2 of .* beside 1 of"):
+        parity.compare(whole, whole | {part: whole[part][:1]})
+    with pytest.raises(ValueError, match=part):
+        parity.compare(whole | {part: [np.ones((3, 1)), *whole[part][1:]]}, whole)
+
+
+def test_parameters_are_compared_in_pieces(monkeypatch):
+    """The same errors, whatever is left over, and no temporary larger than a piece."""
+    numbers = np.random.default_rng(0)
+    make = lambda: results() | {"updates": [numbers.normal(size=(7, 9)), numbers.normal(size=(5,)), np.array(3.0)]}
+    here, there = make(), make()
+    whole = parity.compare(here, there)
+    largest, norm = [], np.linalg.norm
+    monkeypatch.setattr(parity, "PIECE", 4)
+    monkeypatch.setattr(np.linalg, "norm", lambda x: largest.append(x.size) or norm(x))
+    assert parity.compare(here, there) == pytest.approx(whole, rel=1e-12) and max(largest) <= 4
+    assert whole["updates"] == pytest.approx(
+        np.sqrt(sum(norm(a - b) ** 2 for a, b in zip(here["updates"], there["updates"], strict=True))
+                / sum(norm(b) ** 2 for b in there["updates"])))
