@@ -2,6 +2,7 @@
 """What benchmarks read: of each other, of traces, of the results of two meshes."""
 
 import dataclasses
+import weakref
 
 import numpy as np
 import pytest
@@ -73,25 +74,141 @@ def test_comparisons_that_would_say_nothing_are_refused(devices, changes):
         parity.check(parity.Options(**changes), devices)
 
 
+def test_only_must_name_a_case():
+    names = lambda *only, **changes: [case.name for case in parity.cases(parity.Options(only=only, **changes), 4)]
+    with pytest.raises(UserError, match='"tensor parallel".*"one device".*"wrong positions"'):
+        names("sequence parallel", "tensor parallel")
+    assert names("wrong") == [parity.PLAIN, parity.CONTROL_NAME, parity.WRONG]
+    assert names("data", "sequence parallel with", dtype="float32") == [
+        parity.PLAIN, parity.UNTILED, parity.DATA_PARALLEL, parity.ALL]
+
+
+def errors_of(value=1e-6, **changes):
+    return dict.fromkeys(parity.PARTS, value) | changes
+
+
+PLAIN = parity.Case("sequence parallel", 1, 2, None)
+CONTROL = parity.Case(parity.CONTROL_NAME, 1, 1, None, rounding=True)
+UNTILED = parity.Case(parity.UNTILED, 1, 1, None, rounding=True)
+DATA_PARALLEL = parity.Case(parity.DATA_PARALLEL, 2, 1, None, like=parity.UNTILED)
+ALL = parity.Case(parity.ALL, 1, 2, None, beside=parity.DATA_PARALLEL)
+WRONG = parity.Case(parity.WRONG, 1, 2, None, wrong=True)
+MEASURED = {  # benchmarks/results/2026-11-26-two-h100.md
+    parity.CONTROL_NAME: dict(zip(parity.PARTS, (3.5e-6, 1.4e-4, 1.9e-2, 3.3e-2, 2.0e-2, 3.3e-2), strict=True)),
+    parity.UNTILED: dict(zip(parity.PARTS, (8.8e-6, 4.5e-4, 2.2e-2, 4.7e-2, 3.2e-2, 4.7e-2), strict=True))}
+
+
 def test_verdicts():
-    plain, control = parity.Case("sequence parallel", 1, 2, None), parity.Case(parity.CONTROL_NAME, 1, 1, None, rounding=True)
-    wrong = parity.Case("wrong positions", 1, 2, None, wrong=True)
-    errors, rounding = {"loss": 9e-6, "moments": 1.8e-2}, {"loss": 4e-6, "moments": 1.9e-2}
-    assert parity.judge(plain, errors, rounding, "bfloat16") == "ok"
-    assert parity.judge(plain, errors | {"moments": 3e-2}, rounding, "bfloat16") == "MORE THAN ALLOWED: moments"
-    assert parity.judge(plain, errors | {"loss": 3e-5}, rounding, "bfloat16") == "MORE THAN ALLOWED: loss"
-    assert parity.judge(plain, {"loss": float("nan")}, rounding, "bfloat16") == "MORE THAN ALLOWED: loss"
-    assert parity.judge(plain, {"loss": 2e-4}, {}, "float32") == "MORE THAN ALLOWED: loss"
-    assert parity.judge(control, {"loss": 2e-4}, {}, "float32") == "MORE THAN ALLOWED: loss"
-    assert parity.judge(control, errors, errors, "bfloat16") == "ok: what rounding does"
-    assert parity.judge(wrong, errors, rounding, "bfloat16") == "NOT NOTICED"
-    assert parity.judge(wrong, errors | {"moments": 0.5}, rounding, "bfloat16") == "ok: refused for moments"
+    rounding = {parity.CONTROL_NAME: {"loss": 4e-6, "moments": 1.9e-2}}
+    narrow, exact = parity.limits(PLAIN, parity.PLAIN, rounding, "bfloat16"), parity.limits(PLAIN, parity.PLAIN, {}, "float32")
+    errors = errors_of(loss=9e-6, moments=1.8e-2)
+    assert parity.judge(PLAIN, errors, narrow) == "ok"
+    assert parity.judge(PLAIN, errors | {"moments": 3e-2}, narrow) == "MORE THAN ALLOWED: moments"
+    assert parity.judge(PLAIN, errors | {"loss": 3e-5}, narrow) == "MORE THAN ALLOWED: loss"
+    assert parity.judge(PLAIN, errors_of(loss=2e-4), exact) == "MORE THAN ALLOWED: loss"
+    assert parity.judge(CONTROL, errors_of(loss=2e-4), exact).startswith("MORE THAN ALLOWED: loss")
+    assert parity.judge(WRONG, errors, narrow) == "NOT NOTICED"
+    assert parity.judge(WRONG, errors | {"moments": 0.5}, narrow) == "ok: refused for moments"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("case", [PLAIN, CONTROL, UNTILED, WRONG], ids=lambda case: case.name)
+def test_no_case_passes_with_what_is_not_finite(case, value, dtype):
+    for part in parity.PARTS:
+        verdict = parity.judge(case, errors_of(0.5 if case.wrong else 0.0) | {part: value},
+                               parity.limits(case, parity.PLAIN, MEASURED, dtype))
+        assert verdict == f"NOT FINITE: {part}"
+
+
+@pytest.mark.parametrize("case", [CONTROL, UNTILED], ids=lambda case: case.name)
+def test_what_says_how_much_is_rounding_can_fail(case):
+    """At most 6 times what was measured; and limits made of all of it refuse wrong positions, as they were measured."""
+    ceilings = parity.limits(case, parity.PLAIN, {}, "bfloat16")
+    for part, measured in MEASURED[case.name].items():
+        assert parity.judge(case, MEASURED[case.name], ceilings) == "ok: what rounding does"
+        assert 4 * measured < ceilings[part] < 6 * measured
+        assert "MORE" in parity.judge(case, MEASURED[case.name] | {part: 6 * measured}, ceilings)
+    wrong = dict(zip(parity.PARTS, (2.4e-4, 6.1e-3, 0.83, 1.1, 0.92, 1.1), strict=True))
+    for other in (parity.PLAIN, parity.DATA_PARALLEL):
+        widest = parity.limits(ALL, other, parity.CEILINGS, "bfloat16")
+        assert all(error > widest[part] for part, error in wrong.items())
+
+
+def test_limits_of_data_parallel_beside_sequence_parallel():
+    """float32: those of each. bfloat16: those that the control makes and those that one device without tiles makes."""
+    assert set(parity.limits(ALL, parity.DATA_PARALLEL, {}, "float32").values()) == {parity.EXACT}
+    found = parity.limits(ALL, parity.DATA_PARALLEL, MEASURED, "bfloat16")
+    assert found["loss"] == pytest.approx(2e-5 + 2e-5) and found["norm"] == pytest.approx(5e-4 + 1.5 * 4.5e-4)
+    assert found["updates"] == pytest.approx(1.5 * (2.0e-2 + 3.2e-2))
+    assert parity.limits(ALL, parity.PLAIN, MEASURED, "bfloat16")["updates"] == pytest.approx(1.5 * 2.0e-2)
 
 
 def results(off=0.0, worst=1.0):
     """Of a run whose errors beside results() are all off, and worst times that for one of two parameters."""
     return {"losses": [2.0, 2.0 * (1 + off)], "norms": [1.0 + off, 1.0],
             **{name: [np.full(100, 1 + off, np.float64), np.full(1, 1 + off * worst)] for name in ("moments", "updates")}}
+
+
+CHOSEN = [parity.Case(parity.PLAIN, 1, 1, None), CONTROL, UNTILED, PLAIN, DATA_PARALLEL, ALL, WRONG]
+
+
+def failures(dtype, offs, chosen=CHOSEN):
+    return parity.run(chosen, dtype, lambda case: results(offs.get(case.name, 0.0)))
+
+
+def test_the_two_of_the_experiment_are_compared_with_each_other(capsys):
+    """Each within the limit of its own reference, and not of the other."""
+    assert failures("float32", {parity.DATA_PARALLEL: 7e-5, parity.ALL: 9e-5, parity.WRONG: 0.1}) == []
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "ok" and lines[-2].endswith(f"ok: refused for {', '.join(parity.PARTS)}")
+    [line] = [line for line in lines if f"beside {parity.DATA_PARALLEL}" in line]
+    assert "loss 2.0e-05, norm 2.0e-05, moments 2.0e-05" in line and line.endswith("ok")
+    assert failures("float32", {parity.DATA_PARALLEL: -7e-5, parity.ALL: 9e-5, parity.WRONG: 0.1}) == [
+        f"{parity.ALL} beside {parity.DATA_PARALLEL}"]
+    assert capsys.readouterr().out.splitlines()[-1] == f"FAILED: {parity.ALL} beside {parity.DATA_PARALLEL}"
+
+
+@pytest.mark.parametrize("broken", [1e-3, 3.0, float("nan"), float("inf")])
+def test_a_broken_control_fails_and_widens_no_limit(broken, capsys):
+    """A mesh wrong by 1e-3 in its losses would pass beside a control that is wrong by as much."""
+    offs = {parity.CONTROL_NAME: broken, PLAIN.name: 1e-3, parity.WRONG: 0.5}
+    failed = failures("bfloat16", offs)
+    assert f"{parity.CONTROL_NAME} beside {parity.PLAIN}" in failed and f"{PLAIN.name} beside {parity.PLAIN}" in failed
+    assert failures("bfloat16", {parity.WRONG: 0.5}) == []
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("name", [case.name for case in CHOSEN])
+@pytest.mark.parametrize("part", ["losses", "norms"])
+def test_a_run_without_a_number_fails(part, name, dtype, capsys):
+    trained = lambda case: results(0.5 if case.wrong else 0.0) | ({part: [2.0, float("nan")]} if case.name == name else {})
+    failed = parity.run(CHOSEN, dtype, trained)
+    assert any(one.startswith(name) for one in failed) and "NOT FINITE" in capsys.readouterr().out
+
+
+def test_the_last_line_says_what_was_not_asked(capsys):
+    assert failures("float32", {}, [CHOSEN[0], ALL]) == []
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("ok; NOT RUN: ") and f'"{parity.WRONG}"' in last and f'beside "{parity.DATA_PARALLEL}"' in last
+    assert failures("float32", {}, CHOSEN) == [f"{parity.WRONG} beside {parity.PLAIN}"]  # ran, and was not noticed
+    assert "NOT RUN" not in capsys.readouterr().out
+
+
+def test_results_are_kept_as_long_as_something_is_compared_with_them(capsys):
+    """Two beside the one that trains: tens of GB at the real width."""
+    made, counts = [], []
+
+    def trained(case):
+        counts.append(sum(array() is not None for array in made))
+        result = results(0.5 if case.wrong else 0.0)
+        made.append(weakref.ref(result["updates"][0]))
+        return result
+
+    parity.run(CHOSEN, "float32", trained)
+    assert counts == [0, 1, 1, 2, 2, 2, 1]
+    capsys.readouterr()
 
 
 def test_errors_of_a_mesh():
