@@ -60,10 +60,11 @@ class _InPieces(ReplicaSlices):
 def _in_pieces(serialize: Callable) -> Callable:
     """orbax writes an array in one piece, and encodes all of it while the disk is busy with its beginning: as much memory
     again as the array has. In pieces, its limit on what is written at once holds for each; it has no public name for
-    this either. The chunks are those of the file's own metadata, whoever chose them."""
+    this either. Chunks are those of the file's own metadata, whoever chose them."""
     @functools.wraps(serialize)
     async def in_pieces(array: ReplicaSlices, spec: dict[str, Any], **options: Any) -> None:
-        await serialize(_InPieces(**vars(array), chunk=tuple(spec["metadata"]["chunks"])), spec, **options)
+        chunk = spec.get("metadata", {}).get("chunks")  # of zarr 2; whoever writes another format writes it whole
+        await serialize(array if chunk is None else _InPieces(**vars(array), chunk=tuple(chunk)), spec, **options)
 
     return in_pieces
 
