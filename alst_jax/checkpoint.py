@@ -21,8 +21,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
-from orbax.checkpoint._src.arrays.fragments import ConcreteFragment
+from orbax.checkpoint._src.arrays.fragments import ConcreteFragment, ConcreteFragments
 from orbax.checkpoint._src.metadata.array_metadata_store import Store
+from orbax.checkpoint._src.serialization import serialization
 from orbax.checkpoint._src.serialization.replica_slices import ReplicaSlices
 from orbax.checkpoint._src.serialization.types import SerializationStatusCallback, TransferPriority
 
@@ -43,48 +44,45 @@ class _CopiedAsWritten(SerializationStatusCallback):
         return TransferPriority.ASYNCHRONOUS_DEPRIORITIZED
 
 
-def _pieces(fragment: ConcreteFragment) -> Iterator[ConcreteFragment]:
-    """What one device has of an array, in parts of saving.PIECE bytes or one layer: some rows of its first dim longer than
-    1. A layer is cut only if orbax would refuse it, for chunks inside of it would be written by two parts."""
-    shape, size = fragment.value.shape, fragment.value.nbytes
-    if size <= saving.PIECE or len(shape) > 2 and shape[0] == 1 and size < saving.WRITTEN:
-        yield fragment
-        return
-    axis = next(axis for axis, length in enumerate(shape) if length > 1)
-    rows = max(1, saving.PIECE * shape[axis] // size)
-    for start in range(0, shape[axis], rows):
-        stop = min(start + rows, shape[axis])
-        place = fragment.np_index.copy()
-        place[axis, :2] = fragment.np_index[axis, 0] + np.array([start, stop])
-        value = fragment.value[(slice(None),) * axis + (slice(start, stop),)]
-        yield from _pieces(ConcreteFragment(np_index=place, value=value))
+@dataclasses.dataclass(frozen=True)
+class _InPieces(ReplicaSlices):
+    """What this process writes of an array whose chunks on disk have this shape: each device's part in `saving.pieces`."""
+    chunk: tuple[int, ...]
+
+    def to_fragments(self) -> ConcreteFragments:
+        whole = super().to_fragments()
+        return dataclasses.replace(whole, fragments=[piece for part in whole.fragments for piece in self._cut(part)])
+
+    def _cut(self, part: ConcreteFragment) -> Iterator[ConcreteFragment]:
+        for box in saving.pieces(part.value.shape, self.chunk, part.value.itemsize):
+            index = tuple(slice(first + cut.start, first + cut.stop, 1) for first, cut in zip(part.start, box, strict=True))
+            yield ConcreteFragment(index=index, value=part.value[(*box, ...)])  # a view, of a scalar too
 
 
-def _in_pieces(to_fragments: Callable) -> Callable:
+def _in_pieces(serialize: Callable) -> Callable:
     """orbax writes an array in one piece, and encodes all of it while the disk is busy with its beginning: as much memory
     again as the array has. In pieces, its limit on what is written at once holds for each; it has no public name for
-    this either."""
-    @functools.wraps(to_fragments)
-    def fragments(self):
-        whole = to_fragments(self)
-        return dataclasses.replace(whole, fragments=[piece for part in whole.fragments for piece in _pieces(part)])
+    this either. Chunks are those of the file's own metadata, whoever chose them."""
+    @functools.wraps(serialize)
+    async def in_pieces(array: ReplicaSlices, spec: dict[str, Any], **options: Any) -> None:
+        chunk = spec.get("metadata", {}).get("chunks")  # of zarr 2; whoever writes another format writes it whole
+        await serialize(array if chunk is None else _InPieces(**vars(array), chunk=tuple(chunk)), spec, **options)
 
-    return fragments
-
-
-ReplicaSlices.to_fragments = _in_pieces(ReplicaSlices.to_fragments)
+    return in_pieces
 
 
-def _chunks(array: jax.Array | np.ndarray) -> ocp.SaveArgs:
-    """A chunk of a stack lies in one layer, so that no two pieces share one; of tables they may, and such a chunk is written
-    twice (more often where the columns are sharded), which tensorstore sees to."""
+serialization.async_serialize_from_host = _in_pieces(serialization.async_serialize_from_host)
+
+
+def _chunks(array: jax.Array | np.ndarray | jax.ShapeDtypeStruct) -> ocp.SaveArgs:
+    """A chunk of a stack lies in one layer, so that layers can be read one by one."""
     return ocp.SaveArgs(chunk_byte_size=saving.chunk_bytes(), shard_axes=(0,) if array.ndim > 2 else ())
 
 
 def _tree_handler() -> ocp.PyTreeCheckpointHandler:
     arrays = ocp.type_handlers.ArrayHandler(array_metadata_store=Store(), callback=_CopiedAsWritten())
     return ocp.PyTreeCheckpointHandler(
-        save_concurrent_gb=saving.WRITTEN // 10**9, save_device_host_concurrent_gb=saving.COPIES / 10**9,
+        save_concurrent_gb=saving.WRITTEN / 10**9, save_device_host_concurrent_gb=saving.COPIES / 10**9,
         type_handler_registry=ocp.type_handlers.create_type_handler_registry(
             (jax.Array, arrays), (np.ndarray, ocp.type_handlers.NumpyHandler())))
 
