@@ -1,6 +1,7 @@
 """What a step will need, known before anything is allocated: the compiler's bytes for the working set, shapes for the
 rest."""
 
+import concurrent.futures
 import dataclasses
 import functools
 import math
@@ -46,16 +47,16 @@ def plan_step(
             place = on_host if offloaded and (leaf.ndim or part != "optimizer") else device  # the count stays
             place[part] = place.get(part, 0) + size
     kept = cost.kept_bytes(job)
-    absent = is_absent(step.mesh)
-    compiled = _compile(step, rows, length, absent)
-    memory, on_cpu = compiled.memory_analysis(), step.mesh.devices.flat[0].platform == "cpu"
+    absent, on_cpu = is_absent(step.mesh), step.mesh.devices.flat[0].platform == "cpu"
+    compiled, update = _compile(step, rows, length, grad_accum, absent, on_cpu)
+    memory = compiled.memory_analysis()
     need = memory.temp_size_in_bytes
     if absent:  # the compiler does not know what the attention kernel asks for when it runs
         need += cost.working_set(job) - cost.working_set(dataclasses.replace(job, count_workspace=False))
     if absent or on_cpu:  # where the update streams, it cannot be compiled without the memories it streams through
         need = max(need, cost.update_work(job) if absent else 0)
-    elif not step.profile.update_in_backward:
-        need = max(need, _update_bytes(step, grad_accum))
+    elif update is not None:
+        need = max(need, update.memory_analysis().temp_size_in_bytes)
     kept_here = min(need, sum(kept.values()) if on_cpu else kept[host.DEVICE])
     device |= {"kept activations": kept_here, "working set": need - kept_here}
     device["batch"] = 3 * math.prod(NamedSharding(step.mesh, BATCH_SPEC).shard_shape((rows, length))) * 4
@@ -122,17 +123,22 @@ def this_cluster(host_memory_gib: float | int | None = None) -> Cluster | None:
 # ------------------------------------------------------------------------------------------------------------ compiling
 
 
-def _compile(step: TrainStep, rows: int, length: int, absent: bool) -> Any:
+def _compile(step: TrainStep, rows: int, length: int, grad_accum: int, absent: bool, on_cpu: bool) -> tuple[Any, Any]:
+    """The compiled gradient, or the whole step where the profile updates in it, and the update where there is one of its
+    own for real GPUs. Both at once: each keeps a core or two busy."""
     tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=NamedSharding(step.mesh, BATCH_SPEC))
-    scalar = jax.ShapeDtypeStruct((), jnp.float32)
-    function = step.loss_and_grad
+    scalar, batch = jax.ShapeDtypeStruct((), jnp.float32), Batch(tokens, tokens, tokens)
     if step.profile.update_in_backward and not absent:
-        rate = jax.ShapeDtypeStruct((), jnp.float32)
-        return step.update_in_backward.lower(
-            step.params, step.optimizer_state, Batch(tokens, tokens, tokens), scalar, rate).compile()
+        return step.update_in_backward.lower(step.params, step.optimizer_state, batch, scalar, scalar).compile(), None
+    function = step.loss_and_grad
     if absent and step.profile.offload_weights:
         function = jax.jit(functools.partial(_with_weights_on_host, step))
-    return function.lower(step.params, Batch(tokens, tokens, tokens), scalar).compile()
+    lowered = [function.lower(step.params, batch, scalar)]
+    if not (absent or on_cpu):
+        lowered.append(_lower_update(step, grad_accum))
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        compiled, *update = threads.map(lambda program: program.compile(), lowered)
+    return compiled, update[0] if update else None
 
 
 def _with_weights_on_host(step: TrainStep, params: Any, batch: Batch, scale: jax.Array) -> Any:
@@ -152,12 +158,11 @@ def _with_weights_on_host(step: TrainStep, params: Any, batch: Batch, scale: jax
     return loss, elements(host.to_host(gradients), at)
 
 
-def _update_bytes(step: TrainStep, grad_accum: int) -> int:
+def _lower_update(step: TrainStep, grad_accum: int) -> Any:
     # As in a run, which then compiles nothing again: the norm was computed on the mesh, the rate comes from the host.
     norm = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(step.mesh, P()))
     rate = jax.ShapeDtypeStruct((), jnp.float32)
     widen = accumulation_dtype if grad_accum > 1 else lambda dtype: dtype
     gradients = jax.tree.map(
         lambda p: jax.ShapeDtypeStruct(p.shape, widen(p.dtype), sharding=p.sharding), step.params)
-    update = step.update.lower(step.params, gradients, step.optimizer_state, norm, rate)
-    return update.compile().memory_analysis().temp_size_in_bytes
+    return step.update.lower(step.params, gradients, step.optimizer_state, norm, rate)

@@ -57,13 +57,15 @@ def test_a_run_compiles_nothing_that_its_plan_has_compiled(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_the_update_is_compiled_as_a_run_calls_it(compiled, accumulation):
+def test_gradient_and_update_are_compiled_as_a_run_calls_them(compiled, accumulation):
     step = make_step(TINY, 1, 2, TILED, AdamW(), jnp.bfloat16)
-    plan._update_bytes(step, accumulation)
-    params = step.init_params(jax.random.key(0), jnp.bfloat16)
     batches = {name: jnp.stack([array] * accumulation) for name, array in random_batch().items()}
+    programs = plan._compile(step, *batches["tokens"].shape[1:], accumulation, absent=False, on_cpu=False)
+    assert [program.memory_analysis().temp_size_in_bytes > 0 for program in programs] == [True, True]
+    assert compiled["jit(local_loss)"] == compiled["jit(apply_update)"] == 1, compiled
+    params = step.init_params(jax.random.key(0), jnp.bfloat16)
     optimizer_step(step, TrainState(params, step.init_optimizer(params), 0), jax.device_get(batches), 1e-3)
-    assert compiled["jit(apply_update)"] == 1, compiled
+    assert compiled["jit(local_loss)"] == compiled["jit(apply_update)"] == 1, compiled
 
 
 def test_another_job_has_a_step_of_its_own():

@@ -121,7 +121,7 @@ if sys.argv[2] == "orbax":  # its own order, as it was before
     checkpoint._CopiedAsWritten.key_priority = lambda self, keypath: checkpoint.TransferPriority.SYNCHRONOUS
 # As on a GPU, where copies are made; of a CPU's arrays, which lie in the host's memory, orbax makes none.
 ocp.PyTreeCheckpointHandler = functools.partial(ocp.PyTreeCheckpointHandler, enable_pinned_host_transfer=True)
-params = {f"w{i}": {"kernel": jax.random.normal(jax.random.key(i), (1024, 8192))} for i in range(16)}
+params = {f"w{i}": {"kernel": jax.random.normal(jax.random.key(i), (1024, 8192))} for i in range(32)}
 size = sum(x.nbytes for x in jax.tree.leaves(jax.block_until_ready(params)))
 checkpoints = checkpoint.Checkpoints(sys.argv[1])
 
