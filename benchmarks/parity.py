@@ -45,11 +45,12 @@ PLAIN, CONTROL_NAME, UNTILED = "one device", "control: one device, other tiles",
 DATA_PARALLEL, ALL, WRONG = "data parallel without features", "sequence parallel with all", "wrong positions"
 PARTS = ("loss", "norm", "moments", "worst of moments", "updates", "worst of updates")
 # What rounding may do in bfloat16: about 5 times what it did on two H100, 4 layers of the real width, 32,768 tokens
-# (benchmarks/results/2026-11-24-two-h100.md, 2026-11-26-two-h100.md; the worst of moments is not there, and may be as that of
-# updates). Loose, for other lengths and widths, and yet limits made of them refuse wrong positions by all that was measured.
+# (benchmarks/results/2026-11-24-two-h100.md, 2026-11-26-two-h100.md; the worst of moments, which is not there, taken as 1.25
+# times the moments, as on a CPU). Loose, for other lengths and widths: at 2,048 tokens the control's loss is off by 7.5e-6.
+# Limits made of them refuse wrong positions yet, as these were measured there.
 CEILINGS = {
-    CONTROL_NAME: dict(zip(PARTS, (2e-5, 8e-4, 0.1, 0.17, 0.1, 0.17), strict=True)),  # 3.9e-6 1.5e-4 0.019 - 0.020 0.033
-    UNTILED: dict(zip(PARTS, (4.5e-5, 2.3e-3, 0.11, 0.24, 0.16, 0.24), strict=True)),  # 8.8e-6 4.5e-4 0.022 - 0.032 0.047
+    CONTROL_NAME: dict(zip(PARTS, (2e-5, 8e-4, 0.1, 0.12, 0.1, 0.17), strict=True)),  # 3.9e-6 1.5e-4 0.019 - 0.020 0.033
+    UNTILED: dict(zip(PARTS, (4.5e-5, 2.3e-3, 0.11, 0.14, 0.16, 0.24), strict=True)),  # 8.8e-6 4.5e-4 0.022 - 0.032 0.047
 }
 THREADS, PIECE = 8, 1 << 24  # that compare, and the numbers that each subtracts at once: 64 MiB
 
