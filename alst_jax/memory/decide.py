@@ -82,7 +82,7 @@ class Planner:
             # Its kernel is made for the device at hand only; what cuDNN's forward needs is the same to the byte.
             as_cudnn = dataclasses.replace(job, profile=dataclasses.replace(job.profile, attention="cudnn"))
             return dataclasses.replace(self.compile(as_cudnn), seconds=self.search.plan(job).seconds)
-        return plan_step(self.step(job), job.rows, job.length, job.grad_accum, self.cluster)
+        return plan_step(self.step(job), job.rows, job.length, job.grad_accum, self.cluster, at_once=self.config.planning)
 
     def choose(self, job: Job, say: Callable[[str], None] = print) -> Choice:
         """The job with the profile that --memory says, and its plan. UserError if it cannot fit."""

@@ -26,11 +26,12 @@ from alst_jax.step import Batch, TrainStep
 
 
 def plan_step(
-    step: TrainStep, rows: int, length: int, grad_accum: int = 1, cluster: Cluster | None = None
+    step: TrainStep, rows: int, length: int, grad_accum: int = 1, cluster: Cluster | None = None, at_once: bool = False
 ) -> Plan:
     """The plan of a step over `rows` sequences of `length` tokens, `grad_accum` times. Compiles; allocates nothing.
 
-    The step's mesh may be of `absent_devices`. cluster: limits and speeds; None: those of the devices that are here. On
+    The step's mesh may be of `absent_devices`. cluster: limits and speeds; None: those of the devices that are here.
+    at_once: compile its programs at the same time, which is faster and leaves more of the compiler's memory behind. On
     a CPU all memory is one: what would be kept in host memory on a GPU is counted there, while the working set counts
     the copies that a GPU would not have.
     """
@@ -48,7 +49,7 @@ def plan_step(
             place[part] = place.get(part, 0) + size
     kept = cost.kept_bytes(job)
     absent, on_cpu = is_absent(step.mesh), step.mesh.devices.flat[0].platform == "cpu"
-    compiled, update = _compile(step, rows, length, grad_accum, absent, on_cpu)
+    compiled, update = _compile(step, rows, length, grad_accum, absent, on_cpu, at_once)
     memory = compiled.memory_analysis()
     need = memory.temp_size_in_bytes
     if absent:  # the compiler does not know what the attention kernel asks for when it runs
@@ -123,9 +124,11 @@ def this_cluster(host_memory_gib: float | int | None = None) -> Cluster | None:
 # ------------------------------------------------------------------------------------------------------------ compiling
 
 
-def _compile(step: TrainStep, rows: int, length: int, grad_accum: int, absent: bool, on_cpu: bool) -> tuple[Any, Any]:
+def _compile(
+    step: TrainStep, rows: int, length: int, grad_accum: int, absent: bool, on_cpu: bool, at_once: bool
+) -> tuple[Any, Any]:
     """The compiled gradient, or the whole step where the profile updates in it, and the update where there is one of its
-    own for real GPUs. Both at once: each keeps a core or two busy."""
+    own for real GPUs."""
     tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=NamedSharding(step.mesh, BATCH_SPEC))
     scalar, batch = jax.ShapeDtypeStruct((), jnp.float32), Batch(tokens, tokens, tokens)
     if step.profile.update_in_backward and not absent:
@@ -136,7 +139,7 @@ def _compile(step: TrainStep, rows: int, length: int, grad_accum: int, absent: b
     lowered = [function.lower(step.params, batch, scalar)]
     if not (absent or on_cpu):
         lowered.append(_lower_update(step, grad_accum))
-    with concurrent.futures.ThreadPoolExecutor() as threads:
+    with concurrent.futures.ThreadPoolExecutor(len(lowered) if at_once else 1) as threads:
         compiled, *update = threads.map(lambda program: program.compile(), lowered)
     return compiled, update[0] if update else None
 

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 COPIES = 10**9  # bytes of a host
 DATA_FILE = 2**26
-PIECE = 2**27
+PIECE = 2**26
 EXPORT_FILE = 2**30  # bytes of a file of the export, which is held, and the tensor after it: 2.3 GiB of an 8B model
-WRITTEN = 10**9  # bytes at once, of weights and of optimizer states; orbax refuses a piece that is not smaller
+WRITTEN = 3 * 10**8  # bytes at once, of weights and of optimizer states; orbax refuses a piece that is not smaller
 BUFFERS = 3 * 2**30  # bytes of a host, outside of jax's pool: the writers of both
 CHUNKS = 2**27  # bytes of the chunks of all cores together
 WIDTHS = {"float32": 4, "bfloat16": 2, "int8": 1, "low-bits": 2, "none": 0}  # of a state's or a master's element

@@ -56,11 +56,11 @@ def test_a_run_compiles_nothing_that_its_plan_has_compiled(tmp_path, monkeypatch
     assert compiled["jit(local_loss)"] == compiled["jit(apply_update)"] == 1, compiled
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_gradient_and_update_are_compiled_as_a_run_calls_them(compiled, accumulation):
+@pytest.mark.parametrize("accumulation, at_once", [(1, False), (1, True), (2, False)])
+def test_gradient_and_update_are_compiled_as_a_run_calls_them(compiled, accumulation, at_once):
     step = make_step(TINY, 1, 2, TILED, AdamW(), jnp.bfloat16)
     batches = {name: jnp.stack([array] * accumulation) for name, array in random_batch().items()}
-    programs = plan._compile(step, *batches["tokens"].shape[1:], accumulation, absent=False, on_cpu=False)
+    programs = plan._compile(step, *batches["tokens"].shape[1:], accumulation, False, False, at_once)
     assert [program.memory_analysis().temp_size_in_bytes > 0 for program in programs] == [True, True]
     assert compiled["jit(local_loss)"] == compiled["jit(apply_update)"] == 1, compiled
     params = step.init_params(jax.random.key(0), jnp.bfloat16)
@@ -145,7 +145,7 @@ class Compiler:
         monkeypatch.setattr(decide, "plan_step", self)
         monkeypatch.setattr(Planner, "step", lambda planner, job: job)
 
-    def __call__(self, job, rows, length, grad_accum, cluster):
+    def __call__(self, job, rows, length, grad_accum, cluster, **_):
         assert (rows, length, grad_accum) == (job.rows, job.length, job.grad_accum)
         self.jobs.append(job)
         plan = estimate(job, cluster)
