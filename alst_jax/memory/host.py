@@ -88,7 +88,9 @@ def reserve(gibibytes: int) -> None:
     Raises jax.errors.JaxRuntimeError (RESOURCE_EXHAUSTED) where the machine or the pool's limit,
     XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB, has less.
     """
-    float(_reserve(gibibytes).lower(jax.ShapeDtypeStruct((), jnp.int32)).compile()(jnp.int32(1)))
+    used = _reserve(gibibytes).lower(jax.ShapeDtypeStruct((), jnp.int32)).compile()(jnp.int32(1))
+    # Read when the piece is free again: the few bytes of pinned memory that this takes would be a new piece beside it.
+    float(jax.block_until_ready(used))
 
 
 def _reserve(gibibytes):
