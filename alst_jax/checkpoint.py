@@ -171,6 +171,8 @@ class Checkpoints:
     def _reading(self, step: int) -> Iterator[None]:
         try:
             yield
+        except (jax.errors.JaxRuntimeError, MemoryError):  # no room for it, which is no fault of the checkpoint's
+            raise
         except Exception as error:  # orbax, tensorstore and json each raise their own
             raise self._unreadable(step, error) from error
 

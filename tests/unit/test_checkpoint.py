@@ -316,6 +316,16 @@ def test_the_refusal_says_how_to_go_on(tmp_path):
     restore(tmp_path, 4, "params")
 
 
+def test_a_checkpoint_is_not_to_blame_for_a_lack_of_memory(intact, monkeypatch):
+    """Or a user is told to delete it."""
+    def too_large(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(ckpt, "load_array", too_large)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        restore(intact, 3, "params")
+
+
 @pytest.mark.parametrize("changes", [dict(num_layers=2), dict(vocab_size=104), dict(mlp_bias=False),
                                      dict(tie_word_embeddings=True)])
 def test_weights_of_another_model_are_refused(intact, changes):
