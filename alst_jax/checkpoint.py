@@ -138,16 +138,21 @@ class Checkpoints:
                 yield path, array.read().result()
 
     def _restore_tree(self, step: int, item: str, abstract: Any) -> Any:
+        wanted = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
         with self._reading(step):
             saved = {_name(path): array for path, array in self._open(step, item).items()}
-            wanted = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
-            shape = lambda arrays, name: arrays[name].shape if name in arrays else "none"
-            other = [f"{name} is {shape(saved, name)} there and {shape(wanted, name)} here" for name in {**saved, **wanted}
-                     if shape(saved, name) != shape(wanted, name)]
+            kind = lambda arrays, name: _kind(arrays[name]) if name in arrays else "none"
+            other = [f"{name} is {kind(saved, name)} there and {kind(wanted, name)} here" for name in {**saved, **wanted}
+                     if kind(saved, name) != kind(wanted, name)]
             if other:
                 raise ValueError(f"{item} of another model or optimizer: {'; '.join(other[:5])}{', ...' * (len(other) > 5)}")
-            return jax.tree_util.tree_map_with_path(
-                lambda path, leaf: load_array(leaf, functools.partial(_read, saved[_name(path)])), abstract)
+
+        def read(array, bounds):
+            with self._reading(step):
+                return _read(array, bounds)
+
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: load_array(leaf, functools.partial(read, saved[_name(path)])), abstract)
 
     def _open(self, step: int, item: str) -> dict[tuple, ts.TensorStore]:
         """The arrays of an item by their tree paths. They are read from here and not through orbax, which reads each
@@ -171,7 +176,7 @@ class Checkpoints:
     def _reading(self, step: int) -> Iterator[None]:
         try:
             yield
-        except (jax.errors.JaxRuntimeError, MemoryError):  # no room for it, which is no fault of the checkpoint's
+        except MemoryError:  # no fault of the checkpoint's
             raise
         except Exception as error:  # orbax, tensorstore and json each raise their own
             raise self._unreadable(step, error) from error
@@ -189,6 +194,12 @@ class Checkpoints:
 
 def _name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def _kind(array: ts.TensorStore | jax.ShapeDtypeStruct) -> str:
+    """Shape and what the elements are: floats of one width may be read as those of another, nothing else as something else."""
+    dtype = np.dtype(getattr(array.dtype, "numpy_dtype", array.dtype))
+    return f"{tuple(array.shape)} {'floats' if jax.numpy.issubdtype(dtype, jax.numpy.floating) else dtype.name}"
 
 
 def _read(array: ts.TensorStore, bounds: Bounds) -> np.ndarray:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 COPIES = 10**9  # bytes of a host
 DATA_FILE = 2**26
 PIECE = 2**26
-EXPORT_FILE = 2**30  # bytes of a file of the export, which is held, and the tensor after it: 2.3 GiB of an 8B model
+EXPORT_FILE = 2**30  # bytes of a file of the export, which is held, and the tensor after it: 2.3 to 2.7 GiB of an 8B model
 WRITTEN = 3 * 10**8  # bytes at once, of weights and of optimizer states; orbax refuses a piece that is not smaller
 BUFFERS = 3 * 2**30  # bytes of a host, outside of jax's pool: the writers of both
 CHUNKS = 2**27  # bytes of the chunks of all cores together

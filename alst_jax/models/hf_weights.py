@@ -192,7 +192,8 @@ def save_params(
     """Write (path, leaf) pairs as safetensors with Hugging Face's names; returns the number of tensors and their bytes.
 
     One file if it fits into max_shard_bytes, else several and an index. At most one file's tensors are in host memory,
-    and one leaf if the pairs are made one by one. Files get their final names once all are complete.
+    and one leaf if the pairs are made one by one. Files get their final names once all are complete, and weights that were
+    there before are removed.
     """
     out = pathlib.Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
@@ -205,6 +206,8 @@ def save_params(
         files.append(file)
     names = [SINGLE] if len(files) == 1 else [
         f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
+    for old in (out / SINGLE, out / INDEX, *out.glob("model-*-of-*.safetensors")):  # readers would take them for the new ones
+        old.unlink(missing_ok=True)
     for file, name in zip(files, names):
         file.replace(out / name)
     if len(files) > 1:

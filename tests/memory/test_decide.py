@@ -3,6 +3,7 @@
 
 import collections
 import dataclasses
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +67,25 @@ def test_gradient_and_update_are_compiled_as_a_run_calls_them(compiled, accumula
     params = step.init_params(jax.random.key(0), jnp.bfloat16)
     optimizer_step(step, TrainState(params, step.init_optimizer(params), 0), jax.device_get(batches), 1e-3)
     assert compiled["jit(local_loss)"] == compiled["jit(apply_update)"] == 1, compiled
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_programs_are_compiled_at_once_or_one_after_the_other(monkeypatch, at_once):
+    inside, most, met = [], [], threading.Barrier(2)
+
+    class Program:
+        def compile(self):
+            inside.append(self)
+            if at_once:
+                met.wait(60)  # for the other
+            most.append(len(inside))
+            inside.remove(self)
+
+    step = make_step(TINY, 1, 2, TILED, AdamW(), jnp.bfloat16)
+    monkeypatch.setattr(plan, "_lower_update", lambda *_: Program())
+    monkeypatch.setattr(step, "loss_and_grad", type("Jitted", (), {"lower": lambda *_: Program()})())
+    plan._compile(step, 1, 64, 1, False, False, at_once)
+    assert len(most) == 2 and (most == [1, 1]) == (not at_once)
 
 
 def test_another_job_has_a_step_of_its_own():
@@ -145,11 +165,20 @@ class Compiler:
         monkeypatch.setattr(decide, "plan_step", self)
         monkeypatch.setattr(Planner, "step", lambda planner, job: job)
 
-    def __call__(self, job, rows, length, grad_accum, cluster, **_):
+    def __call__(self, job, rows, length, grad_accum, cluster, at_once):
         assert (rows, length, grad_accum) == (job.rows, job.length, job.grad_accum)
+        self.at_once = at_once
         self.jobs.append(job)
         plan = estimate(job, cluster)
         return dataclasses.replace(plan, source=COMPILED, device=plan.device | {"excess": self.excess})
+
+
+@pytest.mark.parametrize("flags", [{}, {"plan_only": True}, {"find_max_seq_len": True}], ids=str)
+def test_only_plans_compile_all_at_once(monkeypatch, flags):
+    """A run would keep the memory that this costs."""
+    compiler = Compiler(monkeypatch)
+    planner(compiles=True, **flags).compile(EIGHT)
+    assert compiler.at_once == bool(flags)
 
 
 @pytest.mark.parametrize("excess", [0, 8 * GIB])

@@ -125,10 +125,13 @@ def test_an_optimizer_of_another_kind_is_refused(tmp_path):
     saved(tmp_path, 1, made=make_step(dtype="bfloat16"))
     wanted = make_step(dtype="bfloat16").optimizer_state
     less = {name: part for name, part in wanted.items() if name != "master"}
-    with pytest.raises(UserError, match=r"optimizer of another model or optimizer: master\.\S+ is \(.*\) there and none here"):
+    with pytest.raises(UserError, match=r"optimizer of another model or optimizer: master\.\S+ is \(.*\) floats there and none here"):
         ckpt.Checkpoints(tmp_path).restore_optimizer(1, less)
-    with pytest.raises(UserError, match=r"low\.\S+ is none there and \(.*\) here"):
+    with pytest.raises(UserError, match=r"low\.\S+ is none there and \(.*\) floats here"):
         ckpt.Checkpoints(tmp_path).restore_optimizer(1, wanted | {"low": wanted["master"]})
+    as_bits = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.uint16, sharding=x.sharding), wanted["master"])
+    with pytest.raises(UserError, match=r"master\.\S+ is \(.*\) floats there and \(.*\) uint16 here"):  # low bits
+        ckpt.Checkpoints(tmp_path).restore_optimizer(1, wanted | {"master": as_bits})
 
 
 def test_weights_read_one_by_one(tmp_path):

@@ -328,6 +328,23 @@ def test_sharded_output_is_named_as_hugging_face_names_it(tmp_path):
     assert all(torch.equal(loaded[name], value) for name, value in expected.items())
 
 
+def test_weights_that_were_there_before_are_not_taken_for_the_new_ones(tmp_path):
+    """Readers take one file before an index; a run that is resumed exports again."""
+    make_hf(tmp_path / "in")
+    config = model_config(tmp_path / "in")
+    params = load_params(tmp_path / "in", config, on_one_device(config))
+    out = tmp_path / "out"
+    for number, limit in enumerate((2**30, 10**5, 2 * 10**5, 2**30)):
+        new = jax.tree.map(lambda x: x + number, params)
+        save_params(leaves_of(new), config, out, limit)
+        shutil.copy(tmp_path / "in" / "config.json", out)
+        files = list(out.glob("*.safetensors"))
+        assert (len(files) == 1) == (limit == 2**30) and (out / "model.safetensors.index.json").is_file() == (len(files) > 1)
+        for found in (by_name(load_params(out, config, on_one_device(config)), config),
+                      LlamaForCausalLM.from_pretrained(out).state_dict()):
+            np.testing.assert_array_equal(np.asarray(found["model.norm.weight"]), np.asarray(new["norm"]["scale"]))
+
+
 @pytest.mark.parametrize("limit", [60_000, 2**30], ids=["sharded", "single"])
 def test_a_crash_leaves_nothing_that_looks_whole(tmp_path, limit):
     make_hf(tmp_path / "in")
