@@ -23,6 +23,7 @@ from alst_jax.memory.profile import Profile
 from alst_jax.memory.remat import scan_layers
 from alst_jax.models.layer import Layer
 from alst_jax.models.llama import abstract_params, block_functions, init_params
+from alst_jax.ops.attention import import_kernel
 from alst_jax.ops.cross_entropy import cross_entropy, default_tile, tiled_cross_entropy
 from alst_jax.ops.linear import embed
 from alst_jax.ops.norm import rms_norm
@@ -60,6 +61,7 @@ class TrainStep:
         if profile.update_in_backward and not (profile.offload_weights and profile.offload_optimizer):
             raise UserError("--update-in-backward is for weights and optimizer in host memory (--offload-weights, "
                             "--offload-optimizer)")  # stacks on the device would be copied once for each loop
+        import_kernel(profile.attention)
         self.model, self.mesh, self.profile, self.optimizer = model, mesh, profile, optimizer
         self.specs = param_specs(abstract_params(model, dtype), mesh)
         weights_kind = host.memory_kind(profile.offload_weights)

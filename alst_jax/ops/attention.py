@@ -1,6 +1,7 @@
 """Causal attention over whole sequences, for the heads that are here. No kernel is used past the length where it is right."""
 
 import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,15 @@ MIN_ROWS = 16  # queries in a tile at least
 # cuDNN's backward indexes q with 32-bit integers: above 2^31 elements its dQ is wrong without an error (measured, jax
 # 0.11.2, cuDNN 9.19: the rows past element 2^31 are off by 100%).
 CUDNN_MAX_ELEMENTS = 2**31
+TOKAMAX_KERNEL = "tokamax._src.ops.attention.pallas_mosaic_gpu"
 TOKAMAX_TILES = dict(block_q=64, block_kv=128, num_stages=2, persistent=False)  # the fastest tried, see docs/log.md
+
+
+def import_kernel(implementation: str) -> None:
+    """Import a kernel's package, if it is here. Call before anything is traced: tokamax adds options of its own to the key of
+    jax's caches (`jax.make_user_context`), so that a program in whose trace it is imported is compiled twice."""
+    if implementation == "tokamax" and importlib.util.find_spec("tokamax") is not None:
+        importlib.import_module(TOKAMAX_KERNEL)
 
 
 def attention(
@@ -135,9 +144,8 @@ def _tokamax_forward(q, k, v):
 def _tokamax_kernel(q, k, v):
     """o[B, S, N, H] and, of each query's scores, the largest and the sum of exponentials relative to it [B, N, S]."""
     # The public tokamax.dot_product_attention has no way to ask for these.
-    from tokamax._src.ops.attention.pallas_mosaic_gpu import ConfigSM90, PallasMosaicGpuFlashAttention
-
-    kernel = PallasMosaicGpuFlashAttention(config=ConfigSM90(**TOKAMAX_TILES))
+    tokamax = importlib.import_module(TOKAMAX_KERNEL)
+    kernel = tokamax.PallasMosaicGpuFlashAttention(config=tokamax.ConfigSM90(**TOKAMAX_TILES))
     o, (largest, total) = kernel(q, k, v, is_causal=True, return_residuals=True)
     return o, largest, total
 

@@ -3,6 +3,7 @@
 
 import collections
 import dataclasses
+import sys
 import threading
 
 import jax
@@ -18,9 +19,11 @@ from alst_jax.memory.decide import Planner
 from alst_jax.memory.machines import GIB, parse_cluster
 from alst_jax.memory.profile import Profile
 from alst_jax.memory.report import COMPILED, ESTIMATED
+from alst_jax.ops import attention
 from alst_jax.optim.adamw import AdamW
 from alst_jax.trainer import TrainState, optimizer_step
 from benchmarks.shapes import LLAMA_8B, LLAMA_70B
+from tests import stand_in
 from tests.helpers import TINY, make_step, random_batch
 
 H100 = parse_cluster("H100-80", 125)
@@ -67,6 +70,40 @@ def test_gradient_and_update_are_compiled_as_a_run_calls_them(compiled, accumula
     params = step.init_params(jax.random.key(0), jnp.bfloat16)
     optimizer_step(step, TrainState(params, step.init_optimizer(params), 0), jax.device_get(batches), 1e-3)
     assert compiled["jit(local_loss)"] == compiled["jit(apply_update)"] == 1, compiled
+
+
+KERNEL = """
+import jax
+from tests import stand_in
+
+option = jax.make_user_context()
+ConfigSM90 = dict
+
+class PallasMosaicGpuFlashAttention:
+    def __init__(self, config): pass
+    def __call__(self, q, k, v, is_causal, return_residuals):
+        return stand_in.tokamax_kernel(q, k, v)
+"""
+
+
+def test_a_kernel_whose_package_adds_options_to_jax_is_compiled_once(tmp_path, monkeypatch, compiled):
+    package = tmp_path.joinpath(*attention.TOKAMAX_KERNEL.split(".")).with_suffix(".py")
+    package.parent.mkdir(parents=True)
+    package.write_text(KERNEL)
+    kernel = attention._tokamax_kernel
+    stand_in.install(monkeypatch)
+    monkeypatch.setattr(attention, "_tokamax_kernel", kernel)
+    for name in [name for name in sys.modules if name.split(".")[0] == "tokamax"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        step = make_step(TINY, 1, 1, dataclasses.replace(TILED, attention="tokamax"), AdamW(), jnp.float32)
+        for _ in range(2):
+            plan._compile(step, 1, 64, 1, False, True, False)
+        assert compiled["jit(local_loss)"] == 1
+    finally:
+        for name in [name for name in sys.modules if name.split(".")[0] == "tokamax"]:
+            del sys.modules[name]
 
 
 @pytest.mark.parametrize("at_once", [False, True])
