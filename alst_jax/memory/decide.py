@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import operator
 import statistics
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from alst_jax.parallel.mesh import make_mesh
 from alst_jax.step import TrainStep, check_profile
 
 POOL_SLACK, POOL_MATTERS = 2, 16  # GiB
+PROCESS = 8 * GIB  # Python, CUDA's libraries and the compiler; 6 to 10 measured, saves included
 ANY_LENGTH = 1024  # where the length is what is looked for
 MEASURED_ERROR = ("estimated by arithmetic, without a compiler: its measured error is in "
                   "benchmarks/results/2026-11-24-plan-accuracy.md; install the extra cuda12 or cuda13 to compile for "
@@ -206,11 +208,15 @@ def report(planner: Planner, job: Job) -> str:
     plan = choice.plan
     if config.plan_picture:
         plan.picture(config.plan_picture)
+    here = min(plan.devices, planner.cluster.per_host) if planner.cluster else plan.devices
     if config.json:
         found = {"max_seq_len": choice.job.length} if config.find_max_seq_len else {}
         return json.dumps(json.loads(plan.to_json()) | {"flags": describe(choice.job),
-            "seq_len": choice.job.length} | found)
+            "seq_len": choice.job.length, "process_bytes": process_bytes(plan, here)} | found)
     lines = [plan.table()]
+    if planner.cluster is not None:
+        lines.append(f"the whole process: about {process_bytes(plan, here) / GIB:.0f} GiB of a host's memory, with Python, "
+                     "CUDA's libraries, the compiler and jax's pool of pinned memory, whose pieces are powers of two")
     if config.find_max_seq_len:
         lines.insert(0, f"longest sequence: {choice.job.length:,} tokens, with {describe(choice.job)}")
     if plan.source == ESTIMATED:
@@ -230,8 +236,7 @@ def announce(planner: Planner, choice: Choice) -> None:
 def make_host_pool(plan: Plan) -> None:
     """Pin the host memory of a plan in one piece (see `host.reserve`), if it is of a size that matters: with some slack,
     but no more than jax may pin. UserError if the host refuses."""
-    need = plan.host_bytes * min(plan.devices, jax.local_device_count()) - saving.BUFFERS  # which are not pinned
-    need = -(-need // GIB)
+    need = pinned_gibibytes(plan, min(plan.devices, jax.local_device_count()))
     if need < POOL_MATTERS:
         return
     most = environment.pinned_limit()
@@ -248,15 +253,34 @@ def make_host_pool(plan: Plan) -> None:
                         "(--keep-attention-on-host, --optimizer-states int8, a shorter --seq-len)") from error
 
 
+def pinned_gibibytes(plan: Plan, here: int) -> int:
+    """GiB that `here` devices of a host need in pinned memory: all but what writers of a save hold."""
+    return -(-(plan.host_bytes * here - saving.BUFFERS) // GIB)
+
+
+def process_bytes(plan: Plan, here: int) -> int:
+    """Host memory of a whole process with so many devices: jax's pool, the writers of a save and PROCESS.
+
+    The pool's pieces are powers of two, or what jax may pin beyond the last: of a large plan it is more than is needed.
+    """
+    need = pinned_gibibytes(plan, here)
+    pool = max(0, need) * GIB
+    if need >= POOL_MATTERS:
+        pool = 2 ** math.ceil(math.log2(need + POOL_SLACK)) * GIB
+        pool = pool if plan.host_limit is None else min(pool, plan.host_limit * here)
+    return pool + saving.BUFFERS + PROCESS
+
+
 def planned_against_measured(plan: Plan, peak_gib: float, host_peak_gib: float, seconds: list[float]) -> str:
-    """After a run: peaks of the device and of the process in GiB and the median of its steps' seconds, the first left out,
-    beside the plan."""
+    """After a run: peaks of the device and of the process in GiB and the median of its steps' seconds, beside the plan.
+    The first step is left out where there are others: what a plan has not compiled is compiled in it."""
     later = seconds[1:] or seconds
     here = min(plan.devices, jax.local_device_count())  # plans are of one device, a process has several
+    expected = process_bytes(plan, here)
     parts = [f"device {plan.device_bytes / GIB:.1f} GiB planned, {peak_gib:.1f} measured ({_percent(peak_gib * GIB,
         plan.device_bytes)})",
-             f"host {plan.host_bytes * here / GIB:.1f} GiB planned, {host_peak_gib:.1f} the whole "
-             "process's peak"]
+             f"host {plan.host_bytes * here / GIB:.1f} GiB planned, the whole process {expected / GIB:.1f}, its peak "
+             f"{host_peak_gib:.1f} measured ({_percent(host_peak_gib * GIB, expected)})"]
     if later and plan.step_seconds:
         measured = statistics.median(later)
         parts.append(f"{plan.step_seconds:.1f} s a step planned, {measured:.1f} measured ({_percent(measured,

@@ -301,6 +301,25 @@ def test_the_pool_is_of_the_plans_size(reserved, capsys, gib, devices, pinned):
     assert ("pinning" in capsys.readouterr().out) == bool(pinned)
 
 
+@pytest.mark.parametrize("gib,devices,here,pool", [
+    (101.1, 1, 1, 109), (60, 1, 1, 64), (61.5, 1, 1, 64), (62.5, 1, 1, 109),  # a power of two with the slack, or the limit
+    (10, 1, 1, 10), (50, 2, 1, 64), (50, 2, 2, 109), (0.5, 1, 1, 1)])
+def test_a_process_holds_a_pool_of_whole_pieces(gib, devices, here, pool):
+    plan = dataclasses.replace(on_host(gib, devices), host_limit=109 * GIB // here)
+    plan.host["saving"] = saving.BUFFERS // here
+    assert decide.process_bytes(plan, here) == (pool + 3 + 8) * GIB
+    if pool == 109:
+        unlimited = dataclasses.replace(plan, host_limit=None)
+        assert decide.process_bytes(unlimited, here) == (128 + 3 + 8) * GIB
+
+
+@pytest.mark.parametrize("gib,pinned,measured", [(101.1, 109, 118.7), (101.1, 109, 119.0), (101.1, 109, 121.0)])
+def test_processes_that_were_measured(gib, pinned, measured):
+    """Llama-8B at 524,288 tokens on one H100 (benchmarks/results/2026-11-26-h100.md)."""
+    plan = dataclasses.replace(on_host(gib, 1), host_limit=pinned * GIB)
+    assert decide.process_bytes(plan, 1) == pytest.approx(measured * GIB, rel=0.05)
+
+
 def test_a_pool_without_a_limit(reserved, monkeypatch):
     monkeypatch.delenv(environment.HOST_LIMIT)
     decide.make_host_pool(on_host(120, 1))

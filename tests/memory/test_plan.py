@@ -125,7 +125,8 @@ SCHEMA = {  # of --json
     "flops": float,
     "collectives": dict, "seconds": dict, "tokens": int, "devices": int, "device_bytes": int, "host_bytes": int,
     "headroom": int,
-    "step_seconds": float, "tokens_per_second": float, "limiting_term": str, "fits": bool, "flags": str, "seq_len": int}
+    "step_seconds": float, "tokens_per_second": float, "limiting_term": str, "fits": bool, "flags": str, "seq_len": int,
+    "process_bytes": int}
 
 
 @pytest.mark.skipif(has_cuda_compiler(), reason="there the compiler would be asked, and take a minute")
@@ -189,6 +190,7 @@ def test_the_picture_needs_matplotlib(monkeypatch, base):
 
 def test_planned_against_measured(base):
     planned = dataclasses.replace(base, device={"all": 10 * GIB}, host={"all": GIB}, seconds={"matmuls": 2.0}, devices=4)
-    line = planned_against_measured(planned, 11.0, 30.0, [9.0, 2.0, 2.2, 2.0])
+    line = planned_against_measured(planned, 11.0, 15.0, [9.0, 2.0, 2.2, 2.0])
     assert "10.0 GiB planned, 11.0 measured (+10%)" in line and "2.0 s a step planned, 2.0 measured (+0%)" in line
-    assert "host 4.0 GiB planned, 30.0 the whole process's peak" in line  # of all four devices, which are here
+    # 4 GiB are of all four devices, which are here: 3 for saving and 1; 8 beside them
+    assert "host 4.0 GiB planned, the whole process 12.0, its peak 15.0 measured (+25%)" in line
