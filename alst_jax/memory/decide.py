@@ -28,7 +28,7 @@ from alst_jax.parallel.mesh import make_mesh
 from alst_jax.step import TrainStep, check_profile
 
 POOL_SLACK, POOL_MATTERS = 2, 16  # GiB
-PROCESS = 8 * GIB  # Python, CUDA's libraries and the compiler; 6 to 10 measured, saves included
+PROCESS = 8 * GIB  # Python, CUDA's libraries, the compiler; 6 to 10 measured with 0 to 2 of a save (benchmarks/results)
 ANY_LENGTH = 1024  # where the length is what is looked for
 MEASURED_ERROR = ("estimated by arithmetic, without a compiler: its measured error is in "
                   "benchmarks/results/2026-11-24-plan-accuracy.md; install the extra cuda12 or cuda13 to compile for "
