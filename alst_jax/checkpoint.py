@@ -141,11 +141,12 @@ class Checkpoints:
         wanted = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
         with self._reading(step):
             saved = {_name(path): array for path, array in self._open(step, item).items()}
-            kind = lambda arrays, name: _kind(arrays[name]) if name in arrays else "none"
-            other = [f"{name} is {kind(saved, name)} there and {kind(wanted, name)} here" for name in {**saved, **wanted}
-                     if kind(saved, name) != kind(wanted, name)]
-            if other:
-                raise ValueError(f"{item} of another model or optimizer: {'; '.join(other[:5])}{', ...' * (len(other) > 5)}")
+        kind = lambda arrays, name: _kind(arrays[name]) if name in arrays else "none"
+        other = [f"{name} is {kind(saved, name)} there and {kind(wanted, name)} here" for name in {**saved, **wanted}
+                 if kind(saved, name) != kind(wanted, name)]
+        if other:  # nothing is wrong with the checkpoint
+            raise UserError(f"checkpoint {self.directory / str(step)} has the {item} of another model or optimizer: "
+                            f"{'; '.join(other[:5])}{', ...' * (len(other) > 5)}. Use the model and the flags it was made with")
 
         def read(array, bounds):
             with self._reading(step):
