@@ -208,15 +208,15 @@ def report(planner: Planner, job: Job) -> str:
     plan = choice.plan
     if config.plan_picture:
         plan.picture(config.plan_picture)
-    here = min(plan.devices, planner.cluster.per_host) if planner.cluster else plan.devices
+    process = planner.cluster and process_bytes(plan, min(plan.devices, planner.cluster.per_host))
     if config.json:
         found = {"max_seq_len": choice.job.length} if config.find_max_seq_len else {}
         return json.dumps(json.loads(plan.to_json()) | {"flags": describe(choice.job),
-            "seq_len": choice.job.length, "process_bytes": process_bytes(plan, here)} | found)
+            "seq_len": choice.job.length, "process_bytes": process} | found)
     lines = [plan.table()]
-    if planner.cluster is not None:
-        lines.append(f"the whole process: about {process_bytes(plan, here) / GIB:.0f} GiB of a host's memory, with Python, "
-                     "CUDA's libraries, the compiler and jax's pool of pinned memory, whose pieces are powers of two")
+    if process is not None:
+        lines.append(f"the whole process: about {process / GIB:.0f} GiB of a host's memory, with Python, CUDA's libraries, the "
+                     "compiler and jax's pool of pinned memory, whose pieces are powers of two")
     if config.find_max_seq_len:
         lines.insert(0, f"longest sequence: {choice.job.length:,} tokens, with {describe(choice.job)}")
     if plan.source == ESTIMATED:
