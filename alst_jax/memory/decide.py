@@ -267,7 +267,7 @@ def process_bytes(plan: Plan, here: int) -> int:
     pool = max(0, need) * GIB
     if need >= POOL_MATTERS:
         pool = 2 ** math.ceil(math.log2(need + POOL_SLACK)) * GIB
-        pool = pool if plan.host_limit is None else min(pool, plan.host_limit * here)
+        pool = pool if plan.host_limit is None else max(need * GIB, min(pool, plan.host_limit * here))
     return pool + saving.BUFFERS + PROCESS
 
 
