@@ -16,7 +16,7 @@ def main() -> int:
     try:
         config = parse(sys.argv[1:])
         check_run(config)
-        environment.prepare(config.simulate_devices, config.plan_for is not None, config.host_memory)
+        environment.prepare(config.simulate_devices, config.plan_for is not None, config.host_memory, config.devices)
         return run(config)
     except UserError as error:
         print(f"\nerror: {error}", file=sys.stderr)

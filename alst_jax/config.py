@@ -238,6 +238,11 @@ class TrainConfig:
     """Which of MEMORY_FIELDS were typed: `--memory auto` leaves them as they are."""
 
     @property
+    def devices(self) -> int | None:
+        """How many --dp and --sp take; None: all there are."""
+        return None if self.dp is None else self.dp * (self.sp or 1)
+
+    @property
     def planning(self) -> bool:
         """Whether there is a plan to print and nothing to run."""
         return self.plan_only or self.find_max_seq_len

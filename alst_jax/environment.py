@@ -8,7 +8,7 @@ import subprocess
 
 from alst_jax.config import UserError
 from alst_jax.memory.limits import host_memory
-from alst_jax.memory.machines import GIB, MEMORY_FRACTION, machine_of_kind, usable_host_memory
+from alst_jax.memory.machines import GIB, MEMORY_FRACTION, machine_of_kind, pinned_share
 
 HOST_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 # With dynamic slice fusion, a Pallas kernel whose output is both put into a stack and used otherwise is run twice: tokamax's
@@ -18,13 +18,14 @@ CUDA_PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 
 
 def prepare(
-    simulate_devices: int | None, absent_devices: bool = False, host_memory_gib: float | int | None = None
+    simulate_devices: int | None, absent_devices: bool = False, host_memory_gib: float | int | None = None,
+    devices: int | None = None,
 ) -> None:
     """Set the environment of a run, respecting what the user has set already. Call before anything imports jax.
 
     simulate_devices: that many CPU devices; None or 0: the machine's own devices. absent_devices: only to plan for, or
     compile for, devices that are not here; those that are here are left alone. host_memory_gib: use no more of
-    the host.
+    the host. devices: of those that are here, the first so many share it; None: all do.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
@@ -44,16 +45,18 @@ def prepare(
         return
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # setting both names is an error
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(MEMORY_FRACTION))
-    # jax caps pinned memory at 64 GiB unless told otherwise; weights and optimizer states of an 8B model need more. The
-    # unit is GiB, whatever the name says.
-    os.environ.setdefault(HOST_LIMIT, str(usable_host_memory(host_memory(host_memory_gib)) // GIB))
-    if _has_nvidia_gpu():  # the flag is unknown to CPU-only builds, which would abort
+    # Each device has a pool of pinned memory of its own, which jax caps at 64 GiB unless told otherwise; weights and
+    # optimizer states of an 8B model need more. The unit is GiB, whatever the name says.
+    gpus = _visible_gpus()
+    share = pinned_share(host_memory(host_memory_gib), max(1, min(gpus, devices or gpus)))
+    os.environ.setdefault(HOST_LIMIT, str(share // GIB))
+    if gpus:  # the flag is unknown to CPU-only builds, which would abort
         _set_compiler_flags()
 
 
 def pinned_limit() -> int | None:
-    """Bytes of host memory that jax may pin, as the environment says; None if it does not. UserError if it is no whole
-    number."""
+    """Bytes of host memory that jax may pin for each device, as the environment says; None if it does not. UserError if
+    it is no whole number."""
     text = os.environ.get(HOST_LIMIT)
     if text is not None and not text.isdigit():
         raise UserError(f"{HOST_LIMIT}={text}: a whole number of GiB")
@@ -79,11 +82,15 @@ def has_cuda_compiler() -> bool:
     return found is not None and any(importlib.util.find_spec(name) for name in CUDA_PLUGINS)
 
 
-def _has_nvidia_gpu() -> bool:
+def _visible_gpus() -> int:
+    """How many NVIDIA GPUs jax will see: those that are here, of which CUDA_VISIBLE_DEVICES may leave some out."""
     try:
-        return subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=30).returncode == 0
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=30, text=True)
     except (FileNotFoundError, subprocess.TimeoutExpired):
-        return False
+        return 0
+    here = sum(line.startswith("GPU ") for line in listed.stdout.splitlines()) if listed.returncode == 0 else 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return here if visible is None else min(here, sum(bool(name.strip()) for name in visible.split(",")))
 
 
 def peak_flops(device_kind: str) -> float | None:

@@ -47,7 +47,7 @@ class Options:
 
 def main():
     options = tyro.cli(Options)
-    environment.prepare(None)
+    environment.prepare(None, devices=options.dp * options.sp)
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -104,7 +104,7 @@ def main():
         update = step.update.lower(step.params, step.params, step.optimizer_state, scalar, scalar).compile()
     environment.return_freed_memory()
     if options.reserve:
-        reserve(options.reserve)
+        reserve(options.reserve, list(mesh.devices.flat))
     started = time.perf_counter()
     params = jax.block_until_ready(step.init_params(jax.random.key(0), jnp.bfloat16))
     state = jax.block_until_ready(step.init_optimizer(params)) if options.update else None
@@ -137,13 +137,13 @@ def main():
               f"device peak {device_peak / GIB:.2f} GiB  {monitor.summary()}", flush=True)
 
 
-def reserve(gibibytes: int) -> None:
+def reserve(gibibytes: int, devices: list) -> None:
     """`host.reserve`, with what it took."""
     from alst_jax.memory import host
 
     started = time.perf_counter()
-    host.reserve(gibibytes)
-    print(f"{gibibytes} GiB of pinned memory made in {time.perf_counter() - started:.0f} s, "
+    host.reserve(gibibytes, devices)
+    print(f"{len(devices)} x {gibibytes} GiB of pinned memory made in {time.perf_counter() - started:.0f} s, "
           f"{used_gib():.1f} GiB of host memory in use", flush=True)
 
 

@@ -28,7 +28,9 @@ from alst_jax.parallel.mesh import make_mesh
 from alst_jax.step import TrainStep, check_profile
 
 POOL_SLACK, POOL_MATTERS = 2, 16  # GiB
-PROCESS = 8 * GIB  # Python, CUDA's libraries, the compiler; 6 to 10 measured with 0 to 2 of a save (benchmarks/results)
+# What a process holds beside jax's pools and the writers of a save: Python, CUDA's libraries, the compiler. Of one H100 7.7
+# to 9 GiB beyond a pool of 109 while it stepped and 9.7 to 10 with a save; of two 14.6 before the first step.
+PROCESS, PROCESS_DEVICE = 8 * GIB, 6 * GIB  # the second for each device after the first (benchmarks/results)
 ANY_LENGTH = 1024  # where the length is what is looked for
 MEASURED_ERROR = ("estimated by arithmetic, without a compiler: its measured error is in "
                   "benchmarks/results/2026-11-24-plan-accuracy.md; install the extra cuda12 or cuda13 to compile for "
@@ -191,7 +193,7 @@ def target(config: TrainConfig) -> Cluster | None:
     """The machine that a command line plans for, or that it is on; None on a CPU. UserError for --host-memory there."""
     if config.plan_for:
         return parse_cluster(config.plan_for, config.host_memory)
-    cluster = this_cluster(config.host_memory)
+    cluster = this_cluster(config.host_memory, config.devices)
     if cluster is None and config.host_memory is not None:
         raise UserError(f"--host-memory {config.host_memory:g}: limits what GPUs may keep in host memory, and jax sees "
                         "no GPU; leave it out, or name a machine with --plan-for")
@@ -208,15 +210,14 @@ def report(planner: Planner, job: Job) -> str:
     plan = choice.plan
     if config.plan_picture:
         plan.picture(config.plan_picture)
-    process = planner.cluster and process_bytes(plan, min(plan.devices, planner.cluster.per_host))
+    process = planner.cluster and process_bytes(plan, planner.cluster.per_host)
     if config.json:
         found = {"max_seq_len": choice.job.length} if config.find_max_seq_len else {}
         return json.dumps(json.loads(plan.to_json()) | {"flags": describe(choice.job),
             "seq_len": choice.job.length, "process_bytes": process} | found)
     lines = [plan.table()]
-    if process is not None:
-        lines.append(f"the whole process: about {process / GIB:.0f} GiB of a host's memory, with Python, CUDA's libraries, the "
-                     "compiler and jax's pool of pinned memory, whose pieces are powers of two")
+    if planner.cluster is not None:
+        lines.append(describe_process(plan, planner.cluster))
     if config.find_max_seq_len:
         lines.insert(0, f"longest sequence: {choice.job.length:,} tokens, with {describe(choice.job)}")
     if plan.source == ESTIMATED:
@@ -229,46 +230,61 @@ def report(planner: Planner, job: Job) -> str:
 def announce(planner: Planner, choice: Choice) -> None:
     """Before a run: its plan, in a few lines."""
     print(f"plan    {choice.plan.line()}")
+    print(f"        {describe_process(choice.plan, planner.cluster)}")
     if planner.config.memory == "auto":
         print(f"        {choice.explain()}", flush=True)
 
 
 def make_host_pool(plan: Plan) -> None:
-    """Pin the host memory of a plan in one piece (see `host.reserve`), if it is of a size that matters: with some slack,
-    but no more than jax may pin. UserError if the host refuses."""
-    need = pinned_gibibytes(plan, min(plan.devices, jax.local_device_count()))
+    """Pin the host memory of a plan in one piece a device (see `host.reserve`), if it is of a size that matters: with some
+    slack, but no more than jax may pin. UserError if the host refuses."""
+    devices = jax.local_devices()[: plan.devices]
+    need = pinned_gibibytes(plan, len(devices))
     if need < POOL_MATTERS:
         return
     most = environment.pinned_limit()
     gibibytes = need + POOL_SLACK if most is None else max(need, min(need + POOL_SLACK, most // GIB))
-    print(f"pinning {gibibytes} GiB of host memory, about a second each", flush=True)
+    times = f"{len(devices)} times " if len(devices) > 1 else ""
+    print(f"pinning {times}{gibibytes} GiB of host memory, about a second each", flush=True)
     try:
-        host.reserve(gibibytes)
+        host.reserve(gibibytes, devices)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         reason = str(error).splitlines()[0][:200]
-        raise UserError(f"{gibibytes} GiB of host memory could not be pinned: {reason}. Free some, raise "
+        raise UserError(f"{times}{gibibytes} GiB of host memory could not be pinned: {reason}. Free some, raise "
                         "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB where it is set, or keep less there "
                         "(--keep-attention-on-host, --optimizer-states int8, a shorter --seq-len)") from error
 
 
 def pinned_gibibytes(plan: Plan, here: int) -> int:
-    """GiB that `here` devices of a host need in pinned memory: all but what writers of a save hold."""
-    return -(-(plan.host_bytes * here - saving.BUFFERS) // GIB)
+    """GiB that each of `here` devices of a host needs in pinned memory: all but what writers of a save hold."""
+    return max(0, -(-(plan.host_bytes - saving.BUFFERS // here) // GIB))
 
 
-def process_bytes(plan: Plan, here: int) -> int:
-    """Host memory of a whole process with so many devices: jax's pool, the writers of a save and PROCESS.
-
-    The pool's pieces are powers of two, or what jax may pin beyond the last: of a large plan it is more than is needed.
-    """
+def pool_bytes(plan: Plan, here: int) -> int:
+    """Of jax's pool of pinned memory for one device: the next power of two, or what jax may pin if that is less; of a plan
+    for which none is made before (`make_host_pool`), what is needed."""
     need = pinned_gibibytes(plan, here)
-    pool = max(0, need) * GIB
-    if need >= POOL_MATTERS:
-        pool = 2 ** math.ceil(math.log2(need + POOL_SLACK)) * GIB
-        pool = pool if plan.host_limit is None else max(need * GIB, min(pool, plan.host_limit * here))
-    return pool + saving.BUFFERS + PROCESS
+    if need < POOL_MATTERS:
+        return need * GIB
+    pool = 2 ** math.ceil(math.log2(need + POOL_SLACK)) * GIB
+    return pool if plan.host_limit is None else max(need * GIB, min(pool, plan.host_limit))
+
+
+def process_bytes(plan: Plan, per_host: int) -> int:
+    """Host memory of a whole process, on hosts with so many devices: its pools, the writers of a save, PROCESS."""
+    here = min(plan.devices, per_host)
+    return here * pool_bytes(plan, here) + saving.BUFFERS + PROCESS + (here - 1) * PROCESS_DEVICE
+
+
+def describe_process(plan: Plan, cluster: Cluster) -> str:
+    """process_bytes, what they are of, and how many there are."""
+    here = min(plan.devices, cluster.per_host)
+    process, pools = process_bytes(plan, here), here * pool_bytes(plan, here)
+    text = (f"the whole process: about {process / GIB:.0f} of {cluster.host_memory / GIB:.0f} GiB of host memory: "
+            f"{pools / GIB:.0f} that jax pins, the rest Python, CUDA's libraries, the compiler and a save's writers")
+    return text if process <= cluster.host_memory else f"warning: more than there is: {text}"
 
 
 def planned_against_measured(plan: Plan, peak_gib: float, host_peak_gib: float, seconds: list[float]) -> str:

@@ -1,5 +1,6 @@
 """Arrays that live in pinned host memory, and work on them a slice at a time."""
 
+import concurrent.futures
 import math
 from collections.abc import Callable
 from typing import Any
@@ -80,17 +81,25 @@ def stream(
     return state
 
 
-def reserve(gibibytes: int) -> None:
-    """Make jax's pool of pinned host memory of one piece of this size, before anything else is put there.
+def reserve(gibibytes: int, devices: list[jax.Device]) -> None:
+    """Make jax's pools of pinned host memory, one for each device, of one piece of this size each, before anything else is
+    put there.
 
-    The pool grows by pieces of twice the last one's size and never gives one back: what a step needs in one piece, tens
+    A pool grows by pieces of twice the last one's size and never gives one back: what a step needs in one piece, tens
     of GiB, would be asked for beside pieces that hold weights, and be refused where it fits. Takes about a second a GiB.
-    Raises jax.errors.JaxRuntimeError (RESOURCE_EXHAUSTED) where the machine or the pool's limit,
+    Raises jax.errors.JaxRuntimeError (RESOURCE_EXHAUSTED) where the machine or the pools' limit,
     XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB, has less.
     """
-    used = _reserve(gibibytes).lower(jax.ShapeDtypeStruct((), jnp.int32)).compile()(jnp.int32(1))
-    # Read when the piece is free again: the few bytes of pinned memory that this takes would be a new piece beside it.
-    float(jax.block_until_ready(used))
+    def use(device: jax.Device) -> jax.Array:
+        place = jax.sharding.SingleDeviceSharding(device)
+        program = _reserve(gibibytes).lower(jax.ShapeDtypeStruct((), jnp.int32, sharding=place)).compile()
+        return jax.block_until_ready(program(jax.device_put(jnp.int32(1), place)))
+
+    with concurrent.futures.ThreadPoolExecutor(len(devices)) as threads:
+        used = list(threads.map(use, devices))
+    # Read when the pieces are free again: the few bytes of pinned memory that this takes would be a new piece beside them.
+    for number in used:
+        float(number)
 
 
 def _reserve(gibibytes):

@@ -13,8 +13,11 @@ from alst_jax.config import UserError
 
 GIB = 2**30
 MEMORY_FRACTION = 0.95  # of a device's memory that jax is given: XLA_CLIENT_MEM_FRACTION, set by environment.py
-HOST_RESERVE = 0.13  # of host memory, left to the operating system, the data and the program (11 GiB measured)
-MOST_RESERVED = 16 * GIB
+# Of a host's memory, left to the operating system, the data and the program; beyond jax's pools 12 GiB were in use at the
+# peak of a run on one H100, save included, and 21 before the first step on two (benchmarks/results).
+HOST_RESERVE = 0.13
+LEAST_RESERVED, MOST_RESERVED = 11 * GIB, 16 * GIB
+RESERVED_DEVICE = 8 * GIB  # more, for each device after the first
 LARGEST_HOST = 8  # devices
 
 _TARGET = """gpu_device_info {{
@@ -101,7 +104,7 @@ MACHINES = {machine.name: machine for machine in (
 @dataclasses.dataclass(frozen=True)
 class Cluster:
     """Some hosts with the same number of the same devices. host_memory: bytes of one host; pinned: those of them that
-    jax may pin, None for what is usual."""
+    jax may pin for each device, None for what is usual."""
 
     machine: Machine
     hosts: int
@@ -116,8 +119,7 @@ class Cluster:
     @property
     def host_share(self) -> int:
         """Bytes of host memory that plans may give to one device."""
-        pinned = usable_host_memory(self.host_memory) if self.pinned is None else self.pinned
-        return pinned // self.per_host
+        return pinned_share(self.host_memory, self.per_host) if self.pinned is None else self.pinned
 
     @property
     def topology(self) -> str:
@@ -130,9 +132,10 @@ class Cluster:
             " each" if self.hosts > 1 else "")
 
 
-def usable_host_memory(total: int) -> int:
-    """Bytes of a host's memory that jax may pin."""
-    return total - min(int(total * HOST_RESERVE), MOST_RESERVED)
+def pinned_share(total: int, devices: int) -> int:
+    """Bytes of a host's memory that jax may pin for each of its devices; no less than half of them, small as it may be."""
+    reserved = max(LEAST_RESERVED, min(int(total * HOST_RESERVE), MOST_RESERVED)) + (devices - 1) * RESERVED_DEVICE
+    return max(total - reserved, total // 2) // devices
 
 
 def parse_cluster(text: str, host_memory_gib: float | int | None = None) -> Cluster:

@@ -104,8 +104,9 @@ def is_absent(mesh: Mesh) -> bool:
     return not mesh.devices.flat[0].addressable_memories()
 
 
-def this_cluster(host_memory_gib: float | int | None = None) -> Cluster | None:
-    """The devices and the host that are here; None on a CPU. host_memory_gib: use no more of the host.
+def this_cluster(host_memory_gib: float | int | None = None, devices: int | None = None) -> Cluster | None:
+    """The devices and the host that are here; None on a CPU. host_memory_gib: use no more of the host. devices: that
+    share it; None: all.
 
     A device that is not in the list counts as an H100 in speed; its memory is its own. What the environment says that
     jax may pin counts as far as the host has it.
@@ -117,8 +118,10 @@ def this_cluster(host_memory_gib: float | int | None = None) -> Cluster | None:
     known = machine_of_kind(device.device_kind) or machine_of_kind("H100")
     machine = dataclasses.replace(known, name=device.device_kind, kind=device.device_kind, memory=limit, fraction=1.0)
     pinned = pinned_limit()
-    return Cluster(machine, jax.process_count(), jax.local_device_count(), host_memory(host_memory_gib),
-                   None if pinned is None else min(pinned, host_memory()))
+    per_host = jax.local_device_count()
+    if pinned is not None:
+        pinned = min(pinned, host_memory() // min(per_host, devices or per_host))
+    return Cluster(machine, jax.process_count(), per_host, host_memory(host_memory_gib), pinned)
 
 
 # ------------------------------------------------------------------------------------------------------------ compiling

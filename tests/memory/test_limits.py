@@ -11,7 +11,7 @@ from alst_jax import environment
 from alst_jax.config import TrainConfig, UserError
 from alst_jax.memory import decide, limits
 from alst_jax.memory.limits import cgroup_limits, host_memory
-from alst_jax.memory.machines import GIB, usable_host_memory
+from alst_jax.memory.machines import GIB, pinned_share
 
 TOTAL = psutil.virtual_memory().total
 UNLIMITED = 9223372036854771712  # of version 1
@@ -62,7 +62,7 @@ def test_the_least_counts(tmp_path):
 @pytest.fixture
 def variables(monkeypatch):
     """environment.prepare on a machine with 100 GiB, of which a control group leaves 40; what it sets is taken back."""
-    monkeypatch.setattr(environment, "_has_nvidia_gpu", lambda: False)
+    monkeypatch.setattr(environment, "_visible_gpus", lambda: 0)
     monkeypatch.setattr(limits, "cgroup_limits", lambda root: [40 * GIB])
     monkeypatch.setattr(limits.psutil, "virtual_memory", lambda: type("Memory", (), {"total": 100 * GIB}))
     monkeypatch.setattr(os, "environ", {})
@@ -72,7 +72,28 @@ def variables(monkeypatch):
 @pytest.mark.parametrize("cap,counts", [(None, 40), (50, 40), (20, 20)])
 def test_jax_may_pin_what_is_there(variables, cap, counts):
     environment.prepare(None, host_memory_gib=cap)
-    assert variables[environment.HOST_LIMIT] == str(usable_host_memory(counts * GIB) // GIB)
+    assert variables[environment.HOST_LIMIT] == str(pinned_share(counts * GIB, 1) // GIB)
+
+
+@pytest.mark.parametrize("gpus,used,sharing", [(1, None, 1), (4, None, 4), (4, 2, 2), (2, 8, 2)])
+def test_each_device_has_its_share(variables, monkeypatch, gpus, used, sharing):
+    """XLA's limit is of each device's pool: two pools of a host may not both take all of it."""
+    monkeypatch.setattr(environment, "_visible_gpus", lambda: gpus)
+    monkeypatch.setattr(limits, "cgroup_limits", lambda root: [])
+    environment.prepare(None, devices=used)
+    share = int(variables[environment.HOST_LIMIT])
+    assert share == pinned_share(100 * GIB, sharing) // GIB and share * sharing <= 100 - 11 - 8 * (sharing - 1)
+
+
+@pytest.mark.parametrize("listed,visible,count", [
+    (["GPU 0: NVIDIA H100 (UUID: GPU-1)", "GPU 1: NVIDIA H100 (UUID: GPU-2)"], None, 2),
+    (["GPU 0: NVIDIA H100 (UUID: GPU-1)", "  MIG 1g.10gb Device 0: (UUID: MIG-1)"], None, 1),
+    (["GPU 0: a", "GPU 1: b", "GPU 2: c"], "2,0", 2), (["GPU 0: a"], "0,1", 1), (["GPU 0: a"], "", 0), ([], None, 0)])
+def test_gpus_that_jax_will_see(monkeypatch, listed, visible, count):
+    result = type("Result", (), {"returncode": 0 if listed else 9, "stdout": "\n".join(listed)})
+    monkeypatch.setattr(environment.subprocess, "run", lambda *args, **kwargs: result)
+    monkeypatch.setattr(os, "environ", {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
+    assert environment._visible_gpus() == count
 
 
 def test_what_the_user_sets_wins(variables):
@@ -102,7 +123,7 @@ def card(monkeypatch, variables):
 
 
 @pytest.mark.parametrize("cap,set_by_user,host,usable", [
-    (None, None, 40, usable_host_memory(40 * GIB)), (20, None, 20, usable_host_memory(20 * GIB)),
+    (None, None, 40, pinned_share(40 * GIB, 1)), (20, None, 20, pinned_share(20 * GIB, 1)),
     (20, "37", 20, 37 * GIB), (None, "90", 40, 40 * GIB)])  # no more than is there, whatever the user says
 def test_the_cluster_at_hand(card, cap, set_by_user, host, usable):
     if set_by_user:
@@ -112,6 +133,17 @@ def test_the_cluster_at_hand(card, cap, set_by_user, host, usable):
     assert cluster.host_memory == host * GIB and usable - GIB < cluster.host_share <= usable
     assert (cluster.machine.name, cluster.machine.usable) == (Card.device_kind, 75 * GIB)
     assert (cluster.machine.peak_flops, cluster.devices) == (989e12, 1)
+
+
+@pytest.mark.parametrize("dp,set_by_user,share", [(None, None, 10), (1, None, 29), (None, "30", 20), (1, "30", 30)])
+def test_two_cards_share_the_host_if_both_are_used(card, monkeypatch, dp, set_by_user, share):
+    monkeypatch.setattr(environment, "_visible_gpus", lambda: 2)
+    monkeypatch.setattr(jax, "local_device_count", lambda: 2)
+    if set_by_user:
+        card[environment.HOST_LIMIT] = set_by_user
+    config = TrainConfig(dp=dp)
+    environment.prepare(None, devices=config.devices)
+    assert decide.target(config).host_share == share * GIB
 
 
 def test_a_card_that_is_not_in_the_list_counts_as_an_h100(card, monkeypatch):

@@ -5,7 +5,7 @@ import pytest
 
 from alst_jax.config import UserError
 from alst_jax.environment import peak_flops
-from alst_jax.memory.machines import GIB, MACHINES, machine_of_kind, parse_cluster
+from alst_jax.memory.machines import GIB, MACHINES, machine_of_kind, parse_cluster, pinned_share
 
 
 @pytest.mark.parametrize("text,name,hosts,per_host,topology", [
@@ -33,8 +33,14 @@ def test_what_does_not_exist_is_refused(text, message):
 
 def test_host_memory_is_that_of_a_host_and_shared_by_its_devices():
     cluster = parse_cluster("2x4xH100", 1000)
-    assert cluster.host_memory == 1000 * GIB and cluster.host_share == (1000 - 16) * GIB // 4
+    assert cluster.host_memory == 1000 * GIB and cluster.host_share == (1000 - 16 - 3 * 8) * GIB // 4
     assert parse_cluster("8xH100").host_memory == 8 * parse_cluster("H100").host_memory
+
+
+@pytest.mark.parametrize("gib,devices,pinned", [
+    (1000, 1, 984), (64, 1, 53), (30, 1, 19), (16, 1, 8), (250, 2, 226), (560, 8, 488), (64, 8, 32)])
+def test_what_is_not_pinned_is_enough_for_a_process(gib, devices, pinned):
+    assert pinned_share(gib * GIB, devices) == pinned * GIB // devices
 
 
 def test_every_machine_is_described_for_the_compiler():
