@@ -177,7 +177,7 @@ def run(config: TrainConfig) -> int:
             checkpoints.close()
             log.close()
         if choice is not None and log.seconds:
-            print(decide.planned_against_measured(choice.plan, peak_memory()[1], peak_host_memory(), log.seconds), flush=True)
+            print(decide.planned_against_measured(choice, peak_memory()[1], peak_host_memory(), log.seconds), flush=True)
         if stop.received is not None and state.step < steps:
             print(f"stopped by {stop.received.name}; step {state.step} is saved. Go on with: "
                   f"python train.py --resume --out {out}")

@@ -28,9 +28,9 @@ from alst_jax.parallel.mesh import make_mesh
 from alst_jax.step import TrainStep, check_profile
 
 POOL_SLACK, POOL_MATTERS = 2, 16  # GiB
-# What a process holds beside jax's pools and the writers of a save: Python, CUDA's libraries, the compiler. Of one H100 7.7
-# to 9 GiB beyond a pool of 109 while it stepped and 9.7 to 10 with a save; of two 14.6 before the first step.
-PROCESS, PROCESS_DEVICE = 8 * GIB, 6 * GIB  # the second for each device after the first (benchmarks/results)
+# What a process holds beside pinned memory and a save's writers: Python, CUDA's libraries, the compiler; and more for each
+# device after the first. With them five measured processes are planned to 4% (benchmarks/results/2026-11-27-h100.md).
+PROCESS, PROCESS_DEVICE = 4 * GIB, 5 * GIB
 ANY_LENGTH = 1024  # where the length is what is looked for
 MEASURED_ERROR = ("estimated by arithmetic, without a compiler: its measured error is in "
                   "benchmarks/results/2026-11-24-plan-accuracy.md; install the extra cuda12 or cuda13 to compile for "
@@ -210,14 +210,14 @@ def report(planner: Planner, job: Job) -> str:
     plan = choice.plan
     if config.plan_picture:
         plan.picture(config.plan_picture)
-    process = planner.cluster and process_bytes(plan, planner.cluster.per_host)
+    process = planner.cluster and process_bytes(choice, planner.cluster.per_host)
     if config.json:
         found = {"max_seq_len": choice.job.length} if config.find_max_seq_len else {}
         return json.dumps(json.loads(plan.to_json()) | {"flags": describe(choice.job),
             "seq_len": choice.job.length, "process_bytes": process} | found)
     lines = [plan.table()]
     if planner.cluster is not None:
-        lines.append(describe_process(plan, planner.cluster))
+        lines.append(describe_process(choice, planner.cluster))
     if config.find_max_seq_len:
         lines.insert(0, f"longest sequence: {choice.job.length:,} tokens, with {describe(choice.job)}")
     if plan.source == ESTIMATED:
@@ -230,7 +230,7 @@ def report(planner: Planner, job: Job) -> str:
 def announce(planner: Planner, choice: Choice) -> None:
     """Before a run: its plan, in a few lines."""
     print(f"plan    {choice.plan.line()}")
-    print(f"        {describe_process(choice.plan, planner.cluster)}")
+    print(f"        {describe_process(choice, planner.cluster)}")
     if planner.config.memory == "auto":
         print(f"        {choice.explain()}", flush=True)
 
@@ -272,27 +272,36 @@ def pool_bytes(plan: Plan, here: int) -> int:
     return pool if plan.host_limit is None else max(need * GIB, min(pool, plan.host_limit))
 
 
-def process_bytes(plan: Plan, per_host: int) -> int:
-    """Host memory of a whole process, on hosts with so many devices: its pools, the writers of a save, PROCESS."""
-    here = min(plan.devices, per_host)
-    return here * pool_bytes(plan, here) + saving.BUFFERS + PROCESS + (here - 1) * PROCESS_DEVICE
+def staging_bytes(job: Job) -> int:
+    """Of the pinned memory, beside the pools, through which arrays go to and fro: a device's part of the largest, in a piece
+    that is a power of two."""
+    largest = saving.largest_parameter(job.model) * job.width // job.devices
+    return 2 ** math.ceil(math.log2(largest))
 
 
-def describe_process(plan: Plan, cluster: Cluster) -> str:
+def process_bytes(choice: Choice, per_host: int) -> int:
+    """Host memory of a whole process, on hosts with so many devices: what it pins, the writers of a save, PROCESS."""
+    here = min(choice.plan.devices, per_host)
+    pinned = here * pool_bytes(choice.plan, here) + staging_bytes(choice.job)
+    return pinned + saving.BUFFERS + PROCESS + (here - 1) * PROCESS_DEVICE
+
+
+def describe_process(choice: Choice, cluster: Cluster) -> str:
     """process_bytes, what they are of, and how many there are."""
-    here = min(plan.devices, cluster.per_host)
-    process, pools = process_bytes(plan, here), here * pool_bytes(plan, here)
+    here = min(choice.plan.devices, cluster.per_host)
+    process, pools = process_bytes(choice, here), here * pool_bytes(choice.plan, here)
     text = (f"the whole process: about {process / GIB:.0f} of {cluster.host_memory / GIB:.0f} GiB of host memory: "
-            f"{pools / GIB:.0f} that jax pins, the rest Python, CUDA's libraries, the compiler and a save's writers")
+            f"{pools / GIB:.0f} in jax's pools, the rest Python, CUDA's libraries, the compiler, loading and saving")
     return text if process <= cluster.host_memory else f"warning: more than there is: {text}"
 
 
-def planned_against_measured(plan: Plan, peak_gib: float, host_peak_gib: float, seconds: list[float]) -> str:
+def planned_against_measured(choice: Choice, peak_gib: float, host_peak_gib: float, seconds: list[float]) -> str:
     """After a run: peaks of the device and of the process in GiB and the median of its steps' seconds, beside the plan.
     The first step is left out where there are others: what a plan has not compiled is compiled in it."""
     later = seconds[1:] or seconds
+    plan = choice.plan
     here = min(plan.devices, jax.local_device_count())  # plans are of one device, a process has several
-    expected = process_bytes(plan, here)
+    expected = process_bytes(choice, here)
     parts = [f"device {plan.device_bytes / GIB:.1f} GiB planned, {peak_gib:.1f} measured ({_percent(peak_gib * GIB,
         plan.device_bytes)})",
              f"host {plan.host_bytes * here / GIB:.1f} GiB planned, the whole process {expected / GIB:.1f}, its peak "
