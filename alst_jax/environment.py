@@ -1,7 +1,9 @@
 """What must be set before jax starts: simulated devices, memory limits, scheduler. No jax import at the top."""
 
 import ctypes
+import glob
 import importlib.util
+import itertools
 import os
 import platform
 import subprocess
@@ -83,14 +85,18 @@ def has_cuda_compiler() -> bool:
 
 
 def _visible_gpus() -> int:
-    """How many NVIDIA GPUs jax will see: those that are here, of which CUDA_VISIBLE_DEVICES may leave some out."""
+    """How many NVIDIA GPUs jax will see: those that are here, of which CUDA_VISIBLE_DEVICES may leave some out. Some
+    containers have no nvidia-smi: there the driver's files say it."""
     try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=30, text=True)
-    except (FileNotFoundError, subprocess.TimeoutExpired):
-        return 0
-    here = sum(line.startswith("GPU ") for line in listed.stdout.splitlines()) if listed.returncode == 0 else 0
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=30, text=True, check=True).stdout
+        here = sum(line.startswith("GPU ") for line in listed.splitlines())
+    except (FileNotFoundError, subprocess.TimeoutExpired, subprocess.CalledProcessError):
+        here = len(glob.glob("/dev/nvidia[0-9]*"))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return here if visible is None else min(here, sum(bool(name.strip()) for name in visible.split(",")))
+    if visible is None:
+        return here
+    names = (name.strip() for name in visible.split(","))  # CUDA stops at the first that is none
+    return min(here, sum(1 for _ in itertools.takewhile(lambda name: name not in ("", "-1", "NoDevFiles"), names)))
 
 
 def peak_flops(device_kind: str) -> float | None:

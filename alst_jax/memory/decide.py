@@ -19,7 +19,7 @@ from alst_jax.memory import auto, host, saving
 from alst_jax.memory.auto import Choice, Search
 from alst_jax.memory.cost import Job
 from alst_jax.memory.flags import PLACEMENTS, describe
-from alst_jax.memory.machines import GIB, Cluster, parse_cluster
+from alst_jax.memory.machines import GIB, LARGEST_HOST, Cluster, parse_cluster
 from alst_jax.memory.plan import absent_devices, plan_step, this_cluster
 from alst_jax.memory.report import ESTIMATED, Plan
 from alst_jax.ops.rope import MAX_POSITION
@@ -29,8 +29,8 @@ from alst_jax.step import TrainStep, check_profile
 
 POOL_SLACK, POOL_MATTERS = 2, 16  # GiB
 # What a process holds beside pinned memory and a save's writers: Python, CUDA's libraries, the compiler; and more for each
-# device after the first. With them five measured processes are planned to 4% (benchmarks/results/2026-11-27-h100.md).
-PROCESS, PROCESS_DEVICE = 4 * GIB, 5 * GIB
+# device after the first. Fitted to seven processes that were measured (benchmarks/results/2026-11-27-h100.md).
+PROCESS, PROCESS_DEVICE = 4 * GIB, 3 * GIB
 ANY_LENGTH = 1024  # where the length is what is looked for
 MEASURED_ERROR = ("estimated by arithmetic, without a compiler: its measured error is in "
                   "benchmarks/results/2026-11-24-plan-accuracy.md; install the extra cuda12 or cuda13 to compile for "
@@ -192,7 +192,7 @@ def _lacks(missing: dict[str, int]) -> str:
 def target(config: TrainConfig) -> Cluster | None:
     """The machine that a command line plans for, or that it is on; None on a CPU. UserError for --host-memory there."""
     if config.plan_for:
-        return parse_cluster(config.plan_for, config.host_memory)
+        return dataclasses.replace(parse_cluster(config.plan_for, config.host_memory), used=config.devices)
     cluster = this_cluster(config.host_memory, config.devices)
     if cluster is None and config.host_memory is not None:
         raise UserError(f"--host-memory {config.host_memory:g}: limits what GPUs may keep in host memory, and jax sees "
@@ -213,8 +213,10 @@ def report(planner: Planner, job: Job) -> str:
     process = planner.cluster and process_bytes(choice, planner.cluster.per_host)
     if config.json:
         found = {"max_seq_len": choice.job.length} if config.find_max_seq_len else {}
-        return json.dumps(json.loads(plan.to_json()) | {"flags": describe(choice.job),
-            "seq_len": choice.job.length, "process_bytes": process} | found)
+        host_memory = planner.cluster and planner.cluster.host_memory
+        fits = plan.fits and (process is None or process <= host_memory)
+        return json.dumps(json.loads(plan.to_json()) | {"flags": describe(choice.job), "seq_len": choice.job.length,
+            "process_bytes": process, "host_memory": host_memory, "fits": fits} | found)
     lines = [plan.table()]
     if planner.cluster is not None:
         lines.append(describe_process(choice, planner.cluster))
@@ -239,7 +241,7 @@ def make_host_pool(plan: Plan) -> None:
     """Pin the host memory of a plan in one piece a device (see `host.reserve`), if it is of a size that matters: with some
     slack, but no more than jax may pin. UserError if the host refuses."""
     devices = jax.local_devices()[: plan.devices]
-    need = pinned_gibibytes(plan, len(devices))
+    need = pinned_gibibytes(plan)
     if need < POOL_MATTERS:
         return
     most = environment.pinned_limit()
@@ -257,15 +259,15 @@ def make_host_pool(plan: Plan) -> None:
                         "(--keep-attention-on-host, --optimizer-states int8, a shorter --seq-len)") from error
 
 
-def pinned_gibibytes(plan: Plan, here: int) -> int:
-    """GiB that each of `here` devices of a host needs in pinned memory: all but what writers of a save hold."""
-    return max(0, -(-(plan.host_bytes - saving.BUFFERS // here) // GIB))
+def pinned_gibibytes(plan: Plan) -> int:
+    """GiB that a device needs in pinned memory: all but its part of what writers of a save hold."""
+    return max(0, -(-(plan.host_bytes - saving.BUFFERS // min(plan.devices, LARGEST_HOST)) // GIB))
 
 
-def pool_bytes(plan: Plan, here: int) -> int:
+def pool_bytes(plan: Plan) -> int:
     """Of jax's pool of pinned memory for one device: the next power of two, or what jax may pin if that is less; of a plan
-    for which none is made before (`make_host_pool`), what is needed."""
-    need = pinned_gibibytes(plan, here)
+    for which none is made before (`make_host_pool`) what is needed, at least: such a pool grows as it goes."""
+    need = pinned_gibibytes(plan)
     if need < POOL_MATTERS:
         return need * GIB
     pool = 2 ** math.ceil(math.log2(need + POOL_SLACK)) * GIB
@@ -273,8 +275,8 @@ def pool_bytes(plan: Plan, here: int) -> int:
 
 
 def staging_bytes(job: Job) -> int:
-    """Of the pinned memory, beside the pools, through which arrays go to and fro: a device's part of the largest, in a piece
-    that is a power of two."""
+    """Of the pinned memory, beside the pools, through which arrays seem to go to and fro: a device's part of the largest, in
+    a piece that is a power of two (4.0 GiB came within two seconds when an 8B model was loaded; docs/log.md)."""
     largest = saving.largest_parameter(job.model) * job.width // job.devices
     return 2 ** math.ceil(math.log2(largest))
 
@@ -282,14 +284,14 @@ def staging_bytes(job: Job) -> int:
 def process_bytes(choice: Choice, per_host: int) -> int:
     """Host memory of a whole process, on hosts with so many devices: what it pins, the writers of a save, PROCESS."""
     here = min(choice.plan.devices, per_host)
-    pinned = here * pool_bytes(choice.plan, here) + staging_bytes(choice.job)
+    pinned = here * pool_bytes(choice.plan) + staging_bytes(choice.job)
     return pinned + saving.BUFFERS + PROCESS + (here - 1) * PROCESS_DEVICE
 
 
 def describe_process(choice: Choice, cluster: Cluster) -> str:
     """process_bytes, what they are of, and how many there are."""
     here = min(choice.plan.devices, cluster.per_host)
-    process, pools = process_bytes(choice, here), here * pool_bytes(choice.plan, here)
+    process, pools = process_bytes(choice, here), here * pool_bytes(choice.plan)
     text = (f"the whole process: about {process / GIB:.0f} of {cluster.host_memory / GIB:.0f} GiB of host memory: "
             f"{pools / GIB:.0f} in jax's pools, the rest Python, CUDA's libraries, the compiler, loading and saving")
     return text if process <= cluster.host_memory else f"warning: more than there is: {text}"

@@ -14,9 +14,10 @@ from alst_jax.config import UserError
 GIB = 2**30
 MEMORY_FRACTION = 0.95  # of a device's memory that jax is given: XLA_CLIENT_MEM_FRACTION, set by environment.py
 # Of a host's memory, left to the operating system, the data and the program; beyond jax's pools 12 GiB were in use at the
-# peak of a run on one H100, save included, and 21 before the first step on two (benchmarks/results).
+# peak of a run of an 8B model on one H100, save included, 17 on two, and 21 in another before its first step
+# (benchmarks/results). On a small host a fourth may be pinned all the same.
 HOST_RESERVE = 0.13
-LEAST_RESERVED, MOST_RESERVED = 11 * GIB, 16 * GIB
+LEAST_RESERVED, MOST_RESERVED = 13 * GIB, 16 * GIB
 RESERVED_DEVICE = 8 * GIB  # more, for each device after the first
 LARGEST_HOST = 8  # devices
 
@@ -104,13 +105,14 @@ MACHINES = {machine.name: machine for machine in (
 @dataclasses.dataclass(frozen=True)
 class Cluster:
     """Some hosts with the same number of the same devices. host_memory: bytes of one host; pinned: those of them that
-    jax may pin for each device, None for what is usual."""
+    jax may pin for each device, None for what is usual; used: the devices that a run takes, None for all."""
 
     machine: Machine
     hosts: int
     per_host: int
     host_memory: int
     pinned: int | None = None
+    used: int | None = None
 
     @property
     def devices(self) -> int:
@@ -119,7 +121,12 @@ class Cluster:
     @property
     def host_share(self) -> int:
         """Bytes of host memory that plans may give to one device."""
-        return pinned_share(self.host_memory, self.per_host) if self.pinned is None else self.pinned
+        return pinned_share(self.host_memory, self.sharing) if self.pinned is None else self.pinned
+
+    @property
+    def sharing(self) -> int:
+        """Devices of a host that a run takes."""
+        return min(self.per_host, self.used or self.per_host)
 
     @property
     def topology(self) -> str:
@@ -133,9 +140,9 @@ class Cluster:
 
 
 def pinned_share(total: int, devices: int) -> int:
-    """Bytes of a host's memory that jax may pin for each of its devices; no less than half of them, small as it may be."""
+    """Bytes of a host's memory that jax may pin for each of so many devices."""
     reserved = max(LEAST_RESERVED, min(int(total * HOST_RESERVE), MOST_RESERVED)) + (devices - 1) * RESERVED_DEVICE
-    return max(total - reserved, total // 2) // devices
+    return max(total - reserved, total // 4) // devices
 
 
 def parse_cluster(text: str, host_memory_gib: float | int | None = None) -> Cluster:

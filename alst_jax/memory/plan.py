@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from alst_jax.environment import pinned_limit
+from alst_jax.environment import HOST_LIMIT, pinned_limit
 from alst_jax.memory import cost, host, saving, speed
 from alst_jax.memory.limits import host_memory
 from alst_jax.memory.machines import Cluster, machine_of_kind
@@ -109,7 +109,7 @@ def this_cluster(host_memory_gib: float | int | None = None, devices: int | None
     share it; None: all.
 
     A device that is not in the list counts as an H100 in speed; its memory is its own. What the environment says that
-    jax may pin counts as far as the host has it.
+    jax may pin counts as far as the host has it. UserError if several devices together could pin more than that.
     """
     device = jax.devices()[0]
     if device.platform != "gpu":
@@ -118,10 +118,13 @@ def this_cluster(host_memory_gib: float | int | None = None, devices: int | None
     known = machine_of_kind(device.device_kind) or machine_of_kind("H100")
     machine = dataclasses.replace(known, name=device.device_kind, kind=device.device_kind, memory=limit, fraction=1.0)
     pinned = pinned_limit()
-    per_host = jax.local_device_count()
-    if pinned is not None:
-        pinned = min(pinned, host_memory() // min(per_host, devices or per_host))
-    return Cluster(machine, jax.process_count(), per_host, host_memory(host_memory_gib), pinned)
+    cluster = Cluster(machine, jax.process_count(), jax.local_device_count(), host_memory(host_memory_gib), used=devices)
+    if pinned is None:
+        return cluster
+    if cluster.sharing > 1 and pinned * cluster.sharing > host_memory():
+        raise UserError(f"{HOST_LIMIT}={pinned // GIB}: jax may pin that for each of {cluster.sharing} devices, and the host "
+                        f"has {host_memory() / GIB:.0f} GiB; set it to {cluster.host_share // GIB} or less")
+    return dataclasses.replace(cluster, pinned=min(pinned, host_memory()))
 
 
 # ------------------------------------------------------------------------------------------------------------ compiling
