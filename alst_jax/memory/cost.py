@@ -140,8 +140,14 @@ def kept_bytes(job: Job) -> dict[str, int]:
         for run in segment.runs:
             if run.place:
                 count = run.stop - run.start
-                kept[place_of(run.place, count)] += count * (size.heads + size.statistics)
+                kept[place_of(run.place, count)] += outputs_bytes(job, count)
     return kept
+
+
+def outputs_bytes(job: Job, layers: int) -> int:
+    """The attention outputs that a run keeps; on a mesh those of a single layer also turned round for the way back."""
+    turned = layers == 1 and job.sp > 1 and job.profile.head_chunks == 1
+    return layers * ((1 + turned) * job.sizes.heads + job.sizes.statistics)
 
 
 def place_of(place: str, layers: int) -> str:
@@ -169,7 +175,9 @@ def working_set(job: Job) -> int:
         logits = 4 * loss_tokens(job) * model.vocab_size
         if largest >= max(size.table, logits * (job.profile.loss_tile is None)):
             before = state_bytes(job)[1] if largest >= size.table * 4 // job.width else size.table
-    return max(int(FRAGMENTS * max(loss_peak(job) - before, layers_peak(job))), update_work(job))
+    wide = size.table * 4 // job.width
+    embedding = wide + (wide // job.devices if job.devices > 1 else 0)  # at the end: its gradient, and the shard's
+    return max(int(FRAGMENTS * max(loss_peak(job) - before, layers_peak(job), embedding)), update_work(job))
 
 
 def loss_peak(job: Job) -> int:
@@ -226,7 +234,7 @@ def layers_peak(job: Job) -> int:
             kept += size.hidden if count == 1 else inputs_on_device * count
         lengths = [(run.place, run.stop - run.start) for run in segment.runs]
         here = sum(n for place, n in lengths if place and place_of(place, n) == DEVICE)
-        kept += here * output
+        kept += sum(outputs_bytes(job, n) for place, n in lengths if place and place_of(place, n) == DEVICE)
         rebuilt = 0
         if not segment.all_inputs:
             not_kept = sum(run.stop - run.start for run in segment.runs if not run.place)
@@ -247,9 +255,9 @@ def layers_peak(job: Job) -> int:
 
 
 def unlooped(job: Job) -> tuple[int, int]:
-    """Where no loop goes over layers and gradients stay on the device: bytes of a layer's, which all wait in float32 until
-    the end, and what the results' places (three of the MLP, those of q and o) hold before that: each an array that
-    fits."""
+    """Where no loop goes over layers and gradients stay on the device: bytes of a layer's, which all wait in float32
+    until the end, and what the results' places (three of the MLP, those of q and o) hold before that: each an array
+    that fits."""
     size, model = job.sizes, job.model
     loop = lambda segment: segment.runs[-1].stop - segment.runs[0].start > (1 if segment.all_inputs else 2)
     if job.profile.offload_weights or any(map(loop, job.segments)):
@@ -277,7 +285,8 @@ def layer_work(job: Job, rebuilt: int = 0) -> int:
     wide = size.layer * 4 // job.width
     attention, mlp = attention_work(job), mlp_work(job)
     always = 2 * size.hidden + 2 * size.heads + size.rope + size.statistics  # h and dh, o and do
-    always += wide  # float32 sums of the weights' gradients
+    if mlp_tokens(job) < job.rows * job.length // job.devices:
+        always += wide  # float32 sums of the weights' gradients
     if profile.offload_weights:
         always += size.table // job.devices  # the head's gradient waits for its way to the host
     elif job.model.tie_word_embeddings:
@@ -322,12 +331,14 @@ def workspace(job: Job) -> int:
 
 
 def mlp_work(job: Job) -> int:
-    """The layer's weights, and a tile's intermediates and weight gradients."""
+    """The layer's weights, and a tile's intermediates and weight gradients. Where one tile is all, four arrays of the
+    MLP's width and four of the model's; and one device has only a matrix at a time."""
     size, model, profile = job.sizes, job.model, job.profile
     tokens = job.rows * job.length // job.devices
     tile = mlp_tokens(job)
-    weights = size.layer if tile < tokens else 0
-    return weights + int(4.75 * tile * model.intermediate_size * job.width)
+    if tile < tokens:
+        return size.layer + int(4.75 * tile * model.intermediate_size * job.width)
+    return size.layer * (job.devices > 1) + 4 * tile * (model.intermediate_size + model.hidden_size) * job.width
 
 
 def update_work(job: Job) -> int:
