@@ -81,7 +81,12 @@ FITTED = [  # model, tokens, dp, sp, profile
     ("70B", 98304, 2, 4, AW | kept(8)), ("32B", 196608, 1, 1, AW | segments(5, 6, 8, 9, 10, 9, 8, 5, 3,
     1) | chunks(8) | kept(6, 4)),
     ("32B", 524288, 1, 8, AW | chunks(8) | kept(20)), ("1B", 262144, 1, 1, A | kept(6, 10) | chunks(4)),
-    ("1B", 786432, 1, 2, AW | segments(4) | chunks(2) | kept(4)), ("tiny", 786432, 1, 4, A | chunks(2) | kept(3, 3))]
+    ("1B", 786432, 1, 2, AW | segments(4) | chunks(2) | kept(4)), ("tiny", 786432, 1, 4, A | chunks(2) | kept(3, 3)),
+    # held out in a second round
+    ("8B", 65536, 1, 1, A | segments(2)), ("8B", 131072, 1, 2, A | segments(2)), ("1B", 393216, 1, 1, A | segments(2)),
+    ("8B", 524288, 2, 2, AW | segments(2)), ("8B", 262144, 1, 2, AW | segments(3) | kept(6, 3)),
+    ("8B", 262144, 1, 8, AW | segments(4) | chunks(2) | kept(4, 4) | tiles(32768, 0)),
+    ("8B", 131072, 1, 4, AW | segments(4) | kept(8, 8) | tiles(32768, 0))]
 HELD_OUT = [
     ("8B", 524288, 1, 1, AW | segments(5, 12, 8, 4, 2, 1) | chunks(8) | kept(12, 15) | tiles(16384, 8192)
      | dict(update_in_backward=True)),
@@ -90,7 +95,12 @@ HELD_OUT = [
     ("8B", 24576, 1, 1, tiles(None, None)), ("8B", 249856, 1, 1, AW | chunks(8) | tiles(16384, 8192)),
     ("1B", 262144, 1, 1, A | kept(16) | tiles(8192, 8192)),
     ("32B", 131072, 1, 4, AW | segments(4) | kept(10, 10) | tiles(20480, 4096)),
-    ("70B", 262144, 1, 8, AW | segments(8) | chunks(2) | kept(8, 8) | tiles(32768, 4096))]
+    ("70B", 262144, 1, 8, AW | segments(8) | chunks(2) | kept(8, 8) | tiles(32768, 4096)),
+    ("1B", 524288, 1, 2, A | kept(12)), ("8B", 1048576, 1, 4, AW | segments(4) | kept(6, 6) | chunks(2)),
+    ("32B", 262144, 1, 4, AW | segments(3)), ("70B", 131072, 1, 4, AW | kept(12, 8)),
+    ("8B", 131072, 1, 4, A | segments(2)), ("1B", 393216, 2, 2, A | segments(4) | chunks(2) | kept(4, 4)),
+    ("70B", 65536, 1, 8, AW | kept(4) | dict(mlp_tile=None)), ("1B", 786432, 1, 4, A | segments(4) | kept(4)),
+    ("8B", 262144, 1, 4, AW | segments(5) | kept(7, 4)), ("8B", 98304, 1, 2, A | segments(2) | kept(2))]
 
 
 @dataclasses.dataclass

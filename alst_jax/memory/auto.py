@@ -288,7 +288,7 @@ def segments_within(job: Job, search: Search, part: float) -> tuple[int, ...] | 
     weights, gradients, optimizer = cost.state_bytes(job)
     states = (0 if profile.offload_weights else weights + gradients) + (0 if profile.offload_optimizer else optimizer)
     room = search.cluster.machine.usable * (1 - search.margin) - states - search.correction((profile.head_chunks, 3))
-    room = room / cost.FRAGMENTS - cost.layer_work(job)
+    room = room / cost.FRAGMENTS - cost.layer_work(job, 3) - size.table * (job.devices > 1)  # looked up again
     room -= EARLY_LOADS * size.layer // job.devices * profile.offload_weights
     output = size.heads + size.statistics
     on_device = layers - profile.keep_attention_on_device  # the first layer that keeps its output there

@@ -140,8 +140,14 @@ def kept_bytes(job: Job) -> dict[str, int]:
         for run in segment.runs:
             if run.place:
                 count = run.stop - run.start
-                kept[place_of(run.place, count)] += count * (size.heads + size.statistics)
+                kept[place_of(run.place, count)] += outputs_bytes(job, count)
     return kept
+
+
+def outputs_bytes(job: Job, layers: int) -> int:
+    """The attention outputs that a run keeps; on a mesh those of a single layer also turned round for the way back."""
+    turned = layers == 1 and job.sp > 1 and job.profile.head_chunks == 1
+    return layers * ((1 + turned) * job.sizes.heads + job.sizes.statistics)
 
 
 def place_of(place: str, layers: int) -> str:
@@ -163,32 +169,38 @@ def unremat_layer(job: Job) -> int:
 def working_set(job: Job) -> int:
     """The peak of what is alive beside weights, gradients, optimizer and batch; what is kept on the device included."""
     # Gradients that stay on the device are results, whose places serve other purposes before, if they are large enough.
-    before, after, size, model = 0, 0, job.sizes, job.model
+    before, size, model = 0, job.sizes, job.model
     if not job.profile.offload_weights:
         largest = model.num_layers * model.hidden_size * model.intermediate_size * job.width // job.devices
         logits = 4 * loss_tokens(job) * model.vocab_size
         if largest >= max(size.table, logits * (job.profile.loss_tile is None)):
             before = state_bytes(job)[1] if largest >= size.table * 4 // job.width else size.table
-        after = size.table if job.devices == 1 else 0
-    return max(int(FRAGMENTS * max(loss_peak(job) - before, layers_peak(job) - after)), update_work(job))
+    wide = size.table * 4 // job.width
+    embedding = wide + (wide // job.devices if job.devices > 1 else 0)  # at the end: its gradient, and the shard's
+    return max(int(FRAGMENTS * max(loss_peak(job) - before, layers_peak(job), embedding)), update_work(job))
 
 
 def loss_peak(job: Job) -> int:
-    """At the loss: all that is kept, three hidden states, the gradient of the table in float32 and what it is made of,
-    and a tile's logits."""
-    size, model, profile = job.sizes, job.model, job.profile
+    """At the loss: all that is kept, three hidden states (two, where one tile is all), the table's gradient in float32,
+    the table, and a tile's logits, in float32 and as their gradient."""
+    size, model, tile = job.sizes, job.model, loss_tokens(job)
     tokens = job.rows * job.length // job.devices
-    tile = loss_tokens(job)
-    wide = size.table * 4 // job.width
-    logits = tile * model.vocab_size
-    logits = max(size.table + 4 * logits, (4 + job.width) * logits) if tile < tokens else (
-        size.table + (4 + 3 * job.width // 2) * logits)
-    if tokens % tile:  # a last, shorter tile has logits and, on a mesh, a gradient of its own (fitted)
-        logits += (wide if job.devices > 1 else 0) + tokens % tile * model.vocab_size * job.width
-    # Where weights come from the host, the table is not widened; gathered shards are only in part (fitted).
-    table = 0 if profile.offload_weights else wide if job.devices == 1 else wide // 4
-    shards = wide // job.devices if job.devices > 1 else 0
-    return job.kept[DEVICE] + 3 * size.hidden + wide + table + shards + logits + size.rope
+    wide, logits = size.table * 4 // job.width, tile * model.vocab_size
+    work = size.table + (4 + job.width) * logits
+    if job.devices == 1:  # where the table is not gathered
+        work = max(size.table + 4 * logits, (4 + job.width) * logits)
+    if tokens % tile:  # a last, shorter tile has logits and, on a mesh, a gradient of its own, made early
+        work += (wide if job.devices > 1 else 0) + tokens % tile * model.vocab_size * job.width
+    work += wide
+    if job.profile.loss_tile is None:  # the logits' gradient is in float32 at first
+        work = max(work, 8 * logits)
+    hidden = 3 * size.hidden + tile * model.hidden_size * job.width if tile < tokens else 2 * size.hidden
+    return job.kept[DEVICE] + hidden + work + size.rope + again_bytes(job)
+
+
+def again_bytes(job: Job) -> int:
+    """The embedding's table, gathered: where the first segment's input is looked up again, it stays until then."""
+    return 0 if job.devices == 1 or job.segments[0].all_inputs else job.sizes.table
 
 
 def loss_tokens(job: Job) -> int:
@@ -213,7 +225,8 @@ def layers_peak(job: Job) -> int:
         return job.kept[DEVICE] + layer_work(job)
     inputs_on_device = 0 if profile.offload_activations else size.hidden
     firsts = inputs_on_device * segment_inputs(job.segments, profile.offload_activations)  # one array, to the end
-    peak, kept, waiting = 0, firsts, 0
+    peak, kept = 0, firsts
+    shard, places = unlooped(job)
     output = size.heads + size.statistics
     for segment in job.segments:  # forwards: `kept` is what is there when the backward pass comes to this segment
         count = segment.runs[-1].stop - segment.runs[0].start
@@ -221,48 +234,67 @@ def layers_peak(job: Job) -> int:
             kept += size.hidden if count == 1 else inputs_on_device * count
         lengths = [(run.place, run.stop - run.start) for run in segment.runs]
         here = sum(n for place, n in lengths if place and place_of(place, n) == DEVICE)
-        kept += here * output
+        kept += sum(outputs_bytes(job, n) for place, n in lengths if place and place_of(place, n) == DEVICE)
         rebuilt = 0
         if not segment.all_inputs:
             not_kept = sum(run.stop - run.start for run in segment.runs if not run.place)
             not_kept -= segment.runs[-1].place is None  # the last layer's is made in its turn
             rebuilt = (count - 1) * size.hidden + not_kept * output
-        waiting += count == 1 or not segment.all_inputs
-        if segment.all_inputs and job.sp > 1 and not one_head(job):  # before heads are swapped, a copy of all outputs is turned round
-            peak = max(peak, kept + here * size.heads + size.hidden)
-        work = layer_work(job, here, not segment.all_inputs)
+        if job.sp > 1 and not one_head(job):  # before heads are swapped, a copy of all outputs is turned round
+            # That waits for nothing: not for the norm's gradient, not for the segment to be rebuilt.
+            early = size.hidden * (2 - profile.offload_weights) if segment.all_inputs else 2 * size.hidden + size.heads
+            peak = max(peak, kept + here * size.heads + rebuilt + early)
+        work = layer_work(job, 0 if segment.all_inputs else count)
         if segment.all_inputs and count == 1:  # outside of a loop h and o are what is kept, not rows of it
             work -= size.hidden + here * size.heads
-        peak = max(peak, kept + rebuilt + waiting * early_bytes(job) + work)
-    return peak
+        if count == 2 and not (segment.all_inputs or here) and profile.head_chunks == 1:
+            rebuilt += pair_bytes(job, segment is job.segments[-1])
+        waiting = (job.model.num_layers - segment.runs[-1].stop) * shard - places
+        peak = max(peak, kept + rebuilt + waiting + work)
+    return peak + again_bytes(job)
 
 
-def early_bytes(job: Job) -> int:
-    """Of each layer still to come that no loop goes over (the last of a segment), on a mesh and where heads are not
-    worked on in chunks: what the compiler makes early of its swaps over devices (fitted: a quarter of queries, keys and
-    values)."""
+def unlooped(job: Job) -> tuple[int, int]:
+    """Where no loop goes over layers and gradients stay on the device: bytes of a layer's, which all wait in float32
+    until the end, and what the results' places (three of the MLP, those of q and o) hold before that: each an array
+    that fits."""
+    size, model = job.sizes, job.model
+    loop = lambda segment: segment.runs[-1].stop - segment.runs[0].start > (1 if segment.all_inputs else 2)
+    if job.profile.offload_weights or any(map(loop, job.segments)):
+        return 0, 0
+    column = model.num_layers * model.hidden_size * job.width // job.devices
+    holds = lambda columns: next((array for array in (size.hidden, size.kv) if array <= columns * column), 0)
+    places = 3 * holds(model.intermediate_size) + 2 * holds(model.num_heads * model.head_dim)
+    return size.layer * 4 // job.width // job.devices, places
+
+
+def pair_bytes(job: Job, last: bool) -> int:
+    """Of a segment of two, which no loop goes over: places for queries and keys of the first layer are made early. On a
+    mesh its output is there as it was and turned round; and the last segment is rebuilt before the gradient of the last
+    norm, so that what that is made of waits."""
     size = job.sizes
-    return (size.heads + 2 * size.kv) // 4 if job.profile.head_chunks == 1 and job.sp > 1 else 0
+    return size.heads + size.kv + (size.heads + last * size.hidden) * (job.sp > 1)
 
 
-def layer_work(job: Job, kept_here: int = 0, unrolled: bool = False) -> int:
+def layer_work(job: Job, rebuilt: int = 0) -> int:
     """One layer's backward pass, beside what is kept and rebuilt: at the attention or in a tile of the MLP.
 
-    kept_here: layers of the segment whose attention outputs are on the device; unrolled: whether a layer of the segment
-    is computed outside of a loop.
+    rebuilt: layers of the segment, if it is one that is rebuilt.
     """
     size, profile = job.sizes, job.profile
     wide = size.layer * 4 // job.width
     attention, mlp = attention_work(job), mlp_work(job)
     always = 2 * size.hidden + 2 * size.heads + size.rope + size.statistics  # h and dh, o and do
-    always += wide  # float32 sums of the weights' gradients
+    if mlp_tokens(job) < job.rows * job.length // job.devices:
+        always += wide  # float32 sums of the weights' gradients
     if profile.offload_weights:
         always += size.table // job.devices  # the head's gradient waits for its way to the host
-        attention += wide if job.devices == 1 and profile.head_chunks == 1 else 0  # and the last layer's sums (fitted)
-    if profile.head_chunks == 1 and job.sp > 1 and not unrolled:
-        mlp += 2 * size.heads + 2 * size.kv  # the attention's swaps over devices start early
-    if profile.head_chunks > 1 and job.sp > 1 and kept_here and unrolled:
-        mlp += 2 * size.heads  # outputs are turned round, in copies
+    elif job.model.tie_word_embeddings:
+        always += size.table * 4 // job.width // job.devices  # or for that of the embedding, to be added to
+    if job.sp > 1 and not one_head(job):
+        mlp += size.heads  # o once more, turned round for its swap over devices
+    if rebuilt > 2 and (profile.head_chunks == 1 or job.sp == 1):  # dh as it was, until rows that wait for it are read
+        mlp, attention = mlp + size.hidden, attention + size.hidden * (job.sp > 1)
     return always + max(attention, mlp)
 
 
@@ -280,7 +312,9 @@ def attention_work(job: Job) -> int:
     repeats = job.sp // math.gcd(job.sp, max(1, model.num_kv_heads // chunks))
     q_chunk, kv_chunk = size.heads // chunks, kv_chunk * repeats
     if chunks == 1:
-        return q_chunk + 4 * kv_chunk + workspace(job)
+        # On a mesh, before the gradients are made: queries and do as they were swapped, and turned round.
+        before = 3 * q_chunk + 2 * kv_chunk if job.sp > 1 else 0
+        return max(before, 2 * q_chunk + 4 * kv_chunk) + workspace(job)
     return 4 * q_chunk + 4 * kv_chunk + 2 * size.kv * (4 // job.width if shared else 1) + workspace(job)
 
 
@@ -297,12 +331,14 @@ def workspace(job: Job) -> int:
 
 
 def mlp_work(job: Job) -> int:
-    """The layer's weights, and a tile's intermediates and weight gradients."""
+    """The layer's weights, and a tile's intermediates and weight gradients. Where one tile is all, four arrays of the
+    MLP's width and four of the model's; and one device has only a matrix at a time."""
     size, model, profile = job.sizes, job.model, job.profile
     tokens = job.rows * job.length // job.devices
     tile = mlp_tokens(job)
-    weights = size.layer if tile < tokens else 0
-    return weights + int(4.75 * tile * model.intermediate_size * job.width)
+    if tile < tokens:
+        return size.layer + int(4.75 * tile * model.intermediate_size * job.width)
+    return size.layer * (job.devices > 1) + 4 * tile * (model.intermediate_size + model.hidden_size) * job.width
 
 
 def update_work(job: Job) -> int:
