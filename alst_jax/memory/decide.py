@@ -33,7 +33,7 @@ POOL_SLACK, POOL_MATTERS = 2, 16  # GiB
 PROCESS, PROCESS_DEVICE = 4 * GIB, 3 * GIB
 ANY_LENGTH = 1024  # where the length is what is looked for
 MEASURED_ERROR = ("estimated by arithmetic, without a compiler: its measured error is in "
-                  "benchmarks/results/2026-11-24-plan-accuracy.md; install the extra cuda12 or cuda13 to compile for "
+                  "benchmarks/results/2026-11-27-plan-accuracy.md; install the extra cuda12 or cuda13 to compile for "
                   "these devices without having them")
 
 
@@ -214,7 +214,7 @@ def report(planner: Planner, job: Job) -> str:
     if config.json:
         found = {"max_seq_len": choice.job.length} if config.find_max_seq_len else {}
         host_memory = planner.cluster and planner.cluster.host_memory
-        fits = plan.fits and (process is None or process <= host_memory)
+        fits = not plan.lacks and (process is None or process <= host_memory)
         return json.dumps(json.loads(plan.to_json()) | {"flags": describe(choice.job), "seq_len": choice.job.length,
             "process_bytes": process, "host_memory": host_memory, "fits": fits} | found)
     lines = [plan.table()]

@@ -14,10 +14,11 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from alst_jax.config import UserError
 from alst_jax.environment import HOST_LIMIT, pinned_limit
 from alst_jax.memory import cost, host, saving, speed
 from alst_jax.memory.limits import host_memory
-from alst_jax.memory.machines import Cluster, machine_of_kind
+from alst_jax.memory.machines import GIB, Cluster, machine_of_kind
 from alst_jax.memory.report import ABSENT, COMPILED, Plan
 from alst_jax.ops.tiling import accumulation_dtype
 from alst_jax.parallel.mesh import AXES, DATA, SEQ

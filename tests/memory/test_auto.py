@@ -17,7 +17,7 @@ from train import parse
 
 PLAIN = Profile(attention="cudnn", compute_dtype="bfloat16")
 MODEL = llama_8b(8)
-H100 = parse_cluster("H100-80", 65)
+H100 = parse_cluster("H100-80", 67)
 
 
 def job(length=262144, model=MODEL, sp=1, **changes) -> Job:

@@ -82,16 +82,23 @@ def test_each_device_has_its_share(variables, monkeypatch, gpus, used, sharing):
     monkeypatch.setattr(limits, "cgroup_limits", lambda root: [])
     environment.prepare(None, devices=used)
     share = int(variables[environment.HOST_LIMIT])
-    assert share == pinned_share(100 * GIB, sharing) // GIB and share * sharing <= 100 - 11 - 8 * (sharing - 1)
+    assert share == pinned_share(100 * GIB, sharing) // GIB and share * sharing <= 100 - 13 - 8 * (sharing - 1)
 
 
 @pytest.mark.parametrize("listed,visible,count", [
     (["GPU 0: NVIDIA H100 (UUID: GPU-1)", "GPU 1: NVIDIA H100 (UUID: GPU-2)"], None, 2),
     (["GPU 0: NVIDIA H100 (UUID: GPU-1)", "  MIG 1g.10gb Device 0: (UUID: MIG-1)"], None, 1),
-    (["GPU 0: a", "GPU 1: b", "GPU 2: c"], "2,0", 2), (["GPU 0: a"], "0,1", 1), (["GPU 0: a"], "", 0), ([], None, 0)])
+    (["GPU 0: a", "GPU 1: b", "GPU 2: c"], "2,0", 2), (["GPU 0: a"], "0,1", 1), (["GPU 0: a"], "", 0),
+    (["GPU 0: a", "GPU 1: b"], "-1", 0), (["GPU 0: a", "GPU 1: b"], "1,-1,0", 1), (["GPU 0: a"], "NoDevFiles", 0),
+    ([], None, 3), ([], "0", 1)])  # no nvidia-smi, and three files of the driver
 def test_gpus_that_jax_will_see(monkeypatch, listed, visible, count):
-    result = type("Result", (), {"returncode": 0 if listed else 9, "stdout": "\n".join(listed)})
-    monkeypatch.setattr(environment.subprocess, "run", lambda *args, **kwargs: result)
+    def run(*args, **kwargs):
+        if not listed:
+            raise FileNotFoundError(args[0])
+        return type("Result", (), {"stdout": "\n".join(listed)})
+
+    monkeypatch.setattr(environment.subprocess, "run", run)
+    monkeypatch.setattr(environment.glob, "glob", lambda pattern: ["/dev/nvidia0", "/dev/nvidia1", "/dev/nvidia2"])
     monkeypatch.setattr(os, "environ", {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
     assert environment._visible_gpus() == count
 
@@ -135,7 +142,8 @@ def test_the_cluster_at_hand(card, cap, set_by_user, host, usable):
     assert (cluster.machine.peak_flops, cluster.devices) == (989e12, 1)
 
 
-@pytest.mark.parametrize("dp,set_by_user,share", [(None, None, 10), (1, None, 29), (None, "30", 20), (1, "30", 30)])
+@pytest.mark.parametrize("dp,set_by_user,share", [
+    (None, None, 9), (1, None, 27), (None, "20", 20), (1, "30", 30), (None, "21", None)])
 def test_two_cards_share_the_host_if_both_are_used(card, monkeypatch, dp, set_by_user, share):
     monkeypatch.setattr(environment, "_visible_gpus", lambda: 2)
     monkeypatch.setattr(jax, "local_device_count", lambda: 2)
@@ -143,7 +151,11 @@ def test_two_cards_share_the_host_if_both_are_used(card, monkeypatch, dp, set_by
         card[environment.HOST_LIMIT] = set_by_user
     config = TrainConfig(dp=dp)
     environment.prepare(None, devices=config.devices)
-    assert decide.target(config).host_share == share * GIB
+    if share is None:
+        with pytest.raises(UserError, match="_GB=21: jax may pin that for each of 2 devices, and the host has 40 GiB; set it to 9"):
+            decide.target(config)
+    else:
+        assert decide.target(config).host_share == share * GIB
 
 
 def test_a_card_that_is_not_in_the_list_counts_as_an_h100(card, monkeypatch):

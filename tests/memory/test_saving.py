@@ -73,7 +73,7 @@ def test_it_is_a_line_of_every_plan(changes):
 
 
 def test_it_can_be_what_a_host_lacks():
-    cluster = dataclasses.replace(parse_cluster("8xH100"), pinned=saving.BUFFERS + 8 * 10**6)
+    cluster = dataclasses.replace(parse_cluster("8xH100"), pinned=(saving.BUFFERS + 8 * 10**6) // 8)
     assert estimate(job(sp=8), cluster).lacks.keys() == {"host"}
 
 
