@@ -93,7 +93,7 @@ def subject(config: TrainConfig):
     seq_len = decide.ANY_LENGTH if config.find_max_seq_len else setup.check_seq_len(config, source.config)
     job = Job(source.config, profile, dp * config.batch_size, setup.padded_length(seq_len, sp, profile), dp, sp,
               config.grad_accum, config.optimizer_states, config.master_weights)
-    return source, decide.Planner.of(config, cluster, dtype), job
+    return source, decide.Planner.of(config, decide.with_room(cluster, job), dtype), job
 
 
 def run(config: TrainConfig) -> int:

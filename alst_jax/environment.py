@@ -52,7 +52,7 @@ def prepare(
     gpus = _visible_gpus()
     share = pinned_share(host_memory(host_memory_gib), max(1, min(gpus, devices or gpus)))
     os.environ.setdefault(HOST_LIMIT, str(share // GIB))
-    if gpus:  # the flag is unknown to CPU-only builds, which would abort
+    if gpus and has_cuda_compiler():  # the flag is unknown to CPU-only builds, which would abort
         _set_compiler_flags()
 
 
@@ -90,7 +90,7 @@ def _visible_gpus() -> int:
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=30, text=True, check=True).stdout
         here = sum(line.startswith("GPU ") for line in listed.splitlines())
-    except (FileNotFoundError, subprocess.TimeoutExpired, subprocess.CalledProcessError):
+    except (OSError, subprocess.SubprocessError):
         here = len(glob.glob("/dev/nvidia[0-9]*"))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:

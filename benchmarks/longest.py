@@ -54,10 +54,11 @@ def main():
             master = "float32" if states == "float32" else "none"
             memory = None if options.host_memory is None else options.host_memory * min(gpus, 8)
             config = TrainConfig(plan_for=machine, host_memory=memory, find_max_seq_len=True)
-            planner = decide.Planner.of(config, parse_cluster(machine, memory), jnp.dtype("bfloat16"))
-            planner = dataclasses.replace(planner, compiles=planner.compiles and gpus in options.compiled)
             job = Job(model, Profile(attention="cudnn", compute_dtype="bfloat16"), 1, 1024, 1, gpus, states=states,
                 master=master)
+            cluster = decide.with_room(parse_cluster(machine, memory), job)
+            planner = decide.Planner.of(config, cluster, jnp.dtype("bfloat16"))
+            planner = dataclasses.replace(planner, compiles=planner.compiles and gpus in options.compiled)
             cell = f"| {name} | {gpus} | {states} "
             try:
                 choice = planner.longest(job)

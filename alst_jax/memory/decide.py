@@ -230,9 +230,11 @@ def report(planner: Planner, job: Job) -> str:
 
 
 def announce(planner: Planner, choice: Choice) -> None:
-    """Before a run: its plan, in a few lines."""
-    print(f"plan    {choice.plan.line()}")
-    print(f"        {describe_process(choice, planner.cluster)}")
+    """Before a run: its plan, in a few lines. UserError if the process would be larger than its host."""
+    process = describe_process(choice, planner.cluster)
+    if process.startswith("warning"):
+        raise UserError(process.removeprefix("warning: "))
+    print(f"plan    {choice.plan.line()}\n        {process}")
     if planner.config.memory == "auto":
         print(f"        {choice.explain()}", flush=True)
 
@@ -276,16 +278,32 @@ def pool_bytes(plan: Plan) -> int:
 
 def staging_bytes(job: Job) -> int:
     """Of the pinned memory, beside the pools, through which arrays seem to go to and fro: a device's part of the largest, in
-    a piece that is a power of two (4.0 GiB came within two seconds when an 8B model was loaded; docs/log.md)."""
+    a piece that is a power of two (4.0 GiB came within two seconds when an 8B model was loaded; docs/log.md). Once for all
+    devices, for one part is loaded after another."""
     largest = saving.largest_parameter(job.model) * job.width // job.devices
     return 2 ** math.ceil(math.log2(largest))
 
 
+def beside_pools(job: Job, per_host: int) -> int:
+    """Host memory of a process beside its pools, on hosts with so many devices."""
+    return staging_bytes(job) + saving.BUFFERS + PROCESS + (min(job.devices, per_host) - 1) * PROCESS_DEVICE
+
+
 def process_bytes(choice: Choice, per_host: int) -> int:
-    """Host memory of a whole process, on hosts with so many devices: what it pins, the writers of a save, PROCESS."""
-    here = min(choice.plan.devices, per_host)
-    pinned = here * pool_bytes(choice.plan) + staging_bytes(choice.job)
-    return pinned + saving.BUFFERS + PROCESS + (here - 1) * PROCESS_DEVICE
+    """Host memory of a whole process, on hosts with so many devices."""
+    return min(choice.plan.devices, per_host) * pool_bytes(choice.plan) + beside_pools(choice.job, per_host)
+
+
+def with_room(cluster: Cluster | None, job: Job) -> Cluster | None:
+    """The cluster, on which jax pins no more than a process of this job leaves it; where the limit is set already, as it is."""
+    if cluster is None or cluster.pinned is not None:
+        return cluster
+    return dataclasses.replace(cluster, pinned=min(cluster.host_share, most_pinned(cluster, job)))
+
+
+def most_pinned(cluster: Cluster, job: Job) -> int:
+    """Bytes of a device's pool at most, so that the process fits its host."""
+    return max(0, cluster.host_memory - beside_pools(job, cluster.per_host)) // min(job.devices, cluster.per_host)
 
 
 def describe_process(choice: Choice, cluster: Cluster) -> str:
@@ -294,7 +312,10 @@ def describe_process(choice: Choice, cluster: Cluster) -> str:
     process, pools = process_bytes(choice, here), here * pool_bytes(choice.plan)
     text = (f"the whole process: about {process / GIB:.0f} of {cluster.host_memory / GIB:.0f} GiB of host memory: "
             f"{pools / GIB:.0f} in jax's pools, the rest Python, CUDA's libraries, the compiler, loading and saving")
-    return text if process <= cluster.host_memory else f"warning: more than there is: {text}"
+    if process <= cluster.host_memory:
+        return text
+    return (f"warning: more than there is: {text}. {environment.HOST_LIMIT}={most_pinned(cluster, choice.job) // GIB} in the "
+            "environment leaves it room")
 
 
 def planned_against_measured(choice: Choice, peak_gib: float, host_peak_gib: float, seconds: list[float]) -> str:

@@ -3,6 +3,7 @@
 
 import collections
 import dataclasses
+import json
 import sys
 import threading
 
@@ -22,7 +23,7 @@ from alst_jax.memory.report import COMPILED, ESTIMATED
 from alst_jax.ops import attention
 from alst_jax.optim.adamw import AdamW
 from alst_jax.trainer import TrainState, optimizer_step
-from benchmarks.shapes import LLAMA_8B, LLAMA_70B
+from benchmarks.shapes import LLAMA_8B, LLAMA_70B, QWEN3_32B
 from tests import stand_in
 from tests.helpers import TINY, make_step, random_batch
 
@@ -337,6 +338,35 @@ def test_more_than_a_host_has_is_said():
     fits, not_so = (decide.describe_process(chosen(gib, 2), cluster) for gib in (28, 40))
     assert fits.startswith("the whole process: about 76 of 100 GiB of host memory: 64 in jax's pools")
     assert not_so.startswith("warning: more than there is: the whole process: about 140 of 100")
+    assert not_so.endswith("_GB=44 in the environment leaves it room")
+
+
+@pytest.mark.parametrize("gib,fits", [(28, True), (40, False)])
+def test_what_is_more_than_a_host_has_does_not_fit(monkeypatch, gib, fits):
+    ask = planner(cluster=parse_cluster("2xH100", 100), json=True, plan_only=True)
+    choice = chosen(gib, 2)
+    choice = dataclasses.replace(choice, plan=dataclasses.replace(choice.plan, device={"weights": GIB}))
+    monkeypatch.setattr(Planner, "choose", lambda self, job, say=print: choice)
+    assert json.loads(decide.report(ask, EIGHT))["fits"] is fits
+    if fits:
+        decide.announce(ask, ask.choose(EIGHT))
+    else:
+        with pytest.raises(UserError, match="^more than there is: .*_GB=44"):
+            decide.announce(ask, ask.choose(EIGHT))
+
+
+@pytest.mark.parametrize("name,gib,job,pinned", [
+    ("H100", 125, EIGHT, 109), ("8xH100", 560, dataclasses.replace(EIGHT, sp=8), 61),  # what is left to the system is enough
+    ("H100", 221, dataclasses.replace(EIGHT, model=QWEN3_32B), 221 - 16 - 3 - 4),  # a stack of 15.6 GiB goes through 16
+    ("2xH100", 221, dataclasses.replace(EIGHT, model=LLAMA_70B, sp=2), (221 - 32 - 3 - 4 - 3) / 2)])
+def test_plans_leave_room_for_what_a_process_holds(name, gib, job, pinned):
+    cluster = parse_cluster(name, gib)
+    room = decide.with_room(cluster, job)
+    assert room.host_share == pinned * GIB
+    plan = dataclasses.replace(on_host(pinned - 4, job.devices), host_limit=room.host_share)
+    assert decide.process_bytes(auto.Choice(job, plan), cluster.per_host) <= cluster.host_memory
+    limited = dataclasses.replace(cluster, pinned=7 * GIB)
+    assert decide.with_room(limited, job) == limited and decide.with_room(None, job) is None
 
 
 def test_each_device_gets_its_pool(monkeypatch):
@@ -363,10 +393,6 @@ def test_each_device_gets_its_pool(monkeypatch):
     monkeypatch.setattr(host, "_reserve", program)
     host.reserve(3, jax.devices()[:2])
     assert sorted(made, key=str) == [(3, device) for device in jax.devices()[:2]]
-
-
-def test_pools_are_really_made():
-    host.reserve(1, jax.devices()[:2])  # of a CPU's memory, where they are given back at once
 
 
 def test_the_environment_is_for_the_devices_of_the_flags(monkeypatch):

@@ -1,6 +1,7 @@
 # pytest tests/memory/test_limits.py
 """Host memory that is really there: control groups, --host-memory, and what the user says jax may pin."""
 
+import fnmatch
 import os
 
 import jax
@@ -92,15 +93,16 @@ def test_each_device_has_its_share(variables, monkeypatch, gpus, used, sharing):
     (["GPU 0: a", "GPU 1: b"], "-1", 0), (["GPU 0: a", "GPU 1: b"], "1,-1,0", 1), (["GPU 0: a"], "NoDevFiles", 0),
     ([], None, 3), ([], "0", 1)])  # no nvidia-smi, and three files of the driver
 def test_gpus_that_jax_will_see(monkeypatch, listed, visible, count):
-    def run(*args, **kwargs):
-        if not listed:
-            raise FileNotFoundError(args[0])
-        return type("Result", (), {"stdout": "\n".join(listed)})
-
-    monkeypatch.setattr(environment.subprocess, "run", run)
-    monkeypatch.setattr(environment.glob, "glob", lambda pattern: ["/dev/nvidia0", "/dev/nvidia1", "/dev/nvidia2"])
     monkeypatch.setattr(os, "environ", {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
+    files = ["/dev/nvidia0", "/dev/nvidia1", "/dev/nvidia2", "/dev/nvidiactl", "/dev/nvidia-uvm"]
+    monkeypatch.setattr(environment.glob, "glob", lambda pattern: fnmatch.filter(files, pattern))
+    smi = environment.subprocess.run
+    command = ["printf", "\n".join(listed)] if listed else ["false"]
+    monkeypatch.setattr(environment.subprocess, "run", lambda _, **how: smi(command, **how))
     assert environment._visible_gpus() == count
+    if not listed:
+        monkeypatch.setattr(environment.subprocess, "run", lambda _, **how: smi(["no-such-command"], **how))
+        assert environment._visible_gpus() == count
 
 
 def test_what_the_user_sets_wins(variables):

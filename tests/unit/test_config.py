@@ -104,5 +104,9 @@ def test_compiler_flags_of_a_gpu_run(before, after, monkeypatch):
     environment.prepare(None)
     assert os.environ["XLA_FLAGS"] == before  # a CPU-only build would abort at flags it does not know
     monkeypatch.setattr(environment, "_visible_gpus", lambda: 1)
+    monkeypatch.setattr(environment, "has_cuda_compiler", lambda: False)
+    environment.prepare(None)
+    assert os.environ["XLA_FLAGS"] == before
+    monkeypatch.setattr(environment, "has_cuda_compiler", lambda: True)
     environment.prepare(None)
     assert os.environ["XLA_FLAGS"] == after
