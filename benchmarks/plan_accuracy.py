@@ -2,7 +2,8 @@
 
     python -m benchmarks.plan_accuracy --machine H100-80 --rows /tmp/rows.jsonl
 
-Needs the extra cuda12 or cuda13, and no GPU: the step is compiled for devices that are not here. The cost model was
+Needs the extra cuda12 or cuda13, and no GPU: the step is compiled for devices that are not here. With
+--rows benchmarks/results/2026-11-27-plan-accuracy.jsonl nothing is compiled and neither is needed. The cost model was
 fitted to the combinations of FITTED; those of HELD_OUT it had not seen. Left out on both sides: the optimizer's state,
 which is exact and would make errors look small, and cuDNN's workspace, which the compiler knows only where the device
 is. What was compiled is kept in --rows and not compiled again.
@@ -82,7 +83,7 @@ FITTED = [  # model, tokens, dp, sp, profile
     1) | chunks(8) | kept(6, 4)),
     ("32B", 524288, 1, 8, AW | chunks(8) | kept(20)), ("1B", 262144, 1, 1, A | kept(6, 10) | chunks(4)),
     ("1B", 786432, 1, 2, AW | segments(4) | chunks(2) | kept(4)), ("tiny", 786432, 1, 4, A | chunks(2) | kept(3, 3)),
-    # held out in a second round
+    # compiled to see what is alive, or held out until they were missed
     ("8B", 65536, 1, 1, A | segments(2)), ("8B", 131072, 1, 2, A | segments(2)), ("1B", 393216, 1, 1, A | segments(2)),
     ("8B", 524288, 2, 2, AW | segments(2)), ("8B", 262144, 1, 2, AW | segments(3) | kept(6, 3)),
     ("8B", 262144, 1, 8, AW | segments(4) | chunks(2) | kept(4, 4) | tiles(32768, 0)),
@@ -133,18 +134,14 @@ def main():
     for group, combinations in (("fitted", FITTED), ("held out", HELD_OUT)):
         for name, length, dp, sp, changes in combinations:
             cluster = parse_cluster(f"{dp * sp}x{options.machine}")
-            profile = Profile(attention="cudnn", compute_dtype="bfloat16", **changes)
-            job = cost.Job(MODELS[name], profile, dp, length, dp, sp)
-            bare = dataclasses.replace(job, count_workspace=False)
-            numbers = lambda plan: (plan.device_bytes - plan.device.get("optimizer", 0),
-                plan.host_bytes - plan.host.get("optimizer", 0))
+            bare = bare_job(name, length, dp, sp, changes)
             key = json.dumps([options.machine, name, length, dp, sp, changes])
             if key not in known:
                 mesh = make_mesh(dp, sp, absent_devices(cluster))
                 started = time.perf_counter()
-                step = TrainStep(job.model, mesh, profile, AdamW(clip_norm=0.0), jnp.bfloat16)
+                step = TrainStep(bare.model, mesh, bare.profile, AdamW(clip_norm=0.0), jnp.bfloat16)
                 device, host = numbers(plan_step(step, dp, length, 1, cluster))
-                device -= cost.working_set(job) - cost.working_set(bare)
+                device -= cost.working_set(dataclasses.replace(bare, count_workspace=True)) - cost.working_set(bare)
                 known[key] = dict(key=key, device=device, host=host, seconds=time.perf_counter() - started)
                 if options.rows is not None:
                     with options.rows.open("a") as file:
@@ -162,6 +159,19 @@ def main():
             within, median = sum(e <= 0.05 for e in sizes), sizes[len(sizes) // 2]
             print(f"\n{group}, {place}: {within} of {len(sizes)} within 5%, median {median:.1%}, "
                   f"largest {sizes[-1]:.1%}")
+
+
+def bare_job(name: str, length: int, dp: int, sp: int, changes: dict):
+    """The job of a combination, without the workspace of cuDNN's attention."""
+    from alst_jax.memory.cost import Job
+
+    profile = Profile(attention="cudnn", compute_dtype="bfloat16", **changes)
+    return Job(MODELS[name], profile, dp, length, dp, sp, count_workspace=False)
+
+
+def numbers(plan) -> tuple[int, int]:
+    """Bytes of a plan on the device and on the host, without the optimizer's."""
+    return plan.device_bytes - plan.device.get("optimizer", 0), plan.host_bytes - plan.host.get("optimizer", 0)
 
 
 def words(changes: dict) -> str:

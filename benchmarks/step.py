@@ -41,7 +41,8 @@ class Options:
     """Of the bfloat16 weights."""
     compile_only: bool = False
     reserve: int = 0
-    """GiB of pinned host memory to make in one piece first, for each GPU; needed where a step's activations take tens of GiB of it."""
+    """GiB of pinned host memory to make in one piece first, for each GPU; needed where a step's activations take tens of
+    GiB of it."""
     profile: Profile = dataclasses.field(default_factory=lambda: Profile(attention="cudnn", compute_dtype="bfloat16"))
 
 

@@ -214,12 +214,14 @@ def report(planner: Planner, job: Job) -> str:
     if config.json:
         found = {"max_seq_len": choice.job.length} if config.find_max_seq_len else {}
         host_memory = planner.cluster and planner.cluster.host_memory
-        fits = not plan.lacks and (process is None or process <= host_memory)
+        fits = not plan.lacks and not (planner.cluster and host_outgrown(choice, planner.cluster))
         return json.dumps(json.loads(plan.to_json()) | {"flags": describe(choice.job), "seq_len": choice.job.length,
             "process_bytes": process, "host_memory": host_memory, "fits": fits} | found)
     lines = [plan.table()]
     if planner.cluster is not None:
         lines.append(describe_process(choice, planner.cluster))
+        if outgrown := host_outgrown(choice, planner.cluster):
+            lines.append(f"warning: {outgrown}")
     if config.find_max_seq_len:
         lines.insert(0, f"longest sequence: {choice.job.length:,} tokens, with {describe(choice.job)}")
     if plan.source == ESTIMATED:
@@ -231,10 +233,9 @@ def report(planner: Planner, job: Job) -> str:
 
 def announce(planner: Planner, choice: Choice) -> None:
     """Before a run: its plan, in a few lines. UserError if the process would be larger than its host."""
-    process = describe_process(choice, planner.cluster)
-    if process.startswith("warning"):
-        raise UserError(process.removeprefix("warning: "))
-    print(f"plan    {choice.plan.line()}\n        {process}")
+    if outgrown := host_outgrown(choice, planner.cluster):
+        raise UserError(outgrown)
+    print(f"plan    {choice.plan.line()}\n        {describe_process(choice, planner.cluster)}")
     if planner.config.memory == "auto":
         print(f"        {choice.explain()}", flush=True)
 
@@ -310,12 +311,17 @@ def describe_process(choice: Choice, cluster: Cluster) -> str:
     """process_bytes, what they are of, and how many there are."""
     here = min(choice.plan.devices, cluster.per_host)
     process, pools = process_bytes(choice, here), here * pool_bytes(choice.plan)
-    text = (f"the whole process: about {process / GIB:.0f} of {cluster.host_memory / GIB:.0f} GiB of host memory: "
+    return (f"the whole process: about {process / GIB:.0f} of {cluster.host_memory / GIB:.0f} GiB of host memory: "
             f"{pools / GIB:.0f} in jax's pools, the rest Python, CUDA's libraries, the compiler, loading and saving")
-    if process <= cluster.host_memory:
-        return text
-    return (f"warning: more than there is: {text}. {environment.HOST_LIMIT}={most_pinned(cluster, choice.job) // GIB} in the "
-            "environment leaves it room")
+
+
+def host_outgrown(choice: Choice, cluster: Cluster) -> str:
+    """Why the process does not fit its host, and what would help; nothing if it does."""
+    if process_bytes(choice, cluster.per_host) <= cluster.host_memory:
+        return ""
+    pinned = most_pinned(cluster, choice.job) // GIB
+    help = f". {environment.HOST_LIMIT}={pinned} in the environment leaves it room" if pinned else ""
+    return f"more than there is: {describe_process(choice, cluster)}{help}"
 
 
 def planned_against_measured(choice: Choice, peak_gib: float, host_peak_gib: float, seconds: list[float]) -> str:

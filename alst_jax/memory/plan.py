@@ -124,8 +124,8 @@ def this_cluster(host_memory_gib: float | int | None = None, devices: int | None
         return cluster
     if cluster.sharing > 1 and pinned * cluster.sharing > host_memory():
         raise UserError(f"{HOST_LIMIT}={pinned // GIB}: jax may pin that for each of {cluster.sharing} devices, and the host "
-                        f"has {host_memory() / GIB:.0f} GiB; set it to {cluster.host_share // GIB} or less (unset, it is what is left to each GPU that "
-                        "nvidia-smi lists)")
+                        f"has {host_memory() / GIB:.0f} GiB; set it to {cluster.host_share // GIB} or less (unset, it is what "
+                        "is left to each GPU that nvidia-smi lists)")
     return dataclasses.replace(cluster, pinned=min(pinned, host_memory()))
 
 

@@ -335,10 +335,14 @@ def test_processes_that_were_measured(planned, devices, layers, pinned, measured
 
 def test_more_than_a_host_has_is_said():
     cluster = parse_cluster("2xH100", 100)
-    fits, not_so = (decide.describe_process(chosen(gib, 2), cluster) for gib in (28, 40))
-    assert fits.startswith("the whole process: about 76 of 100 GiB of host memory: 64 in jax's pools")
-    assert not_so.startswith("warning: more than there is: the whole process: about 140 of 100")
-    assert not_so.endswith("_GB=44 in the environment leaves it room")
+    fits, not_so = chosen(28, 2), chosen(40, 2)
+    text = decide.describe_process(fits, cluster)
+    assert text.startswith("the whole process: about 76 of 100 GiB of host memory: 64 in jax's pools")
+    assert decide.host_outgrown(fits, cluster) == ""
+    text = decide.host_outgrown(not_so, cluster)
+    assert text.startswith("more than there is: the whole process: about 140 of 100")
+    assert text.endswith("_GB=44 in the environment leaves it room")
+    assert decide.host_outgrown(not_so, parse_cluster("2xH100", 8)).endswith("loading and saving")  # nothing would help
 
 
 @pytest.mark.parametrize("gib,fits", [(28, True), (40, False)])

@@ -39,7 +39,7 @@ def test_host_memory_is_that_of_a_host_and_shared_by_its_devices():
 
 @pytest.mark.parametrize("gib,devices,pinned", [
     (1000, 1, 984), (64, 1, 51), (30, 1, 17), (16, 1, 4), (250, 2, 226), (560, 8, 488), (64, 8, 16)])
-def test_what_is_not_pinned_is_enough_for_a_process(gib, devices, pinned):
+def test_what_a_host_keeps_for_itself(gib, devices, pinned):
     assert pinned_share(gib * GIB, devices) == pinned * GIB // devices
 
 
