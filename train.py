@@ -8,7 +8,7 @@ import time
 
 import tyro
 
-from alst_jax import environment
+from alst_jax.hardware import environment
 from alst_jax.config import TrainConfig, UserError, check_run, typed_fields
 
 
@@ -37,7 +37,7 @@ def parse(arguments: list[str]) -> TrainConfig:
     config = cli(TrainConfig())
     typed = typed_fields(cli, config)
     if config.resume and config.out is not None:
-        from alst_jax.checkpoint import read_run_file
+        from alst_jax.storage.checkpoint import read_run_file
 
         saved = read_run_file(config.out).get("flags", {})
         known = {field.name for field in dataclasses.fields(TrainConfig)}
@@ -77,9 +77,9 @@ def subject(config: TrainConfig):
     """(model source, planner, job): what is trained or planned, where, and in which shapes; refuses what cannot be."""
     import jax
 
-    from alst_jax import setup
-    from alst_jax.memory import decide
-    from alst_jax.memory.cost import Job
+    from alst_jax import run as setup
+    from alst_jax.planning import planner as decide
+    from alst_jax.planning.footprint import Job
     from alst_jax.parallel.mesh import choose_degrees
 
     # ------------------------------------------------------------------------------------------- where: devices, mesh
@@ -99,7 +99,7 @@ def subject(config: TrainConfig):
 def run(config: TrainConfig) -> int:
     """The story of a run, from flags to a Hugging Face directory. Returns the exit code."""
     # jax reads its environment when it is imported: not before main() has prepared it.
-    from alst_jax.memory import decide
+    from alst_jax.planning import planner as decide
 
     if config.planning:
         _, planner, job = subject(config)
@@ -108,10 +108,10 @@ def run(config: TrainConfig) -> int:
 
     import jax
 
-    from alst_jax import checkpoint as ckpt
-    from alst_jax import setup
+    from alst_jax.storage import checkpoint as ckpt
+    from alst_jax import run as setup
     from alst_jax.data.batches import TrainingBatches, evaluation_batches, fingerprint
-    from alst_jax.memory.saving import EXPORT_FILE
+    from alst_jax.storage.saving import EXPORT_FILE
     from alst_jax.metrics import MetricsLog, peak_host_memory, peak_memory
     from alst_jax.models.hf_config import record_dtype
     from alst_jax.models.hf_weights import save_params

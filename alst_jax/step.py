@@ -17,12 +17,13 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from alst_jax.config import IGNORED, ModelConfig, UserError
-from alst_jax.memory import host, remat
-from alst_jax.memory.order import gradient_first
-from alst_jax.memory.profile import Profile
-from alst_jax.memory.remat import scan_layers
-from alst_jax.models.layer import Layer
-from alst_jax.models.llama import abstract_params, block_functions, init_params
+from alst_jax.xla import host
+from alst_jax.stack import stack as remat
+from alst_jax.xla.order import gradient_first
+from alst_jax.profile import Profile
+from alst_jax.stack.stack import scan_layers
+from alst_jax.stack.layer import Layer
+from alst_jax.models.block import abstract_params, block_functions, init_params
 from alst_jax.ops.attention import import_kernel
 from alst_jax.ops.cross_entropy import cross_entropy, default_tile, tiled_cross_entropy
 from alst_jax.ops.linear import embed

@@ -12,7 +12,7 @@ import time
 
 import tyro
 
-from alst_jax import environment
+from alst_jax.hardware import environment
 
 
 @dataclasses.dataclass

@@ -10,7 +10,7 @@ import dataclasses
 
 import tyro
 
-from alst_jax import environment
+from alst_jax.hardware import environment
 from benchmarks.shapes import llama_8b
 
 
@@ -27,7 +27,7 @@ def main():
     import jax.numpy as jnp
     import numpy as np
 
-    from alst_jax.memory.profile import Profile
+    from alst_jax.profile import Profile
     from alst_jax.optim.adamw import AdamW
     from alst_jax.parallel.mesh import make_mesh
     from alst_jax.step import TrainStep

@@ -18,7 +18,7 @@ from typing import Literal
 
 import tyro
 
-from alst_jax import environment
+from alst_jax.hardware import environment
 from benchmarks.shapes import llama_8b
 
 
@@ -74,7 +74,7 @@ def ours(options: Options, seq_len: int, keep: int) -> dict:
     import jax.numpy as jnp
     import numpy as np
 
-    from alst_jax.memory.profile import Profile
+    from alst_jax.profile import Profile
     from alst_jax.optim.adamw import AdamW
     from alst_jax.parallel.mesh import make_mesh
     from alst_jax.step import TrainStep

@@ -12,7 +12,7 @@ import pathlib
 
 import tyro
 
-from alst_jax import environment
+from alst_jax.hardware import environment
 from benchmarks.shapes import LLAMA_8B
 
 GIB = 2**30
@@ -32,11 +32,11 @@ class Options:
 def main():
     options = tyro.cli(Options)
     environment.prepare(None, absent_devices=True)
-    from alst_jax.memory import auto
-    from alst_jax.memory.cost import Job
-    from alst_jax.memory.flags import describe
-    from alst_jax.memory.machines import parse_cluster
-    from alst_jax.memory.profile import Profile
+    from alst_jax.planning import search as auto
+    from alst_jax.planning.footprint import Job
+    from alst_jax.planning.words import describe
+    from alst_jax.hardware.machines import parse_cluster
+    from alst_jax.profile import Profile
 
     search = auto.Search(parse_cluster(options.machine, options.host_memory))
     profile = Profile(attention="tokamax", compute_dtype="bfloat16")

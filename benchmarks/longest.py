@@ -13,7 +13,7 @@ from typing import Literal
 
 import tyro
 
-from alst_jax import environment
+from alst_jax.hardware import environment
 from benchmarks.shapes import LLAMA_8B, LLAMA_70B, QWEN3_32B
 
 MODELS = {"Llama-8B": LLAMA_8B, "Llama-70B": LLAMA_70B, "Qwen3-32B": QWEN3_32B}
@@ -41,11 +41,11 @@ def main():
     import jax.numpy as jnp
 
     from alst_jax.config import TrainConfig, UserError
-    from alst_jax.memory import decide
-    from alst_jax.memory.cost import Job
-    from alst_jax.memory.flags import describe
-    from alst_jax.memory.machines import parse_cluster
-    from alst_jax.memory.profile import Profile
+    from alst_jax.planning import planner as decide
+    from alst_jax.planning.footprint import Job
+    from alst_jax.planning.words import describe
+    from alst_jax.hardware.machines import parse_cluster
+    from alst_jax.profile import Profile
 
     print("| model | GPUs | optimizer | longest | | host GiB a GPU | profile | ALST |\n|" + "---|" * 8)
     for name, gpus in itertools.product(options.models, options.gpus):

@@ -12,7 +12,7 @@ import statistics
 
 import tyro
 
-from alst_jax import environment
+from alst_jax.hardware import environment
 from alst_jax.config import TrainConfig
 
 VARIANTS = {
@@ -45,7 +45,7 @@ def main():
     from alst_jax.data.documents import make_sequences
     from alst_jax.data.embedded import TINY_LLAMA, python_reference
     from alst_jax.data.tokenizer import byte_tokenizer
-    from alst_jax.memory.profile import Profile
+    from alst_jax.profile import Profile
     from alst_jax.optim.adamw import AdamW
     from alst_jax.parallel.mesh import make_mesh
     from alst_jax.step import TrainStep

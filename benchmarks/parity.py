@@ -33,9 +33,9 @@ from typing import Any, Literal, NamedTuple
 
 import tyro
 
-from alst_jax import environment
+from alst_jax.hardware import environment
 from alst_jax.config import ModelConfig, UserError
-from alst_jax.memory.profile import Profile
+from alst_jax.profile import Profile
 from benchmarks.shapes import llama_8b
 
 EXACT = 1e-4

@@ -16,10 +16,10 @@ import time
 
 import tyro
 
-from alst_jax import environment
+from alst_jax.hardware import environment
 from alst_jax.config import ModelConfig
-from alst_jax.memory.machines import GIB, parse_cluster
-from alst_jax.memory.profile import Profile
+from alst_jax.hardware.machines import GIB, parse_cluster
+from alst_jax.profile import Profile
 from benchmarks.shapes import LLAMA_1B, LLAMA_8B, LLAMA_70B, QWEN3_32B
 
 TINY = ModelConfig(vocab_size=4096, hidden_size=512, intermediate_size=1408, num_layers=6, num_heads=8, num_kv_heads=2,
@@ -117,8 +117,8 @@ def main():
     import jax
     import jax.numpy as jnp
 
-    from alst_jax.memory import cost
-    from alst_jax.memory.plan import absent_devices, plan_step
+    from alst_jax.planning import footprint as cost
+    from alst_jax.planning.compiled import absent_devices, plan_step
     from alst_jax.optim.adamw import AdamW
     from alst_jax.parallel.mesh import make_mesh
     from alst_jax.step import TrainStep
@@ -163,7 +163,7 @@ def main():
 
 def bare_job(name: str, length: int, dp: int, sp: int, changes: dict):
     """The job of a combination, without the workspace of cuDNN's attention."""
-    from alst_jax.memory.cost import Job
+    from alst_jax.planning.footprint import Job
 
     profile = Profile(attention="cudnn", compute_dtype="bfloat16", **changes)
     return Job(MODELS[name], profile, dp, length, dp, sp, count_workspace=False)

@@ -63,7 +63,7 @@ def _measure(shape: tuple[int, ...], itemsize: int, devices: int, dim: int, core
     from jax.sharding import NamedSharding, PartitionSpec
     from orbax.checkpoint._src.serialization import tensorstore_utils
 
-    from alst_jax.checkpoint import Checkpoints
+    from alst_jax.storage.checkpoint import Checkpoints
 
     if cores:
         os.cpu_count = lambda: cores

@@ -23,8 +23,8 @@ from typing import Any, Literal, NamedTuple
 
 import tyro
 
-from alst_jax import environment
-from alst_jax.memory.profile import Profile
+from alst_jax.hardware import environment
+from alst_jax.profile import Profile
 from benchmarks.shapes import llama_8b
 
 KINDS = {"SendRecv": "all-to-all", "AllGather": "all-gather", "ReduceScatter": "reduce-scatter", "AllReduce": "all-reduce"}

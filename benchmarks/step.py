@@ -19,8 +19,8 @@ from typing import Literal
 import psutil
 import tyro
 
-from alst_jax import environment
-from alst_jax.memory.profile import Profile
+from alst_jax.hardware import environment
+from alst_jax.profile import Profile
 from benchmarks.shapes import llama_8b
 
 GIB = 2**30
@@ -55,7 +55,7 @@ def main():
     from jax.sharding import NamedSharding, PartitionSpec
 
     from alst_jax.config import UserError
-    from alst_jax.memory.plan import shard_bytes
+    from alst_jax.planning.compiled import shard_bytes
     from alst_jax.optim.adamw import AdamW
     from alst_jax.parallel.mesh import choose_degrees, make_mesh
     from alst_jax.step import Batch, TrainStep
@@ -140,7 +140,7 @@ def main():
 
 def reserve(gibibytes: int, devices: list) -> None:
     """`host.reserve`, with what it took."""
-    from alst_jax.memory import host
+    from alst_jax.xla import host
 
     started = time.perf_counter()
     host.reserve(gibibytes, devices)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alst_jax.config import IGNORED, ModelConfig
-from alst_jax.memory.profile import Profile
+from alst_jax.profile import Profile
 from alst_jax.optim.adamw import AdamW
 from alst_jax.optim.formats import join_float32
 from alst_jax.parallel.mesh import make_mesh

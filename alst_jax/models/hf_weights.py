@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from alst_jax.config import ModelConfig, UserError
-from alst_jax.memory.loading import load_array
-from alst_jax.models.llama import abstract_params
+from alst_jax.storage.arrays import load_array
+from alst_jax.models.block import abstract_params
 from alst_jax.parallel.sharding import is_stacked
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from alst_jax.config import UserError
-from alst_jax.ops.opaque import opaque
+from alst_jax.xla.opaque import opaque
 from alst_jax.ops.tiling import tiled
 
 SCORES_BYTES = 2**20  # float32 scores the XLA implementation works on at once: they stay in a CPU's cache

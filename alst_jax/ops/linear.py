@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from alst_jax.memory.order import zeros_after
+from alst_jax.xla.order import zeros_after
 
 
 @jax.custom_vjp

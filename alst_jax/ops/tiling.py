@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from alst_jax.parallel.vma import vary_like
+from alst_jax.xla.varying import vary_like
 
 PyTree = Any
 

@@ -11,12 +11,12 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
-from alst_jax.memory import host
+from alst_jax.xla import host
 from alst_jax.ops.tiling import accumulation_dtype
 from alst_jax.optim.formats import Log8, Plain, block_of, join_float32, round_to_bfloat16, split_float32
 from alst_jax.parallel.mesh import AXES
 from alst_jax.parallel.sharding import is_stacked, sharded_dim
-from alst_jax.parallel.vma import varying_axes
+from alst_jax.xla.varying import varying_axes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from alst_jax.config import UserError
-from alst_jax.memory.order import zeros_after
+from alst_jax.xla.order import zeros_after
 from alst_jax.ops.attention import attention_backward, attention_forward, attention_from
 from alst_jax.ops.tiling import accumulation_dtype
 

@@ -20,8 +20,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import train
-from alst_jax import environment, setup, trainer
-from alst_jax.checkpoint import Checkpoints
+from alst_jax.hardware import environment
+from alst_jax import run as setup
+from alst_jax import trainer
+from alst_jax.storage.checkpoint import Checkpoints
 from alst_jax.config import TrainConfig, UserError
 from alst_jax.data.embedded import TINY_LLAMA
 from alst_jax.data.tokenizer import byte_tokenizer
@@ -444,7 +446,7 @@ def test_the_export_of_a_bfloat16_model_trained_in_float32_is_float32(data, tmp_
 
 def test_the_export_of_a_large_model_is_in_several_files(model, data, tmp_path, monkeypatch):
     """Each is held in host memory, which is nearly full after a long run."""
-    monkeypatch.setattr("alst_jax.memory.saving.EXPORT_FILE", 10**5)
+    monkeypatch.setattr("alst_jax.storage.saving.EXPORT_FILE", 10**5)
     run = tmp_path / "run"
     assert run_here("--model", model, "--data", data, "--seq-len", 128, "--dp", 1, "--steps", 1, "--out", run) == 0
     files = sorted((run / "hf").glob("*.safetensors"))

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alst_jax.environment import XLA_GPU_FLAGS
-from alst_jax.memory.profile import Profile
+from alst_jax.hardware.environment import XLA_GPU_FLAGS
+from alst_jax.profile import Profile
 from alst_jax.ops import attention as attention_module
 from alst_jax.ops.attention import attention
 from alst_jax.ops.cross_entropy import cross_entropy, tiled_cross_entropy

@@ -7,11 +7,11 @@ import itertools
 import pytest
 
 from alst_jax.config import TrainConfig, UserError
-from alst_jax.memory import auto
-from alst_jax.memory.auto import Search, choose, confirm, fits_somehow, kind_of, longest, segments_within
-from alst_jax.memory.cost import Job, estimate
-from alst_jax.memory.machines import GIB, parse_cluster
-from alst_jax.memory.profile import Profile
+from alst_jax.planning import search as auto
+from alst_jax.planning.search import Search, choose, confirm, fits_somehow, kind_of, longest, segments_within
+from alst_jax.planning.footprint import Job, estimate
+from alst_jax.hardware.machines import GIB, parse_cluster
+from alst_jax.profile import Profile
 from benchmarks.shapes import LLAMA_8B, LLAMA_70B, llama_8b
 from train import parse
 

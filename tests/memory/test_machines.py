@@ -4,8 +4,8 @@
 import pytest
 
 from alst_jax.config import UserError
-from alst_jax.environment import peak_flops
-from alst_jax.memory.machines import GIB, MACHINES, machine_of_kind, parse_cluster, pinned_share
+from alst_jax.hardware.environment import peak_flops
+from alst_jax.hardware.machines import GIB, MACHINES, machine_of_kind, parse_cluster, pinned_share
 
 
 @pytest.mark.parametrize("text,name,hosts,per_host,topology", [

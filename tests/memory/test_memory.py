@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from alst_jax.memory.profile import Profile
+from alst_jax.profile import Profile
 from alst_jax.ops.attention import attention
 from alst_jax.ops.cross_entropy import cross_entropy, tiled_cross_entropy
 from alst_jax.ops.tiling import tiled
@@ -109,5 +109,5 @@ def test_weights_of_segments_of_two_are_gathered_in_their_turn(monkeypatch):
 
     weights = sum(x.size * 4 for x in jax.tree.leaves(make_step(tiny(num_layers=1, **wide)).params["layers"]))
     assert bytes_of(12) - bytes_of(4) < weights
-    monkeypatch.setattr("alst_jax.memory.remat.read_after", lambda array, read, index: read(index))
+    monkeypatch.setattr("alst_jax.stack.stack.read_after", lambda array, read, index: read(index))
     assert bytes_of(12) - bytes_of(4) > 4 * weights

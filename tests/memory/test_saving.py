@@ -20,14 +20,14 @@ from jax.sharding import PartitionSpec as P
 from orbax.checkpoint._src.arrays.subchunking import choose_chunk_shape
 from orbax.checkpoint._src.serialization import limits
 
-from alst_jax.checkpoint import Checkpoints, _chunks, _InPieces
-from alst_jax.memory import saving
-from alst_jax.memory.auto import host_bytes
-from alst_jax.memory.cost import Job, estimate
-from alst_jax.memory.machines import parse_cluster
-from alst_jax.memory.plan import job_of, plan_step
-from alst_jax.memory.profile import Profile
-from alst_jax.models.llama import abstract_params
+from alst_jax.storage.checkpoint import Checkpoints, _chunks, _InPieces
+from alst_jax.storage import saving
+from alst_jax.planning.search import host_bytes
+from alst_jax.planning.footprint import Job, estimate
+from alst_jax.hardware.machines import parse_cluster
+from alst_jax.planning.compiled import job_of, plan_step
+from alst_jax.profile import Profile
+from alst_jax.models.block import abstract_params
 from alst_jax.optim.adamw import AdamW
 from alst_jax.parallel.mesh import AXES
 from alst_jax.parallel.sharding import param_specs, shardings
@@ -113,8 +113,8 @@ SAVE = """
 import functools, pathlib, re, sys
 import jax
 import orbax.checkpoint as ocp
-from alst_jax import checkpoint
-from alst_jax.memory import saving
+from alst_jax.storage import checkpoint
+from alst_jax.storage import saving
 
 saving.COPIES = 10**8
 if sys.argv[2] == "orbax":  # its own order, as it was before
@@ -348,8 +348,8 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint._src.serialization import tensorstore_utils
-from alst_jax import checkpoint
-from alst_jax.memory import saving
+from alst_jax.storage import checkpoint
+from alst_jax.storage import saving
 
 os.cpu_count = lambda: 16
 tensorstore_utils.get_ts_context = functools.partial(tensorstore_utils.get_ts_context, data_copy_concurrency_limit=16)

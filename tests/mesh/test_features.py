@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from alst_jax.config import IGNORED
-from alst_jax.memory.profile import Profile
+from alst_jax.profile import Profile
 from tests.helpers import PLAIN, assert_trees_close, make_step, random_batch, tiny, train
 
 MODEL = tiny(num_layers=2, attention_bias=False, mlp_bias=False)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from alst_jax.config import IGNORED, UserError
-from alst_jax.memory.profile import Profile
+from alst_jax.profile import Profile
 from alst_jax.parallel.mesh import AXES, choose_degrees
 from tests.helpers import (
     PLAIN,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alst_jax.memory.profile import Profile
+from alst_jax.profile import Profile
 from alst_jax.step import count_labels
 from alst_jax.trainer import TrainState, optimizer_step
 from tests.helpers import PLAIN, make_step, random_batch, tiny

@@ -12,7 +12,7 @@ import pytest
 from jax.interpreters import partial_eval
 
 from alst_jax.config import UserError
-from alst_jax.memory.profile import Profile
+from alst_jax.profile import Profile
 from tests import stand_in
 from tests.helpers import PLAIN, assert_trees_close, make_step, random_batch, tiny, train
 

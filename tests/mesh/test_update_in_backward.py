@@ -14,7 +14,7 @@ from alst_jax.data.batches import TrainingBatches
 from alst_jax.data.documents import Sequence
 from alst_jax.metrics import MetricsLog
 from alst_jax.optim.adamw import AdamW
-from alst_jax.setup import make_profile
+from alst_jax.run import make_profile
 from tests.helpers import PLAIN, QUIET_ADAMW, assert_trees_close, make_step, random_batch, tiny, to_numpy
 from tests.mesh.test_profiles import HOST, TILES, name
 

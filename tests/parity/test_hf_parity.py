@@ -9,7 +9,7 @@ import torch  # in the test extra: parity must fail, not skip, without it
 import transformers
 
 from alst_jax.config import IGNORED
-from alst_jax.models import llama
+from alst_jax.models import block as llama
 from alst_jax.models.hf_config import model_config, parse_config
 from alst_jax.models.hf_weights import load_params
 from alst_jax.ops.attention import attention

@@ -15,7 +15,7 @@ from alst_jax.data.batches import TrainingBatches
 from alst_jax.data.documents import make_sequences
 from alst_jax.data.embedded import python_reference
 from alst_jax.data.tokenizer import byte_tokenizer
-from alst_jax.memory.profile import Profile
+from alst_jax.profile import Profile
 from alst_jax.models.hf_config import model_config
 from alst_jax.models.hf_weights import load_params
 from alst_jax.optim.adamw import AdamW

@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 import tensorstore as ts
 
-from alst_jax import checkpoint as ckpt
-from alst_jax import setup
+from alst_jax.storage import checkpoint as ckpt
+from alst_jax import run as setup
 from alst_jax.config import TrainConfig, UserError
 from alst_jax.data.batches import TrainingBatches
 from alst_jax.data.documents import Sequence
 from alst_jax.data.tokenizer import byte_tokenizer
-from alst_jax.memory import loading
-from alst_jax.memory.profile import Profile
+from alst_jax.storage import arrays as loading
+from alst_jax.profile import Profile
 from alst_jax.models.hf_config import hf_config_dict
 from alst_jax.models.hf_weights import save_params
 from tests.helpers import PLAIN, TINY, make_step, tiny, to_numpy
@@ -210,7 +210,7 @@ def test_old_checkpoints_make_room(tmp_path, keep, left):
 CUT_OFF = """
 import os, sys, threading
 import jax, jax.numpy as jnp
-from alst_jax.checkpoint import Checkpoints
+from alst_jax.storage.checkpoint import Checkpoints
 checkpoints = Checkpoints(sys.argv[1])
 checkpoints.save(1, {"a": {"kernel": jnp.ones(4)}}, None, {"step": 1})
 large = jax.random.normal(jax.random.key(0), (6000, 6000))

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from alst_jax import environment
+from alst_jax.hardware import environment
 from alst_jax.config import ModelConfig, TrainConfig, UserError, check_run, parse_length
 from tests.helpers import TINY, make_step
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from alst_jax.config import TrainConfig
-from alst_jax.memory import host
-from alst_jax.memory.profile import Profile
+from alst_jax.xla import host
+from alst_jax.profile import Profile
 from alst_jax.optim.adamw import AdamW, decays
 from alst_jax.trainer import TrainState, learning_rate_schedule, optimizer_step, where_not_finite
 from tests.helpers import PLAIN, TINY, assert_trees_close, make_step, random_batch, relative_error, tiny, to_numpy

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alst_jax.memory.order import after, gradient_first, index_after, read_after, read_back, zeros_after
+from alst_jax.xla.order import after, gradient_first, index_after, read_after, read_back, zeros_after
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

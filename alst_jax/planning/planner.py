@@ -13,15 +13,17 @@ import jax
 import jax.numpy as jnp
 
 from alst_jax.config import TrainConfig, UserError
-from alst_jax import environment
-from alst_jax.environment import has_cuda_compiler
-from alst_jax.memory import auto, host, saving
-from alst_jax.memory.auto import Choice, Search
-from alst_jax.memory.cost import Job
-from alst_jax.memory.flags import PLACEMENTS, describe
-from alst_jax.memory.machines import GIB, LARGEST_HOST, Cluster, parse_cluster
-from alst_jax.memory.plan import absent_devices, plan_step, this_cluster
-from alst_jax.memory.report import ESTIMATED, Plan
+from alst_jax.hardware import environment
+from alst_jax.hardware.environment import has_cuda_compiler
+from alst_jax.planning import search as auto
+from alst_jax.xla import host
+from alst_jax.storage import saving
+from alst_jax.planning.search import Choice, Search
+from alst_jax.planning.footprint import Job
+from alst_jax.planning.words import PLACEMENTS, describe
+from alst_jax.hardware.machines import GIB, LARGEST_HOST, Cluster, parse_cluster
+from alst_jax.planning.compiled import absent_devices, plan_step, this_cluster
+from alst_jax.planning.plan import ESTIMATED, Plan
 from alst_jax.ops.rope import MAX_POSITION
 from alst_jax.optim.adamw import AdamW
 from alst_jax.parallel.mesh import make_mesh

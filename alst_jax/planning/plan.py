@@ -5,7 +5,7 @@ import json
 import pathlib
 
 from alst_jax.config import UserError
-from alst_jax.memory.machines import GIB
+from alst_jax.hardware.machines import GIB
 
 COMPILED, ABSENT, ESTIMATED = "compiled", "compiled for a device that is not here", "estimated"
 PARTS = ("weights", "gradients", "optimizer", "kept activations", "working set", "batch", "saving")

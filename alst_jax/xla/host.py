@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from alst_jax.memory.profile import DEVICE, HOST
+from alst_jax.profile import DEVICE, HOST
 
 CHUNK_BYTES = 2**28  # of each array at a time, when there is no layer dim to walk along
 

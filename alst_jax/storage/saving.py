@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from alst_jax.config import ModelConfig
-from alst_jax.memory.machines import LARGEST_HOST
+from alst_jax.hardware.machines import LARGEST_HOST
 
 if TYPE_CHECKING:
-    from alst_jax.memory.cost import Job
+    from alst_jax.planning.footprint import Job
 
 COPIES = 10**9  # bytes of a host
 DATA_FILE = 2**26

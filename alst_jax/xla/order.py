@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from alst_jax.memory import host
-from alst_jax.parallel.vma import vary_like, varying_axes
+from alst_jax.xla import host
+from alst_jax.xla.varying import vary_like, varying_axes
 
 
 def after(arrays: Any, x: jax.Array) -> jax.Array:

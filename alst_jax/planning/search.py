@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 
 from alst_jax.config import UserError
-from alst_jax.memory import cost, saving
-from alst_jax.memory.cost import Job
-from alst_jax.memory.flags import PLACEMENTS, describe, describe_changes
-from alst_jax.memory.machines import GIB, Cluster
-from alst_jax.memory.profile import HOST, Profile
-from alst_jax.memory.report import Plan
+from alst_jax.planning import footprint as cost
+from alst_jax.storage import saving
+from alst_jax.planning.footprint import Job
+from alst_jax.planning.words import PLACEMENTS, describe, describe_changes
+from alst_jax.hardware.machines import GIB, Cluster
+from alst_jax.profile import HOST, Profile
+from alst_jax.planning.plan import Plan
 from alst_jax.ops.cross_entropy import default_tile
 
 UNCONFIRMED = 0.05  # of the memory, left free where no compiler confirms: the model's error (plan_accuracy.py)

@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alst_jax import checkpoint as ckpt
+from alst_jax.storage import checkpoint as ckpt
 from alst_jax.config import ModelConfig, TrainConfig, UserError, flag
 from alst_jax.data.documents import Sequence, Stats, make_sequences
 from alst_jax.data.embedded import TINY_LLAMA, python_reference
 from alst_jax.data.sources import read_documents
 from alst_jax.data.tokenizer import byte_tokenizer, load_tokenizer
-from alst_jax.memory.machines import parse_cluster
-from alst_jax.memory.profile import Profile
+from alst_jax.hardware.machines import parse_cluster
+from alst_jax.profile import Profile
 from alst_jax.models.hf_config import hf_config_dict, model_config
 from alst_jax.models.hf_weights import find_tensors, load_params
 from alst_jax.ops.rope import MAX_POSITION

@@ -28,8 +28,8 @@ from orbax.checkpoint._src.serialization.replica_slices import ReplicaSlices
 from orbax.checkpoint._src.serialization.types import SerializationStatusCallback, TransferPriority
 
 from alst_jax.config import ModelConfig, UserError
-from alst_jax.memory import saving
-from alst_jax.memory.loading import Bounds, load_array
+from alst_jax.storage import saving
+from alst_jax.storage.arrays import Bounds, load_array
 
 CHECKPOINTS, MODEL, RUN_FILE, EXPORT = "checkpoints", "model", "run.json", "hf"
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf",

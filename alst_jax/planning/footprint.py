@@ -11,10 +11,11 @@ import functools
 import math
 
 from alst_jax.config import ModelConfig
-from alst_jax.memory import saving, speed
-from alst_jax.memory.machines import Cluster
-from alst_jax.memory.profile import DEVICE, HOST, Profile, Segment, segment_inputs
-from alst_jax.memory.report import ESTIMATED, Plan
+from alst_jax.storage import saving
+from alst_jax.planning import seconds as speed
+from alst_jax.hardware.machines import Cluster
+from alst_jax.profile import DEVICE, HOST, Profile, Segment, segment_inputs
+from alst_jax.planning.plan import ESTIMATED, Plan
 from alst_jax.ops.cross_entropy import default_tile
 from alst_jax.ops.tiling import even_tile
 

@@ -4,7 +4,7 @@ import pathlib
 
 import psutil
 
-from alst_jax.memory.machines import GIB
+from alst_jax.hardware.machines import GIB
 
 # Where the controllers are mounted, and what they call their limit: version 2 alone, beside version 1, version 1.
 MOUNTS = (("sys/fs/cgroup", "", "memory.max"), ("sys/fs/cgroup/unified", "", "memory.max"),

@@ -4,10 +4,10 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING
 
-from alst_jax.memory.machines import Cluster
+from alst_jax.hardware.machines import Cluster
 
 if TYPE_CHECKING:
-    from alst_jax.memory.cost import Job
+    from alst_jax.planning.footprint import Job
 
 # Part of the peak that is reached, measured on an H100 and an H200 at head dim 128 (docs/log.md; benchmarks/results):
 # matrix products, and causal attention by tokens of the whole sequence. Other machines are assumed to reach the same
@@ -104,7 +104,7 @@ def seconds(job: "Job", cluster: Cluster) -> dict[str, float]:
 
 def host_traffic(job: "Job") -> dict[str, float]:
     """Bytes of one device to and from host memory: in a forward and backward pass ("step") and in the update."""
-    from alst_jax.memory.cost import HOST, state_bytes
+    from alst_jax.planning.footprint import HOST, state_bytes
 
     weights, gradients, optimizer = state_bytes(job)
     profile, layers = job.profile, job.model.num_layers
@@ -122,7 +122,7 @@ def host_traffic(job: "Job") -> dict[str, float]:
 def tile_sum_bytes(job: "Job") -> float:
     """Bytes read and written to sum the weights' float32 gradients over tiles: that of each tile is written, then read
     with the sum, which is written back."""
-    from alst_jax.memory.cost import loss_tokens, mlp_tokens
+    from alst_jax.planning.footprint import loss_tokens, mlp_tokens
 
     tokens, size = job.rows * job.length // job.devices, job.sizes
     tiles = lambda tile: 0 if tile >= tokens else -(-tokens // tile)
@@ -132,7 +132,7 @@ def tile_sum_bytes(job: "Job") -> float:
 
 def device_update_bytes(job: "Job") -> float:
     """Bytes that the update reads and writes in device memory."""
-    from alst_jax.memory.cost import state_bytes
+    from alst_jax.planning.footprint import state_bytes
 
     weights, gradients, optimizer = state_bytes(job)
     here = 0 if job.profile.offload_weights else 2 * gradients + 2 * weights

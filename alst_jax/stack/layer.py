@@ -7,9 +7,9 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
-from alst_jax.memory.host import stream
-from alst_jax.memory.order import zeros_after
-from alst_jax.models.llama import BlockFunctions
+from alst_jax.xla.host import stream
+from alst_jax.xla.order import zeros_after
+from alst_jax.models.block import BlockFunctions
 from alst_jax.ops.tiling import accumulation_dtype, even_tile, tiled
 from alst_jax.parallel.ulysses import Ulysses
 

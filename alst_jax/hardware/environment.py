@@ -9,8 +9,8 @@ import platform
 import subprocess
 
 from alst_jax.config import UserError
-from alst_jax.memory.limits import host_memory
-from alst_jax.memory.machines import GIB, MEMORY_FRACTION, machine_of_kind, pinned_share
+from alst_jax.hardware.host_limits import host_memory
+from alst_jax.hardware.machines import GIB, MEMORY_FRACTION, machine_of_kind, pinned_share
 
 HOST_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 # With dynamic slice fusion, a Pallas kernel whose output is both put into a stack and used otherwise is run twice: tokamax's

@@ -15,11 +15,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from alst_jax.config import UserError
-from alst_jax.environment import HOST_LIMIT, pinned_limit
-from alst_jax.memory import cost, host, saving, speed
-from alst_jax.memory.limits import host_memory
-from alst_jax.memory.machines import GIB, Cluster, machine_of_kind
-from alst_jax.memory.report import ABSENT, COMPILED, Plan
+from alst_jax.hardware.environment import HOST_LIMIT, pinned_limit
+from alst_jax.planning import footprint as cost
+from alst_jax.xla import host
+from alst_jax.storage import saving
+from alst_jax.planning import seconds as speed
+from alst_jax.hardware.host_limits import host_memory
+from alst_jax.hardware.machines import GIB, Cluster, machine_of_kind
+from alst_jax.planning.plan import ABSENT, COMPILED, Plan
 from alst_jax.ops.tiling import accumulation_dtype
 from alst_jax.parallel.mesh import AXES, DATA, SEQ
 from alst_jax.parallel.sharding import BATCH_SPEC

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 
-from alst_jax.memory.cost import Job
+from alst_jax.planning.footprint import Job
 
 PLACEMENTS = ("offload_activations", "offload_weights", "offload_optimizer")
 
