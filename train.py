@@ -8,8 +8,8 @@ import time
 
 import tyro
 
-from alst_jax.hardware import environment
 from alst_jax.config import TrainConfig, UserError, check_run, typed_fields
+from alst_jax.hardware import environment
 
 
 def main() -> int:
@@ -78,9 +78,9 @@ def subject(config: TrainConfig):
     import jax
 
     from alst_jax import run as setup
+    from alst_jax.parallel.mesh import choose_degrees
     from alst_jax.planning import planner as decide
     from alst_jax.planning.footprint import Job
-    from alst_jax.parallel.mesh import choose_degrees
 
     # ------------------------------------------------------------------------------------------- where: devices, mesh
     cluster = decide.target(config)
@@ -108,13 +108,13 @@ def run(config: TrainConfig) -> int:
 
     import jax
 
-    from alst_jax.storage import checkpoint as ckpt
     from alst_jax import run as setup
     from alst_jax.data.batches import TrainingBatches, evaluation_batches, fingerprint
-    from alst_jax.storage.saving import EXPORT_FILE
     from alst_jax.metrics import MetricsLog, peak_host_memory, peak_memory
     from alst_jax.models.hf_config import record_dtype
     from alst_jax.models.hf_weights import save_params
+    from alst_jax.storage import checkpoint as ckpt
+    from alst_jax.storage.saving import EXPORT_FILE
     from alst_jax.trainer import StopSignal, TrainState, train
 
     # ---------------------------------------------------------------------------------- where, what, and how: the plan

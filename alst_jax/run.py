@@ -12,18 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alst_jax.storage import checkpoint as ckpt
-from alst_jax.config import ModelConfig, TrainConfig, UserError, flag
+from alst_jax.config import TrainConfig, UserError, flag
 from alst_jax.data.documents import Sequence, Stats, make_sequences
-from alst_jax.data.embedded import TINY_LLAMA, python_reference
+from alst_jax.data.embedded import python_reference
 from alst_jax.data.sources import read_documents
 from alst_jax.data.tokenizer import byte_tokenizer, load_tokenizer
 from alst_jax.hardware.machines import parse_cluster
-from alst_jax.profile import Profile
+from alst_jax.models.config import TINY_LLAMA, ModelConfig
 from alst_jax.models.hf_config import hf_config_dict, model_config
 from alst_jax.models.hf_weights import find_tensors, load_params
 from alst_jax.ops.rope import MAX_POSITION
+from alst_jax.profile import Profile
 from alst_jax.step import TrainStep
+from alst_jax.storage import checkpoint as ckpt
 
 OLDEST_JAX_ON_CUDA = (0, 11, 1)  # openxla/xla#46231
 CUDNN_MAX_HEAD_DIM = 128  # of the backward pass on every generation

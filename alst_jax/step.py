@@ -16,26 +16,44 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
-from alst_jax.config import IGNORED, ModelConfig, UserError
-from alst_jax.xla import host
-from alst_jax.stack import stack as remat
-from alst_jax.xla.order import gradient_first
-from alst_jax.profile import Profile
-from alst_jax.stack.stack import scan_layers
-from alst_jax.stack.layer import Layer
+from alst_jax.config import IGNORED, UserError
 from alst_jax.models.block import abstract_params, block_functions, init_params
+from alst_jax.models.config import ModelConfig
+from alst_jax.models.tree import is_stacked
 from alst_jax.ops.attention import import_kernel
 from alst_jax.ops.cross_entropy import cross_entropy, default_tile, tiled_cross_entropy
 from alst_jax.ops.linear import embed
 from alst_jax.ops.norm import rms_norm
 from alst_jax.ops.rope import MAX_POSITION, rope_tables
-from alst_jax.ops.tiling import accumulation_dtype
+from alst_jax.ops.tiling import stream
 from alst_jax.optim.adamw import (
-    AdamW, apply_update, count_not_finite, global_norm, is_spec, join_updates, parameter_updates, square_sum)
+    AdamW,
+    apply_update,
+    count_not_finite,
+    global_norm,
+    join_updates,
+    parameter_updates,
+    square_sum,
+)
 from alst_jax.parallel.mesh import AXES, SEQ
 from alst_jax.parallel.sharding import (
-    BATCH_SPEC, drop_layer_dim, gather, is_stacked, param_specs, scatter, shardings, whole)
+    BATCH_SPEC,
+    drop_layer_dim,
+    gather,
+    is_spec,
+    param_specs,
+    scatter,
+    shardings,
+    whole,
+)
 from alst_jax.parallel.ulysses import Ulysses, check_degree
+from alst_jax.profile import Profile
+from alst_jax.stack import stack as remat
+from alst_jax.stack.layer import Layer
+from alst_jax.stack.stack import scan_layers
+from alst_jax.xla import host
+from alst_jax.xla.dtypes import accumulation_dtype
+from alst_jax.xla.order import gradient_first
 
 Params = Any
 
@@ -260,7 +278,7 @@ def local_update_in_backward(
             for x, was in zip(update.step(chunk, written, read[0].astype(update.wide)), written, strict=True)))
         rows = host.chunk_rows(update.param.shape, False)
         places = (on_host[0],) + (on_host[1],) * len(update.stored) + (False,)
-        results.append(host.stream(step, jnp.int32(0), update.written, (next(gradients),), rows, places)[1])
+        results.append(stream(step, jnp.int32(0), update.written, (next(gradients),), rows, places)[1])
     new_params, new_state = join_updates(params, state, updates, results)
     new_state["count"] = jnp.where(progress.finite, new_state["count"], state["count"])
     return loss, jnp.sqrt(progress.square), progress.finite, progress.layers, new_params, new_state
@@ -339,6 +357,6 @@ def _add(sums: Any, gradients: Any, on_host: bool) -> Any:
         if not on_host:
             return total + gradient.astype(total.dtype)
         rows = host.chunk_rows(total.shape, is_stacked(path))
-        return host.stream(add, (), (total,), (gradient,), rows, (True, True))[1][0]
+        return stream(add, (), (total,), (gradient,), rows, (True, True))[1][0]
 
     return jax.tree_util.tree_map_with_path(leaf, sums, gradients)

@@ -17,7 +17,7 @@ from alst_jax.config import TrainConfig, UserError
 from alst_jax.data.batches import TrainingBatches
 from alst_jax.hardware.environment import peak_flops
 from alst_jax.metrics import MetricsLog, ProgressDisplay, peak_memory
-from alst_jax.parallel.sharding import is_stacked
+from alst_jax.models.tree import is_stacked
 from alst_jax.step import TrainStep, count_labels
 
 

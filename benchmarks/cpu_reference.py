@@ -27,9 +27,9 @@ def main():
     import jax.numpy as jnp
     import numpy as np
 
-    from alst_jax.profile import Profile
     from alst_jax.optim.adamw import AdamW
     from alst_jax.parallel.mesh import make_mesh
+    from alst_jax.profile import Profile
     from alst_jax.step import TrainStep
 
     jax.config.update("jax_default_matmul_precision", "highest")  # float32 means float32, not TF32

@@ -74,9 +74,9 @@ def ours(options: Options, seq_len: int, keep: int) -> dict:
     import jax.numpy as jnp
     import numpy as np
 
-    from alst_jax.profile import Profile
     from alst_jax.optim.adamw import AdamW
     from alst_jax.parallel.mesh import make_mesh
+    from alst_jax.profile import Profile
     from alst_jax.step import TrainStep
 
     profile = Profile(attention=options.attention, compute_dtype="bfloat16", keep_attention_on_device=keep,

@@ -85,9 +85,9 @@ def longest(profile: Profile, options: Options) -> str:
     import jax.numpy as jnp
 
     from alst_jax.config import TrainConfig, UserError
+    from alst_jax.hardware.machines import GIB, parse_cluster
     from alst_jax.planning.footprint import Job
     from alst_jax.planning.planner import Planner
-    from alst_jax.hardware.machines import GIB, parse_cluster
 
     config = TrainConfig(plan_for=options.machine, host_memory=options.host_memory, memory="manual", clip_norm=0.0)
     planner = Planner.of(config, parse_cluster(options.machine, options.host_memory), jnp.dtype("bfloat16"))

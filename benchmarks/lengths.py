@@ -32,10 +32,10 @@ class Options:
 def main():
     options = tyro.cli(Options)
     environment.prepare(None, absent_devices=True)
+    from alst_jax.hardware.machines import parse_cluster
     from alst_jax.planning import search as auto
     from alst_jax.planning.footprint import Job
     from alst_jax.planning.words import describe
-    from alst_jax.hardware.machines import parse_cluster
     from alst_jax.profile import Profile
 
     search = auto.Search(parse_cluster(options.machine, options.host_memory))

@@ -41,10 +41,10 @@ def main():
     import jax.numpy as jnp
 
     from alst_jax.config import TrainConfig, UserError
+    from alst_jax.hardware.machines import parse_cluster
     from alst_jax.planning import planner as decide
     from alst_jax.planning.footprint import Job
     from alst_jax.planning.words import describe
-    from alst_jax.hardware.machines import parse_cluster
     from alst_jax.profile import Profile
 
     print("| model | GPUs | optimizer | longest | | host GiB a GPU | profile | ALST |\n|" + "---|" * 8)

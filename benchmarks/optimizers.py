@@ -12,8 +12,8 @@ import statistics
 
 import tyro
 
-from alst_jax.hardware import environment
 from alst_jax.config import TrainConfig
+from alst_jax.hardware import environment
 
 VARIANTS = {
     "float32 states, float32 master": {},
@@ -43,11 +43,12 @@ def main():
 
     from alst_jax.data.batches import TrainingBatches, evaluation_batches
     from alst_jax.data.documents import make_sequences
-    from alst_jax.data.embedded import TINY_LLAMA, python_reference
+    from alst_jax.data.embedded import python_reference
     from alst_jax.data.tokenizer import byte_tokenizer
-    from alst_jax.profile import Profile
+    from alst_jax.models.config import TINY_LLAMA
     from alst_jax.optim.adamw import AdamW
     from alst_jax.parallel.mesh import make_mesh
+    from alst_jax.profile import Profile
     from alst_jax.step import TrainStep
     from alst_jax.trainer import TrainState, evaluate, learning_rate_schedule, optimizer_step
 

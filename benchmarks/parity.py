@@ -33,8 +33,9 @@ from typing import Any, Literal, NamedTuple
 
 import tyro
 
+from alst_jax.config import UserError
 from alst_jax.hardware import environment
-from alst_jax.config import ModelConfig, UserError
+from alst_jax.models.config import ModelConfig
 from alst_jax.profile import Profile
 from benchmarks.shapes import llama_8b
 

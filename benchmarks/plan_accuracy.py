@@ -17,8 +17,8 @@ import time
 import tyro
 
 from alst_jax.hardware import environment
-from alst_jax.config import ModelConfig
 from alst_jax.hardware.machines import GIB, parse_cluster
+from alst_jax.models.config import ModelConfig
 from alst_jax.profile import Profile
 from benchmarks.shapes import LLAMA_1B, LLAMA_8B, LLAMA_70B, QWEN3_32B
 
@@ -117,10 +117,10 @@ def main():
     import jax
     import jax.numpy as jnp
 
-    from alst_jax.planning import footprint as cost
-    from alst_jax.planning.compiled import absent_devices, plan_step
     from alst_jax.optim.adamw import AdamW
     from alst_jax.parallel.mesh import make_mesh
+    from alst_jax.planning import footprint as cost
+    from alst_jax.planning.compiled import absent_devices, plan_step
     from alst_jax.step import TrainStep
 
     known = {}

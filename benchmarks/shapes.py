@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from alst_jax.config import ModelConfig, RopeConfig
+from alst_jax.models.config import ModelConfig
+from alst_jax.ops.rope import RopeConfig
 
 _LLAMA_3 = RopeConfig(rope_type="llama3", theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                       original_max_position_embeddings=8192)

@@ -55,9 +55,9 @@ def main():
     from jax.sharding import NamedSharding, PartitionSpec
 
     from alst_jax.config import UserError
-    from alst_jax.planning.compiled import shard_bytes
     from alst_jax.optim.adamw import AdamW
     from alst_jax.parallel.mesh import choose_degrees, make_mesh
+    from alst_jax.planning.compiled import shard_bytes
     from alst_jax.step import Batch, TrainStep
 
     model, length = llama_8b(options.layers), options.seq_len

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alst_jax.config import IGNORED, ModelConfig
-from alst_jax.profile import Profile
+from alst_jax.config import IGNORED
+from alst_jax.models.config import ModelConfig
 from alst_jax.optim.adamw import AdamW
 from alst_jax.optim.formats import join_float32
 from alst_jax.parallel.mesh import make_mesh
+from alst_jax.profile import Profile
 from alst_jax.step import TrainStep, count_labels
 
 TINY = ModelConfig(

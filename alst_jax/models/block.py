@@ -14,7 +14,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from alst_jax.config import ModelConfig
+from alst_jax.models.config import ModelConfig
 from alst_jax.ops.linear import add_bias, linear
 from alst_jax.ops.norm import rms_norm
 from alst_jax.ops.rope import apply_rope

@@ -5,7 +5,9 @@ import math
 import pathlib
 from typing import Any
 
-from alst_jax.config import ModelConfig, RopeConfig, UserError
+from alst_jax.config import UserError
+from alst_jax.models.config import ModelConfig
+from alst_jax.ops.rope import RopeConfig
 
 # Fields with no bearing on what the model computes from tokens.
 HARMLESS = {

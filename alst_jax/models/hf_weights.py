@@ -12,10 +12,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from alst_jax.config import ModelConfig, UserError
-from alst_jax.storage.arrays import load_array
+from alst_jax.config import UserError
 from alst_jax.models.block import abstract_params
-from alst_jax.parallel.sharding import is_stacked
+from alst_jax.models.config import ModelConfig
+from alst_jax.models.tree import is_stacked
+from alst_jax.xla.arrays import load_array
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dtype("bfloat16")}

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from alst_jax.config import UserError
-from alst_jax.xla.opaque import opaque
 from alst_jax.ops.tiling import tiled
+from alst_jax.xla.opaque import opaque
 
 SCORES_BYTES = 2**20  # float32 scores the XLA implementation works on at once: they stay in a CPU's cache
 MIN_ROWS = 16  # queries in a tile at least

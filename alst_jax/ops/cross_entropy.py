@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from alst_jax.config import IGNORED
-from alst_jax.ops.tiling import accumulation_dtype, scan_tiles
+from alst_jax.ops.tiling import scan_tiles
+from alst_jax.xla.dtypes import accumulation_dtype
 from alst_jax.xla.varying import vary_like
 
 LOGITS_BYTES = 2**30  # float32 logits held at once by default

@@ -1,14 +1,32 @@
 """Rotary position embedding, with the frequency scalings of Hugging Face's `modeling_rope_utils`."""
 
+import dataclasses
 import math
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from alst_jax.config import RopeConfig
-
 MAX_POSITION = 2**24  # positions become float32 before they meet a frequency: above this, neighbours would coincide
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding. Field names and meanings are those of Hugging Face's `rope_parameters`."""
+
+    rope_type: Literal["default", "linear", "llama3", "yarn"] = "default"
+    theta: float = 10000.0
+    factor: float = 1.0
+    original_max_position_embeddings: int | None = None
+    low_freq_factor: float | None = None  # llama3
+    high_freq_factor: float | None = None  # llama3
+    attention_factor: float | None = None  # yarn
+    beta_fast: float | None = None  # yarn
+    beta_slow: float | None = None  # yarn
+    mscale: float | None = None  # yarn
+    mscale_all_dim: float | None = None  # yarn
+    truncate: bool = True  # yarn
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:

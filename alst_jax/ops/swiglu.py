@@ -3,7 +3,7 @@
 import jax
 from jaxtyping import Array, Float
 
-from alst_jax.ops.tiling import accumulation_dtype
+from alst_jax.xla.dtypes import accumulation_dtype
 
 
 @jax.custom_vjp

@@ -11,11 +11,13 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
-from alst_jax.xla import host
-from alst_jax.ops.tiling import accumulation_dtype
+from alst_jax.models.tree import is_stacked
+from alst_jax.ops.tiling import stream
 from alst_jax.optim.formats import Log8, Plain, block_of, join_float32, round_to_bfloat16, split_float32
 from alst_jax.parallel.mesh import AXES
-from alst_jax.parallel.sharding import is_stacked, sharded_dim
+from alst_jax.parallel.sharding import is_spec, sharded_dim
+from alst_jax.xla import host
+from alst_jax.xla.dtypes import accumulation_dtype
 from alst_jax.xla.varying import varying_axes
 
 
@@ -103,11 +105,6 @@ class AdamW:
         return master - learning_rate * update, state.mu, state.nu
 
 
-def is_spec(x: Any) -> bool:
-    """Whether x is a leaf of a tree of PartitionSpecs."""
-    return isinstance(x, P)
-
-
 def needs_master(dtype: DTypeLike) -> bool:
     """Whether a parameter of this dtype is too narrow to be updated itself."""
     return jnp.dtype(dtype).itemsize < 4
@@ -131,7 +128,7 @@ def square_sum(leaf: jax.Array, rows: int | None = None) -> jax.Array:
     """Sum of squares over all devices, float32. rows: the array is in host memory, and so many are brought at a time."""
     add = lambda total, _, chunk: (total + jnp.sum(jnp.square(chunk[0].astype(jnp.float32))), ())
     zero = _zero_like(leaf)
-    part, _ = add(zero, (), (leaf,)) if rows is None else host.stream(add, zero, (), (leaf,), rows, (True,))
+    part, _ = add(zero, (), (leaf,)) if rows is None else stream(add, zero, (), (leaf,), rows, (True,))
     axes = tuple(sorted(varying_axes(part)))  # empty for a replicated parameter, which counts once
     return lax.psum(part, axes) if axes else part
 
@@ -151,7 +148,7 @@ def count_not_finite(gradients: Any, on_host: bool) -> Any:
 
         counts = jnp.zeros(layers, jnp.int32)
         counts = lax.pcast(counts, varying, to="varying") if varying else counts
-        (_, counts), _ = host.stream(add, (jnp.int32(0), counts), (), (leaf,), rows, (on_host,))
+        (_, counts), _ = stream(add, (jnp.int32(0), counts), (), (leaf,), rows, (on_host,))
         return lax.psum(counts, varying) if varying else counts
 
     return jax.tree_util.tree_map_with_path(count, gradients)
@@ -178,7 +175,7 @@ def apply_update(
             chunk + 1, update.step(chunk, written, read[0].astype(update.wide) * scale))
         places = (params_on_host,) + (state_on_host,) * len(update.stored) + (params_on_host,)
         rows = host.chunk_rows(gradient.shape, is_stacked(update.path))
-        _, new = host.stream(step, jnp.int32(0), update.written, (gradient,), rows, places)
+        _, new = stream(step, jnp.int32(0), update.written, (gradient,), rows, places)
         results.append(new)
     return join_updates(params, state, updates, results)
 

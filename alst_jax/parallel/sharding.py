@@ -10,11 +10,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
-from alst_jax.ops.tiling import accumulation_dtype
+from alst_jax.models.tree import is_stacked
 from alst_jax.parallel.mesh import AXES, DATA, SEQ
+from alst_jax.xla.dtypes import accumulation_dtype
 
 BATCH_SPEC = P(DATA, SEQ)  # tokens, labels, positions: [sequences/data, tokens/seq]
-STACKED = "layers"  # parameters under this key have the layer dim in front, which is scanned, never sharded
 
 
 def param_specs(params: Any, mesh: Mesh) -> Any:
@@ -25,9 +25,9 @@ def param_specs(params: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, leaf: _spec(leaf.shape, is_stacked(path), mesh.size), params)
 
 
-def is_stacked(path: tuple) -> bool:
-    """Whether the parameter at this tree path has a layer dim in front."""
-    return path[0].key == STACKED
+def is_spec(x: Any) -> bool:
+    """Whether x is a leaf of a tree of PartitionSpecs."""
+    return isinstance(x, P)
 
 
 def _spec(shape: tuple[int, ...], stacked: bool, devices: int) -> P:

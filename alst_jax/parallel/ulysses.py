@@ -11,9 +11,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from alst_jax.config import UserError
-from alst_jax.xla.order import zeros_after
 from alst_jax.ops.attention import attention_backward, attention_forward, attention_from
-from alst_jax.ops.tiling import accumulation_dtype
+from alst_jax.xla.dtypes import accumulation_dtype
+from alst_jax.xla.order import zeros_after
 
 
 def _qkv_to_heads(q, k, v, axis):

@@ -16,17 +16,17 @@ from jax.sharding import PartitionSpec as P
 
 from alst_jax.config import UserError
 from alst_jax.hardware.environment import HOST_LIMIT, pinned_limit
-from alst_jax.planning import footprint as cost
-from alst_jax.xla import host
-from alst_jax.storage import saving
-from alst_jax.planning import seconds as speed
 from alst_jax.hardware.host_limits import host_memory
 from alst_jax.hardware.machines import GIB, Cluster, machine_of_kind
-from alst_jax.planning.plan import ABSENT, COMPILED, Plan
-from alst_jax.ops.tiling import accumulation_dtype
 from alst_jax.parallel.mesh import AXES, DATA, SEQ
 from alst_jax.parallel.sharding import BATCH_SPEC
+from alst_jax.planning import footprint as cost
+from alst_jax.planning import seconds as speed
+from alst_jax.planning.plan import ABSENT, COMPILED, Plan
+from alst_jax.planning.saving_memory import saving_bytes
 from alst_jax.step import Batch, TrainStep
+from alst_jax.xla import host
+from alst_jax.xla.dtypes import accumulation_dtype
 
 
 def plan_step(
@@ -69,7 +69,7 @@ def plan_step(
     if absent and step.profile.offload_weights:  # there, layers and their gradients are temporary too
         layers = sum(shard_bytes(leaf) for leaf in jax.tree.leaves(step.params["layers"]))
         on_host["kept activations"] = max(0, memory.host_temp_size_in_bytes - 2 * layers)
-    on_host["saving"] = saving.saving_bytes(job, on_host["kept activations"] + on_host.get("gradients", 0))
+    on_host["saving"] = saving_bytes(job, on_host["kept activations"] + on_host.get("gradients", 0))
     text = compiled.as_text()
     calls = {name: numbers | {"instructions": len(re.findall(rf"= [^=]*\b{name}(?:-start)?\(", text))}
              for name, numbers in speed.collectives(job).items()}

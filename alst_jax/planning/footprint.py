@@ -2,7 +2,7 @@
 plan.
 
 B sequences a device, T tokens a device (B x S / seq), D hidden, F ffn, V vocabulary, L layers, N query heads, K kv
-heads, H head dim. The terms follow the program (step.py, memory/remat.py, models/layer.py) and were checked against
+heads, H head dim. The terms follow the program (step.py, stack/stack.py, stack/layer.py) and were checked against
 what the compiler allocates: `python -m benchmarks.plan_accuracy` prints the error of each of its combinations.
 """
 
@@ -10,19 +10,19 @@ import dataclasses
 import functools
 import math
 
-from alst_jax.config import ModelConfig
-from alst_jax.storage import saving
-from alst_jax.planning import seconds as speed
 from alst_jax.hardware.machines import Cluster
-from alst_jax.profile import DEVICE, HOST, Profile, Segment, segment_inputs
-from alst_jax.planning.plan import ESTIMATED, Plan
+from alst_jax.models.config import ModelConfig
 from alst_jax.ops.cross_entropy import default_tile
 from alst_jax.ops.tiling import even_tile
+from alst_jax.planning import seconds as speed
+from alst_jax.planning.plan import ESTIMATED, Plan
+from alst_jax.planning.saving_memory import saving_bytes
+from alst_jax.profile import DEVICE, HOST, Profile, Segment, segment_inputs
 
 FRAGMENTS = 1.015  # what the allocator's peak is above the sum of what is alive
 STATE_BYTES = {"float32": 8, "bfloat16": 4, "int8": 2 + 2 * 4 / 256}  # of both moments of a parameter
 MASTER_BYTES = {"float32": 4, "low-bits": 2, "none": 0}  # of a bfloat16 parameter
-UPDATE_CHUNK = 2**26  # elements, as memory/host.py
+UPDATE_CHUNK = 2**26  # elements, as xla/host.py
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +107,7 @@ def estimate(job: Job, cluster: Cluster | None = None, correction: int = 0) -> P
     on(job.profile.offload_optimizer)["optimizer"] = optimizer
     places[DEVICE]["kept activations"] = kept[DEVICE]
     places[HOST]["kept activations"] = kept[HOST]
-    places[HOST]["saving"] = saving.saving_bytes(job, kept[HOST] + places[HOST].get("gradients", 0))
+    places[HOST]["saving"] = saving_bytes(job, kept[HOST] + places[HOST].get("gradients", 0))
     places[DEVICE]["working set"] = max(0, working_set(job) + correction - kept[DEVICE])
     places[DEVICE]["batch"] = 3 * 4 * job.rows * job.length // job.devices
     flops = job.grad_accum * job.rows * job.model.flops_per_sequence(job.length)

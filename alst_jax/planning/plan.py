@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import pathlib
 
 from alst_jax.config import UserError
 from alst_jax.hardware.machines import GIB

@@ -15,19 +15,20 @@ import jax.numpy as jnp
 from alst_jax.config import TrainConfig, UserError
 from alst_jax.hardware import environment
 from alst_jax.hardware.environment import has_cuda_compiler
-from alst_jax.planning import search as auto
-from alst_jax.xla import host
-from alst_jax.storage import saving
-from alst_jax.planning.search import Choice, Search
-from alst_jax.planning.footprint import Job
-from alst_jax.planning.words import PLACEMENTS, describe
 from alst_jax.hardware.machines import GIB, LARGEST_HOST, Cluster, parse_cluster
-from alst_jax.planning.compiled import absent_devices, plan_step, this_cluster
-from alst_jax.planning.plan import ESTIMATED, Plan
 from alst_jax.ops.rope import MAX_POSITION
 from alst_jax.optim.adamw import AdamW
 from alst_jax.parallel.mesh import make_mesh
+from alst_jax.planning import search as auto
+from alst_jax.planning.compiled import absent_devices, plan_step, this_cluster
+from alst_jax.planning.footprint import Job
+from alst_jax.planning.plan import ESTIMATED, Plan
+from alst_jax.planning.saving_memory import largest_parameter
+from alst_jax.planning.search import Choice, Search
+from alst_jax.planning.words import PLACEMENTS, describe
 from alst_jax.step import TrainStep, check_profile
+from alst_jax.storage import saving
+from alst_jax.xla import host
 
 POOL_SLACK, POOL_MATTERS = 2, 16  # GiB
 # What a process holds beside pinned memory and a save's writers: Python, CUDA's libraries, the compiler; and more for each
@@ -283,7 +284,7 @@ def staging_bytes(job: Job) -> int:
     """Of the pinned memory, beside the pools, through which arrays seem to go to and fro: a device's part of the largest, in
     a piece that is a power of two (4.0 GiB came within two seconds when an 8B model was loaded; docs/log.md). Once for all
     devices, for one part is loaded after another."""
-    largest = saving.largest_parameter(job.model) * job.width // job.devices
+    largest = largest_parameter(job.model) * job.width // job.devices
     return 2 ** math.ceil(math.log2(largest))
 
 

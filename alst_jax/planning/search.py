@@ -6,14 +6,14 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 
 from alst_jax.config import UserError
-from alst_jax.planning import footprint as cost
-from alst_jax.storage import saving
-from alst_jax.planning.footprint import Job
-from alst_jax.planning.words import PLACEMENTS, describe, describe_changes
 from alst_jax.hardware.machines import GIB, Cluster
-from alst_jax.profile import HOST, Profile
-from alst_jax.planning.plan import Plan
 from alst_jax.ops.cross_entropy import default_tile
+from alst_jax.planning import footprint as cost
+from alst_jax.planning.footprint import Job
+from alst_jax.planning.plan import Plan
+from alst_jax.planning.saving_memory import saving_bytes
+from alst_jax.planning.words import PLACEMENTS, describe, describe_changes
+from alst_jax.profile import HOST, Profile
 
 UNCONFIRMED = 0.05  # of the memory, left free where no compiler confirms: the model's error (plan_accuracy.py)
 CONFIRMED = 0.01
@@ -277,7 +277,7 @@ def host_bytes(job: Job) -> int:
     profile = job.profile
     step_only = job.kept[HOST] + gradients * profile.offload_weights
     states = weights * profile.offload_weights + optimizer * profile.offload_optimizer
-    return states + step_only + saving.saving_bytes(job, step_only)
+    return states + step_only + saving_bytes(job, step_only)
 
 
 def segments_within(job: Job, search: Search, part: float) -> tuple[int, ...] | None:

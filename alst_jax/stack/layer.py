@@ -7,11 +7,11 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
-from alst_jax.xla.host import stream
-from alst_jax.xla.order import zeros_after
 from alst_jax.models.block import BlockFunctions
-from alst_jax.ops.tiling import accumulation_dtype, even_tile, tiled
+from alst_jax.ops.tiling import even_tile, stream, tiled
 from alst_jax.parallel.ulysses import Ulysses
+from alst_jax.xla.dtypes import accumulation_dtype
+from alst_jax.xla.order import zeros_after
 
 PyTree = Any
 

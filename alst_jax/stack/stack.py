@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from alst_jax.xla import host
-from alst_jax.xla.order import after, index_after, read_after, read_back, zeros_after
 from alst_jax.profile import Profile, Run, segment_inputs
 from alst_jax.stack.layer import Layer
+from alst_jax.xla import host
+from alst_jax.xla.order import after, index_after, read_after, read_back, zeros_after
 from alst_jax.xla.varying import vary_like
 
 PyTree = Any

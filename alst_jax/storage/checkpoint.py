@@ -27,9 +27,10 @@ from orbax.checkpoint._src.serialization import serialization
 from orbax.checkpoint._src.serialization.replica_slices import ReplicaSlices
 from orbax.checkpoint._src.serialization.types import SerializationStatusCallback, TransferPriority
 
-from alst_jax.config import ModelConfig, UserError
+from alst_jax.config import UserError
+from alst_jax.models.config import ModelConfig
 from alst_jax.storage import saving
-from alst_jax.storage.arrays import Bounds, load_array
+from alst_jax.xla.arrays import Bounds, load_array
 
 CHECKPOINTS, MODEL, RUN_FILE, EXPORT = "checkpoints", "model", "run.json", "hf"
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf",
@@ -104,7 +105,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.directory, item_handlers=handlers, options=options)
 
     def save(self, step: int, params: Any, optimizer: Any | None, loop: dict[str, Any]) -> None:
-        """Write the state; `loop` is JSON. Returns when all is on disk. Holds what memory/saving.py says."""
+        """Write the state; `loop` is JSON. Returns when all is on disk. Holds what storage/saving.py says."""
         tree = lambda arrays: ocp.args.PyTreeSave(
             arrays, jax.tree.map(_chunks, arrays), ocdbt_target_data_file_size=saving.DATA_FILE)
         items = {"params": tree(params), "loop": ocp.args.JsonSave(loop)}

@@ -11,13 +11,6 @@ import itertools
 import math
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
-
-from alst_jax.config import ModelConfig
-from alst_jax.hardware.machines import LARGEST_HOST
-
-if TYPE_CHECKING:
-    from alst_jax.planning.footprint import Job
 
 COPIES = 10**9  # bytes of a host
 DATA_FILE = 2**26
@@ -26,7 +19,6 @@ EXPORT_FILE = 2**30  # bytes of a file of the export, which is held, and the ten
 WRITTEN = 3 * 10**8  # bytes at once, of weights and of optimizer states; orbax refuses a piece that is not smaller
 BUFFERS = 3 * 2**30  # bytes of a host, outside of jax's pool: the writers of both
 CHUNKS = 2**27  # bytes of the chunks of all cores together
-WIDTHS = {"float32": 4, "bfloat16": 2, "int8": 1, "low-bits": 2, "none": 0}  # of a state's or a master's element
 
 
 def chunk_bytes() -> int:
@@ -52,26 +44,3 @@ def pieces(shape: tuple[int, ...], chunk: tuple[int, ...], itemsize: int) -> Ite
     edges = ([slice(start, min(start + step, length)) for start in range(0, length, step or 1)]
              for length, step in zip(shape, box, strict=True))
     return itertools.product(*edges)
-
-
-def saving_bytes(job: "Job", free: int) -> int:
-    """Bytes of host memory, of one device's part, that a save needs beside those of a step. free: those of a step that
-    are not in use then."""
-    profile, model, on_host = job.profile, job.model, min(job.devices, LARGEST_HOST)
-    state_width = max(WIDTHS[job.states], WIDTHS[job.master] if job.width == 2 else 0)
-    has_master = job.width == 2 and job.master != "none"
-    held, saved = 0, 0
-    for offloaded, width, arrays in (
-            (profile.offload_weights, job.width, 1), (profile.offload_optimizer, state_width, 2 + has_master)):
-        size = model.num_params * width // job.devices
-        saved += arrays * size
-        if not offloaded:
-            largest = largest_parameter(model) * width // job.devices
-            held += min(arrays * size, 2 * max(largest, COPIES // on_host))
-    return max(0, held - free) + min(saved, BUFFERS // on_host)
-
-
-def largest_parameter(model: ModelConfig) -> int:
-    """Elements of the largest array of weights: the layers' are stacked."""
-    columns = max(model.intermediate_size, model.num_heads * model.head_dim)
-    return model.hidden_size * max(model.num_layers * columns, model.vocab_size)

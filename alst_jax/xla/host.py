@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -46,39 +45,6 @@ def chunk_rows(shape: tuple[int, ...], stacked: bool) -> int:
     if stacked or not shape:
         return 1
     return min(shape[0], max(1, CHUNK_BYTES // (4 * math.prod(shape[1:]))))
-
-
-def stream(
-    body: Callable, carry: Any, written: tuple, read: tuple, rows: int, on_host: tuple[bool, ...] | None = None
-) -> tuple[Any, tuple]:
-    """Update arrays in place, `rows` rows of dim 0 at a time, wherever they live. Runs inside jit.
-
-    body(carry, written_chunk, read_chunk) -> (carry, new_written_chunk) sees device arrays. `on_host` says for each
-    array of written + read whether it lives in host memory (None: none does). The buffers are the carry of a fori_loop
-    and are written with dynamic_update_slice, which XLA does in place, in host memory at the speed of the bus; a scan
-    with stacked outputs would make a second copy of everything at a quarter of the speed (measured).
-    """
-    length = (written + read)[0].shape[0]
-    rows = min(rows, length)
-    on_host = on_host or (False,) * len(written + read)
-    written_host, read_host = on_host[: len(written)], on_host[len(written) :]
-
-    def take(x, start, rows, in_host_memory):
-        chunk = lax.dynamic_slice_in_dim(x, start, rows, axis=0)
-        return to_device(chunk) if in_host_memory else chunk
-
-    def step(start, rows, carry, buffers):
-        old = tuple(take(x, start, rows, host) for x, host in zip(buffers, written_host))
-        inputs = tuple(take(x, start, rows, host) for x, host in zip(read, read_host))
-        carry, new = body(carry, old, inputs)
-        new = [to_host(x) if host else x for x, host in zip(new, written_host)]
-        return carry, tuple(lax.dynamic_update_slice_in_dim(b, x, start, axis=0) for b, x in zip(buffers, new))
-
-    whole = length // rows
-    state = lax.fori_loop(0, whole, lambda i, state: step(i * rows, rows, *state), (carry, written))
-    if whole * rows < length:
-        state = step(whole * rows, length - whole * rows, *state)
-    return state
 
 
 def reserve(gibibytes: int, devices: list[jax.Device]) -> None:

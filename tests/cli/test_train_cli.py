@@ -20,13 +20,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import train
-from alst_jax.hardware import environment
 from alst_jax import run as setup
 from alst_jax import trainer
-from alst_jax.storage.checkpoint import Checkpoints
 from alst_jax.config import TrainConfig, UserError
-from alst_jax.data.embedded import TINY_LLAMA
 from alst_jax.data.tokenizer import byte_tokenizer
+from alst_jax.hardware import environment
+from alst_jax.models.config import TINY_LLAMA
+from alst_jax.storage.checkpoint import Checkpoints
 from convert.from_hf import from_hf
 from convert.to_hf import to_hf
 

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from alst_jax.hardware.environment import XLA_GPU_FLAGS
-from alst_jax.profile import Profile
 from alst_jax.ops import attention as attention_module
 from alst_jax.ops.attention import attention
 from alst_jax.ops.cross_entropy import cross_entropy, tiled_cross_entropy
 from alst_jax.ops.linear import embed
 from alst_jax.optim.adamw import AdamW
+from alst_jax.profile import Profile
 from benchmarks.shapes import llama_8b
 from tests.helpers import float32_masters, make_step, random_batch, relative_error
 

@@ -7,12 +7,12 @@ import itertools
 import pytest
 
 from alst_jax.config import TrainConfig, UserError
-from alst_jax.planning import search as auto
-from alst_jax.planning.search import Search, choose, confirm, fits_somehow, kind_of, longest, segments_within
-from alst_jax.planning.footprint import Job, estimate
 from alst_jax.hardware.machines import GIB, parse_cluster
+from alst_jax.planning import search as auto
+from alst_jax.planning.footprint import Job, estimate
+from alst_jax.planning.search import Search, choose, confirm, fits_somehow, kind_of, longest, segments_within
 from alst_jax.profile import Profile
-from benchmarks.shapes import LLAMA_8B, LLAMA_70B, llama_8b
+from benchmarks.shapes import LLAMA_70B, llama_8b
 from train import parse
 
 PLAIN = Profile(attention="cudnn", compute_dtype="bfloat16")

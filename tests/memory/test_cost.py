@@ -8,12 +8,12 @@ import pathlib
 import jax.numpy as jnp
 import pytest
 
-from alst_jax.planning.footprint import Job, estimate, kept_bytes, state_bytes, working_set
 from alst_jax.hardware.machines import parse_cluster
-from alst_jax.planning.compiled import job_of, plan_step
-from alst_jax.profile import DEVICE, HOST, Profile
-from alst_jax.planning.seconds import Passes, collectives
 from alst_jax.optim.adamw import AdamW
+from alst_jax.planning.compiled import job_of, plan_step
+from alst_jax.planning.footprint import Job, estimate, kept_bytes, state_bytes, working_set
+from alst_jax.planning.seconds import Passes, collectives
+from alst_jax.profile import DEVICE, HOST, Profile
 from benchmarks import plan_accuracy
 from benchmarks.shapes import LLAMA_8B, LLAMA_70B, llama_8b
 from tests.helpers import make_step, tiny

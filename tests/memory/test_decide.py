@@ -12,21 +12,21 @@ import jax.numpy as jnp
 import pytest
 
 import train
-from alst_jax.hardware import environment
 from alst_jax.config import TrainConfig, UserError
-from alst_jax.planning import search as auto
-from alst_jax.planning import planner as decide
-from alst_jax.xla import host
-from alst_jax.planning import compiled as plan
-from alst_jax.storage import saving
-from alst_jax.planning.footprint import Job, estimate
-from alst_jax.planning.planner import Planner
+from alst_jax.hardware import environment
 from alst_jax.hardware.machines import GIB, parse_cluster
-from alst_jax.profile import Profile
-from alst_jax.planning.plan import COMPILED, ESTIMATED
 from alst_jax.ops import attention
 from alst_jax.optim.adamw import AdamW
+from alst_jax.planning import compiled as plan
+from alst_jax.planning import planner as decide
+from alst_jax.planning import search as auto
+from alst_jax.planning.footprint import Job, estimate
+from alst_jax.planning.plan import COMPILED, ESTIMATED
+from alst_jax.planning.planner import Planner
+from alst_jax.profile import Profile
+from alst_jax.storage import saving
 from alst_jax.trainer import TrainState, optimizer_step
+from alst_jax.xla import host
 from benchmarks.shapes import LLAMA_8B, LLAMA_70B, QWEN3_32B
 from tests import stand_in
 from tests.helpers import TINY, make_step, random_batch

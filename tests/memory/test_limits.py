@@ -8,12 +8,12 @@ import jax
 import psutil
 import pytest
 
-from alst_jax.hardware import environment
 from alst_jax.config import TrainConfig, UserError
-from alst_jax.planning import planner as decide
+from alst_jax.hardware import environment
 from alst_jax.hardware import host_limits as limits
 from alst_jax.hardware.host_limits import cgroup_limits, host_memory
 from alst_jax.hardware.machines import GIB, pinned_share
+from alst_jax.planning import planner as decide
 
 TOTAL = psutil.virtual_memory().total
 UNLIMITED = 9223372036854771712  # of version 1

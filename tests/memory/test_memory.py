@@ -5,10 +5,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from alst_jax.profile import Profile
 from alst_jax.ops.attention import attention
 from alst_jax.ops.cross_entropy import cross_entropy, tiled_cross_entropy
 from alst_jax.ops.tiling import tiled
+from alst_jax.profile import Profile
 from tests.helpers import make_step, random_batch, tiny
 
 SHAPE = jax.ShapeDtypeStruct

@@ -20,17 +20,18 @@ from jax.sharding import PartitionSpec as P
 from orbax.checkpoint._src.arrays.subchunking import choose_chunk_shape
 from orbax.checkpoint._src.serialization import limits
 
-from alst_jax.storage.checkpoint import Checkpoints, _chunks, _InPieces
-from alst_jax.storage import saving
-from alst_jax.planning.search import host_bytes
-from alst_jax.planning.footprint import Job, estimate
 from alst_jax.hardware.machines import parse_cluster
-from alst_jax.planning.compiled import job_of, plan_step
-from alst_jax.profile import Profile
 from alst_jax.models.block import abstract_params
 from alst_jax.optim.adamw import AdamW
 from alst_jax.parallel.mesh import AXES
 from alst_jax.parallel.sharding import param_specs, shardings
+from alst_jax.planning.compiled import job_of, plan_step
+from alst_jax.planning.footprint import Job, estimate
+from alst_jax.planning.saving_memory import largest_parameter, saving_bytes
+from alst_jax.planning.search import host_bytes
+from alst_jax.profile import Profile
+from alst_jax.storage import saving
+from alst_jax.storage.checkpoint import Checkpoints, _chunks, _InPieces
 from benchmarks.shapes import LLAMA_8B, LLAMA_70B, QWEN3_32B
 from tests.helpers import TINY, make_step
 
@@ -44,7 +45,7 @@ def job(model=LLAMA_8B, dp=1, sp=1, states="float32", master="float32", **change
 
 
 def test_bytes_by_hand():
-    held = lambda job, free=0: saving.saving_bytes(job, free)
+    held = lambda job, free=0: saving_bytes(job, free)
     assert held(job(**OFFLOADED)) == saving.BUFFERS  # written from where they are
     assert held(job()) == 2 * LARGEST * (2 + 4) + saving.BUFFERS
     assert held(job(offload_optimizer=True)) == 2 * LARGEST * 2 + saving.BUFFERS
@@ -60,7 +61,7 @@ def test_bytes_by_hand():
 @pytest.mark.parametrize("model", [TINY, LLAMA_8B, LLAMA_70B])
 def test_the_largest_parameter(model):
     leaves = jax.tree.leaves(abstract_params(model, jnp.float32))
-    assert saving.largest_parameter(model) == max(leaf.size for leaf in leaves)
+    assert largest_parameter(model) == max(leaf.size for leaf in leaves)
 
 
 @pytest.mark.parametrize("changes", [{}, OFFLOADED])

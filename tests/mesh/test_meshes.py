@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from alst_jax.config import IGNORED, UserError
-from alst_jax.profile import Profile
 from alst_jax.parallel.mesh import AXES, choose_degrees
+from alst_jax.profile import Profile
 from tests.helpers import (
     PLAIN,
     TINY,

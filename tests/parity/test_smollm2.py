@@ -13,10 +13,10 @@ from alst_jax.data.batches import pad_sequence
 from alst_jax.data.documents import make_sequences
 from alst_jax.data.embedded import python_reference
 from alst_jax.data.tokenizer import load_tokenizer
-from alst_jax.profile import Profile
 from alst_jax.models.hf_config import model_config
 from alst_jax.models.hf_weights import load_params
 from alst_jax.ops.cross_entropy import cross_entropy
+from alst_jax.profile import Profile
 from alst_jax.run import padded_length
 from tests.helpers import PLAIN, assert_trees_close, make_step, relative_error
 from tests.parity.test_hf_parity import torch_gradients

@@ -15,10 +15,10 @@ from alst_jax.data.batches import TrainingBatches
 from alst_jax.data.documents import make_sequences
 from alst_jax.data.embedded import python_reference
 from alst_jax.data.tokenizer import byte_tokenizer
-from alst_jax.profile import Profile
 from alst_jax.models.hf_config import model_config
 from alst_jax.models.hf_weights import load_params
 from alst_jax.optim.adamw import AdamW
+from alst_jax.profile import Profile
 from tests.helpers import PLAIN, make_step, relative_error
 
 # Two float32 programs differ by rounding in every sum, about 1e-7, and hand that on from step to step: 2e-6 in the

@@ -16,16 +16,16 @@ import numpy as np
 import pytest
 import tensorstore as ts
 
-from alst_jax.storage import checkpoint as ckpt
 from alst_jax import run as setup
 from alst_jax.config import TrainConfig, UserError
 from alst_jax.data.batches import TrainingBatches
 from alst_jax.data.documents import Sequence
 from alst_jax.data.tokenizer import byte_tokenizer
-from alst_jax.storage import arrays as loading
-from alst_jax.profile import Profile
 from alst_jax.models.hf_config import hf_config_dict
 from alst_jax.models.hf_weights import save_params
+from alst_jax.profile import Profile
+from alst_jax.storage import checkpoint as ckpt
+from alst_jax.xla import arrays as loading
 from tests.helpers import PLAIN, TINY, make_step, tiny, to_numpy
 
 ON_HOST = Profile(offload_activations=True, offload_weights=True, offload_optimizer=True)

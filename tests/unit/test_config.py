@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
+from alst_jax.config import TrainConfig, UserError, check_run, parse_length
 from alst_jax.hardware import environment
-from alst_jax.config import ModelConfig, TrainConfig, UserError, check_run, parse_length
+from alst_jax.models.config import ModelConfig
 from tests.helpers import TINY, make_step
 
 

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alst_jax.profile import Profile
 from alst_jax.optim.adamw import AdamW
 from alst_jax.optim.formats import Log8, Plain, block_of, join_float32, round_to_bfloat16, split_float32
+from alst_jax.profile import Profile
 from tests.helpers import PLAIN, float32_masters, make_step, random_batch, tiny, to_numpy, train
 
 DRAWS = 4000

@@ -9,9 +9,10 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from alst_jax.config import ModelConfig, RopeConfig, UserError
+from alst_jax.config import UserError
+from alst_jax.models.config import ModelConfig
 from alst_jax.models.hf_config import hf_config_dict, model_config, parse_config
-from alst_jax.ops.rope import inverse_frequencies
+from alst_jax.ops.rope import RopeConfig, inverse_frequencies
 
 BASE = dict(
     model_type="llama", architectures=["LlamaForCausalLM"], vocab_size=96, hidden_size=64, intermediate_size=96,

@@ -19,11 +19,11 @@ from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from alst_jax.config import UserError
-from alst_jax.storage import arrays as loading
 from alst_jax.models import hf_weights
+from alst_jax.models.block import abstract_params
 from alst_jax.models.hf_config import model_config
 from alst_jax.models.hf_weights import file_dtypes, load_params, save_params
-from alst_jax.models.block import abstract_params
+from alst_jax.xla import arrays as loading
 
 SHAPE = dict(vocab_size=96, hidden_size=64, intermediate_size=80, num_hidden_layers=3, num_attention_heads=8,
              num_key_value_heads=2, head_dim=16)

@@ -6,13 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alst_jax.config import IGNORED, RopeConfig, UserError
+from alst_jax.config import IGNORED, UserError
 from alst_jax.ops import attention as attention_module
 from alst_jax.ops.attention import attention, head_groups
 from alst_jax.ops.cross_entropy import cross_entropy, default_tile, tiled_cross_entropy
 from alst_jax.ops.linear import add_bias, embed, linear
 from alst_jax.ops.norm import rms_norm
-from alst_jax.ops.rope import apply_rope, rope_tables
+from alst_jax.ops.rope import RopeConfig, apply_rope, rope_tables
 from alst_jax.ops.tiling import even_tile, tiled
 from tests import stand_in
 from tests.helpers import relative_error

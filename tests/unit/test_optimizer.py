@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from alst_jax.config import TrainConfig
-from alst_jax.xla import host
-from alst_jax.profile import Profile
+from alst_jax.ops.tiling import stream
 from alst_jax.optim.adamw import AdamW, decays
+from alst_jax.profile import Profile
 from alst_jax.trainer import TrainState, learning_rate_schedule, optimizer_step, where_not_finite
+from alst_jax.xla import host
 from tests.helpers import PLAIN, TINY, assert_trees_close, make_step, random_batch, relative_error, tiny, to_numpy
 
 MODEL = tiny(num_layers=2)
@@ -112,7 +113,7 @@ def test_stream_covers_every_row_once(rows, on_host):
         return total + jnp.sum(read[0]), (written[0] + read[0],)
 
     rows = min(rows, 10)
-    total, (new,) = jax.jit(lambda x, y: host.stream(body, jnp.float32(0), (x,), (y,), rows, (on_host, False)))(
+    total, (new,) = jax.jit(lambda x, y: stream(body, jnp.float32(0), (x,), (y,), rows, (on_host, False)))(
         jax.device_put(x, jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind=host.memory_kind(on_host))), y)
     assert float(total) == 20
     np.testing.assert_array_equal(new, x + 1)
