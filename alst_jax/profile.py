@@ -2,7 +2,7 @@
 independent."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 DEVICE, HOST = "device", "pinned_host"  # jax's names of memory kinds
 
@@ -21,7 +21,8 @@ class Profile:
     keep_attention_on_host: int = 0  # layers before those that keep them in host memory
     update_in_backward: bool = False  # each layer as soon as its gradient is there; gradients are never stored
     head_chunks: int = 1  # groups of heads that are worked on one after the other
-    attention: Literal["cudnn", "tokamax", "xla"] = "xla"
+    attention: Any = "xla"  # a kernel's name, or a Kernel (ops/attention)
+    stack: Literal["segments", "plain"] = "segments"  # plain: the reference twin, stack/plain.py
     compute_dtype: str = "float32"
     reduce_dtype: str = "float32"
 

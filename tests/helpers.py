@@ -29,8 +29,8 @@ def tiny(**changes) -> ModelConfig:
 QUIET_ADAMW = AdamW(eps=1e-4)
 
 
-def make_step(model=TINY, dp=1, sp=1, profile=PLAIN, optimizer=QUIET_ADAMW, dtype=jnp.float32) -> TrainStep:
-    return TrainStep(model, make_mesh(dp, sp), profile, optimizer, jnp.dtype(dtype))
+def make_step(model=TINY, dp=1, sp=1, profile=PLAIN, optimizer=QUIET_ADAMW, dtype=jnp.float32, freeze=None) -> TrainStep:
+    return TrainStep(model, make_mesh(dp, sp), profile, optimizer, jnp.dtype(dtype), freeze)
 
 
 def random_batch(model=TINY, rows=4, length=64, seed=0, ignored=0.2) -> dict[str, np.ndarray]:
@@ -46,23 +46,23 @@ def random_batch(model=TINY, rows=4, length=64, seed=0, ignored=0.2) -> dict[str
 def loss_and_grad(step: TrainStep, params, batch):
     """Mean loss over the valid labels, and its gradients as numpy arrays."""
     scale = jnp.float32(1 / count_labels(batch["labels"]))
-    loss, gradients = step.loss_and_grad(params, step.put_batch(**batch), scale)
+    loss, gradients = step.loss_and_grad(*step.split(params), step.put_batch(**batch), scale)
     return float(loss), to_numpy(gradients)
 
 
 def train(step: TrainStep, batch, steps=3, learning_rate=1e-2, seed=0):
     """(losses, gradients of the first step, final weights) of some optimizer steps on one batch."""
-    params = step.init_params(jax.random.key(seed), step.params["norm"]["scale"].dtype)
-    state = step.init_optimizer(params)
+    trained, frozen = step.split(step.init_params(jax.random.key(seed), jax.tree.leaves(step.params)[0].dtype))
+    state = step.init_optimizer(trained)
     device_batch, scale = step.put_batch(**batch), jnp.float32(1 / count_labels(batch["labels"]))
     losses, first = [], None
     for _ in range(steps):
-        loss, gradients = step.loss_and_grad(params, device_batch, scale)
+        loss, gradients = step.loss_and_grad(trained, frozen, device_batch, scale)
         first = to_numpy(gradients) if first is None else first
         losses.append(float(loss))
         norm = step.gradient_norm(gradients)
-        params, state = step.update(params, gradients, state, norm, jnp.float32(learning_rate))
-    return losses, first, to_numpy(params)
+        trained, state = step.update(trained, gradients, state, norm, jnp.float32(learning_rate))
+    return losses, first, to_numpy(step.join(trained, frozen))
 
 
 def float32_masters(master: str, model: ModelConfig, profile: Profile):

@@ -1,7 +1,8 @@
-"""Llama as Flax NNX modules: one block, readable; the stack of blocks is data (`layers`, stacked on dim 0).
+"""The transformer block and the parameters of a model, as Flax NNX modules, which are pytrees.
 
-B batch, T local tokens, D hidden, F ffn, N query heads, K kv heads, H head dim, V vocabulary, L layers. The modules see
-whole weights and local tokens; how weights are sharded, gathered and placed is decided outside (step.py).
+B batch, T local tokens, D hidden, F ffn, N query heads, K kv heads, H head dim, V vocabulary, L layers. Modules see whole
+weights and local tokens; sharding, gathering and placement are decided outside (step.py, stack/). One layer's block is a
+slice of the stacked one: `jax.tree.map(lambda w: w[i], params["layers"])`, and so are its gradients.
 """
 
 import functools
@@ -11,26 +12,48 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from alst_jax.models.config import ModelConfig
+from alst_jax.models.config import LayerKind, ModelConfig
+from alst_jax.models.tree import leaves_read_by
 from alst_jax.ops.linear import add_bias, linear
 from alst_jax.ops.norm import rms_norm
-from alst_jax.ops.rope import apply_rope
+from alst_jax.ops.rope import apply_rope, rope_tables
 from alst_jax.ops.swiglu import swiglu
 
 Params = dict[str, Any]
 
 
+class Tokens(NamedTuple):
+    """What a token brings to a block besides its hidden state; leading dims are those of the hidden states."""
+
+    cos: Float[Array, "*B 1 H2"]
+    sin: Float[Array, "*B 1 H2"]
+
+    @staticmethod
+    def of(config: ModelConfig, positions: Int[Array, "B T"]) -> "Tokens":
+        """From the positions of the tokens in their documents."""
+        return Tokens(*rope_tables(config.rope, config.head_dim, positions))
+
+
 class Linear(nnx.Module):
-    def __init__(self, in_dim: int, out_dim: int, use_bias: bool, std: float, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (in_dim, out_dim), dtype) * jnp.asarray(std, dtype))
-        self.bias = nnx.Param(jnp.zeros((out_dim,), dtype)) if use_bias else None
+    """x @ kernel + bias."""
+
+    def __init__(self, in_dim: int, out_dim: int, bias: bool, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs):
+        std = jnp.asarray(config.initializer_range, dtype)
+        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (in_dim, out_dim), dtype) * std)
+        self.bias = nnx.Param(jnp.zeros((out_dim,), dtype)) if bias else None
 
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
-        y = linear(x, self.kernel[...])
+        y = linear(x, self.kernel[...])  # x @ kernel
         return y if self.bias is None else add_bias(y, self.bias[...])
+
+    def heads(self, i: jax.Array | int, n: int) -> "Linear":
+        """The columns of group i of n equal groups of heads."""
+        size = lambda w: w.shape[-1] // n
+        return jax.tree.map(lambda w: lax.dynamic_slice_in_dim(w, i * size(w), size(w), axis=-1), self)
 
 
 class RMSNorm(nnx.Module):
@@ -43,62 +66,81 @@ class RMSNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs):
-        d, h = config.hidden_size, config.head_dim
-        make = functools.partial(
-            Linear, use_bias=config.attention_bias, std=config.initializer_range, dtype=dtype, rngs=rngs)
-        self.q_proj = make(d, config.num_heads * h)
-        self.k_proj = make(d, config.num_kv_heads * h)
-        self.v_proj = make(d, config.num_kv_heads * h)
-        self.o_proj = make(config.num_heads * h, d)
-        self.head_dim = h
+    """The four projections around attention."""
 
-    def project(
-        self, x: Float[Array, "T D"], q_proj: Linear, k_proj: Linear, v_proj: Linear, rope: tuple
-    ) -> tuple[Float[Array, "T N H"], Float[Array, "T K H"], Float[Array, "T K H"]]:
-        """Queries, keys and values of some tokens, for as many heads as the projections have columns."""
-        q_TNH, k_TKH, v_TKH = (part(x).reshape(x.shape[0], -1, self.head_dim) for part in (q_proj, k_proj, v_proj))
-        return apply_rope(q_TNH, *rope), apply_rope(k_TKH, *rope), v_TKH
+    def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs):
+        make = functools.partial(Linear, config=config, dtype=dtype, rngs=rngs)
+        d, qkv_bias = config.hidden_size, config.attention_bias or config.qkv_bias
+        self.q_proj = make(d, config.num_heads * config.head_dim, qkv_bias)
+        self.k_proj = make(d, config.num_kv_heads * config.head_dim, qkv_bias)
+        self.v_proj = make(d, config.num_kv_heads * config.head_dim, qkv_bias)
+        self.o_proj = make(config.num_heads * config.head_dim, d, config.attention_bias)
 
 
 class MLP(nnx.Module):
     def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs):
-        d, f = config.hidden_size, config.intermediate_size
-        make = functools.partial(Linear, use_bias=config.mlp_bias, std=config.initializer_range, dtype=dtype, rngs=rngs)
-        self.gate_proj = make(d, f)
-        self.up_proj = make(d, f)
-        self.down_proj = make(f, d)
+        make = functools.partial(Linear, bias=config.mlp_bias, config=config, dtype=dtype, rngs=rngs)
+        self.gate_proj = make(config.hidden_size, config.intermediate_size)
+        self.up_proj = make(config.hidden_size, config.intermediate_size)
+        self.down_proj = make(config.intermediate_size, config.hidden_size)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nnx.Module):
-    """Pre-norm attention and MLP, each added to the residual stream. All but attention is token-wise: `before` and `behind`."""
+    """Pre-norm attention and MLP, each added to the residual stream.
+
+    All but attention is token-wise: `before` and `after`, which stack/layer.py runs in tiles of tokens.
+    """
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.self_attn = Attention(config, dtype, rngs)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.mlp = MLP(config, dtype, rngs)
+        self.head_dim, self.num_kv_heads = config.head_dim, config.num_kv_heads
 
+    def __call__(
+        self, h: Float[Array, "*B D"], tokens: Tokens, attention: Callable, kind: LayerKind = LayerKind()
+    ) -> Float[Array, "*B D"]:
+        """The next hidden states. attention(q[*B, N, H], k[*B, K, H], v) -> o[*B, N, H]."""
+        return self.after(h, attention(*self.before(h, tokens, kind)))
 
-class Llama(nnx.Module):
-    """The whole parameter tree. Its forward pass is in step.py, where layers are scanned and weights gathered."""
+    def before(
+        self, h: Float[Array, "*B D"], tokens: Tokens, kind: LayerKind = LayerKind()
+    ) -> tuple[Float[Array, "*B N H"], Float[Array, "*B K H"], Float[Array, "*B K H"]]:
+        """Queries, keys and values, for as many heads as the projections have columns."""
+        x, attn = self.input_layernorm(h), self.self_attn
+        q, k, v = (
+            part(x).reshape(*x.shape[:-1], -1, self.head_dim) for part in (attn.q_proj, attn.k_proj, attn.v_proj))
+        if kind.rope:
+            q, k = apply_rope(q, *tokens), apply_rope(k, *tokens)
+        return q, k, v
 
-    def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs):
-        table = (config.vocab_size, config.hidden_size)
-        std = jnp.asarray(config.initializer_range, dtype)
-        self.embed_tokens = nnx.Dict(embedding=nnx.Param(jax.random.normal(rngs.params(), table, dtype) * std))
-        self.layers = nnx.vmap(lambda rngs: Block(config, dtype, rngs))(rngs.fork(split=config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        if not config.tie_word_embeddings:
-            self.lm_head = nnx.Dict(embedding=nnx.Param(jax.random.normal(rngs.params(), table, dtype) * std))
+    def after(self, h: Float[Array, "*B D"], o: Float[Array, "*B N H"]) -> Float[Array, "*B D"]:
+        """The next hidden states, from the output of attention."""
+        h = h + self.self_attn.o_proj(o.reshape(*o.shape[:-2], -1))
+        return h + self.mlp(self.post_attention_layernorm(h))
+
+    def heads(self, i: jax.Array | int, n: int) -> "Block":
+        """The block whose `before` makes group i of n of the query heads, and the kv heads that they read."""
+        part, kv = jax.tree.map(lambda w: w, self), min(n, self.num_kv_heads)
+        attn = part.self_attn
+        attn.q_proj = attn.q_proj.heads(i, n)
+        attn.k_proj, attn.v_proj = (proj.heads(i * kv // n, kv) for proj in (attn.k_proj, attn.v_proj))
+        return part
 
 
 def init_params(config: ModelConfig, dtype: DTypeLike, key: jax.Array) -> Params:
     """Random weights: normal with `initializer_range`, norms one, biases zero; layers stacked on dim 0."""
-    return nnx.to_pure_dict(nnx.state(Llama(config, dtype, nnx.Rngs(params=key)), nnx.Param))
+    rngs = nnx.Rngs(params=key)
+    table = lambda: {"embedding": jax.random.normal(rngs.params(), (config.vocab_size, config.hidden_size), dtype)
+                     * jnp.asarray(config.initializer_range, dtype)}
+    params = {"embed_tokens": table()}
+    params["layers"] = nnx.vmap(lambda rngs: Block(config, dtype, rngs))(rngs.fork(split=config.num_layers))
+    params["norm"] = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+    return params if config.tie_word_embeddings else params | {"lm_head": table()}
 
 
 def abstract_params(config: ModelConfig, dtype: DTypeLike) -> Params:
@@ -106,60 +148,23 @@ def abstract_params(config: ModelConfig, dtype: DTypeLike) -> Params:
     return jax.eval_shape(lambda: init_params(config, dtype, jax.random.key(0)))
 
 
-class BlockFunctions(NamedTuple):
-    """A `Block` as pure functions of some tokens T and of one layer's weights (no L dim).
+class Halves(NamedTuple):
+    """Names of a block's parameters by the half that reads them."""
 
-    before(h[T, D], weights, rope) -> q[T, N, H], k[T, K, H], v[T, K, H]; weights: (norm, q_proj, k_proj, v_proj), and
-    any columns of the projections make that many heads. behind((h[T, D], o[T, N, H]), weights) -> the next h[T, D].
-    split(layer) -> the weights of the two; join(before, behind) -> layer.
-    """
-
-    before: Callable
-    behind: Callable
-    split: Callable
-    join: Callable
+    before: frozenset[tuple[str, ...]]
+    after: frozenset[tuple[str, ...]]
 
 
-def block_functions(config: ModelConfig) -> BlockFunctions:
-    """`Block` taken apart where its attention is."""
-    # Dtypes and shapes of the abstract block do not matter: merge puts in the arrays it is given.
-    block = nnx.eval_shape(lambda: Block(config, jnp.float32, nnx.Rngs(0)))
-    attn = block.self_attn
-
-    def project(norm, q_proj, k_proj, v_proj):
-        return lambda h_TD, rope: attn.project(norm(h_TD), q_proj, k_proj, v_proj, rope)
-
-    def add_attention_and_mlp(o_proj, norm, mlp):
-        def behind(h_and_o):
-            h_TD, o_TNH = h_and_o
-            h_TD = h_TD + o_proj(o_TNH.reshape(o_TNH.shape[0], -1))
-            return h_TD + mlp(norm(h_TD))
-
-        return behind
-
-    return BlockFunctions(
-        _pure(project, block.input_layernorm, attn.q_proj, attn.k_proj, attn.v_proj),
-        _pure(add_attention_and_mlp, attn.o_proj, block.post_attention_layernorm, block.mlp), _split, _join)
-
-
-def _split(layer):
-    attn = layer["self_attn"]
-    return ((layer["input_layernorm"], attn["q_proj"], attn["k_proj"], attn["v_proj"]),
-            (attn["o_proj"], layer["post_attention_layernorm"], layer["mlp"]))
-
-
-def _join(before, behind):
-    (norm, q_proj, k_proj, v_proj), (o_proj, post_norm, mlp) = before, behind
-    attn = {"q_proj": q_proj, "k_proj": k_proj, "v_proj": v_proj, "o_proj": o_proj}
-    return {"input_layernorm": norm, "self_attn": attn, "post_attention_layernorm": post_norm, "mlp": mlp}
-
-
-def _pure(method: Callable, *modules: nnx.Module) -> Callable:
-    """fn(x, weights, *args) = method(*modules)(x, *args), with a tree of weights for each of the modules."""
-    parts = [nnx.split(module) for module in modules]
-
-    def merge(part, weights):
-        graphdef, state = part
-        return nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(weights)))
-
-    return lambda x, weights, *args: method(*map(merge, parts, weights))(x, *args)
+@functools.cache
+def halves(config: ModelConfig) -> Halves:
+    """Which parameters `Block.before` reads and which `Block.after`. ValueError if a parameter is read by both or none."""
+    block = jax.eval_shape(lambda: Block(config, jnp.float32, nnx.Rngs(0)))
+    h, tokens = jnp.zeros((2, config.hidden_size)), Tokens.of(config, jnp.zeros((2, 1), jnp.int32))
+    tokens = Tokens(*(x[:, 0] for x in tokens))
+    o = jnp.zeros((2, config.num_heads, config.head_dim))
+    before = frozenset().union(*(leaves_read_by(lambda b, kind=kind: b.before(h, tokens, kind), block)
+                                 for kind in config.kinds))
+    after = leaves_read_by(lambda b: b.after(h, o), block)
+    if before & after or len(before | after) != len(jax.tree.leaves(block)):
+        raise ValueError(f"each parameter of a block belongs to one half: before {before}, after {after}")
+    return Halves(before, after)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from alst_jax.config import IGNORED
-from alst_jax.ops.tiling import scan_tiles
+from alst_jax.ops.tiling import stream
 from alst_jax.xla.dtypes import accumulation_dtype
 from alst_jax.xla.varying import vary_like
 
@@ -54,18 +54,18 @@ def tiled_cross_entropy(
 def _tiled_cross_entropy(tile, h, table, labels):
     table = table.astype(h.dtype)  # once, not for each tile
 
-    def body(total, rows):
+    def body(total, _, rows):
         h_tile, labels_tile = rows
         return total + jnp.sum(_token_losses(_logits(h_tile, table), labels_tile)[0]), ()
 
     zero = vary_like(jnp.zeros((), accumulation_dtype(h.dtype)), h, table, labels)
-    return scan_tiles(body, zero, (h, labels), tile)[0]
+    return stream(body, zero, written=(), read=(h, labels), rows=tile)[0]
 
 
 def _fwd(tile, h, table, labels):
     narrow = table.astype(h.dtype)  # once, not for each tile
 
-    def body(carry, rows):
+    def body(carry, _, rows):
         (total, dtable), (h_tile, labels_tile) = carry, rows
         logits = _logits(h_tile, narrow)
         losses, log_normaliser = _token_losses(logits, labels_tile)
@@ -75,12 +75,12 @@ def _fwd(tile, h, table, labels):
         dh = dlogits @ narrow
         dtable += jax.lax.dot_general(
             dlogits, h_tile, (((0,), (0,)), ((), ())), preferred_element_type=dtable.dtype)
-        return (total + jnp.sum(losses), dtable), dh
+        return (total + jnp.sum(losses), dtable), (dh,)
 
     wide = accumulation_dtype(h.dtype)
-    zeros = (jnp.zeros((), wide), jnp.zeros(table.shape, wide))
-    zeros = jax.tree.map(lambda z: vary_like(z, h, table, labels), zeros)
-    (total, dtable), dh = scan_tiles(body, zeros, (h, labels), tile)
+    zeros = (jnp.zeros((), wide), jnp.zeros(table.shape, wide)), (jnp.zeros_like(h),)
+    sums, dh = jax.tree.map(lambda z: vary_like(z, h, table, labels), zeros)
+    (total, dtable), (dh,) = stream(body, sums, written=dh, read=(h, labels), rows=tile)
     return total, (dh, dtable.astype(table.dtype))
 
 

@@ -11,10 +11,9 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from alst_jax.models.tree import is_stacked
-from alst_jax.parallel.mesh import AXES, DATA, SEQ
+from alst_jax.parallel.mesh import AXES
 from alst_jax.xla.dtypes import accumulation_dtype
 
-BATCH_SPEC = P(DATA, SEQ)  # tokens, labels, positions: [sequences/data, tokens/seq]
 
 
 def param_specs(params: Any, mesh: Mesh) -> Any:

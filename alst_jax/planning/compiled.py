@@ -19,12 +19,12 @@ from alst_jax.hardware.environment import HOST_LIMIT, pinned_limit
 from alst_jax.hardware.host_limits import host_memory
 from alst_jax.hardware.machines import GIB, Cluster, machine_of_kind
 from alst_jax.parallel.mesh import AXES, DATA, SEQ
-from alst_jax.parallel.sharding import BATCH_SPEC
 from alst_jax.planning import footprint as cost
 from alst_jax.planning import seconds as speed
 from alst_jax.planning.plan import ABSENT, COMPILED, Plan
 from alst_jax.planning.saving_memory import saving_bytes
-from alst_jax.step import Batch, TrainStep
+from alst_jax.stack.batch import BATCH_SPEC, Batch
+from alst_jax.step import TrainStep
 from alst_jax.xla import host
 from alst_jax.xla.dtypes import accumulation_dtype
 

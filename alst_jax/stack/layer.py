@@ -1,133 +1,196 @@
-"""One layer's forward and backward pass, written out: what is token-wise runs in tiles, and writes over what it has read."""
+"""One layer's forward and backward pass: the token-wise halves of its block run in tiles, and overwrite their input.
+
+B batch, T local tokens, D hidden, N query heads, K kv heads, H head dim.
+"""
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
-from alst_jax.models.block import BlockFunctions
-from alst_jax.ops.tiling import even_tile, stream, tiled
-from alst_jax.parallel.ulysses import Ulysses
+from alst_jax.models.block import Block, Tokens, halves
+from alst_jax.models.config import ModelConfig
+from alst_jax.models.tree import combine, names, partition
+from alst_jax.ops.tiling import even_tile, stream, token_rows
+from alst_jax.parallel.sequence import SequenceParallel
+from alst_jax.parallel.sharding import gather, is_spec, scatter, whole
 from alst_jax.xla.dtypes import accumulation_dtype
 from alst_jax.xla.order import zeros_after
 
 PyTree = Any
 
 
+class Weights(NamedTuple):
+    """A block's parameters in two parts, with None where a leaf belongs to the other part (models/tree.py)."""
+
+    trained: Block
+    frozen: Block
+
+    @property
+    def block(self) -> Block:
+        return combine(self.trained, self.frozen)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layer:
-    """How a layer is computed, without changing what.
+    """How a layer of a model is computed.
 
-    functions: the block as pure functions of tokens. ulysses: its attention. load(shards) -> whole weights, on the device;
-    scatter(gradients, shards) -> the gradients of the shards; carriers(shards) -> whole weights in float32, differentiable.
-    tile: tokens worked on at a time in all that is token-wise (None: all).
+    specs: shardings of one layer's parameters. reduce_dtype: in which gradients are summed over devices. tile: tokens
+    worked on at a time in all that is token-wise (None: all).
 
-    Weights stay in their own dtype outside the loops over tiles and are widened to carriers (see ops/linear.py) inside,
-    where the compiler sees the conversion there and back and drops it: not one of each weight for each tile.
+    Weights keep their own dtype outside the loops over tiles and are widened to float32 inside (see ops/linear.py), where
+    the compiler sees the conversion there and back and drops it: not one conversion of each weight for each tile.
     """
 
-    functions: BlockFunctions
-    ulysses: Ulysses
-    load: Callable
-    scatter: Callable
-    carriers: Callable
+    model: ModelConfig
+    sequence: SequenceParallel
+    specs: PyTree
+    reduce_dtype: str
     tile: int | None
 
-    def plain(self, h: Float[Array, "B T D"], shards: PyTree, rope: PyTree) -> Float[Array, "B T D"]:
-        """The next h, differentiable as it stands; `forward` and `backward` are this with less memory."""
-        before, behind = self.functions.split(self.carriers(shards))
-        tokens, tile = _tokens(h), self._tile(h)
+    # --------------------------------------------------------------------------------------------- weights and shards
 
-        def project(weights):
-            qkv = tiled(self._before, tile, tokens, weights, tuple(map(_tokens, rope)))
-            return tuple(x.reshape(*h.shape[:2], *x.shape[1:]) for x in qkv)
+    def load(self, shards: Weights) -> Weights:
+        """Whole weights on the device, from shards on the device: an all-gather (ZeRO-3)."""
+        return self._with_specs(lambda shard, spec: whole(shard, spec), shards)
 
-        o, _ = self.ulysses.attend(project, before, h)
-        return tiled(self.functions.behind, tile, (tokens, _tokens(o)), behind).reshape(h.shape)
+    def load_differentiable(self, shards: Weights) -> Weights:
+        """`load`, widened to float32; its gradients go back to the shards by a reduce-scatter."""
+        return self._with_specs(lambda shard, spec: gather(shard, spec, self.reduce_dtype), shards)
 
-    def attend(self, h: Float[Array, "B T D"], weights: PyTree, rope: PyTree) -> tuple[Float[Array, "B T N H"], PyTree]:
-        """The attention's output and statistics, from the layer's input."""
-        before, _ = self.functions.split(weights)
-        return self.ulysses.attend(lambda w: self._project(h, w, rope), before, h)
+    def scatter(self, gradients: Block, shards: Block) -> Block:
+        """The gradients of the trained shards, in their dtype, from those of the whole weights."""
+        one = lambda g, spec, shard: shard if shard is None else scatter(g, spec, self.reduce_dtype, shard.dtype)
+        return jax.tree.map(one, gradients, self.specs, shards, is_leaf=_none_or_spec)
 
-    def forward(
-        self, h: Float[Array, "B T D"], weights: PyTree, rope: PyTree, kept: PyTree = None
-    ) -> tuple[Float[Array, "B T D"], PyTree]:
-        """The next h, and what `attend` gives; where that is handed in as `kept`, attention is not run."""
-        kept = self.attend(h, weights, rope) if kept is None else kept
-        _, behind = self.functions.split(weights)
-        body = lambda _, written, read: ((), (self._behind((written[0], read[0]), behind),))
-        _, (out,) = stream(body, (), (_tokens(h),), (_tokens(kept[0]),), self._rows(h))
-        return out.reshape(h.shape), kept
+    def _with_specs(self, fn: Callable, shards: Weights) -> Weights:
+        one = lambda shard, spec: shard if shard is None else fn(shard, spec)
+        return Weights(*(jax.tree.map(one, part, self.specs, is_leaf=_none_or_spec) for part in shards))
+
+    # -------------------------------------------------------------------------------------------------- the two halves
+
+    def attend(
+        self, number: Array | int, h: Float[Array, "B T D"], weights: Weights, tokens: Tokens
+    ) -> tuple[Float[Array, "B T N H"], Array]:
+        """The output of attention and its log-sum-exps, from the layer's input. number: the layer's."""
+        return self.by_kind(number)(lambda kind: self.sequence.attend(
+            self._projector(kind, h, weights, tokens), self.model.attention_spec(kind), h))
+
+    def after(
+        self, h: Float[Array, "B T D"], o: Float[Array, "B T N H"], weights: Weights
+    ) -> Float[Array, "B T D"]:
+        """The next h, from the layer's input and the output of attention.
+
+        buffer | before | after
+        h      | input  | the next h
+        """
+        block = self._half(weights.block, "after")[0]
+        with jax.named_scope("layer/mlp"):
+            _, (out,) = stream(lambda _, written, read: ((), (_widen(block).after(written[0], read[0]),)), (),
+                               written=(token_rows(h),), read=(token_rows(o),), rows=self._rows(h))
+        return out.reshape(h.shape)
 
     def backward(
-        self, h: Float[Array, "B T D"], weights: PyTree, rope: PyTree, kept: PyTree, dh: Float[Array, "B T D"]
-    ) -> tuple[Float[Array, "B T D"], PyTree]:
-        """The gradients of the layer's input h and of its weights, the latter float32, from that of its output.
+        self, number: Array | int, h: Float[Array, "B T D"], weights: Weights, tokens: Tokens, results: tuple,
+        dh: Float[Array, "B T D"],
+    ) -> tuple[Float[Array, "B T D"], Block]:
+        """The gradients of the layer's input h and of its trained weights, the latter float32. results: of `attend`.
 
-        The gradient of h is written over that of the output, that of q over that of the attention's output; beside them
-        and h and o only keys' and values' gradients and one group of heads are of the sequence's length.
+        buffer     | before               | after
+        dh         | gradient of the next h | gradient of h
+        (zeros)    | -                    | gradient of o, then of q
+
+        Besides these, h and o, only the gradients of keys and values and one group of heads have the sequence's length.
         """
-        before, behind = self.functions.split(weights)
-        o, _ = kept
+        o_BTNH, _ = results
+        dafter, (dh_TD, do) = self._after_backward(weights, h, o_BTNH, dh)
 
-        def back_behind(sums, written, read):
-            _, pullback = jax.vjp(self.functions.behind, read, _widen(behind))
-            (dh, do), dweights = pullback(written[0])
-            return _add(sums, dweights), (dh, do)
+        def rest(kind):
+            with jax.named_scope("layer/attention"):
+                dqkv = self.sequence.attend_backward(
+                    self._projector(kind, h, weights, tokens), self.model.attention_spec(kind), results,
+                    do.reshape(o_BTNH.shape))
+            return self._before_backward(kind, weights, h, tokens, dqkv, dh_TD)
+
+        dbefore, (dh_TD,) = self.by_kind(number)(rest)
+        return dh_TD.reshape(h.shape), combine(dbefore, dafter)
+
+    # ------------------------------------------------------------------------------------------------------ internals
+
+    def by_kind(self, number: Array | int) -> Callable:
+        """apply(fn) = fn(kind of the layer `number`). Where layers differ, the compiled program has one branch a kind."""
+        kinds = self.model.kinds
+        if len(kinds) == 1:
+            return lambda fn: fn(kinds[0])
+        index = jnp.asarray(self.model.kind_numbers)[number]
+        return lambda fn: lax.switch(index, [lambda kind=kind: fn(kind) for kind in kinds])
+
+    def _half(self, block: Block, half: str) -> tuple[Block, Block]:
+        """(the parameters that this half of the block reads, the others)"""
+        wanted = getattr(halves(self.model), half)
+        return partition(block, lambda path: names(path) in wanted)
+
+    def _projector(self, kind, h_BTD, weights, tokens):
+        """project(i) -> q, k, v of chunk i, a tile of tokens at a time. Their buffers are allocated after h: those of a
+        scan's results would be allocated long before, for all layers that no loop goes over at once."""
+        before, chunks = self._half(weights.block, "before")[0], self.sequence.chunks
+        read = tuple(map(token_rows, (h_BTD, *tokens)))
+
+        def project(i):
+            block = before if chunks == 1 else before.heads(i, chunks)
+            one = lambda rows: _widen(block).before(rows[0], Tokens(*rows[1:]), kind)
+            places = tuple(zeros_after(h_BTD, x.shape, x.dtype) for x in jax.eval_shape(one, read))
+            _, qkv = stream(lambda _, written, rows: ((), one(rows)), (), written=places, read=read, rows=self._rows(h_BTD))
+            return tuple(x.reshape(*h_BTD.shape[:2], *x.shape[1:]) for x in qkv)
+
+        return project
+
+    def _after_backward(self, weights, h_BTD, o_BTNH, dh_BTD):
+        trained, frozen = self._half(weights.trained, "after")[0], weights.frozen
+
+        def body(sums, written, read):
+            _, pullback = jax.vjp(lambda h, o, w: combine(w, frozen).after(h, o), *read, _widen(trained))
+            *written, dweights = pullback(written[0])
+            return _add(sums, dweights), tuple(written)
 
         # The zeros are all overwritten: a place for the gradient of o.
-        written = _tokens(dh), zeros_after(dh, _tokens(o).shape, o.dtype, o)
-        dbehind, (dh_TD, do) = stream(
-            back_behind, _zeros_after(dh, behind, h), written, (_tokens(h), _tokens(o)), self._rows(h))
-        dqkv = self.ulysses.attend_backward(lambda w: self._project(h, w, rope), before, kept, do.reshape(o.shape))
+        written = token_rows(dh_BTD), zeros_after(dh_BTD, token_rows(o_BTNH).shape, o_BTNH.dtype)
+        read = token_rows(h_BTD), token_rows(o_BTNH)
+        with jax.named_scope("layer/mlp"):
+            return stream(body, _zeros_after(dh_BTD, trained), written=written, read=read, rows=self._rows(h_BTD))
 
-        def back_before(sums, written, read):
-            h, dqkv, rope = read[0], read[1:4], read[4:]
-            _, pullback = jax.vjp(lambda h, w: self.functions.before(h, w, rope), h, _widen(before))
+    def _before_backward(self, kind, weights, h_BTD, tokens, dqkv, dh_TD):
+        trained, frozen = self._half(weights.trained, "before")[0], weights.frozen
+
+        def body(sums, written, read):
+            h, dqkv, rows = read[0], read[1:4], Tokens(*read[4:])
+            _, pullback = jax.vjp(lambda h, w: combine(w, frozen).before(h, rows, kind), h, _widen(trained))
             dx, dweights = pullback(dqkv)
             return _add(sums, dweights), (written[0] + dx,)
 
-        read = (h, *dqkv, *rope)
-        dbefore, (dh_TD,) = stream(
-            back_before, _zeros_after(dqkv[0], before, h), (dh_TD,), tuple(map(_tokens, read)), self._rows(h))
-        return dh_TD.reshape(h.shape), self.functions.join(dbefore, dbehind)
+        read = tuple(map(token_rows, (h_BTD, *dqkv, *tokens)))
+        with jax.named_scope("layer/attention"):
+            return stream(body, _zeros_after(dqkv[0], trained), written=(dh_TD,), read=read, rows=self._rows(h_BTD))
 
-    def _behind(self, h_and_o, behind):
-        return self.functions.behind(h_and_o, _widen(behind))
-
-    def _before(self, h, before, rope):
-        return self.functions.before(h, _widen(before), rope)
-
-    def _project(self, h, before, rope):
-        """q, k and v, a tile at a time, written into places that are made after h: those of a scan's results would be
-        made long before, for all layers that no loop goes over at once."""
-        read = (_tokens(h), *map(_tokens, rope))
-        one = lambda rows: self._before(rows[0], before, rows[1:])
-        places = [zeros_after(h, x.shape, x.dtype, *jax.tree.leaves(before)) for x in jax.eval_shape(one, read)]
-        _, qkv = stream(lambda _, written, rows: ((), one(rows)), (), tuple(places), read, self._rows(h))
-        return tuple(x.reshape(*h.shape[:2], *x.shape[1:]) for x in qkv)
-
-    def _tile(self, h):
-        return self.tile and even_tile(h.shape[0] * h.shape[1], self.tile)
-
-    def _rows(self, h):
-        return self._tile(h) or h.shape[0] * h.shape[1]
+    def _rows(self, h_BTD):
+        tokens = h_BTD.shape[0] * h_BTD.shape[1]
+        return even_tile(tokens, self.tile) if self.tile else tokens
 
 
-def _tokens(x):
-    """[B, T, ...] -> [B T, ...]"""
-    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+def _none_or_spec(x):
+    return x is None or is_spec(x)
 
 
 def _widen(weights):
     return jax.tree.map(lambda w: w.astype(accumulation_dtype(w.dtype)), weights)
 
 
-def _zeros_after(array, weights, *others):
-    return jax.tree.map(lambda w: zeros_after(array, w.shape, accumulation_dtype(w.dtype), w, *others), weights)
+def _zeros_after(array, weights):
+    return jax.tree.map(lambda w: zeros_after(array, w.shape, accumulation_dtype(w.dtype), w), weights)
 
 
 def _add(sums, parts):

@@ -20,7 +20,10 @@ from alst_jax.xla.varying import vary_like, varying_axes
 def after(arrays: Any, x: jax.Array) -> jax.Array:
     """x, but not before all of `arrays`, a tree, are there. Writes one element of x, in place where x is not needed
     otherwise."""
-    zero = sum(map(_zero_after, jax.tree.leaves(arrays)))
+    leaves = jax.tree.leaves(arrays)
+    if not leaves:
+        return x
+    zero = sum(map(_zero_after, leaves))
     return x.at[(slice(0, 1),) * x.ndim].add(zero.astype(x.dtype))
 
 

@@ -7,8 +7,8 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2] / "alst_jax"
-LAYERS = ("config", "hardware", "profile", "xla", "ops", "data", "models", "parallel", "stack", "optim", "step",
-          "in_backward", "storage", "metrics", "trainer", "planning", "run")  # docs/architecture.md
+LAYERS = ("config", "hardware", "profile", "xla", "ops", "data", "models", "parallel", "stack", "optim", "in_backward", "step",
+          "storage", "metrics", "trainer", "planning", "run")  # docs/architecture.md
 ORDER = {name: number for number, name in enumerate(LAYERS)}
 
 

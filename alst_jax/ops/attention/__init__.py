@@ -1,0 +1,96 @@
+"""Causal attention over whole sequences, for the heads of this device: one file a kernel, one table that chooses.
+
+A kernel gives the output and the log-sum-exp, from which its backward pass starts: no forward pass is computed twice where
+these two are kept. A kernel that does not implement a part of a spec refuses it.
+"""
+
+import functools
+
+import jax
+from jax import Array
+
+from alst_jax.config import UserError
+from alst_jax.ops.attention import cudnn, tokamax, xla
+from alst_jax.ops.attention.cudnn import head_groups
+from alst_jax.ops.attention.spec import AttentionSpec, Kernel
+
+__all__ = ["KERNELS", "AttentionSpec", "Kernel", "attention", "attention_backward", "attention_forward", "attention_from",
+           "find_kernel", "head_groups", "refusal"]
+
+KERNELS = {kernel.name: kernel for kernel in (xla.KERNEL, cudnn.KERNEL, tokamax.KERNEL)}
+CAUSAL = AttentionSpec()
+
+
+def find_kernel(kernel: str | Kernel) -> Kernel:
+    """The kernel of this name; a kernel of one's own is returned as it is. ValueError for an unknown name."""
+    if isinstance(kernel, Kernel):
+        return kernel
+    if kernel not in KERNELS:
+        raise ValueError(f"attention kernel {kernel!r}: one of {', '.join(KERNELS)}")
+    return KERNELS[kernel]
+
+
+def refusal(kernel: Kernel, spec: AttentionSpec, documents: bool = False) -> str | None:
+    """Why a kernel cannot serve a spec, and which kernels can; None if it does."""
+    missing = spec.features(documents) - kernel.serves
+    if not missing:
+        return None
+    able = [name for name, other in KERNELS.items() if spec.features(documents) <= other.serves]
+    return (f"--attention {kernel.name} does not implement {' and '.join(sorted(missing))}, which this model needs; use "
+            f"--attention {' or '.join(able)}")
+
+
+def attention_forward(
+    q: Array, k: Array, v: Array, spec: AttentionSpec = CAUSAL, documents: Array | None = None, *, kernel: str | Kernel
+) -> tuple[Array, Array]:
+    """(o[B, S, N, H], log-sum-exp float32[B, N, S]) of q[B, S, N, H], k and v[B, S, K, H]. UserError if the kernel does
+    not implement the spec."""
+    kernel = find_kernel(kernel)
+    if reason := refusal(kernel, spec, documents is not None):
+        raise UserError(reason)
+    return kernel.forward(q, k, v, spec, documents)
+
+
+def attention_backward(
+    q: Array, k: Array, v: Array, o: Array, lse: Array, do: Array, spec: AttentionSpec = CAUSAL,
+    documents: Array | None = None, *, kernel: str | Kernel,
+) -> tuple[Array, Array, Array]:
+    """(dq, dk, dv) of `attention_forward`, from its results and the gradient of o."""
+    return find_kernel(kernel).backward(q, k, v, o, lse, do, spec, documents)
+
+
+def attention(
+    q: Array, k: Array, v: Array, spec: AttentionSpec = CAUSAL, documents: Array | None = None, *, kernel: str | Kernel
+) -> Array:
+    """o[B, S, N, H] of q[B, S, N, H], k and v[B, S, K, H], differentiable.
+
+    kernel: "xla" (any device and dtype), "cudnn" (GPU, bfloat16 or float16, S a multiple of 128), "tokamax" (the same on
+    Hopper, with tokamax's forward pass), or a `Kernel` of one's own. documents: see `Kernel`.
+    """
+    results = attention_forward(*jax.lax.stop_gradient((q, k, v)), spec, documents, kernel=kernel)
+    return attention_from(q, k, v, results, spec, documents, kernel=kernel)
+
+
+def attention_from(
+    q: Array, k: Array, v: Array, results: tuple[Array, Array], spec: AttentionSpec = CAUSAL,
+    documents: Array | None = None, *, kernel: str | Kernel,
+) -> Array:
+    """o, where (o, lse) = results are those of `attention_forward` for q, k, v: only the gradient is computed."""
+    return _attention_from(spec, find_kernel(kernel), q, k, v, results, documents)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention_from(spec, kernel, q, k, v, results, documents):
+    return results[0]
+
+
+def _attention_from_fwd(spec, kernel, q, k, v, results, documents):
+    return results[0], (q, k, v, *results, documents)
+
+
+def _attention_from_bwd(spec, kernel, residuals, do):
+    q, k, v, o, lse, documents = residuals
+    return *attention_backward(q, k, v, o, lse, do, spec, documents, kernel=kernel), None, None
+
+
+_attention_from.defvjp(_attention_from_fwd, _attention_from_bwd)

@@ -1,0 +1,99 @@
+"""The two ends of a model, embedding and loss, and the local loss that puts all parts together.
+
+Everything here runs inside the shard_map, on local arrays. B batch, T local tokens, D hidden, V vocabulary.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+from jax import lax
+
+from alst_jax.models.block import Params, Tokens
+from alst_jax.models.config import ModelConfig
+from alst_jax.models.tree import combine
+from alst_jax.ops.cross_entropy import cross_entropy, default_tile, tiled_cross_entropy
+from alst_jax.ops.linear import embed
+from alst_jax.parallel.mesh import AXES, SEQ
+from alst_jax.parallel.sharding import drop_layer_dim, gather, is_spec
+from alst_jax.parallel.ulysses import Ulysses
+from alst_jax.profile import Profile
+from alst_jax.stack.batch import Batch
+from alst_jax.stack.layer import Layer, Weights
+from alst_jax.stack.plain import plain_stack
+from alst_jax.stack.stack import Stack
+from alst_jax.xla import host
+from alst_jax.xla.order import gradient_first
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A model under a memory profile, without its weights. specs: PartitionSpec of each parameter."""
+
+    config: ModelConfig
+    profile: Profile
+    specs: Params
+
+    def loss(self, trained: Params, frozen: Params, batch: Batch, scale: jax.Array) -> jax.Array:
+        """scale x the loss summed over the valid labels of all devices, from local shards."""
+        ends = combine(self.ends(trained), self.ends(frozen))
+        tokens, layers = Tokens.of(self.config, batch.positions), Weights(trained["layers"], frozen["layers"])
+        # Brought to the device once: the sum of a tied table's two gradients is no work for the host.
+        table = self.on_device(ends["embed_tokens"])
+        h_BTD = self.embed(table["embedding"], batch.tokens)
+        if self.profile.remat and self.profile.stack == "segments":
+            # The shards, not their copy on the device, which would stay until the first segment is recomputed.
+            h_BTD = self.stack(h_BTD, (ends["embed_tokens"]["embedding"], batch.tokens), layers, tokens)
+        else:
+            h_BTD = plain_stack(self.layer, h_BTD, layers, tokens, self.profile)
+        head = {name: self.on_device(part) for name, part in ends.items() if name != "embed_tokens"}
+        return self.head_loss(h_BTD, {"embed_tokens": table, **head}, batch.labels, scale)
+
+    @staticmethod
+    def ends(params: Params) -> Params:
+        """All parameters outside of the layers."""
+        return {name: part for name, part in params.items() if name != "layers"}
+
+    def on_device(self, shards: Any) -> Any:
+        """Shards outside of the layers, on the device."""
+        return host.to_device(shards) if self.profile.offload_weights else shards
+
+    @functools.cached_property
+    def layer(self) -> Layer:
+        """How one layer is computed."""
+        config, profile = self.config, self.profile
+        specs = jax.tree.map(drop_layer_dim, self.specs["layers"], is_leaf=is_spec)
+        ulysses = Ulysses(config.num_heads, config.num_kv_heads, profile.attention, SEQ, profile.head_chunks)
+        tile = config.hidden_size if profile.mlp_tile == 0 else profile.mlp_tile
+        return Layer(config, ulysses, specs, profile.reduce_dtype, tile)
+
+    @functools.cached_property
+    def stack(self) -> Stack:
+        """All layers, with the hand-written backward pass."""
+        return Stack(self.layer, self.profile, lambda table, tokens: self.embed(self.on_device(table), tokens))
+
+    @jax.named_scope("embed")
+    def embed(self, table: jax.Array, tokens: jax.Array) -> jax.Array:
+        """h[B, T, D], from the embedding's shards on the device and token numbers[B, T]."""
+        table_VD = self._gather(table, self.specs["embed_tokens"]["embedding"])
+        return embed(table_VD, tokens, self.profile.compute_dtype)
+
+    @jax.named_scope("loss")
+    def head_loss(self, h_BTD: jax.Array, ends: Params, labels_BT: jax.Array, scale: jax.Array) -> jax.Array:
+        """scale x the loss summed over all devices, from the output of the last layer and shards on the device."""
+        norm = jax.tree.map(self._gather, ends["norm"], self.specs["norm"])
+        h_BTD = norm(h_BTD)
+        head = "embed_tokens" if self.config.tie_word_embeddings else "lm_head"
+        h_BTD, table = gradient_first(h_BTD, ends[head]["embedding"])  # its float32 sums do not outlive the loss
+        table_VD = self._gather(table, self.specs[head]["embedding"])
+        h_TD, labels_T = h_BTD.reshape(-1, h_BTD.shape[-1]), labels_BT.reshape(-1)
+        if self.profile.loss_tile is None:
+            total = cross_entropy(h_TD, table_VD, labels_T)
+        else:
+            tile = self.profile.loss_tile or default_tile(self.config.vocab_size)
+            total = tiled_cross_entropy(h_TD, table_VD, labels_T, tile)
+        return lax.psum(total * scale, AXES)
+
+    def _gather(self, shard, spec):
+        return gather(shard, spec, self.profile.reduce_dtype)
