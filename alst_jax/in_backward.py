@@ -85,14 +85,15 @@ def update_in_backward(
 ) -> Result:
     """One optimizer step. rates: (scale of the loss, learning rate)."""
     scale, learning_rate = rates
-    table, head, frozen_ends = model.on_device(_ends_of(model, trained)) + (model.on_device(model.ends(frozen)),)
+    table, head = _ends_of(model, trained)
+    table, frozen_ends = model.on_device(table), model.on_device(model.ends(frozen))
     look_up = lambda t: model.embed(combine(t, frozen_ends["embed_tokens"])["embedding"], batch.tokens)
     h_BTD, back_to_embedding = jax.vjp(look_up, table)
     tokens, layers = Tokens.of(model.config, batch.positions), Weights(trained["layers"], frozen["layers"])
     source = combine(trained["embed_tokens"], frozen["embed_tokens"])["embedding"], batch.tokens
     h_BTD, saved = model.stack.forward(h_BTD, source, layers, tokens)
     loss_of = lambda h, head: model.head_loss(h, combine(head, {n: frozen_ends[n] for n in head}), batch.labels, scale)
-    loss, back_to_layers = jax.vjp(loss_of, h_BTD, head)
+    loss, back_to_layers = jax.vjp(loss_of, h_BTD, model.on_device(head))
     dh_BTD, dhead = back_to_layers(jnp.ones_like(loss))
 
     updates = parameter_updates(optimizer, trained, state, trained_specs, learning_rate)
