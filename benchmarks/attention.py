@@ -51,7 +51,7 @@ def main():
         q, k, v, do = (make(key, n) for key, n in zip(keys, (heads, kv_heads, kv_heads, heads)))
         flops, results = 2 * length**2 * heads * 128, {}
         for name in options.implementations:
-            forward = jax.jit(lambda q, k, v, name=name: attention_forward(q, k, v, name))
+            forward = jax.jit(lambda q, k, v, name=name: attention_forward(q, k, v, kernel=name))
             backward = jax.jit(lambda *args, name=name: attention_backward(*args, name))
             o, statistics_ = forward(q, k, v)
             taken, spread = seconds(forward, q, k, v)

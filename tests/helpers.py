@@ -8,6 +8,7 @@ import numpy as np
 
 from alst_jax.config import IGNORED
 from alst_jax.models.config import ModelConfig
+from alst_jax.models.tree import dotted
 from alst_jax.optim.adamw import AdamW
 from alst_jax.optim.formats import join_float32
 from alst_jax.parallel.mesh import make_mesh
@@ -94,9 +95,20 @@ def assert_trees_close(a, b, tolerance) -> None:
     # A key bias shifts all scores of a query alike, so its true gradient is 0 and what is left is rounding: such
     # leaves are measured against the largest leaf instead of themselves.
     floor = 1e-4 * max(np.linalg.norm(np.asarray(x, np.float64)) for x in jax.tree.leaves(b))
-    for (path, x), (_, y) in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree_util.tree_leaves_with_path(b),
-                                 strict=True):
-        assert x.shape == y.shape, path
+    a, b = leaves(a), leaves(b)
+    assert a.keys() == b.keys()
+    for name, x in a.items():
+        y = b[name]
+        assert x.shape == y.shape, name
         difference = np.linalg.norm(np.asarray(x, np.float64) - np.asarray(y, np.float64))
         scale = max(np.linalg.norm(np.asarray(y, np.float64)), floor)
-        assert difference <= tolerance * scale, f"{jax.tree_util.keystr(path)}: {difference / scale:.2e}"
+        assert difference <= tolerance * scale, f"{name}: {difference / scale:.2e}"
+
+
+def leaves(tree) -> dict:
+    """The leaves of a parameter tree, or of one like it, by their dotted names; through dicts and Flax modules."""
+    return {dotted(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def leaf(tree, name: str):
+    return leaves(tree)[name]

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from alst_jax.ops import attention
+from alst_jax.ops.attention import tokamax
 
 
 def _scores(q, k):
@@ -57,8 +57,8 @@ def install(monkeypatch) -> list:
     """
     calls = []
 
-    def kernel(q, k, v, is_causal, implementation):
-        assert is_causal and implementation == "cudnn"
+    def kernel(q, k, v, scale, is_causal, implementation):
+        assert is_causal and scale is None and implementation == "cudnn"
         calls.append(q.shape)
         return flash_attention(q, k, v)
 
@@ -68,5 +68,5 @@ def install(monkeypatch) -> list:
         return o, largest, total
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
-    monkeypatch.setattr(attention, "_tokamax_kernel", counted)
+    monkeypatch.setattr(tokamax, "tokamax_kernel", counted)
     return calls

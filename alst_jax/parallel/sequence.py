@@ -1,7 +1,7 @@
 """The interface of sequence parallelism: attention over a whole sequence, from and to local tokens of it."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
@@ -9,6 +9,7 @@ from alst_jax.models.config import ModelConfig
 from alst_jax.ops.attention import AttentionSpec
 
 
+@runtime_checkable
 class SequenceParallel(Protocol):
     """Runs inside a shard_map whose mesh has an axis over which sequences are sharded.
 

@@ -42,7 +42,7 @@ def qkvd(length, heads, kv_heads, head_dim):
 
 
 def gradients(q, k, v, do, implementation="cudnn"):
-    o, pullback = jax.vjp(lambda *qkv: attention(*qkv, implementation), q, k, v)
+    o, pullback = jax.vjp(lambda *qkv: attention(*qkv, kernel=implementation), q, k, v)
     return o, *pullback(do)
 
 
@@ -59,7 +59,7 @@ def test_tokamax_forward_serves_the_cudnn_backward():
     run = lambda name: jax.jit(gradients, static_argnums=4)(*args, name)
     for ours, cudnn in zip(run("tokamax"), run("cudnn")):
         assert relative_error(ours.astype(jnp.float32), cudnn.astype(jnp.float32)) < 2e-3  # 4.5e-4 measured
-    statistics = jax.jit(lambda *qkv: [attention_module.attention_forward(*qkv, name)[1] for name in ("tokamax", "cudnn")])
+    statistics = jax.jit(lambda *qkv: [attention_module.attention_forward(*qkv, kernel=name)[1] for name in ("tokamax", "cudnn")])
     (lse,), (same,) = statistics(*args[:3])
     assert relative_error(lse, same) < 1e-6
 
@@ -137,7 +137,7 @@ def test_offloaded_gradients_equal_plain(changes, capfd):
     for profile in (CUDNN, dataclasses.replace(CUDNN, **changes)):
         step = make_step(MODEL, profile=profile, dtype=jnp.bfloat16)
         params = step.init_params(jax.random.key(1), jnp.bfloat16)
-        results.append(step.loss_and_grad(params, step.put_batch(**batch), jnp.float32(1 / 4096)))
+        results.append(step.loss_and_grad(*step.split(params), step.put_batch(**batch), jnp.float32(1 / 4096)))
     (loss, plain), (other_loss, other) = results
     assert abs(float(loss) - float(other_loss)) < 1e-4
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(other), jax.tree.leaves(plain)):
@@ -173,10 +173,10 @@ def test_update_in_backward_equals_the_update_behind_it(changes):
     batch, scale, rate = step.put_batch(**random_batch(MODEL, rows=1, length=2048)), jnp.float32(1 / 2048), jnp.float32(1e-2)
     start = lambda: (params := step.init_params(jax.random.key(1), jnp.bfloat16), step.init_optimizer(params))
     params, state = start()
-    loss, norm, finite, layers, _, state = step.update_in_backward(params, state, batch, scale, rate)
+    loss, norm, finite, layers, _, state = step.update_in_backward(*step.split(params), state, batch, scale, rate)
     assert finite and layers == 4
     params, behind = start()
-    same_loss, gradients = step.loss_and_grad(params, batch, scale)
+    same_loss, gradients = step.loss_and_grad(*step.split(params), batch, scale)
     same_norm = step.gradient_norm(gradients)
     _, behind = step.update(params, gradients, behind, same_norm, rate)
     assert float(loss) == pytest.approx(float(same_loss), rel=1e-5)

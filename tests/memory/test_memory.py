@@ -46,7 +46,7 @@ def mlp_bytes(length, tile):
         return (jax.nn.silu(x @ w[0]) * (x @ w[1])) @ w[2]
 
     def loss(x, w):
-        return jnp.sum(jnp.square(tiled(mlp, tile, x, w)))
+        return jnp.sum(jnp.square(tiled(mlp, x, w, tile=tile)))
 
     weights = (SHAPE((16, 1024), jnp.float32), SHAPE((16, 1024), jnp.float32), SHAPE((1024, 16), jnp.float32))
     return temp_bytes(jax.grad(loss, argnums=(0, 1)), SHAPE((length, 16), jnp.float32), weights)
@@ -61,7 +61,7 @@ def test_tiled_mlp_does_not_grow_with_length():
 def test_xla_attention_is_linear_in_length():
     def grads(length):
         q, k = SHAPE((1, length, 4, 16), jnp.float32), SHAPE((1, length, 2, 16), jnp.float32)
-        loss = lambda q, k, v: jnp.sum(jnp.square(attention(q, k, v, "xla")))
+        loss = lambda q, k, v: jnp.sum(jnp.square(attention(q, k, v, kernel="xla")))
         return temp_bytes(jax.grad(loss, argnums=(0, 1, 2)), q, k, k)
 
     def naive(length):
@@ -104,7 +104,7 @@ def test_weights_of_segments_of_two_are_gathered_in_their_turn(monkeypatch):
     def bytes_of(layers):
         step = make_step(tiny(num_layers=layers, **wide), 2, 2, Profile(segment_layers=(2,), mlp_tile=64, loss_tile=64))
         shapes = step.put_batch(**random_batch(step.model, rows=2, length=256))
-        lowered = step.loss_and_grad.lower(step.params, shapes, SHAPE((), jnp.float32))
+        lowered = step.loss_and_grad.lower(step.trained, step.frozen, shapes, SHAPE((), jnp.float32))
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     weights = sum(x.size * 4 for x in jax.tree.leaves(make_step(tiny(num_layers=1, **wide)).params["layers"]))

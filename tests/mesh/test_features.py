@@ -56,7 +56,7 @@ def test_on_equals_off_on_four_devices(features, reference):
 def jaxpr(profile):
     step = make_step(MODEL, profile=profile)
     batch = step.put_batch(**random_batch(MODEL))
-    return str(jax.make_jaxpr(step.loss_and_grad)(step.init_params(jax.random.key(0), jnp.float32), batch, jnp.float32(1)))
+    return str(jax.make_jaxpr(step.loss_and_grad)(step.trained, step.frozen, batch, jnp.float32(1)))
 
 
 def test_offloaded_carry_is_a_host_residual():
@@ -70,7 +70,7 @@ def test_offloaded_weights_and_gradients_live_on_the_host():
     for on in (True, False):
         step = make_step(MODEL, profile=profile("offload_weights") if on else PLAIN)
         params = step.init_params(jax.random.key(0), jnp.float32)
-        _, gradients = step.loss_and_grad(params, step.put_batch(**random_batch(MODEL)), jnp.float32(1))
+        _, gradients = step.loss_and_grad(*step.split(params), step.put_batch(**random_batch(MODEL)), jnp.float32(1))
         norm = step.gradient_norm(gradients)
         new, state = step.update(params, gradients, step.init_optimizer(params), norm, jnp.float32(1e-3))
         kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves((gradients, new))}
@@ -82,7 +82,7 @@ def test_offloaded_optimizer_lives_on_the_host():
     step = make_step(MODEL, profile=profile("offload_optimizer"))
     params = step.init_params(jax.random.key(0), jnp.float32)
     state = step.init_optimizer(params)
-    _, gradients = step.loss_and_grad(params, step.put_batch(**random_batch(MODEL)), jnp.float32(1))
+    _, gradients = step.loss_and_grad(*step.split(params), step.put_batch(**random_batch(MODEL)), jnp.float32(1))
     for _ in range(2):  # and stays there
         params, state = step.update(params, gradients, state, step.gradient_norm(gradients), jnp.float32(1e-3))
         assert {x.sharding.memory_kind for x in jax.tree.leaves((state["mu"], state["nu"]))} == {"pinned_host"}
@@ -97,7 +97,7 @@ def test_accumulated_gradients_sum_in_float32():
         params = step.init_params(jax.random.key(0), jnp.bfloat16)
         parts, sums = [], step.zero_gradients()
         for seed in range(3):
-            _, new = step.loss_and_grad(params, step.put_batch(**random_batch(MODEL, seed=seed)), jnp.float32(1))
+            _, new = step.loss_and_grad(*step.split(params), step.put_batch(**random_batch(MODEL, seed=seed)), jnp.float32(1))
             parts.append(jax.tree.map(lambda x: np.asarray(x, np.float64), new))
             sums = step.add_gradients(sums, new)
         assert {x.dtype for x in jax.tree.leaves(sums)} == {jnp.dtype("float32")}

@@ -84,7 +84,7 @@ def test_everything_is_sharded_over_both_axes():
     step = make_step(dp=2, sp=4, profile=PROFILE)
     params = step.init_params(jax.random.key(0), jnp.float32)
     state = step.init_optimizer(params)
-    _, gradients = step.loss_and_grad(params, step.put_batch(**random_batch()), jnp.float32(1))
+    _, gradients = step.loss_and_grad(*step.split(params), step.put_batch(**random_batch()), jnp.float32(1))
     for leaf in jax.tree.leaves((params, gradients, state["mu"], state["nu"])):
         assert AXES in tuple(leaf.sharding.spec), leaf.sharding
         assert all(shard.data.size * 8 == leaf.size for shard in leaf.addressable_shards)

@@ -15,7 +15,7 @@ from alst_jax.data.documents import Sequence
 from alst_jax.metrics import MetricsLog
 from alst_jax.optim.adamw import AdamW
 from alst_jax.run import make_profile
-from tests.helpers import PLAIN, QUIET_ADAMW, assert_trees_close, make_step, random_batch, tiny, to_numpy
+from tests.helpers import PLAIN, QUIET_ADAMW, assert_trees_close, leaf, make_step, random_batch, tiny, to_numpy
 from tests.mesh.test_profiles import HOST, TILES, name
 
 MODEL = tiny(num_layers=4)
@@ -25,15 +25,15 @@ UNCLIPPED = dataclasses.replace(QUIET_ADAMW, clip_norm=0.0)
 
 def run(step, in_backward, steps=3):
     """(losses, norms, weights, optimizer state) of some steps on one batch."""
-    params = step.init_params(jax.random.key(0), step.params["norm"]["scale"].dtype)
+    params = step.init_params(jax.random.key(0), jax.tree.leaves(step.params)[0].dtype)
     state, batch = step.init_optimizer(params), step.put_batch(**random_batch(step.model))
     scale, rate, losses, norms = jnp.float32(1 / 200), jnp.float32(1e-2), [], []
     for _ in range(steps):
         if in_backward:
-            loss, norm, finite, layers, params, state = step.update_in_backward(params, state, batch, scale, rate)
+            loss, norm, finite, layers, params, state = step.update_in_backward(*step.split(params), state, batch, scale, rate)
             assert finite and layers == step.model.num_layers
         else:
-            loss, gradients = step.loss_and_grad(params, batch, scale)
+            loss, gradients = step.loss_and_grad(*step.split(params), batch, scale)
             norm = step.gradient_norm(gradients)
             params, state = step.update(params, gradients, state, norm, rate)
         losses.append(float(loss))
@@ -80,9 +80,9 @@ def poisoned(scale, spoil=lambda params: params):
     params = spoil(step.init_params(jax.random.key(0), jnp.float32))
     before, state = to_numpy(params), step.init_optimizer(params)
     _, _, finite, layers, params, state = step.update_in_backward(
-        params, state, step.put_batch(**random_batch(MODEL)), jnp.float32(scale), jnp.float32(1e-2))
+        *step.split(params), state, step.put_batch(**random_batch(MODEL)), jnp.float32(scale), jnp.float32(1e-2))
     after = to_numpy(params)
-    kernel = lambda tree: tree["layers"]["mlp"]["up_proj"]["kernel"]
+    kernel = lambda tree: leaf(tree, "layers.mlp.up_proj.kernel")
     changed = [i for i in range(4) if not np.array_equal(kernel(before)[i], kernel(after)[i], equal_nan=True)]
     rest = [name for name in ("embed_tokens", "norm", "lm_head") if any(
         not np.array_equal(a, b, equal_nan=True) for a, b in zip(*map(jax.tree.leaves, (before[name], after[name]))))]
@@ -98,7 +98,7 @@ def test_nothing_is_updated_where_the_loss_is_not_finite():
 def test_update_stops_at_the_layer_where_the_norm_overflows():
     step = make_step(MODEL, profile=REMAT, optimizer=UNCLIPPED)
     params = step.init_params(jax.random.key(0), jnp.float32)
-    _, gradients = step.loss_and_grad(params, step.put_batch(**random_batch(MODEL)), jnp.float32(1))
+    _, gradients = step.loss_and_grad(*step.split(params), step.put_batch(**random_batch(MODEL)), jnp.float32(1))
     squares = lambda tree: sum(float(np.sum(np.square(x.astype(np.float64)))) for x in jax.tree.leaves(to_numpy(tree)))
     head = squares((gradients["norm"], gradients["lm_head"]))
     upper = head + squares(jax.tree.map(lambda g: g[2:], gradients["layers"]))

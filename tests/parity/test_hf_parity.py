@@ -1,6 +1,8 @@
 # pytest tests/parity/test_hf_parity.py
 """Against transformers' torch Llama from random configs: ops at 1e-5, models and every gradient at 1e-4, float32."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,11 +11,10 @@ import torch  # in the test extra: parity must fail, not skip, without it
 import transformers
 
 from alst_jax.config import IGNORED
-from alst_jax.models import block as llama
+from alst_jax.models.block import Tokens
 from alst_jax.models.hf_config import model_config, parse_config
 from alst_jax.models.hf_weights import load_params
 from alst_jax.ops.attention import attention
-from alst_jax.ops.norm import rms_norm
 from alst_jax.ops.rope import rope_tables
 from tests.helpers import PLAIN, assert_trees_close, make_step, relative_error
 
@@ -76,7 +77,7 @@ def test_norm(twins):
     model, config, params = twins
     x = hidden()
     theirs = model.model.norm(torch.tensor(x)).detach().numpy()
-    assert relative_error(rms_norm(jnp.asarray(x), params["norm"]["scale"], config.rms_norm_eps), theirs) < OP
+    assert relative_error(params["norm"](jnp.asarray(x)), theirs) < OP
 
 
 def test_rope_tables_at_length(twins):
@@ -92,60 +93,42 @@ def test_rope_tables_at_length(twins):
         assert (difference <= bound).all(), difference
 
 
-def block(config, weights, h, rope):
-    """One layer, from the pure functions it is taken apart into."""
-    functions = llama.block_functions(config)
-    before, behind = functions.split(weights)
-    q, k, v = jax.vmap(lambda h, *rope: functions.before(h, before, rope))(h, *rope)
-    return jax.vmap(lambda *h_and_o: functions.behind(h_and_o, behind))(h, attention(q, k, v, "xla"))
+attend = functools.partial(attention, kernel="xla")
 
 
 def test_attention_module(twins):
     model, config, params = twins
     x, at = hidden(), positions()
-    block = llama.Block(config, jnp.float32, llama.nnx.Rngs(0))
-    module = with_weights(block.self_attn, layer(params, 1)["self_attn"])
-    projections = module.q_proj, module.k_proj, module.v_proj
-    rope = rope_tables(config.rope, config.head_dim, jnp.asarray(at))
-    q, k, v = jax.vmap(lambda x, *rope: module.project(x, *projections, rope))(jnp.asarray(x), *rope)
-    o = attention(q, k, v, "xla")
-    ours = module.o_proj(o.reshape(*o.shape[:2], -1))
-    theirs, _ = model.model.layers[1].self_attn(torch.tensor(x), torch_rope(model, x, at), causal_mask(24))
+    block, theirs = layer(params, 1), model.model.layers[1]
+    o = attend(*block.before(jnp.asarray(x), Tokens.of(config, jnp.asarray(at))))
+    ours = block.self_attn.o_proj(o.reshape(*o.shape[:2], -1))
+    normed = theirs.input_layernorm(torch.tensor(x))
+    theirs, _ = theirs.self_attn(normed, torch_rope(model, x, at), causal_mask(24))
     assert relative_error(ours, theirs.detach()) < OP
 
 
 def test_mlp_module(twins):
     model, config, params = twins
     x = hidden()
-    module = with_weights(llama.MLP(config, jnp.float32, llama.nnx.Rngs(0)), layer(params, 0)["mlp"])
-    assert relative_error(module(jnp.asarray(x)), model.model.layers[0].mlp(torch.tensor(x)).detach()) < OP
+    assert relative_error(layer(params, 0).mlp(jnp.asarray(x)), model.model.layers[0].mlp(torch.tensor(x)).detach()) < OP
 
 
 def test_block(twins):
     model, config, params = twins
     x, at = hidden(), positions()
-    rope = rope_tables(config.rope, config.head_dim, jnp.asarray(at))
-    ours = block(config, layer(params, 1), jnp.asarray(x), rope)
+    ours = layer(params, 1)(jnp.asarray(x), Tokens.of(config, jnp.asarray(at)), attend)
     theirs = model.model.layers[1](
         torch.tensor(x), attention_mask=causal_mask(24), position_embeddings=torch_rope(model, x, at))
     theirs = theirs[0] if isinstance(theirs, tuple) else theirs
     assert relative_error(ours, theirs.detach()) < OP
 
 
-def with_weights(module, weights):
-    graphdef, state = llama.nnx.split(module)
-    filled = jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(weights))
-    return llama.nnx.merge(graphdef, filled)
-
-
 def logits(config, params, tokens):
     """All logits, from the parts the step is made of."""
     h = params["embed_tokens"]["embedding"][tokens]
-    rope = rope_tables(config.rope, config.head_dim, jnp.asarray(positions(*tokens.shape)))
     for i in range(config.num_layers):
-        h = block(config, layer(params, i), h, rope)
-    h = rms_norm(h, params["norm"]["scale"], config.rms_norm_eps)
-    return h @ params["embed_tokens" if config.tie_word_embeddings else "lm_head"]["embedding"].T
+        h = layer(params, i)(h, Tokens.of(config, jnp.asarray(positions(*tokens.shape))), attend)
+    return params["norm"](h) @ params["embed_tokens" if config.tie_word_embeddings else "lm_head"]["embedding"].T
 
 
 def test_logits_loss_and_every_gradient(twins, tmp_path):
@@ -161,7 +144,7 @@ def test_logits_loss_and_every_gradient(twins, tmp_path):
     step = make_step(config)
     batch = step.put_batch(tokens, shifted, positions(2, 32))
     count = int((shifted != IGNORED).sum())
-    loss, gradients = step.loss_and_grad(params, batch, jnp.float32(1 / count))
+    loss, gradients = step.loss_and_grad(*step.split(params), batch, jnp.float32(1 / count))
     assert abs(float(loss) - out.loss.item()) < MODEL * abs(out.loss.item())
     assert_trees_close(gradients, torch_gradients(model, config), MODEL)
 
@@ -196,7 +179,7 @@ def test_gradients_with_every_feature_on_equal_torch(twins):
     shifted = np.concatenate([tokens[:, 1:], np.full((1, 1), IGNORED, np.int32)], axis=1)
     step = make_step(config, sp=4, profile=features)
     placed = jax.device_put(params, step.param_shardings)
-    loss, gradients = step.loss_and_grad(placed, step.put_batch(tokens, shifted, positions(1, 32)), jnp.float32(1 / 31))
+    loss, gradients = step.loss_and_grad(*step.split(placed), step.put_batch(tokens, shifted, positions(1, 32)), jnp.float32(1 / 31))
     assert abs(float(loss) - out.loss.item()) < MODEL * abs(out.loss.item())
     assert_trees_close(gradients, torch_gradients(model, config), MODEL)
 

@@ -77,7 +77,7 @@ def test_logits(directory, sequence, theirs, monkeypatch):
     params = load_params(directory, config, step.params)
     row = pad_sequence(sequence, LENGTH, pad_token=2)
     batch = step.put_batch(**{name: array[None] for name, array in row.items()})
-    loss = step.loss(params, batch, jnp.float32(1 / LENGTH))
+    loss = step.loss(*step.split(params), batch, jnp.float32(1 / LENGTH))
     jax.effects_barrier()
     (ours,) = told
     assert relative_error(ours, theirs[0]) < LOGITS
@@ -92,6 +92,6 @@ def test_loss_and_every_gradient(directory, sequence, theirs, sp, profile):
     params = load_params(directory, config, step.params)
     row = pad_sequence(sequence, padded_length(LENGTH, sp, profile), pad_token=2)
     batch = step.put_batch(**{name: array[None] for name, array in row.items()})
-    loss, gradients = step.loss_and_grad(params, batch, jnp.float32(1 / LENGTH))
+    loss, gradients = step.loss_and_grad(*step.split(params), batch, jnp.float32(1 / LENGTH))
     assert abs(float(loss) - theirs[1]) < LOSS * theirs[1]
     assert_trees_close(jax.tree.map(np.asarray, gradients), theirs[2], GRADIENTS)

@@ -26,7 +26,7 @@ from alst_jax.models.hf_weights import save_params
 from alst_jax.profile import Profile
 from alst_jax.storage import checkpoint as ckpt
 from alst_jax.xla import arrays as loading
-from tests.helpers import PLAIN, TINY, make_step, tiny, to_numpy
+from tests.helpers import PLAIN, TINY, leaf, make_step, tiny, to_numpy
 
 ON_HOST = Profile(offload_activations=True, offload_weights=True, offload_optimizer=True)
 LOOP = {"step": 3, "data": {"next_index": 2**40 - 1, "nested": [1, None, "é"]}, "seed": 0, "geometry": {"rows": 2}}
@@ -189,7 +189,7 @@ def test_a_save_is_not_reached_by_the_updates_that_follow(tmp_path, profile):
     jax.block_until_ready((params, state))
     restored = checkpoints.restore_params(1, step.params), checkpoints.restore_optimizer(1, step.optimizer_state)
     assert_identical(restored, before)
-    assert not np.array_equal(np.asarray(params["norm"]["scale"]), before[0]["norm"]["scale"])
+    assert not np.array_equal(np.asarray(leaf(params, "norm.scale")), leaf(before[0], "norm.scale"))
 
 
 # --------------------------------------------------------------------------------------------------- several, cut off

@@ -9,7 +9,7 @@ import pytest
 from alst_jax.optim.adamw import AdamW
 from alst_jax.optim.formats import Log8, Plain, block_of, join_float32, round_to_bfloat16, split_float32
 from alst_jax.profile import Profile
-from tests.helpers import PLAIN, float32_masters, make_step, random_batch, tiny, to_numpy, train
+from tests.helpers import PLAIN, float32_masters, leaf, make_step, random_batch, tiny, to_numpy, train
 
 DRAWS = 4000
 
@@ -110,7 +110,7 @@ def test_weights_rounded_to_nearest_would_not_move():
     gradients = jax.device_put(jax.tree.map(lambda p: np.ones(p.shape, p.dtype), start), step.param_shardings)
     for _ in range(8):
         params, state = step.update(params, gradients, state, step.gradient_norm(gradients), jnp.float32(2e-6))
-    kernel = lambda tree: np.asarray(tree["layers"]["mlp"]["up_proj"]["kernel"], np.float64)
+    kernel = lambda tree: np.asarray(leaf(tree, "layers.mlp.up_proj.kernel"), np.float64)
     moved = kernel(start) - kernel(params)
     assert abs(moved.mean() - 8 * 2e-6) < 2e-6  # each of them by 1e-4 of a weight of 0.02: a 40th of its unit
 
@@ -119,6 +119,6 @@ def test_weights_rounded_to_nearest_would_not_move():
 def test_on_a_mesh_and_streamed_from_the_host(settings, reference):
     profile = Profile(offload_weights=True, offload_optimizer=True)
     step = make_step(MODEL, dp=2, sp=2, profile=profile, dtype=jnp.bfloat16, optimizer=AdamW(weight_decay=0.1, **settings))
-    assert step.optimizer_state["mu"]["norm"]["scale"].dtype == jnp.float32  # a vector
+    assert leaf(step.optimizer_state["mu"], "norm.scale").dtype == jnp.float32  # a vector
     losses = train(step, random_batch(MODEL), steps=10, learning_rate=3e-3)[0]
     np.testing.assert_allclose(losses, reference[0][:10], rtol=0.02)

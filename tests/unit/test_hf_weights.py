@@ -24,6 +24,7 @@ from alst_jax.models.block import abstract_params
 from alst_jax.models.hf_config import model_config
 from alst_jax.models.hf_weights import file_dtypes, load_params, save_params
 from alst_jax.xla import arrays as loading
+from tests.helpers import leaf, leaves
 
 SHAPE = dict(vocab_size=96, hidden_size=64, intermediate_size=80, num_hidden_layers=3, num_attention_heads=8,
              num_key_value_heads=2, head_dim=16)
@@ -67,17 +68,17 @@ def over_both_axes(memory_kind="device"):
 
 def by_name(params, config) -> dict[str, np.ndarray]:
     """The tree as Hugging Face names and layouts, spelled out here and not by the key table under test."""
-    found = {"model.embed_tokens.weight": params["embed_tokens"]["embedding"], "model.norm.weight": params["norm"]["scale"]}
+    found = {"model.embed_tokens.weight": params["embed_tokens"]["embedding"], "model.norm.weight": leaf(params, "norm.scale")}
     if not config.tie_word_embeddings:
         found["lm_head.weight"] = params["lm_head"]["embedding"]
     for layer in range(config.num_layers):
         for norm in ("input_layernorm", "post_attention_layernorm"):
-            found[f"model.layers.{layer}.{norm}.weight"] = params["layers"][norm]["scale"][layer]
-        for part in ("self_attn", "mlp"):
-            for name, leaves in params["layers"][part].items():
-                found[f"model.layers.{layer}.{part}.{name}.weight"] = leaves["kernel"][layer].T
-                if "bias" in leaves:
-                    found[f"model.layers.{layer}.{part}.{name}.bias"] = leaves["bias"][layer]
+            found[f"model.layers.{layer}.{norm}.weight"] = leaf(params, f"layers.{norm}.scale")[layer]
+        for part, projections in (("self_attn", "qkvo"), ("mlp", ("gate", "up", "down"))):
+            for name in (f"{projection}_proj" for projection in projections):
+                found[f"model.layers.{layer}.{part}.{name}.weight"] = leaf(params, f"layers.{part}.{name}.kernel")[layer].T
+                if f"layers.{part}.{name}.bias" in leaves(params):
+                    found[f"model.layers.{layer}.{part}.{name}.bias"] = leaf(params, f"layers.{part}.{name}.bias")[layer]
     return {name: np.asarray(value) for name, value in found.items()}
 
 
@@ -117,7 +118,7 @@ def test_shards_over_both_mesh_axes_equal_the_whole(tmp_path, memory_kind):
         assert {s.data.sharding.memory_kind for s in x.addressable_shards} == {memory_kind}
         for shard in x.addressable_shards:
             np.testing.assert_array_equal(np.asarray(shard.data), np.asarray(x)[shard.index])
-    kernel = params["layers"]["mlp"]["gate_proj"]["kernel"]
+    kernel = leaf(params, "layers.mlp.gate_proj.kernel")
     assert kernel.addressable_shards[0].data.shape == (3, 64 // 4, 80 // 2)
     assert_equal(by_name(jax.tree.map(np.asarray, params), config), expected)
 
@@ -148,7 +149,7 @@ def test_a_stack_may_be_sharded_over_its_layers(tmp_path):
     params = load_params(tmp_path, config, place(
         abstract_params(config, jnp.float32),
         lambda path, _: NamedSharding(mesh, P("seq") if path[0].key == "layers" else P())))
-    assert params["layers"]["mlp"]["up_proj"]["kernel"].addressable_shards[2].data.shape == (1, 64, 80)
+    assert leaf(params, "layers.mlp.up_proj.kernel").addressable_shards[2].data.shape == (1, 64, 80)
     assert_equal(by_name(jax.tree.map(np.asarray, params), config), expected)
 
 
@@ -342,7 +343,7 @@ def test_weights_that_were_there_before_are_not_taken_for_the_new_ones(tmp_path)
         assert (len(files) == 1) == (limit == 2**30) and (out / "model.safetensors.index.json").is_file() == (len(files) > 1)
         for found in (by_name(load_params(out, config, on_one_device(config)), config),
                       LlamaForCausalLM.from_pretrained(out).state_dict()):
-            np.testing.assert_array_equal(np.asarray(found["model.norm.weight"]), np.asarray(new["norm"]["scale"]))
+            np.testing.assert_array_equal(np.asarray(found["model.norm.weight"]), np.asarray(leaf(new, "norm.scale")))
 
 
 @pytest.mark.parametrize("limit", [60_000, 2**30], ids=["sharded", "single"])

@@ -8,6 +8,7 @@ import pytest
 
 from alst_jax.config import IGNORED, UserError
 from alst_jax.ops import attention as attention_module
+from alst_jax.ops.attention import cudnn, xla
 from alst_jax.ops.attention import attention, head_groups
 from alst_jax.ops.cross_entropy import cross_entropy, default_tile, tiled_cross_entropy
 from alst_jax.ops.linear import add_bias, embed, linear
@@ -83,7 +84,7 @@ def test_tiled_equals_whole(tile):
     target = normal(3, TOKENS, 4)
 
     def loss(rows, weights, tile):
-        y = tiled(gated, tile, rows, weights, which)
+        y = tiled(gated, rows, weights, which, tile=tile)
         return jnp.sum(y["out"] * target) + jnp.sum(jnp.sin(y["norm"]))
 
     ours = jax.value_and_grad(loss, argnums=(0, 1))(x, weights, tile)
@@ -97,21 +98,21 @@ def test_tiled_sums_weight_gradients_in_float32():
     dy = normal(2, 4096, 3, dtype=jnp.bfloat16)
     exact = np.asarray(x, np.float64).T @ np.asarray(dy, np.float64)
     fn = lambda x, w: linear(x, w)
-    carrier = jax.vjp(lambda w: tiled(fn, 64, x, w), w.astype(jnp.float32))[1](dy)[0]
+    carrier = jax.vjp(lambda w: tiled(fn, x, w, tile=64), w.astype(jnp.float32))[1](dy)[0]
     assert carrier.dtype == jnp.float32 and relative_error(carrier, exact) < 1e-5
 
     naive = jnp.zeros((4, 3), jnp.bfloat16)  # the twin that sums in the weight's own dtype
     for start in range(0, 4096, 64):
         naive += jax.vjp(lambda w: fn(x[start : start + 64], w), w)[1](dy[start : start + 64])[0]
     assert relative_error(naive, exact) > 10 * relative_error(carrier, exact)
-    bf16 = jax.vjp(lambda w: tiled(fn, 64, x, w), w)[1](dy)[0]
+    bf16 = jax.vjp(lambda w: tiled(fn, x, w, tile=64), w)[1](dy)[0]
     assert bf16.dtype == jnp.bfloat16 and relative_error(bf16, exact) < relative_error(naive, exact)
 
 
 def test_fixed_arrays_get_no_gradient_and_tiles_come_out_even():
     x, scale, weights = normal(0, TOKENS, 6), normal(1, TOKENS, 1), normal(2, 6, 4)
     for tile in (5, None):
-        loss = lambda x, w, scale: jnp.sum(jnp.sin(tiled(lambda x, w, scale: (x * scale) @ w, tile, x, w, scale)))
+        loss = lambda x, w, scale: jnp.sum(jnp.sin(tiled(lambda x, w, scale: (x * scale) @ w, x, w, scale, tile=tile)))
         dx, _, dscale = jax.grad(loss, argnums=(0, 1, 2))(x, weights, scale)
         assert np.all(np.asarray(dscale) == 0) and np.any(np.asarray(dx) != 0)
     assert [even_tile(rows, 4096) for rows in (65_536, 6144, 100, 4097, 12_288)] == [4096, 3072, 4096, 4096, 4096]
@@ -221,13 +222,13 @@ def naive_attention(q, k, v):
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 def test_xla_attention(kv_heads, monkeypatch):
-    monkeypatch.setattr(attention_module, "SCORES_BYTES", 1)
-    monkeypatch.setattr(attention_module, "MIN_ROWS", 7)  # 23 queries in tiles of 7, the last one ragged
+    monkeypatch.setattr(xla, "SCORES_BYTES", 1)
+    monkeypatch.setattr(xla, "MIN_ROWS", 7)  # 23 queries in tiles of 7, the last one ragged
     q, k, v = normal(0, 2, TOKENS, 4, 8), normal(1, 2, TOKENS, kv_heads, 8), normal(2, 2, TOKENS, kv_heads, 8)
-    assert relative_error(attention(q, k, v, "xla"), naive_attention(q, k, v)) < 1e-5
+    assert relative_error(attention(q, k, v, kernel="xla"), naive_attention(q, k, v)) < 1e-5
 
     target = normal(3, *q.shape)
-    tiled_grads = jax.grad(lambda *qkv: jnp.sum(attention(*qkv, "xla") * target), argnums=(0, 1, 2))(q, k, v)
+    tiled_grads = jax.grad(lambda *qkv: jnp.sum(attention(*qkv, kernel="xla") * target), argnums=(0, 1, 2))(q, k, v)
     library = lambda *qkv: jnp.sum(jax.nn.dot_product_attention(*qkv, is_causal=True, implementation="xla") * target)
     for a, b in zip(tiled_grads, jax.grad(library, argnums=(0, 1, 2))(q, k, v)):
         assert relative_error(a, b) < 1e-5
@@ -254,28 +255,28 @@ def test_split_heads_equal_one_call(monkeypatch):
         do = normal(3, 1, TOKENS, 8, 8)
         with monkeypatch.context() as patch:
             calls = stand_in.install(patch)
-            patch.setattr(attention_module, "CUDNN_MAX_ELEMENTS", TOKENS * 8 * 8 // parts)
-            o, pullback = jax.vjp(lambda *qkv: attention(*qkv, "cudnn"), q, k, v)
+            patch.setattr(cudnn, "CUDNN_MAX_ELEMENTS", TOKENS * 8 * 8 // parts)
+            o, pullback = jax.vjp(lambda *qkv: attention(*qkv, kernel="cudnn"), q, k, v)
             gradients = pullback(do)
         assert relative_error(o, naive_attention(q, k, v)) < 1e-5
         assert {shape[2] for shape in calls} == {8 // parts}
-        for ours, plain in zip(gradients, jax.vjp(lambda *qkv: attention(*qkv, "xla"), q, k, v)[1](do)):
+        for ours, plain in zip(gradients, jax.vjp(lambda *qkv: attention(*qkv, kernel="xla"), q, k, v)[1](do)):
             assert relative_error(ours, plain) < 1e-5
 
 
 def test_backward_uses_what_was_kept(monkeypatch):
-    """The output and statistics handed to the backward pass are those it works with, not some computed again."""
+    """The output and lse handed to the backward pass are those it works with, not some computed again."""
     stand_in.install(monkeypatch)
     q, k, v, do = (normal(i, 1, TOKENS, 4, 8) for i in range(4))
-    o, statistics = attention_module.attention_forward(q, k, v, "cudnn")
-    exact = attention_module.attention_backward(q, k, v, o, statistics, do, "cudnn")
-    for ours, plain in zip(exact, jax.vjp(lambda *qkv: attention(*qkv, "xla"), q, k, v)[1](do)):
+    o, lse = attention_module.attention_forward(q, k, v, kernel="cudnn")
+    exact = attention_module.attention_backward(q, k, v, o, lse, do, kernel="cudnn")
+    for ours, plain in zip(exact, jax.vjp(lambda *qkv: attention(*qkv, kernel="xla"), q, k, v)[1](do)):
         assert relative_error(ours, plain) < 1e-5
-    other_o = attention_module.attention_backward(q, k, v, o + 1, statistics, do, "cudnn")
-    other_lse = attention_module.attention_backward(q, k, v, o, (statistics[0] + 1,), do, "cudnn")
+    other_o = attention_module.attention_backward(q, k, v, o + 1, lse, do, kernel="cudnn")
+    other_lse = attention_module.attention_backward(q, k, v, o, lse + 1, do, kernel="cudnn")
     assert relative_error(other_o[0], exact[0]) > 1e-2 and relative_error(other_lse[2], exact[2]) > 1e-2
 
 
 def test_unknown_attention_is_refused():
-    with pytest.raises(ValueError, match="'flash': cudnn, tokamax or xla"):
-        attention(normal(0, 1, 8, 2, 4), normal(0, 1, 8, 2, 4), normal(0, 1, 8, 2, 4), "flash")
+    with pytest.raises(ValueError, match="'flash3': one of xla, cudnn, tokamax"):
+        attention(normal(0, 1, 8, 2, 4), normal(0, 1, 8, 2, 4), normal(0, 1, 8, 2, 4), kernel="flash3")

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from alst_jax.config import TrainConfig
+from alst_jax.models.tree import dotted
 from alst_jax.ops.tiling import stream
 from alst_jax.optim.adamw import AdamW, decays
 from alst_jax.profile import Profile
 from alst_jax.trainer import TrainState, learning_rate_schedule, optimizer_step, where_not_finite
 from alst_jax.xla import host
-from tests.helpers import PLAIN, TINY, assert_trees_close, make_step, random_batch, relative_error, tiny, to_numpy
+from tests.helpers import PLAIN, TINY, assert_trees_close, leaf, make_step, random_batch, relative_error, tiny, to_numpy
 
 MODEL = tiny(num_layers=2)
 SETTINGS = dict(beta1=0.8, beta2=0.95, eps=1e-6, weight_decay=0.1, clip_norm=1.0)
@@ -113,7 +114,8 @@ def test_stream_covers_every_row_once(rows, on_host):
         return total + jnp.sum(read[0]), (written[0] + read[0],)
 
     rows = min(rows, 10)
-    total, (new,) = jax.jit(lambda x, y: stream(body, jnp.float32(0), (x,), (y,), rows, (on_host, False)))(
+    total, (new,) = jax.jit(lambda x, y: stream(
+        body, jnp.float32(0), written=(x,), read=(y,), rows=rows, on_host=(on_host, False)))(
         jax.device_put(x, jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind=host.memory_kind(on_host))), y)
     assert float(total) == 20
     np.testing.assert_array_equal(new, x + 1)
@@ -161,14 +163,19 @@ def test_a_gradient_that_is_not_finite_is_named(mesh, on_host):
     gradients = step.init_params(jax.random.key(0), jnp.float32)
     assert where_not_finite(step, gradients) is None
 
-    def spoil(tree, name, *places):
-        values = np.array(tree[name])
-        for place in places:
-            values[place] = np.nan if place[0] else np.inf
-        tree[name] = jax.device_put(values, tree[name].sharding)
+    def spoil(gradients, wanted, *places):
+        def one(path, x):
+            if dotted(path) != wanted:
+                return x
+            values = np.array(x)
+            for place in places:
+                values[place] = np.nan if place[0] else np.inf
+            return jax.device_put(values, x.sharding)
 
-    spoil(gradients["layers"]["mlp"]["up_proj"], "kernel", (1, 0, 0), (2, 5, 3), (2, 63, 95))
+        return jax.tree_util.tree_map_with_path(one, gradients)
+
+    gradients = spoil(gradients, "layers.mlp.up_proj.kernel", (1, 0, 0), (2, 5, 3), (2, 63, 95))
     assert where_not_finite(step, gradients) == "gradients not finite in layers 1, 2 of 3 (mlp.up_proj.kernel)"
-    assert np.array_equal(step.count_not_finite(gradients)["layers"]["mlp"]["up_proj"]["kernel"], [0, 1, 2])
-    spoil(gradients["embed_tokens"], "embedding", (0, 0))
+    assert np.array_equal(leaf(step.count_not_finite(gradients), "layers.mlp.up_proj.kernel"), [0, 1, 2])
+    gradients = spoil(gradients, "embed_tokens.embedding", (0, 0))
     assert "(embed_tokens.embedding, mlp.up_proj.kernel)" in where_not_finite(step, gradients)

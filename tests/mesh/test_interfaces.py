@@ -1,0 +1,302 @@
+# pytest tests/mesh/test_interfaces.py
+"""The five interfaces by their users: layer kinds, a user's own attention, frozen parameters, the reference twin, the block."""
+
+import dataclasses
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from alst_jax.config import UserError
+from alst_jax.models import block
+from alst_jax.models.block import Tokens, halves, init_params
+from alst_jax.models.config import LayerKind
+from alst_jax.models.tree import combine, partition
+from alst_jax.ops.attention import AttentionSpec, Kernel, attention, attention_forward
+from alst_jax.ops.cross_entropy import cross_entropy
+from alst_jax.profile import Profile
+from alst_jax.stack.plain import INPUT
+from tests.helpers import (
+    PLAIN, QUIET_ADAMW, TINY, assert_trees_close, leaves, make_step, random_batch, relative_error, tiny, to_numpy, train)
+
+TILES = dict(loss_tile=7, mlp_tile=5)
+HOST = dict(offload_activations=True, offload_weights=True, offload_optimizer=True)
+MESHES = [(1, 1), (1, 4), (2, 2)]
+
+
+def loop_loss(model, params, batch):
+    """The loss by a Python loop over layers that calls `Block`, without anything of stack/ or parallel/."""
+    h, tokens = params["embed_tokens"]["embedding"][batch["tokens"]], Tokens.of(model, batch["positions"])
+    kinds = model.layer_kinds or (LayerKind(),) * model.num_layers
+    for i, kind in enumerate(kinds):
+        layer = jax.tree.map(lambda w, i=i: w[i], params["layers"])
+        h = layer(h, tokens, lambda *qkv, kind=kind: attention(*qkv, model.attention_spec(kind), kernel="xla"), kind)
+    head = params["embed_tokens" if model.tie_word_embeddings else "lm_head"]["embedding"]
+    total = cross_entropy(params["norm"](h).reshape(-1, h.shape[-1]), head, batch["labels"].reshape(-1))
+    return total / np.count_nonzero(batch["labels"] != -100)
+
+
+def check_against_loop(model, mesh, **profile):
+    batch = random_batch(model)
+    params = init_params(model, jnp.float32, jax.random.key(0))
+    on_device = jax.tree.map(jnp.asarray, batch)
+    loss, gradients = jax.value_and_grad(lambda p: loop_loss(model, p, on_device))(params)
+    losses, first, _ = train(make_step(model, *mesh, profile=Profile(**profile)), batch, steps=1)
+    np.testing.assert_allclose(losses[0], loss, rtol=1e-5)
+    assert_trees_close(first, gradients, 1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------------ the block
+
+
+def test_a_block_is_its_two_halves():
+    """And its parts are disjoint: each parameter belongs to one half, so that none is without a gradient."""
+    model = tiny(qkv_bias=True, attention_bias=False)
+    params = to_numpy(init_params(model, jnp.float32, jax.random.key(0)))
+    one = jax.tree.map(lambda w: jnp.asarray(w[1]), params["layers"])
+    h, tokens = jnp.ones((2, 6, 64)), Tokens.of(model, jnp.tile(jnp.arange(6), (2, 1)))
+    attend = lambda q, k, v: attention(q, k, v, kernel="xla")
+    assert np.array_equal(one(h, tokens, attend), one.after(h, attend(*one.before(h, tokens))))
+    before, after = halves(model)
+    assert not before & after
+    assert before | after == {name[1:] for name in map(tuple, (n.split(".") for n in leaves(params))) if name[0] == "layers"}
+
+
+@pytest.mark.parametrize("chunks", [2, 4, 8])
+def test_heads_are_slices(chunks):
+    """Eight query heads and two kv heads in groups: together they are all heads."""
+    model = tiny()
+    one = jax.tree.map(lambda w: w[0], init_params(model, jnp.float32, jax.random.key(0))["layers"])
+    h, tokens = jax.random.normal(jax.random.key(1), (5, 64)), Tokens.of(model, jnp.arange(5)[None])
+    tokens = Tokens(*(x[0] for x in tokens))
+    q, k, v = one.before(h, tokens)
+    parts = [one.heads(i, chunks).before(h, tokens) for i in range(chunks)]
+    assert relative_error(jnp.concatenate([part[0] for part in parts], 1), q) < 1e-6
+    for whole, n in ((k, 1), (v, 2)):
+        for i, part in enumerate(parts):
+            at = i * 2 // chunks
+            assert relative_error(part[n], whole[:, at : at + part[n].shape[1]]) < 1e-6
+
+
+def test_six_calls_from_the_loss_to_the_product(monkeypatch):
+    """Named functions of ours between `Model.loss` and `x @ w_q`."""
+    seen, real = [], block.linear
+
+    def watched(x, kernel):
+        frames = [f.function for f in inspect.stack() if "alst_jax" in f.filename and "/tests/" not in f.filename]
+        seen.append([name for name in frames if not name.startswith("<")])
+        return real(x, kernel)
+
+    monkeypatch.setattr(block, "linear", watched)
+    step = make_step(TINY, profile=Profile())
+    step.loss.trace(step.trained, step.frozen, step.put_batch(**random_batch()), jnp.float32(1))
+    path = max(seen, key=len)
+    calls = path[: path.index("loss")]
+    closures = {"one", "step", "project", "body"}  # defined inside one of the others
+    assert len([name for name in calls if name not in closures]) <= 7, calls
+
+
+# ---------------------------------------------------------------------------------------------------------- layer kinds
+
+
+ALTERNATING = tuple(LayerKind(rope=i % 2 == 0, window=16 if i % 2 else None) for i in range(4))
+
+
+@pytest.mark.parametrize("mesh,profile", [
+    ((1, 1), dict(remat=False, loss_tile=None, mlp_tile=None)), ((1, 1), dict(stack="plain")),
+    ((1, 4), dict(segment_layers=(3, 1), keep_attention_on_device=1, **TILES, **HOST)),
+    ((2, 2), dict(segment_layers=(2,), keep_attention_on_host=2, head_chunks=2))], ids=str)
+def test_layers_of_two_kinds_equal_a_python_loop(mesh, profile):
+    check_against_loop(tiny(num_layers=4, layer_kinds=ALTERNATING), mesh, **profile)
+
+
+def test_kinds_matter_and_the_program_does_not_grow_with_depth():
+    loss = lambda kinds: train(make_step(tiny(num_layers=4, layer_kinds=kinds), profile=Profile()), random_batch(), 1)[0][0]
+    assert abs(loss(ALTERNATING) - loss(())) > 1e-4
+    assert abs(loss(ALTERNATING) - loss(ALTERNATING[::-1])) > 1e-4
+
+    def size(layers):
+        step = make_step(tiny(num_layers=layers, layer_kinds=ALTERNATING * (layers // 4)), profile=Profile())
+        return step.loss_and_grad.lower(
+            step.trained, step.frozen, step.put_batch(**random_batch()), jnp.float32(1)).as_text().count("\n")
+
+    assert size(12) == size(4)
+
+
+# ------------------------------------------------------------------------------------------------------ own attention
+
+
+def test_a_users_own_attention():
+    """Half of the usual attention: a function that XLA's kernel is not."""
+    calls = []
+
+    def forward(q, k, v, spec, documents):
+        calls.append("forward")
+        scores = jnp.einsum("bsnh,btnh->bnst", q, jnp.repeat(k, q.shape[2] // k.shape[2], 2)) * spec.scale_of(q.shape[3])
+        scores = jnp.where(jnp.tril(jnp.ones((q.shape[1],) * 2, bool))[None, None], scores, -jnp.inf)
+        o = jnp.einsum("bnst,btnh->bsnh", jax.nn.softmax(scores, -1), jnp.repeat(v, q.shape[2] // v.shape[2], 2))
+        return o, jax.nn.logsumexp(scores, -1)
+
+    def backward(q, k, v, o, lse, do, spec, documents):
+        calls.append("backward")
+        return jax.vjp(lambda *qkv: forward(*qkv, spec, documents)[0], q, k, v)[1](do)
+
+    mine = Kernel("mine", forward, backward)
+    batch = random_batch()
+    usual = train(make_step(sp=2, profile=Profile()), batch)
+    own = train(make_step(sp=2, profile=Profile(attention=mine)), batch)
+    assert {"forward", "backward"} <= set(calls)
+    np.testing.assert_allclose(own[0], usual[0], rtol=1e-5)
+    assert_trees_close(own[1], usual[1], 1e-5)
+    assert_trees_close(own[2], usual[2], 1e-4)
+    with pytest.raises(UserError, match="--attention mine does not implement window.*use --attention xla"):
+        make_step(tiny(layer_kinds=(LayerKind(window=4),) * 3), profile=Profile(attention=mine))
+
+
+# ----------------------------------------------------------------------------------------------------- frozen parameters
+
+
+FROZEN = ["embed_tokens|lm_head", r"layers\.", "mlp", "norm", "q_proj", "self_attn.o_proj.kernel"]
+
+
+@pytest.mark.parametrize("mesh,changes", [
+    ((1, 1), {}), ((1, 4), dict(segment_layers=(2, 1), keep_attention_on_host=1, head_chunks=2, **TILES, **HOST)),
+    ((2, 2), dict(stack="plain", **TILES))], ids=str)
+@pytest.mark.parametrize("freeze", FROZEN)
+def test_frozen_parameters_stay_and_the_others_move_as_before(freeze, mesh, changes):
+    """Gradients of the trained parameters are those of full training; the frozen ones have none, and no state."""
+    profile = dataclasses.replace(PLAIN, remat=True, **changes)
+    batch, unclipped = random_batch(), dataclasses.replace(QUIET_ADAMW, clip_norm=0.0)
+    step = make_step(TINY, *mesh, profile=profile, freeze=freeze, optimizer=unclipped)
+    full = make_step(TINY, profile=PLAIN, optimizer=unclipped)
+    _, gradients, weights = train(step, batch, steps=1)
+    _, all_gradients, _ = train(full, batch, steps=1)
+    frozen = leaves(step.frozen).keys()
+    assert frozen and frozen | leaves(gradients).keys() == leaves(weights).keys() and not frozen & leaves(gradients).keys()
+    assert_trees_close(gradients, {n: x for n, x in leaves(all_gradients).items() if n not in frozen}, 1e-5)
+    start = leaves(to_numpy(step.init_params(jax.random.key(0), jnp.float32)))
+    for name, value in leaves(weights).items():
+        assert np.array_equal(value, start[name]) == (name in frozen), name
+    for moment in ("mu", "nu"):
+        assert leaves(step.optimizer_state[moment]).keys() == leaves(gradients).keys()
+
+
+@pytest.mark.parametrize("freeze", ["embed_tokens", "lm_head|norm", r"layers.*q_proj"])
+def test_frozen_parameters_with_the_update_in_the_backward_pass(freeze):
+    profile = dataclasses.replace(PLAIN, remat=True, **HOST)
+    unclipped = dataclasses.replace(QUIET_ADAMW, clip_norm=0.0)
+    step = make_step(TINY, 1, 2, profile=profile, freeze=freeze, optimizer=unclipped)
+    trained, frozen = step.split(step.init_params(jax.random.key(0), jnp.float32))
+    batch, scale, rate = step.put_batch(**random_batch()), jnp.float32(1 / 200), jnp.float32(1e-2)
+    state = step.init_optimizer(trained)
+    loss, gradients = step.loss_and_grad(trained, frozen, batch, scale)
+    norm = step.gradient_norm(gradients)
+    want, _ = step.update(jax.tree.map(jnp.copy, trained), gradients, jax.tree.map(jnp.copy, state), norm, rate)
+    want = to_numpy(want)
+    result = step.update_in_backward(trained, frozen, state, batch, scale, rate)
+    np.testing.assert_allclose([result[0], result[1]], [loss, norm], rtol=1e-5)
+    assert_trees_close(to_numpy(result[4]), want, 1e-5)
+
+
+def test_no_gradient_buffer_for_frozen_parameters():
+    """The compiled results are smaller by the frozen parameters, and the temporary memory does not grow."""
+    def memory(freeze):
+        step = make_step(tiny(vocab_size=4096), profile=Profile(loss_tile=16), freeze=freeze)
+        lowered = step.loss_and_grad.lower(step.trained, step.frozen, step.put_batch(**random_batch()), jnp.float32(1))
+        return lowered.compile().memory_analysis()
+
+    full, part = memory(None), memory("embed_tokens|lm_head")
+    table = 4096 * 64 * 4
+    assert abs(full.output_size_in_bytes - part.output_size_in_bytes - 2 * table) < 1024
+    assert part.temp_size_in_bytes <= full.temp_size_in_bytes - table  # the head's sum over tiles
+
+
+def test_partition_and_combine():
+    params = init_params(TINY, jnp.float32, jax.random.key(0))
+    some, rest = partition(params, lambda path: "mlp" in jax.tree_util.keystr(path))
+    assert 0 < len(jax.tree.leaves(some)) < len(jax.tree.leaves(params))
+    for tree in (combine(some, rest), combine(rest, some)):
+        assert jax.tree.structure(tree) == jax.tree.structure(params)
+        assert all(a is b for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(params)))
+
+
+# ------------------------------------------------------------------------------------------------------ reference twin
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("changes", [
+    {}, TILES, dict(offload_activations=True), dict(offload_weights=True), dict(head_chunks=2),
+    dict(head_chunks=2, **TILES, **HOST)], ids=str)
+def test_the_stack_equals_its_twin(mesh, changes):
+    batch = random_batch()
+    results = [train(make_step(TINY, *mesh, profile=dataclasses.replace(PLAIN, remat=True, stack=stack, **changes)), batch)
+               for stack in ("segments", "plain")]
+    np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-5)
+    assert_trees_close(results[0][1], results[1][1], 1e-5)
+    assert_trees_close(results[0][2], results[1][2], 1e-4)
+
+
+def test_the_twin_keeps_inputs_alone():
+    """Each layer's input is its only residual, in host memory where activations are offloaded."""
+    def jaxpr(**changes):
+        step = make_step(tiny(num_layers=4), profile=Profile(stack="plain", **changes))
+        batch = step.put_batch(**random_batch(rows=1, length=256))
+        return str(jax.make_jaxpr(step.loss_and_grad)(step.trained, step.frozen, batch, jnp.float32(1)))
+
+    assert "f32<host>[4,1,256,64]" in jaxpr(offload_activations=True)
+    assert "<host>" not in jaxpr()
+    assert INPUT in jaxpr()
+
+
+@pytest.mark.parametrize("changes", [dict(segment_layers=(3,)), dict(keep_attention_on_device=1)])
+def test_what_the_twin_has_not_is_refused(changes):
+    with pytest.raises(UserError, match="--stack plain saves each layer's input and nothing else"):
+        make_step(profile=Profile(stack="plain", **changes))
+
+
+# --------------------------------------------------------------------------------------------------------- the spec
+
+
+@pytest.mark.parametrize("spec", [
+    AttentionSpec(), AttentionSpec(scale=0.3), AttentionSpec(window=5), AttentionSpec(soft_cap=2.0), AttentionSpec(causal=False),
+    AttentionSpec(window=3, soft_cap=1.5, scale=0.7)], ids=str)
+@pytest.mark.parametrize("documents", [None, [0, 7, 7, 20, 46, 46]])
+def test_specs_of_the_xla_kernel(spec, documents):
+    """Output, log-sum-exp and gradients against a dense mask written out here."""
+    q, do = (jax.random.normal(jax.random.key(i), (2, 23, 4, 8)) for i in (0, 3))
+    k, v = (jax.random.normal(jax.random.key(i), (2, 23, 2, 8)) for i in (1, 2))
+    offsets = None if documents is None else jnp.int32(documents)
+    numbers = np.zeros((2, 23), int)
+    for start in documents or []:
+        numbers.reshape(-1)[start:] += 1
+
+    def naive(q, k, v):
+        k, v = jnp.repeat(k, 2, 2), jnp.repeat(v, 2, 2)
+        scores = jnp.einsum("bsnh,btnh->bnst", q, k) * (8**-0.5 if spec.scale is None else spec.scale)
+        scores = scores if spec.soft_cap is None else jnp.tanh(scores / spec.soft_cap) * spec.soft_cap
+        s, t = np.arange(23)[:, None], np.arange(23)[None]
+        mask = np.tile(t <= s if spec.causal else np.ones((23, 23), bool), (2, 1, 1))
+        mask &= numbers[:, :, None] == numbers[:, None, :]
+        if spec.window is not None:
+            mask &= s - t < spec.window
+        scores = jnp.where(mask[:, None], scores, -jnp.inf)
+        return jnp.einsum("bnst,btnh->bsnh", jax.nn.softmax(scores, -1), v), jax.nn.logsumexp(scores, -1)
+
+    o, lse = attention_forward(q, k, v, spec, offsets, kernel="xla")
+    want, want_lse = naive(q, k, v)
+    assert relative_error(o, want) < 1e-5 and relative_error(lse, want_lse) < 1e-5
+    ours = jax.vjp(lambda *qkv: attention(*qkv, spec, offsets, kernel="xla"), q, k, v)[1](do)
+    for one, other in zip(ours, jax.vjp(lambda *qkv: naive(*qkv)[0], q, k, v)[1](do)):
+        assert relative_error(one, other) < 1e-5
+
+
+@pytest.mark.parametrize("kernel", ["cudnn", "tokamax"])
+@pytest.mark.parametrize("spec,feature", [
+    (AttentionSpec(window=4), "window"), (AttentionSpec(soft_cap=1.0), "soft cap"), (AttentionSpec(causal=False), "full")])
+def test_a_kernel_refuses_what_it_does_not_implement(kernel, spec, feature):
+    x = jnp.ones((1, 128, 2, 64), jnp.bfloat16)
+    with pytest.raises(UserError, match=f"--attention {kernel} does not implement {feature}.*use --attention xla"):
+        attention(x, x, x, spec, kernel=kernel)
