@@ -63,6 +63,8 @@ def _tiled_cross_entropy(tile, h, table, labels):
 
 
 def _fwd(tile, h, table, labels):
+    trained = table.perturbed  # a frozen table has no gradient, and no sum over tiles
+    h, table, labels = h.value, table.value, labels.value
     narrow = table.astype(h.dtype)  # once, not for each tile
 
     def body(carry, _, rows):
@@ -73,20 +75,20 @@ def _fwd(tile, h, table, labels):
         valid = (labels_tile != IGNORED)[:, None]
         dlogits = jnp.where(valid, jnp.exp(logits - log_normaliser[:, None]) - is_label, 0).astype(h.dtype)
         dh = dlogits @ narrow
-        dtable += jax.lax.dot_general(
-            dlogits, h_tile, (((0,), (0,)), ((), ())), preferred_element_type=dtable.dtype)
+        if trained:
+            dtable += jax.lax.dot_general(
+                dlogits, h_tile, (((0,), (0,)), ((), ())), preferred_element_type=dtable.dtype)
         return (total + jnp.sum(losses), dtable), (dh,)
 
     wide = accumulation_dtype(h.dtype)
-    zeros = (jnp.zeros((), wide), jnp.zeros(table.shape, wide)), (jnp.zeros_like(h),)
+    zeros = (jnp.zeros((), wide), jnp.zeros(table.shape, wide) if trained else None), (jnp.zeros_like(h),)
     sums, dh = jax.tree.map(lambda z: vary_like(z, h, table, labels), zeros)
     (total, dtable), (dh,) = stream(body, sums, written=dh, read=(h, labels), rows=tile)
-    return total, (dh, dtable.astype(table.dtype))
+    return total, (dh, dtable.astype(table.dtype) if trained else None)
 
 
 def _bwd(tile, residuals, dtotal):
-    dh, dtable = residuals
-    return (dh * dtotal).astype(dh.dtype), (dtable * dtotal).astype(dtable.dtype), None
+    return *jax.tree.map(lambda d: (d * dtotal).astype(d.dtype), residuals), None
 
 
-_tiled_cross_entropy.defvjp(_fwd, _bwd)
+_tiled_cross_entropy.defvjp(_fwd, _bwd, symbolic_zeros=True)
