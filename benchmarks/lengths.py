@@ -33,7 +33,7 @@ def main():
     options = tyro.cli(Options)
     environment.prepare(None, absent_devices=True)
     from alst_jax.hardware.machines import parse_cluster
-    from alst_jax.planning.constraints import Search
+    from alst_jax.planning.candidates import Search
     from alst_jax.planning.job import Job
     from alst_jax.planning.search import choose
     from alst_jax.planning.words import describe

@@ -46,7 +46,7 @@ class Work:
 
     swaps: bool  # whether arrays are swapped over devices; XLA then makes some of them early
     before: int  # one head group, before its gradients are made: q, k, v and do, swapped and transposed
-    during: int  # one head group, in its backward pass: q, k, v and gradients; all of dk and dv where groups are several
+    during: int  # one head group, in its backward pass: q, k, v, gradients; with several groups all of dk and dv
     output_copy: int  # the transposed copy of the output of all heads, made for the swap
     lone_output_copy: int  # the same copy of a saved output, where no loop goes over layers
 

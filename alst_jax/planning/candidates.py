@@ -1,23 +1,87 @@
-"""Candidates: the profiles that a search tries."""
+"""Search: the free choices and the memory they must fit; and the candidates, the profiles that a search tries."""
 
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 
+from alst_jax.hardware.machines import GIB, Cluster
 from alst_jax.ops.cross_entropy import default_tile
 from alst_jax.parallel.ulysses_costs import head_groups
 from alst_jax.planning import footprint
-from alst_jax.planning.constraints import Search
+from alst_jax.planning.estimate import estimate
 from alst_jax.planning.job import Job
+from alst_jax.planning.plan import Plan
 from alst_jax.planning.process import host_bytes
 from alst_jax.planning.words import PLACEMENTS
 from alst_jax.profile import Profile
 
+UNCONFIRMED = 0.05  # of the memory, left free where no compiler confirms: the model's error (plan_accuracy.py)
+CONFIRMED = 0.01
+UNUSUAL = 0.1  # of the device: a larger error concerns one kind of profile, not all
 MOST_CHUNKS = 8
 BUDGETS = (0.0, 0.25, 0.5, 1.0)  # parts of the free device memory that rebuilding a segment may take
 NARROWER = (("bfloat16", "float32"), ("int8", "float32"), ("int8", "none"))  # moments, master
 LARGER_TILES = 4  # times the usual: fewer sums of weight gradients, more memory
 EARLY_LOADS = 4  # layers whose weights XLA loads from the host before their turn; segments leave room for them
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """The free choices, and the memory that a choice must fit.
+
+    fixed: fields of the profile that the user typed. narrow: whether the optimizer's formats may be chosen too. margin:
+    the part of each memory to leave free. Corrections: bytes that the compiler needed beyond the estimate, of the
+    device, of the host, and (of_kinds) of the device for profiles of one kind.
+    """
+
+    cluster: Cluster
+    fixed: frozenset[str] = frozenset()
+    narrow: bool = False
+    margin: float = UNCONFIRMED
+    device_correction: int = 0
+    host_correction: int = 0
+    of_kinds: tuple[tuple[tuple[int, int], int], ...] = ()
+
+    def plan(self, job: Job) -> Plan:
+        return estimate(job, self.cluster, self.correction(kind_of(job.profile)))
+
+    def correction(self, kind: tuple[int, int]) -> int:
+        """Bytes to add to the estimate on the device, for profiles of a kind."""
+        return self.device_correction + dict(self.of_kinds).get(kind, 0)
+
+    def missing(self, plan: Plan) -> dict[str, int]:
+        """Bytes that a plan lacks of "device" and "host" memory, with the margin left free."""
+        spare = {
+            "device": int(plan.device_limit * (1 - self.margin)) - plan.device_bytes,
+            "host": int(plan.host_limit * (1 - self.margin)) - plan.host_bytes - self.host_correction}
+        return {place: -bytes for place, bytes in spare.items() if bytes < 0}
+
+    def corrected(self, profile: Profile, estimated: Plan, compiled: Plan) -> tuple["Search", dict[str, int]]:
+        """The search after the compiler refused a profile; and the compiler's excess over the estimate, by memory that
+        does not suffice. A correction is a tenth larger than the excess, at least 0.1 GiB, so that the same choice does
+        not come back."""
+        more = {"device": compiled.device_bytes - estimated.device_bytes,
+                "host": compiled.host_bytes - estimated.host_bytes - self.host_correction}
+        more = {place: more[place] for place in compiled.lacks}
+        add = lambda place: max(GIB // 10, int(1.1 * more[place])) if place in more else 0
+        search = dataclasses.replace(self, host_correction=self.host_correction + add("host"))
+        everywhere, kind, of_kinds = add("device"), kind_of(profile), dict(self.of_kinds)
+        if more.get("device", 0) > UNUSUAL * compiled.device_limit:
+            # An excess that a second kind shares is corrected for all kinds.
+            others = [bytes for other, bytes in of_kinds.items() if other != kind]
+            everywhere = min(everywhere, max(others, default=0))
+            of_kinds = {other: max(0, bytes - everywhere) for other, bytes in of_kinds.items()}
+            of_kinds[kind] = of_kinds.get(kind, 0) + add("device") - everywhere
+        return dataclasses.replace(search, device_correction=self.device_correction + everywhere,
+                                   of_kinds=tuple(of_kinds.items())), more
+
+
+def kind_of(profile: Profile) -> tuple[int, int]:
+    """The kind of a profile: head chunks, and segments of one layer, two or more. A kind has similar programs."""
+    return profile.head_chunks, min(3, max(profile.segment_layers))
+
+
+# ----------------------------------------------------------------------------------------------------------- candidates
 
 
 def bases(job: Job, search: Search, larger: bool) -> Iterator[Job]:
@@ -41,8 +105,8 @@ def bases(job: Job, search: Search, larger: bool) -> Iterator[Job]:
 
 
 def with_tiles(job: Job, asked: Profile, search: Search, larger: bool) -> Profile:
-    """The profile of a job with tiles of the usual size or larger, where `asked` leaves them open. The loss tile divides
-    the tokens of a device if possible."""
+    """The job's profile with usual or larger tiles where `asked` leaves them open. If possible, the loss tile divides
+    a device's tokens."""
     tokens, changes = job.tokens, {}
     times = LARGER_TILES if larger else 1
     if "mlp_tile" not in search.fixed and asked.mlp_tile == 0:
@@ -56,8 +120,8 @@ def with_tiles(job: Job, asked: Profile, search: Search, larger: bool) -> Profil
 
 
 def with_kept(job: Job, search: Search, on_device: Iterable[int], least: bool = False) -> Iterator[Job]:
-    """Jobs with segments and kept attention outputs, for given placements. on_device: numbers of layers whose outputs stay
-    on the device; host memory takes as many of the others as fit, or with `least` none."""
+    """Jobs with segments and kept attention outputs, for given placements. on_device: numbers of layers whose outputs
+    stay on the device; host memory takes as many of the others as fit, or with `least` none."""
     profile, layers = job.profile, job.model.num_layers
     if not profile.remat:
         yield job

@@ -116,9 +116,9 @@ def is_absent(mesh: Mesh) -> bool:
 def this_cluster(host_memory_gib: float | int | None = None, devices: int | None = None) -> Cluster | None:
     """The devices and the host of this process; None on a CPU.
 
-    host_memory_gib: use no more host memory than this. devices: the number of devices that share it; None: all. A device
-    that is not in the list counts as an H100 in speed, with its own memory. The environment's limit on pinned memory
-    counts up to the host's memory. UserError if several devices together could pin more than that.
+    host_memory_gib: use no more host memory. devices: the number of devices that share it; None: all. A device that is
+    not in the list counts as an H100 in speed, with its own memory. The environment's limit on pinned memory counts up
+    to the host's memory. UserError if several devices together could pin more than that.
     """
     device = jax.devices()[0]
     if device.platform != "gpu":
@@ -127,13 +127,14 @@ def this_cluster(host_memory_gib: float | int | None = None, devices: int | None
     known = machine_of_kind(device.device_kind) or machine_of_kind("H100")
     machine = dataclasses.replace(known, name=device.device_kind, kind=device.device_kind, memory=limit, fraction=1.0)
     pinned = pinned_limit()
-    cluster = Cluster(machine, jax.process_count(), jax.local_device_count(), host_memory(host_memory_gib), used=devices)
+    hosts, per_host = jax.process_count(), jax.local_device_count()
+    cluster = Cluster(machine, hosts, per_host, host_memory(host_memory_gib), used=devices)
     if pinned is None:
         return cluster
     if cluster.sharing > 1 and pinned * cluster.sharing > host_memory():
-        raise UserError(f"{HOST_LIMIT}={pinned // GIB}: jax may pin that for each of {cluster.sharing} devices, and the host "
-                        f"has {host_memory() / GIB:.0f} GiB; set it to {cluster.host_share // GIB} or less (unset, it is what "
-                        "is left to each GPU that nvidia-smi lists)")
+        raise UserError(f"{HOST_LIMIT}={pinned // GIB}: jax may pin that for each of {cluster.sharing} devices, and "
+                        f"the host has {host_memory() / GIB:.0f} GiB; set it to {cluster.host_share // GIB} or less "
+                        "(unset, it is what is left to each GPU that nvidia-smi lists)")
     return dataclasses.replace(cluster, pinned=min(pinned, host_memory()))
 
 
@@ -164,9 +165,9 @@ def _with_weights_on_host(step: TrainStep, params: Any, batch: Batch, scale: jax
     """Loss and one element of each gradient, with weights and gradients on the host, for absent devices.
 
     Absent devices have no memories, so arguments and results cannot be declared to live on the host. Weights are copied
-    there first, and gradients stay there. As results, gradients would come back, and the compiler would use their device
-    buffers for temporary arrays: the plan would lack up to their size. Also used when the profile updates in the
-    backward pass: it compiles ten times faster, and one layer's update needs less than its backward pass.
+    there first, and gradients stay there: as results on the device, their buffers would hold temporary arrays, and the
+    plan would lack up to their size. Profiles that update in the backward pass use this too: it compiles ten times
+    faster, and one layer's update needs less than its backward pass.
     """
     loss, gradients = step.loss_and_grad(host.to_host(params), batch, scale)
     at = (scale * 0).astype(jnp.int32)

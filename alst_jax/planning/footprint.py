@@ -152,8 +152,8 @@ def unlooped(job: Job) -> tuple[int, int]:
 def pair_bytes(job: Job, last: bool) -> int:
     """Arrays of a segment of two layers, over which no loop goes.
 
-    Buffers for queries and keys of the first layer are made early. Where attention swaps over devices, its output exists
-    twice, and the last segment is rebuilt before the gradient of the last norm, whose inputs wait.
+    Buffers for queries and keys of the first layer are made early. Where attention swaps over devices, its output
+    exists twice, and the last segment is rebuilt before the gradient of the last norm, whose inputs wait.
     """
     size, work = job.sizes, job.attention_work
     return size.heads + size.kv + work.lone_output_copy + last * size.hidden * work.swaps
@@ -174,13 +174,13 @@ def layer_work(job: Job, rebuilt: int = 0) -> int:
     elif job.model.tie_word_embeddings:
         always += size.table * 4 // job.width // job.devices  # the head's gradient, until the embedding's is added
     mlp += work.output_copy
-    if rebuilt > 2 and (profile.head_chunks == 1 or not work.swaps):  # the old dh, until the rows read after it are read
+    if rebuilt > 2 and (profile.head_chunks == 1 or not work.swaps):  # the old dh, until all its rows are read
         mlp, attention = mlp + size.hidden, attention + size.hidden * work.swaps
     return always + max(attention, mlp)
 
 
 def workspace(job: Job) -> int:
-    """cuDNN's workspace in its backward pass: float32 dq, and dk and dv of each query head, for the heads of one call."""
+    """cuDNN's workspace in its backward pass: float32 dq, and dk and dv of each query head of one call."""
     if job.profile.attention == "xla" or not job.count_workspace:
         return 0
     head_dim, heads, rows = job.model.head_dim, job.attention.local_heads, job.rows // job.dp

@@ -199,13 +199,13 @@ def outputs_bytes(job: Job, layers: int) -> int:
 
 
 def place_of(place: str, layers: int) -> str:
-    """Where a loop over some layers saves arrays. A loop of one trip is no loop: the compiler removes copies to the host
-    and back that have no loop between them."""
+    """Where a loop over some layers saves arrays. One trip makes no loop: the compiler removes copies to the host and
+    back that have no loop between them."""
     return DEVICE if layers == 1 else place
 
 
 def unremat_layer(job: Job) -> int:
-    """Bytes that differentiation saves of a layer without rematerialisation; a tiled MLP and the norms are recomputed."""
+    """Bytes that differentiation saves of a layer without remat; a tiled MLP and the norms are recomputed."""
     size = job.sizes
     kept = 2 * size.hidden + 2 * size.heads + 2 * size.kv + size.statistics
     if job.profile.mlp_tile is None:

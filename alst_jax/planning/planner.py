@@ -11,8 +11,8 @@ from alst_jax.hardware.environment import has_cuda_compiler
 from alst_jax.hardware.machines import GIB, Cluster, parse_cluster
 from alst_jax.ops.rope import MAX_POSITION
 from alst_jax.planning import search as auto
+from alst_jax.planning.candidates import CONFIRMED, UNCONFIRMED, Search
 from alst_jax.planning.compiled import plan_step, this_cluster
-from alst_jax.planning.constraints import CONFIRMED, UNCONFIRMED, Search
 from alst_jax.planning.job import Job
 from alst_jax.planning.plan import Choice, Plan
 from alst_jax.planning.words import PLACEMENTS
@@ -22,7 +22,7 @@ ANY_LENGTH = 1024  # the length of a job whose length is searched
 
 
 def target(config: TrainConfig) -> Cluster | None:
-    """The machine that a command line plans for, or the machine it runs on; None on a CPU, where --host-memory is a UserError."""
+    """The machine that a command line plans for or runs on; None on a CPU. UserError for --host-memory there."""
     if config.plan_for:
         return dataclasses.replace(parse_cluster(config.plan_for, config.host_memory), used=config.devices)
     cluster = this_cluster(config.host_memory, config.devices)
@@ -37,8 +37,7 @@ class Planner:
     """Plans of one command line, for the devices of this process or for the machine that it names.
 
     cluster: that machine; None where limits and speeds are unknown (CPU). compiles: whether its compiler is installed.
-    make_step: builds the step of a job. cached: the step that was made last; a run goes on with the compiled programs of
-    its plan.
+    make_step: builds the step of a job. cached: the last step made; a run goes on with its plan's compiled programs.
     """
 
     config: TrainConfig
@@ -75,7 +74,8 @@ class Planner:
             # Its kernel compiles for this process's device only; cuDNN's forward pass needs the same bytes exactly.
             as_cudnn = dataclasses.replace(job, profile=dataclasses.replace(job.profile, attention="cudnn"))
             return dataclasses.replace(self.compile(as_cudnn), seconds=self.search.plan(job).seconds)
-        return plan_step(self.step(job), job.rows, job.length, job.grad_accum, self.cluster, at_once=self.config.planning)
+        step, at_once = self.step(job), self.config.planning
+        return plan_step(step, job.rows, job.length, job.grad_accum, self.cluster, at_once=at_once)
 
     def choose(self, job: Job, say: Callable[[str], None] = print) -> Choice:
         """The job with the profile that --memory says, and its plan. UserError if it cannot fit."""
@@ -156,8 +156,8 @@ class Planner:
 
 
 def _switches_that_cost(job: Job, search: Search) -> str | None:
-    """The fewest flags that switch a feature off, in words, without which the job fits; None if it never fits or fits with
-    all of them."""
+    """The fewest flags that switch a feature off, in words, without which the job fits; None if it never fits, or fits
+    with all of them."""
     profile = job.profile
     off = [(name, change) for name, is_off, change in (
         ("--no-remat", not profile.remat, {"remat": True}),

@@ -16,8 +16,8 @@ from alst_jax.storage import saving
 from alst_jax.xla import host
 
 POOL_SLACK, POOL_MATTERS = 2, 16  # GiB
-# Memory of a process beside pinned memory and a save's writers: Python, CUDA's libraries, the compiler; and more for each
-# device after the first. Fitted to seven measured processes (benchmarks/results/2026-11-27-h100.md).
+# Memory of a process beside pinned memory and a save's writers: Python, CUDA's libraries, the compiler; and more for
+# each device after the first. Fitted to seven measured processes (benchmarks/results/2026-11-27-h100.md).
 PROCESS, PROCESS_DEVICE = 4 * GIB, 3 * GIB
 WIDTHS = {"float32": 4, "bfloat16": 2, "int8": 1, "low-bits": 2, "none": 0}  # of a state's or a master's element
 
@@ -102,9 +102,10 @@ def make_host_pool(plan: Plan) -> None:
 
 
 def staging_bytes(job: Job) -> int:
-    """Pinned memory beside the pools, through which arrays seem to be copied: a device's part of the largest array, rounded
-    up to a power of two (4.0 GiB came within two seconds when an 8B model was loaded; docs/log.md). All devices share it,
-    because one part is loaded after another."""
+    """Pinned memory beside the pools, through which arrays seem to be copied; all devices share it.
+
+    A device's part of the largest array, rounded up to a power of two (4.0 GiB came within two seconds when an 8B model
+    was loaded; docs/log.md)."""
     return 2 ** math.ceil(math.log2(job.parameters.largest * job.width // job.devices))
 
 
@@ -119,7 +120,7 @@ def process_bytes(choice: Choice, per_host: int) -> int:
 
 
 def with_room(cluster: Cluster | None, job: Job) -> Cluster | None:
-    """The cluster with a limit on pinned memory that leaves room for the process of this job. A limit that is set already
+    """The cluster with a limit on pinned memory that leaves room for the process of this job; a limit set before
     stays."""
     if cluster is None or cluster.pinned is not None:
         return cluster

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator
 
 from alst_jax.config import UserError
 from alst_jax.hardware.machines import GIB
-from alst_jax.planning.candidates import bases, with_kept, with_tiles
-from alst_jax.planning.constraints import CONFIRMED, Search
+from alst_jax.planning.candidates import CONFIRMED, Search, bases, with_kept, with_tiles
 from alst_jax.planning.job import Job
 from alst_jax.planning.plan import Choice, Plan
 from alst_jax.planning.words import PLACEMENTS
@@ -113,7 +112,7 @@ def _fastest_possible(job: Job, search: Search) -> float:
 
 
 def _next_faster(best: Choice, search: Search, larger: Profile) -> tuple[Job, Plan, dict[str, int]] | None:
-    """The slowest of the choices one change away that are faster and do not fit. larger: the profile with larger tiles."""
+    """The slowest choice one change away that is faster and does not fit. larger: the profile with larger tiles."""
     profile, layers = best.job.profile, best.job.model.num_layers
     kept = profile.keep_attention_on_device + profile.keep_attention_on_host
     changes = [{name: False} for name in PLACEMENTS if getattr(profile, name)]

@@ -8,9 +8,9 @@ from alst_jax.planning.footprint import loss_tokens, mlp_tokens, state_bytes, tr
 from alst_jax.planning.job import Job
 from alst_jax.profile import HOST
 
-# The part of the peak that is reached, measured on an H100 and an H200 at head dim 128 (docs/log.md; benchmarks/results):
-# matrix products, and causal attention by tokens of the whole sequence. Other machines are assumed to reach the same
-# part.
+# The part of the peak that is reached, measured on an H100 and an H200 at head dim 128 (docs/log.md,
+# benchmarks/results): matrix products, and causal attention by tokens of the whole sequence. Other machines are assumed
+# to reach the same part.
 MATMUL = 650 / 989
 ATTENTION = {
     "cudnn": {"forward": {32768: 647, 131072: 590, 524288: 481}, "backward": {32768: 529, 131072: 513, 524288: 550}},
@@ -90,8 +90,8 @@ def host_traffic(job: Job) -> dict[str, float]:
 
 
 def tile_sum_bytes(job: Job) -> float:
-    """Bytes read and written to sum the weights' float32 gradients over tiles: each tile's gradient is written, then read
-    with the sum, which is written back."""
+    """Bytes read and written to sum the weights' float32 gradients over tiles. Each tile's gradient is written, then
+    read with the sum, which is written back."""
     tiles = lambda tile: 0 if tile >= job.tokens else -(-job.tokens // tile)
     layers = job.model.num_layers * job.trained.layer * tiles(mlp_tokens(job))
     return 16.0 * (layers + job.trained.head * tiles(loss_tokens(job)))

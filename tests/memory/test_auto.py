@@ -9,8 +9,7 @@ import pytest
 from alst_jax.config import TrainConfig, UserError
 from alst_jax.hardware.machines import GIB, parse_cluster
 from alst_jax.planning import search as auto
-from alst_jax.planning.candidates import segments_within
-from alst_jax.planning.constraints import CONFIRMED, Search, kind_of
+from alst_jax.planning.candidates import CONFIRMED, Search, kind_of, segments_within
 from alst_jax.planning.estimate import estimate
 from alst_jax.planning.job import Job
 from alst_jax.planning.search import choose, confirm, fits_somehow, longest

@@ -21,7 +21,7 @@ from alst_jax.ops import attention
 from alst_jax.optim.adamw import AdamW
 from alst_jax.planning import compiled as plan
 from alst_jax.planning import planner as decide
-from alst_jax.planning.constraints import CONFIRMED, UNCONFIRMED
+from alst_jax.planning.candidates import CONFIRMED, UNCONFIRMED
 from alst_jax.planning.estimate import estimate
 from alst_jax.planning.job import Job
 from alst_jax.planning.plan import COMPILED, ESTIMATED, Choice
