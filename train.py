@@ -79,31 +79,33 @@ def subject(config: TrainConfig):
 
     from alst_jax import run as setup
     from alst_jax.parallel.mesh import choose_degrees
-    from alst_jax.planning import planner as decide
-    from alst_jax.planning.footprint import Job
+    from alst_jax.planning.job import Job
+    from alst_jax.planning.planner import ANY_LENGTH, Planner, target
+    from alst_jax.planning.process import with_room
 
     # ------------------------------------------------------------------------------------------- where: devices, mesh
-    cluster = decide.target(config)
+    cluster = target(config)
     dp, sp = choose_degrees(config.dp, config.sp, cluster.devices if config.plan_for else jax.device_count())
 
     # -------------------------------------------------------------------------------------------------- what: the model
     source = setup.find_model(config, tokenizer=not config.planning)
     dtype = setup.choose_dtype(config)
     profile = setup.make_profile(config, dtype, source.config)
-    seq_len = decide.ANY_LENGTH if config.find_max_seq_len else setup.check_seq_len(config, source.config)
+    seq_len = ANY_LENGTH if config.find_max_seq_len else setup.check_seq_len(config, source.config)
     job = Job(source.config, profile, dp * config.batch_size, setup.padded_length(seq_len, sp, profile), dp, sp,
               config.grad_accum, config.optimizer_states, config.master_weights)
-    return source, decide.Planner.of(config, decide.with_room(cluster, job), dtype), job
+    cluster = with_room(cluster, job)
+    return source, Planner.of(config, cluster, functools.partial(setup.make_step, config, cluster, dtype)), job
 
 
 def run(config: TrainConfig) -> int:
     """The story of a run, from flags to a Hugging Face directory. Returns the exit code."""
     # jax reads its environment when it is imported: not before main() has prepared it.
-    from alst_jax.planning import planner as decide
+    from alst_jax.planning.report import announce_plan, planned_against_measured, report
 
     if config.planning:
         _, planner, job = subject(config)
-        print(decide.report(planner, job))
+        print(report(planner, job))
         return 0
 
     import jax
@@ -113,6 +115,7 @@ def run(config: TrainConfig) -> int:
     from alst_jax.metrics import MetricsLog, peak_host_memory, peak_memory
     from alst_jax.models.hf_config import record_dtype
     from alst_jax.models.hf_weights import save_params
+    from alst_jax.planning.process import make_host_pool
     from alst_jax.storage import checkpoint as ckpt
     from alst_jax.storage.saving import EXPORT_FILE
     from alst_jax.trainer import StopSignal, TrainState, train
@@ -123,10 +126,10 @@ def run(config: TrainConfig) -> int:
     choice = None
     if planner.cluster is not None:  # what cannot fit is refused here, before anything is allocated
         choice = planner.choose(job)
-        decide.announce(planner, choice)
+        announce_plan(planner, choice)
         job = choice.job
     step = planner.step(job)
-    seq_len, rows, padded_len, dtype = config.seq_len, job.rows, job.length, planner.dtype
+    seq_len, rows, padded_len, dtype = config.seq_len, job.rows, job.length, setup.choose_dtype(config)
 
     # ----------------------------------------------------------------------------------------------- on what: the data
     sequences, stats = setup.read_sequences(config, source, seq_len)
@@ -145,7 +148,7 @@ def run(config: TrainConfig) -> int:
                 "master_weights": job.master}
     if choice is not None:
         environment.return_freed_memory()
-        decide.make_host_pool(choice.plan)
+        make_host_pool(choice.plan)
     if config.resume:
         _, at = ckpt.find_checkpoint(out)
         checkpoints = ckpt.Checkpoints(out, config.keep_checkpoints, clean=True)
@@ -177,7 +180,7 @@ def run(config: TrainConfig) -> int:
             checkpoints.close()
             log.close()
         if choice is not None and log.seconds:
-            print(decide.planned_against_measured(choice, peak_memory()[1], peak_host_memory(), log.seconds), flush=True)
+            print(planned_against_measured(choice, peak_memory()[1], peak_host_memory(), log.seconds), flush=True)
         if stop.received is not None and state.step < steps:
             print(f"stopped by {stop.received.name}; step {state.step} is saved. Go on with: "
                   f"python train.py --resume --out {out}")

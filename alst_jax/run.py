@@ -17,11 +17,15 @@ from alst_jax.data.documents import Sequence, Stats, make_sequences
 from alst_jax.data.embedded import python_reference
 from alst_jax.data.sources import read_documents
 from alst_jax.data.tokenizer import byte_tokenizer, load_tokenizer
-from alst_jax.hardware.machines import parse_cluster
+from alst_jax.hardware.machines import Cluster, parse_cluster
 from alst_jax.models.config import TINY_LLAMA, ModelConfig
 from alst_jax.models.hf_config import hf_config_dict, model_config
 from alst_jax.models.hf_weights import find_tensors, load_params
 from alst_jax.ops.rope import MAX_POSITION
+from alst_jax.optim.adamw import AdamW
+from alst_jax.parallel.mesh import make_mesh
+from alst_jax.planning.compiled import absent_devices
+from alst_jax.planning.job import Job
 from alst_jax.profile import Profile
 from alst_jax.step import TrainStep
 from alst_jax.storage import checkpoint as ckpt
@@ -295,3 +299,14 @@ def announce(
     a_step = dp * config.batch_size * config.grad_accum
     print(f"steps   {steps} of {a_step} sequences, {steps * a_step / stats.sequences:.1f} times the data{start} -> {out}",
           flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------- step
+
+
+def make_step(config: TrainConfig, cluster: Cluster | None, dtype: jnp.dtype, job: Job) -> TrainStep:
+    """The step of a job on this process's devices, or on the absent devices of --plan-for."""
+    optimizer = AdamW(config.beta1, config.beta2, config.eps, config.weight_decay, config.clip_norm,
+                      job.states, job.master, config.seed)
+    devices = absent_devices(cluster) if config.plan_for else None
+    return TrainStep(job.model, make_mesh(job.dp, job.sp, devices), job.profile, optimizer, dtype)

@@ -9,6 +9,7 @@ pass: ALST's baseline, too, has gradient checkpointing. Each rung has all those 
 """
 
 import dataclasses
+import functools
 import re
 import subprocess
 import sys
@@ -86,11 +87,13 @@ def longest(profile: Profile, options: Options) -> str:
 
     from alst_jax.config import TrainConfig, UserError
     from alst_jax.hardware.machines import GIB, parse_cluster
-    from alst_jax.planning.footprint import Job
+    from alst_jax.planning.job import Job
     from alst_jax.planning.planner import Planner
+    from alst_jax.run import make_step
 
     config = TrainConfig(plan_for=options.machine, host_memory=options.host_memory, memory="manual", clip_norm=0.0)
-    planner = Planner.of(config, parse_cluster(options.machine, options.host_memory), jnp.dtype("bfloat16"))
+    cluster = parse_cluster(options.machine, options.host_memory)
+    planner = Planner.of(config, cluster, functools.partial(make_step, config, cluster, jnp.dtype("bfloat16")))
     if not planner.compiles:
         raise SystemExit("no compiler for GPUs here: install the extra cuda12 or cuda13")
     job = Job(llama_8b(options.layers), profile, 1, STEP, states="int8", master="none")

@@ -33,18 +33,19 @@ def main():
     options = tyro.cli(Options)
     environment.prepare(None, absent_devices=True)
     from alst_jax.hardware.machines import parse_cluster
-    from alst_jax.planning import search as auto
-    from alst_jax.planning.footprint import Job
+    from alst_jax.planning.candidates import Search
+    from alst_jax.planning.job import Job
+    from alst_jax.planning.search import choose
     from alst_jax.planning.words import describe
     from alst_jax.profile import Profile
 
-    search = auto.Search(parse_cluster(options.machine, options.host_memory))
+    search = Search(parse_cluster(options.machine, options.host_memory))
     profile = Profile(attention="tokamax", compute_dtype="bfloat16")
     measured = json.loads(options.measured.read_text()) if options.measured else []
     planned = []
     print("| tokens | planned tok/s | seconds | device GiB | host GiB | profile |\n|" + "---|" * 6)
     for length in options.lengths:
-        choice = auto.choose(Job(LLAMA_8B, profile, 1, length, states="int8", master="none"), search)
+        choice = choose(Job(LLAMA_8B, profile, 1, length, states="int8", master="none"), search)
         if choice is None:
             print(f"| {length:,} | does not fit | | | | |", flush=True)
             continue

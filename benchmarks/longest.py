@@ -8,6 +8,7 @@ error.
 """
 
 import dataclasses
+import functools
 import itertools
 from typing import Literal
 
@@ -42,10 +43,12 @@ def main():
 
     from alst_jax.config import TrainConfig, UserError
     from alst_jax.hardware.machines import parse_cluster
-    from alst_jax.planning import planner as decide
-    from alst_jax.planning.footprint import Job
+    from alst_jax.planning.job import Job
+    from alst_jax.planning.planner import Planner
+    from alst_jax.planning.process import with_room
     from alst_jax.planning.words import describe
     from alst_jax.profile import Profile
+    from alst_jax.run import make_step
 
     print("| model | GPUs | optimizer | longest | | host GiB a GPU | profile | ALST |\n|" + "---|" * 8)
     for name, gpus in itertools.product(options.models, options.gpus):
@@ -56,8 +59,9 @@ def main():
             config = TrainConfig(plan_for=machine, host_memory=memory, find_max_seq_len=True)
             job = Job(model, Profile(attention="cudnn", compute_dtype="bfloat16"), 1, 1024, 1, gpus, states=states,
                 master=master)
-            cluster = decide.with_room(parse_cluster(machine, memory), job)
-            planner = decide.Planner.of(config, cluster, jnp.dtype("bfloat16"))
+            cluster = with_room(parse_cluster(machine, memory), job)
+            planner = Planner.of(
+                config, cluster, functools.partial(make_step, config, cluster, jnp.dtype("bfloat16")))
             planner = dataclasses.replace(planner, compiles=planner.compiles and gpus in options.compiled)
             cell = f"| {name} | {gpus} | {states} "
             try:

@@ -119,8 +119,9 @@ def main():
 
     from alst_jax.optim.adamw import AdamW
     from alst_jax.parallel.mesh import make_mesh
-    from alst_jax.planning import footprint as cost
     from alst_jax.planning.compiled import absent_devices, plan_step
+    from alst_jax.planning.estimate import estimate
+    from alst_jax.planning.footprint import working_set
     from alst_jax.step import TrainStep
 
     known = {}
@@ -141,12 +142,12 @@ def main():
                 started = time.perf_counter()
                 step = TrainStep(bare.model, mesh, bare.profile, AdamW(clip_norm=0.0), jnp.bfloat16)
                 device, host = numbers(plan_step(step, dp, length, 1, cluster))
-                device -= cost.working_set(dataclasses.replace(bare, count_workspace=True)) - cost.working_set(bare)
+                device -= working_set(dataclasses.replace(bare, count_workspace=True)) - working_set(bare)
                 known[key] = dict(key=key, device=device, host=host, seconds=time.perf_counter() - started)
                 if options.rows is not None:
                     with options.rows.open("a") as file:
                         file.write(json.dumps(known[key]) + "\n")
-            row, (device, host) = known[key], numbers(cost.estimate(bare, cluster))
+            row, (device, host) = known[key], numbers(estimate(bare, cluster))
             pairs = ((row["device"], device), (row["host"], host))
             off = [ours / theirs - 1 if theirs else 0.0 for theirs, ours in pairs]
             errors[group].append(off)
@@ -163,7 +164,7 @@ def main():
 
 def bare_job(name: str, length: int, dp: int, sp: int, changes: dict):
     """The job of a combination, without the workspace of cuDNN's attention."""
-    from alst_jax.planning.footprint import Job
+    from alst_jax.planning.job import Job
 
     profile = Profile(attention="cudnn", compute_dtype="bfloat16", **changes)
     return Job(MODELS[name], profile, dp, length, dp, sp, count_workspace=False)

@@ -7,6 +7,7 @@ import jax
 
 from alst_jax.models.config import ModelConfig
 from alst_jax.ops.attention import AttentionSpec
+from alst_jax.parallel.costs import Shapes, Traffic, Work
 
 
 @runtime_checkable
@@ -35,3 +36,11 @@ class SequenceParallel(Protocol):
     @staticmethod
     def check(model: ModelConfig, degree: int, chunks: int) -> None:
         """UserError if this many devices and chunks cannot share the model's heads."""
+
+    @staticmethod
+    def traffic(shapes: Shapes) -> Traffic:
+        """Calls and bytes of its collectives, for plans."""
+
+    @staticmethod
+    def work(shapes: Shapes) -> Work:
+        """Bytes of its buffers, for plans."""

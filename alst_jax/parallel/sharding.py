@@ -15,7 +15,6 @@ from alst_jax.parallel.mesh import AXES
 from alst_jax.xla.dtypes import accumulation_dtype
 
 
-
 def param_specs(params: Any, mesh: Mesh) -> Any:
     """PartitionSpec of each parameter: its first dim that the device count divides goes over both mesh axes at once.
 

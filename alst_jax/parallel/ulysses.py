@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from alst_jax.config import UserError
 from alst_jax.models.config import ModelConfig
 from alst_jax.ops.attention import AttentionSpec, Kernel, attention_backward, attention_forward, attention_from
+from alst_jax.parallel import costs
 from alst_jax.xla.dtypes import accumulation_dtype
 from alst_jax.xla.order import zeros_after
 
@@ -68,6 +69,9 @@ class Ulysses:
     chunks > 1: that many groups of heads go through all of this one after the other, in both directions. Queries, keys,
     values and the kernel's workspace exist for one group at a time (UPipe, arXiv 2602.21196).
     """
+
+    traffic = staticmethod(costs.traffic)
+    work = staticmethod(costs.work)
 
     num_heads: int
     num_kv_heads: int

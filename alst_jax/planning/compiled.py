@@ -1,5 +1,4 @@
-"""What a step will need, known before anything is allocated: the compiler's bytes for the working set, shapes for the
-rest."""
+"""Plans by the compiler, before anything is allocated: its bytes for the working set, shapes for the rest."""
 
 import concurrent.futures
 import dataclasses
@@ -19,10 +18,11 @@ from alst_jax.hardware.environment import HOST_LIMIT, pinned_limit
 from alst_jax.hardware.host_limits import host_memory
 from alst_jax.hardware.machines import GIB, Cluster, machine_of_kind
 from alst_jax.parallel.mesh import AXES, DATA, SEQ
-from alst_jax.planning import footprint as cost
-from alst_jax.planning import seconds as speed
+from alst_jax.planning.footprint import update_work, working_set
+from alst_jax.planning.job import Job
 from alst_jax.planning.plan import ABSENT, COMPILED, Plan
-from alst_jax.planning.saving_memory import saving_bytes
+from alst_jax.planning.process import saving_bytes
+from alst_jax.planning.seconds import collectives, seconds
 from alst_jax.stack.batch import BATCH_SPEC, Batch
 from alst_jax.step import TrainStep
 from alst_jax.xla import host
@@ -34,15 +34,15 @@ def plan_step(
 ) -> Plan:
     """The plan of a step over `rows` sequences of `length` tokens, `grad_accum` times. Compiles; allocates nothing.
 
-    The step's mesh may be of `absent_devices`. cluster: limits and speeds; None: those of the devices that are here.
-    at_once: compile its programs at the same time, which is faster and leaves more of the compiler's memory behind. On
-    a CPU all memory is one: what would be kept in host memory on a GPU is counted there, while the working set counts
-    the copies that a GPU would not have.
+    The step's mesh may be of `absent_devices`. cluster: limits and speeds; None: those of this process's devices.
+    at_once: compile the programs at the same time, which is faster and leaves more of the compiler's memory behind. A
+    CPU has one memory: activations that a GPU would keep in host memory count as kept there, and the working set counts
+    copies that a GPU would not make.
     """
     cluster = this_cluster() if cluster is None else cluster
     job = job_of(step, rows, length, grad_accum)
     device, on_host = {}, {}
-    gradients = {} if step.profile.update_in_backward else step.params
+    gradients = {} if step.profile.update_in_backward else step.trained
     for part, tree in (("weights", step.params), ("gradients", gradients), ("optimizer", step.optimizer_state)):
         offloaded = step.profile.offload_optimizer if part == "optimizer" else step.profile.offload_weights
         for leaf in jax.tree.leaves(tree):
@@ -51,39 +51,39 @@ def plan_step(
                 size += math.prod(leaf.sharding.shard_shape(leaf.shape)) * 4
             place = on_host if offloaded and (leaf.ndim or part != "optimizer") else device  # the count stays
             place[part] = place.get(part, 0) + size
-    kept = cost.kept_bytes(job)
+    kept = job.kept
     absent, on_cpu = is_absent(step.mesh), step.mesh.devices.flat[0].platform == "cpu"
     compiled, update = _compile(step, rows, length, grad_accum, absent, on_cpu, at_once)
     memory = compiled.memory_analysis()
     need = memory.temp_size_in_bytes
-    if absent:  # the compiler does not know what the attention kernel asks for when it runs
-        need += cost.working_set(job) - cost.working_set(dataclasses.replace(job, count_workspace=False))
+    if absent:  # the compiler does not know the workspace that the attention kernel allocates
+        need += working_set(job) - working_set(dataclasses.replace(job, count_workspace=False))
     if absent or on_cpu:  # where the update streams, it cannot be compiled without the memories it streams through
-        need = max(need, cost.update_work(job) if absent else 0)
+        need = max(need, update_work(job) if absent else 0)
     elif update is not None:
         need = max(need, update.memory_analysis().temp_size_in_bytes)
     kept_here = min(need, sum(kept.values()) if on_cpu else kept[host.DEVICE])
     device |= {"kept activations": kept_here, "working set": need - kept_here}
     device["batch"] = 3 * math.prod(NamedSharding(step.mesh, BATCH_SPEC).shard_shape((rows, length))) * 4
     on_host["kept activations"] = memory.host_temp_size_in_bytes
-    if absent and step.profile.offload_weights:  # there, layers and their gradients are temporary too
-        layers = sum(shard_bytes(leaf) for leaf in jax.tree.leaves(step.params["layers"]))
-        on_host["kept activations"] = max(0, memory.host_temp_size_in_bytes - 2 * layers)
+    if absent and step.profile.offload_weights:  # there, layers and their gradients are temporary arrays
+        layers = sum(map(shard_bytes, jax.tree.leaves((step.params["layers"], step.trained["layers"]))))
+        on_host["kept activations"] = max(0, memory.host_temp_size_in_bytes - layers)
     on_host["saving"] = saving_bytes(job, on_host["kept activations"] + on_host.get("gradients", 0))
     text = compiled.as_text()
     calls = {name: numbers | {"instructions": len(re.findall(rf"= [^=]*\b{name}(?:-start)?\(", text))}
-             for name, numbers in speed.collectives(job).items()}
+             for name, numbers in collectives(job).items()}
     return Plan(
         ABSENT if absent else COMPILED, step.mesh.devices.flat[0].device_kind, device, on_host,
         cluster and cluster.machine.usable, cluster and cluster.host_share,
         grad_accum * rows * step.model.flops_per_sequence(length), calls,
-        speed.seconds(job, cluster) if cluster else {}, grad_accum * rows * length, step.mesh.size)
+        seconds(job, cluster) if cluster else {}, grad_accum * rows * length, step.mesh.size)
 
 
-def job_of(step: TrainStep, rows: int, length: int, grad_accum: int = 1) -> cost.Job:
-    """What the cost model works on, from a step."""
-    return cost.Job(step.model, step.profile, rows, length, step.mesh.shape[DATA], step.mesh.shape[SEQ], grad_accum,
-                    step.optimizer.states, step.optimizer.master)
+def job_of(step: TrainStep, rows: int, length: int, grad_accum: int = 1) -> Job:
+    """The job of a step."""
+    return Job(step.model, step.profile, rows, length, step.mesh.shape[DATA], step.mesh.shape[SEQ], grad_accum,
+               step.optimizer.states, step.optimizer.master, freeze=step.freeze)
 
 
 def shard_bytes(leaf: Any) -> int:
@@ -95,7 +95,7 @@ def shard_bytes(leaf: Any) -> int:
 
 
 def absent_devices(cluster: Cluster) -> list[jax.Device]:
-    """Devices to compile for that are not here."""
+    """Devices of a cluster that this process does not have, to compile for."""
     from jax.experimental import topologies
 
     topology = topologies.get_topology_desc(
@@ -104,16 +104,16 @@ def absent_devices(cluster: Cluster) -> list[jax.Device]:
 
 
 def is_absent(mesh: Mesh) -> bool:
-    """Whether the mesh is of devices that can only be compiled for."""
+    """Whether the mesh consists of absent devices."""
     return not mesh.devices.flat[0].addressable_memories()
 
 
 def this_cluster(host_memory_gib: float | int | None = None, devices: int | None = None) -> Cluster | None:
-    """The devices and the host that are here; None on a CPU. host_memory_gib: use no more of the host. devices: that
-    share it; None: all.
+    """The devices and the host of this process; None on a CPU.
 
-    A device that is not in the list counts as an H100 in speed; its memory is its own. What the environment says that
-    jax may pin counts as far as the host has it. UserError if several devices together could pin more than that.
+    host_memory_gib: use no more host memory. devices: the number of devices that share it; None: all. A device that is
+    not in the list counts as an H100 in speed, with its own memory. The environment's limit on pinned memory counts up
+    to the host's memory. UserError if several devices together could pin more than that.
     """
     device = jax.devices()[0]
     if device.platform != "gpu":
@@ -122,13 +122,14 @@ def this_cluster(host_memory_gib: float | int | None = None, devices: int | None
     known = machine_of_kind(device.device_kind) or machine_of_kind("H100")
     machine = dataclasses.replace(known, name=device.device_kind, kind=device.device_kind, memory=limit, fraction=1.0)
     pinned = pinned_limit()
-    cluster = Cluster(machine, jax.process_count(), jax.local_device_count(), host_memory(host_memory_gib), used=devices)
+    hosts, per_host = jax.process_count(), jax.local_device_count()
+    cluster = Cluster(machine, hosts, per_host, host_memory(host_memory_gib), used=devices)
     if pinned is None:
         return cluster
     if cluster.sharing > 1 and pinned * cluster.sharing > host_memory():
-        raise UserError(f"{HOST_LIMIT}={pinned // GIB}: jax may pin that for each of {cluster.sharing} devices, and the host "
-                        f"has {host_memory() / GIB:.0f} GiB; set it to {cluster.host_share // GIB} or less (unset, it is what "
-                        "is left to each GPU that nvidia-smi lists)")
+        raise UserError(f"{HOST_LIMIT}={pinned // GIB}: jax may pin that for each of {cluster.sharing} devices, and "
+                        f"the host has {host_memory() / GIB:.0f} GiB; set it to {cluster.host_share // GIB} or less "
+                        "(unset, it is what is left to each GPU that nvidia-smi lists)")
     return dataclasses.replace(cluster, pinned=min(pinned, host_memory()))
 
 
@@ -138,16 +139,16 @@ def this_cluster(host_memory_gib: float | int | None = None, devices: int | None
 def _compile(
     step: TrainStep, rows: int, length: int, grad_accum: int, absent: bool, on_cpu: bool, at_once: bool
 ) -> tuple[Any, Any]:
-    """The compiled gradient, or the whole step where the profile updates in it, and the update where there is one of its
-    own for real GPUs."""
-    tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=NamedSharding(step.mesh, BATCH_SPEC))
-    scalar, batch = jax.ShapeDtypeStruct((), jnp.float32), Batch(tokens, tokens, tokens)
+    """The compiled gradient, or the whole step if the profile updates in the backward pass; and the separate update, on
+    GPUs of this process."""
+    batch = Batch.abstract(rows, length, NamedSharding(step.mesh, BATCH_SPEC))
+    scalar, params = jax.ShapeDtypeStruct((), jnp.float32), (step.trained, step.frozen)
     if step.profile.update_in_backward and not absent:
-        return step.update_in_backward.lower(step.params, step.optimizer_state, batch, scalar, scalar).compile(), None
+        return step.update_in_backward.lower(*params, step.optimizer_state, batch, scalar, scalar).compile(), None
     function = step.loss_and_grad
     if absent and step.profile.offload_weights:
         function = jax.jit(functools.partial(_with_weights_on_host, step))
-    lowered = [function.lower(step.params, batch, scalar)]
+    lowered = [function.lower(*params, batch, scalar)]
     if not (absent or on_cpu):
         lowered.append(_lower_update(step, grad_accum))
     with concurrent.futures.ThreadPoolExecutor(len(lowered) if at_once else 1) as threads:
@@ -155,28 +156,30 @@ def _compile(
     return compiled, update[0] if update else None
 
 
-def _with_weights_on_host(step: TrainStep, params: Any, batch: Batch, scale: jax.Array) -> Any:
-    """Loss, and an element of each gradient (where they are used at once, too: it compiles ten times faster, and one layer's
-    update needs less than its backward pass). Devices that are not here have no memories, so that arguments and results
-    cannot be declared to live on the host: weights go there first, and gradients stay there. (Were they brought back as
-    results, the compiler would use their place on the device for temporary arrays, and a plan would lack up to their
-    size.)"""
-    loss, gradients = step.loss_and_grad(host.to_host(params), batch, scale)
+def _with_weights_on_host(step: TrainStep, trained: Any, frozen: Any, batch: Batch, scale: jax.Array) -> Any:
+    """Loss and one element of each gradient, with weights and gradients on the host, for absent devices.
+
+    Absent devices have no memories, so arguments and results cannot be declared to live on the host. Weights are copied
+    there first, and gradients stay there: as results on the device, their buffers would hold temporary arrays, and the
+    plan would lack up to their size. Profiles that update in the backward pass use this too: it compiles ten times
+    faster, and one layer's update needs less than its backward pass.
+    """
+    loss, gradients = step.loss_and_grad(host.to_host(trained), host.to_host(frozen), batch, scale)
     at = (scale * 0).astype(jnp.int32)
 
     def elements(gradients, at):
         element = lambda x: host.to_device(lax.dynamic_slice(x, (at,) * x.ndim, (1,) * x.ndim)).reshape(1)
         return jax.tree.map(element, gradients)
 
-    elements = jax.shard_map(elements, mesh=step.mesh, in_specs=(step.specs, P()), out_specs=P(AXES))
+    elements = jax.shard_map(elements, mesh=step.mesh, in_specs=(step.split(step.specs)[0], P()), out_specs=P(AXES))
     return loss, elements(host.to_host(gradients), at)
 
 
 def _lower_update(step: TrainStep, grad_accum: int) -> Any:
-    # As in a run, which then compiles nothing again: the norm was computed on the mesh, the rate comes from the host.
+    # As a run calls it, which then compiles nothing again: the norm comes from the mesh, the rate from the host.
     norm = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(step.mesh, P()))
     rate = jax.ShapeDtypeStruct((), jnp.float32)
     widen = accumulation_dtype if grad_accum > 1 else lambda dtype: dtype
     gradients = jax.tree.map(
-        lambda p: jax.ShapeDtypeStruct(p.shape, widen(p.dtype), sharding=p.sharding), step.params)
-    return step.update.lower(step.params, gradients, step.optimizer_state, norm, rate)
+        lambda p: jax.ShapeDtypeStruct(p.shape, widen(p.dtype), sharding=p.sharding), step.trained)
+    return step.update.lower(step.trained, gradients, step.optimizer_state, norm, rate)

@@ -1,10 +1,12 @@
-"""A plan as data, and how it is shown: a table, one JSON object, a line, a picture."""
+"""A plan as data, shown as a table, one JSON object, a line or a picture; and the choice of a job with its plan."""
 
 import dataclasses
 import json
 
 from alst_jax.config import UserError
 from alst_jax.hardware.machines import GIB
+from alst_jax.planning.job import Job
+from alst_jax.planning.words import describe, describe_changes
 
 COMPILED, ABSENT, ESTIMATED = "compiled", "compiled for a device that is not here", "estimated"
 PARTS = ("weights", "gradients", "optimizer", "kept activations", "working set", "batch", "saving")
@@ -128,3 +130,22 @@ class Plan:
             raise UserError(f"--plan-picture {file}: {error}") from error
         finally:
             pyplot.close(figure)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A job whose profile was chosen, and its plan. next_faster: a faster job, its plan, and the bytes it lacks."""
+
+    job: Job
+    plan: Plan
+    next_faster: tuple[Job, Plan, dict[str, int]] | None = None
+
+    def explain(self) -> str:
+        """One paragraph: the choice, and the bytes that the next faster choice lacks."""
+        text = f"memory: {describe(self.job)}; {self.plan.speed_line()}."
+        if self.next_faster is None:
+            return text + " No choice that was tried would be faster."
+        job, plan, missing = self.next_faster
+        lacked = " and ".join(f"{value / GIB:.1f} GiB of {place} memory" for place, value in missing.items())
+        changes = ", ".join(describe_changes(self.job, job))
+        return text + f" The next faster, with {changes} ({plan.step_seconds:.1f} s), lacks {lacked}."

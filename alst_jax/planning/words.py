@@ -1,9 +1,10 @@
 """A job's profile in the words of the command line."""
 
 import dataclasses
+import shlex
 from collections.abc import Iterator
 
-from alst_jax.planning.footprint import Job
+from alst_jax.planning.job import Job
 
 PLACEMENTS = ("offload_activations", "offload_weights", "offload_optimizer")
 
@@ -23,11 +24,13 @@ def describe(job: Job) -> str:
             ("optimizer-states", job.states, "float32"), ("master-weights", job.master, "float32")):
         if value != default:
             words.append(f"--{name} {value}")
+    if job.freeze is not None:
+        words.append(f"--freeze {shlex.quote(job.freeze)}")
     return " ".join(words) or "nothing offloaded, every layer's input kept"
 
 
 def describe_changes(old: Job, new: Job) -> Iterator[str]:
-    """What differs in a job's profile, as flags."""
+    """The flags by which the profiles of two jobs differ."""
     for field in dataclasses.fields(old.profile):
         before, after = getattr(old.profile, field.name), getattr(new.profile, field.name)
         if before != after:

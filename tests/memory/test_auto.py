@@ -9,8 +9,10 @@ import pytest
 from alst_jax.config import TrainConfig, UserError
 from alst_jax.hardware.machines import GIB, parse_cluster
 from alst_jax.planning import search as auto
-from alst_jax.planning.footprint import Job, estimate
-from alst_jax.planning.search import Search, choose, confirm, fits_somehow, kind_of, longest, segments_within
+from alst_jax.planning.candidates import CONFIRMED, Search, kind_of, segments_within
+from alst_jax.planning.estimate import estimate
+from alst_jax.planning.job import Job
+from alst_jax.planning.search import choose, confirm, fits_somehow, longest
 from alst_jax.profile import Profile
 from benchmarks.shapes import LLAMA_70B, llama_8b
 from train import parse
@@ -140,7 +142,7 @@ def test_a_choice_that_the_compiler_contradicts_is_corrected(excess, host):
 
 
 def test_a_kind_of_profile_that_is_misjudged_does_not_condemn_the_others():
-    first = choose(job(524288), Search(H100, margin=auto.CONFIRMED)).job
+    first = choose(job(524288), Search(H100, margin=CONFIRMED)).job
     misjudged, excess = kind_of(first.profile), 40 * GIB
 
     class OneKind(Compiler):

@@ -11,8 +11,10 @@ import pytest
 from alst_jax.hardware.machines import parse_cluster
 from alst_jax.optim.adamw import AdamW
 from alst_jax.planning.compiled import job_of, plan_step
-from alst_jax.planning.footprint import Job, estimate, kept_bytes, state_bytes, working_set
-from alst_jax.planning.seconds import Passes, collectives
+from alst_jax.planning.estimate import estimate
+from alst_jax.planning.footprint import state_bytes, working_set
+from alst_jax.planning.job import Job, Passes, kept_bytes
+from alst_jax.planning.seconds import collectives
 from alst_jax.profile import DEVICE, HOST, Profile
 from benchmarks import plan_accuracy
 from benchmarks.shapes import LLAMA_8B, LLAMA_70B, llama_8b

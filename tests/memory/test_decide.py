@@ -3,6 +3,7 @@
 
 import collections
 import dataclasses
+import functools
 import json
 import sys
 import threading
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 import train
+from alst_jax import run
 from alst_jax.config import TrainConfig, UserError
 from alst_jax.hardware import environment
 from alst_jax.hardware.machines import GIB, parse_cluster
@@ -19,10 +21,13 @@ from alst_jax.ops import attention
 from alst_jax.optim.adamw import AdamW
 from alst_jax.planning import compiled as plan
 from alst_jax.planning import planner as decide
-from alst_jax.planning import search as auto
-from alst_jax.planning.footprint import Job, estimate
-from alst_jax.planning.plan import COMPILED, ESTIMATED
+from alst_jax.planning.candidates import CONFIRMED, UNCONFIRMED
+from alst_jax.planning.estimate import estimate
+from alst_jax.planning.job import Job
+from alst_jax.planning.plan import COMPILED, ESTIMATED, Choice
 from alst_jax.planning.planner import Planner
+from alst_jax.planning.process import describe_process, host_outgrown, make_host_pool, process_bytes, with_room
+from alst_jax.planning.report import announce_plan, report
 from alst_jax.profile import Profile
 from alst_jax.storage import saving
 from alst_jax.trainer import TrainState, optimizer_step
@@ -133,13 +138,18 @@ def test_programs_are_compiled_at_once_or_one_after_the_other(monkeypatch, at_on
     assert len(most) == 2 and (most == [1, 1]) == (not at_once)
 
 
+def maker(config: TrainConfig, dtype: str):
+    """A function from jobs to steps, as train.py makes it."""
+    return functools.partial(run.make_step, config, H100, jnp.dtype(dtype))
+
+
 def test_another_job_has_a_step_of_its_own():
-    planner = Planner(TrainConfig(), H100, True, jnp.dtype("float32"))
+    planner = Planner(TrainConfig(), H100, True, maker(TrainConfig(), "float32"))
     job = Job(TINY, TILED, 1, 64)
     step = planner.step(job)
     assert planner.step(Job(TINY, dataclasses.replace(TILED), 1, 64)) is step
     other = planner.step(dataclasses.replace(job, profile=Profile(loss_tile=32, mlp_tile=32, segment_layers=(3,))))
-    assert other.profile.segment_layers == (3,) and planner.last.keys() != {job}
+    assert other.profile.segment_layers == (3,) and planner.cached.keys() != {job}
     assert planner.step(job) is not step  # only the last is kept
 
 
@@ -148,7 +158,8 @@ def test_another_job_has_a_step_of_its_own():
 
 def planner(cluster=H100, compiles=False, **flags) -> Planner:
     """For GPUs that are not here, without a compiler for them."""
-    return Planner(TrainConfig(**flags), cluster, compiles, jnp.dtype("bfloat16"))
+    config = TrainConfig(**flags)
+    return Planner(config, cluster, compiles, maker(config, "bfloat16"))
 
 
 def job(**changes) -> Job:
@@ -190,7 +201,7 @@ def test_without_a_compiler_plans_are_estimates(monkeypatch):
     monkeypatch.setattr(decide, "plan_step", None)  # not called
     choice = planner().choose(EIGHT)
     assert choice.plan.source == ESTIMATED and not choice.plan.lacks and choice.next_faster is not None
-    assert planner().search.margin == auto.UNCONFIRMED and planner(compiles=True).search.margin == auto.CONFIRMED
+    assert planner().search.margin == UNCONFIRMED and planner(compiles=True).search.margin == CONFIRMED
 
 
 def test_what_is_typed_is_not_chosen():
@@ -266,7 +277,7 @@ def test_the_longest_length_is_one_that_compiles(monkeypatch, excess):
 def test_there_is_no_longest_length_on_a_cpu_or_of_too_large_a_model():
     config = TrainConfig(find_max_seq_len=True)
     with pytest.raises(UserError, match="nobody knows its limits"):
-        decide.report(Planner.of(config, None, jnp.dtype("float32")), Job(TINY, TILED, 1, 64))
+        report(Planner.of(config, None, maker(config, "float32")), Job(TINY, TILED, 1, 64))
     with pytest.raises(UserError, match="at any length"):
         planner().longest(dataclasses.replace(EIGHT, model=LLAMA_70B))
 
@@ -287,7 +298,7 @@ def test_tokamax_is_compiled_as_cudnn_for_gpus_that_are_not_here(monkeypatch):
 def reserved(monkeypatch):
     """GiB that were asked for of each pool, and of how many devices, on a machine with two GPUs."""
     asked = []
-    monkeypatch.setattr(decide.host, "reserve", lambda gibibytes, devices: asked.append((gibibytes, len(devices))))
+    monkeypatch.setattr(host, "reserve", lambda gibibytes, devices: asked.append((gibibytes, len(devices))))
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:2])
     monkeypatch.setenv(environment.HOST_LIMIT, "100")
     return asked
@@ -304,15 +315,15 @@ def on_host(gib: float, devices: int):
     (99, 2, [(100, 2)]), (100, 1, [(100, 1)]), (104, 1, [(104, 1)]),  # never more than jax may pin, if less will do
     (15, 1, []), (15, 2, [])])
 def test_the_pools_are_of_the_plans_size(reserved, capsys, gib, devices, pinned):
-    decide.make_host_pool(on_host(gib, devices))
+    make_host_pool(on_host(gib, devices))
     assert reserved == pinned
     assert ("pinning" in capsys.readouterr().out) == bool(pinned)
 
 
-def chosen(gib: float, devices: int, limit: int | None = 109, model=LLAMA_8B) -> auto.Choice:
+def chosen(gib: float, devices: int, limit: int | None = 109, model=LLAMA_8B) -> Choice:
     """Such a plan, of weights whose largest stack is 3.5 GiB."""
     plan = dataclasses.replace(on_host(gib, devices), host_limit=limit and limit * GIB)
-    return auto.Choice(dataclasses.replace(EIGHT, model=model, dp=1, sp=devices), plan)
+    return Choice(dataclasses.replace(EIGHT, model=model, dp=1, sp=devices), plan)
 
 
 @pytest.mark.parametrize("gib,pool", [
@@ -321,9 +332,9 @@ def chosen(gib: float, devices: int, limit: int | None = 109, model=LLAMA_8B) ->
 def test_a_process_holds_a_pool_of_whole_pieces_for_each_device(gib, pool):
     for devices, per_host, here, staging in ((1, 1, 1, 4), (1, 8, 1, 4), (2, 2, 2, 2), (16, 2, 2, 0.25)):
         expected = lambda pool: (here * pool + staging + 3 + 4 + (here - 1) * 3) * GIB
-        assert decide.process_bytes(chosen(gib, devices), per_host) == expected(pool)
+        assert process_bytes(chosen(gib, devices), per_host) == expected(pool)
         if pool == 109:
-            assert decide.process_bytes(chosen(gib, devices, None), per_host) == expected(128)
+            assert process_bytes(chosen(gib, devices, None), per_host) == expected(128)
 
 
 @pytest.mark.parametrize("planned,devices,layers,pinned,measured", [
@@ -334,19 +345,19 @@ def test_processes_that_were_measured(planned, devices, layers, pinned, measured
     """Of one and two H100 (benchmarks/results/2026-11-27-h100.md has them all); the constants are fitted to them."""
     model = dataclasses.replace(LLAMA_8B, num_layers=layers)
     choice = chosen(planned - 3 / devices, devices, pinned, model)
-    assert decide.process_bytes(choice, devices) == pytest.approx(measured * GIB, rel=0.04)
+    assert process_bytes(choice, devices) == pytest.approx(measured * GIB, rel=0.04)
 
 
 def test_more_than_a_host_has_is_said():
     cluster = parse_cluster("2xH100", 100)
     fits, not_so = chosen(28, 2), chosen(40, 2)
-    text = decide.describe_process(fits, cluster)
+    text = describe_process(fits, cluster)
     assert text.startswith("the whole process: about 76 of 100 GiB of host memory: 64 in jax's pools")
-    assert decide.host_outgrown(fits, cluster) == ""
-    text = decide.host_outgrown(not_so, cluster)
+    assert host_outgrown(fits, cluster) == ""
+    text = host_outgrown(not_so, cluster)
     assert text.startswith("more than there is: the whole process: about 140 of 100")
     assert text.endswith("_GB=44 in the environment leaves it room")
-    assert decide.host_outgrown(not_so, parse_cluster("2xH100", 8)).endswith("loading and saving")  # nothing would help
+    assert host_outgrown(not_so, parse_cluster("2xH100", 8)).endswith("loading and saving")  # nothing would help
 
 
 @pytest.mark.parametrize("gib,fits", [(28, True), (40, False)])
@@ -355,12 +366,12 @@ def test_what_is_more_than_a_host_has_does_not_fit(monkeypatch, gib, fits):
     choice = chosen(gib, 2)
     choice = dataclasses.replace(choice, plan=dataclasses.replace(choice.plan, device={"weights": GIB}))
     monkeypatch.setattr(Planner, "choose", lambda self, job, say=print: choice)
-    assert json.loads(decide.report(ask, EIGHT))["fits"] is fits
+    assert json.loads(report(ask, EIGHT))["fits"] is fits
     if fits:
-        decide.announce(ask, ask.choose(EIGHT))
+        announce_plan(ask, ask.choose(EIGHT))
     else:
         with pytest.raises(UserError, match="^more than there is: .*_GB=44"):
-            decide.announce(ask, ask.choose(EIGHT))
+            announce_plan(ask, ask.choose(EIGHT))
 
 
 @pytest.mark.parametrize("name,gib,job,pinned", [
@@ -369,12 +380,12 @@ def test_what_is_more_than_a_host_has_does_not_fit(monkeypatch, gib, fits):
     ("2xH100", 221, dataclasses.replace(EIGHT, model=LLAMA_70B, sp=2), (221 - 32 - 3 - 4 - 3) / 2)])
 def test_plans_leave_room_for_what_a_process_holds(name, gib, job, pinned):
     cluster = parse_cluster(name, gib)
-    room = decide.with_room(cluster, job)
+    room = with_room(cluster, job)
     assert room.host_share == pinned * GIB
     plan = dataclasses.replace(on_host(pinned - 4, job.devices), host_limit=room.host_share)
-    assert decide.process_bytes(auto.Choice(job, plan), cluster.per_host) <= cluster.host_memory
+    assert process_bytes(Choice(job, plan), cluster.per_host) <= cluster.host_memory
     limited = dataclasses.replace(cluster, pinned=7 * GIB)
-    assert decide.with_room(limited, job) == limited and decide.with_room(None, job) is None
+    assert with_room(limited, job) == limited and with_room(None, job) is None
 
 
 def test_each_device_gets_its_pool(monkeypatch):
@@ -415,7 +426,7 @@ def test_the_environment_is_for_the_devices_of_the_flags(monkeypatch):
 
 def test_a_pool_without_a_limit(reserved, monkeypatch):
     monkeypatch.delenv(environment.HOST_LIMIT)
-    decide.make_host_pool(on_host(120, 1))
+    make_host_pool(on_host(120, 1))
     assert reserved == [(122, 1)]
 
 
@@ -423,9 +434,9 @@ def test_a_host_that_refuses_to_pin(reserved, monkeypatch):
     def refuse(gibibytes, devices, reason="RESOURCE_EXHAUSTED: no more"):
         raise jax.errors.JaxRuntimeError(f"{reason}\nand more lines")
 
-    monkeypatch.setattr(decide.host, "reserve", refuse)
+    monkeypatch.setattr(host, "reserve", refuse)
     with pytest.raises(UserError, match="42 GiB of host memory could not be pinned: RESOURCE_EXHAUSTED: no more. Free"):
-        decide.make_host_pool(on_host(40, 1))
-    monkeypatch.setattr(decide.host, "reserve", lambda gibibytes, devices: refuse(gibibytes, devices, "INTERNAL: broken"))
+        make_host_pool(on_host(40, 1))
+    monkeypatch.setattr(host, "reserve", lambda gibibytes, devices: refuse(gibibytes, devices, "INTERNAL: broken"))
     with pytest.raises(jax.errors.JaxRuntimeError, match="broken"):  # not the user's fault
-        decide.make_host_pool(on_host(40, 1))
+        make_host_pool(on_host(40, 1))

@@ -13,7 +13,7 @@ from alst_jax.hardware import environment
 from alst_jax.hardware import host_limits as limits
 from alst_jax.hardware.host_limits import cgroup_limits, host_memory
 from alst_jax.hardware.machines import GIB, pinned_share
-from alst_jax.planning import planner as decide
+from alst_jax.planning.planner import target
 
 TOTAL = psutil.virtual_memory().total
 UNLIMITED = 9223372036854771712  # of version 1
@@ -139,7 +139,7 @@ def test_the_cluster_at_hand(card, cap, set_by_user, host, usable):
     if set_by_user:
         card[environment.HOST_LIMIT] = set_by_user
     environment.prepare(None, host_memory_gib=cap)
-    cluster = decide.target(TrainConfig(host_memory=cap and float(cap)))
+    cluster = target(TrainConfig(host_memory=cap and float(cap)))
     assert cluster.host_memory == host * GIB and usable - GIB < cluster.host_share <= usable
     assert (cluster.machine.name, cluster.machine.usable) == (Card.device_kind, 75 * GIB)
     assert (cluster.machine.peak_flops, cluster.devices) == (989e12, 1)
@@ -156,17 +156,17 @@ def test_two_cards_share_the_host_if_both_are_used(card, monkeypatch, dp, set_by
     environment.prepare(None, devices=config.devices)
     if share is None:
         with pytest.raises(UserError, match="_GB=21: jax may pin that for each of 2 devices, and the host has 40 GiB; set it to 9"):
-            decide.target(config)
+            target(config)
     else:
-        assert decide.target(config).host_share == share * GIB
+        assert target(config).host_share == share * GIB
 
 
 def test_a_card_that_is_not_in_the_list_counts_as_an_h100(card, monkeypatch):
     monkeypatch.setattr(Card, "device_kind", "NVIDIA Strange")
-    assert decide.target(TrainConfig()).machine.bandwidth == 3.352e12
+    assert target(TrainConfig()).machine.bandwidth == 3.352e12
 
 
 def test_host_memory_means_nothing_on_a_cpu():
-    assert decide.target(TrainConfig()) is None
+    assert target(TrainConfig()) is None
     with pytest.raises(UserError, match="--host-memory 8: limits what GPUs may keep .* --plan-for"):
-        decide.target(TrainConfig(host_memory=8.0))
+        target(TrainConfig(host_memory=8.0))

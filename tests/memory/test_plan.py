@@ -16,10 +16,9 @@ from alst_jax.hardware.machines import GIB, parse_cluster
 from alst_jax.models.hf_config import hf_config_dict
 from alst_jax.optim.adamw import AdamW
 from alst_jax.planning.compiled import plan_step
-from alst_jax.planning.footprint import Job
-from alst_jax.planning.plan import PARTS
-from alst_jax.planning.planner import planned_against_measured
-from alst_jax.planning.search import Choice
+from alst_jax.planning.job import Job
+from alst_jax.planning.plan import PARTS, Choice
+from alst_jax.planning.report import planned_against_measured
 from alst_jax.profile import Profile
 from benchmarks.shapes import LLAMA_8B
 from tests.helpers import make_step, tiny

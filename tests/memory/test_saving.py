@@ -26,9 +26,9 @@ from alst_jax.optim.adamw import AdamW
 from alst_jax.parallel.mesh import AXES
 from alst_jax.parallel.sharding import param_specs, shardings
 from alst_jax.planning.compiled import job_of, plan_step
-from alst_jax.planning.footprint import Job, estimate
-from alst_jax.planning.saving_memory import largest_parameter, saving_bytes
-from alst_jax.planning.search import host_bytes
+from alst_jax.planning.estimate import estimate
+from alst_jax.planning.job import Job, parameter_sizes
+from alst_jax.planning.process import host_bytes, saving_bytes
 from alst_jax.profile import Profile
 from alst_jax.storage import saving
 from alst_jax.storage.checkpoint import Checkpoints, _chunks, _InPieces
@@ -61,7 +61,7 @@ def test_bytes_by_hand():
 @pytest.mark.parametrize("model", [TINY, LLAMA_8B, LLAMA_70B])
 def test_the_largest_parameter(model):
     leaves = jax.tree.leaves(abstract_params(model, jnp.float32))
-    assert largest_parameter(model) == max(leaf.size for leaf in leaves)
+    assert parameter_sizes(model).largest == max(leaf.size for leaf in leaves)
 
 
 @pytest.mark.parametrize("changes", [{}, OFFLOADED])

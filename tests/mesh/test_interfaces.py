@@ -7,7 +7,6 @@ import inspect
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from alst_jax.config import UserError
@@ -20,7 +19,18 @@ from alst_jax.ops.cross_entropy import cross_entropy
 from alst_jax.profile import Profile
 from alst_jax.stack.plain import INPUT
 from tests.helpers import (
-    PLAIN, QUIET_ADAMW, TINY, assert_trees_close, leaves, make_step, random_batch, relative_error, tiny, to_numpy, train)
+    PLAIN,
+    QUIET_ADAMW,
+    TINY,
+    assert_trees_close,
+    leaves,
+    make_step,
+    random_batch,
+    relative_error,
+    tiny,
+    to_numpy,
+    train,
+)
 
 TILES = dict(loss_tile=7, mlp_tile=5)
 HOST = dict(offload_activations=True, offload_weights=True, offload_optimizer=True)

@@ -8,8 +8,7 @@ import pytest
 
 from alst_jax.config import IGNORED, UserError
 from alst_jax.ops import attention as attention_module
-from alst_jax.ops.attention import cudnn, xla
-from alst_jax.ops.attention import attention, head_groups
+from alst_jax.ops.attention import attention, cudnn, head_groups, xla
 from alst_jax.ops.cross_entropy import cross_entropy, default_tile, tiled_cross_entropy
 from alst_jax.ops.linear import add_bias, embed, linear
 from alst_jax.ops.norm import rms_norm

@@ -1,0 +1,204 @@
+"""Search: the free choices and the memory they must fit; and the candidates, the profiles that a search tries."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+
+from alst_jax.hardware.machines import GIB, Cluster
+from alst_jax.ops.cross_entropy import default_tile
+from alst_jax.parallel.costs import head_groups
+from alst_jax.planning import footprint
+from alst_jax.planning.estimate import estimate
+from alst_jax.planning.job import Job
+from alst_jax.planning.plan import Plan
+from alst_jax.planning.process import host_bytes
+from alst_jax.planning.words import PLACEMENTS
+from alst_jax.profile import Profile
+
+UNCONFIRMED = 0.05  # of the memory, left free where no compiler confirms: the model's error (plan_accuracy.py)
+CONFIRMED = 0.01
+UNUSUAL = 0.1  # of the device: a larger error concerns one kind of profile, not all
+MOST_CHUNKS = 8
+BUDGETS = (0.0, 0.25, 0.5, 1.0)  # parts of the free device memory that rebuilding a segment may take
+NARROWER = (("bfloat16", "float32"), ("int8", "float32"), ("int8", "none"))  # moments, master
+LARGER_TILES = 4  # times the usual: fewer sums of weight gradients, more memory
+EARLY_LOADS = 4  # layers whose weights XLA loads from the host before their turn; segments leave room for them
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """The free choices, and the memory that a choice must fit.
+
+    fixed: fields of the profile that the user typed. narrow: whether the optimizer's formats may be chosen too. margin:
+    the part of each memory to leave free. Corrections: bytes that the compiler needed beyond the estimate, of the
+    device, of the host, and (of_kinds) of the device for profiles of one kind.
+    """
+
+    cluster: Cluster
+    fixed: frozenset[str] = frozenset()
+    narrow: bool = False
+    margin: float = UNCONFIRMED
+    device_correction: int = 0
+    host_correction: int = 0
+    of_kinds: tuple[tuple[tuple[int, int], int], ...] = ()
+
+    def plan(self, job: Job) -> Plan:
+        return estimate(job, self.cluster, self.correction(kind_of(job.profile)))
+
+    def correction(self, kind: tuple[int, int]) -> int:
+        """Bytes to add to the estimate on the device, for profiles of a kind."""
+        return self.device_correction + dict(self.of_kinds).get(kind, 0)
+
+    def missing(self, plan: Plan) -> dict[str, int]:
+        """Bytes that a plan lacks of "device" and "host" memory, with the margin left free."""
+        spare = {
+            "device": int(plan.device_limit * (1 - self.margin)) - plan.device_bytes,
+            "host": int(plan.host_limit * (1 - self.margin)) - plan.host_bytes - self.host_correction}
+        return {place: -bytes for place, bytes in spare.items() if bytes < 0}
+
+    def corrected(self, profile: Profile, estimated: Plan, compiled: Plan) -> tuple["Search", dict[str, int]]:
+        """The search after the compiler refused a profile; and the compiler's excess over the estimate, by memory that
+        does not suffice. A correction is a tenth larger than the excess, at least 0.1 GiB, so that the same choice does
+        not come back."""
+        more = {"device": compiled.device_bytes - estimated.device_bytes,
+                "host": compiled.host_bytes - estimated.host_bytes - self.host_correction}
+        more = {place: more[place] for place in compiled.lacks}
+        add = lambda place: max(GIB // 10, int(1.1 * more[place])) if place in more else 0
+        search = dataclasses.replace(self, host_correction=self.host_correction + add("host"))
+        everywhere, kind, of_kinds = add("device"), kind_of(profile), dict(self.of_kinds)
+        if more.get("device", 0) > UNUSUAL * compiled.device_limit:
+            # An excess that a second kind shares is corrected for all kinds.
+            others = [bytes for other, bytes in of_kinds.items() if other != kind]
+            everywhere = min(everywhere, max(others, default=0))
+            of_kinds = {other: max(0, bytes - everywhere) for other, bytes in of_kinds.items()}
+            of_kinds[kind] = of_kinds.get(kind, 0) + add("device") - everywhere
+        return dataclasses.replace(search, device_correction=self.device_correction + everywhere,
+                                   of_kinds=tuple(of_kinds.items())), more
+
+
+def kind_of(profile: Profile) -> tuple[int, int]:
+    """The kind of a profile: head chunks, and segments of one layer, two or more. A kind has similar programs."""
+    return profile.head_chunks, min(3, max(profile.segment_layers))
+
+
+# ----------------------------------------------------------------------------------------------------------- candidates
+
+
+def bases(job: Job, search: Search, larger: bool) -> Iterator[Job]:
+    """Jobs with all placements, formats and head chunks, largest memory first. larger: with larger tiles than usual."""
+    free = [name for name in PLACEMENTS if name not in search.fixed]
+    if not job.profile.remat and "offload_activations" in free:
+        free.remove("offload_activations")
+    formats = [(job.states, job.master)]
+    if search.narrow:
+        free_pair = lambda pair: all(name not in search.fixed or value == now for name, value, now in zip(
+            ("optimizer_states", "master_weights"), pair, formats[0]))
+        formats += [p for p in NARROWER if p != formats[0] and free_pair(p) and (p[1] == "float32" or job.width == 2)]
+    chunks = [job.profile.head_chunks]
+    if "head_chunks" not in search.fixed:
+        chunks = head_groups(job.model.num_heads, job.model.num_kv_heads, job.sp, MOST_CHUNKS)
+    for (states, master), values, n in itertools.product(
+            formats, sorted(itertools.product((False, True), repeat=len(free)), key=sum), chunks):
+        profile = with_tiles(job, job.profile, search, larger)
+        profile = dataclasses.replace(profile, head_chunks=n, **dict(zip(free, values)))
+        yield dataclasses.replace(job, profile=profile, states=states, master=master)
+
+
+def with_tiles(job: Job, asked: Profile, search: Search, larger: bool) -> Profile:
+    """The job's profile with usual or larger tiles where `asked` leaves them open. If possible, the loss tile divides
+    a device's tokens."""
+    tokens, changes = job.tokens, {}
+    times = LARGER_TILES if larger else 1
+    if "mlp_tile" not in search.fixed and asked.mlp_tile == 0:
+        changes["mlp_tile"] = times * job.model.hidden_size if larger and tokens > job.model.hidden_size else 0
+    if "loss_tile" not in search.fixed and asked.loss_tile == 0:
+        usual = default_tile(job.model.vocab_size)
+        even = next((n for n in range(times * usual, times * usual // 2, -128) if tokens % n == 0), 0)
+        tile = even or (times * usual if larger else 0)
+        changes["loss_tile"] = 0 if tokens <= usual or tile == usual else tile
+    return dataclasses.replace(job.profile, **changes)
+
+
+def with_kept(job: Job, search: Search, on_device: Iterable[int], least: bool = False) -> Iterator[Job]:
+    """Jobs with segments and kept attention outputs, for given placements. on_device: numbers of layers whose outputs
+    stay on the device; host memory takes as many of the others as fit, or with `least` none."""
+    profile, layers = job.profile, job.model.num_layers
+    if not profile.remat:
+        yield job
+        return
+    fixed = search.fixed
+    for kept in [profile.keep_attention_on_device] if "keep_attention_on_device" in fixed else on_device:
+        for budget in BUDGETS:
+            def make(on_host, kept=kept, budget=budget):
+                part = dataclasses.replace(profile, keep_attention_on_device=kept, keep_attention_on_host=on_host)
+                if "segment_layers" not in fixed:
+                    lengths = segments_within(dataclasses.replace(job, profile=part), search, budget)
+                    part = lengths and dataclasses.replace(part, segment_layers=lengths)
+                return part and dataclasses.replace(job, profile=part)
+
+            if "keep_attention_on_host" in fixed or least:
+                candidate = make(profile.keep_attention_on_host if "keep_attention_on_host" in fixed else 0)
+            else:
+                candidate = _most_on_host(make, layers - kept, search)
+            if candidate is not None:
+                yield candidate
+            if "segment_layers" in fixed:
+                break
+
+
+def _most_on_host(make: Callable[[int], Job | None], most: int, search: Search) -> Job | None:
+    """make(n) for the largest n that fits in host memory; make(0) if none fits."""
+    room = search.cluster.host_share * (1 - search.margin) - search.host_correction
+    fits = lambda job: job is not None and host_bytes(job) <= room
+    best, low, high = make(0), 0, most + 1
+    if not fits(best) or search.missing(search.plan(best)).keys() == {"device"}:
+        return best
+    middle = most  # tried first: it is often the answer
+    while high - low > 1:
+        job = make(middle)
+        if fits(job):
+            best, low = job, middle
+        else:
+            high = middle
+        middle = (low + high) // 2
+    return best
+
+
+def segments_within(job: Job, search: Search, part: float) -> tuple[int, ...] | None:
+    """Segments as long as `part` of the free device memory allows; None if the kept outputs alone are too large.
+
+    Built from the last layer back: the backward pass frees kept outputs on its way, so earlier segments may be longer.
+    """
+    profile, size, layers = job.profile, job.sizes, job.model.num_layers
+    if part == 0.0:
+        return (1,)
+    weights, gradients, optimizer = footprint.state_bytes(job)
+    states = (0 if profile.offload_weights else weights + gradients) + (0 if profile.offload_optimizer else optimizer)
+    room = search.cluster.machine.usable * (1 - search.margin) - states - search.correction((profile.head_chunks, 3))
+    room = room / footprint.FRAGMENTS - footprint.layer_work(job, 3)
+    room -= size.table * (job.devices > 1)  # the embedding, gathered to look up the first segment's input again
+    room -= EARLY_LOADS * size.layer // job.devices * profile.offload_weights
+    output = size.heads + size.statistics
+    on_device = layers - profile.keep_attention_on_device  # the first layer that keeps its output there
+    not_kept = on_device - profile.keep_attention_on_host  # the number of layers that keep none
+    # bytes on the device, by layer: outputs of the layers before it
+    kept_before = [max(0, layer - on_device) * output for layer in range(layers + 1)]
+    free = (room - kept_before[-1]) * part  # at the end of the forward pass
+    if free < 0:
+        return None
+    budget, lengths, stop = kept_before[-1] + free, [], layers
+    while stop:
+        need, start = kept_before[stop], stop - 1
+        while start:
+            need += size.hidden + output * (start - 1 < not_kept)
+            if need > budget:
+                break
+            start -= 1
+        lengths.append(stop - start)
+        stop = start
+    if len(lengths) > 1 and lengths[-1] == 1:  # a first segment of one layer keeps its input on the device to the end
+        if lengths[-2] > 2:
+            lengths[-2:] = [lengths[-2] - 1, 2]
+        elif kept_before[3] + 2 * size.hidden + output * min(2, not_kept) <= budget:
+            lengths[-2:] = [3]
+    return (lengths[0],) if len(set(lengths)) == 1 else tuple(reversed(lengths))

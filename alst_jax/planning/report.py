@@ -1,0 +1,83 @@
+"""Text about a plan: the report of --plan-only, the lines before a run and after it."""
+
+import dataclasses
+import json
+import statistics
+
+import jax
+
+from alst_jax.config import UserError
+from alst_jax.hardware.machines import GIB
+from alst_jax.planning.job import Job
+from alst_jax.planning.plan import ESTIMATED, Choice
+from alst_jax.planning.planner import Planner
+from alst_jax.planning.process import describe_process, host_outgrown, process_bytes
+from alst_jax.planning.words import describe
+
+MEASURED_ERROR = ("estimated by arithmetic, without a compiler: its measured error is in "
+                  "benchmarks/results/2026-11-27-plan-accuracy.md; install the extra cuda12 or cuda13 to compile for "
+                  "these devices without having them")
+
+
+def report(planner: Planner, job: Job) -> str:
+    """The text that --plan-only and --find-max-seq-len print. Draws the picture if the flags ask for one."""
+    config = planner.config
+    quiet = (lambda text: None) if config.json else print
+    if config.find_max_seq_len and planner.cluster is None:
+        raise UserError("--find-max-seq-len on a CPU: nobody knows its limits; name a machine with --plan-for")
+    choice = planner.longest(job) if config.find_max_seq_len else planner.choose(job, quiet)
+    plan = choice.plan
+    if config.plan_picture:
+        plan.picture(config.plan_picture)
+    process = planner.cluster and process_bytes(choice, planner.cluster.per_host)
+    if config.json:
+        found = {"max_seq_len": choice.job.length} if config.find_max_seq_len else {}
+        host_memory = planner.cluster and planner.cluster.host_memory
+        fits = not plan.lacks and not (planner.cluster and host_outgrown(choice, planner.cluster))
+        return json.dumps(json.loads(plan.to_json()) | {"flags": describe(choice.job), "seq_len": choice.job.length,
+            "process_bytes": process, "host_memory": host_memory, "fits": fits} | found)
+    lines = [plan.table()]
+    if planner.cluster is not None:
+        lines.append(describe_process(choice, planner.cluster))
+        if outgrown := host_outgrown(choice, planner.cluster):
+            lines.append(f"warning: {outgrown}")
+    if config.find_max_seq_len:
+        lines.insert(0, f"longest sequence: {choice.job.length:,} tokens, with {describe(choice.job)}")
+    if plan.source == ESTIMATED:
+        lines.append(MEASURED_ERROR)
+    if planner.cluster is not None and config.memory == "auto" and not config.find_max_seq_len:
+        lines.append(dataclasses.replace(choice, plan=plan).explain())
+    return "\n".join(lines)
+
+
+def announce_plan(planner: Planner, choice: Choice) -> None:
+    """Print a run's plan before it starts, in a few lines. UserError if the process would be larger than its host."""
+    if outgrown := host_outgrown(choice, planner.cluster):
+        raise UserError(outgrown)
+    print(f"plan    {choice.plan.line()}\n        {describe_process(choice, planner.cluster)}")
+    if planner.config.memory == "auto":
+        print(f"        {choice.explain()}", flush=True)
+
+
+def planned_against_measured(choice: Choice, peak_gib: float, host_peak_gib: float, seconds: list[float]) -> str:
+    """A run's plan beside its measured peaks (device and process, GiB) and the median of its steps' seconds.
+
+    The first of several steps is left out: it compiles the programs that the plan has not compiled.
+    """
+    later = seconds[1:] or seconds
+    plan = choice.plan
+    here = min(plan.devices, jax.local_device_count())  # plans are of one device, a process has several
+    expected = process_bytes(choice, here)
+    parts = [f"device {plan.device_bytes / GIB:.1f} GiB planned, {peak_gib:.1f} measured ({_percent(peak_gib * GIB,
+        plan.device_bytes)})",
+             f"host {plan.host_bytes * here / GIB:.1f} GiB planned, the whole process {expected / GIB:.1f}, its peak "
+             f"{host_peak_gib:.1f} measured ({_percent(host_peak_gib * GIB, expected)})"]
+    if later and plan.step_seconds:
+        measured = statistics.median(later)
+        parts.append(f"{plan.step_seconds:.1f} s a step planned, {measured:.1f} measured ({_percent(measured,
+            plan.step_seconds)})")
+    return "plan    " + "; ".join(parts)
+
+
+def _percent(measured: float, planned: float | int) -> str:
+    return f"{(measured / planned - 1) * 100:+.0f}%"

@@ -1,0 +1,178 @@
+# pytest tests/memory/test_job.py
+"""Sizes that follow from the parameters; frozen parameters; the costs of sequence parallelism; imports of planning/."""
+
+import ast
+import dataclasses
+import graphlib
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from alst_jax import planning
+from alst_jax.models.block import abstract_params
+from alst_jax.parallel.costs import Shapes, Traffic, head_groups, traffic, work
+from alst_jax.planning.compiled import job_of, plan_step
+from alst_jax.planning.estimate import estimate
+from alst_jax.planning.footprint import layer_work, state_bytes, trained_bytes, working_set
+from alst_jax.planning.job import Job, kept_bytes, parameter_sizes
+from alst_jax.planning.seconds import collectives, device_update_bytes, host_traffic
+from alst_jax.planning.words import describe
+from alst_jax.profile import Profile
+from benchmarks.shapes import LLAMA_1B, LLAMA_8B, LLAMA_70B, QWEN3_32B
+from tests.helpers import TINY, make_step, tiny
+
+TABLES = "embed_tokens|lm_head"
+ON_GPU = Profile(attention="cudnn", compute_dtype="bfloat16")
+OFFLOADED = dataclasses.replace(ON_GPU, offload_weights=True, offload_optimizer=True, offload_activations=True)
+
+
+# ----------------------------------------------------------------------------------------------------------- parameters
+
+
+@pytest.mark.parametrize("model", [TINY, tiny(tie_word_embeddings=True, mlp_bias=False), LLAMA_1B, LLAMA_8B, LLAMA_70B,
+                                   QWEN3_32B])
+def test_sizes_by_hand(model):
+    sizes, d = parameter_sizes(model), model.hidden_size
+    tables = 1 if model.tie_word_embeddings else 2
+    assert sizes.total == model.num_params and sizes.head == model.vocab_size * d
+    assert sizes.tables == tables * sizes.head and sizes.other_leaves == tables + 1
+    assert sizes.total == model.num_layers * sizes.layer + sizes.tables + d
+    assert sizes.layer_leaves == 9 + 4 * model.attention_bias + 3 * model.mlp_bias
+    assert sizes.largest == max(leaf.size for leaf in jax.tree.leaves(abstract_params(model, jnp.float32)))
+    assert parameter_sizes(model, "no such name") == sizes
+
+
+def test_a_frozen_parameter_is_named_by_a_pattern():
+    whole, model = parameter_sizes(TINY), TINY
+    gate = parameter_sizes(model, r"mlp\.gate_proj\.kernel")
+    assert whole.total - gate.total == model.num_layers * model.hidden_size * model.intermediate_size
+    assert (whole.layer_leaves - gate.layer_leaves, gate.tables) == (1, whole.tables)
+    heads = parameter_sizes(model, "^lm_head")
+    assert (heads.head, heads.tables, heads.layer) == (0, whole.head, whole.layer)
+    assert parameter_sizes(model, "^norm.scale$").total == whole.total - model.hidden_size
+    layers = parameter_sizes(model, "^layers")
+    assert (layers.layer, layers.layer_leaves, layers.largest_stack) == (0, 0, 0) and layers.largest == whole.head
+
+
+# --------------------------------------------------------------------------------------------------- frozen parameters
+
+
+@pytest.mark.parametrize("profile", [ON_GPU, OFFLOADED])
+@pytest.mark.parametrize("devices", [1, 8])
+def test_frozen_tables_have_no_gradients_and_no_states(profile, devices):
+    job = Job(LLAMA_8B, profile, 1, 131072, 1, devices)
+    frozen = dataclasses.replace(job, freeze=TABLES)
+    shard = 2 * LLAMA_8B.vocab_size * LLAMA_8B.hidden_size // devices
+    (weights, gradients, states), (weights_, gradients_, states_) = state_bytes(job), state_bytes(frozen)
+    assert weights_ == weights and gradients - gradients_ == 2 * shard and states - states_ == 12 * shard
+    assert trained_bytes(job) - trained_bytes(frozen) == 2 * shard
+    plan, less = estimate(job), estimate(frozen)
+    for part, difference in (("weights", 0), ("gradients", 2 * shard), ("optimizer", 12 * shard)):
+        sizes = [plan.device.get(part, 0) + plan.host.get(part, 0) for plan in (plan, less)]
+        assert sizes[0] - sizes[1] == difference, part
+    assert less.flops == plan.flops and less.host["saving"] <= plan.host["saving"]
+
+
+def test_frozen_parameters_move_less():
+    job = Job(LLAMA_8B, OFFLOADED, 1, 131072, 1, 8)
+    frozen, table = dataclasses.replace(job, freeze=TABLES), LLAMA_8B.vocab_size * LLAMA_8B.hidden_size
+    sent = lambda job, name: collectives(job)[name]
+    assert sent(job, "reduce-scatter")["bytes"] - sent(frozen, "reduce-scatter")["bytes"] == 2 * table * 4 * 7 // 8
+    assert sent(job, "reduce-scatter")["calls"] - sent(frozen, "reduce-scatter")["calls"] == 2
+    assert sent(job, "all-gather") == sent(frozen, "all-gather")
+    shard = 2 * table // 8  # gradients once in the step; gradients, weights and states there and back in the update
+    all_traffic, less = host_traffic(job), host_traffic(frozen)
+    assert all_traffic["step"] - less["step"] == 2 * shard
+    assert all_traffic["update"] - less["update"] == (2 * 2 + 2 * 2 + 2 * 12) * shard
+    here = lambda freeze: device_update_bytes(dataclasses.replace(job, profile=ON_GPU, freeze=freeze))
+    assert here(None) - here(TABLES) == (2 * 2 + 2 * 2 + 2 * 12) * shard
+
+
+def test_all_layers_frozen():
+    job = Job(LLAMA_8B, ON_GPU, 1, 131072, freeze="^layers")
+    assert state_bytes(job)[1] == 2 * (2 * LLAMA_8B.vocab_size + 1) * LLAMA_8B.hidden_size
+    assert working_set(job) >= working_set(dataclasses.replace(job, freeze=None))  # no gradients to reuse buffers of
+
+
+def test_a_plan_follows_the_steps_frozen_parameters():
+    """By the compiler: its parts come from the trees of the step."""
+    step = make_step(TINY, profile=Profile(loss_tile=32, mlp_tile=32))
+    whole = plan_step(step, 1, 64)
+    step.freeze, step.trained = TABLES, step.params | {"embed_tokens": None, "lm_head": None}
+    frozen = plan_step(step, 1, 64)
+    assert whole.device["gradients"] - frozen.device["gradients"] == 2 * TINY.vocab_size * TINY.hidden_size * 4
+    assert whole.device["weights"] == frozen.device["weights"] and job_of(step, 1, 64).freeze == TABLES
+
+
+def test_the_flag_is_in_the_words():
+    job = Job(LLAMA_8B, ON_GPU, 1, 1024, freeze=TABLES)
+    assert "--freeze 'embed_tokens|lm_head'" in describe(job)
+    assert "--freeze norm" in describe(dataclasses.replace(job, freeze="norm"))
+    assert "--freeze" not in describe(dataclasses.replace(job, freeze=None))
+
+
+# ------------------------------------------------------------------------------------------------ sequence parallelism
+
+
+def shapes(**changes) -> Shapes:
+    """32 query heads and 8 kv heads of 100 bytes."""
+    return Shapes(**dict(q=3200, kv=800, heads=32, kv_heads=8, degree=1, chunks=1, wide=2) | changes)
+
+
+def test_traffic_by_hand():
+    assert traffic(shapes()) == traffic(shapes(chunks=4)) == Traffic()
+    array = 2 * 3200 + 2 * 800  # q and o, k and v
+    assert traffic(shapes(degree=8)) == Traffic(4, array * 7 // 8, 8, 2 * array * 7 // 8)
+    repeated = 2 * 3200 + 2 * 800 * 4  # 8 kv heads for 32 devices
+    assert traffic(shapes(degree=32)) == Traffic(4, repeated * 31 // 32, 8, 2 * repeated * 31 // 32)
+    shared = 2 * 3200 + 2 * 800 * 2 * 2  # each of 16 groups of heads sends half of the kv heads' group, twice
+    assert traffic(shapes(degree=2, chunks=16)) == Traffic(64, shared // 2, 128, shared)
+
+
+def test_work_by_hand():
+    alone, swapped = work(shapes()), work(shapes(degree=8))
+    assert (alone.swaps, alone.before, alone.output_copy, alone.lone_output_copy) == (False, 0, 0, 0)
+    assert alone.peak == alone.during == 2 * 3200 + 4 * 800
+    assert (swapped.swaps, swapped.output_copy, swapped.lone_output_copy) == (True, 3200, 3200)
+    assert swapped.peak == swapped.before == 3 * 3200 + 2 * 800
+    assert work(shapes(degree=32)).output_copy == 0  # one head's transpose is no copy
+    groups = work(shapes(degree=2, chunks=8))
+    assert (groups.before, groups.during) == (0, 4 * 400 + 4 * 100 * 2 + 2 * 800)  # a kv head for each of two devices
+    assert (groups.output_copy, groups.lone_output_copy) == (3200, 0)
+    assert work(shapes(chunks=16)).during == 4 * 200 + 4 * 100 + 2 * 800 * 2  # sums in float32
+
+
+def test_head_groups_and_local_heads():
+    assert head_groups(32, 8, 1, 8) == head_groups(32, 8, 4, 8) == [1, 2, 4, 8]
+    assert head_groups(32, 8, 8, 8) == [1, 2, 4] and head_groups(32, 8, 3, 8) == []
+    assert [shapes(degree=d, chunks=c).local_heads for d, c in ((1, 1), (8, 1), (4, 8))] == [32, 4, 1]
+
+
+def test_plans_count_with_them():
+    """Bytes that sequence parallelism adds are bytes that a plan adds; here the peak is at the MLP, with that copy."""
+    job = Job(LLAMA_8B, ON_GPU, 1, 131072, 1, 8)
+    before, kept = layer_work(job), kept_bytes(job)
+    more = dataclasses.replace(job.attention_work, output_copy=job.attention_work.output_copy + 10**11)
+    job.__dict__["attention_work"] = more
+    assert layer_work(job) == before + 10**11 and kept_bytes(job) == kept
+    assert json.loads(estimate(job).to_json())["device_bytes"] > estimate(dataclasses.replace(job)).device_bytes
+
+
+# -------------------------------------------------------------------------------------------------------------- imports
+
+
+def planning_imports(tree: ast.AST) -> set[str]:
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    names = [f"{node.module}.{alias.name}" for node in nodes for alias in node.names]
+    return {name.split(".")[2] for name in names if name.startswith("alst_jax.planning.")}
+
+
+def test_no_file_of_planning_imports_in_a_cycle():
+    files = {file.stem: ast.parse(file.read_text()) for file in pathlib.Path(planning.__path__[0]).glob("*.py")}
+    order = graphlib.TopologicalSorter({name: planning_imports(tree) for name, tree in files.items()})
+    assert set(order.static_order()) == set(files)  # CycleError otherwise
+    functions = [node for tree in files.values() for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    assert not set().union(*map(planning_imports, functions))
