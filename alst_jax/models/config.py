@@ -24,6 +24,8 @@ class ModelConfig:
     initializer_range: float = 0.02
     max_position_embeddings: int = 2048
     rope: RopeConfig = RopeConfig()
+    family: str = "llama"  # model_type in Hugging Face's config.json
+    qkv_bias: bool = False  # on the query, key and value projections; attention_bias puts one on the output's too
 
     def __post_init__(self):
         for field in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"):
@@ -39,8 +41,8 @@ class ModelConfig:
         """Trainable parameters; a tied output embedding counts once."""
         d, h = self.hidden_size, self.head_dim
         attention = 2 * d * self.num_heads * h + 2 * d * self.num_kv_heads * h
-        if self.attention_bias:
-            attention += self.num_heads * h + 2 * self.num_kv_heads * h + d
+        if self.attention_bias or self.qkv_bias:
+            attention += self.num_heads * h + 2 * self.num_kv_heads * h + (d if self.attention_bias else 0)
         mlp = 3 * d * self.intermediate_size + (2 * self.intermediate_size + d if self.mlp_bias else 0)
         embeddings = self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
         return self.num_layers * (attention + mlp + 2 * d) + embeddings + d
