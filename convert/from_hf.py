@@ -11,7 +11,8 @@ import tyro
 from alst_jax.models.block import abstract_params
 from alst_jax.models.hf_config import model_config
 from alst_jax.models.hf_weights import file_dtypes, find_tensors, read_part
-from alst_jax.storage.checkpoint import MODEL, Checkpoints, copy_model_files, write_run_file
+from alst_jax.storage.checkpoint import Checkpoints
+from alst_jax.storage.run_directory import MODEL, copy_model_files, write_run_file
 from convert.cli import Unfinished, run
 
 

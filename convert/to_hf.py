@@ -8,7 +8,8 @@ import tyro
 
 from alst_jax.models.hf_config import model_config, record_dtype
 from alst_jax.models.hf_weights import save_params
-from alst_jax.storage.checkpoint import MODEL, Checkpoints, copy_model_files, find_checkpoint, read_run_file
+from alst_jax.storage.checkpoint import Checkpoints
+from alst_jax.storage.run_directory import MODEL, copy_model_files, find_checkpoint, read_run_file
 from convert.cli import Unfinished, run
 
 
