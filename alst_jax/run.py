@@ -66,19 +66,18 @@ def check_freeze(pattern: str | None, model: ModelConfig) -> None:
     if pattern is None:
         return
     leaves = jax.tree_util.tree_leaves_with_path(abstract_params(model, np.float32))
-    parameters = sorted((dotted(path) for path, _ in leaves), key=len)
-    names = f"names are {', '.join(parameters[:2])}, {parameters[-1]} and so on; `embed_tokens|lm_head` freezes the tables"
+    parameters = [dotted(path) for path, _ in leaves]
+    examples = ", ".join(parameters[:: len(parameters) // 3])
+    names = f"{examples} and so on; `embed_tokens|lm_head`, for example, freezes the tables (--freeze)"
     try:
         frozen = [name for name in parameters if re.search(pattern, name)]
     except re.error as error:
         raise UserError(f"--freeze {pattern!r} is not a regular expression: {error}. It is searched for in the names of "
                         f"parameters: {names}") from error
-    if not frozen:
-        raise UserError(f"--freeze {pattern!r} matches none of the {len(parameters)} parameters, and must match at least one: "
-                        f"{names}")
-    if len(frozen) == len(parameters):
-        raise UserError(f"--freeze {pattern!r} matches all {len(parameters)} parameters, and must leave at least one to train: "
-                        f"{names}")
+    if len(frozen) in (0, len(parameters)):
+        rule = "matches none of the {}, and must match at least one" if not frozen else (
+            "matches all {}, and must leave at least one to train")
+        raise UserError(f"--freeze {pattern!r} {rule.format(len(parameters))}. Names of parameters: {names}")
 
 
 def for_gpu(config: TrainConfig) -> bool:
