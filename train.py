@@ -81,7 +81,7 @@ def run(config: TrainConfig) -> int:
     from alst_jax.storage import run_directory
     from alst_jax.trainer import StopSignal, train
 
-    # -------------------------------------------------------------------------- what, where and how: the model, the plan
+    # ------------------------------------------------------------------------- what, where and how: the model, the plan
     out = None if config.planning else run_directory.check_out(config)
     source, planner, job = setup.subject(config)
     if config.planning:
@@ -120,7 +120,8 @@ def run(config: TrainConfig) -> int:
             checkpoints.close()
             log.close()
         if choice is not None and log.seconds:
-            print(planning.planned_against_measured(choice, peak_memory()[1], peak_host_memory(), log.seconds), flush=True)
+            measured = peak_memory()[1], peak_host_memory(), log.seconds
+            print(planning.planned_against_measured(choice, *measured), flush=True)
         if stop.received is not None and state.step < steps:
             print(f"stopped by {stop.received.name}; step {state.step} is saved. Go on with: "
                   f"python train.py --resume --out {out}")

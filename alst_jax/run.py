@@ -53,8 +53,9 @@ def subject(config: TrainConfig) -> tuple[ModelSource, Planner, Job]:
     dtype = choose_dtype(config)
     profile = make_profile(config, dtype, source.config)
     seq_len = planning.ANY_LENGTH if config.find_max_seq_len else check_seq_len(config, source.config)
-    job = Job(source.config, profile, dp * config.batch_size, padded_length(seq_len, sp, profile), dp, sp, config.grad_accum,
-              config.optimizer_states, config.master_weights, **{"freeze": config.freeze} if config.freeze else {})
+    job = Job(source.config, profile, dp * config.batch_size, padded_length(seq_len, sp, profile), dp, sp,
+              config.grad_accum, config.optimizer_states, config.master_weights,
+              **{"freeze": config.freeze} if config.freeze else {})
     return source, Planner.of(config, planning.with_room(cluster, job), dtype), job
 
 
@@ -72,8 +73,8 @@ def check_freeze(pattern: str | None, model: ModelConfig) -> None:
     try:
         frozen = [name for name in parameters if re.search(pattern, name)]
     except re.error as error:
-        raise UserError(f"--freeze {pattern!r} is not a regular expression: {error}. It is searched for in the names of "
-                        f"parameters: {names}") from error
+        raise UserError(f"--freeze {pattern!r} is not a regular expression: {error}. It is searched for in the names "
+                        f"of parameters: {names}") from error
     if len(frozen) in (0, len(parameters)):
         rule = "matches none of the {}, and must match at least one" if not frozen else (
             "matches all {}, and must leave at least one to train")
@@ -90,7 +91,8 @@ def choose_dtype(config: TrainConfig) -> jnp.dtype:
     auto = "bfloat16" if for_gpu(config) else "float32"
     dtype = jnp.dtype(auto if config.dtype == "auto" else config.dtype)
     if dtype == jnp.float32 and config.master_weights != "float32":
-        raise UserError(f"--master-weights {config.master_weights} is for bfloat16 weights; these are float32 (--dtype)")
+        raise UserError(f"--master-weights {config.master_weights} is for bfloat16 weights; these are float32 "
+                        "(--dtype)")
     return dtype
 
 
@@ -98,17 +100,17 @@ def make_profile(config: TrainConfig, dtype: jnp.dtype, model: ModelConfig) -> P
     """The memory profile the flags describe. UserError if the attention kernel cannot run here."""
     on_gpu = for_gpu(config)
     if on_gpu and jax.__version_info__ < OLDEST_JAX_ON_CUDA:
-        raise UserError(f"jax {jax.__version__} gives wrong gradients for offloaded activations on CUDA without a word; "
-                        f"install {'.'.join(map(str, OLDEST_JAX_ON_CUDA))} or newer")
+        raise UserError(f"jax {jax.__version__} gives wrong gradients for offloaded activations on CUDA without a "
+                        f"word; install {'.'.join(map(str, OLDEST_JAX_ON_CUDA))} or newer")
     attention = config.attention
     if attention == "auto":
         if on_gpu and dtype != jnp.bfloat16:
-            raise UserError(f"--dtype {dtype} on a GPU: cuDNN attention computes in bfloat16 only. Use --dtype bfloat16, or "
-                            "--attention xla, which is exact and very slow at length")
+            raise UserError(f"--dtype {dtype} on a GPU: cuDNN attention computes in bfloat16 only. Use --dtype "
+                            "bfloat16, or --attention xla, which is exact and very slow at length")
         attention = "cudnn" if on_gpu else "xla"
     if attention != "xla" and not on_gpu:
-        raise UserError(f"--attention {attention} needs an NVIDIA GPU, and jax sees none (is jax[cuda12] or jax[cuda13] "
-                        "installed?); use --attention xla")
+        raise UserError(f"--attention {attention} needs an NVIDIA GPU, and jax sees none (is jax[cuda12] or "
+                        "jax[cuda13] installed?); use --attention xla")
     if attention != "xla" and dtype != jnp.bfloat16:
         raise UserError(f"--attention {attention} needs --dtype bfloat16; use that or --attention xla")
     if attention == "tokamax":
@@ -134,10 +136,11 @@ def _check_tokamax(config: TrainConfig) -> None:
     else:
         name, capability = jax.devices()[0].device_kind, jax.devices()[0].compute_capability
         if importlib.util.find_spec("tokamax") is None:
-            raise UserError("--attention tokamax: the package is not installed (pip install tokamax, or the extra of that "
-                            "name); or use --attention cudnn")
+            raise UserError("--attention tokamax: the package is not installed (pip install tokamax, or the extra of "
+                            "that name); or use --attention cudnn")
     if capability != HOPPER:
-        raise UserError(f"--attention tokamax: its kernel was tested on Hopper GPUs only, not on {name}; use --attention cudnn")
+        raise UserError(f"--attention tokamax: its kernel was tested on Hopper GPUs only, not on {name}; use "
+                        "--attention cudnn")
 
 
 # ----------------------------------------------------------------------------------------------------------------- data
@@ -187,8 +190,9 @@ def read_data(config: TrainConfig, source: ModelSource, job: Job) -> tuple[Data,
     sequences, stats = read_sequences(config, source, config.seq_len)
     per_step, pad = job.rows * config.grad_accum, pad_token(source.tokenizer)
     if len(sequences) < per_step:
-        raise UserError(f"--data gives {len(sequences)} sequences, fewer than the {per_step} of one step (--dp x --batch-size x "
-                        "--grad-accum): the same would be repeated in it. Use more data or smaller steps")
+        raise UserError(f"--data gives {len(sequences)} sequences, fewer than the {per_step} of one step (--dp x "
+                        "--batch-size x --grad-accum): the same would be repeated in it. Use more data or smaller "
+                        "steps")
     training = TrainingBatches(sequences, job.length, job.rows, config.grad_accum, config.seed, pad)
     evaluation = None
     if config.eval_data is not None or config.model is None and not config.data:
@@ -207,8 +211,9 @@ def pad_token(tokenizer: Any) -> int:
 
 def geometry(config: TrainConfig, job: Job, dtype: jnp.dtype, data: str) -> dict[str, Any]:
     """The settings that a resumed run must share with its checkpoint. data: hash of the sequences."""
-    return {"data": data, "seed": config.seed, "rows": job.rows, "grad_accum": config.grad_accum, "seq_len": config.seq_len,
-            "dtype": str(dtype), "optimizer_states": job.states, "master_weights": job.master, "freeze": config.freeze}
+    return {"data": data, "seed": config.seed, "rows": job.rows, "grad_accum": config.grad_accum,
+            "seq_len": config.seq_len, "dtype": str(dtype), "optimizer_states": job.states,
+            "master_weights": job.master, "freeze": config.freeze}
 
 
 def begin(
@@ -216,11 +221,12 @@ def begin(
 ) -> tuple[Checkpoints, TrainState]:
     """Resume the newest checkpoint of --out, or load or draw weights and start the run directory.
 
-    settings: the `geometry`. A run that is refused leaves no directory behind.
+    settings: the `geometry`.
     """
     out = pathlib.Path(config.out)
     if not config.resume:
-        params = load_weights(source, step, jnp.dtype(settings["dtype"]), config.seed)  # may refuse: before any file is written
+        # Weights first: a run that is refused has written no file.
+        params = load_weights(source, step, jnp.dtype(settings["dtype"]), config.seed)
         run_directory.start_run_directory(out, config, source.config, source.tokenizer, source.files)
         return Checkpoints(out, config.keep_checkpoints, clean=True), TrainState.begin(step, params)
     _, at = run_directory.find_checkpoint(out)
@@ -253,7 +259,8 @@ def announce(
     dp, sp = step.mesh.devices.shape
     kind = step.mesh.devices.flat[0].device_kind
     profile, model = step.profile, step.model
-    on = [name for name, value in (("tiled loss", profile.loss_tile is not None), ("tiled MLP", profile.mlp_tile is not None),
+    on = [name for name, value in (
+          ("tiled loss", profile.loss_tile is not None), ("tiled MLP", profile.mlp_tile is not None),
           ("remat", profile.remat), ("activations in host memory", profile.offload_activations),
           ("weights in host memory", profile.offload_weights), ("optimizer in host memory", profile.offload_optimizer),
           ("update in the backward pass", profile.update_in_backward),
@@ -273,5 +280,5 @@ def announce(
     print(f"data    {stats.summary(config.seq_len)}{padded}")
     start = f", resumed at step {done}" if done else ""
     a_step = dp * config.batch_size * config.grad_accum
-    print(f"steps   {steps} of {a_step} sequences, {steps * a_step / stats.sequences:.1f} times the data{start} -> {pathlib.Path(config.out)}",
-          flush=True)
+    print(f"steps   {steps} of {a_step} sequences, {steps * a_step / stats.sequences:.1f} times the data{start} -> "
+          f"{pathlib.Path(config.out)}", flush=True)

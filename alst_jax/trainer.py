@@ -104,9 +104,9 @@ def optimizer_step(
 ) -> tuple[TrainState, dict[str, float]]:
     """One step over `batches` (int32 arrays [accumulation, B, S]); the loss is the mean over all their valid labels.
 
-    NotFinite, with the state to go on from, if the loss or the norm of the gradient is not finite. That is `state`, unless
-    the profile updates in the backward pass: then the buffers of `state` are gone, and it is the new state, or None if
-    the step was applied in part. ValueError for more than one batch there.
+    Raises NotFinite, with the state to go on from, if the loss or the norm of the gradient is not finite: `state`
+    itself, or, where the profile updates in the backward pass and the buffers of `state` are gone, the new state (None
+    if the step was applied in part). ValueError for more than one batch there.
     """
     if step.profile.update_in_backward:
         return _step_in_backward(step, state, batches, learning_rate)
@@ -135,7 +135,8 @@ def optimizer_step(
 def _step_in_backward(step, state, batches, learning_rate):
     labels, layers = count_labels(batches["labels"]), step.model.num_layers
     if len(batches["tokens"]) != 1:
-        raise ValueError(f"{len(batches['tokens'])} batches: gradients that are used at once cannot be summed over several")
+        raise ValueError(f"{len(batches['tokens'])} batches: gradients that are used at once cannot be summed over "
+                         "several")
     batch = step.put_batch(**{name: array[0] for name, array in batches.items()})
     loss, norm, finite, updated, trained, optimizer = step.update_in_backward(
         state.trained, state.frozen, state.optimizer, batch, jnp.float32(1 / labels), jnp.float32(learning_rate))
@@ -233,9 +234,9 @@ def _not_finite(step: TrainStep, done: int, problem: NotFinite, saved: int) -> s
     """The message of a step that met a number that is not finite."""
     if problem.state is None:
         last = f"the last checkpoint, step {saved}, with --resume" if saved else "the beginning: none was saved"
-        return (f"step {done + 1}: {problem}. Later layers were updated already (--update-in-backward), so nothing is saved; "
-                f"go on from {last}. A smaller --learning-rate, --save-every, or a run without --update-in-backward, which "
-                "would not apply such a step, may help")
+        return (f"step {done + 1}: {problem}. Later layers were updated already (--update-in-backward), so nothing is "
+                f"saved; go on from {last}. A smaller --learning-rate, --save-every, or a run without "
+                "--update-in-backward, which would not apply such a step, may help")
     return (f"step {done + 1}: {problem}. The step was not applied; the state before it, step {done}, "
             f"{'is saved' if done else 'is where the run began'}. A smaller --learning-rate"
             f"{'' if step.profile.update_in_backward else ' or --clip-norm'}, or --dtype float32, may help.")

@@ -24,8 +24,8 @@ HARMLESS = {
 # Fields of every family.
 IMPLEMENTED = {
     "head_dim", "hidden_act", "hidden_size", "initializer_range", "intermediate_size", "max_position_embeddings",
-    "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "rms_norm_eps", "rope_parameters", "rope_scaling",
-    "rope_theta", "tie_word_embeddings", "vocab_size",
+    "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "rms_norm_eps", "rope_parameters",
+    "rope_scaling", "rope_theta", "tie_word_embeddings", "vocab_size",
 }
 # Fields that are not implemented, with the values at which they do nothing; any unknown field may be null or false.
 NEUTRAL = {
@@ -52,7 +52,7 @@ ROPE_TYPES = {"original_max_position_embeddings": int, "truncate": bool}  # the 
 
 
 def read_config(hf_dir: str | pathlib.Path) -> dict[str, Any]:
-    """config.json of a Hugging Face directory. UserError if there is no such directory, no config.json, or no JSON in it."""
+    """config.json of a Hugging Face directory. UserError without such a directory, a config.json, or JSON in it."""
     path = pathlib.Path(hf_dir)
     if not path.is_dir():
         raise UserError(f"{path}: no such directory; --model takes a Hugging Face model directory, a hub name that can "
@@ -83,7 +83,8 @@ def parse_config(raw: dict[str, Any], where: str) -> ModelConfig:
     if missing:
         raise UserError(f"{where} lacks {', '.join(missing)}")
     _check_types(raw, where)
-    heads, kv_heads = raw["num_attention_heads"], raw.get("num_key_value_heads", family.defaults.get("num_key_value_heads"))
+    heads = raw["num_attention_heads"]
+    kv_heads = raw.get("num_key_value_heads", family.defaults.get("num_key_value_heads"))
     head_dim = raw.get("head_dim")
     if head_dim is None and raw["hidden_size"] % heads:
         raise UserError(f"{where}: hidden_size={raw['hidden_size']} is not a multiple of num_attention_heads={heads}, "
@@ -120,8 +121,8 @@ def _family(raw: dict[str, Any], where: str) -> Family:
     architectures = raw.get("architectures") or [family.architecture if family else None]
     if family is None or not isinstance(architectures, list) or family.architecture not in architectures:
         supported = ", ".join(f"{each.architecture} (model_type {each.model_type!r})" for each in FAMILIES.values())
-        raise UserError(f"{where}: model_type {kind!r}, architectures {architectures} is not supported; these models are: "
-                        f"{supported}")
+        raise UserError(f"{where}: model_type {kind!r}, architectures {architectures} is not supported; these models "
+                        f"are: {supported}")
     if raw.get("quantization_config"):
         raise UserError(f"{where}: quantization_config is set; training needs unquantised weights (bf16, f16 or f32)")
     return family
@@ -168,7 +169,8 @@ def _rope(raw: dict[str, Any], max_positions: int, where: str) -> RopeConfig:
     if kind == "default":
         unknown = [name for name in unknown if name not in ("factor", "original_max_position_embeddings")]
     if missing or unknown:
-        problems = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has unknown {', '.join(unknown)}"] * bool(unknown)
+        kinds = (("lacks", missing), ("has unknown", unknown))
+        problems = [f"{verb} {', '.join(found)}" for verb, found in kinds if found]
         raise UserError(f"{where}: RoPE of type {kind!r} {' and '.join(problems)}")
     try:
         fields = {name: ROPE_TYPES.get(name, float)(given[name]) for name in needed + optional
@@ -195,7 +197,7 @@ def record_dtype(hf_dir: str | pathlib.Path, dtype: str) -> None:
 
 
 def hf_config_dict(config: ModelConfig) -> dict[str, Any]:
-    """config.json's fields for a model that did not come from Hugging Face; `model_config` reads them back unchanged."""
+    """config.json's fields for a model that is not from Hugging Face. `model_config` reads them back unchanged."""
     family = FAMILIES[config.family]
     rope = {"rope_type": config.rope.rope_type, "rope_theta": config.rope.theta}
     for name in sum(ROPE_FIELDS[config.rope.rope_type], ()):
@@ -205,7 +207,8 @@ def hf_config_dict(config: ModelConfig) -> dict[str, Any]:
         "architectures": [family.architecture], "model_type": family.model_type, "hidden_act": "silu",
         "vocab_size": config.vocab_size, "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size, "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads, "head_dim": config.head_dim,
+        "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
         "rms_norm_eps": config.rms_norm_eps, "tie_word_embeddings": config.tie_word_embeddings,
         "initializer_range": config.initializer_range, "max_position_embeddings": config.max_position_embeddings,
         "rope_parameters": rope, **family.fields(config),

@@ -1,4 +1,4 @@
-"""Hugging Face safetensors <-> the parameter tree. One key table serves both directions; nothing holds a whole model."""
+"""Hugging Face safetensors <-> the parameter tree, with one key table. No function holds a whole model in memory."""
 
 import json
 import pathlib
@@ -85,7 +85,8 @@ def _header(file: pathlib.Path) -> dict[str, Tensor]:
             for name in handle.keys():
                 entry = handle.get_slice(name)
                 if entry.get_dtype() not in DTYPES:
-                    raise UserError(f"{file}: {name} is {entry.get_dtype()}; weights must be one of {', '.join(DTYPES)}")
+                    raise UserError(f"{file}: {name} is {entry.get_dtype()}; weights must be one of "
+                                    f"{', '.join(DTYPES)}")
                 tensors[name] = Tensor(file, tuple(entry.get_shape()), DTYPES[entry.get_dtype()])
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is corrupt or cut short: {error}") from error
@@ -187,8 +188,8 @@ def save_params(
     """Write (path, leaf) pairs as safetensors with Hugging Face's names; returns the number of tensors and their bytes.
 
     One file if it fits into max_shard_bytes, else several and an index. At most one file's tensors are in host memory,
-    and one leaf if the pairs are made one by one. Files get their final names once all are complete, and weights that were
-    there before are removed.
+    and one leaf if the pairs are made one by one. Files get their final names once all are complete, and older weights
+    are removed.
     """
     out = pathlib.Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
@@ -201,7 +202,8 @@ def save_params(
         files.append(file)
     final = [SINGLE] if len(files) == 1 else [
         f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
-    for old in (out / SINGLE, out / INDEX, *out.glob("model-*-of-*.safetensors")):  # readers would take them for the new ones
+    # Readers would take old files for the new ones.
+    for old in (out / SINGLE, out / INDEX, *out.glob("model-*-of-*.safetensors")):
         old.unlink(missing_ok=True)
     for file, name in zip(files, final):
         file.replace(out / name)

@@ -1,4 +1,4 @@
-"""Names of the leaves of a parameter tree. Nested dicts and Flax modules with the same parameters have the same names."""
+"""Names of the leaves of a parameter tree, the same for nested dicts and for Flax modules."""
 
 from typing import Any
 

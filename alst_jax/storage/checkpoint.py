@@ -76,7 +76,8 @@ class Checkpoints:
                  for name in {**saved, **wanted} if kind(saved, name) != kind(wanted, name)]
         if other:  # nothing is wrong with the checkpoint
             raise UserError(f"checkpoint {self.directory / str(step)} has the {item} of another model or optimizer: "
-                            f"{'; '.join(other[:5])}{', ...' * (len(other) > 5)}. Use the model and the flags it was made with")
+                            f"{'; '.join(other[:5])}{', ...' * (len(other) > 5)}. Use the model and the flags "
+                            "it was made with")
 
         def read(array, bounds):
             with self._reading(step):
@@ -95,7 +96,8 @@ class Checkpoints:
             raise FileNotFoundError(f"{item} not found")
         metadata = ocp.PyTreeCheckpointHandler().metadata(place)
         kvstore = {"driver": "ocdbt", "base": place.as_uri()}
-        spec = lambda name: {"driver": "zarr3" if metadata.use_zarr3 else "zarr", "kvstore": kvstore | {"path": f"{name}/"},
+        driver = "zarr3" if metadata.use_zarr3 else "zarr"
+        spec = lambda name: {"driver": driver, "kvstore": kvstore | {"path": f"{name}/"},
                              "fill_missing_data_reads": False}  # a missing chunk is an error, not zeros
         context = ts.Context()
         return {names(path): ts.open(spec(leaf.name), read=True, context=context).result()

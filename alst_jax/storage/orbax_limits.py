@@ -64,8 +64,8 @@ def _keep_record(record: logging.LogRecord) -> bool:
 class _InPieces:
     """orbax's function that writes the shards of an array, called with the shards cut into pieces.
 
-    orbax's limit on bytes written at once then holds for each piece. Without pieces it encodes a whole array, which takes
-    as much memory again as the array. Chunks are read from the file's own metadata.
+    orbax's limit on bytes written at once then holds for each piece. Without pieces it encodes a whole array, which
+    takes as much memory again as the array. Chunks are read from the file's own metadata.
     """
 
     def __init__(self, serialize: Callable):
@@ -89,5 +89,6 @@ class Pieces(ReplicaSlices):
 
     def _cut(self, part: ConcreteFragment) -> Iterator[ConcreteFragment]:
         for box in saving.pieces(part.value.shape, self.chunk, part.value.itemsize):
-            index = tuple(slice(first + cut.start, first + cut.stop, 1) for first, cut in zip(part.start, box, strict=True))
+            cuts = zip(part.start, box, strict=True)
+            index = tuple(slice(first + cut.start, first + cut.stop, 1) for first, cut in cuts)
             yield ConcreteFragment(index=index, value=part.value[(*box, ...)])  # a view, of a scalar too

@@ -164,6 +164,6 @@ def check_geometry(saved: dict[str, Any], now: dict[str, Any]) -> None:
     changed = [f"{meaning.get(name, flag(name))} ({saved.get(name)} -> {now[name]})" for name in now
                if saved.get(name) != now[name]]
     if changed:
-        raise UserError(f"--resume: changed since the checkpoint: {', '.join(changed)}. The position in the data or the "
-                        "state of the optimizer would mean something else; set it back, or start a new run with --model "
-                        "on this run's directory")
+        raise UserError(f"--resume: changed since the checkpoint: {', '.join(changed)}. The position in the data or "
+                        "the state of the optimizer would mean something else; set it back, or start a new run with "
+                        "--model on this run's directory")

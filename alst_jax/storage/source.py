@@ -1,4 +1,4 @@
-"""A model by the name that --model gives it: a Hugging Face directory or hub name, a checkpoint, or the embedded one."""
+"""The model of --model: a Hugging Face directory or hub name, a checkpoint, or by default the embedded tiny Llama."""
 
 import dataclasses
 import pathlib
@@ -39,8 +39,8 @@ def find_model(config: TrainConfig, tokenizer: bool = True) -> ModelSource:
     if config.resume:
         run_dir = pathlib.Path(config.out)
         if run_directory.read_run_file(run_dir).get("kind") != "training":
-            raise UserError(f"--resume --out {run_dir}: a converted model, not a run; train it with --model {run_dir} and "
-                            "another --out")
+            raise UserError(f"--resume --out {run_dir}: a converted model, not a run; train it with --model {run_dir} "
+                            "and another --out")
         files = run_dir / run_directory.MODEL
         named = files if config.model is None else _model_files(config.model)  # compared with the run's own later
         return ModelSource(str(config.model or files), model_config(named), load_tokenizer(files), files)
@@ -54,10 +54,12 @@ def find_model(config: TrainConfig, tokenizer: bool = True) -> ModelSource:
 
 
 def _model_files(model: str) -> pathlib.Path:
-    """Where the config and tokenizer of --model are."""
+    """The directory with the config and tokenizer of --model."""
     if not model:
         raise UserError("--model '': name a Hugging Face directory, a hub name or a checkpoint")
-    return run_directory.find_checkpoint(model)[0] / run_directory.MODEL if run_directory.is_checkpoint(model) else _hub_directory(model)
+    if run_directory.is_checkpoint(model):
+        return run_directory.find_checkpoint(model)[0] / run_directory.MODEL
+    return _hub_directory(model)
 
 
 def _hub_directory(model: str) -> pathlib.Path:

@@ -1,8 +1,8 @@
 # pytest tests/cli/test_old_runs.py
 """Run directories and checkpoints that commit eb801e0 wrote load, resume and convert.
 
-tests/data/run-eb801e0: `converted` is by convert.from_hf from a random bfloat16 Llama (2 layers of 16), `run` by train.py
---model converted --data data.jsonl --seq-len 128 --simulate-devices 2 --sp 2 --steps 2 --learning-rate 1e-2
+tests/data/run-eb801e0: `converted` is by convert.from_hf from a random bfloat16 Llama (2 layers of 16), `run` by
+train.py --model converted --data data.jsonl --seq-len 128 --simulate-devices 2 --sp 2 --steps 2 --learning-rate 1e-2
 --optimizer-states int8 --dtype float32 --no-export. expected.json is from eb801e0's own third step.
 """
 

@@ -36,8 +36,8 @@ def test_the_families():
 
 
 def test_what_is_supported_is_said():
-    with pytest.raises(UserError, match=r"model_type 'gpt2', architectures \[None\] is not supported; these models are: "
-                       r"LlamaForCausalLM \(model_type 'llama'\), Qwen2ForCausalLM \(model_type 'qwen2'\)$"):
+    with pytest.raises(UserError, match=r"model_type 'gpt2', architectures \[None\] is not supported; these models "
+                       r"are: LlamaForCausalLM \(model_type 'llama'\), Qwen2ForCausalLM \(model_type 'qwen2'\)$"):
         parse_config({"model_type": "gpt2"}, "config.json")
     with pytest.raises(UserError, match="model_type 'qwen2', architectures .*LlamaForCausalLM.* is not supported"):
         parse_config(BASE | {"architectures": ["LlamaForCausalLM"]}, "config.json")
@@ -97,7 +97,8 @@ def test_llamas_options_are_not_qwen2s(fields):
 def qwen2_tree(monkeypatch):
     """Qwen2's parameters: a Llama's with four biases, less the output projection's."""
     def tree(config, dtype):
-        made = as_dict(abstract_params(dataclasses.replace(config, family="llama", qkv_bias=False, attention_bias=True), dtype))
+        llama = dataclasses.replace(config, family="llama", qkv_bias=False, attention_bias=True)
+        made = as_dict(abstract_params(llama, dtype))
         del made["layers"]["self_attn"]["o_proj"]["bias"]
         return made
 

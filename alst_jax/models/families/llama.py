@@ -7,11 +7,12 @@ from alst_jax.models.families.family import Family
 
 BIASES = ("attention_bias", "mlp_bias")
 LINEARS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
+LEAVES = (("kernel", "weight"), ("bias", "bias"))  # here, in Hugging Face
 KEYS = {
     (norm, "scale"): f"model.layers.{{}}.{norm}.weight" for norm in ("input_layernorm", "post_attention_layernorm")
 } | {
     (part, linear, ours): f"model.layers.{{}}.{part}.{linear}.{theirs}"
-    for part, linears in LINEARS.items() for linear in linears for ours, theirs in (("kernel", "weight"), ("bias", "bias"))
+    for part, linears in LINEARS.items() for linear in linears for ours, theirs in LEAVES
 }
 
 

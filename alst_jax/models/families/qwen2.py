@@ -23,8 +23,8 @@ def options(raw: dict[str, Any], where: str) -> dict[str, Any]:
         first = raw.get("max_window_layers", FIRST_WINDOW_LAYER)
         if not isinstance(first, int) or first < raw["num_hidden_layers"]:
             raise UserError(f"{where}: not implemented: use_sliding_window=True, with which layers from "
-                            f"max_window_layers={first!r} on attend to a window only; set it to false only if the model "
-                            "was trained without windows")
+                            f"max_window_layers={first!r} on attend to a window only; set it to false only if the "
+                            "model was trained without windows")
     return {"qkv_bias": True}
 
 
