@@ -1,21 +1,21 @@
-"""What a model and a run are: plain dataclasses and their checks. No jax import, so that `--help` is instant."""
+"""The flags of a run and their checks. Imports no jax, so that `--help` is instant."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import re
-from collections.abc import Callable
-from typing import Annotated, Literal
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Literal
 
 import tyro
 
 
 class UserError(Exception):
-    """Something the user got wrong. Says what was given, the rule, the fix and the flag; the command line exits with 2."""
+    """A user's mistake. The text has the given value, the rule, the fix and the flag; the command line exits with 2."""
 
 
-IGNORED = -100  # the label that takes no part in the loss, as in Hugging Face
+IGNORED = -100  # the label of tokens without loss, as in Hugging Face
 
 # ----------------------------------------------------------------------------------------------------------------- run
 
@@ -87,17 +87,23 @@ class TrainConfig:
     """AdamW epsilon."""
     clip_norm: float = 1.0
     """Global gradient norm above which gradients are scaled down; 0 switches clipping off."""
+    freeze: str | None = None
+    """Parameters whose dotted name matches this regular expression are not trained, for example
+    `embed_tokens|lm_head`."""
 
     optimizer_states: Literal["float32", "bfloat16", "int8"] = "float32"
     """How AdamW's moments are stored; bfloat16 and int8 are rounded stochastically."""
     master_weights: Literal["float32", "low-bits", "none"] = "float32"
-    """For bfloat16 weights: a float32 copy; the 16 missing bits (the same in 2 bytes less, but ties of weights round up); or stochastic rounding."""
+    """For bfloat16 weights: a float32 copy; the 16 missing bits (the same in 2 bytes less, but ties of weights round
+    up); or stochastic rounding."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Weights and compute; bfloat16 keeps what makes it float32 in the optimizer, see --master-weights. auto: bfloat16 on GPU, float32 on CPU."""
+    """Weights and compute; bfloat16 keeps what makes it float32 in the optimizer, see --master-weights.
+    auto: bfloat16 on GPU, float32 on CPU."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype in which gradients are summed over devices."""
     attention: Literal["auto", "cudnn", "tokamax", "xla"] = "auto"
-    """Attention kernel: cudnn (GPU), tokamax (forward; Hopper, needs the extra of that name) with cudnn's backward, xla (tiled, any device). auto: cudnn on GPU, else xla."""
+    """Attention kernel: cudnn (GPU), tokamax (forward; Hopper, needs the extra of that name) with cudnn's backward,
+    xla (tiled, any device). auto: cudnn on GPU, else xla."""
     tiled_loss: bool = True
     """Compute logits and loss in tiles of tokens instead of all at once."""
     loss_tile: _Length | None = None
@@ -108,6 +114,8 @@ class TrainConfig:
     """Tokens per MLP tile. Default: the hidden size; --memory auto may take four times that."""
     remat: bool = True
     """Recompute each layer in the backward pass instead of keeping its intermediates."""
+    stack: Literal["segments", "plain"] = "segments"
+    """How layers are run: segments, with a hand-written backward pass; or plain, by jax.checkpoint alone, to compare with."""
     offload_activations: bool = False
     """Keep each layer's input in host memory between forward and backward (needs --remat)."""
     offload_weights: bool = False
@@ -115,12 +123,13 @@ class TrainConfig:
     offload_optimizer: bool = False
     """Keep optimizer state in host memory, streamed one layer at a time."""
     update_in_backward: bool = False
-    """Update each layer as soon as its gradient is there: gradients are never stored. For weights and optimizer in host memory
-    (--offload-weights --offload-optimizer), with --clip-norm 0 and --grad-accum 1. A gradient that is no finite number is met
-    after later layers were updated: the run ends at its last checkpoint."""
+    """Update each layer as soon as its gradient is there: gradients are never stored. For weights and optimizer in host
+    memory (--offload-weights --offload-optimizer), with --clip-norm 0 and --grad-accum 1. A gradient that is no finite
+    number is met after later layers were updated: the run ends at its last checkpoint."""
 
     segment_layers: tuple[int, ...] = (1,)
-    """Layers between two kept layer inputs; the inputs between them are computed again. One number, or one a segment."""
+    """Layers between two kept layer inputs; the inputs between them are computed again. One number, or one a
+    segment."""
     keep_attention_on_device: int = 0
     """Layers, the last ones, whose attention output is kept, so that attention is not run again for them."""
     keep_attention_on_host: int = 0
@@ -132,13 +141,15 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """Checkpoints kept; older ones are deleted."""
     memory: Literal["auto", "manual"] = "auto"
-    """auto: on a GPU the fastest of the memory profiles that fit is chosen; flags that are typed are kept. manual: the flags alone."""
+    """auto: on a GPU the fastest of the memory profiles that fit is chosen; flags that are typed are kept.
+    manual: the flags alone."""
     allow_narrow_optimizer: bool = False
     """Let --memory auto also choose --optimizer-states and --master-weights, which change the result by rounding."""
     plan_only: bool = False
     """Print what a step needs, by part, and stop: allocates nothing, needs no --data and no --out."""
     plan_for: str | None = None
-    """With --plan-only: plan for this machine instead of the one at hand: H100-80, 8xH100 or 4x8xH100 (4 hosts of 8)."""
+    """With --plan-only: plan for this machine instead of the one at hand: H100-80, 8xH100 or 4x8xH100 (4 hosts
+    of 8)."""
     host_memory: float | None = None
     """GiB of host memory to use at most; with --plan-for, what each host has (default: what is usual for it)."""
     find_max_seq_len: bool = False
@@ -166,7 +177,7 @@ class TrainConfig:
 
     @property
     def devices(self) -> int | None:
-        """How many --dp and --sp take; None: all there are."""
+        """The number of devices of --dp and --sp; None for all."""
         return None if self.dp is None else self.dp * (self.sp or 1)
 
     @property
@@ -175,7 +186,7 @@ class TrainConfig:
         return self.plan_only or self.find_max_seq_len
 
 
-# What a memory profile is made of: flags that --memory auto chooses, with two values each to tell which were typed.
+# The flags of a memory profile, which --memory auto chooses, each with two values that show whether it was typed.
 MEMORY_FIELDS = {
     "tiled_loss": (True, False), "loss_tile": (None, 1), "tiled_mlp": (True, False), "mlp_tile": (None, 1),
     "remat": (True, False), "offload_activations": (True, False), "offload_weights": (True, False),
@@ -186,17 +197,32 @@ MEMORY_FIELDS = {
 
 
 def typed_fields(parse: Callable[[TrainConfig], TrainConfig], default: TrainConfig) -> tuple[str, ...]:
-    """Those of MEMORY_FIELDS that the command line sets: their value does not depend on the default. parse(default) -> flags."""
+    """The MEMORY_FIELDS that the command line sets: their values do not depend on the defaults.
+
+    parse(default) -> flags.
+    """
     one, other = (parse(dataclasses.replace(default, **{name: values[i] for name, values in MEMORY_FIELDS.items()}))
                   for i in (0, 1))
     return tuple(name for name in MEMORY_FIELDS if getattr(one, name) == getattr(other, name))
 
 
 def check_run(config: TrainConfig) -> None:
-    """Refuse what is wrong whatever the model, the data and the machine are."""
-    at_least = dict(keep_attention_on_device=0, keep_attention_on_host=0, head_chunks=1, dp=1, sp=1, simulate_devices=1, steps=1, batch_size=1, grad_accum=1, warmup_steps=0, save_every=1,
-                    keep_checkpoints=1, eval_every=1, weight_decay=0, clip_norm=0, seed=0)
-    for field, least in at_least.items():
+    """UserError for flags that are wrong with any model, data and machine."""
+    _check_numbers(config)
+    _check_update_in_backward(config)
+    for wrong, message in _mistakes(config):
+        if wrong:
+            raise UserError(message)
+
+
+AT_LEAST = dict(
+    keep_attention_on_device=0, keep_attention_on_host=0, head_chunks=1, dp=1, sp=1, simulate_devices=1, steps=1,
+    batch_size=1, grad_accum=1, warmup_steps=0, save_every=1, keep_checkpoints=1, eval_every=1, weight_decay=0,
+    clip_norm=0, seed=0)
+
+
+def _check_numbers(config: TrainConfig) -> None:
+    for field, least in AT_LEAST.items():
         value = getattr(config, field)
         if value is not None and not value >= least:
             raise UserError(f"{flag(field)} {value}: must be at least {least}")
@@ -204,8 +230,9 @@ def check_run(config: TrainConfig) -> None:
         raise UserError(f"--segment-layers {' '.join(map(str, config.segment_layers))}: must be at least 1 each")
     if config.seed >= 2**32:
         raise UserError(f"--seed {config.seed}: must be below 2^32")
-    for field, value in (("learning_rate", config.learning_rate), ("eps", config.eps)):
-        if value is not None and not (0 < value < math.inf):
+    for field in ("learning_rate", "eps"):
+        value = getattr(config, field)
+        if value is not None and not 0 < value < math.inf:
             raise UserError(f"{flag(field)} {value}: must be a positive number")
     for field, value in dataclasses.asdict(config).items():
         if isinstance(value, float) and not math.isfinite(value):
@@ -213,50 +240,57 @@ def check_run(config: TrainConfig) -> None:
     for field in ("beta1", "beta2"):
         if not 0 <= getattr(config, field) < 1:
             raise UserError(f"{flag(field)} {getattr(config, field)}: must be at least 0 and below 1")
-    if not 0 <= config.final_learning_rate_ratio <= 1:
-        raise UserError(f"--final-learning-rate-ratio {config.final_learning_rate_ratio}: must be between 0 and 1")
-    if config.steps is not None and config.warmup_steps is not None and config.warmup_steps > config.steps:
-        raise UserError(f"--warmup-steps {config.warmup_steps} is more than --steps {config.steps}")
-    if config.offload_activations and not config.remat:
-        raise UserError("--offload-activations offloads what rematerialisation keeps; it needs --remat, not --no-remat")
-    if config.update_in_backward and not (config.remat and config.clip_norm == 0 and config.grad_accum == 1):
-        wrong = next(flag for flag, is_so in (
+
+
+def _check_update_in_backward(config: TrainConfig) -> None:
+    if not config.update_in_backward:
+        return
+    for given, wrong in (
             ("--no-remat", not config.remat), (f"--grad-accum {config.grad_accum}", config.grad_accum != 1),
-            (f"--clip-norm {config.clip_norm:g}", True)) if is_so)
-        raise UserError(f"--update-in-backward with {wrong}: a layer is updated before the other gradients are known, so "
-                        "that they can be neither clipped by their common norm nor summed over batches; use --clip-norm 0, "
-                        "--grad-accum 1 and --remat with it")
-    if config.update_in_backward and not (config.offload_weights and config.offload_optimizer):
-        raise UserError("--update-in-backward saves the host memory of gradients; on the device it would save none. Use it with "
-                        "--offload-weights and --offload-optimizer, or leave it out")
-    if config.pack:
-        raise UserError("--pack: packing several documents into one sequence is not supported yet; leave it out, "
-                        "and each document gets sequences of its own")
-    if config.eval_every is not None and config.eval_data is None:
-        raise UserError("--eval-every needs --eval-data, the file to evaluate on")
-    if config.resume and config.out is None:
-        raise UserError("--resume needs --out, the directory of the run to continue")
-    if config.plan_for is not None and not config.plan_for.strip():
-        raise UserError("--plan-for '': name a machine, as in H100-80 or 8xH100")
+            (f"--clip-norm {config.clip_norm:g}", config.clip_norm != 0)):
+        if wrong:
+            raise UserError(f"--update-in-backward with {given}: a layer is updated before the other gradients are "
+                            "known, so that they can be neither clipped by their common norm nor summed over batches; "
+                            "use --clip-norm 0, --grad-accum 1 and --remat with it")
+    if not (config.offload_weights and config.offload_optimizer):
+        raise UserError("--update-in-backward saves the host memory of gradients; on the device it would save none. "
+                        "Use it with --offload-weights and --offload-optimizer, or leave it out")
+
+
+def _mistakes(config: TrainConfig) -> Iterator[tuple[Any, str]]:
+    """(whether the flags are wrong, message) for each rule."""
+    yield (not 0 <= config.final_learning_rate_ratio <= 1,
+           f"--final-learning-rate-ratio {config.final_learning_rate_ratio}: must be between 0 and 1")
+    yield (config.steps is not None and config.warmup_steps is not None and config.warmup_steps > config.steps,
+           f"--warmup-steps {config.warmup_steps} is more than --steps {config.steps}")
+    yield (config.offload_activations and not config.remat,
+           "--offload-activations offloads what rematerialisation keeps; it needs --remat, not --no-remat")
+    yield (config.pack, "--pack: packing several documents into one sequence is not supported yet; leave it out, and "
+                        "each document gets sequences of its own")
+    yield (config.eval_every is not None and config.eval_data is None,
+           "--eval-every needs --eval-data, the file to evaluate on")
+    yield config.resume and config.out is None, "--resume needs --out, the directory of the run to continue"
+    yield (config.plan_for is not None and not config.plan_for.strip(),
+           "--plan-for '': name a machine, as in H100-80 or 8xH100")
     for field in ("json", "plan_for", "plan_picture"):
-        if getattr(config, field) and not config.planning:
-            raise UserError(f"{flag(field)} is for --plan-only and --find-max-seq-len; a run has the machine it is on")
-    if config.host_memory is not None and not config.host_memory > 0:
-        raise UserError(f"--host-memory {config.host_memory}: must be a positive number of GiB")
-    if config.plan_for and config.simulate_devices:
-        raise UserError("--plan-for names the machine and --simulate-devices another; leave one of them out")
-    if config.find_max_seq_len and config.seq_len is not None:
-        raise UserError(f"--find-max-seq-len looks for what --seq-len {config.seq_len} says; leave one of them out")
-    if config.allow_narrow_optimizer and config.memory == "manual":
-        raise UserError("--allow-narrow-optimizer is for --memory auto; with manual, say --optimizer-states and --master-weights")
-    if config.planning and config.resume:
-        raise UserError("--plan-only or --find-max-seq-len with --resume: plan the run with its own flags and --model on its directory")
-    if config.model is not None and not config.data and not config.planning:
-        raise UserError("--model without --data: name the files to train on (--data FILE_OR_DIR...)")
-    if config.loss_tile is not None and not config.tiled_loss:
-        raise UserError("--loss-tile has no meaning with --no-tiled-loss; leave one of them out")
-    if config.mlp_tile is not None and not config.tiled_mlp:
-        raise UserError("--mlp-tile has no meaning with --no-tiled-mlp; leave one of them out")
+        yield (getattr(config, field) and not config.planning,
+               f"{flag(field)} is for --plan-only and --find-max-seq-len; a run has the machine it is on")
+    yield (config.host_memory is not None and not config.host_memory > 0,
+           f"--host-memory {config.host_memory}: must be a positive number of GiB")
+    yield (config.plan_for and config.simulate_devices,
+           "--plan-for names the machine and --simulate-devices another; leave one of them out")
+    yield (config.find_max_seq_len and config.seq_len is not None,
+           f"--find-max-seq-len looks for what --seq-len {config.seq_len} says; leave one of them out")
+    yield (config.allow_narrow_optimizer and config.memory == "manual",
+           "--allow-narrow-optimizer is for --memory auto; with manual, say --optimizer-states and --master-weights")
+    yield (config.planning and config.resume,
+           "--plan-only or --find-max-seq-len with --resume: plan the run with its own flags and --model on its "
+           "directory")
+    yield (config.model is not None and not config.data and not config.planning,
+           "--model without --data: name the files to train on (--data FILE_OR_DIR...)")
+    for tile, tiled in (("loss_tile", "tiled_loss"), ("mlp_tile", "tiled_mlp")):
+        yield (getattr(config, tile) is not None and not getattr(config, tiled),
+               f"{flag(tile)} has no meaning with {flag('no_' + tiled)}; leave one of them out")
 
 
 def flag(field: str) -> str:

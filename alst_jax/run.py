@@ -1,10 +1,9 @@
-"""From flags to the parts of a run: model, dtype, profile, data, run directory. Each answers or refuses."""
+"""From flags to the parts of a run, in the order in which train.py asks for them. Each function answers or refuses."""
 
-import dataclasses
-import importlib.util
-import json
+import functools
 import math
 import pathlib
+import re
 import sys
 from typing import Any
 
@@ -12,84 +11,74 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alst_jax.config import TrainConfig, UserError, flag
+from alst_jax.config import TrainConfig, UserError
+from alst_jax.data.batches import TrainingBatches, evaluation_batches, fingerprint
 from alst_jax.data.documents import Sequence, Stats, make_sequences
 from alst_jax.data.embedded import python_reference
 from alst_jax.data.sources import read_documents
-from alst_jax.data.tokenizer import byte_tokenizer, load_tokenizer
 from alst_jax.hardware.machines import Cluster, parse_cluster
-from alst_jax.models.config import TINY_LLAMA, ModelConfig
-from alst_jax.models.hf_config import hf_config_dict, model_config
-from alst_jax.models.hf_weights import find_tensors, load_params
+from alst_jax.models.block import abstract_params
+from alst_jax.models.config import ModelConfig
+from alst_jax.models.hf_config import record_dtype
+from alst_jax.models.hf_weights import save_params
+from alst_jax.models.tree import dotted
+from alst_jax.ops.attention import KERNELS, find_kernel
+from alst_jax.ops.attention.devices import Gpu, choose_kernel
 from alst_jax.ops.rope import MAX_POSITION
 from alst_jax.optim.adamw import AdamW
-from alst_jax.parallel.mesh import make_mesh
+from alst_jax.parallel.mesh import choose_degrees, make_mesh
 from alst_jax.planning.compiled import absent_devices
 from alst_jax.planning.job import Job
+from alst_jax.planning.planner import ANY_LENGTH, Planner, target
+from alst_jax.planning.process import with_room
 from alst_jax.profile import Profile
 from alst_jax.step import TrainStep
-from alst_jax.storage import checkpoint as ckpt
+from alst_jax.storage import run_directory, saving
+from alst_jax.storage.checkpoint import Checkpoints
+from alst_jax.storage.source import ModelSource, find_model, load_weights
+from alst_jax.trainer import Data, TrainState
 
 OLDEST_JAX_ON_CUDA = (0, 11, 1)  # openxla/xla#46231
-CUDNN_MAX_HEAD_DIM = 128  # of the backward pass on every generation
-HOPPER = "9.0"  # compute capability
-CUDNN_MULTIPLE = 128  # tokens: cuDNN's attention wants whole tiles
 
 
-@dataclasses.dataclass(frozen=True)
-class ModelSource:
-    """A model and where its weights are: a Hugging Face directory, one of our checkpoints, or nowhere (drawn at random)."""
+def subject(config: TrainConfig) -> tuple[ModelSource, Planner, Job]:
+    """The model, the planner of the machine, and the step's shapes. UserError for impossible combinations."""
+    # ------------------------------------------------------------------------------------------- where: devices, mesh
+    cluster = target(config)
+    dp, sp = choose_degrees(config.dp, config.sp, cluster.devices if config.plan_for else jax.device_count())
 
-    name: str
-    config: ModelConfig
-    tokenizer: Any
-    files: pathlib.Path | None  # config.json, tokenizer: what the export copies
-    hf_weights: pathlib.Path | None = None
-    checkpoint: tuple[pathlib.Path, int] | None = None
-
-
-# ---------------------------------------------------------------------------------------------------------------- model
-
-
-def find_model(config: TrainConfig, tokenizer: bool = True) -> ModelSource:
-    """The model of a run: that of the run directory when resuming, the one named, or the embedded tiny Llama; a plan needs
-    no tokenizer."""
-    if config.resume:
-        run_dir = pathlib.Path(config.out)
-        if ckpt.read_run_file(run_dir).get("kind") != "training":
-            raise UserError(f"--resume --out {run_dir}: a converted model, not a run; train it with --model {run_dir} and "
-                            "another --out")
-        files = run_dir / ckpt.MODEL
-        named = files if config.model is None else _model_files(config.model)  # compared with the run's own later
-        return ModelSource(str(config.model or files), model_config(named), load_tokenizer(files), files)
-    if config.model is None:
-        return ModelSource("the embedded tiny Llama", TINY_LLAMA, byte_tokenizer() if tokenizer else None, None)
-    files = _model_files(config.model)
-    parts = (config.model, model_config(files), load_tokenizer(files) if tokenizer else None, files)
-    if ckpt.is_checkpoint(config.model):
-        return ModelSource(*parts, checkpoint=ckpt.find_checkpoint(config.model))
-    return ModelSource(*parts, hf_weights=files)
+    # -------------------------------------------------------------------------------------------------- what: the model
+    source = find_model(config, tokenizer=not config.planning)
+    check_freeze(config.freeze, source.config)
+    dtype = choose_dtype(config)
+    profile = make_profile(config, dtype, source.config)
+    seq_len = ANY_LENGTH if config.find_max_seq_len else check_seq_len(config, source.config)
+    job = Job(source.config, profile, dp * config.batch_size, padded_length(seq_len, sp, profile), dp, sp,
+              config.grad_accum, config.optimizer_states, config.master_weights, freeze=config.freeze)
+    cluster = with_room(cluster, job)
+    return source, Planner.of(config, cluster, functools.partial(make_step, config, cluster, dtype)), job
 
 
-def _model_files(model: str) -> pathlib.Path:
-    """Where the config and tokenizer of --model are."""
-    if not model:
-        raise UserError("--model '': name a Hugging Face directory, a hub name or a checkpoint")
-    return ckpt.find_checkpoint(model)[0] / ckpt.MODEL if ckpt.is_checkpoint(model) else _hub_directory(model)
+# ---------------------------------------------------------------------------------------------------- model and profile
 
 
-def _hub_directory(model: str) -> pathlib.Path:
-    path = pathlib.Path(model)
-    if path.exists() or model.count("/") != 1 or model.startswith((".", "/", "~")):
-        return path  # model_config says what is wrong with it
-    from huggingface_hub import snapshot_download
-
+def check_freeze(pattern: str | None, model: ModelConfig) -> None:
+    """UserError unless --freeze matches some of the model's parameters, and leaves some to train."""
+    if pattern is None:
+        return
+    leaves = jax.tree_util.tree_leaves_with_path(abstract_params(model, np.float32))
+    parameters = [dotted(path) for path, _ in leaves]
+    examples = ", ".join(parameters[:: len(parameters) // 3])
+    names = f"{examples} and so on; `embed_tokens|lm_head`, for example, freezes the tables (--freeze)"
     try:
-        return pathlib.Path(snapshot_download(model, ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]))
-    except Exception as error:  # the hub's client raises many kinds, all of which mean: not to be had
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"--model {model}: no such directory, and no such model could be fetched from the hub "
-                        f"({reason})") from error
+        frozen = [name for name in parameters if re.search(pattern, name)]
+    except re.error as error:
+        raise UserError(f"--freeze {pattern!r} is not a regular expression: {error}. It is searched for in the names "
+                        f"of parameters: {names}") from error
+    if len(frozen) in (0, len(parameters)):
+        rule = "matches none of the {}, and must match at least one" if not frozen else (
+            "matches all {}, and must leave at least one to train")
+        raise UserError(f"--freeze {pattern!r} {rule.format(len(parameters))}. Names of parameters: {names}")
 
 
 def for_gpu(config: TrainConfig) -> bool:
@@ -102,7 +91,8 @@ def choose_dtype(config: TrainConfig) -> jnp.dtype:
     auto = "bfloat16" if for_gpu(config) else "float32"
     dtype = jnp.dtype(auto if config.dtype == "auto" else config.dtype)
     if dtype == jnp.float32 and config.master_weights != "float32":
-        raise UserError(f"--master-weights {config.master_weights} is for bfloat16 weights; these are float32 (--dtype)")
+        raise UserError(f"--master-weights {config.master_weights} is for bfloat16 weights; these are float32 "
+                        "(--dtype)")
     return dtype
 
 
@@ -110,24 +100,9 @@ def make_profile(config: TrainConfig, dtype: jnp.dtype, model: ModelConfig) -> P
     """The memory profile the flags describe. UserError if the attention kernel cannot run here."""
     on_gpu = for_gpu(config)
     if on_gpu and jax.__version_info__ < OLDEST_JAX_ON_CUDA:
-        raise UserError(f"jax {jax.__version__} gives wrong gradients for offloaded activations on CUDA without a word; "
-                        f"install {'.'.join(map(str, OLDEST_JAX_ON_CUDA))} or newer")
-    attention = config.attention
-    if attention == "auto":
-        if on_gpu and dtype != jnp.bfloat16:
-            raise UserError(f"--dtype {dtype} on a GPU: cuDNN attention computes in bfloat16 only. Use --dtype bfloat16, or "
-                            "--attention xla, which is exact and very slow at length")
-        attention = "cudnn" if on_gpu else "xla"
-    if attention != "xla" and not on_gpu:
-        raise UserError(f"--attention {attention} needs an NVIDIA GPU, and jax sees none (is jax[cuda12] or jax[cuda13] "
-                        "installed?); use --attention xla")
-    if attention != "xla" and dtype != jnp.bfloat16:
-        raise UserError(f"--attention {attention} needs --dtype bfloat16; use that or --attention xla")
-    if attention == "tokamax":
-        _check_tokamax(config)
-    if attention != "xla" and (model.head_dim % 8 or model.head_dim > CUDNN_MAX_HEAD_DIM):
-        raise UserError(f"--attention {attention}: the model's head_dim={model.head_dim} must be a multiple of 8 up to "
-                        f"{CUDNN_MAX_HEAD_DIM}; use --attention xla")
+        raise UserError(f"jax {jax.__version__} gives wrong gradients for offloaded activations on CUDA without a "
+                        f"word; install {'.'.join(map(str, OLDEST_JAX_ON_CUDA))} or newer")
+    kernel = choose_kernel(config.attention, KERNELS, gpu_of(config), str(dtype), model.head_dim)
     return Profile(
         loss_tile=(config.loss_tile or 0) if config.tiled_loss else None,
         mlp_tile=(config.mlp_tile or 0) if config.tiled_mlp else None,
@@ -135,37 +110,19 @@ def make_profile(config: TrainConfig, dtype: jnp.dtype, model: ModelConfig) -> P
         offload_optimizer=config.offload_optimizer, update_in_backward=config.update_in_backward,
         segment_layers=config.segment_layers,
         keep_attention_on_device=config.keep_attention_on_device, keep_attention_on_host=config.keep_attention_on_host,
-        head_chunks=config.head_chunks, attention=attention, compute_dtype=str(dtype),
+        head_chunks=config.head_chunks, attention=kernel.name, stack=config.stack, compute_dtype=str(dtype),
         reduce_dtype=config.reduce_dtype)
 
 
-def _check_tokamax(config: TrainConfig) -> None:
+def gpu_of(config: TrainConfig) -> Gpu | None:
+    """The GPU of a run, or of its plan; None on a CPU."""
+    if not for_gpu(config):
+        return None
     if config.plan_for:
         machine = parse_cluster(config.plan_for).machine
-        name, capability = machine.name, ".".join(map(str, machine.capability))
-    else:
-        name, capability = jax.devices()[0].device_kind, jax.devices()[0].compute_capability
-        if importlib.util.find_spec("tokamax") is None:
-            raise UserError("--attention tokamax: the package is not installed (pip install tokamax, or the extra of that "
-                            "name); or use --attention cudnn")
-    if capability != HOPPER:
-        raise UserError(f"--attention tokamax: its kernel was tested on Hopper GPUs only, not on {name}; use --attention cudnn")
-
-
-def load_weights(source: ModelSource, step: TrainStep, dtype: jnp.dtype, seed: int) -> Any:
-    """The weights, sharded and placed as the step wants them."""
-    if source.hf_weights is not None:
-        if dtype == jnp.bfloat16 and any(t.dtype == np.float32 for t in find_tensors(source.hf_weights).values()):
-            print(f"warning: the float32 weights of {source.name} are rounded to bfloat16; --dtype float32 keeps them",
-                  file=sys.stderr, flush=True)
-        return load_params(source.hf_weights, source.config, step.params)
-    if source.checkpoint is not None:
-        run_dir, at = source.checkpoint
-        checkpoints = ckpt.Checkpoints(run_dir)
-        params = checkpoints.restore_params(at, step.params)
-        checkpoints.close()
-        return params
-    return step.init_params(jax.random.key(seed), dtype)
+        return Gpu(machine.name, ".".join(map(str, machine.capability)), present=False)
+    device = jax.devices()[0]
+    return Gpu(device.device_kind, str(device.compute_capability), present=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------- data
@@ -190,7 +147,7 @@ def check_seq_len(config: TrainConfig, model: ModelConfig) -> int:
 
 def padded_length(seq_len: int, sp: int, profile: Profile) -> int:
     """seq_len, rounded up to what the mesh and the attention kernel divide; the rest is padding without labels."""
-    multiple = math.lcm(sp, CUDNN_MULTIPLE if profile.attention != "xla" else 1)
+    multiple = math.lcm(sp, find_kernel(profile.attention).multiple)
     return -(-seq_len // multiple) * multiple
 
 
@@ -207,81 +164,85 @@ def read_sequences(
     return make_sequences(documents, source.tokenizer, seq_len, source.config.vocab_size, name)
 
 
-def check_enough(config: TrainConfig, sequences: int, per_step: int) -> None:
-    """UserError if one step would meet the same sequence twice."""
-    if sequences < per_step:
-        raise UserError(f"--data gives {sequences} sequences, fewer than the {per_step} of one step (--dp x --batch-size x "
-                        "--grad-accum): the same would be repeated in it. Use more data or smaller steps")
+def read_data(config: TrainConfig, source: ModelSource, job: Job) -> tuple[Data, Stats, str]:
+    """The batches of a run, the training documents' statistics and a hash of their sequences.
+
+    UserError if one step would meet the same sequence twice.
+    """
+    sequences, stats = read_sequences(config, source, config.seq_len)
+    per_step, pad = job.rows * config.grad_accum, pad_token(source.tokenizer)
+    if len(sequences) < per_step:
+        raise UserError(f"--data gives {len(sequences)} sequences, fewer than the {per_step} of one step (--dp x "
+                        "--batch-size x --grad-accum): the same would be repeated in it. Use more data or smaller "
+                        "steps")
+    training = TrainingBatches(sequences, job.length, job.rows, config.grad_accum, config.seed, pad)
+    evaluation = None
+    if config.eval_data is not None or config.model is None and not config.data:
+        held_out, _ = read_sequences(config, source, config.seq_len, held_out=True)
+        evaluation = functools.partial(evaluation_batches, held_out, job.length, job.rows, pad)
+    return Data(training, evaluation), stats, fingerprint(sequences)
 
 
 def pad_token(tokenizer: Any) -> int:
-    """A token to fill up with; it is never learned from, so any will do where the tokenizer names none."""
+    """The token of padding. It has no label, so any token will do if the tokenizer names none."""
     return next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
 
 
-# -------------------------------------------------------------------------------------------------------- run directory
+# ---------------------------------------------------------------------------------------------------------------- state
 
 
-def check_out(config: TrainConfig) -> pathlib.Path:
-    """--out, which must be new or empty, or with --resume hold the run to continue."""
-    if config.out is None:
-        raise UserError("--out: name a directory for checkpoints, metrics and the trained model")
+def geometry(config: TrainConfig, job: Job, dtype: jnp.dtype, data: str) -> dict[str, Any]:
+    """The settings that a resumed run must share with its checkpoint. data: hash of the sequences."""
+    return {"data": data, "seed": config.seed, "rows": job.rows, "grad_accum": config.grad_accum,
+            "seq_len": config.seq_len, "dtype": str(dtype), "optimizer_states": job.states,
+            "master_weights": job.master, "freeze": config.freeze}
+
+
+def begin(
+    config: TrainConfig, source: ModelSource, step: TrainStep, data: Data, settings: dict[str, Any]
+) -> tuple[Checkpoints, TrainState]:
+    """Resume the newest checkpoint of --out, or load or draw weights and start the run directory.
+
+    settings: the `geometry`.
+    """
     out = pathlib.Path(config.out)
-    if config.resume:
-        return out
-    blocked = next((p for p in (out, *out.absolute().parents) if p.exists() and not p.is_dir()), None)
-    if blocked is not None:
-        raise UserError(f"--out {out}: {blocked} is a file, not a directory")
-    if ckpt.is_run_directory(out) and not ckpt.has_results(out):
-        return out  # a run that ended before it saved anything: start it again
-    if out.exists() and any(out.iterdir()):
-        what = "holds another run" if ckpt.is_run_directory(out) else "is not empty"
-        raise UserError(f"--out {out} {what}; choose another directory" +
-                        (", or continue that run with --resume" if ckpt.is_run_directory(out) else ""))
-    return out
+    if not config.resume:
+        # Weights first: a run that is refused has written no file.
+        params = load_weights(source, step, jnp.dtype(settings["dtype"]), config.seed)
+        run_directory.start_run_directory(out, config, source.config, source.tokenizer, source.files)
+        return Checkpoints(out, config.keep_checkpoints, clean=True), TrainState.begin(step, params)
+    _, at = run_directory.find_checkpoint(out)
+    checkpoints = Checkpoints(out, config.keep_checkpoints, clean=True)
+    loop = checkpoints.restore_loop(at)
+    run_directory.check_same_model(run_directory.saved_model(out), source.config)
+    run_directory.check_geometry(loop["geometry"], settings)
+    trained, frozen = step.split(checkpoints.restore_params(at, step.params))
+    optimizer = checkpoints.restore_optimizer(at, step.optimizer_state)
+    data.training.set_state(loop["data"])
+    return checkpoints, TrainState(trained, frozen, optimizer, loop["step"])
 
 
-def start_run_directory(out: pathlib.Path, config: TrainConfig, source: ModelSource) -> None:
-    """model/ and run.json; nothing was written before, so a refused run leaves no directory behind."""
-    if source.files is not None:
-        ckpt.copy_model_files(source.files, out / ckpt.MODEL)
-    else:
-        source.tokenizer.save_pretrained(out / ckpt.MODEL)
-        fields = hf_config_dict(source.config) | {
-            "bos_token_id": source.tokenizer.bos_token_id, "eos_token_id": source.tokenizer.eos_token_id,
-            "pad_token_id": source.tokenizer.pad_token_id}
-        (out / ckpt.MODEL / "config.json").write_text(json.dumps(fields, indent=2))
-    flags = dataclasses.asdict(config) | {"resume": False}
-    ckpt.write_run_file(out, "training", {"flags": flags})
-
-
-def saved_model(out: pathlib.Path) -> ModelConfig:
-    """The model the run began with."""
-    return model_config(out / ckpt.MODEL)
-
-
-def check_geometry(saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """UserError if resuming would not see the same data in the same order."""
-    meaning = {"data": "--data", "rows": "--dp x --batch-size", "grad_accum": "--grad-accum"}
-    changed = [f"{meaning.get(name, flag(name))} ({saved.get(name)} -> {now[name]})" for name in now
-               if saved.get(name) != now[name]]
-    if changed:
-        raise UserError(f"--resume: changed since the checkpoint: {', '.join(changed)}. The position in the data would "
-                        "mean something else; set it back, or start a new run with --model on this run's directory")
+def export(out: pathlib.Path, source: ModelSource, params: Any, dtype: jnp.dtype) -> None:
+    """Write OUT/hf, a Hugging Face directory with these weights."""
+    target = out / run_directory.EXPORT
+    run_directory.copy_model_files(out / run_directory.MODEL, target)
+    save_params(jax.tree_util.tree_leaves_with_path(params), source.config, target, saving.EXPORT_FILE)
+    record_dtype(target, str(dtype))
+    print(f"wrote {target}: transformers.AutoModelForCausalLM.from_pretrained({str(target)!r}) loads it")
 
 
 # --------------------------------------------------------------------------------------------------------------- report
 
 
 def announce(
-    config: TrainConfig, source: ModelSource, step: TrainStep, stats: Stats, seq_len: int, padded_len: int, steps: int,
-    done: int, out: str,
+    config: TrainConfig, source: ModelSource, step: TrainStep, job: Job, stats: Stats, steps: int, done: int
 ) -> None:
-    """What is about to happen, in a few lines."""
+    """Print the model, mesh, memory features, data and steps of a run. done: steps before it was resumed."""
     dp, sp = step.mesh.devices.shape
     kind = step.mesh.devices.flat[0].device_kind
     profile, model = step.profile, step.model
-    on = [name for name, value in (("tiled loss", profile.loss_tile is not None), ("tiled MLP", profile.mlp_tile is not None),
+    on = [name for name, value in (
+          ("tiled loss", profile.loss_tile is not None), ("tiled MLP", profile.mlp_tile is not None),
           ("remat", profile.remat), ("activations in host memory", profile.offload_activations),
           ("weights in host memory", profile.offload_weights), ("optimizer in host memory", profile.offload_optimizer),
           ("update in the backward pass", profile.update_in_backward),
@@ -294,11 +255,15 @@ def announce(
           f"{profile.compute_dtype}, attention {profile.attention}")
     print(f"mesh    dp {dp} x sp {sp} on {kind}{f'; {idle} devices stay idle' if idle else ''}")
     print(f"memory  {', '.join(on) or 'no feature on'}")
-    print(f"data    {stats.summary(seq_len)}" + (f", padded to {padded_len}" if padded_len != seq_len else ""))
+    if config.freeze:
+        count = sum(leaf.size for leaf in jax.tree.leaves(step.frozen))
+        print(f"frozen  {count / 1e6:,.1f}M parameters match --freeze {config.freeze}")
+    padded = f", padded to {job.length}" if job.length != config.seq_len else ""
+    print(f"data    {stats.summary(config.seq_len)}{padded}")
     start = f", resumed at step {done}" if done else ""
     a_step = dp * config.batch_size * config.grad_accum
-    print(f"steps   {steps} of {a_step} sequences, {steps * a_step / stats.sequences:.1f} times the data{start} -> {out}",
-          flush=True)
+    print(f"steps   {steps} of {a_step} sequences, {steps * a_step / stats.sequences:.1f} times the data{start} -> "
+          f"{pathlib.Path(config.out)}", flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------- step
@@ -308,5 +273,5 @@ def make_step(config: TrainConfig, cluster: Cluster | None, dtype: jnp.dtype, jo
     """The step of a job on this process's devices, or on the absent devices of --plan-for."""
     optimizer = AdamW(config.beta1, config.beta2, config.eps, config.weight_decay, config.clip_norm,
                       job.states, job.master, config.seed)
-    devices = absent_devices(cluster) if config.plan_for else None
-    return TrainStep(job.model, make_mesh(job.dp, job.sp, devices), job.profile, optimizer, dtype)
+    mesh = make_mesh(job.dp, job.sp, absent_devices(cluster) if config.plan_for else None)
+    return TrainStep(job.model, mesh, job.profile, optimizer, dtype, job.freeze)

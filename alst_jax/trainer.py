@@ -17,26 +17,49 @@ from alst_jax.config import TrainConfig, UserError
 from alst_jax.data.batches import TrainingBatches
 from alst_jax.hardware.environment import peak_flops
 from alst_jax.metrics import MetricsLog, ProgressDisplay, peak_memory
-from alst_jax.models.tree import is_stacked
+from alst_jax.models.tree import dotted, is_stacked, names
 from alst_jax.step import TrainStep, count_labels
 
-
-class NotFinite(Exception):
-    """Loss or gradient is not a finite number. state: that before the step, which was not applied; None if it was applied in
-    part."""
-
-    def __init__(self, reason: str, state: "TrainState | None"):
-        super().__init__(reason)
-        self.state = state
+DEFAULT_LEARNING_RATE = 1e-5
 
 
 @dataclasses.dataclass
 class TrainState:
-    """What an optimizer step changes; `step` counts the steps done."""
+    """The arrays that an optimizer step changes, the frozen parameters, and `step`, the number of steps done.
 
-    params: Any
+    trained, frozen: two trees of all parameters, each with None for the parameters of the other.
+    """
+
+    trained: Any
+    frozen: Any
     optimizer: Any
     step: int
+
+    @staticmethod
+    def begin(step: TrainStep, params: Any) -> "TrainState":
+        """The state before the first step."""
+        trained, frozen = step.split(params)
+        return TrainState(trained, frozen, step.init_optimizer(trained), 0)
+
+    def after(self, trained: Any, optimizer: Any, steps: int = 1) -> "TrainState":
+        """The state after an update."""
+        return TrainState(trained, self.frozen, optimizer, self.step + steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The batches of a run. evaluation: makes an iterator over the held-out batches; None without such data."""
+
+    training: TrainingBatches
+    evaluation: Callable[[], Iterable[dict[str, np.ndarray]]] | None = None
+
+
+class NotFinite(Exception):
+    """Loss or gradient is not a finite number. state: the state to go on from, None if the step was applied in part."""
+
+    def __init__(self, reason: str, state: TrainState | None):
+        super().__init__(reason)
+        self.state = state
 
 
 class StopSignal:
@@ -81,9 +104,9 @@ def optimizer_step(
 ) -> tuple[TrainState, dict[str, float]]:
     """One step over `batches` (int32 arrays [accumulation, B, S]); the loss is the mean over all their valid labels.
 
-    Raises NotFinite if the loss or the gradient's norm is not finite, with the state to go on from: `state` itself, or, where
-    the profile updates in the backward pass, what `state`, whose buffers are gone then, has become (None: a step done in part).
-    ValueError for more than one batch there.
+    Raises NotFinite, with the state to go on from, if the loss or the norm of the gradient is not finite: `state`
+    itself, or, where the profile updates in the backward pass and the buffers of `state` are gone, the new state (None
+    if the step was applied in part). ValueError for more than one batch there.
     """
     if step.profile.update_in_backward:
         return _step_in_backward(step, state, batches, learning_rate)
@@ -93,7 +116,7 @@ def optimizer_step(
     loss, gradients = 0.0, step.zero_gradients() if accumulation > 1 else None
     for i in range(accumulation):
         batch = step.put_batch(**{name: array[i] for name, array in batches.items()})
-        part, new = step.loss_and_grad(state.params, batch, scale)
+        part, new = step.loss_and_grad(state.trained, state.frozen, batch, scale)
         gradients = new if accumulation == 1 else step.add_gradients(gradients, new)
         loss += float(part)
     norm = step.gradient_norm(gradients)
@@ -104,114 +127,119 @@ def optimizer_step(
             where = "every gradient finite: only the loss is not" if math.isfinite(values["grad_norm"]) else (
                 "every gradient finite: only their norm is not")
         raise NotFinite(f"loss {loss}, gradient norm {values['grad_norm']}, {where}", state)
-    params, optimizer = step.update(state.params, gradients, state.optimizer, norm, jnp.float32(learning_rate))
-    jax.block_until_ready(params)
-    return TrainState(params, optimizer, state.step + 1), values
+    trained, optimizer = step.update(state.trained, gradients, state.optimizer, norm, jnp.float32(learning_rate))
+    jax.block_until_ready(trained)
+    return state.after(trained, optimizer), values
 
 
 def _step_in_backward(step, state, batches, learning_rate):
     labels, layers = count_labels(batches["labels"]), step.model.num_layers
     if len(batches["tokens"]) != 1:
-        raise ValueError(f"{len(batches['tokens'])} batches: gradients that are used at once cannot be summed over several")
+        raise ValueError(f"{len(batches['tokens'])} batches: gradients that are used at once cannot be summed over "
+                         "several")
     batch = step.put_batch(**{name: array[0] for name, array in batches.items()})
-    loss, norm, finite, updated, params, optimizer = step.update_in_backward(
-        state.params, state.optimizer, batch, jnp.float32(1 / labels), jnp.float32(learning_rate))
+    loss, norm, finite, updated, trained, optimizer = step.update_in_backward(
+        state.trained, state.frozen, state.optimizer, batch, jnp.float32(1 / labels), jnp.float32(learning_rate))
     values = {"loss": float(loss), "grad_norm": float(norm), "labels": labels}
     if not finite:
         where = "the embedding" if updated == layers else f"layer {layers - 1 - int(updated)} of {layers}"
         where = f"first met in {where}, going back" if updated else "first met in the loss, the head or the last layer"
         raise NotFinite(f"loss {values['loss']}, gradient norm {values['grad_norm']}, {where}",
-                        None if updated else TrainState(params, optimizer, state.step))
-    jax.block_until_ready(params)
-    return TrainState(params, optimizer, state.step + 1), values
+                        None if updated else state.after(trained, optimizer, steps=0))
+    jax.block_until_ready(trained)
+    return state.after(trained, optimizer), values
 
 
 def where_not_finite(step: TrainStep, gradients: Any) -> str | None:
-    """Which layers' gradients, and which parameters', are not finite, in words; None if all are finite."""
-    layers, names = set(), []
+    """Words for the layers and the parameters whose gradients are not finite; None if all are finite."""
+    layers, found = set(), []
     for path, counts in jax.tree_util.tree_leaves_with_path(step.count_not_finite(gradients)):
         bad = np.flatnonzero(np.asarray(counts))
         if len(bad):
-            stacked = is_stacked(path)
-            layers.update(bad.tolist() if stacked else [])
-            names.append(".".join(key.key for key in path[int(stacked):]))
-    if not names:
+            layers.update(bad.tolist() if is_stacked(path) else [])
+            found.append(dotted(names(path)[1:] if is_stacked(path) else path))
+    if not found:
         return None
     where = f"layers {', '.join(map(str, sorted(layers)))} of {step.model.num_layers}" if layers else "no layer"
-    return f"gradients not finite in {where} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
+    return f"gradients not finite in {where} ({', '.join(found[:4])}{', ...' if len(found) > 4 else ''})"
 
 
 def check_weights(step: TrainStep, state: TrainState) -> None:
-    """UserError unless all weights are finite."""
-    if not math.isfinite(float(step.gradient_norm(state.params))):
+    """UserError unless all trained weights are finite."""
+    if not math.isfinite(float(step.gradient_norm(state.trained))):
         raise UserError(f"step {state.step} made weights that are not finite numbers; they are not saved. A smaller "
                         "--learning-rate or --weight-decay may help; go on from an earlier checkpoint with --resume")
 
 
-def evaluate(step: TrainStep, params: Any, batches: Iterable[dict[str, np.ndarray]]) -> tuple[float, int]:
+def evaluate(step: TrainStep, state: TrainState, batches: Iterable[dict[str, np.ndarray]]) -> tuple[float, int]:
     """Mean loss over all valid labels of held-out batches [B, S], and their number."""
     total, labels = 0.0, 0
     for batch in batches:
-        total += float(step.loss(params, step.put_batch(**batch), jnp.float32(1)))
+        total += float(step.loss(state.trained, state.frozen, step.put_batch(**batch), jnp.float32(1)))
         labels += count_labels(batch["labels"])
     return total / max(labels, 1), labels
 
 
 def train(
-    config: TrainConfig, step: TrainStep, state: TrainState, steps: int, peak_learning_rate: float,
-    data: TrainingBatches, eval_batches: Callable[[], Iterable] | None,
-    log: MetricsLog, save: Callable[[TrainState], None], stop: StopSignal,
+    config: TrainConfig, step: TrainStep, state: TrainState, steps: int, data: Data, log: MetricsLog,
+    save: Callable[[TrainState], None], stop: StopSignal,
 ) -> TrainState:
-    """Train to `steps` in all, or until `stop` received a signal; returns the state then.
+    """Train until `steps` steps are done, or `stop` received a signal; returns the state then.
 
-    `save(state)` is called every --save-every steps, at the end, and before stopping early. UserError, before anything is
-    saved that is not a number, if the loss, the gradient or the weights are not finite.
+    `save(state)` is called every --save-every steps, at the end, and before stopping early. UserError if the loss, the
+    gradient or the weights are not finite; such weights are never saved.
     """
-    schedule = learning_rate_schedule(config, steps, peak_learning_rate)
+    schedule = learning_rate_schedule(config, steps, config.learning_rate or DEFAULT_LEARNING_RATE)
     display = ProgressDisplay(state.step, steps)
     saved = state.step
+
+    def check_and_save():
+        nonlocal saved
+        if state.step != saved:
+            check_weights(step, state)
+            save(state)
+            saved = state.step
+
     try:
         while state.step < steps and stop.received is None:
             started = time.perf_counter()
+            learning_rate, position = schedule(state.step), data.training.get_state()
+            batches = next(data.training)
             try:
-                learning_rate, position = schedule(state.step), data.get_state()
-                batches = next(data)
                 state, values = optimizer_step(step, state, batches, learning_rate)
             except NotFinite as problem:
-                if problem.state is None:
-                    last = f"the last checkpoint, step {saved}, with --resume" if saved else "the beginning: none was saved"
-                    raise UserError(f"step {state.step + 1}: {problem}. Later layers were updated already (--update-in-backward), "
-                                    f"so nothing is saved; go on from {last}. A smaller --learning-rate, --save-every, or "
-                                    "a run without --update-in-backward, which would not apply such a step, may help"
-                                    ) from problem
-                state = problem.state
-                data.set_state(position)  # a resumed run meets the same batch again
-                if state.step != saved:
-                    check_weights(step, state)
-                    save(state)
-                raise UserError(
-                    f"step {state.step + 1}: {problem}. The step was not applied; the state before it, step "
-                    f"{state.step}, {'is saved' if state.step else 'is where the run began'}. A smaller --learning-rate"
-                    f"{'' if step.profile.update_in_backward else ' or --clip-norm'}, or --dtype float32, may help."
-                    ) from problem
+                at = state.step
+                if problem.state is not None:
+                    state = problem.state
+                    data.training.set_state(position)  # a resumed run meets the same batch again
+                    check_and_save()
+                raise UserError(_not_finite(step, at, problem, saved)) from problem
             seconds = time.perf_counter() - started
             values = {"step": state.step, **values, **_speed(step, batches["tokens"].shape, seconds),
                       "learning_rate": learning_rate}
-            if eval_batches and (state.step == steps or config.eval_every and state.step % config.eval_every == 0):
-                values["eval_loss"], eval_labels = evaluate(step, state.params, eval_batches())
+            if data.evaluation and (state.step == steps or config.eval_every and state.step % config.eval_every == 0):
+                values["eval_loss"], eval_labels = evaluate(step, state, data.evaluation())
                 display.say(f"step {state.step}: eval loss {values['eval_loss']:.4f} over {eval_labels} labels")
             log.write(values)
             display.show(state.step, _summary(values))
             if config.save_every and state.step % config.save_every == 0:
-                check_weights(step, state)
-                save(state)
-                saved = state.step
-        if state.step != saved:
-            check_weights(step, state)
-            save(state)
+                check_and_save()
+        check_and_save()
         return state
     finally:
         display.close()
+
+
+def _not_finite(step: TrainStep, done: int, problem: NotFinite, saved: int) -> str:
+    """The message of a step that met a number that is not finite."""
+    if problem.state is None:
+        last = f"the last checkpoint, step {saved}, with --resume" if saved else "the beginning: none was saved"
+        return (f"step {done + 1}: {problem}. Later layers were updated already (--update-in-backward), so nothing is "
+                f"saved; go on from {last}. A smaller --learning-rate, --save-every, or a run without "
+                "--update-in-backward, which would not apply such a step, may help")
+    return (f"step {done + 1}: {problem}. The step was not applied; the state before it, step {done}, "
+            f"{'is saved' if done else 'is where the run began'}. A smaller --learning-rate"
+            f"{'' if step.profile.update_in_backward else ' or --clip-norm'}, or --dtype float32, may help.")
 
 
 def _speed(step: TrainStep, shape: tuple[int, int, int], seconds: float) -> dict[str, Any]:

@@ -62,12 +62,12 @@ def main():
         for seed in range(options.seeds):
             step = TrainStep(TINY_LLAMA, make_mesh(1, 1), profile, AdamW(**settings), jnp.bfloat16)
             params = step.init_params(jax.random.key(seed), jnp.bfloat16)
-            state = TrainState(params, step.init_optimizer(params), 0)
+            state = TrainState.begin(step, params)
             data, losses = TrainingBatches(sequences, options.seq_len, 1, 1, seed, 0), []
             while state.step < options.steps:
                 state, values = optimizer_step(step, state, next(data), schedule(state.step))
                 losses.append(values["loss"])
-            tested, _ = evaluate(step, state.params, evaluation_batches(held_out, options.seq_len, 1, 0))
+            tested, _ = evaluate(step, state, evaluation_batches(held_out, options.seq_len, 1, 0))
             curves[f"{name}, seed {seed}"] = losses
             print(f"{name:34} seed {seed}  training loss {statistics.mean(losses[-options.steps // 10 :]):.4f}  "
                   f"held out {tested:.4f}", flush=True)

@@ -227,11 +227,11 @@ def train(model: ModelConfig, case: Case, dtype, tokens, learning_rate: float) -
     # eps: where a gradient is nothing but rounding, Adam would make a whole step of it.
     step = TrainStep(model, make_mesh(case.dp, case.sp), case.profile, AdamW(eps=1e-6), dtype)
     params = step.init_params(jax.random.key(0), dtype)
-    state = TrainState(params, step.init_optimizer(params), 0)
+    state = TrainState.begin(step, params)
     # By way of the device: numpy would look into an array in pinned memory, which then cannot be updated in place.
     here = lambda tree: [np.array(jax.device_put(x, x.sharding.with_memory_kind("device")), np.float32)
                          for x in jax.tree.leaves(tree)]
-    masters = lambda state: here(state.optimizer.get("master", state.params))
+    masters = lambda state: here(state.optimizer.get("master", state.trained))
     start, losses, norms = masters(state), [], []
     del params
     positions = np.arange(tokens.shape[-1], dtype=np.int32)

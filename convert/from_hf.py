@@ -1,4 +1,4 @@
-"""python -m convert.from_hf HF_DIR CHECKPOINT: a Hugging Face Llama directory -> a checkpoint of ours, bit for bit."""
+"""python -m convert.from_hf HF_DIR CHECKPOINT: a Hugging Face directory -> a checkpoint of ours, bit for bit."""
 
 import pathlib
 import sys
@@ -11,12 +11,16 @@ import tyro
 from alst_jax.models.block import abstract_params
 from alst_jax.models.hf_config import model_config
 from alst_jax.models.hf_weights import file_dtypes, find_tensors, read_part
-from alst_jax.storage.checkpoint import MODEL, Checkpoints, copy_model_files, write_run_file
+from alst_jax.models.tree import dotted
+from alst_jax.storage.checkpoint import Checkpoints
+from alst_jax.storage.run_directory import MODEL, copy_model_files, write_run_file
 from convert.cli import Unfinished, run
 
 
-def from_hf(hf_dir: tyro.conf.Positional[pathlib.Path], checkpoint: tyro.conf.Positional[pathlib.Path]) -> tuple[int, int]:
-    """Convert a Hugging Face Llama directory into a checkpoint that train.py and convert.to_hf read.
+def from_hf(
+    hf_dir: tyro.conf.Positional[pathlib.Path], checkpoint: tyro.conf.Positional[pathlib.Path]
+) -> tuple[int, int]:
+    """Convert a Hugging Face directory into a checkpoint that train.py and convert.to_hf read.
 
     Weights keep their dtype, config and tokenizer are copied. Returns the number of tensors and their bytes.
     """
@@ -26,8 +30,8 @@ def from_hf(hf_dir: tyro.conf.Positional[pathlib.Path], checkpoint: tyro.conf.Po
     with Unfinished(checkpoint) as out, tempfile.TemporaryDirectory(dir=out) as scratch:
 
         def leaf(path, shape, dtype):
-            # A file mapped into memory: a model larger than memory can be stacked, the system writes out what it must.
-            file = pathlib.Path(scratch, jax.tree_util.keystr(path, simple=True, separator="."))
+            # A file mapped into memory: the system writes parts of it out if the model is larger than memory.
+            file = pathlib.Path(scratch, dotted(path))
             array = np.memmap(file, dtype, mode="w+", shape=shape.shape)
             read_part(array, path, tuple((0, size) for size in shape.shape), tensors, config)
             return jax.device_put(np.asarray(array))

@@ -8,11 +8,14 @@ import tyro
 
 from alst_jax.models.hf_config import model_config, record_dtype
 from alst_jax.models.hf_weights import save_params
-from alst_jax.storage.checkpoint import MODEL, Checkpoints, copy_model_files, find_checkpoint, read_run_file
+from alst_jax.storage.checkpoint import Checkpoints
+from alst_jax.storage.run_directory import MODEL, copy_model_files, find_checkpoint, read_run_file
 from convert.cli import Unfinished, run
 
 
-def to_hf(checkpoint: tyro.conf.Positional[pathlib.Path], hf_dir: tyro.conf.Positional[pathlib.Path]) -> tuple[int, int]:
+def to_hf(
+    checkpoint: tyro.conf.Positional[pathlib.Path], hf_dir: tyro.conf.Positional[pathlib.Path]
+) -> tuple[int, int]:
     """Write a converted or trained checkpoint (a run's newest step, or the one given) as a Hugging Face directory.
 
     Weights keep the dtype of the checkpoint. Returns the number of tensors and their bytes.

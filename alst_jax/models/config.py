@@ -28,12 +28,13 @@ class ModelConfig:
     head_dim: int
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
-    attention_bias: bool = False  # of all four projections
+    attention_bias: bool = False
     mlp_bias: bool = False
     initializer_range: float = 0.02
     max_position_embeddings: int = 2048
     rope: RopeConfig = RopeConfig()
-    qkv_bias: bool = False  # of q, k and v alone
+    family: str = "llama"  # model_type in Hugging Face's config.json
+    qkv_bias: bool = False  # on the query, key and value projections; attention_bias puts one on the output's too
     layer_kinds: tuple[LayerKind, ...] = ()  # one a layer; none: all alike
 
     def __post_init__(self):
@@ -67,8 +68,7 @@ class ModelConfig:
         d, h = self.hidden_size, self.head_dim
         attention = 2 * d * self.num_heads * h + 2 * d * self.num_kv_heads * h
         if self.attention_bias or self.qkv_bias:
-            attention += self.num_heads * h + 2 * self.num_kv_heads * h
-        attention += d * self.attention_bias
+            attention += self.num_heads * h + 2 * self.num_kv_heads * h + (d if self.attention_bias else 0)
         mlp = 3 * d * self.intermediate_size + (2 * self.intermediate_size + d if self.mlp_bias else 0)
         embeddings = self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
         return self.num_layers * (attention + mlp + 2 * d) + embeddings + d

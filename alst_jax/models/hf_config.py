@@ -1,4 +1,6 @@
-"""Hugging Face's config.json <-> ModelConfig. A field that would change the result is implemented or refused, never dropped."""
+"""Hugging Face's config.json <-> ModelConfig. A field that changes the result is implemented or refused, never dropped.
+
+Fields that families share are read here; a family's own fields are read by its file in models/families."""
 
 import json
 import math
@@ -7,19 +9,23 @@ from typing import Any
 
 from alst_jax.config import UserError
 from alst_jax.models.config import ModelConfig
+from alst_jax.models.families import FAMILIES
+from alst_jax.models.families.family import Family
 from alst_jax.ops.rope import RopeConfig
 
 # Fields with no bearing on what the model computes from tokens.
 HARMLESS = {
-    "_model_name_or_path", "_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "id2label", "is_llama_config", "label2id",
-    "model_type", "pad_token_id", "torch_dtype", "transformers_version", "use_cache", "rope_interleaved",
-    "keys_to_ignore_at_inference", "task_specific_params", "transformers.js_config", "max_length", "default_theta",
-    "_attn_implementation_autoset", "unsloth_fixed", "unsloth_version", "unk_token_id", "sep_token_id", "cls_token_id", "mask_token_id", "decoder_start_token_id",
+    "_model_name_or_path", "_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "id2label",
+    "is_llama_config", "label2id", "model_type", "pad_token_id", "torch_dtype", "transformers_version", "use_cache",
+    "rope_interleaved", "keys_to_ignore_at_inference", "task_specific_params", "transformers.js_config", "max_length",
+    "default_theta", "_attn_implementation_autoset", "unsloth_fixed", "unsloth_version", "unk_token_id", "sep_token_id",
+    "cls_token_id", "mask_token_id", "decoder_start_token_id",
 }
+# Fields of every family.
 IMPLEMENTED = {
-    "attention_bias", "head_dim", "hidden_act", "hidden_size", "initializer_range", "intermediate_size",
-    "max_position_embeddings", "mlp_bias", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
-    "rms_norm_eps", "rope_parameters", "rope_scaling", "rope_theta", "tie_word_embeddings", "vocab_size",
+    "head_dim", "hidden_act", "hidden_size", "initializer_range", "intermediate_size", "max_position_embeddings",
+    "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "rms_norm_eps", "rope_parameters",
+    "rope_scaling", "rope_theta", "tie_word_embeddings", "vocab_size",
 }
 # Fields that are not implemented, with the values at which they do nothing; any unknown field may be null or false.
 NEUTRAL = {
@@ -46,7 +52,7 @@ ROPE_TYPES = {"original_max_position_embeddings": int, "truncate": bool}  # the 
 
 
 def read_config(hf_dir: str | pathlib.Path) -> dict[str, Any]:
-    """config.json of a Hugging Face directory. UserError if there is no such directory, no config.json, or no JSON in it."""
+    """config.json of a Hugging Face directory. UserError without such a directory, a config.json, or JSON in it."""
     path = pathlib.Path(hf_dir)
     if not path.is_dir():
         raise UserError(f"{path}: no such directory; --model takes a Hugging Face model directory, a hub name that can "
@@ -65,32 +71,32 @@ def read_config(hf_dir: str | pathlib.Path) -> dict[str, Any]:
 
 
 def model_config(hf_dir: str | pathlib.Path) -> ModelConfig:
-    """The ModelConfig of a Hugging Face Llama directory. UserError names whatever is wrong or not implemented."""
+    """The ModelConfig of a Hugging Face directory. UserError names each field that is wrong or not implemented."""
     return parse_config(read_config(hf_dir), str(pathlib.Path(hf_dir) / "config.json"))
 
 
 def parse_config(raw: dict[str, Any], where: str) -> ModelConfig:
     """A ModelConfig from the fields of a config.json; `where` names it in errors."""
-    _check_architecture(raw, where)
-    _check_fields(raw, where)
+    family = _family(raw, where)
+    _check_fields(raw, family, where)
     missing = [name for name in NEEDED if raw.get(name) is None]
     if missing:
         raise UserError(f"{where} lacks {', '.join(missing)}")
     _check_types(raw, where)
     heads = raw["num_attention_heads"]
+    kv_heads = raw.get("num_key_value_heads", family.defaults.get("num_key_value_heads"))
     head_dim = raw.get("head_dim")
     if head_dim is None and raw["hidden_size"] % heads:
         raise UserError(f"{where}: hidden_size={raw['hidden_size']} is not a multiple of num_attention_heads={heads}, "
                         "and there is no head_dim")
-    max_positions = _or_default(raw, "max_position_embeddings", 2048)
+    max_positions = _or_default(raw, "max_position_embeddings", family.defaults.get("max_position_embeddings", 2048))
     return ModelConfig(
         vocab_size=raw["vocab_size"], hidden_size=raw["hidden_size"], intermediate_size=raw["intermediate_size"],
-        num_layers=raw["num_hidden_layers"], num_heads=heads, num_kv_heads=raw.get("num_key_value_heads") or heads,
+        num_layers=raw["num_hidden_layers"], num_heads=heads, num_kv_heads=kv_heads or heads,
         head_dim=head_dim or raw["hidden_size"] // heads, rms_norm_eps=float(_or_default(raw, "rms_norm_eps", 1e-6)),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        attention_bias=bool(raw.get("attention_bias", False)), mlp_bias=bool(raw.get("mlp_bias", False)),
         initializer_range=float(_or_default(raw, "initializer_range", 0.02)), max_position_embeddings=max_positions,
-        rope=_rope(raw, max_positions, where))
+        rope=_rope(raw, max_positions, where), family=family.model_type, **family.options(raw, where))
 
 
 def _or_default(raw: dict[str, Any], name: str, default: Any) -> Any:
@@ -109,19 +115,23 @@ def _check_types(raw: dict[str, Any], where: str) -> None:
             raise UserError(f"{where}: {name}={raw[name]!r} must be true or false")
 
 
-def _check_architecture(raw: dict[str, Any], where: str) -> None:
-    kind, architectures = raw.get("model_type"), raw.get("architectures") or ["LlamaForCausalLM"]
-    if kind != "llama" or not isinstance(architectures, list) or "LlamaForCausalLM" not in architectures:
-        named = f"model_type {kind!r}, architectures {architectures}"
-        raise UserError(f"{where}: {named} is not supported; this trains LlamaForCausalLM models (model_type 'llama')")
+def _family(raw: dict[str, Any], where: str) -> Family:
+    """The family of a config.json. UserError, with all that are supported, for another, and for quantised weights."""
+    kind, family = raw.get("model_type"), FAMILIES.get(str(raw.get("model_type")))
+    architectures = raw.get("architectures") or [family.architecture if family else None]
+    if family is None or not isinstance(architectures, list) or family.architecture not in architectures:
+        supported = ", ".join(f"{each.architecture} (model_type {each.model_type!r})" for each in FAMILIES.values())
+        raise UserError(f"{where}: model_type {kind!r}, architectures {architectures} is not supported; these models "
+                        f"are: {supported}")
     if raw.get("quantization_config"):
         raise UserError(f"{where}: quantization_config is set; training needs unquantised weights (bf16, f16 or f32)")
+    return family
 
 
-def _check_fields(raw: dict[str, Any], where: str) -> None:
+def _check_fields(raw: dict[str, Any], family: Family, where: str) -> None:
     unknown = []
     for name, value in raw.items():
-        if name in HARMLESS or name in IMPLEMENTED or value is None or value is False:
+        if name in HARMLESS | IMPLEMENTED | family.implemented or value is None or value is False:
             continue
         if name not in NEUTRAL or value not in NEUTRAL[name]:
             unknown.append(f"{name}={value!r}")
@@ -159,7 +169,8 @@ def _rope(raw: dict[str, Any], max_positions: int, where: str) -> RopeConfig:
     if kind == "default":
         unknown = [name for name in unknown if name not in ("factor", "original_max_position_embeddings")]
     if missing or unknown:
-        problems = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has unknown {', '.join(unknown)}"] * bool(unknown)
+        kinds = (("lacks", missing), ("has unknown", unknown))
+        problems = [f"{verb} {', '.join(found)}" for verb, found in kinds if found]
         raise UserError(f"{where}: RoPE of type {kind!r} {' and '.join(problems)}")
     try:
         fields = {name: ROPE_TYPES.get(name, float)(given[name]) for name in needed + optional
@@ -177,7 +188,7 @@ def _rope(raw: dict[str, Any], max_positions: int, where: str) -> RopeConfig:
 
 
 def record_dtype(hf_dir: str | pathlib.Path, dtype: str) -> None:
-    """Let config.json say what the weights beside it are, for transformers loads them in the dtype it names."""
+    """Write the dtype of the weights into config.json: transformers loads them in the dtype it names."""
     raw = read_config(hf_dir)
     named = raw.get("dtype") or raw.get("torch_dtype")
     if named not in (None, dtype):
@@ -186,18 +197,19 @@ def record_dtype(hf_dir: str | pathlib.Path, dtype: str) -> None:
 
 
 def hf_config_dict(config: ModelConfig) -> dict[str, Any]:
-    """config.json's fields for a model that did not come from Hugging Face; `model_config` reads them back unchanged."""
+    """config.json's fields for a model that is not from Hugging Face. `model_config` reads them back unchanged."""
+    family = FAMILIES[config.family]
     rope = {"rope_type": config.rope.rope_type, "rope_theta": config.rope.theta}
     for name in sum(ROPE_FIELDS[config.rope.rope_type], ()):
         if getattr(config.rope, name) is not None:
             rope[name] = getattr(config.rope, name)
     return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "architectures": [family.architecture], "model_type": family.model_type, "hidden_act": "silu",
         "vocab_size": config.vocab_size, "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size, "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads, "head_dim": config.head_dim,
+        "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
         "rms_norm_eps": config.rms_norm_eps, "tie_word_embeddings": config.tie_word_embeddings,
-        "attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias,
         "initializer_range": config.initializer_range, "max_position_embeddings": config.max_position_embeddings,
-        "rope_parameters": rope,
+        "rope_parameters": rope, **family.fields(config),
     }

@@ -1,4 +1,4 @@
-"""Hugging Face safetensors <-> the parameter tree. One key table serves both directions; nothing holds a whole model."""
+"""Hugging Face safetensors <-> the parameter tree, with one key table. No function holds a whole model in memory."""
 
 import json
 import pathlib
@@ -15,23 +15,18 @@ from safetensors.numpy import save_file
 from alst_jax.config import UserError
 from alst_jax.models.block import abstract_params
 from alst_jax.models.config import ModelConfig
-from alst_jax.models.tree import is_stacked
+from alst_jax.models.families import FAMILIES
+from alst_jax.models.tree import is_stacked, names
 from alst_jax.xla.arrays import load_array
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dtype("bfloat16")}
 DERIVED = re.compile(r".*rotary_emb\.inv_freq")  # old checkpoints hold it; it follows from the config
-# Part of a path in the tree -> part of a Hugging Face name. A `kernel` is [in, out] here and [out, in] there.
+# Names outside of the blocks, the same in all families. Those of a block's parameters are in models/families.
 KEY_TABLE = {
     ("embed_tokens", "embedding"): "model.embed_tokens.weight",
     ("norm", "scale"): "model.norm.weight",
     ("lm_head", "embedding"): "lm_head.weight",
-    ("layers", "input_layernorm", "scale"): "model.layers.{}.input_layernorm.weight",
-    ("layers", "post_attention_layernorm", "scale"): "model.layers.{}.post_attention_layernorm.weight",
-    **{("layers", "self_attn", p, k): f"model.layers.{{}}.self_attn.{p}.{h}"
-       for p in ("q_proj", "k_proj", "v_proj", "o_proj") for k, h in (("kernel", "weight"), ("bias", "bias"))},
-    **{("layers", "mlp", p, k): f"model.layers.{{}}.mlp.{p}.{h}"
-       for p in ("gate_proj", "up_proj", "down_proj") for k, h in (("kernel", "weight"), ("bias", "bias"))},
 }
 
 
@@ -43,19 +38,20 @@ class Tensor(NamedTuple):
     dtype: np.dtype
 
 
-def hf_name(path: tuple, layer: int | None = None) -> str:
-    """The Hugging Face name of the leaf at a tree path (of one layer, for a stacked leaf)."""
-    return KEY_TABLE[tuple(key.key for key in path)].format(layer)
-
-
 def is_transposed(path: tuple) -> bool:
-    """Whether Hugging Face keeps this leaf the other way round."""
-    return path[-1].key == "kernel"
+    """Whether Hugging Face stores the transpose of this leaf: a `kernel` is [in, out] here and [out, in] there."""
+    return names(path)[-1] == "kernel"
 
 
 def leaf_names(path: tuple, config: ModelConfig) -> list[str]:
-    """The Hugging Face names a leaf is made of: one a layer for a stacked leaf, else one."""
-    return [hf_name(path, i) for i in range(config.num_layers)] if is_stacked(path) else [hf_name(path)]
+    """The Hugging Face names of the tensors of a leaf: one a layer for a stacked leaf, else one.
+
+    path: a tree path, through dicts or modules, or the names along it.
+    """
+    if not is_stacked(path):
+        return [KEY_TABLE[names(path)]]
+    pattern = FAMILIES[config.family].keys[names(path)[1:]]
+    return [pattern.format(layer) for layer in range(config.num_layers)]
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -68,8 +64,7 @@ def find_tensors(hf_dir: str | pathlib.Path) -> dict[str, Tensor]:
         files = [path / SINGLE]
     elif (path / INDEX).is_file():
         try:
-            names = sorted(set(json.loads((path / INDEX).read_text())["weight_map"].values()))
-            files = [path / name for name in names]
+            files = [path / name for name in sorted(set(json.loads((path / INDEX).read_text())["weight_map"].values()))]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path / INDEX} is not a safetensors index: {error!r}") from error
         missing = [file.name for file in files if not file.is_file()]
@@ -90,7 +85,8 @@ def _header(file: pathlib.Path) -> dict[str, Tensor]:
             for name in handle.keys():
                 entry = handle.get_slice(name)
                 if entry.get_dtype() not in DTYPES:
-                    raise UserError(f"{file}: {name} is {entry.get_dtype()}; weights must be one of {', '.join(DTYPES)}")
+                    raise UserError(f"{file}: {name} is {entry.get_dtype()}; weights must be one of "
+                                    f"{', '.join(DTYPES)}")
                 tensors[name] = Tensor(file, tuple(entry.get_shape()), DTYPES[entry.get_dtype()])
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is corrupt or cut short: {error}") from error
@@ -111,16 +107,16 @@ def check_tensors(tensors: dict[str, Tensor], config: ModelConfig, where: str) -
     missing = [name for name in expected if name not in tensors]
     wrong = [f"{name} {list(tensors[name].shape)}, not {list(shape)}"
              for name, shape in expected.items() if name in tensors and tensors[name].shape != tuple(shape)]
-    problems = [f"{kind} ({len(names)}): {', '.join(names[:10])}{', ...' * (len(names) > 10)}"
-                for kind, names in (("missing", missing), ("extra", extra), ("of another shape", wrong)) if names]
+    problems = [f"{kind} ({len(found)}): {', '.join(found[:10])}{', ...' * (len(found) > 10)}"
+                for kind, found in (("missing", missing), ("extra", extra), ("of another shape", wrong)) if found]
     if problems:
         raise UserError(f"{where}: the weights are not those config.json describes. " + "; ".join(problems))
 
 
 def _check_tied(tensors: dict[str, Tensor], where: str) -> None:
-    names = ("lm_head.weight", "model.embed_tokens.weight")
+    tied = ("lm_head.weight", "model.embed_tokens.weight")
     if "model.embed_tokens.weight" in tensors:
-        head, table = (_read(tensors[name], name, (slice(None), slice(None))) for name in names)
+        head, table = (_read(tensors[name], name, (slice(None), slice(None))) for name in tied)
         if head.shape != table.shape or head.tobytes() != table.tobytes():
             raise UserError(f"{where}: tie_word_embeddings is true, yet lm_head.weight differs from "
                             "model.embed_tokens.weight; set it to false if they are meant to differ")
@@ -140,10 +136,10 @@ def file_dtypes(hf_dir: str | pathlib.Path, config: ModelConfig) -> Any:
     check_tensors(tensors, config, str(hf_dir))
 
     def dtype(path, _):
-        names = leaf_names(path, config)
-        found = {tensors[name].dtype for name in names}
+        of_layers = leaf_names(path, config)
+        found = {tensors[name].dtype for name in of_layers}
         if len(found) > 1:
-            raise UserError(f"{hf_dir}: {names[0]} and its like in other layers have different dtypes "
+            raise UserError(f"{hf_dir}: {of_layers[0]} and its like in other layers have different dtypes "
                             f"({', '.join(sorted(map(str, found)))}); save the model with one dtype first")
         return found.pop()
 
@@ -174,13 +170,12 @@ def read_part(
     out: np.ndarray, path: tuple, bounds: tuple[tuple[int, int], ...], tensors: dict[str, Tensor], config: ModelConfig
 ) -> None:
     """Fill `out` with the part of the leaf at `path` that lies within bounds, (start, stop) for each of its dims."""
-    stacked = is_stacked(path)
-    inner = bounds[1:] if stacked else bounds
+    layers = slice(*bounds[0]) if is_stacked(path) else slice(None)
+    inner = bounds[1:] if is_stacked(path) else bounds
     index = tuple(slice(*b) for b in (reversed(inner) if is_transposed(path) else inner))
-    names = leaf_names(path, config)
-    for row, name in enumerate(names[slice(*bounds[0])] if stacked else names):
+    for row, name in enumerate(leaf_names(path, config)[layers]):
         value = _read(tensors[name], name, index)
-        out[row if stacked else ...] = value.T if is_transposed(path) else value
+        out[row if is_stacked(path) else ...] = value.T if is_transposed(path) else value
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -193,8 +188,8 @@ def save_params(
     """Write (path, leaf) pairs as safetensors with Hugging Face's names; returns the number of tensors and their bytes.
 
     One file if it fits into max_shard_bytes, else several and an index. At most one file's tensors are in host memory,
-    and one leaf if the pairs are made one by one. Files get their final names once all are complete, and weights that were
-    there before are removed.
+    and one leaf if the pairs are made one by one. Files get their final names once all are complete, and older weights
+    are removed.
     """
     out = pathlib.Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
@@ -205,14 +200,15 @@ def save_params(
         weight_map |= dict.fromkeys(tensors, len(files))
         total += sum(tensor.nbytes for tensor in tensors.values())
         files.append(file)
-    names = [SINGLE] if len(files) == 1 else [
+    final = [SINGLE] if len(files) == 1 else [
         f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
-    for old in (out / SINGLE, out / INDEX, *out.glob("model-*-of-*.safetensors")):  # readers would take them for the new ones
+    # Readers would take old files for the new ones.
+    for old in (out / SINGLE, out / INDEX, *out.glob("model-*-of-*.safetensors")):
         old.unlink(missing_ok=True)
-    for file, name in zip(files, names):
+    for file, name in zip(files, final):
         file.replace(out / name)
     if len(files) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": {k: names[i] for k, i in sorted(weight_map.items())}}
+        index = {"metadata": {"total_size": total}, "weight_map": {k: final[i] for k, i in sorted(weight_map.items())}}
         partial = out / f".{INDEX}"
         partial.write_text(json.dumps(index, indent=2))
         partial.replace(out / INDEX)  # last: without it the shards are no model

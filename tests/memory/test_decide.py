@@ -79,7 +79,7 @@ def test_gradient_and_update_are_compiled_as_a_run_calls_them(compiled, accumula
     assert [program.memory_analysis().temp_size_in_bytes > 0 for program in programs] == [True, True]
     assert compiled["jit(local_loss)"] == compiled["jit(apply_update)"] == 1, compiled
     params = step.init_params(jax.random.key(0), jnp.bfloat16)
-    optimizer_step(step, TrainState(params, step.init_optimizer(params), 0), jax.device_get(batches), 1e-3)
+    optimizer_step(step, TrainState.begin(step, params), jax.device_get(batches), 1e-3)
     assert compiled["jit(local_loss)"] == compiled["jit(apply_update)"] == 1, compiled
 
 

@@ -31,7 +31,8 @@ from alst_jax.planning.job import Job, parameter_sizes
 from alst_jax.planning.process import host_bytes, saving_bytes
 from alst_jax.profile import Profile
 from alst_jax.storage import saving
-from alst_jax.storage.checkpoint import Checkpoints, _chunks, _InPieces
+from alst_jax.storage.checkpoint import Checkpoints
+from alst_jax.storage.orbax_limits import Pieces, save_args
 from benchmarks.shapes import LLAMA_8B, LLAMA_70B, QWEN3_32B
 from tests.helpers import TINY, make_step
 
@@ -114,12 +115,11 @@ SAVE = """
 import functools, pathlib, re, sys
 import jax
 import orbax.checkpoint as ocp
-from alst_jax.storage import checkpoint
-from alst_jax.storage import saving
+from alst_jax.storage import checkpoint, orbax_limits, saving
 
 saving.COPIES = 10**8
 if sys.argv[2] == "orbax":  # its own order, as it was before
-    checkpoint._CopiedAsWritten.key_priority = lambda self, keypath: checkpoint.TransferPriority.SYNCHRONOUS
+    orbax_limits.CopyWhenWritten.key_priority = lambda self, keypath: orbax_limits.TransferPriority.SYNCHRONOUS
 # As on a GPU, where copies are made; of a CPU's arrays, which lie in the host's memory, orbax makes none.
 ocp.PyTreeCheckpointHandler = functools.partial(ocp.PyTreeCheckpointHandler, enable_pinned_host_transfer=True)
 params = {f"w{i}": {"kernel": jax.random.normal(jax.random.key(i), (1024, 8192))} for i in range(32)}
@@ -152,7 +152,7 @@ def test_copies_of_a_device_are_made_as_they_are_written(tmp_path):
 
 def chunk_of(leaf, local):
     """On disk, where each device has this much of the array."""
-    return choose_chunk_shape(leaf.shape, local, leaf.dtype, saving.chunk_bytes(), shard_axes=_chunks(leaf).shard_axes)
+    return choose_chunk_shape(leaf.shape, local, leaf.dtype, saving.chunk_bytes(), shard_axes=save_args(leaf).shard_axes)
 
 
 def boxes_of_a_save(leaf, sharding):
@@ -261,8 +261,8 @@ def as_bits(x) -> np.ndarray:
 
 @pytest.mark.parametrize("memory_kind", ["device", "pinned_host"])
 def test_what_was_written_in_pieces_is_restored(tmp_path, monkeypatch, memory_kind):
-    written, original = [], _InPieces.to_fragments
-    monkeypatch.setattr(_InPieces, "to_fragments", lambda self: written.append((self, original(self))) or written[-1][1])
+    written, original = [], Pieces.to_fragments
+    monkeypatch.setattr(Pieces, "to_fragments", lambda self: written.append((self, original(self))) or written[-1][1])
     make_small(monkeypatch)
     tree, checkpoints = random_tree(memory_kind), Checkpoints(tmp_path)
     assert max(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree)) > saving.WRITTEN

@@ -17,7 +17,7 @@ MODEL = tiny(num_layers=2, attention_bias=False, mlp_bias=False)
 
 def curve(step, arrange):
     params = step.init_params(jax.random.key(0), jnp.float32)
-    state, losses = TrainState(params, step.init_optimizer(params), 0), []
+    state, losses = TrainState.begin(step, params), []
     for seed in range(STEPS):
         # A small vocabulary's worth of structure, so that there is something to learn.
         batch = random_batch(MODEL, rows=8, length=64, seed=seed % 3)

@@ -111,7 +111,7 @@ def train_until_it_is_not_finite(monkeypatch, tmp_path, updated):
     """(error, steps that were saved) of a run whose second step meets what is not finite after so many updated layers."""
     step = make_step(MODEL, profile=dataclasses.replace(REMAT, update_in_backward=True), optimizer=UNCLIPPED)
     params = step.init_params(jax.random.key(0), jnp.float32)
-    state, real, calls, saved = trainer.TrainState(params, step.init_optimizer(params), 0), step.update_in_backward, [], []
+    state, real, calls, saved = trainer.TrainState.begin(step, params), step.update_in_backward, [], []
 
     def second_is_not(*args):
         result = real(*args)
@@ -123,7 +123,7 @@ def train_until_it_is_not_finite(monkeypatch, tmp_path, updated):
     data = TrainingBatches([Sequence(tokens, tokens)] * 4, 64, 1, 1, 0, 0)
     log = MetricsLog(tmp_path, 0)
     with pytest.raises(UserError) as error, trainer.StopSignal() as stop:
-        trainer.train(TrainConfig(seq_len=64), step, state, 4, 1e-3, data, None, log, lambda state: saved.append(state.step), stop)
+        trainer.train(TrainConfig(seq_len=64, learning_rate=1e-3), step, state, 4, trainer.Data(data), log, lambda state: saved.append(state.step), stop)
     log.close()
     return str(error.value), saved
 

@@ -97,13 +97,13 @@ def train(directory, batches, dp=1, sp=1, profile=PLAIN, **changes):
     schedule = trainer.learning_rate_schedule(config, STEPS, PEAK)
     step = make_step(model_config(directory), dp, sp, profile, optimizer)
     params = load_params(directory, step.model, step.params)
-    state = trainer.TrainState(params, step.init_optimizer(params), 0)
+    state = trainer.TrainState.begin(step, params)
     losses, norms = [], []
     for batch in batches:
         state, values = trainer.optimizer_step(step, state, batch, schedule(state.step))
         losses.append(values["loss"])
         norms.append(values["grad_norm"])
-    return losses, norms, state.params
+    return losses, norms, step.join(state.trained, state.frozen)
 
 
 def weight_errors(params, directory):

@@ -15,6 +15,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tensorstore as ts
+from flax import nnx
+from jax.sharding import SingleDeviceSharding
 
 from alst_jax import run as setup
 from alst_jax.config import TrainConfig, UserError
@@ -23,8 +25,10 @@ from alst_jax.data.documents import Sequence
 from alst_jax.data.tokenizer import byte_tokenizer
 from alst_jax.models.hf_config import hf_config_dict
 from alst_jax.models.hf_weights import save_params
+from alst_jax.models.tree import as_dict, names
 from alst_jax.profile import Profile
 from alst_jax.storage import checkpoint as ckpt
+from alst_jax.storage import run_directory
 from alst_jax.xla import arrays as loading
 from tests.helpers import PLAIN, TINY, leaf, make_step, tiny, to_numpy
 
@@ -61,7 +65,7 @@ def assert_placed(tree, abstract):
 def saved(run_dir, *steps, keep=None, made=None):
     """A run directory with checkpoints of the same weights at `steps`."""
     made = made or make_step(dp=2, sp=2)
-    ckpt.write_run_file(run_dir, "training", {"flags": {}})
+    run_directory.write_run_file(run_dir, "training", {"flags": {}})
     params, optimizer = filled(made.params), filled(made.optimizer_state, seed=1)
     checkpoints = ckpt.Checkpoints(run_dir, keep)
     for step in steps:
@@ -138,7 +142,7 @@ def test_an_optimizer_of_another_kind_is_refused(tmp_path):
 def test_weights_read_one_by_one(tmp_path):
     params, _ = saved(tmp_path, 1, made=make_step(dp=2, sp=2, dtype="bfloat16"))
     read = dict(ckpt.Checkpoints(tmp_path).read_params(1))
-    expected = dict(jax.tree_util.tree_leaves_with_path(params))
+    expected = {names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     assert read.keys() == expected.keys()
     for path, leaf in read.items():
         assert isinstance(leaf, np.ndarray)
@@ -198,9 +202,9 @@ def test_a_save_is_not_reached_by_the_updates_that_follow(tmp_path, profile):
 @pytest.mark.parametrize("keep, left", [(1, [9]), (2, [5, 9]), (None, [1, 3, 5, 9])])
 def test_old_checkpoints_make_room(tmp_path, keep, left):
     saved(tmp_path, 1, 3, 5, 9, keep=keep)
-    assert sorted(int(p.name) for p in (tmp_path / ckpt.CHECKPOINTS).iterdir()) == left
+    assert sorted(int(p.name) for p in (tmp_path / run_directory.CHECKPOINTS).iterdir()) == left
     assert ckpt.Checkpoints(tmp_path, keep).steps() == left
-    assert ckpt.find_checkpoint(tmp_path) == (tmp_path, 9)
+    assert run_directory.find_checkpoint(tmp_path) == (tmp_path, 9)
     step = make_step()
     for at in left:
         assert ckpt.Checkpoints(tmp_path).restore_loop(at)["step"] == at
@@ -226,18 +230,18 @@ checkpoints.save(2, {"a": {"kernel": large}}, None, {"step": 2})
 
 
 def test_a_save_that_was_cut_off_is_never_found(tmp_path):
-    ckpt.write_run_file(tmp_path, "training", {})
+    run_directory.write_run_file(tmp_path, "training", {})
     killed = subprocess.run([sys.executable, "-c", CUT_OFF, str(tmp_path)], cwd=pathlib.Path(__file__).parents[2],
                             env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
     assert killed.returncode == 9, killed.stderr
-    left = [p.name for p in (tmp_path / ckpt.CHECKPOINTS).iterdir()]
+    left = [p.name for p in (tmp_path / run_directory.CHECKPOINTS).iterdir()]
     assert len(left) == 2 and "2" not in left, left  # the remains of the second are there, under another name
-    assert ckpt.find_checkpoint(tmp_path) == (tmp_path, 1)
+    assert run_directory.find_checkpoint(tmp_path) == (tmp_path, 1)
     checkpoints = ckpt.Checkpoints(tmp_path)
     assert checkpoints.steps() == [1] and checkpoints.restore_loop(1) == {"step": 1}
     checkpoints.save(2, {"a": {"kernel": jnp.zeros(4)}}, None, {"step": 2})  # the resumed run gets there again
     checkpoints.close()
-    assert ckpt.find_checkpoint(tmp_path) == (tmp_path, 2)
+    assert run_directory.find_checkpoint(tmp_path) == (tmp_path, 2)
 
 
 # ------------------------------------------------------------------------------------------------------------- damaged
@@ -299,7 +303,7 @@ def restore(run_dir, step, item):
 def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, intact, item, damage):
     run_dir = tmp_path / "run"
     shutil.copytree(intact, run_dir)
-    at = run_dir / ckpt.CHECKPOINTS / "3"
+    at = run_dir / run_directory.CHECKPOINTS / "3"
     damage(at / item)
     with pytest.raises(UserError, match=f"^checkpoint {at} cannot be read: .+; there is no other step in this dir"):
         restore(run_dir, 3, item)
@@ -312,11 +316,11 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, intact, item, damage)
 
 def test_the_refusal_says_how_to_go_on(tmp_path):
     saved(tmp_path, 2, 4, 6)
-    halve(largest_file(tmp_path / ckpt.CHECKPOINTS / "6" / "params"))
+    halve(largest_file(tmp_path / run_directory.CHECKPOINTS / "6" / "params"))
     with pytest.raises(UserError, match="cannot be read: .*; delete (.*) to use step 4$") as refusal:
         restore(tmp_path, 6, "params")
     shutil.rmtree(re.search("delete (.*) to use", str(refusal.value))[1])
-    assert ckpt.find_checkpoint(tmp_path) == (tmp_path, 4)
+    assert run_directory.find_checkpoint(tmp_path) == (tmp_path, 4)
     restore(tmp_path, 4, "params")
 
 
@@ -343,9 +347,9 @@ def test_weights_of_another_model_are_refused(intact, changes):
 @pytest.fixture
 def run(tmp_path):
     """A run directory with steps 7 and 10, which only their names make checkpoints."""
-    ckpt.write_run_file(tmp_path / "run", "training", {"flags": {"steps": 10}})
+    run_directory.write_run_file(tmp_path / "run", "training", {"flags": {"steps": 10}})
     for name in ("7", "10", "11.orbax-checkpoint-tmp"):
-        (tmp_path / "run" / ckpt.CHECKPOINTS / name).mkdir(parents=True)
+        (tmp_path / "run" / run_directory.CHECKPOINTS / name).mkdir(parents=True)
     return tmp_path / "run"
 
 
@@ -354,8 +358,8 @@ def test_the_forms_of_a_checkpoints_name(run, monkeypatch):
     newest = ("run", "run/", "run/checkpoints", "run/checkpoints/10")
     for form, step in [(form, 10) for form in newest] + [("run/checkpoints/7", 7)]:
         for given in (form, pathlib.Path(form), run.parent / form):
-            assert ckpt.find_checkpoint(given) == (run, step)
-            assert ckpt.is_checkpoint(given)
+            assert run_directory.find_checkpoint(given) == (run, step)
+            assert run_directory.is_checkpoint(given)
 
 
 def test_a_run_directory_may_have_any_name(run):
@@ -363,31 +367,31 @@ def test_a_run_directory_may_have_any_name(run):
         moved = run.parent / "elsewhere" / name
         moved.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(run, moved)
-        assert ckpt.find_checkpoint(moved) == (moved, 10)
+        assert run_directory.find_checkpoint(moved) == (moved, 10)
 
 
 def test_what_is_no_checkpoint_is_said(run):
     other = run.parent / "other"
     other.mkdir()
-    for path in (other, run.parent / "nowhere", run / ckpt.CHECKPOINTS / "7" / "params", run / ckpt.MODEL):
+    for path in (other, run.parent / "nowhere", run / run_directory.CHECKPOINTS / "7" / "params", run / run_directory.MODEL):
         with pytest.raises(UserError, match=f"^{path}: no checkpoint there; it is a directory with run.json, model/"):
-            ckpt.find_checkpoint(path)
+            run_directory.find_checkpoint(path)
     with pytest.raises(UserError, match=f"^{run}/checkpoints/8: no such step; there are 7, 10$"):
-        ckpt.find_checkpoint(run / ckpt.CHECKPOINTS / "8")
-    shutil.rmtree(run / ckpt.CHECKPOINTS)
+        run_directory.find_checkpoint(run / run_directory.CHECKPOINTS / "8")
+    shutil.rmtree(run / run_directory.CHECKPOINTS)
     with pytest.raises(UserError, match=f"^{run}: the run has saved no checkpoint yet$"):
-        ckpt.find_checkpoint(run)
-    assert not ckpt.is_checkpoint(other)
+        run_directory.find_checkpoint(run)
+    assert not run_directory.is_checkpoint(other)
 
 
 def test_the_export_inside_a_run_is_a_model_and_no_checkpoint(run):
     """OUT/hf is what a run leaves behind for others, --model among them."""
-    export = run / ckpt.EXPORT
+    export = run / run_directory.EXPORT
     params = filled(make_step().params)
     save_params(jax.tree_util.tree_leaves_with_path(params), TINY, export)
     (export / "config.json").write_text(json.dumps(hf_config_dict(TINY)))
     byte_tokenizer().save_pretrained(export)
-    assert not ckpt.is_checkpoint(export)
+    assert not run_directory.is_checkpoint(export)
     source = setup.find_model(TrainConfig(model=str(export), data=("any",)))
     assert source.hf_weights == export and source.config == TINY
 
@@ -396,24 +400,24 @@ def test_the_export_inside_a_run_is_a_model_and_no_checkpoint(run):
 
 
 def test_run_file(run):
-    record = ckpt.read_run_file(run)
+    record = run_directory.read_run_file(run)
     assert record["kind"] == "training" and record["flags"] == {"steps": 10}
     assert record["versions"]["jax"] == jax.__version__
-    assert ckpt.is_run_directory(run) and not ckpt.is_run_directory(run.parent)
+    assert run_directory.is_run_directory(run) and not run_directory.is_run_directory(run.parent)
     with pytest.raises(UserError, match="no run to resume there: it has no run.json; leave out --resume to start one"):
-        ckpt.read_run_file(run.parent)
-    (run / ckpt.RUN_FILE).write_text('{"kind": ')
+        run_directory.read_run_file(run.parent)
+    (run / run_directory.RUN_FILE).write_text('{"kind": ')
     with pytest.raises(UserError, match=f"^{run}/run.json is not valid JSON: "):
-        ckpt.read_run_file(run)
+        run_directory.read_run_file(run)
 
 
 def test_a_changed_model_is_refused_field_by_field():
-    ckpt.check_same_model(TINY, tiny())
+    run_directory.check_same_model(TINY, tiny())
     with pytest.raises(UserError, match="^--resume: the model has changed since the checkpoint "
                        r"\(num_layers 3 -> 4; mlp_bias True -> False\); start a new run in another --out"):
-        ckpt.check_same_model(TINY, tiny(num_layers=4, mlp_bias=False))
+        run_directory.check_same_model(TINY, tiny(num_layers=4, mlp_bias=False))
     with pytest.raises(UserError, match="rope .*theta.*10000.0.* -> .*500000.0"):
-        ckpt.check_same_model(TINY, tiny(rope=TINY.rope.__class__(theta=5e5)))
+        run_directory.check_same_model(TINY, tiny(rope=TINY.rope.__class__(theta=5e5)))
 
 
 def test_model_files_are_copied_without_weights(tmp_path):
@@ -426,6 +430,87 @@ def test_model_files_are_copied_without_weights(tmp_path):
             "original/params.json")
     for name in copied + left:
         (source / name).write_text(name)
-    ckpt.copy_model_files(source, tmp_path / "run" / ckpt.MODEL)
-    there = {p.name: p.read_text() for p in (tmp_path / "run" / ckpt.MODEL).iterdir()}
+    run_directory.copy_model_files(source, tmp_path / "run" / run_directory.MODEL)
+    there = {p.name: p.read_text() for p in (tmp_path / "run" / run_directory.MODEL).iterdir()}
     assert there == {name: name for name in copied}
+
+
+# --------------------------------------------------------------------------------------------- trees with Flax modules
+
+
+class Linear(nnx.Module):
+    def __init__(self, shape):
+        self.kernel = nnx.Param(jnp.zeros(shape))
+
+
+class Block(nnx.Module):
+    def __init__(self):
+        self.q_proj, self.o_proj, self.heads = Linear((3, 8, 4)), Linear((3, 4, 8)), 2
+
+
+def dicts_and_modules():
+    """The same abstract weights, as nested dicts and with a module for the layers."""
+    place = lambda tree: jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(jax.devices()[0])), tree)
+    shapes = {"q_proj": {"kernel": jnp.zeros((3, 8, 4))}, "o_proj": {"kernel": jnp.zeros((3, 4, 8))}}
+    table = {"embedding": jnp.zeros((16, 8))}
+    return place({"embed_tokens": table, "layers": shapes}), place({"embed_tokens": table, "layers": Block()})
+
+
+def test_modules_and_dicts_are_the_same_on_disk(tmp_path):
+    dicts, modules = dicts_and_modules()
+    for number, (written, read) in enumerate(((modules, dicts), (dicts, modules), (modules, modules))):
+        params, optimizer = filled(written), {"mu": filled(written, seed=1), "count": jnp.int32(3)}
+        checkpoints = ckpt.Checkpoints(tmp_path / str(number))
+        checkpoints.save(1, params, optimizer, LOOP)
+        abstract = {"mu": read, "count": jax.tree.leaves(read)[0].update(shape=(), dtype=jnp.int32)}
+        back = checkpoints.restore_params(1, read), checkpoints.restore_optimizer(1, abstract)
+        assert jax.tree.structure(back[0]) == jax.tree.structure(read)
+        assert_identical(as_dict(back), as_dict((params, optimizer)))
+        assert_placed(back[0], read)
+        stored = dict(checkpoints.read_params(1))
+        assert stored.keys() == {("embed_tokens", "embedding"), ("layers", "q_proj", "kernel"), ("layers", "o_proj", "kernel")}
+        assert_identical(stored["layers", "q_proj", "kernel"], as_dict(params)["layers"]["q_proj"]["kernel"])
+        tree = json.loads((tmp_path / str(number) / "checkpoints/1/params/_METADATA").read_text())["tree_metadata"]
+        assert "('layers', 'q_proj', 'kernel')" in tree and not any("value" in name for name in tree)
+        checkpoints.close()
+
+
+def test_parameters_without_an_optimizer_state_are_not_stored(tmp_path):
+    """A frozen parameter has None in the optimizer's trees."""
+    _, modules = dicts_and_modules()
+    trained = {"mu": modules | {"embed_tokens": {"embedding": None}}}
+    checkpoints = ckpt.Checkpoints(tmp_path)
+    checkpoints.save(1, filled(modules), filled(trained), LOOP)
+    back = checkpoints.restore_optimizer(1, trained)
+    assert jax.tree.structure(back) == jax.tree.structure(trained)
+    with pytest.raises(UserError, match=r"mu.embed_tokens.embedding is none there and \(16, 8\) floats here"):
+        checkpoints.restore_optimizer(1, {"mu": modules})
+
+
+# -------------------------------------------------------------------------------------------------------- orbax's patch
+
+PATCH = """
+import logging
+from orbax.checkpoint._src.serialization import serialization
+original, filters = serialization.async_serialize_from_host, list(logging.getLogger("absl").filters)
+from alst_jax.storage import checkpoint, orbax_limits
+assert serialization.async_serialize_from_host is original
+assert logging.getLogger("absl").filters == filters
+orbax_limits.install()
+patched = serialization.async_serialize_from_host
+assert patched is not original and patched.__wrapped__ is original
+orbax_limits.install()
+assert serialization.async_serialize_from_host is patched
+assert len(logging.getLogger("absl").filters) == len(filters) + 1
+serialization.async_serialize_from_host = original
+import sys
+checkpoint.Checkpoints(sys.argv[1])
+assert serialization.async_serialize_from_host is not original
+"""
+
+
+def test_orbax_is_patched_by_install_and_not_by_an_import(tmp_path):
+    done = subprocess.run([sys.executable, "-c", PATCH, str(tmp_path)], cwd=pathlib.Path(__file__).parents[2],
+                          env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -151,9 +151,9 @@ def test_an_update_is_in_place_and_works_a_layer_at_a_time(states, master):
     copied = (2 + 4 + 4 + 4 + 2) * TINY.hidden_size * TINY.intermediate_size
     assert many - few <= 21 * copied  # all layers at once: 2.8 times that with low bits, 13.8 times with 8-bit states
     params = step.init_params(jax.random.key(0), jnp.bfloat16)
-    state = TrainState(params, step.init_optimizer(params), 0)
+    state = TrainState.begin(step, params)
     optimizer_step(step, state, {name: x[None] for name, x in random_batch().items()}, 1e-3)
-    assert all(x.is_deleted() for x in jax.tree.leaves((state.params, state.optimizer)))
+    assert all(x.is_deleted() for x in jax.tree.leaves((state.trained, state.optimizer)))
 
 
 @pytest.mark.parametrize("mesh,on_host", [((1, 1), False), ((2, 2), True)])

@@ -1,0 +1,27 @@
+"""Llama. Biases are options: of all four attention projections, and of the MLP."""
+
+from typing import Any
+
+from alst_jax.models.config import ModelConfig
+from alst_jax.models.families.family import Family
+
+BIASES = ("attention_bias", "mlp_bias")
+LINEARS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
+LEAVES = (("kernel", "weight"), ("bias", "bias"))  # here, in Hugging Face
+KEYS = {
+    (norm, "scale"): f"model.layers.{{}}.{norm}.weight" for norm in ("input_layernorm", "post_attention_layernorm")
+} | {
+    (part, linear, ours): f"model.layers.{{}}.{part}.{linear}.{theirs}"
+    for part, linears in LINEARS.items() for linear in linears for ours, theirs in LEAVES
+}
+
+
+def options(raw: dict[str, Any], where: str) -> dict[str, Any]:
+    return {name: bool(raw.get(name, False)) for name in BIASES}
+
+
+def fields(config: ModelConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in BIASES}
+
+
+FAMILY = Family("llama", "LlamaForCausalLM", frozenset(BIASES), options, fields, KEYS)

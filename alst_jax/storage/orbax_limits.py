@@ -1,0 +1,94 @@
+"""orbax within the limits of saving.py. The only file that uses orbax's private names; `install` makes the one patch.
+
+By default orbax 0.12 copies all arrays to the host before it writes the first, and encodes each array as a whole
+(docs/log.md). Here arrays are copied when they are written, and written in pieces.
+"""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint._src.arrays.fragments import ConcreteFragment, ConcreteFragments
+from orbax.checkpoint._src.metadata.array_metadata_store import Store
+from orbax.checkpoint._src.serialization import serialization
+from orbax.checkpoint._src.serialization.replica_slices import ReplicaSlices
+from orbax.checkpoint._src.serialization.types import SerializationStatusCallback, TransferPriority
+
+from alst_jax.storage import saving
+
+
+def install() -> None:
+    """Patch orbax for this process: arrays are written in pieces, and one warning is not logged. Idempotent."""
+    if not isinstance(serialization.async_serialize_from_host, _InPieces):
+        serialization.async_serialize_from_host = _InPieces(serialization.async_serialize_from_host)
+    logging.getLogger("absl").addFilter(_keep_record)
+
+
+def tree_handler() -> ocp.PyTreeCheckpointHandler:
+    """Writes a tree of arrays within the limits on bytes copied and bytes written at once."""
+    arrays = ocp.type_handlers.ArrayHandler(array_metadata_store=Store(), callback=CopyWhenWritten())
+    return ocp.PyTreeCheckpointHandler(
+        save_concurrent_gb=saving.WRITTEN / 10**9, save_device_host_concurrent_gb=saving.COPIES / 10**9,
+        type_handler_registry=ocp.type_handlers.create_type_handler_registry(
+            (jax.Array, arrays), (np.ndarray, ocp.type_handlers.NumpyHandler())))
+
+
+def tree_save(tree: Any) -> ocp.args.PyTreeSave:
+    """The arguments of a save of `tree`, with the sizes of chunks and files."""
+    return ocp.args.PyTreeSave(
+        tree, jax.tree.map(save_args, tree), ocdbt_target_data_file_size=saving.DATA_FILE)
+
+
+def save_args(array: jax.Array | np.ndarray | jax.ShapeDtypeStruct) -> ocp.SaveArgs:
+    """Chunks of one array. A chunk of a stack lies in one layer, so that layers can be read one by one."""
+    return ocp.SaveArgs(chunk_byte_size=saving.chunk_bytes(), shard_axes=(0,) if array.ndim > 2 else ())
+
+
+class CopyWhenWritten(SerializationStatusCallback):
+    """Copies an array to the host when it is written. orbax warns of this priority at every save."""
+
+    def key_priority(self, keypath: Any) -> TransferPriority:
+        return TransferPriority.ASYNCHRONOUS_DEPRIORITIZED
+
+
+def _keep_record(record: logging.LogRecord) -> bool:
+    """A log filter without orbax's warning of arrays that are copied when they are written."""
+    return "No prioritized params found" not in str(record.msg)
+
+
+class _InPieces:
+    """orbax's function that writes the shards of an array, called with the shards cut into pieces.
+
+    orbax's limit on bytes written at once then holds for each piece. Without pieces it encodes a whole array, which
+    takes as much memory again as the array. Chunks are read from the file's own metadata.
+    """
+
+    def __init__(self, serialize: Callable):
+        self.serialize = serialize
+        functools.update_wrapper(self, serialize)
+
+    async def __call__(self, array: ReplicaSlices, spec: dict[str, Any], **options: Any) -> None:
+        chunk = spec.get("metadata", {}).get("chunks")  # of zarr 2; other formats are written whole
+        await self.serialize(array if chunk is None else Pieces(**vars(array), chunk=tuple(chunk)), spec, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pieces(ReplicaSlices):
+    """The shards that this process writes, cut into `saving.pieces`. chunk: shape of a chunk on disk."""
+
+    chunk: tuple[int, ...]
+
+    def to_fragments(self) -> ConcreteFragments:
+        whole = super().to_fragments()
+        return dataclasses.replace(whole, fragments=[piece for part in whole.fragments for piece in self._cut(part)])
+
+    def _cut(self, part: ConcreteFragment) -> Iterator[ConcreteFragment]:
+        for box in saving.pieces(part.value.shape, self.chunk, part.value.itemsize):
+            cuts = zip(part.start, box, strict=True)
+            index = tuple(slice(first + cut.start, first + cut.stop, 1) for first, cut in cuts)
+            yield ConcreteFragment(index=index, value=part.value[(*box, ...)])  # a view, of a scalar too

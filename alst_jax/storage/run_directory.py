@@ -1,0 +1,169 @@
+"""The layout of a run directory. Training runs and converted models share it:
+
+    DIR/run.json              origin of the directory: kind, versions, flags
+    DIR/model/                config.json, tokenizer, chat template: the Hugging Face directory without its weights
+    DIR/checkpoints/STEP/     orbax items: params, optimizer (not in a conversion), loop (JSON: data position, geometry)
+    DIR/hf/                   the export at the end of a training run
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import pathlib
+import shutil
+from typing import Any
+
+from alst_jax.config import TrainConfig, UserError, flag
+from alst_jax.models.config import ModelConfig
+from alst_jax.models.hf_config import hf_config_dict, model_config
+
+CHECKPOINTS, MODEL, RUN_FILE, EXPORT = "checkpoints", "model", "run.json", "hf"
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf",
+                "*.msgpack", "*.h5", "*.onnx", "*.ot")
+
+# ------------------------------------------------------------------------------------------------------------- finding
+
+
+def find_checkpoint(path: str | pathlib.Path) -> tuple[pathlib.Path, int]:
+    """(run directory, step) for a run directory, its checkpoints directory, or one step's directory."""
+    given = pathlib.Path(path).absolute()
+    located = _locate(given)
+    if located is None:
+        raise UserError(f"{path}: no checkpoint there; it is a directory with {RUN_FILE}, {MODEL}/ and {CHECKPOINTS}/, "
+                        "as convert.from_hf or a training run makes")
+    run_dir, step = located
+    folder = run_dir / CHECKPOINTS
+    steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+    if step is None and not steps:
+        raise UserError(f"{path}: the run has saved no checkpoint yet")
+    if step is not None and step not in steps:
+        raise UserError(f"{path}: no such step; there are {', '.join(map(str, steps)) or 'none'}")
+    return run_dir, steps[-1] if step is None else step
+
+
+def _locate(path: pathlib.Path) -> tuple[pathlib.Path, int | None] | None:
+    """The run directory that a path means, and its step if the path names one; None for other directories."""
+    if is_run_directory(path):
+        return path, None
+    if path.name == CHECKPOINTS and is_run_directory(path.parent):
+        return path.parent, None
+    if path.name.isdigit() and path.parent.name == CHECKPOINTS and is_run_directory(path.parent.parent):
+        return path.parent.parent, int(path.name)
+    return None
+
+
+def is_run_directory(path: str | pathlib.Path) -> bool:
+    """Whether a training run or a conversion made this directory."""
+    return (pathlib.Path(path) / RUN_FILE).is_file()
+
+
+def has_results(run_dir: str | pathlib.Path) -> bool:
+    """Whether a run directory holds a checkpoint or an export."""
+    folder = pathlib.Path(run_dir)
+    steps = folder / CHECKPOINTS
+    return (folder / EXPORT).exists() or steps.is_dir() and any(p.name.isdigit() for p in steps.iterdir())
+
+
+def is_checkpoint(path: str | pathlib.Path) -> bool:
+    """Whether `find_checkpoint` accepts this path. Hugging Face directories are none."""
+    return _locate(pathlib.Path(path).absolute()) is not None
+
+
+# ------------------------------------------------------------------------------------------------- starting a directory
+
+
+def check_out(config: TrainConfig) -> pathlib.Path:
+    """--out, which must be new or empty, or with --resume hold the run to continue."""
+    if config.out is None:
+        raise UserError("--out: name a directory for checkpoints, metrics and the trained model")
+    out = pathlib.Path(config.out)
+    if config.resume:
+        return out
+    blocked = next((p for p in (out, *out.absolute().parents) if p.exists() and not p.is_dir()), None)
+    if blocked is not None:
+        raise UserError(f"--out {out}: {blocked} is a file, not a directory")
+    if is_run_directory(out) and not has_results(out):
+        return out  # a run that ended before it saved anything: start it again
+    if out.exists() and any(out.iterdir()):
+        what = "holds another run" if is_run_directory(out) else "is not empty"
+        raise UserError(f"--out {out} {what}; choose another directory" +
+                        (", or continue that run with --resume" if is_run_directory(out) else ""))
+    return out
+
+
+def start_run_directory(
+    out: pathlib.Path, config: TrainConfig, model: ModelConfig, tokenizer: Any, hf_dir: pathlib.Path | None
+) -> None:
+    """Write model/ and run.json: the first files of a run. hf_dir: copy its model files, else make them."""
+    if hf_dir is not None:
+        copy_model_files(hf_dir, out / MODEL)
+    else:
+        tokenizer.save_pretrained(out / MODEL)
+        special = ("bos_token_id", "eos_token_id", "pad_token_id")
+        fields = hf_config_dict(model) | {name: getattr(tokenizer, name) for name in special}
+        (out / MODEL / "config.json").write_text(json.dumps(fields, indent=2))
+    write_run_file(out, "training", {"flags": dataclasses.asdict(config) | {"resume": False}})
+
+
+def copy_model_files(hf_dir: str | pathlib.Path, out: str | pathlib.Path) -> None:
+    """Copy a Hugging Face directory without its weights: config, tokenizer, chat template, generation config."""
+    source, target = pathlib.Path(hf_dir), pathlib.Path(out)
+    target.mkdir(parents=True, exist_ok=True)
+    for file in sorted(source.iterdir()):
+        if file.is_file() and not file.name.startswith(".") and not any(file.match(p) for p in WEIGHT_FILES):
+            shutil.copyfile(file, target / file.name)
+
+
+def write_run_file(run_dir: pathlib.Path, kind: str, extra: dict[str, Any]) -> None:
+    """DIR/run.json; kind is "training" or "converted"."""
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")}
+    run_dir.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"kind": kind, "versions": versions, **extra}, indent=2)
+    partial = run_dir / f".{RUN_FILE}"
+    partial.write_text(text)
+    partial.replace(run_dir / RUN_FILE)
+
+
+# ------------------------------------------------------------------------------------------------------------- resuming
+
+
+def read_run_file(run_dir: str | pathlib.Path) -> dict[str, Any]:
+    """DIR/run.json. UserError if it is missing or not JSON."""
+    file = pathlib.Path(run_dir) / RUN_FILE
+    if not file.is_file():
+        raise UserError(f"{run_dir}: no run to resume there: it has no {RUN_FILE}; leave out --resume to start one")
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("flags", {}), dict):
+        raise UserError(f"{file} is not what a run writes: an object with kind, versions and flags")
+    return content
+
+
+def saved_model(out: pathlib.Path) -> ModelConfig:
+    """The model of the run in `out`."""
+    return model_config(out / MODEL)
+
+
+def check_same_model(saved: ModelConfig, now: ModelConfig) -> None:
+    """UserError that names each field in which two models differ."""
+    before, after = dataclasses.asdict(saved), dataclasses.asdict(now)
+    changed = [f"{name} {before[name]} -> {after[name]}" for name in before if before[name] != after[name]]
+    if changed:
+        raise UserError(f"--resume: the model has changed since the checkpoint ({'; '.join(changed)}); start a new run "
+                        "in another --out, or resume with the model it began with")
+
+
+def check_geometry(saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """UserError unless a resumed run sees the same data in the same order and trains the same parameters.
+
+    Checkpoints written before a flag existed lack it, which counts as None.
+    """
+    meaning = {"data": "--data", "rows": "--dp x --batch-size", "grad_accum": "--grad-accum"}
+    changed = [f"{meaning.get(name, flag(name))} ({saved.get(name)} -> {now[name]})" for name in now
+               if saved.get(name) != now[name]]
+    if changed:
+        raise UserError(f"--resume: changed since the checkpoint: {', '.join(changed)}. The position in the data or "
+                        "the state of the optimizer would mean something else; set it back, or start a new run with "
+                        "--model on this run's directory")

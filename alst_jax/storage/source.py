@@ -1,0 +1,92 @@
+"""The model of --model: a Hugging Face directory or hub name, a checkpoint, or by default the embedded tiny Llama."""
+
+import dataclasses
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alst_jax.config import TrainConfig, UserError
+from alst_jax.data.tokenizer import byte_tokenizer, load_tokenizer
+from alst_jax.models.config import TINY_LLAMA, ModelConfig
+from alst_jax.models.hf_config import model_config
+from alst_jax.models.hf_weights import find_tensors, load_params
+from alst_jax.step import TrainStep
+from alst_jax.storage import run_directory
+from alst_jax.storage.checkpoint import Checkpoints
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSource:
+    """A model and the place of its weights: a Hugging Face directory, a checkpoint, or none (drawn at random)."""
+
+    name: str
+    config: ModelConfig
+    tokenizer: Any
+    files: pathlib.Path | None  # config.json, tokenizer: copied into the export
+    hf_weights: pathlib.Path | None = None
+    checkpoint: tuple[pathlib.Path, int] | None = None
+
+
+def find_model(config: TrainConfig, tokenizer: bool = True) -> ModelSource:
+    """The model in the run directory when resuming, the model of --model, or the embedded tiny Llama.
+
+    tokenizer: load it too. A plan needs none.
+    """
+    if config.resume:
+        run_dir = pathlib.Path(config.out)
+        if run_directory.read_run_file(run_dir).get("kind") != "training":
+            raise UserError(f"--resume --out {run_dir}: a converted model, not a run; train it with --model {run_dir} "
+                            "and another --out")
+        files = run_dir / run_directory.MODEL
+        named = files if config.model is None else _model_files(config.model)  # compared with the run's own later
+        return ModelSource(str(config.model or files), model_config(named), load_tokenizer(files), files)
+    if config.model is None:
+        return ModelSource("the embedded tiny Llama", TINY_LLAMA, byte_tokenizer() if tokenizer else None, None)
+    files = _model_files(config.model)
+    parts = (config.model, model_config(files), load_tokenizer(files) if tokenizer else None, files)
+    if run_directory.is_checkpoint(config.model):
+        return ModelSource(*parts, checkpoint=run_directory.find_checkpoint(config.model))
+    return ModelSource(*parts, hf_weights=files)
+
+
+def _model_files(model: str) -> pathlib.Path:
+    """The directory with the config and tokenizer of --model."""
+    if not model:
+        raise UserError("--model '': name a Hugging Face directory, a hub name or a checkpoint")
+    if run_directory.is_checkpoint(model):
+        return run_directory.find_checkpoint(model)[0] / run_directory.MODEL
+    return _hub_directory(model)
+
+
+def _hub_directory(model: str) -> pathlib.Path:
+    path = pathlib.Path(model)
+    if path.exists() or model.count("/") != 1 or model.startswith((".", "/", "~")):
+        return path  # model_config says what is wrong with it
+    from huggingface_hub import snapshot_download
+
+    try:
+        return pathlib.Path(snapshot_download(model, ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]))
+    except Exception as error:  # the hub's client raises many kinds, all of which mean: not to be had
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"--model {model}: no such directory, and no such model could be fetched from the hub "
+                        f"({reason})") from error
+
+
+def load_weights(source: ModelSource, step: TrainStep, dtype: jnp.dtype, seed: int) -> Any:
+    """The weights, with the shardings and memory kinds of the step."""
+    if source.hf_weights is not None:
+        if dtype == jnp.bfloat16 and any(t.dtype == np.float32 for t in find_tensors(source.hf_weights).values()):
+            print(f"warning: the float32 weights of {source.name} are rounded to bfloat16; --dtype float32 keeps them",
+                  file=sys.stderr, flush=True)
+        return load_params(source.hf_weights, source.config, step.params)
+    if source.checkpoint is not None:
+        run_dir, at = source.checkpoint
+        checkpoints = Checkpoints(run_dir)
+        params = checkpoints.restore_params(at, step.params)
+        checkpoints.close()
+        return params
+    return step.init_params(jax.random.key(seed), dtype)
