@@ -96,7 +96,7 @@ def measure(options: Options, dp: int, sp: int, length: int, flags: tuple[str, .
     params = step.init_params(jax.random.key(0), jnp.bfloat16)
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, (dp, length), dtype=np.int32)
     batch = step.put_batch(tokens, np.roll(tokens, -1, 1), np.tile(np.arange(length, dtype=np.int32), (dp, 1)))
-    lowered = step.loss_and_grad.lower(step.params, batch, jax.ShapeDtypeStruct((), jnp.float32))
+    lowered = step.loss_and_grad.lower(step.trained, step.frozen, batch, jax.ShapeDtypeStruct((), jnp.float32))
     flops = dp * model.flops_per_sequence(length) / len(devices)
     peak = environment.peak_flops(devices[0].device_kind) or float("nan")
     peaks = lambda: max(device.memory_stats()["peak_bytes_in_use"] for device in devices)
@@ -108,7 +108,7 @@ def measure(options: Options, dp: int, sp: int, length: int, flags: tuple[str, .
 
         def seconds() -> float:
             started = time.perf_counter()
-            jax.block_until_ready(compiled(params, batch, jnp.float32(1 / tokens.size)))
+            jax.block_until_ready(compiled(*step.split(params), batch, jnp.float32(1 / tokens.size)))
             return time.perf_counter() - started
 
         times = [seconds() for _ in range(options.steps)][1:]

@@ -58,7 +58,8 @@ def main():
     from alst_jax.optim.adamw import AdamW
     from alst_jax.parallel.mesh import choose_degrees, make_mesh
     from alst_jax.planning.compiled import shard_bytes
-    from alst_jax.step import Batch, TrainStep
+    from alst_jax.stack.batch import Batch
+    from alst_jax.step import TrainStep
 
     model, length = llama_8b(options.layers), options.seq_len
     in_backward = options.profile.update_in_backward
@@ -79,9 +80,10 @@ def main():
     started = time.perf_counter()
     number = jax.ShapeDtypeStruct((), jnp.float32)
     if in_backward:
-        compiled = step.update_in_backward.lower(step.params, step.optimizer_state, abstract, number, number).compile()
+        compiled = step.update_in_backward.lower(
+            step.trained, step.frozen, step.optimizer_state, abstract, number, number).compile()
     else:
-        compiled = step.loss_and_grad.lower(step.params, abstract, number).compile()
+        compiled = step.loss_and_grad.lower(step.trained, step.frozen, abstract, number).compile()
     plan = compiled.memory_analysis()
     device_plan = (plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes
                    - plan.alias_size_in_bytes)
@@ -107,7 +109,7 @@ def main():
     if options.reserve:
         reserve(options.reserve, list(mesh.devices.flat))
     started = time.perf_counter()
-    params = jax.block_until_ready(step.init_params(jax.random.key(0), jnp.bfloat16))
+    params, frozen = step.split(jax.block_until_ready(step.init_params(jax.random.key(0), jnp.bfloat16)))
     state = jax.block_until_ready(step.init_optimizer(params)) if options.update else None
     print(f"weights and states made in {time.perf_counter() - started:.0f} s", flush=True)
     peak_flops = environment.peak_flops(jax.devices()[0].device_kind) or float("nan")
@@ -117,10 +119,10 @@ def main():
             gradients, norm, update_seconds = None, float("nan"), 0.0
             if in_backward:
                 loss, norm, finite, layers, params, state = jax.block_until_ready(
-                    compiled(params, state, batch, scale, jnp.float32(1e-5)))
+                    compiled(params, frozen, state, batch, scale, jnp.float32(1e-5)))
                 assert finite and layers == model.num_layers, (finite, layers)
             else:
-                loss, gradients = jax.block_until_ready(compiled(params, batch, scale))
+                loss, gradients = jax.block_until_ready(compiled(params, frozen, batch, scale))
             seconds = time.perf_counter() - started
             print(f"step {number + 1}: loss {float(loss):.4f} after {seconds:.3f} s", flush=True)
             if options.update and not in_backward:

@@ -60,7 +60,7 @@ def test_tokamax_forward_serves_the_cudnn_backward():
     for ours, cudnn in zip(run("tokamax"), run("cudnn")):
         assert relative_error(ours.astype(jnp.float32), cudnn.astype(jnp.float32)) < 2e-3  # 4.5e-4 measured
     statistics = jax.jit(lambda *qkv: [attention_module.attention_forward(*qkv, kernel=name)[1] for name in ("tokamax", "cudnn")])
-    (lse,), (same,) = statistics(*args[:3])
+    lse, same = statistics(*args[:3])
     assert relative_error(lse, same) < 1e-6
 
 
@@ -192,7 +192,7 @@ def test_kept_attention_is_not_run_twice():
     profile = dataclasses.replace(CUDNN, attention="tokamax", keep_attention_on_device=4)
     step = make_step(dataclasses.replace(MODEL, head_dim=128), profile=profile, dtype=jnp.bfloat16)
     batch = step.put_batch(**random_batch(MODEL, rows=1, length=4096))
-    lowered = step.loss_and_grad.lower(step.params, batch, jax.ShapeDtypeStruct((), jnp.float32))
+    lowered = step.loss_and_grad.lower(step.trained, step.frozen, batch, jax.ShapeDtypeStruct((), jnp.float32))
     kernels = lambda flags: lowered.compile(flags).as_text().count('custom_call_target="mosaic_gpu_v2"')
     assert kernels({name: value == "true" for name, value in XLA_GPU_FLAGS.items()}) == 1
     assert kernels({"xla_gpu_enable_dynamic_slice_fusion": True}) == 2  # if not, XLA was mended and the flag can go
@@ -231,7 +231,7 @@ def test_segments_are_rebuilt_one_at_a_time():
         step = make_step(dataclasses.replace(MODEL, num_layers=layers), dtype=jnp.bfloat16,
                          profile=dataclasses.replace(CUDNN, segment_layers=(4,), **OFFLOADED))
         batch = step.put_batch(**random_batch(MODEL, rows=1, length=65536))
-        lowered = step.loss_and_grad.lower(step.params, batch, jax.ShapeDtypeStruct((), jnp.float32))
+        lowered = step.loss_and_grad.lower(step.trained, step.frozen, batch, jax.ShapeDtypeStruct((), jnp.float32))
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     # One [T, D] is 64 MiB. All at once: 12 of them; queries, keys and values of the last layers alone: 1.5.
