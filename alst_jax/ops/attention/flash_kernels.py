@@ -47,7 +47,7 @@ def offsets(cu, table) -> dict:
 
 
 def documents_of(call: Call, cu, rows: int, heads: int = 1) -> tuple:
-    """The arrays a kernel with blocks of `rows` rows reads of documents: (), (offsets,) or (offsets, table of blocks)."""
+    """Inputs of a kernel with blocks of `rows` rows: (), (offsets,) or, of many documents, (offsets, table of blocks)."""
     if cu is None:
         return ()
     return (cu, block_offsets(cu, rows, heads)) if call.has_table(cu.shape[0] - 1) else (cu,)
@@ -148,12 +148,12 @@ def main_kernel(call: Call):
         DTYPES[call.dtype], call.head_dim, call.head_dim, call.group, call.is_causal, is_local=call.is_local,
         deterministic=call.deterministic, tile_m=tiles.rows, tile_n=tiles.keys, Q_stage=2, dO_stage=tiles.do_stages,
         PdS_stage=tiles.score_stages, SdP_swapAB=tiles.swap_scores, dKV_swapAB=tiles.swap_dkv, dQ_swapAB=tiles.swap_dq,
-        AtomLayoutMSdP=1, AtomLayoutNdKV=tiles.atoms_dkv, AtomLayoutMdQ=tiles.atoms_dq, num_threads=384, V_in_regs=False,
-        dQ_single_wg=tiles.one_group_for_dq, **cap)
+        AtomLayoutMSdP=1, AtomLayoutNdKV=tiles.atoms_dkv, AtomLayoutMdQ=tiles.atoms_dq, num_threads=384,
+        V_in_regs=False, dQ_single_wg=tiles.one_group_for_dq, **cap)
 
 
 def semaphores_of(q, k, lse, cu, call: Call):
-    """Zeros [B or D, heads, blocks, 1 or 2] that put the sums in a fixed order: of dq and, with shared kv heads, dk, dv."""
+    """Zeros [B or D, heads, blocks, 1 or 2] that fix the order of sums: of dq and, with shared kv heads, dk, dv."""
     batch, tiles = q.shape[0] if cu is None else cu.shape[0] - 1, call.backward_tiles
     fences = (jnp.zeros((batch, q.shape[-2], -(-q.shape[-3] // tiles.rows), 1), jnp.int32),)
     if call.group == 1:

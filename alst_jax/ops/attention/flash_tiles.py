@@ -1,11 +1,10 @@
 """Tile sizes of flash-attn-4 on Hopper and the sizes of its buffers: plain numbers, no package needed.
 
-Numbers: flash_attn/cute/interface.py of flash-attn-4 4.0.0b36, `_tile_size_fwd_sm90` and `_tile_size_bwd_sm90`, where q,
-k and v have one head dim.
+Numbers: flash_attn/cute/interface.py of flash-attn-4 4.0.0b36, `_tile_size_fwd_sm90` and `_tile_size_bwd_sm90`, where
+q, k and v have one head dim.
 """
 
 import dataclasses
-from typing import Self
 
 import jax.numpy as jnp
 from jax import Array
@@ -70,7 +69,8 @@ HEAD_DIMS = tuple(FORWARD)
 class Call:
     """Everything a compiled kernel depends on besides the shapes of its arrays. Static, a cache key.
 
-    group: query heads of a kv head. window: tokens read before and behind the query. deterministic: sums in a fixed order.
+    group: query heads of a kv head. window: tokens read before and behind the query. deterministic: sums in a fixed
+    order (not yet an option of a spec).
     """
 
     dtype: str
@@ -83,13 +83,13 @@ class Call:
     deterministic: bool = False
 
     @classmethod
-    def of(cls, q: Array, k: Array, spec: AttentionSpec) -> Self:
+    def of(cls, q: Array, k: Array, spec: AttentionSpec) -> "Call":
         """The call for q[..., N, H] and k[..., K, H]."""
         head_dim, reach = q.shape[-1], None
         if spec.window is not None:
             reach = (spec.window - 1, 0 if spec.causal else spec.window - 1)
-        return cls(q.dtype.name, head_dim, q.shape[-2] // k.shape[-2], float(spec.scale_of(head_dim)), spec.causal, reach,
-                   spec.soft_cap)
+        group, scale = q.shape[-2] // k.shape[-2], float(spec.scale_of(head_dim))
+        return cls(q.dtype.name, head_dim, group, scale, spec.causal, reach, spec.soft_cap)
 
     @property
     def is_local(self) -> bool:
