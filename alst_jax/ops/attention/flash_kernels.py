@@ -47,7 +47,7 @@ def offsets(cu, table) -> dict:
 
 
 def documents_of(call: Call, cu, rows: int, heads: int = 1) -> tuple:
-    """Inputs of a kernel with blocks of `rows` rows: (), (offsets,) or, of many documents, (offsets, table of blocks)."""
+    """Inputs of a kernel with blocks of `rows` rows: (), (offsets,) or, of many documents, (offsets, table)."""
     if cu is None:
         return ()
     return (cu, block_offsets(cu, rows, heads)) if call.has_table(cu.shape[0] - 1) else (cu,)

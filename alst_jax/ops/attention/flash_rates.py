@@ -12,8 +12,8 @@ RATES_BY_HEADS = {
     (32, 8): {"forward": {32768: 727, 131072: 706}, "backward": {32768: 601, 131072: 595}},
     (4, 1): {"forward": {131072: 681, 524288: 708}, "backward": {131072: 639, 524288: 623}},
 }
-# Packed documents in 131,072 tokens, 32 query heads and 8 kv heads: TFLOP/s of useful work by documents. Those with 1, 16
-# and 512 documents were measured from torch.
+# Packed documents in 131,072 tokens, 32 query heads and 8 kv heads: TFLOP/s of useful work by documents. Those with
+# 1, 16 and 512 documents were measured from torch.
 DOCUMENT_RATES = {
     "1 x 131072": {"forward": 697, "backward": 601},
     "8 mixed": {"forward": 661, "backward": 604},
