@@ -130,7 +130,7 @@ def test_padded_documents_do_not_overlap(lengths):
 
 
 def test_workspace_is_the_measured_one():
-    assert workspace_bytes(1, 131072, 32, 8, 128) / GIB == pytest.approx(3.0, abs=0.05)  # FACTS: 3.0 GiB
+    assert workspace_bytes(1, 131072, 32, 8, 128) / GIB == pytest.approx(3.0, abs=0.05)  # measured
     assert workspace_bytes(1, 524288, 4, 1, 128) / GIB == pytest.approx(1.5, abs=0.03)
     one_kv_head_each = workspace_bytes(1, 131072, 32, 32, 128)
     assert one_kv_head_each / GIB == pytest.approx(2.0, abs=0.05)  # no sums of dk and dv
