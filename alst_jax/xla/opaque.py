@@ -1,10 +1,10 @@
 """Kernels that know nothing of mesh axes, inside a shard_map that checks over which of them values vary.
 
-Pallas's GPU kernels refuse arguments that vary over devices. A primitive hides them: outside it the results vary as the
-arguments do, inside they are plain arrays of one device.
+Pallas's GPU kernels refuse arguments that vary over devices; a cutlass_call gives results that do not vary. A primitive
+hides both: outside it the results vary as the arguments do, inside they are plain arrays of one device.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -14,10 +14,14 @@ from jax.sharding import PartitionSpec as P
 
 
 def opaque(kernel: Callable) -> Callable:
-    """kernel(*arrays) -> arrays, callable inside a shard_map. `kernel` must be a module's function: it is a cache key."""
-    def call(*arrays: jax.Array) -> Any:
-        results = jax.tree.structure(jax.eval_shape(kernel, *map(_plain, arrays)))
-        return jax.tree.unflatten(results, _primitive.bind(*arrays, kernel=kernel))
+    """kernel(*arrays, **static) -> arrays, callable inside a shard_map.
+
+    `kernel` must be a module's function and `static` hashable: together they are a cache key.
+    """
+    def call(*arrays: jax.Array, **static: Hashable) -> Any:
+        shapes = jax.eval_shape(lambda *plain: kernel(*plain, **static), *map(_plain, arrays))
+        results = _primitive.bind(*arrays, kernel=kernel, static=tuple(sorted(static.items())))
+        return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
     return call
 
@@ -26,20 +30,21 @@ def _plain(x):
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
-def _flat(*arrays, kernel):
-    return jax.tree.leaves(kernel(*arrays))
+def _flat(*arrays, kernel, static):
+    return jax.tree.leaves(kernel(*arrays, **dict(static)))
 
 
-def _abstract(*avals, kernel):
+def _abstract(*avals, kernel, static):
     like = max(avals, key=lambda aval: len(aval.manual_axis_type.varying))
-    made = jax.tree.leaves(jax.eval_shape(kernel, *map(_plain, avals)))
+    made = jax.eval_shape(lambda *plain: _flat(*plain, kernel=kernel, static=static), *map(_plain, avals))
     return [like.update(shape=x.shape, dtype=x.dtype, sharding=like.sharding.update(spec=P(*[None] * len(x.shape))))
             for x in made]
 
 
-def _lowering(ctx, *args, kernel):
+def _lowering(ctx, *args, kernel, static):
     plain = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
-    return mlir.lower_fun(_flat, multiple_results=True)(ctx.replace(avals_in=plain), *args, kernel=kernel)
+    lower = mlir.lower_fun(_flat, multiple_results=True)
+    return lower(ctx.replace(avals_in=plain), *args, kernel=kernel, static=static)
 
 
 _primitive = Primitive("opaque_kernel")

@@ -10,14 +10,14 @@ import jax
 from jax import Array
 
 from alst_jax.config import UserError
-from alst_jax.ops.attention import cudnn, tokamax, xla
+from alst_jax.ops.attention import cudnn, flash, tokamax, xla
 from alst_jax.ops.attention.cudnn import head_groups
 from alst_jax.ops.attention.spec import AttentionSpec, Kernel
 
 __all__ = ["KERNELS", "AttentionSpec", "Kernel", "attention", "attention_backward", "attention_forward", "attention_from",
            "find_kernel", "head_groups", "refusal"]
 
-KERNELS = {kernel.name: kernel for kernel in (xla.KERNEL, cudnn.KERNEL, tokamax.KERNEL)}
+KERNELS = {kernel.name: kernel for kernel in (xla.KERNEL, cudnn.KERNEL, tokamax.KERNEL, flash.KERNEL)}
 CAUSAL = AttentionSpec()
 
 
@@ -65,7 +65,8 @@ def attention(
     """o[B, S, N, H] of q[B, S, N, H], k and v[B, S, K, H], differentiable.
 
     kernel: "xla" (any device and dtype), "cudnn" (GPU, bfloat16 or float16, S a multiple of 128), "tokamax" (the same on
-    Hopper, with tokamax's forward pass), or a `Kernel` of one's own. documents: see `Kernel`.
+    Hopper, with tokamax's forward pass), "flash" (Hopper, bfloat16 or float16, any S), or a `Kernel` of one's own.
+    documents: see `Kernel`.
     """
     results = attention_forward(*jax.lax.stop_gradient((q, k, v)), spec, documents, kernel=kernel)
     return attention_from(q, k, v, results, spec, documents, kernel=kernel)

@@ -1,0 +1,146 @@
+# pytest tests/unit/test_flash.py
+"""The flash kernel without a GPU: its entry in the table, its refusals, its tables of tiles, bytes and rates."""
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import subprocess
+import sys
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alst_jax.config import UserError
+from alst_jax.ops.attention import KERNELS, AttentionSpec, attention, find_kernel, flash, refusal
+from alst_jax.ops.attention.flash_rates import DOCUMENT_RATES, RATES, RATES_BY_HEADS
+from alst_jax.ops.attention.flash_tiles import (
+    BACKWARD, FORWARD, HEAD_DIMS, Call, block_offsets, padded, padded_of, workspace_bytes)
+
+GIB = 2**30
+PACKAGES = ("flash_attn", "cutlass", "torch")
+
+
+def spec_call(head_dim=128, group=4, **spec):
+    q, k = (jnp.zeros((1, 64, n, head_dim), jnp.bfloat16) for n in (2 * group, 2))
+    return Call.of(q, k, AttentionSpec(**spec))
+
+
+def test_the_table_has_it_and_it_serves_every_feature():
+    kernel = find_kernel("flash")
+    assert kernel is KERNELS["flash"] and kernel.needs_gpu and kernel.multiple == 1 and kernel.capabilities == ("9.0",)
+    assert kernel.dtypes == ("bfloat16", "float16") and kernel.package == "flash_attn.cute"
+    _, takes = kernel.head_dims
+    assert [h for h in range(8, 264, 8) if takes(h)] == list(HEAD_DIMS) == [64, 96, 128, 192, 256]
+    for spec in (AttentionSpec(), AttentionSpec(window=8), AttentionSpec(soft_cap=5.0), AttentionSpec(causal=False)):
+        assert refusal(kernel, spec, documents=True) is None
+
+
+def test_importing_the_project_imports_none_of_its_packages():
+    code = f"import sys, alst_jax.ops.attention; print(*[m for m in {PACKAGES} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
+
+
+class Installed:
+    """Stands for the installed packages: those in `missing` are not found."""
+
+    def __init__(self, monkeypatch, missing=(), torch="2.11.0+cu130", library="lib.so"):
+        found = lambda module: None if module.split(".")[0] in missing else object()
+        monkeypatch.setattr(importlib.util, "find_spec", found)
+        monkeypatch.setattr(importlib.metadata, "version", lambda name: torch)
+        cutlass = types.SimpleNamespace(find_cute_dsl_runtime_library=lambda: library)
+        self.broken = {}
+        def import_module(name):
+            if name in self.broken:
+                raise self.broken[name]
+            return cutlass
+        monkeypatch.setattr(flash.importlib, "import_module", import_module)
+
+
+@pytest.mark.parametrize("missing,named", zip(PACKAGES, ("flash-attn-4", "nvidia-cutlass-dsl", "torch")))
+def test_a_missing_package_is_named(missing, named, monkeypatch):
+    Installed(monkeypatch, [missing])
+    with pytest.raises(UserError, match=rf"--attention flash: {named} is not installed; pip install") as error:
+        find_kernel("flash").prepare()
+    assert "\n" not in str(error.value)
+
+
+def test_an_old_torch_is_named(monkeypatch):
+    Installed(monkeypatch, torch="2.6.0+cu124")
+    with pytest.raises(UserError, match=r"needs torch 2.7 or newer, not 2.6.0\+cu124; pip install -U torch"):
+        flash.prepare()
+
+
+def test_a_missing_cuda_part_is_named(monkeypatch):
+    Installed(monkeypatch, library=None)
+    with pytest.raises(UserError, match=r"lacks its CUDA part; pip install 'nvidia-cutlass-dsl\[cu13\]'"):
+        flash.prepare()
+    Installed(monkeypatch).broken["cutlass.jax"] = ImportError("no _cutlass_ir")
+    with pytest.raises(UserError, match=r"lacks its CUDA part \(no _cutlass_ir\)"):
+        flash.prepare()
+
+
+def test_a_package_of_a_package_that_is_missing_is_named(monkeypatch):
+    Installed(monkeypatch).broken[flash.LAUNCHERS] = ModuleNotFoundError("No module named 'einops'")
+    with pytest.raises(UserError, match="--attention flash: No module named 'einops'; pip install"):
+        flash.prepare()
+
+
+def test_a_call_without_the_packages_is_refused_and_not_served_by_another_kernel():
+    if importlib.util.find_spec("cutlass") is not None:
+        pytest.skip("the packages are installed")
+    q = jnp.ones((1, 128, 2, 64), jnp.bfloat16)
+    with pytest.raises(UserError, match="--attention flash: .*pip install"):
+        attention(q, q, q, kernel="flash")
+
+
+def test_windows_and_tiles():
+    assert (spec_call().is_causal, spec_call().is_local, spec_call().window) == (True, False, None)
+    windowed = spec_call(window=16)
+    assert (windowed.is_causal, windowed.is_local, windowed.window) == (False, True, (15, 0))
+    assert spec_call(window=16, causal=False).window == (15, 15)
+    assert spec_call(causal=False).backward_tiles.rows == 80 and windowed.backward_tiles.rows == 64
+    assert spec_call(256, window=16).forward_tiles.keys == 64 and spec_call(256).forward_tiles.keys == 80
+    assert spec_call(scale=0.5).scale == 0.5 and spec_call(64).scale == 0.125
+    assert len({spec_call(), spec_call(window=16), spec_call(soft_cap=5.0), spec_call(group=1)}) == 4  # cache keys
+    assert hash(dataclasses.replace(spec_call(), deterministic=True)) != hash(spec_call())
+    for head_dim in HEAD_DIMS:  # the kernels were written for these
+        assert all(t.rows % 64 == 0 and t.keys % 16 == 0 for t in FORWARD[head_dim])
+        assert all(head_dim % t.head_dim_multiple == 0 and t.rows % 16 == 0 for t in BACKWARD[head_dim])
+
+
+def test_block_offsets_count_the_blocks_before_each_document():
+    offsets = jnp.array([0, 1, 130, 130, 258, 258, 258], jnp.int32)
+    np.testing.assert_array_equal(block_offsets(offsets, 128), [0, 1, 3, 3, 4, 4, 4])
+    np.testing.assert_array_equal(block_offsets(offsets, 128, heads=4), [0, 1, 6, 6, 10, 10, 10])
+    assert block_offsets(offsets, 64).dtype == jnp.int32
+
+
+@pytest.mark.parametrize("lengths", [[5, 0, 64, 1, 200], [1] * 300, [0, 0, 7]])
+def test_padded_documents_do_not_overlap(lengths):
+    """Document i begins at row (offset + i rows) // rows rows, as in flash_attn/cute/seqlen_info.py."""
+    offsets, rows = np.concatenate([[0], np.cumsum(lengths)]), 64
+    starts = [(at + i * rows) // rows * rows for i, at in enumerate(offsets)]
+    ends = [start + -(-n // rows) * rows for start, n in zip(starts, lengths)]
+    assert all(end <= start for end, start in zip(ends, starts[1:]))
+    room = padded(int(offsets[-1]), rows, jnp.asarray(offsets))
+    assert max(ends) <= room == padded_of(int(offsets[-1]), rows, len(lengths))
+    assert padded(1999, 64) == 2048 and padded(2048, 64) == 2048
+
+
+def test_workspace_is_the_measured_one():
+    assert workspace_bytes(1, 131072, 32, 8, 128) / GIB == pytest.approx(3.0, abs=0.05)  # measured
+    assert workspace_bytes(1, 524288, 4, 1, 128) / GIB == pytest.approx(1.5, abs=0.03)
+    one_kv_head_each = workspace_bytes(1, 131072, 32, 32, 128)
+    assert one_kv_head_each / GIB == pytest.approx(2.0, abs=0.05)  # no sums of dk and dv
+    assert workspace_bytes(2, 1000, 8, 2, 64) == 2 * workspace_bytes(1, 1000, 8, 2, 64)
+    packed = workspace_bytes(1, 131072, 32, 8, 128, documents=64)
+    assert 0 < packed - workspace_bytes(1, 131072, 32, 8, 128) <= 4 * 65 * (32 * 64 * 130 + 2 * 8 * 128 * 128)
+
+
+def test_rates_have_the_form_of_the_planner():
+    for rates in (*RATES.values(), *RATES_BY_HEADS.values()):
+        assert set(rates) == {"forward", "backward"} and rates["forward"].keys() == rates["backward"].keys()
+        assert all(isinstance(n, int) and 300 < tflops < 989 for which in rates.values() for n, tflops in which.items())
+    assert all(rate["forward"] > rate["backward"] for rate in DOCUMENT_RATES.values())
