@@ -101,9 +101,9 @@ class TrainConfig:
     auto: bfloat16 on GPU, float32 on CPU."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype in which gradients are summed over devices."""
-    attention: Literal["auto", "cudnn", "tokamax", "xla"] = "auto"
-    """Attention kernel: cudnn (GPU), tokamax (forward; Hopper, needs the extra of that name) with cudnn's backward,
-    xla (tiled, any device). auto: cudnn on GPU, else xla."""
+    attention: Literal["auto", "flash", "cudnn", "tokamax", "xla"] = "auto"
+    """Attention kernel: flash (flash-attn-4) or tokamax (its forward with cudnn's backward), both for Hopper and with the
+    extra of that name; cudnn (GPU); xla (tiled, any device). auto: cudnn on GPU, else xla."""
     tiled_loss: bool = True
     """Compute logits and loss in tiles of tokens instead of all at once."""
     loss_tile: _Length | None = None

@@ -6,6 +6,7 @@ The terms follow the program (step.py, stack/stack.py, stack/layer.py) and were 
 
 import functools
 
+from alst_jax.ops.attention.flash_tiles import workspace_bytes
 from alst_jax.ops.cross_entropy import default_tile
 from alst_jax.ops.tiling import even_tile
 from alst_jax.planning.job import Job, outputs_bytes, place_of
@@ -180,10 +181,13 @@ def layer_work(job: Job, rebuilt: int = 0) -> int:
 
 
 def workspace(job: Job) -> int:
-    """cuDNN's workspace in its backward pass: float32 dq, and dk and dv of each query head of one call."""
+    """The kernel's workspace in the backward pass. cuDNN's: float32 dq, and dk and dv of each query head of one call."""
     if job.profile.attention == "xla" or not job.count_workspace:
         return 0
     head_dim, heads, rows = job.model.head_dim, job.attention.local_heads, job.rows // job.dp
+    if job.profile.attention == "flash":
+        kv_heads = max(1, job.model.num_kv_heads // job.profile.head_chunks * job.attention.repeats // job.sp)
+        return workspace_bytes(rows, job.length, heads, kv_heads, head_dim)
     while rows * job.length * heads * head_dim > 2**31 and heads % 2 == 0:  # as ops/attention.py splits them
         heads //= 2
     return rows * job.length * heads * head_dim * 8

@@ -3,6 +3,7 @@
 import math
 
 from alst_jax.hardware.machines import Cluster
+from alst_jax.ops.attention import flash_rates
 from alst_jax.parallel.ulysses import Ulysses
 from alst_jax.planning.footprint import loss_tokens, mlp_tokens, state_bytes, trained_bytes
 from alst_jax.planning.job import Job
@@ -15,7 +16,7 @@ MATMUL = 650 / 989
 ATTENTION = {
     "cudnn": {"forward": {32768: 647, 131072: 590, 524288: 481}, "backward": {32768: 529, 131072: 513, 524288: 550}},
     "tokamax": {"forward": {32768: 645, 131072: 652, 524288: 646}, "backward": {32768: 529, 131072: 513, 524288: 550}},
-}
+} | flash_rates.RATES
 MEASURED_PEAK = 989  # TFLOP/s of the measured device
 SLOW_ATTENTION = 0.05  # part of the peak, for kernels that are not in the table
 UPDATE_BYTES_PER_SECOND = 0.94  # of the host link's, reached by the streamed update

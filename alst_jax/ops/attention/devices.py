@@ -18,6 +18,14 @@ class Gpu:
     present: bool
 
 
+def installed(package: str) -> bool:
+    """Whether a module of this name can be imported."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # the package around it
+        return False
+
+
 def choose_kernel(wanted: str, kernels: dict[str, Kernel], gpu: Gpu | None, dtype: str, head_dim: int) -> Kernel:
     """The kernel of --attention. gpu: None on a CPU. UserError, with the flag and a way out, if it cannot run there."""
     if wanted == "auto":
@@ -31,7 +39,7 @@ def choose_kernel(wanted: str, kernels: dict[str, Kernel], gpu: Gpu | None, dtyp
                         "jax[cuda13] installed?); use --attention xla")
     if dtype not in kernel.dtypes:
         raise UserError(f"--attention {wanted} needs --dtype bfloat16; use that or --attention xla")
-    if kernel.package and gpu.present and importlib.util.find_spec(kernel.package) is None:
+    if kernel.package and gpu.present and not installed(kernel.package):
         raise UserError(f"--attention {wanted}: the package is not installed (pip install {kernel.package}, or the extra "
                         "of that name); or use --attention cudnn")
     if kernel.capabilities and gpu.capability not in kernel.capabilities:
