@@ -57,7 +57,7 @@ class LayerUpdates:
     frozen: Any
     on_host: tuple[bool, bool]
 
-    def read(self, store: tuple, i: jax.Array) -> Weights:
+    def read(self, store: tuple, i: jax.Array | int) -> Weights:
         """The shards of layer i."""
         trained = self.structure.unflatten([host.row(arrays[0], i, self.on_host[0]) for arrays in store[0]])
         return Weights(trained, host.row(self.frozen, i, self.on_host[0]))
