@@ -25,7 +25,11 @@ def smollm2_directory() -> pathlib.Path:
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             made = pathlib.Path(scratch, "made")
             _convert(_gguf_file(pathlib.Path(scratch)), made)
-            made.rename(target)  # only what is complete gets the name
+            try:
+                made.rename(target)  # only what is complete gets the name
+            except OSError:
+                if not target.is_dir():  # another worker was faster
+                    raise
     return target
 
 

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, PartitionSpec as P
+from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
 
 from alst_jax.ops.attention import AttentionSpec, attention, attention_backward, attention_forward, flash
 from alst_jax.ops.attention.flash_tiles import Call, workspace_bytes

@@ -104,7 +104,7 @@ def collectives(compiled_text: str) -> dict[str, int]:
 def compiled(step, batch):
     device_batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
                                 step.put_batch(**batch))
-    return step.loss_and_grad.lower(step.params, device_batch, jax.ShapeDtypeStruct((), jnp.float32)).compile()
+    return step.loss_and_grad.lower(step.trained, step.frozen, device_batch, jax.ShapeDtypeStruct((), jnp.float32)).compile()
 
 
 def test_collectives_are_exactly_those_written_down():

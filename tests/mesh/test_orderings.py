@@ -2,6 +2,8 @@
 """Two orderings that GPU memory depends on and no result shows, pinned in the jaxpr: without them many float32 sums of
 weight gradients are alive at once (docs/log.md)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -15,8 +17,12 @@ from alst_jax.stack.layer import Weights
 from alst_jax.stack.stack import Saved, _Backward
 from tests.helpers import make_step, tiny
 
-STEP = make_step(tiny(num_layers=2), 1, 2, Profile(loss_tile=8, mlp_tile=8))
 H = jnp.zeros((1, 32, 64))
+
+
+@functools.cache
+def step():
+    return make_step(tiny(num_layers=2), 1, 2, Profile(loss_tile=8, mlp_tile=8))
 
 
 def ancestors(jaxpr, var) -> set:
@@ -33,7 +39,7 @@ def ancestors(jaxpr, var) -> set:
 
 def waits(fn) -> bool:
     """Whether the first result of fn(h), in a shard_map, is computed from each of its other results."""
-    sharded = jax.shard_map(fn, mesh=STEP.mesh, in_specs=P("data", "seq"), out_specs=P(("data", "seq")))
+    sharded = jax.shard_map(fn, mesh=step().mesh, in_specs=P("data", "seq"), out_specs=P(("data", "seq")))
     (eqn,) = (e for e in jax.make_jaxpr(sharded)(H).jaxpr.eqns if e.primitive.name == "shard_map")
     jaxpr = eqn.params["jaxpr"]
     first, *others = jaxpr.outvars
@@ -44,9 +50,9 @@ def waits(fn) -> bool:
 
 def head(h):
     """The gradients of the last hidden state and of the head's table."""
-    model = Model(STEP.model, STEP.profile, STEP.specs)
+    model = Model(step().model, step().profile, step().specs)
     shard = lambda p, spec: jnp.zeros(p.sharding.shard_shape(p.shape), p.dtype) + h[0, 0, 0]
-    end = jax.tree.map(shard, model.ends(STEP.params), model.ends(STEP.specs))
+    end = jax.tree.map(shard, model.ends(step().params), model.ends(step().specs))
     loss = lambda h, table: model.head_loss(
         h, end | {"lm_head": {"embedding": table}}, jnp.zeros(h.shape[:2], jnp.int32), jnp.float32(1))
     dh, dtable = jax.grad(loss, argnums=(0, 1))(h, end["lm_head"]["embedding"])
@@ -55,10 +61,10 @@ def head(h):
 
 def backward(h):
     """The gradients of a layer's input and of its weights."""
-    model = Model(STEP.model, STEP.profile, STEP.specs)
+    model = Model(step().model, step().profile, step().specs)
     shard = lambda p: jnp.zeros((p.sharding.shard_shape(p.shape))[1:], p.dtype) + h[0, 0, 0]
-    shards = Weights(*(jax.tree.map(shard, part["layers"]) for part in (STEP.trained, STEP.frozen)))
-    tokens = Tokens.of(STEP.model, jnp.zeros(h.shape[:2], jnp.int32))
+    shards = Weights(*(jax.tree.map(shard, part["layers"]) for part in (step().trained, step().frozen)))
+    tokens = Tokens.of(step().model, jnp.zeros(h.shape[:2], jnp.int32))
     saved = Saved([], None, (), shards, tokens)
     loop = _Backward(model.stack, saved, lambda store, i: shards, lambda store, i, shards, gradients: gradients)
     dh, gradients = loop.one((h, ()), 1, h, None)

@@ -70,7 +70,7 @@ def test_logits(directory, sequence, theirs, monkeypatch):
         jax.debug.callback(lambda logits: told.append(np.asarray(logits)), h_TD @ table.T)
         return cross_entropy(h_TD, table, labels_T)
 
-    monkeypatch.setattr("alst_jax.step.cross_entropy", loss_that_tells)
+    monkeypatch.setattr("alst_jax.stack.ends.cross_entropy", loss_that_tells)
     config = model_config(directory)
     assert config.num_params == 134_515_008 and config.tie_word_embeddings
     step = make_step(config)

@@ -16,7 +16,15 @@ from alst_jax.config import UserError
 from alst_jax.ops.attention import KERNELS, AttentionSpec, attention, find_kernel, flash, refusal
 from alst_jax.ops.attention.flash_rates import DOCUMENT_RATES, RATES, RATES_BY_HEADS
 from alst_jax.ops.attention.flash_tiles import (
-    BACKWARD, FORWARD, HEAD_DIMS, Call, block_offsets, padded, padded_of, workspace_bytes)
+    BACKWARD,
+    FORWARD,
+    HEAD_DIMS,
+    Call,
+    block_offsets,
+    padded,
+    padded_of,
+    workspace_bytes,
+)
 
 GIB = 2**30
 PACKAGES = ("flash_attn", "cutlass", "torch")

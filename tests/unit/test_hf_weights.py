@@ -377,6 +377,7 @@ from safetensors.numpy import load_file
 from alst_jax.models.hf_config import model_config
 from alst_jax.models.hf_weights import leaf_names, load_params
 from alst_jax.models.block import abstract_params
+from alst_jax.models.tree import names
 
 directory, how = pathlib.Path(sys.argv[1]), sys.argv[2]
 config = model_config(directory)
@@ -390,8 +391,8 @@ def naive():
     for file in sorted(directory.glob("*.safetensors")):
         whole |= load_file(file)
     def leaf(path, x):
-        tensors = [whole[name].T if path[-1].key == "kernel" else whole[name] for name in leaf_names(path, config)]
-        stacked = np.stack(tensors) if path[0].key == "layers" else tensors[0]
+        tensors = [whole[name].T if names(path)[-1] == "kernel" else whole[name] for name in leaf_names(path, config)]
+        stacked = np.stack(tensors) if names(path)[0] == "layers" else tensors[0]
         return jax.device_put(stacked.astype(x.dtype), x.sharding)
     return jax.tree_util.tree_map_with_path(leaf, abstract)
 
