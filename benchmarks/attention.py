@@ -115,7 +115,7 @@ def measure(shape: str, name: str, repeats: int) -> Row:
         q, k, v, do, documents = arrays_of(lengths, heads, kv_heads)
         forward = jax.jit(lambda q, k, v, documents: attention_forward(q, k, v, spec, documents, kernel=name))
         backward = jax.jit(lambda q, k, v, o, lse, do, documents: attention_backward(
-            q, k, v, o, lse, do, spec, documents, kernel=name))
+            q, k, v, (o, lse), do, spec, documents, kernel=name))
         there, there_spread = timed(forward, (q, k, v, documents), repeats)
         o, lse = forward(q, k, v, documents)
         back, back_spread = timed(backward, (q, k, v, o, lse, do, documents), repeats)

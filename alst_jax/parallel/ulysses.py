@@ -130,7 +130,7 @@ class Ulysses:
     def _back(self, qkv, spec, o, lse, do):
         qkv, swap_back = jax.vjp(lambda q, k, v: qkv_to_heads(q, k, v, self.axis), *qkv)
         o, do = to_heads(o, self.axis), to_heads(do, self.axis)
-        return swap_back(attention_backward(*qkv, o, lse, do, spec, kernel=self.kernel))
+        return swap_back(attention_backward(*qkv, (o, lse), do, spec, kernel=self.kernel))
 
     @staticmethod
     def check(model: ModelConfig, degree: int, chunks: int) -> None:

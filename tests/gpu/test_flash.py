@@ -64,7 +64,7 @@ def inputs(length, heads, kv_heads, head_dim=128, batch=1, dtype=jnp.bfloat16):
 def both(q, k, v, do, documents=None, *, spec, kernel):
     """(o, lse, dq, dk, dv)."""
     o, lse = attention_forward(q, k, v, spec, documents, kernel=kernel)
-    return o, lse, *attention_backward(q, k, v, o, lse, do, spec, documents, kernel=kernel)
+    return o, lse, *attention_backward(q, k, v, (o, lse), do, spec, documents, kernel=kernel)
 
 
 @jax.jit
@@ -225,7 +225,7 @@ def test_workspace_is_planned(report):
     """Temporary bytes of the compiled backward pass against `workspace_bytes`."""
     q, k = (jax.ShapeDtypeStruct((1, 131072, n, 128), jnp.bfloat16) for n in (32, 8))
     lse = jax.ShapeDtypeStruct((1, 32, 131072), jnp.float32)
-    run = jax.jit(lambda *args: attention_backward(*args, kernel="flash"))
+    run = jax.jit(lambda q, k, v, o, lse, do: attention_backward(q, k, v, (o, lse), do, kernel="flash"))
     measured = run.lower(q, k, k, q, lse, q).compile().memory_analysis().temp_size_in_bytes
     planned = workspace_bytes(1, 131072, 32, 8, 128)
     report({"planned GiB": planned / 2**30, "compiled GiB": measured / 2**30})

@@ -268,11 +268,11 @@ def test_backward_uses_what_was_kept(monkeypatch):
     stand_in.install(monkeypatch)
     q, k, v, do = (normal(i, 1, TOKENS, 4, 8) for i in range(4))
     o, lse = attention_module.attention_forward(q, k, v, kernel="cudnn")
-    exact = attention_module.attention_backward(q, k, v, o, lse, do, kernel="cudnn")
+    exact = attention_module.attention_backward(q, k, v, (o, lse), do, kernel="cudnn")
     for ours, plain in zip(exact, jax.vjp(lambda *qkv: attention(*qkv, kernel="xla"), q, k, v)[1](do)):
         assert relative_error(ours, plain) < 1e-5
-    other_o = attention_module.attention_backward(q, k, v, o + 1, lse, do, kernel="cudnn")
-    other_lse = attention_module.attention_backward(q, k, v, o, lse + 1, do, kernel="cudnn")
+    other_o = attention_module.attention_backward(q, k, v, (o + 1, lse), do, kernel="cudnn")
+    other_lse = attention_module.attention_backward(q, k, v, (o, lse + 1), do, kernel="cudnn")
     assert relative_error(other_o[0], exact[0]) > 1e-2 and relative_error(other_lse[2], exact[2]) > 1e-2
 
 

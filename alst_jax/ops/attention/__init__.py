@@ -52,11 +52,11 @@ def attention_forward(
 
 
 def attention_backward(
-    q: Array, k: Array, v: Array, o: Array, lse: Array, do: Array, spec: AttentionSpec = CAUSAL,
+    q: Array, k: Array, v: Array, results: tuple[Array, Array], do: Array, spec: AttentionSpec = CAUSAL,
     documents: Array | None = None, *, kernel: str | Kernel,
 ) -> tuple[Array, Array, Array]:
-    """(dq, dk, dv) of `attention_forward`, from its results and the gradient of o."""
-    return find_kernel(kernel).backward(q, k, v, o, lse, do, spec, documents)
+    """(dq, dk, dv) of `attention_forward`, from its results (o, lse) and the gradient of o."""
+    return find_kernel(kernel).backward(q, k, v, *results, do, spec, documents)
 
 
 def attention(
@@ -91,7 +91,7 @@ def _attention_from_fwd(spec, kernel, q, k, v, results, documents):
 
 def _attention_from_bwd(spec, kernel, residuals, do):
     q, k, v, o, lse, documents = residuals
-    return *attention_backward(q, k, v, o, lse, do, spec, documents, kernel=kernel), None, None
+    return *attention_backward(q, k, v, (o, lse), do, spec, documents, kernel=kernel), None, None
 
 
 _attention_from.defvjp(_attention_from_fwd, _attention_from_bwd)
