@@ -115,7 +115,8 @@ class TrainConfig:
     remat: bool = True
     """Recompute each layer in the backward pass instead of keeping its intermediates."""
     stack: Literal["segments", "plain"] = "segments"
-    """How layers are run: segments, with a hand-written backward pass; or plain, by jax.checkpoint alone, to compare with."""
+    """segments: layers with a hand-written backward pass. plain: by jax.checkpoint alone, to compare with; its plans are
+    those of segments of one layer."""
     offload_activations: bool = False
     """Keep each layer's input in host memory between forward and backward (needs --remat)."""
     offload_weights: bool = False

@@ -58,6 +58,8 @@ class TrainStep:
         self.param_shardings = shardings(self.specs, mesh, host.memory_kind(profile.offload_weights))
         self.params = _with_shardings(params, self.param_shardings)
         self.trained, self.frozen = self.split(self.params)
+        if freeze is not None and not (jax.tree.leaves(self.trained) and jax.tree.leaves(self.frozen)):
+            raise UserError(f"--freeze {freeze!r}: must match some parameters of the model, and not all")
         self._trained_specs, self._frozen_specs = self.split(self.specs)
         self._trained_shardings = self.split(self.param_shardings)[0]
         state_specs = optimizer.state_specs(self._trained_specs, self.trained)

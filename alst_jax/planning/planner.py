@@ -55,7 +55,9 @@ class Planner:
         """The choices that --memory auto has; with manual, none."""
         profile_fields = {"segment_layers", "keep_attention_on_device", "keep_attention_on_host", "head_chunks",
                           "optimizer_states", "master_weights", "loss_tile", "mlp_tile", *PLACEMENTS}
+        segments = {"segment_layers", "keep_attention_on_device", "keep_attention_on_host"}
         fixed = profile_fields if self.config.memory == "manual" else profile_fields & set(self.config.typed)
+        fixed |= segments if self.config.stack == "plain" else set()  # it has no others
         return Search(self.cluster, frozenset(fixed), self.config.allow_narrow_optimizer,
                       CONFIRMED if self.compiles else UNCONFIRMED)
 

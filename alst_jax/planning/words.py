@@ -20,6 +20,7 @@ def describe(job: Job) -> str:
     for name, value, default in (
             ("keep-attention-on-device", profile.keep_attention_on_device, 0),
             ("keep-attention-on-host", profile.keep_attention_on_host, 0), ("head-chunks", profile.head_chunks, 1),
+            ("stack", profile.stack, "segments"),
             ("loss-tile", profile.loss_tile or 0, 0), ("mlp-tile", profile.mlp_tile or 0, 0),
             ("optimizer-states", job.states, "float32"), ("master-weights", job.master, "float32")):
         if value != default:

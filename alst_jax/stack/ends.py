@@ -22,7 +22,7 @@ from alst_jax.profile import Profile
 from alst_jax.stack.batch import Batch
 from alst_jax.stack.layer import Layer, Weights
 from alst_jax.stack.plain import plain_stack
-from alst_jax.stack.stack import Stack
+from alst_jax.stack.stack import Stack, run_stack
 from alst_jax.xla import host
 from alst_jax.xla.order import gradient_first
 
@@ -44,7 +44,8 @@ class Model:
         h_BTD = self.embed(table["embedding"], batch.tokens)
         if self.profile.remat and self.profile.stack == "segments":
             # The shards, not their copy on the device, which would stay until the first segment is recomputed.
-            h_BTD = self.stack(h_BTD, (ends["embed_tokens"]["embedding"], batch.tokens), layers, tokens)
+            source = ends["embed_tokens"]["embedding"], batch.tokens
+            h_BTD = run_stack(self.stack, h_BTD, source, layers, tokens)
         else:
             h_BTD = plain_stack(self.layer, h_BTD, layers, tokens, self.profile)
         head = {name: self.on_device(part) for name, part in ends.items() if name != "embed_tokens"}

@@ -55,10 +55,6 @@ class Stack:
     profile: Profile
     embed: Callable
 
-    def __call__(self, h: jax.Array, source: tuple[PyTree, jax.Array], layers: Weights, tokens: Tokens) -> jax.Array:
-        """h[B, T, D] through all layers, differentiable in h and the trained weights."""
-        return _stack(self, h, lax.stop_gradient(source), layers, tokens)
-
     def forward(self, h: jax.Array, source: PyTree, layers: Weights, tokens: Tokens) -> tuple[jax.Array, Saved]:
         """h[B, T, D] through all layers, and the residuals for `backward`."""
         offload, residuals, segments = self.profile.offload_activations, [], self.profile.segments(_count(layers))
@@ -116,7 +112,8 @@ class Stack:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _stack(stack, h, source, layers, tokens):
+def run_stack(stack: Stack, h: jax.Array, source: PyTree, layers: Weights, tokens: Tokens) -> jax.Array:
+    """h[B, T, D] through all layers, differentiable in h and the trained weights."""
     def body(h, i):
         weights = stack.layer.load(stack._shards(layers, i))
         return stack.layer.after(h, stack.layer.attend(i, h, weights, tokens)[0], weights), None
@@ -134,7 +131,7 @@ def _stack_bwd(stack, saved, dh):
     return dh, None, Weights(dlayers, None), None
 
 
-_stack.defvjp(Stack.forward, _stack_bwd)
+run_stack.defvjp(Stack.forward, _stack_bwd)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -12,15 +12,19 @@ import jax.numpy as jnp
 import pytest
 
 from alst_jax import planning
+from alst_jax.config import TrainConfig
+from alst_jax.hardware.machines import parse_cluster
 from alst_jax.models.block import abstract_params
 from alst_jax.parallel.costs import Shapes, Traffic, head_groups, traffic, work
 from alst_jax.planning.compiled import job_of, plan_step
 from alst_jax.planning.estimate import estimate
 from alst_jax.planning.footprint import layer_work, state_bytes, trained_bytes, working_set
 from alst_jax.planning.job import Job, kept_bytes, parameter_sizes
+from alst_jax.planning.planner import Planner
 from alst_jax.planning.seconds import collectives, device_update_bytes, host_traffic
 from alst_jax.planning.words import describe
 from alst_jax.profile import Profile
+from alst_jax.step import check_profile
 from benchmarks.shapes import LLAMA_1B, LLAMA_8B, LLAMA_70B, QWEN3_32B
 from tests.helpers import TINY, make_step, tiny
 
@@ -99,12 +103,10 @@ def test_all_layers_frozen():
 
 def test_a_plan_follows_the_steps_frozen_parameters():
     """By the compiler: its parts come from the trees of the step."""
-    step = make_step(TINY, profile=Profile(loss_tile=32, mlp_tile=32))
-    whole = plan_step(step, 1, 64)
-    step.freeze, step.trained = TABLES, step.params | {"embed_tokens": None, "lm_head": None}
-    frozen = plan_step(step, 1, 64)
+    step = lambda freeze: make_step(TINY, profile=Profile(loss_tile=32, mlp_tile=32), freeze=freeze)
+    whole, frozen = plan_step(step(None), 1, 64), plan_step(step(TABLES), 1, 64)
     assert whole.device["gradients"] - frozen.device["gradients"] == 2 * TINY.vocab_size * TINY.hidden_size * 4
-    assert whole.device["weights"] == frozen.device["weights"] and job_of(step, 1, 64).freeze == TABLES
+    assert whole.device["weights"] == frozen.device["weights"] and job_of(step(TABLES), 1, 64).freeze == TABLES
 
 
 def test_the_flag_is_in_the_words():
@@ -176,3 +178,13 @@ def test_no_file_of_planning_imports_in_a_cycle():
     assert set(order.static_order()) == set(files)  # CycleError otherwise
     functions = [node for tree in files.values() for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     assert not set().union(*map(planning_imports, functions))
+
+
+def test_auto_plans_what_the_plain_stack_has():
+    """Its choice passes the step's own check, and says the flag."""
+    config = TrainConfig(plan_for="8xH100", sp=8, stack="plain")
+    job = Job(LLAMA_8B, dataclasses.replace(ON_GPU, stack="plain"), 1, 131072, 1, 8)
+    planner = Planner(config, parse_cluster("8xH100"), False, lambda job: None)
+    found = planner.choose(job).job
+    check_profile(found.profile, LLAMA_8B, 8)
+    assert "--stack plain" in describe(found)

@@ -76,7 +76,7 @@ def step_bytes(layers=2, length=2048, sp=1, **changes) -> int:
     step = make_step(model, sp=sp, profile=Profile(**{"loss_tile": 32, "mlp_tile": 32, **changes}))
     batch = jax.tree.map(lambda x: SHAPE(x.shape, x.dtype, sharding=x.sharding),
                          step.put_batch(**random_batch(model, rows=1, length=length)))
-    compiled = step.loss_and_grad.lower(step.params, batch, SHAPE((), jnp.float32)).compile()
+    compiled = step.loss_and_grad.lower(step.trained, step.frozen, batch, SHAPE((), jnp.float32)).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 

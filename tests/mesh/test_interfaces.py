@@ -103,7 +103,7 @@ def test_six_calls_from_the_loss_to_the_product(monkeypatch):
     monkeypatch.setattr(block, "linear", watched)
     step, _ = make_step(TINY, profile=Profile()), halves(TINY)
     step.loss.trace(step.trained, step.frozen, step.put_batch(**random_batch()), jnp.float32(1))
-    path = next(path for path in seen if "attend" in path)
+    path = next(path for path in seen if "attend" in path and "stream" in path)
     closures = {"one", "step", "project", "body", "watched"}  # defined inside one of the others
     calls = [name for name in path[: path.index("loss")] if name not in closures]
     assert calls[0] == "__call__" and len(calls) <= 6, calls
@@ -251,8 +251,9 @@ def test_the_stack_equals_its_twin(mesh, changes):
     assert_trees_close(results[0][2], results[1][2], 1e-4)
 
 
-def test_the_twin_keeps_inputs_alone():
-    """Each layer's input is its only residual, in host memory where activations are offloaded."""
+def test_the_twin_keeps_inputs_alone(monkeypatch):
+    """Each layer's input is its only residual, in host memory where activations are offloaded: no stack of the MLP's
+    intermediates, which a policy that saves everything has."""
     def jaxpr(**changes):
         step = make_step(tiny(num_layers=4), profile=Profile(stack="plain", **changes))
         batch = step.put_batch(**random_batch(rows=1, length=256))
@@ -261,6 +262,10 @@ def test_the_twin_keeps_inputs_alone():
     assert "f32<host>[4,1,256,64]" in jaxpr(offload_activations=True)
     assert "<host>" not in jaxpr()
     assert INPUT in jaxpr()
+    intermediates = lambda: "[4,256,96]" in jaxpr(mlp_tile=None)
+    assert not intermediates()
+    monkeypatch.setattr("alst_jax.stack.plain.policy", lambda profile: jax.checkpoint_policies.everything_saveable)
+    assert intermediates()
 
 
 @pytest.mark.parametrize("changes", [dict(segment_layers=(3,)), dict(keep_attention_on_device=1)])
@@ -312,3 +317,9 @@ def test_a_kernel_refuses_what_it_does_not_implement(kernel, spec, feature):
     x = jnp.ones((1, 128, 2, 64), jnp.bfloat16)
     with pytest.raises(UserError, match=f"--attention {kernel} does not implement {feature}.*use --attention xla"):
         attention(x, x, x, spec, kernel=kernel)
+
+
+@pytest.mark.parametrize("pattern", [".*", "no such name"])
+def test_freezing_all_or_nothing_is_refused(pattern):
+    with pytest.raises(UserError, match="must match some parameters of the model, and not all"):
+        make_step(freeze=pattern)

@@ -3,6 +3,8 @@
 
 import ast
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -49,3 +51,26 @@ def test_every_file_has_a_layer():
 def test_a_planted_upward_import_is_found(planted):
     assert upward("ops/linear.py", planted)
     assert not upward("ops/linear.py", "from alst_jax.xla import order")
+
+
+IMPORT_ALL = """
+import os, pkgutil, importlib, logging
+before, filters = dict(os.environ), list(logging.getLogger("absl").filters)
+import jax, alst_jax
+from orbax.checkpoint._src.serialization import serialization
+settings, orbax = dict(jax.config.values), serialization.async_serialize_from_host
+for module in pkgutil.walk_packages(alst_jax.__path__, "alst_jax."):
+    if module.name != "alst_jax.ops.attention.flash_kernels":  # imports flash-attn-4, when that is used
+        importlib.import_module(module.name)
+ours = {name: value for name, value in os.environ.items() if before.get(name) != value}
+assert not {n for n in ours if n.startswith(("XLA", "JAX", "TOKENIZERS", "TF_"))}, ours
+assert dict(jax.config.values) == settings, "jax's settings"
+assert serialization.async_serialize_from_host is orbax, "orbax is patched"
+assert list(logging.getLogger("absl").filters) == filters, "a filter of the log"
+"""
+
+
+def test_nothing_acts_when_imported():
+    """The environment, jax's settings and orbax are as before after every module was imported."""
+    done = subprocess.run([sys.executable, "-c", IMPORT_ALL], capture_output=True, text=True, cwd=ROOT.parent)
+    assert not done.returncode, done.stderr

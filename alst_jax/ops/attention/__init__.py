@@ -56,7 +56,10 @@ def attention_backward(
     documents: Array | None = None, *, kernel: str | Kernel,
 ) -> tuple[Array, Array, Array]:
     """(dq, dk, dv) of `attention_forward`, from its results (o, lse) and the gradient of o."""
-    return find_kernel(kernel).backward(q, k, v, *results, do, spec, documents)
+    kernel = find_kernel(kernel)
+    if reason := refusal(kernel, spec, documents is not None):
+        raise UserError(reason)
+    return kernel.backward(q, k, v, *results, do, spec, documents)
 
 
 def attention(

@@ -108,5 +108,5 @@ def head_groups(q_shape: tuple[int, int, int, int], kv_heads: int) -> int:
 
 
 HEAD_DIMS = (f"a multiple of 8 up to {CUDNN_MAX_HEAD_DIM}", lambda h: h % 8 == 0 and h <= CUDNN_MAX_HEAD_DIM)
-KERNEL = Kernel("cudnn", forward, backward, needs_gpu=True, dtypes=("bfloat16", "float16"), multiple=128,
+KERNEL = Kernel("cudnn", forward, backward, serves=frozenset({"scale"}), needs_gpu=True, dtypes=("bfloat16", "float16"), multiple=128,
                 head_dims=HEAD_DIMS)

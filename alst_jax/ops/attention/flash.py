@@ -6,13 +6,13 @@ torch, which flash_attn imports, are imported when the kernel is used, never wit
 
 import importlib
 import importlib.metadata
-import importlib.util
 import re
 
 import jax.numpy as jnp
 from jax import Array
 
 from alst_jax.config import UserError
+from alst_jax.ops.attention.devices import installed
 from alst_jax.ops.attention.flash_tiles import HEAD_DIMS, Call
 from alst_jax.ops.attention.spec import AttentionSpec, Kernel
 from alst_jax.xla.opaque import opaque
@@ -26,7 +26,7 @@ OTHER = "or use --attention cudnn"
 def prepare() -> None:
     """Import flash-attn-4. UserError names the package that is missing, too old or incomplete."""
     for module, package in (("flash_attn.cute", "flash-attn-4"), ("torch", "torch"), ("cutlass", "nvidia-cutlass-dsl")):
-        if not _found(module):
+        if not installed(module):
             raise UserError(f"--attention flash: {package} is not installed; {INSTALL}; {OTHER}")
     version = importlib.metadata.version("torch")
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST_TORCH:
@@ -43,13 +43,6 @@ def prepare() -> None:
         raise UserError("--attention flash: nvidia-cutlass-dsl lacks its CUDA part"
                         f"{reason}; pip install 'nvidia-cutlass-dsl[cu13]' (CUDA 12: without [cu13]); {OTHER}")
     _launchers()
-
-
-def _found(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # the package around it
-        return False
 
 
 def _launchers():
@@ -99,7 +92,7 @@ def _packed(x: Array) -> Array:
 
 
 KERNEL = Kernel(
-    "flash", forward, backward, serves=frozenset({"window", "soft cap", "full", "documents"}), prepare=prepare,
+    "flash", forward, backward, serves=frozenset({"scale", "window", "soft cap", "full", "documents"}), prepare=prepare,
     needs_gpu=True, dtypes=("bfloat16", "float16"), multiple=1,
     head_dims=(f"one of {', '.join(map(str, HEAD_DIMS))}", lambda head_dim: head_dim in HEAD_DIMS),
-    capabilities=("9.0",), package="flash_attn.cute")
+    capabilities=("9.0",), package="flash_attn.cute", install=INSTALL)

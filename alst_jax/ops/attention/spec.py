@@ -8,7 +8,8 @@ from collections.abc import Callable
 class AttentionSpec:
     """softmax(soft_cap(scale q k^T) + mask) v. Static: a compiled program serves one spec.
 
-    scale: None is head_dim ** -0.5. window: a query reads the keys of itself and of window - 1 tokens before it. soft_cap:
+    scale: None is head_dim ** -0.5. window: a query reads the keys of itself and of window - 1 tokens
+    before it and, if not causal, after it. soft_cap:
     scores become soft_cap * tanh(scores / soft_cap). causal: a query reads no later key.
     """
 
@@ -21,9 +22,9 @@ class AttentionSpec:
         return head_dim**-0.5 if self.scale is None else self.scale
 
     def features(self, documents: bool) -> frozenset[str]:
-        """What a kernel must be able to do beside causal attention: of "window", "soft cap", "full" and "documents"."""
-        wanted = {"window": self.window is not None, "soft cap": self.soft_cap is not None, "full": not self.causal,
-                  "documents": documents}
+        """What a kernel must be able to do beside causal attention: "scale", "window", "soft cap", "full", "documents"."""
+        wanted = {"scale": self.scale is not None, "window": self.window is not None,
+                  "soft cap": self.soft_cap is not None, "full": not self.causal, "documents": documents}
         return frozenset(name for name, value in wanted.items() if value)
 
 
@@ -51,4 +52,5 @@ class Kernel:
     multiple: int = 1
     head_dims: tuple[str, Callable[[int], bool]] = ("any", lambda head_dim: True)
     capabilities: tuple[str, ...] | None = None
-    package: str | None = None  # that must be installed
+    package: str | None = None  # a module that must be installed
+    install: str = ""  # how

@@ -22,8 +22,6 @@ def prepare() -> None:
 
 def forward(q, k, v, spec, documents=None):
     """The output[B, S, N, H] and the log-sum-exp[B, N, S]."""
-    if spec.scale is not None:
-        raise ValueError("tokamax's kernel is called with the usual scale only")
     return cudnn.in_head_groups(_forward, q, k, v)
 
 
@@ -42,4 +40,5 @@ def tokamax_kernel(q, k, v):
 
 
 KERNEL = Kernel("tokamax", forward, cudnn.backward, prepare=prepare, needs_gpu=True, dtypes=("bfloat16", "float16"),
-                multiple=128, head_dims=cudnn.HEAD_DIMS, capabilities=("9.0",), package="tokamax")
+                multiple=128, head_dims=cudnn.HEAD_DIMS, capabilities=("9.0",), package="tokamax",
+                install="pip install tokamax, or the extra of that name")

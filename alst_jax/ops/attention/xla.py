@@ -79,4 +79,4 @@ def _mask(row_T, documents_TB, length, spec, key_documents):
     return mask
 
 
-KERNEL = Kernel("xla", forward, backward, serves=frozenset({"window", "soft cap", "full", "documents"}))
+KERNEL = Kernel("xla", forward, backward, serves=frozenset({"scale", "window", "soft cap", "full", "documents"}))
