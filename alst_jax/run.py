@@ -122,7 +122,7 @@ def gpu_of(config: TrainConfig) -> Gpu | None:
         machine = parse_cluster(config.plan_for).machine
         return Gpu(machine.name, ".".join(map(str, machine.capability)), present=False)
     device = jax.devices()[0]
-    return Gpu(device.device_kind, str(device.compute_capability), present=True)
+    return Gpu(device.device_kind, str(getattr(device, "compute_capability", "")), present=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------- data

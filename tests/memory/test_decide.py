@@ -17,7 +17,7 @@ from alst_jax import run
 from alst_jax.config import TrainConfig, UserError
 from alst_jax.hardware import environment
 from alst_jax.hardware.machines import GIB, parse_cluster
-from alst_jax.ops import attention
+from alst_jax.ops.attention import tokamax
 from alst_jax.optim.adamw import AdamW
 from alst_jax.planning import compiled as plan
 from alst_jax.planning import planner as decide
@@ -68,7 +68,7 @@ def test_a_run_compiles_nothing_that_its_plan_has_compiled(tmp_path, monkeypatch
     assert train.run(config) == 0
     printed = capsys.readouterr().out
     assert "plan    compiled: device" in printed and "the whole process: about" in printed
-    assert compiled["jit(local_loss)"] == compiled["jit(apply_update)"] == 1, compiled
+    assert compiled["jit(loss)"] == compiled["jit(apply_update)"] == 1, compiled
 
 
 @pytest.mark.parametrize("accumulation, at_once", [(1, False), (1, True), (2, False)])
@@ -77,10 +77,10 @@ def test_gradient_and_update_are_compiled_as_a_run_calls_them(compiled, accumula
     batches = {name: jnp.stack([array] * accumulation) for name, array in random_batch().items()}
     programs = plan._compile(step, *batches["tokens"].shape[1:], accumulation, False, False, at_once)
     assert [program.memory_analysis().temp_size_in_bytes > 0 for program in programs] == [True, True]
-    assert compiled["jit(local_loss)"] == compiled["jit(apply_update)"] == 1, compiled
+    assert compiled["jit(loss)"] == compiled["jit(apply_update)"] == 1, compiled
     params = step.init_params(jax.random.key(0), jnp.bfloat16)
     optimizer_step(step, TrainState.begin(step, params), jax.device_get(batches), 1e-3)
-    assert compiled["jit(local_loss)"] == compiled["jit(apply_update)"] == 1, compiled
+    assert compiled["jit(loss)"] == compiled["jit(apply_update)"] == 1, compiled
 
 
 KERNEL = """
@@ -98,14 +98,14 @@ class PallasMosaicGpuFlashAttention:
 
 
 def test_a_kernel_whose_package_adds_options_to_jax_is_compiled_once(tmp_path, monkeypatch, compiled):
-    package = tmp_path.joinpath(*attention.TOKAMAX_KERNEL.split(".")).with_suffix(".py")
+    package = tmp_path.joinpath(*tokamax.MODULE.split(".")).with_suffix(".py")
     package.parent.mkdir(parents=True)
     package.write_text(KERNEL)
-    for folder in package.parents[: len(attention.TOKAMAX_KERNEL.split(".")) - 1]:
+    for folder in package.parents[: len(tokamax.MODULE.split(".")) - 1]:
         (folder / "__init__.py").touch()  # otherwise one that is installed comes first
-    kernel = attention._tokamax_kernel
+    kernel = tokamax.tokamax_kernel
     stand_in.install(monkeypatch)
-    monkeypatch.setattr(attention, "_tokamax_kernel", kernel)
+    monkeypatch.setattr(tokamax, "tokamax_kernel", kernel)
     for name in [name for name in sys.modules if name.split(".")[0] == "tokamax"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(tmp_path)
@@ -113,7 +113,7 @@ def test_a_kernel_whose_package_adds_options_to_jax_is_compiled_once(tmp_path, m
         step = make_step(TINY, 1, 1, dataclasses.replace(TILED, attention="tokamax"), AdamW(), jnp.float32)
         for _ in range(2):
             plan._compile(step, 1, 64, 1, False, True, False)
-        assert compiled["jit(local_loss)"] == 1
+        assert compiled["jit(loss)"] == 1
     finally:
         for name in [name for name in sys.modules if name.split(".")[0] == "tokamax"]:
             del sys.modules[name]
