@@ -70,6 +70,7 @@ def _zero_like(leaf: jax.Array) -> jax.Array:
     return lax.pcast(zero, axes, to="varying") if axes else zero
 
 
+@jax.named_scope("update")
 def apply_update(
     optimizer: AdamW, params: Any, gradients: Any, state: dict[str, Any], gradient_norm: jax.Array,
     learning_rate: jax.Array, specs: Any, on_host: tuple[bool, bool],

@@ -77,8 +77,9 @@ class Layer:
         self, number: Array | int, h: Float[Array, "B T D"], weights: Weights, tokens: Tokens
     ) -> tuple[Float[Array, "B T N H"], Array]:
         """The output of attention and its log-sum-exps, from the layer's input. number: the layer's."""
-        return self.by_kind(number)(lambda kind: self.sequence.attend(
-            self._projector(kind, h, weights, tokens), self.model.attention_spec(kind), h))
+        with jax.named_scope("layer/attention"):
+            return self.by_kind(number)(lambda kind: self.sequence.attend(
+                self._projector(kind, h, weights, tokens), self.model.attention_spec(kind), h))
 
     def after(
         self, h: Float[Array, "B T D"], o: Float[Array, "B T N H"], weights: Weights
