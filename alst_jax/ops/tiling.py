@@ -35,7 +35,7 @@ def stream(
     read    | the values        | unchanged
 
     The arrays are the carry of a fori_loop and are updated with dynamic_update_slice, which XLA does in place, in host
-    memory at the speed of the bus. A scan with stacked outputs makes a second copy at a quarter of the speed (FACTS 3).
+    memory at the speed of the bus. A scan with stacked outputs makes a second copy at a quarter of the speed (measured).
     """
     length = (written + read)[0].shape[0]
     rows = min(rows, length)

@@ -21,7 +21,7 @@ def plain_stack(layer: Layer, h: jax.Array, layers: Weights, tokens: Tokens, pro
     """h[B, T, D] through all layers."""
     def one(h, layer_and_number):
         shards, number = layer_and_number
-        h = checkpoint_name(h, INPUT)  # on the first line: there it names the carry, which is the residual (FACTS 3)
+        h = checkpoint_name(h, INPUT)  # on the first line: there it names the carry, which is the residual
         weights = layer.load_differentiable(host.to_device(shards) if profile.offload_weights else shards)
         return layer.by_kind(number)(lambda kind: apply_block(layer, kind, h, weights, tokens)), None
 
