@@ -7,7 +7,8 @@ import time
 
 import tyro
 
-from alst_jax.config import TrainConfig, UserError, check_run, typed_fields
+from alst_jax.config import TrainConfig, UserError, typed_fields
+from alst_jax.flag_checks import check_run
 from alst_jax.hardware import environment
 
 
@@ -15,7 +16,8 @@ def main() -> int:
     try:
         config = parse(sys.argv[1:])
         check_run(config)
-        environment.prepare(config.simulate_devices, config.plan_for is not None, config.host_memory, config.devices)
+        environment.prepare(config.simulate_devices, config.plan_for is not None, config.host_memory, config.devices,
+                            config.deterministic)
         return run(config)
     except UserError as error:
         print(f"\nerror: {error}", file=sys.stderr)
@@ -35,6 +37,8 @@ def parse(arguments: list[str]) -> TrainConfig:
     cli = lambda default: tyro.cli(TrainConfig, args=arguments, default=default)
     config = cli(TrainConfig())
     typed = typed_fields(cli, config)
+    if config.random_weights:  # the default leaves them out, a typed --export does not
+        config = cli(dataclasses.replace(config, export=False))
     if config.resume and config.out is not None:
         from alst_jax.storage.run_directory import read_run_file
 
@@ -90,8 +94,9 @@ def run(config: TrainConfig) -> int:
         return 0
     choice = None
     if planner.cluster is not None:  # a run that does not fit is refused here, before it allocates memory
+        started = time.perf_counter()
         choice = planner.choose(job)
-        announce_plan(planner, choice)
+        announce_plan(planner, choice, time.perf_counter() - started)
         job = choice.job
     step = planner.step(job)
 

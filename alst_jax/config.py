@@ -46,6 +46,9 @@ class TrainConfig:
 
     model: str | None = None
     """Hugging Face directory or hub name, or a checkpoint made by convert.from_hf or an earlier run."""
+    random_weights: bool = False
+    """Draw the weights of --model at random on the devices, to measure a size without its weights: config.json is enough.
+    Without a tokenizer beside it, a token is a byte. Exported only where --export is typed."""
     data: tuple[str, ...] = ()
     """JSONL, JSON or Parquet files, text files, or directories of them."""
     out: str | None = None
@@ -101,9 +104,11 @@ class TrainConfig:
     auto: bfloat16 on GPU, float32 on CPU."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype in which gradients are summed over devices."""
-    attention: Literal["auto", "flash", "cudnn", "tokamax", "xla"] = "auto"
-    """Attention kernel: flash (flash-attn-4) or tokamax (its forward with cudnn's backward), both for Hopper and with the
-    extra of that name; cudnn (GPU); xla (tiled, any device). auto: cudnn on GPU, else xla."""
+    attention: Literal["auto", "flash", "cudnn", "xla"] = "auto"
+    """Attention kernel: flash (flash-attn-4: Hopper, extra `flash`), cudnn (GPU), xla (tiled, any device). auto: the first
+    of these that runs."""
+    deterministic: bool = False
+    """Sum gradients in a fixed order, so that two runs on the same GPUs give the same bits. Slower; not with cudnn."""
     tiled_loss: bool = True
     """Compute logits and loss in tiles of tokens instead of all at once."""
     loss_tile: _Length | None = None
@@ -205,93 +210,6 @@ def typed_fields(parse: Callable[[TrainConfig], TrainConfig], default: TrainConf
     one, other = (parse(dataclasses.replace(default, **{name: values[i] for name, values in MEMORY_FIELDS.items()}))
                   for i in (0, 1))
     return tuple(name for name in MEMORY_FIELDS if getattr(one, name) == getattr(other, name))
-
-
-def check_run(config: TrainConfig) -> None:
-    """UserError for flags that are wrong with any model, data and machine."""
-    _check_numbers(config)
-    _check_update_in_backward(config)
-    for wrong, message in _mistakes(config):
-        if wrong:
-            raise UserError(message)
-
-
-AT_LEAST = dict(
-    keep_attention_on_device=0, keep_attention_on_host=0, head_chunks=1, dp=1, sp=1, simulate_devices=1, steps=1,
-    batch_size=1, grad_accum=1, warmup_steps=0, save_every=1, keep_checkpoints=1, eval_every=1, weight_decay=0,
-    clip_norm=0, seed=0)
-
-
-def _check_numbers(config: TrainConfig) -> None:
-    for field, least in AT_LEAST.items():
-        value = getattr(config, field)
-        if value is not None and not value >= least:
-            raise UserError(f"{flag(field)} {value}: must be at least {least}")
-    if not config.segment_layers or min(config.segment_layers) < 1:
-        raise UserError(f"--segment-layers {' '.join(map(str, config.segment_layers))}: must be at least 1 each")
-    if config.seed >= 2**32:
-        raise UserError(f"--seed {config.seed}: must be below 2^32")
-    for field in ("learning_rate", "eps"):
-        value = getattr(config, field)
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"{flag(field)} {value}: must be a positive number")
-    for field, value in dataclasses.asdict(config).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{flag(field)} {value}: must be a finite number")
-    for field in ("beta1", "beta2"):
-        if not 0 <= getattr(config, field) < 1:
-            raise UserError(f"{flag(field)} {getattr(config, field)}: must be at least 0 and below 1")
-
-
-def _check_update_in_backward(config: TrainConfig) -> None:
-    if not config.update_in_backward:
-        return
-    for given, wrong in (
-            ("--no-remat", not config.remat), (f"--grad-accum {config.grad_accum}", config.grad_accum != 1),
-            (f"--clip-norm {config.clip_norm:g}", config.clip_norm != 0)):
-        if wrong:
-            raise UserError(f"--update-in-backward with {given}: a layer is updated before the other gradients are "
-                            "known, so that they can be neither clipped by their common norm nor summed over batches; "
-                            "use --clip-norm 0, --grad-accum 1 and --remat with it")
-    if not (config.offload_weights and config.offload_optimizer):
-        raise UserError("--update-in-backward saves the host memory of gradients; on the device it would save none. "
-                        "Use it with --offload-weights and --offload-optimizer, or leave it out")
-
-
-def _mistakes(config: TrainConfig) -> Iterator[tuple[Any, str]]:
-    """(whether the flags are wrong, message) for each rule."""
-    yield (not 0 <= config.final_learning_rate_ratio <= 1,
-           f"--final-learning-rate-ratio {config.final_learning_rate_ratio}: must be between 0 and 1")
-    yield (config.steps is not None and config.warmup_steps is not None and config.warmup_steps > config.steps,
-           f"--warmup-steps {config.warmup_steps} is more than --steps {config.steps}")
-    yield (config.offload_activations and not config.remat,
-           "--offload-activations offloads what rematerialisation keeps; it needs --remat, not --no-remat")
-    yield (config.pack, "--pack: packing several documents into one sequence is not supported yet; leave it out, and "
-                        "each document gets sequences of its own")
-    yield (config.eval_every is not None and config.eval_data is None,
-           "--eval-every needs --eval-data, the file to evaluate on")
-    yield config.resume and config.out is None, "--resume needs --out, the directory of the run to continue"
-    yield (config.plan_for is not None and not config.plan_for.strip(),
-           "--plan-for '': name a machine, as in H100-80 or 8xH100")
-    for field in ("json", "plan_for", "plan_picture"):
-        yield (getattr(config, field) and not config.planning,
-               f"{flag(field)} is for --plan-only and --find-max-seq-len; a run has the machine it is on")
-    yield (config.host_memory is not None and not config.host_memory > 0,
-           f"--host-memory {config.host_memory}: must be a positive number of GiB")
-    yield (config.plan_for and config.simulate_devices,
-           "--plan-for names the machine and --simulate-devices another; leave one of them out")
-    yield (config.find_max_seq_len and config.seq_len is not None,
-           f"--find-max-seq-len looks for what --seq-len {config.seq_len} says; leave one of them out")
-    yield (config.allow_narrow_optimizer and config.memory == "manual",
-           "--allow-narrow-optimizer is for --memory auto; with manual, say --optimizer-states and --master-weights")
-    yield (config.planning and config.resume,
-           "--plan-only or --find-max-seq-len with --resume: plan the run with its own flags and --model on its "
-           "directory")
-    yield (config.model is not None and not config.data and not config.planning,
-           "--model without --data: name the files to train on (--data FILE_OR_DIR...)")
-    for tile, tiled in (("loss_tile", "tiled_loss"), ("mlp_tile", "tiled_mlp")):
-        yield (getattr(config, tile) is not None and not getattr(config, tiled),
-               f"{flag(tile)} has no meaning with {flag('no_' + tiled)}; leave one of them out")
 
 
 def flag(field: str) -> str:

@@ -23,7 +23,7 @@ from alst_jax.models.hf_config import record_dtype
 from alst_jax.models.hf_weights import save_params
 from alst_jax.models.tree import dotted
 from alst_jax.ops.attention import KERNELS, find_kernel
-from alst_jax.ops.attention.devices import Gpu, choose_kernel
+from alst_jax.ops.attention.devices import Chosen, Gpu, choose_kernel
 from alst_jax.ops.rope import MAX_POSITION
 from alst_jax.optim.adamw import AdamW
 from alst_jax.parallel.mesh import choose_degrees, make_mesh
@@ -52,6 +52,8 @@ def subject(config: TrainConfig) -> tuple[ModelSource, Planner, Job]:
     check_freeze(config.freeze, source.config)
     dtype = choose_dtype(config)
     profile = make_profile(config, dtype, source.config)
+    if config.attention == "auto" and for_gpu(config):
+        print(f"attention {profile.attention}: {attention_kernel(config, dtype, source.config).why}", file=sys.stderr)
     seq_len = ANY_LENGTH if config.find_max_seq_len else check_seq_len(config, source.config)
     job = Job(source.config, profile, dp * config.batch_size, padded_length(seq_len, sp, profile), dp, sp,
               config.grad_accum, config.optimizer_states, config.master_weights, freeze=config.freeze)
@@ -98,11 +100,9 @@ def choose_dtype(config: TrainConfig) -> jnp.dtype:
 
 def make_profile(config: TrainConfig, dtype: jnp.dtype, model: ModelConfig) -> Profile:
     """The memory profile the flags describe. UserError if the attention kernel cannot run here."""
-    on_gpu = for_gpu(config)
-    if on_gpu and jax.__version_info__ < OLDEST_JAX_ON_CUDA:
+    if for_gpu(config) and jax.__version_info__ < OLDEST_JAX_ON_CUDA:
         raise UserError(f"jax {jax.__version__} gives wrong gradients for offloaded activations on CUDA without a "
                         f"word; install {'.'.join(map(str, OLDEST_JAX_ON_CUDA))} or newer")
-    kernel = choose_kernel(config.attention, KERNELS, gpu_of(config), str(dtype), model.head_dim)
     return Profile(
         loss_tile=(config.loss_tile or 0) if config.tiled_loss else None,
         mlp_tile=(config.mlp_tile or 0) if config.tiled_mlp else None,
@@ -110,8 +110,14 @@ def make_profile(config: TrainConfig, dtype: jnp.dtype, model: ModelConfig) -> P
         offload_optimizer=config.offload_optimizer, update_in_backward=config.update_in_backward,
         segment_layers=config.segment_layers,
         keep_attention_on_device=config.keep_attention_on_device, keep_attention_on_host=config.keep_attention_on_host,
-        head_chunks=config.head_chunks, attention=kernel.name, stack=config.stack, compute_dtype=str(dtype),
-        reduce_dtype=config.reduce_dtype)
+        head_chunks=config.head_chunks, attention=attention_kernel(config, dtype, model).kernel.name, stack=config.stack,
+        compute_dtype=str(dtype), reduce_dtype=config.reduce_dtype)
+
+
+def attention_kernel(config: TrainConfig, dtype: jnp.dtype, model: ModelConfig) -> Chosen:
+    """The attention kernel of the run, and the reason for it. UserError if it cannot run here."""
+    return choose_kernel(
+        config.attention, KERNELS, gpu_of(config), str(dtype), model.head_dim, config.deterministic)
 
 
 def gpu_of(config: TrainConfig) -> Gpu | None:

@@ -6,7 +6,7 @@
 A shape is tokens x query heads x kv heads of head dim 128, bfloat16, batch 1, causal; `docs-8` and `docs-64` are packed
 documents in 131,072 tokens of 32 and 8 heads, for kernels that serve documents. The causal half counts (of documents:
 of each), and a backward pass counts as 2.5 forward passes. Median of the repeats after a warm-up, synchronised; spread
-is (max - min) / median. "tokamax" is its forward pass with cuDNN's backward pass.
+is (max - min) / median.
 """
 
 import dataclasses
@@ -53,11 +53,11 @@ class Row:
 
     def words(self) -> str:
         if self.error:
-            return f"{self.shape:12} {self.kernel:8} {self.error}"
+            return f"{self.shape:12} {self.kernel:19} {self.error}"
         parts = [f"{ms:9.2f} ms +-{100 * spread:4.1f}% {tflops:4.0f}" for ms, spread, tflops in (
             (self.forward_ms, self.forward_spread, self.forward_tflops),
             (self.backward_ms, self.backward_spread, self.backward_tflops))]
-        return f"{self.shape:12} {self.kernel:8} {parts[0]}   {parts[1]}"
+        return f"{self.shape:12} {self.kernel:19} {parts[0]}   {parts[1]}"
 
 
 def parse_shape(shape: str) -> tuple[list[int], int, int]:
@@ -141,7 +141,7 @@ def main():
 
     card = f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
     print(f"{card}; causal, head dim {HEAD_DIM}, bfloat16; median of {options.repeats}, spread (max - min) / median")
-    print(f"{'shape':12} {'kernel':8} {'forward':>12} {'spread':>6} TFLOPS {'backward':>11} {'spread':>6} TFLOPS",
+    print(f"{"shape":12} {"kernel":19} {'forward':>12} {'spread':>6} TFLOPS {'backward':>11} {'spread':>6} TFLOPS",
           flush=True)
     rows = []
     for shape, name in pairs(options):

@@ -28,7 +28,7 @@ class Options:
     seq_lens: tuple[int, ...] = (65536,)
     steps: int = 6
     sides: tuple[str, ...] = ("ours", "ours, all recomputed", "hf+liger")
-    attention: Literal["cudnn", "tokamax"] = "cudnn"
+    attention: Literal["cudnn", "flash"] = "flash"
     """Kernel of our sides."""
     mlp_tile: int = 0
     """Tokens a tile of our sides; 0: the hidden size."""

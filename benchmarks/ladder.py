@@ -58,7 +58,7 @@ def profiles(layers: int) -> list[tuple[str, Profile]]:
     last = [(f"+ segments of {layers // 4} layers", dict(segment_layers=(layers // 4,))),
             (f"+ attention outputs of {outputs} of {layers} layers kept, segments of "
              f"{' '.join(map(str, segments))}", kept)]
-    profile, found = Profile(attention="tokamax", compute_dtype="bfloat16"), []
+    profile, found = Profile(attention="flash", compute_dtype="bfloat16"), []
     for name, changes in RUNGS + last:
         profile = dataclasses.replace(profile, **changes)
         found.append((name, profile))

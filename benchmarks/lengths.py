@@ -2,7 +2,7 @@
 
     python -m benchmarks.lengths --measured benchmarks/results/2026-11-24-h100-steps.json --out lengths
 
-Full fine-tuning, batch 1, bfloat16, tokamax's attention forward, 8-bit AdamW without a float32 master. Plans are those
+Full fine-tuning, batch 1, bfloat16, attention by flash-attn-4, 8-bit AdamW without a float32 master. Plans are those
 of the cost model: no compiler is asked. Prints a table and draws OUT.png.
 """
 
@@ -40,7 +40,7 @@ def main():
     from alst_jax.profile import Profile
 
     search = Search(parse_cluster(options.machine, options.host_memory))
-    profile = Profile(attention="tokamax", compute_dtype="bfloat16")
+    profile = Profile(attention="flash", compute_dtype="bfloat16")
     measured = json.loads(options.measured.read_text()) if options.measured else []
     planned = []
     print("| tokens | planned tok/s | seconds | device GiB | host GiB | profile |\n|" + "---|" * 6)

@@ -63,7 +63,7 @@ class Options:
     steps: int = 3
     learning_rate: float = 1e-4
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    attention: Literal["cudnn", "tokamax", "xla"] = "cudnn"
+    attention: Literal["flash", "cudnn", "xla"] = "cudnn"
     width: Literal[1, 2, 4, 8] = 1
     """Divides the hidden size and the numbers of heads of Llama-8B; 1 is the real width."""
     simulate_devices: int = 0

@@ -38,7 +38,7 @@ class Options:
     layers: int = 4
     steps: int = 4
     """The first is not counted; at least 4."""
-    attention: Literal["cudnn", "tokamax"] = "tokamax"
+    attention: Literal["cudnn", "flash"] = "flash"
     flags: tuple[str, ...] = ()
     """XLA's, as name=value."""
 

@@ -1,9 +1,9 @@
-"""A stand-in for the cuDNN kernel that runs on any device: like it, its backward pass lives on q, k, v, o and log-sum-exp."""
+"""A stand-in for the GPU kernels that runs on any device: like them, its backward pass lives on q, k, v, o and log-sum-exp."""
 
 import jax
 import jax.numpy as jnp
 
-from alst_jax.ops.attention import tokamax
+from alst_jax.ops.attention import flash
 
 
 def _scores(q, k):
@@ -43,17 +43,21 @@ def _bwd(residuals, do):
 flash_attention.defvjp(_fwd, _bwd)
 
 
-def tokamax_kernel(q, k, v):
-    """o, and of each query's scores the largest and the sum of exponentials relative to it, as tokamax's kernel gives them."""
+def flash_forward(q, k, v, *, call):
+    """(o, lse), as flash-attn-4's forward kernel gives them."""
     o, (*_, lse) = _fwd(q, k, v)
-    largest = jnp.max(_scores(q, k), axis=-1)
-    return o, (largest, jnp.exp(lse - largest))
+    return o, lse
+
+
+def flash_backward(q, k, v, o, lse, do, *, call):
+    """(dq, dk, dv), as flash-attn-4's backward kernels give them."""
+    return _bwd((q, k, v, o, lse), do)
 
 
 def install(monkeypatch) -> list:
-    """Let `jax.nn.dot_product_attention(implementation="cudnn")` and tokamax's kernel be the stand-in.
+    """Let `jax.nn.dot_product_attention(implementation="cudnn")` and flash-attn-4's kernels be the stand-in.
 
-    Returns a list that grows by the q shape of each call of the former, and by "tokamax".
+    Returns a list that grows by the q shape of each call of the former, and by "flash".
     """
     calls = []
 
@@ -62,11 +66,13 @@ def install(monkeypatch) -> list:
         calls.append(q.shape)
         return flash_attention(q, k, v)
 
-    def counted(q, k, v):
-        calls.append("tokamax")
-        o, (largest, total) = tokamax_kernel(q, k, v)
-        return o, largest, total
+    def counted(q, k, v, *, call):
+        calls.append("flash")
+        return flash_forward(q, k, v, call=call)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
-    monkeypatch.setattr(tokamax, "tokamax_kernel", counted)
+    monkeypatch.setattr(flash, "check_packages", lambda: None)
+    monkeypatch.setattr(flash, "_launchers", lambda: None)
+    monkeypatch.setattr(flash, "forward_kernel", counted)
+    monkeypatch.setattr(flash, "backward_kernel", flash_backward)
     return calls

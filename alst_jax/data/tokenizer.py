@@ -14,12 +14,17 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}")
 
 
+def has_tokenizer(directory: pathlib.Path) -> bool:
+    """Whether there are files of a tokenizer in a directory."""
+    return any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+
+
 def load_tokenizer(directory: str | pathlib.Path) -> Any:
     """The tokenizer of a Hugging Face directory. UserError if its files are missing or unreadable."""
     from transformers import AutoTokenizer
 
     path = pathlib.Path(directory)
-    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if not has_tokenizer(path):
         raise UserError(f"{path} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json); copy the files of "
                         "the tokenizer the model was trained with into it")
     try:

@@ -13,28 +13,30 @@ from alst_jax.hardware.host_limits import host_memory
 from alst_jax.hardware.machines import GIB, MEMORY_FRACTION, machine_of_kind, pinned_share
 
 HOST_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
-# With dynamic slice fusion, a Pallas kernel whose output is both put into a stack and used otherwise is run twice: tokamax's
-# attention whose output is kept (found in programs of jax 0.11.2, see docs/log.md); cuDNN's is not.
+# With dynamic slice fusion, a kernel of an opaque call whose output is both put into a stack and used otherwise is run
+# twice (found with a Pallas attention kernel in programs of jax 0.11.2, see docs/log.md); cuDNN's is not.
 XLA_GPU_FLAGS = {"xla_gpu_enable_latency_hiding_scheduler": "true", "xla_gpu_enable_dynamic_slice_fusion": "false"}
+DETERMINISTIC_FLAGS = {"xla_gpu_deterministic_ops": "true"}
 CUDA_PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 
 
 def prepare(
     simulate_devices: int | None, absent_devices: bool = False, host_memory_gib: float | int | None = None,
-    devices: int | None = None,
+    devices: int | None = None, deterministic: bool = False,
 ) -> None:
     """Set the environment of a run, respecting what the user has set already. Call before anything imports jax.
 
     simulate_devices: that many CPU devices; None or 0: the machine's own devices. absent_devices: only to plan for, or
     compile for, devices that are not here; those that are here are left alone. host_memory_gib: use no more of
-    the host. devices: of those that are here, the first so many share it; None: all do.
+    the host. devices: of those that are here, the first so many share it; None: all do. deterministic: the compiler
+    chooses only operations that sum in a fixed order.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch is meant so
     if absent_devices:
         if has_cuda_compiler():
-            _set_compiler_flags()
+            _set_compiler_flags(deterministic)
         import jax
 
         jax.config.update("jax_platforms", "cpu")
@@ -53,7 +55,7 @@ def prepare(
     share = pinned_share(host_memory(host_memory_gib), max(1, min(gpus, devices or gpus)))
     os.environ.setdefault(HOST_LIMIT, str(share // GIB))
     if gpus and has_cuda_compiler():  # the flag is unknown to CPU-only builds, which would abort
-        _set_compiler_flags()
+        _set_compiler_flags(deterministic)
 
 
 def pinned_limit() -> int | None:
@@ -65,9 +67,9 @@ def pinned_limit() -> int | None:
     return None if text is None else int(text) * GIB
 
 
-def _set_compiler_flags() -> None:
-    flags = os.environ.get("XLA_FLAGS", "")
-    missing = [f"--{name}={value}" for name, value in XLA_GPU_FLAGS.items() if name not in flags]
+def _set_compiler_flags(deterministic: bool) -> None:
+    flags, wanted = os.environ.get("XLA_FLAGS", ""), XLA_GPU_FLAGS | (DETERMINISTIC_FLAGS if deterministic else {})
+    missing = [f"--{name}={value}" for name, value in wanted.items() if name not in flags]
     os.environ["XLA_FLAGS"] = " ".join([flags, *missing]).strip()
 
 

@@ -72,7 +72,7 @@ class Planner:
         """The plan of a job by the compiler, or by the cost model where there is none."""
         if not self.compiles:
             return self.search.plan(job)
-        if self.config.plan_for and job.profile.attention in ("tokamax", "flash"):
+        if self.config.plan_for and job.profile.attention in ("flash", "flash-deterministic"):
             # Its kernel compiles for this process's device only; cuDNN's forward pass needs the same bytes exactly.
             as_cudnn = dataclasses.replace(job, profile=dataclasses.replace(job.profile, attention="cudnn"))
             return dataclasses.replace(self.compile(as_cudnn), seconds=self.search.plan(job).seconds)

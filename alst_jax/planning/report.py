@@ -50,11 +50,14 @@ def report(planner: Planner, job: Job) -> str:
     return "\n".join(lines)
 
 
-def announce_plan(planner: Planner, choice: Choice) -> None:
-    """Print a run's plan before it starts, in a few lines. UserError if the process would be larger than its host."""
+def announce_plan(planner: Planner, choice: Choice, seconds: float) -> None:
+    """Print a run's plan before it starts, in a few lines. UserError if the process would be larger than its host.
+
+    seconds: how long the plan took, the compiler and the attention kernel's own compilation included.
+    """
     if outgrown := host_outgrown(choice, planner.cluster):
         raise UserError(outgrown)
-    print(f"plan    {choice.plan.line()}\n        {describe_process(choice, planner.cluster)}")
+    print(f"plan    {choice.plan.line()}; made in {seconds:.0f} s\n        {describe_process(choice, planner.cluster)}")
     if planner.config.memory == "auto":
         print(f"        {choice.explain()}", flush=True)
 

@@ -15,7 +15,6 @@ from alst_jax.profile import HOST
 MATMUL = 650 / 989
 ATTENTION = {
     "cudnn": {"forward": {32768: 647, 131072: 590, 524288: 481}, "backward": {32768: 529, 131072: 513, 524288: 550}},
-    "tokamax": {"forward": {32768: 645, 131072: 652, 524288: 646}, "backward": {32768: 529, 131072: 513, 524288: 550}},
 } | flash_rates.RATES
 MEASURED_PEAK = 989  # TFLOP/s of the measured device
 SLOW_ATTENTION = 0.05  # part of the peak, for kernels that are not in the table

@@ -14,6 +14,7 @@ import shutil
 from typing import Any
 
 from alst_jax.config import TrainConfig, UserError, flag
+from alst_jax.data.tokenizer import has_tokenizer
 from alst_jax.models.config import ModelConfig
 from alst_jax.models.hf_config import hf_config_dict, model_config
 
@@ -97,6 +98,8 @@ def start_run_directory(
     """Write model/ and run.json: the first files of a run. hf_dir: copy its model files, else make them."""
     if hf_dir is not None:
         copy_model_files(hf_dir, out / MODEL)
+        if not has_tokenizer(out / MODEL):  # of random weights
+            tokenizer.save_pretrained(out / MODEL)
     else:
         tokenizer.save_pretrained(out / MODEL)
         special = ("bos_token_id", "eos_token_id", "pad_token_id")

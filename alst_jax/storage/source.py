@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alst_jax.config import TrainConfig, UserError
-from alst_jax.data.tokenizer import byte_tokenizer, load_tokenizer
+from alst_jax.data.tokenizer import byte_tokenizer, has_tokenizer, load_tokenizer
 from alst_jax.models.config import TINY_LLAMA, ModelConfig
 from alst_jax.models.hf_config import model_config
 from alst_jax.models.hf_weights import find_tensors, load_params
@@ -47,6 +47,9 @@ def find_model(config: TrainConfig, tokenizer: bool = True) -> ModelSource:
     if config.model is None:
         return ModelSource("the embedded tiny Llama", TINY_LLAMA, byte_tokenizer() if tokenizer else None, None)
     files = _model_files(config.model)
+    if config.random_weights:
+        made = None if not tokenizer else load_tokenizer(files) if has_tokenizer(files) else byte_tokenizer()
+        return ModelSource(f"{config.model}, random weights", model_config(files), made, files)
     parts = (config.model, model_config(files), load_tokenizer(files) if tokenizer else None, files)
     if run_directory.is_checkpoint(config.model):
         return ModelSource(*parts, checkpoint=run_directory.find_checkpoint(config.model))

@@ -12,7 +12,7 @@ import pytest
 import tyro
 
 import train
-from alst_jax.config import check_run
+from alst_jax.flag_checks import check_run
 
 ROOT = pathlib.Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

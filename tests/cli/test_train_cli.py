@@ -470,6 +470,28 @@ def test_float32_on_a_gpu_does_not_choose_slow_attention_in_silence(monkeypatch)
         setup.make_profile(TrainConfig(), np.dtype("float32"), TINY_LLAMA)
 
 
+def test_random_weights_need_only_a_config_and_are_exported_only_on_purpose(call, model, data, tmp_path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copyfile(model / "config.json", bare / "config.json")
+    flags = ("--data", data, "--seq-len", 128, "--dp", 1)
+    code, stderr = call("--model", bare, *flags, "--out", tmp_path / "refused")
+    assert code == 2 and "has no tokenizer" in stderr
+    out = tmp_path / "run"
+    assert run_here("--model", bare, "--random-weights", *flags, "--steps", 1, "--out", out) == 0
+    assert metrics(out)[0]["loss"] == pytest.approx(np.log(SHAPE["vocab_size"]), rel=0.05) and not (out / "hf").exists()
+    assert run_here("--resume", "--out", out, "--steps", 2, "--export") == 0
+    assert [line["step"] for line in metrics(out)] == [1, 2]
+    AutoModelForCausalLM.from_pretrained(out / "hf")
+    code, stderr = call("--random-weights", "--data", data, "--out", tmp_path / "none")
+    assert code == 2 and "name its directory with --model" in stderr
+
+
+def test_random_weights_are_exported_where_that_is_typed():
+    flags = ["--model", "m", "--random-weights"]
+    assert not train.parse(flags).export and train.parse([*flags, "--export"]).export and train.parse(flags[:2]).export
+
+
 def test_a_jax_with_wrong_gradients_is_refused(monkeypatch):
     monkeypatch.setattr(setup.jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(setup.jax, "__version_info__", (0, 11, 0))

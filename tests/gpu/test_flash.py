@@ -17,6 +17,7 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from alst_jax.ops.attention import AttentionSpec, attention, attention_backward, attention_forward, flash
+from alst_jax.ops.attention.devices import installed
 from alst_jax.ops.attention.flash_tiles import Call, workspace_bytes
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]  # packages warn when they are imported
@@ -30,7 +31,7 @@ BOTH_SIDES, CAPPED_WINDOW = AttentionSpec(window=300, causal=False), AttentionSp
 
 @pytest.fixture(autouse=True, scope="module")
 def packages():
-    if not all(map(flash._found, ("flash_attn.cute", "cutlass", "torch"))):
+    if not all(map(installed, ("flash_attn.cute", "cutlass", "torch"))):
         pytest.skip("flash-attn-4, nvidia-cutlass-dsl or torch is not installed")
     flash.prepare()
 

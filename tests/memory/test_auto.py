@@ -191,7 +191,7 @@ def test_what_was_typed_is_known():
     (dict(find_max_seq_len=True, seq_len=5), "--find-max-seq-len looks for what --seq-len 5 says"),
     (dict(memory="manual", allow_narrow_optimizer=True), "--allow-narrow-optimizer is for --memory auto")])
 def test_flags_that_contradict_each_other(flags, message):
-    from alst_jax.config import check_run
+    from alst_jax.flag_checks import check_run
 
     with pytest.raises(UserError) as error:
         check_run(TrainConfig(**flags))

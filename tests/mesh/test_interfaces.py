@@ -310,7 +310,7 @@ def test_specs_of_the_xla_kernel(spec, documents):
         assert relative_error(one, other) < 1e-5
 
 
-@pytest.mark.parametrize("kernel", ["cudnn", "tokamax"])
+@pytest.mark.parametrize("kernel", ["cudnn"])
 @pytest.mark.parametrize("spec,feature", [
     (AttentionSpec(window=4), "window"), (AttentionSpec(soft_cap=1.0), "soft cap"), (AttentionSpec(causal=False), "full")])
 def test_a_kernel_refuses_what_it_does_not_implement(kernel, spec, feature):

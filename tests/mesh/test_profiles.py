@@ -66,11 +66,11 @@ def test_profile_on_a_mesh_equals_plain(mesh, changes, reference):
 @pytest.mark.parametrize("changes", [
     dict(segment_layers=(4,), keep_attention_on_host=2), dict(segment_layers=(2, 1, 1), keep_attention_on_device=1, head_chunks=4)],
     ids=name)
-@pytest.mark.parametrize("attention", ["cudnn", "tokamax"])
+@pytest.mark.parametrize("attention", ["cudnn", "flash"])
 def test_with_a_kernel_that_lives_on_kept_statistics(attention, changes, reference, monkeypatch):
     calls = stand_in.install(monkeypatch)
     check(reference, sp=2, attention=attention, **changes)
-    assert ("tokamax" in calls) == (attention == "tokamax")
+    assert ("flash" in calls) == (attention == "flash")
 
 
 # ------------------------------------------------------------------------------------------------------- what is kept

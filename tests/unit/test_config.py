@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from alst_jax.config import TrainConfig, UserError, check_run, parse_length
+from alst_jax.config import TrainConfig, UserError, parse_length
+from alst_jax.flag_checks import check_run
 from alst_jax.hardware import environment
 from alst_jax.models.config import ModelConfig
 from tests.helpers import TINY, make_step

@@ -14,6 +14,7 @@ import pytest
 
 from alst_jax.config import UserError
 from alst_jax.ops.attention import KERNELS, AttentionSpec, attention, find_kernel, flash, refusal
+from alst_jax.ops.attention.devices import Gpu, choose_kernel
 from alst_jax.ops.attention.flash_rates import DOCUMENT_RATES, RATES, RATES_BY_HEADS
 from alst_jax.ops.attention.flash_tiles import (
     BACKWARD,
@@ -152,3 +153,60 @@ def test_rates_have_the_form_of_the_planner():
         assert set(rates) == {"forward", "backward"} and rates["forward"].keys() == rates["backward"].keys()
         assert all(isinstance(n, int) and 300 < tflops < 989 for which in rates.values() for n, tflops in which.items())
     assert all(rate["forward"] > rate["backward"] for rate in DOCUMENT_RATES.values())
+
+
+# ----------------------------------------------------------------------------------------------- which kernel is taken
+
+HERE, PLANNED = Gpu("NVIDIA H100 80GB HBM3", "9.0", present=True), Gpu("H100-80", "9.0", present=False)
+BLACKWELL = Gpu("NVIDIA B200", "10.0", present=True)
+
+
+def choose(gpu, wanted="auto", dtype="bfloat16", head_dim=128, deterministic=False):
+    kernel, why = choose_kernel(wanted, KERNELS, gpu, dtype, head_dim, deterministic)
+    return kernel.name, why
+
+
+def test_auto_takes_flash_on_hopper_where_it_is_installed(monkeypatch):
+    Installed(monkeypatch)
+    assert choose(HERE) == choose(PLANNED) == ("flash", "the fastest on Hopper")
+    assert choose(HERE, head_dim=256)[0] == "flash" and choose(HERE, "cudnn") == ("cudnn", "as --attention says")
+    name, why = choose(HERE, head_dim=80)
+    assert name == "cudnn" and "head_dim=80 must be one of 64, 96, 128, 192, 256" in why
+    name, why = choose(BLACKWELL)
+    assert name == "cudnn" and "tested on Hopper GPUs only, not on NVIDIA B200" in why
+    assert choose(None, dtype="float32") == ("xla", "the only one without a GPU")
+
+
+def test_auto_says_why_it_does_not_take_flash(monkeypatch):
+    Installed(monkeypatch, ["flash_attn"])
+    name, why = choose(HERE)
+    assert name == "cudnn" and why.startswith("not flash, the fastest on Hopper: the package is not installed (pip install")
+    Installed(monkeypatch, torch="2.6.0")
+    name, why = choose(HERE)
+    assert name == "cudnn" and "needs torch 2.7 or newer, not 2.6.0" in why
+
+
+def test_a_named_kernel_is_not_replaced(monkeypatch):
+    Installed(monkeypatch, ["flash_attn"])
+    with pytest.raises(UserError, match="--attention flash: the package is not installed"):
+        choose(HERE, "flash")
+    with pytest.raises(UserError, match="--attention tokamax: there is no such kernel any more; use --attention auto"):
+        choose(HERE, "tokamax")
+
+
+def test_deterministic_takes_the_kernel_that_sums_in_a_fixed_order(monkeypatch):
+    Installed(monkeypatch)
+    assert choose(HERE, deterministic=True)[0] == choose(HERE, "flash", deterministic=True)[0] == "flash-deterministic"
+    assert choose(None, dtype="float32", deterministic=True)[0] == choose(None, "xla", deterministic=True)[0] == "xla"
+    for refused in (dict(wanted="cudnn"), dict(head_dim=80)):
+        with pytest.raises(UserError, match="--deterministic with --attention cudnn: cuDNN adds gradients in no fixed"):
+            choose(HERE, deterministic=True, **refused)
+
+
+def test_deterministic_reaches_the_kernel(monkeypatch):
+    calls = []
+    monkeypatch.setattr(flash, "opaque", lambda kernel: lambda *arrays, call: calls.append(call) or arrays[:3])
+    q, lse = jnp.ones((1, 64, 2, 64), jnp.bfloat16), jnp.ones((1, 2, 64))
+    for name in ("flash", "flash-deterministic"):
+        KERNELS[name].backward(q, q, q, q, lse, q, AttentionSpec())
+    assert [call.deterministic for call in calls] == [False, True]

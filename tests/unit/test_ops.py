@@ -277,5 +277,5 @@ def test_backward_uses_what_was_kept(monkeypatch):
 
 
 def test_unknown_attention_is_refused():
-    with pytest.raises(ValueError, match="'flash3': one of xla, cudnn, tokamax"):
+    with pytest.raises(ValueError, match="'flash3': one of xla, cudnn, flash"):
         attention(normal(0, 1, 8, 2, 4), normal(0, 1, 8, 2, 4), normal(0, 1, 8, 2, 4), kernel="flash3")

@@ -10,14 +10,14 @@ import jax
 from jax import Array
 
 from alst_jax.config import UserError
-from alst_jax.ops.attention import cudnn, flash, tokamax, xla
+from alst_jax.ops.attention import cudnn, flash, xla
 from alst_jax.ops.attention.cudnn import head_groups
 from alst_jax.ops.attention.spec import AttentionSpec, Kernel
 
 __all__ = ["KERNELS", "AttentionSpec", "Kernel", "attention", "attention_backward", "attention_forward", "attention_from",
            "find_kernel", "head_groups", "refusal"]
 
-KERNELS = {kernel.name: kernel for kernel in (xla.KERNEL, cudnn.KERNEL, tokamax.KERNEL, flash.KERNEL)}
+KERNELS = {kernel.name: kernel for kernel in (xla.KERNEL, cudnn.KERNEL, flash.KERNEL, flash.DETERMINISTIC)}
 CAUSAL = AttentionSpec()
 
 
@@ -67,8 +67,8 @@ def attention(
 ) -> Array:
     """o[B, S, N, H] of q[B, S, N, H], k and v[B, S, K, H], differentiable.
 
-    kernel: "xla" (any device and dtype), "cudnn" (GPU, bfloat16 or float16, S a multiple of 128), "tokamax" (the same on
-    Hopper, with tokamax's forward pass), "flash" (Hopper, bfloat16 or float16, any S), or a `Kernel` of one's own.
+    kernel: "xla" (any device and dtype), "cudnn" (GPU, bfloat16 or float16, S a multiple of 128), "flash" (Hopper, bfloat16
+    or float16, any S), "flash-deterministic" (the same, gradients summed in a fixed order), or a `Kernel` of one's own.
     documents: see `Kernel`.
     """
     results = attention_forward(*jax.lax.stop_gradient((q, k, v)), spec, documents, kernel=kernel)

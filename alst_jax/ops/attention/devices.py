@@ -2,11 +2,13 @@
 
 import dataclasses
 import importlib.util
+from typing import NamedTuple
 
 from alst_jax.config import UserError
 from alst_jax.ops.attention.spec import Kernel
 
-GPU_KERNEL = "cudnn"  # of `--attention auto`
+FASTEST = "flash"  # of `--attention auto`, where it runs
+FALLBACK = "cudnn"  # of `--attention auto` on other GPUs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +20,13 @@ class Gpu:
     present: bool
 
 
+class Chosen(NamedTuple):
+    """A kernel, and the reason for it."""
+
+    kernel: Kernel
+    why: str
+
+
 def installed(package: str) -> bool:
     """Whether a module of this name can be imported."""
     try:
@@ -26,14 +35,42 @@ def installed(package: str) -> bool:
         return False
 
 
-def choose_kernel(wanted: str, kernels: dict[str, Kernel], gpu: Gpu | None, dtype: str, head_dim: int) -> Kernel:
-    """The kernel of --attention. gpu: None on a CPU. UserError, with the flag and a way out, if it cannot run there."""
+def choose_kernel(
+    wanted: str, kernels: dict[str, Kernel], gpu: Gpu | None, dtype: str, head_dim: int, deterministic: bool = False
+) -> Chosen:
+    """The kernel of --attention and --deterministic. gpu: None on a CPU. UserError, with the flag and a way out, if it
+    cannot run there."""
+    suffix, why = "-deterministic" if deterministic else "", "as --attention says"
     if wanted == "auto":
-        if gpu and dtype not in kernels[GPU_KERNEL].dtypes:
-            raise UserError(f"--dtype {dtype} on a GPU: cuDNN attention computes in bfloat16 only. Use --dtype "
-                            "bfloat16, or --attention xla, which is exact and very slow at length")
-        wanted = GPU_KERNEL if gpu else "xla"
-    kernel = kernels[wanted]
+        wanted, why = automatic(kernels, gpu, dtype, head_dim, suffix)
+    if wanted not in kernels:  # in the flags of an older run
+        raise UserError(f"--attention {wanted}: there is no such kernel any more; use --attention auto")
+    kernel = kernels.get(f"{wanted}{suffix}", kernels[wanted])
+    check_kernel(kernel, wanted, gpu, dtype, head_dim)
+    if deterministic and gpu and kernel.name == FALLBACK:
+        raise UserError(f"--deterministic with --attention {FALLBACK}: cuDNN adds gradients in no fixed order; use "
+                        "--attention flash (Hopper, extra `flash`) or xla, or leave --deterministic out")
+    return Chosen(kernel, why)
+
+
+def automatic(kernels: dict[str, Kernel], gpu: Gpu | None, dtype: str, head_dim: int, suffix: str) -> tuple[str, str]:
+    """The name of the fastest kernel that runs there, and the reason."""
+    if gpu is None:
+        return "xla", "the only one without a GPU"
+    if dtype not in kernels[FALLBACK].dtypes:
+        raise UserError(f"--dtype {dtype} on a GPU: the fast attention kernels compute in bfloat16 only. Use --dtype "
+                        "bfloat16, or --attention xla, which is exact and very slow at length")
+    try:
+        check_kernel(kernels[f"{FASTEST}{suffix}"], FASTEST, gpu, dtype, head_dim)
+        if gpu.present:
+            kernels[FASTEST].prepare()
+    except UserError as error:
+        return FALLBACK, f"not {FASTEST}, the fastest on Hopper: {str(error).removeprefix(f'--attention {FASTEST}: ')}"
+    return FASTEST, "the fastest on Hopper"
+
+
+def check_kernel(kernel: Kernel, wanted: str, gpu: Gpu | None, dtype: str, head_dim: int) -> None:
+    """UserError if the kernel named `wanted` by a user does not run there."""
     if kernel.needs_gpu and not gpu:
         raise UserError(f"--attention {wanted} needs an NVIDIA GPU, and jax sees none (is jax[cuda12] or "
                         "jax[cuda13] installed?); use --attention xla")
@@ -48,4 +85,3 @@ def choose_kernel(wanted: str, kernels: dict[str, Kernel], gpu: Gpu | None, dtyp
     if not serves(head_dim):
         raise UserError(f"--attention {wanted}: the model's head_dim={head_dim} must be {description}; use "
                         "--attention xla")
-    return kernel

@@ -1,9 +1,13 @@
 """flash-attn-4's Hopper kernels, forward and backward, for any length, windows, soft caps and packed documents.
 
+KERNEL adds gradients in no fixed order: two runs differ by rounding. DETERMINISTIC adds them in a fixed order.
+
 The kernels are CuTe DSL classes, called through `cutlass.jax.cutlass_call` (flash_kernels.py). flash_attn, cutlass and
 torch, which flash_attn imports, are imported when the kernel is used, never with this file.
 """
 
+import dataclasses
+import functools
 import importlib
 import importlib.metadata
 import re
@@ -24,7 +28,13 @@ OTHER = "or use --attention cudnn"
 
 
 def prepare() -> None:
-    """Import flash-attn-4. UserError names the package that is missing, too old or incomplete."""
+    """Import flash-attn-4 before anything is traced. UserError names the package that is missing, too old or incomplete."""
+    check_packages()
+    _launchers()
+
+
+def check_packages() -> None:
+    """UserError names the package that is missing, too old or incomplete."""
     for module, package in (("flash_attn.cute", "flash-attn-4"), ("torch", "torch"), ("cutlass", "nvidia-cutlass-dsl")):
         if not installed(module):
             raise UserError(f"--attention flash: {package} is not installed; {INSTALL}; {OTHER}")
@@ -42,7 +52,6 @@ def prepare() -> None:
     if library is None:
         raise UserError("--attention flash: nvidia-cutlass-dsl lacks its CUDA part"
                         f"{reason}; pip install 'nvidia-cutlass-dsl[cu13]' (CUDA 12: without [cu13]); {OTHER}")
-    _launchers()
 
 
 def _launchers():
@@ -64,10 +73,11 @@ def forward(
 
 
 def backward(
-    q: Array, k: Array, v: Array, o: Array, lse: Array, do: Array, spec: AttentionSpec, documents: Array | None = None
+    q: Array, k: Array, v: Array, o: Array, lse: Array, do: Array, spec: AttentionSpec, documents: Array | None = None,
+    deterministic: bool = False,
 ) -> tuple[Array, Array, Array]:
-    """(dq, dk, dv). The sums run in no fixed order: two runs differ by rounding."""
-    call = Call.of(q, k, spec)
+    """(dq, dk, dv)."""
+    call = Call.of(q, k, spec, deterministic)
     if documents is None:
         return opaque(backward_kernel)(q, k, v, o, lse, do, call=call)
     lse = jnp.moveaxis(lse, 0, 1).reshape(lse.shape[1], -1)
@@ -96,3 +106,5 @@ KERNEL = Kernel(
     needs_gpu=True, dtypes=("bfloat16", "float16"), multiple=1,
     head_dims=(f"one of {', '.join(map(str, HEAD_DIMS))}", lambda head_dim: head_dim in HEAD_DIMS),
     capabilities=("9.0",), package="flash_attn.cute", install=INSTALL)
+DETERMINISTIC = dataclasses.replace(
+    KERNEL, name="flash-deterministic", backward=functools.partial(backward, deterministic=True))

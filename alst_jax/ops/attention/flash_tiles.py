@@ -69,8 +69,8 @@ HEAD_DIMS = tuple(FORWARD)
 class Call:
     """Everything a compiled kernel depends on besides the shapes of its arrays. Static, a cache key.
 
-    group: query heads of a kv head. window: tokens read before and behind the query. deterministic: sums in a fixed
-    order (not yet an option of a spec).
+    group: query heads of a kv head. window: tokens read before and behind the query. deterministic: gradients are summed
+    in a fixed order.
     """
 
     dtype: str
@@ -83,13 +83,13 @@ class Call:
     deterministic: bool = False
 
     @classmethod
-    def of(cls, q: Array, k: Array, spec: AttentionSpec) -> "Call":
+    def of(cls, q: Array, k: Array, spec: AttentionSpec, deterministic: bool = False) -> "Call":
         """The call for q[..., N, H] and k[..., K, H]."""
         head_dim, reach = q.shape[-1], None
         if spec.window is not None:
             reach = (spec.window - 1, 0 if spec.causal else spec.window - 1)
         group, scale = q.shape[-2] // k.shape[-2], float(spec.scale_of(head_dim))
-        return cls(q.dtype.name, head_dim, group, scale, spec.causal, reach, spec.soft_cap)
+        return cls(q.dtype.name, head_dim, group, scale, spec.causal, reach, spec.soft_cap, deterministic)
 
     @property
     def is_local(self) -> bool:
