@@ -180,14 +180,20 @@ def test_seconds_of_runs_on_record(layers, length, changes, measured, monkeypatc
     assert predicted.step_seconds == pytest.approx(measured, rel=0.15)
 
 
-# benchmarks/results/2026-11-24-h100.md: whole steps
+# benchmarks/results/2026-11-24-h100.md and 2026-11-27-flash.md: whole steps
 @pytest.mark.parametrize("layers,length,changes,seconds,gibibytes", [
     (32, 131072, OFFLOADED | dict(keep_attention_on_device=32), 44.64, 45.34),
     (32, 524288, OFFLOADED | dict(
         segment_layers=(5, 12, 8, 4, 2, 1), keep_attention_on_device=12, keep_attention_on_host=15, head_chunks=8,
-        update_in_backward=True), 534.85, 75.35)])
-def test_steps_on_record(layers, length, changes, seconds, gibibytes):
-    changed = job(llama_8b(layers), length, **LARGER_TILES, **changes)
+        update_in_backward=True), 534.85, 75.35),
+    (32, 131072, dict(attention="flash", offload_activations=True, keep_attention_on_device=21, keep_attention_on_host=11,
+                      head_chunks=4), 38.95, 74.6),
+    (32, 524288, OFFLOADED | dict(
+        attention="flash", segment_layers=(3, 6, 8, 8, 4, 2, 1), keep_attention_on_device=11, keep_attention_on_host=9,
+        head_chunks=8), 510.3, 71.4)])
+def test_steps_on_record(layers, length, changes, seconds, gibibytes, monkeypatch):
+    monkeypatch.setitem(ATTENTION, "recorded", RECORDED)
+    changed = job(llama_8b(layers), length, **LARGER_TILES | changes)
     predicted = estimate(dataclasses.replace(changed, states="int8", master="none"), H100)
     assert predicted.step_seconds == pytest.approx(seconds, rel=0.05)
     assert predicted.device_bytes == pytest.approx(gibibytes * 2**30, rel=0.05)

@@ -55,7 +55,7 @@ class Installed:
     """Stands for the installed packages: those in `missing` are not found."""
 
     def __init__(self, monkeypatch, missing=(), torch="2.11.0+cu130", library="lib.so"):
-        found = lambda module: None if module.split(".")[0] in missing else object()
+        found = lambda module: None if {module, module.split(".")[0]} & set(missing) else object()
         monkeypatch.setattr(importlib.util, "find_spec", found)
         monkeypatch.setattr(importlib.metadata, "version", lambda name: torch)
         cutlass = types.SimpleNamespace(find_cute_dsl_runtime_library=lambda: library)
@@ -73,6 +73,12 @@ def test_a_missing_package_is_named(missing, named, monkeypatch):
     with pytest.raises(UserError, match=rf"--attention flash: {named} is not installed; pip install") as error:
         find_kernel("flash").prepare()
     assert "\n" not in str(error.value)
+
+
+def test_jax_on_cuda_12_is_refused(monkeypatch):
+    Installed(monkeypatch, ["jax_plugins.xla_cuda13"])
+    with pytest.raises(UserError, match="tested with jax on CUDA 13, .* install the extra cuda13 instead of cuda12"):
+        flash.prepare()
 
 
 def test_an_old_torch_is_named(monkeypatch):

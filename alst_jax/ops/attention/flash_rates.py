@@ -6,6 +6,8 @@ The causal half counts; a backward pass counts as 2.5 forward passes. Measured 2
 # By tokens of the sequence, with 32 query heads and 8 kv heads; 524,288 with 4 and 1. 32,768 was measured from torch.
 RATES = {
     "flash": {"forward": {32768: 727, 131072: 706, 524288: 708}, "backward": {32768: 601, 131072: 595, 524288: 623}},
+    # Sums in a fixed order cost more where heads or blocks are many.
+    "flash-deterministic": {"forward": {32768: 698, 131072: 685}, "backward": {32768: 534, 131072: 380}},
 }
 # The same by (query heads, kv heads) of one call.
 RATES_BY_HEADS = {
