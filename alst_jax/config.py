@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from alst_jax.data_flags import DataFlags
+
 
 class UserError(Exception):
     """A user's mistake. The text has the given value, the rule, the fix and the flag; the command line exits with 2."""
@@ -38,7 +40,7 @@ _Length = Annotated[int, tyro.constructors.PrimitiveConstructorSpec(
 
 
 @dataclasses.dataclass
-class TrainConfig:
+class TrainConfig(DataFlags):
     """Train a Llama on long sequences.
 
     Without --model and --data a tiny Llama learns the Python language reference on four simulated devices.
@@ -46,8 +48,6 @@ class TrainConfig:
 
     model: str | None = None
     """Hugging Face directory or hub name, or a checkpoint made by convert.from_hf or an earlier run."""
-    data: tuple[str, ...] = ()
-    """JSONL, JSON or Parquet files, text files, or directories of them."""
     out: str | None = None
     """Output directory: checkpoints, metrics.jsonl, TensorBoard, and at the end hf/, a Hugging Face directory."""
     seq_len: _Length | None = None
@@ -161,16 +161,8 @@ class TrainConfig:
     """With --plan-only or --find-max-seq-len: one JSON object instead of a table."""
     resume: bool = False
     """Continue the run in --out from its newest checkpoint."""
-    eval_data: str | None = None
-    """Held-out file or directory to evaluate on."""
-    eval_every: int | None = None
-    """Evaluate every so many steps, besides the end."""
     export: bool = True
     """Write OUT/hf at the end, which transformers loads."""
-    text_field: str = "text"
-    """Field of a JSON or Parquet record that holds a document."""
-    messages_field: str = "messages"
-    """Field of a JSON or Parquet record that holds a chat."""
     pack: bool = False
     """Several documents in one sequence: not supported yet, refused."""
     typed: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
@@ -268,7 +260,7 @@ def _mistakes(config: TrainConfig) -> Iterator[tuple[Any, str]]:
            "--offload-activations offloads what rematerialisation keeps; it needs --remat, not --no-remat")
     yield (config.pack, "--pack: packing several documents into one sequence is not supported yet; leave it out, and "
                         "each document gets sequences of its own")
-    yield (config.eval_every is not None and config.eval_data is None,
+    yield (config.eval_every is not None and not config.eval_data,
            "--eval-every needs --eval-data, the file to evaluate on")
     yield config.resume and config.out is None, "--resume needs --out, the directory of the run to continue"
     yield (config.plan_for is not None and not config.plan_for.strip(),

@@ -17,17 +17,29 @@ class TrainingBatches:
 
     Yields {"tokens", "labels", "positions"}, int32[grad_accum, rows, padded_len]; what is beyond a document's end is
     padding: pad token, label IGNORED. `get_state` / `set_state` save and restore the position exactly.
+
+    mixture: (number of sequences, weight) of each source, in the order of `sequences`; the weights sum to 1. Then each
+    source has its own endless order, and the sources take turns by a fixed pattern: of any number of sequences from
+    the start, a source gives its weight's part, to within one sequence for each source.
     """
 
     def __init__(
-        self, sequences: list[Sequence], padded_len: int, rows: int, grad_accum: int, seed: int, pad_token: int
+        self, sequences: list[Sequence], padded_len: int, rows: int, grad_accum: int, seed: int, pad_token: int,
+        mixture: list[tuple[int, float]] | None = None,
     ):
         import grain
 
         self._shape = (grad_accum, rows, padded_len)
         pad = lambda sequence: pad_sequence(sequence, padded_len, pad_token)
         # The batch is cut from the endless stream, so a step may hold the end of one epoch and the start of the next.
-        dataset = grain.MapDataset.source(sequences).shuffle(seed=seed).repeat(ENDLESS // len(sequences)).map(pad).batch(grad_accum * rows)
+        if mixture is None:
+            dataset = _endless(sequences, seed)
+        else:
+            ends = np.cumsum([count for count, _ in mixture])
+            sources = [sequences[end - count : end] for (count, _), end in zip(mixture, ends)]
+            dataset = grain.MapDataset.mix([_endless(source, (seed + i) % 2**32) for i, source in enumerate(sources)],
+                                           weights=[weight for _, weight in mixture])
+        dataset = dataset.map(pad).batch(grad_accum * rows)
         # Padding is a copy of a few MB: no threads, whose prefetching would blur the position.
         self._iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 
@@ -43,6 +55,13 @@ class TrainingBatches:
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._iterator.set_state(state)
+
+
+def _endless(sequences: list[Sequence], seed: int) -> Any:
+    """A grain data set: every sequence once an epoch, each epoch in another order."""
+    import grain
+
+    return grain.MapDataset.source(sequences).shuffle(seed=seed).repeat(ENDLESS // len(sequences))
 
 
 def evaluation_batches(
@@ -66,11 +85,12 @@ def pad_sequence(sequence: Sequence, padded_len: int, pad_token: int) -> dict[st
     return {"tokens": tokens, "labels": labels, "positions": np.arange(padded_len, dtype=np.int32)}
 
 
-def fingerprint(sequences: list[Sequence]) -> str:
-    """A hash of all tokens and labels and of how they are cut: the same data, or other."""
+def fingerprint(sequences: list[Sequence], mixture: list[tuple[int, float]] | None = None) -> str:
+    """A hash of all tokens and labels and of how they are cut, with the mixture of sources: the same data, or other."""
     digest = hashlib.sha256()
     for sequence in sequences:
         digest.update(len(sequence.tokens).to_bytes(8, "little"))
         digest.update(sequence.tokens.tobytes())
         digest.update(sequence.labels.tobytes())
-    return digest.hexdigest()[:16]
+    mixed = "".join(f", {count} x {weight:.12g}" for count, weight in mixture or ())
+    return digest.hexdigest()[:16] + mixed

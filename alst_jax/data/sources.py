@@ -47,13 +47,21 @@ class SourceReport:
     files_left_out: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     records_left_out: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     first_bad: str | None = None  # the error of the first bad record
+    tokens: int = 0
+    learned: int = 0
+    sequences: int = 0
+    weight: float | None = None
 
     def summary(self) -> str:
         """The counts in one line, as every run prints them."""
         split = f" of split {self.split}" if self.split else ""
-        text = f"{self.name}: {self.files:,} files{split}, {self.records:,} records, {self.documents:,} documents"
-        for what, counts in (("files", self.files_left_out), ("records", self.records_left_out)):
-            text += f"; {what} left out: {words(counts)}" if counts else ""
+        return (f"{self.name}: {self.files:,} files{split}, {self.records:,} records, {self.documents:,} documents, "
+                f"{self.tokens:,} tokens ({self.learned:,} learned){self.left_out()}")
+
+    def left_out(self) -> str:
+        """The counts of files and records that were left out, by reason."""
+        text = "".join(f"; {what} left out: {words(counts)}" for what, counts in (
+                       ("files", self.files_left_out), ("records", self.records_left_out)) if counts)
         return text + (f"; the first bad one: {self.first_bad}" if self.first_bad else "")
 
 
@@ -61,12 +69,8 @@ def read_documents(
     paths: Iterable[str], text_field: str = "text", messages_field: str = "messages", flag: str = "--data"
 ) -> list[Document]:
     """All documents of the files and directories, read with the defaults of all other flags."""
-    paths = tuple(map(str, paths))
     reading = Reading(text_field, messages_field)
-    documents = [d for source in parse_sources(paths, flag) for d in read_source(source, reading, flag)[0]]
-    if not documents:
-        raise UserError(f"{flag} {' '.join(paths)}: no documents in there")
-    return documents
+    return [d for source in parse_sources(paths, flag) for d in read_source(source, reading, flag)[0]]
 
 
 def read_source(
@@ -75,7 +79,7 @@ def read_source(
     """The documents of one source, in the order of its files, and their counts.
 
     Records without text are left out and counted. UserError names the file and line of a bad record, unless
-    `reading.skip_bad`.
+    `reading.skip_bad`, and the source if no document is left.
     """
     path = source.path
     if is_hub_name(path):
@@ -101,6 +105,8 @@ def read_source(
         else:
             report.records_left_out["empty"] += 1
     report.documents = len(documents)
+    if not documents:
+        raise UserError(f"{flag} {source.path}: no documents in there{report.left_out()}")
     return documents, report
 
 
