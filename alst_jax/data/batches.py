@@ -1,7 +1,9 @@
 """Sequences -> batches in an order that is a function of the seed, with a position that can be saved. On grain."""
 
 import hashlib
+import math
 from collections.abc import Iterator
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -19,8 +21,8 @@ class TrainingBatches:
     padding: pad token, label IGNORED. `get_state` / `set_state` save and restore the position exactly.
 
     mixture: (number of sequences, weight) of each source, in the order of `sequences`; the weights sum to 1. Then each
-    source has its own endless order, and the sources take turns by a fixed pattern: of any number of sequences from
-    the start, a source gives its weight's part, to within one sequence for each source.
+    source has its own endless order, and the sources take turns by a fixed pattern: of the first n sequences, n times
+    its weight come from a source, off by less than the number of sources.
     """
 
     def __init__(
@@ -37,8 +39,8 @@ class TrainingBatches:
         else:
             ends = np.cumsum([count for count, _ in mixture])
             sources = [sequences[end - count : end] for (count, _), end in zip(mixture, ends)]
-            dataset = grain.MapDataset.mix([_endless(source, (seed + i) % 2**32) for i, source in enumerate(sources)],
-                                           weights=[weight for _, weight in mixture])
+            endless = [_endless(source, (seed + i) % 2**32) for i, source in enumerate(sources)]
+            dataset = grain.MapDataset.source(_Mixed(endless, [weight for _, weight in mixture]))
         dataset = dataset.map(pad).batch(grad_accum * rows)
         # Padding is a copy of a few MB: no threads, whose prefetching would blur the position.
         self._iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
@@ -55,6 +57,28 @@ class TrainingBatches:
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._iterator.set_state(state)
+
+
+class _Mixed:
+    """Endless data sets that take turns. grain's own mixture rounds the weights to a hundredth of the smallest one."""
+
+    def __init__(self, endless: list[Any], weights: list[float]):
+        fractions = [Fraction(weight).limit_denominator(10**12) for weight in weights]
+        common = math.lcm(*(fraction.denominator for fraction in fractions))
+        self._endless, self._shares = endless, [int(fraction * common) for fraction in fractions]
+
+    def __len__(self) -> int:
+        return ENDLESS // 2
+
+    def __getitem__(self, index: int) -> Sequence:
+        """The first source gives its share of all sequences; the others divide the rest in the same way."""
+        before, through, rest = int(index), int(index) + 1, sum(self._shares)
+        for source, share in zip(self._endless, self._shares):
+            others_before, others = (n * (rest - share) // rest for n in (before, through))
+            if before - others_before != through - others:
+                break
+            before, through, rest = others_before, others, rest - share
+        return source[before - others_before]
 
 
 def _endless(sequences: list[Sequence], seed: int) -> Any:

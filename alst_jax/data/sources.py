@@ -55,8 +55,9 @@ class SourceReport:
     def summary(self) -> str:
         """The counts in one line, as every run prints them."""
         split = f" of split {self.split}" if self.split else ""
-        return (f"{self.name}: {self.files:,} files{split}, {self.records:,} records, {self.documents:,} documents, "
-                f"{self.tokens:,} tokens ({self.learned:,} learned){self.left_out()}")
+        counts = [f"{n:,} {what}{'' if n == 1 else 's'}{split if what == 'file' else ''}" for n, what in (
+                  (self.files, "file"), (self.records, "record"), (self.documents, "document"))]
+        return (f"{self.name}: {', '.join(counts)}, {self.tokens:,} tokens ({self.learned:,} learned){self.left_out()}")
 
     def left_out(self) -> str:
         """The counts of files and records that were left out, by reason."""
@@ -86,8 +87,8 @@ def read_source(
         path = str(download(path, flag, reading.selection.include))
     found = find_files(path, reading.selection, flag, held_out)
     report = SourceReport(source.name, len(found.files), split=found.split, files_left_out=found.left_out)
-    documents = []
-    for record, origin in _records(found.files, pathlib.Path(path), reading.selection.document_per):
+    documents, document_per = [], reading.selection.document_per if pathlib.Path(path).is_dir() else None
+    for record, origin in _records(found.files, pathlib.Path(path), document_per):
         report.records += 1
         try:
             if isinstance(record, UserError):
