@@ -98,12 +98,14 @@ def _opened(file: pathlib.Path) -> Iterator[BinaryIO]:
         raise UserError(f"{file}: {what}: {error}") from error
 
 
-def _lines(file: pathlib.Path) -> Iterator[tuple[int, str | UserError]]:
-    """(number, line with its end) of a UTF-8 file without its byte-order mark. A line ends with a newline only: JSON
+def _lines(file: pathlib.Path) -> Iterator[tuple[str, str | UserError]]:
+    """(origin, line with its end) of a UTF-8 file without its byte-order mark. A line ends with a newline only: JSON
     strings may hold U+2028 and its like unescaped."""
+    name = str(file)
     with _opened(file) as stream:
         for number, line in enumerate(stream, start=1):
-            yield number, _decoded(line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line, f"{file}:{number}")
+            origin = f"{name}:{number}"
+            yield origin, _decoded(line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line, origin)
 
 
 def _decoded(content: bytes, origin: str) -> str | UserError:
@@ -129,9 +131,13 @@ def read_text(file: pathlib.Path) -> str:
 
 
 def _json_lines(file: pathlib.Path) -> Records:
-    for number, line in _lines(file):
-        if isinstance(line, UserError) or line.strip():
-            yield _json_line(line, f"{file}:{number}"), f"{file}:{number}"
+    yield from _json_records(_lines(file))
+
+
+def _json_records(lines: Iterator[tuple[str, str | UserError]]) -> Records:
+    for origin, line in lines:
+        if isinstance(line, UserError) or not line.isspace():
+            yield _json_line(line, origin), origin
 
 
 def _json_line(line: str | UserError, origin: str) -> Any:
@@ -146,16 +152,14 @@ def _json_line(line: str | UserError, origin: str) -> Any:
 def _json(file: pathlib.Path) -> Records:
     """The records of a .json file: JSON lines if its first line is a whole object, else one object or a list."""
     lines, head = _lines(file), []
-    for number, line in lines:
-        head.append((number, line))
-        if isinstance(line, UserError) or line.strip():
+    for origin, line in lines:
+        head.append((origin, line))
+        if isinstance(line, UserError) or not line.isspace():
             break
-    number, line = head[-1] if head else (0, "")
+    origin, line = head[-1] if head else ("", "")
     if isinstance(line, str) and line.lstrip().startswith("{") and isinstance(_json_line(line, ""), dict):
-        yield json.loads(line), f"{file}:{number}"
-        for number, line in lines:
-            if isinstance(line, UserError) or line.strip():
-                yield _json_line(line, f"{file}:{number}"), f"{file}:{number}"
+        yield json.loads(line), origin
+        yield from _json_records(lines)
         return
     whole = []
     for _, line in (*head, *lines):
@@ -203,7 +207,8 @@ def _csv(file: pathlib.Path, delimiter: str) -> Records:
 
 
 def _csv_lines(file: pathlib.Path, broken: list[UserError]) -> Iterator[str]:
-    """The lines of a CSV file. A line that is not UTF-8 is noted in `broken` and given with its bytes replaced."""
+    """The lines of a CSV file. A line that is not UTF-8 is noted in `broken` and given with its bytes replaced, so that
+    its quotes count."""
     with _opened(file) as stream:
         for number, line in enumerate(stream, start=1):
             text = _decoded(line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line, f"{file}:{number}")
