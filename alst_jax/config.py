@@ -261,8 +261,8 @@ def _mistakes(config: TrainConfig) -> Iterator[tuple[Any, str]]:
     yield (config.pack, "--pack: packing several documents into one sequence is not supported yet; leave it out, and "
                         "each document gets sequences of its own")
     yield (config.split is not None and config.document_per is not None,
-           f"--split {config.split} is for data sets, and --document-per {config.document_per} for texts of all kinds; leave "
-           "one of them out, or name the directory of the split")
+           f"--split {config.split} is for data sets, and --document-per {config.document_per} for texts of all kinds; "
+           "leave one of them out, or name the directory of the split")
     for field in ("split", "include", "exclude", "document_per", "skip_bad_records"):
         yield (getattr(config, field) and not config.data and not config.eval_data and not config.planning,
                f"{flag(field)} says how --data is read; name files with --data")

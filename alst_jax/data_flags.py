@@ -11,8 +11,8 @@ class DataFlags:
     """The data of a run."""
 
     data: tuple[str, ...] = ()
-    """JSONL, JSON, CSV, TSV, Parquet, Arrow or text files, compressed or not, directories of them, and names of data sets
-    on the hub. `a.jsonl:0.3 b/:0.7`: the part of the sequences that comes from each."""
+    """JSONL, JSON, CSV, TSV, Parquet, Arrow or text files, compressed or not, directories of them, and names of data
+    sets on the hub. `a.jsonl:0.3 b/:0.7`: the part of the sequences that comes from each."""
     split: str | None = None
     """The split to read in directories with splits. Default: train."""
     include: tuple[str, ...] = ()
@@ -21,8 +21,8 @@ class DataFlags:
     exclude: tuple[str, ...] = ()
     """Globs: in directories, leave out the files and sub-directories that match one of them."""
     document_per: Literal["file", "directory"] | None = None
-    """Take files of directories as texts, whatever their suffix: one document a file, or one a sub-directory of the given
-    directory, its files joined in the order of their paths."""
+    """Take files of directories as texts, whatever their suffix: one document a file, or one a sub-directory of the
+    given directory, its files joined in the order of their paths."""
     skip_bad_records: bool = False
     """Leave out and count records that cannot be used, instead of refusing the first one."""
     text_field: str = "text"

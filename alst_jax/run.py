@@ -13,9 +13,9 @@ import numpy as np
 
 from alst_jax.config import TrainConfig, UserError
 from alst_jax.data.batches import TrainingBatches, evaluation_batches, fingerprint
-from alst_jax.data.documents import Sequence, Stats, check_length, check_targets
+from alst_jax.data.documents import Stats, check_length, check_targets
 from alst_jax.data.files import Selection
-from alst_jax.data.prepare import cut_embedded, cut_sources
+from alst_jax.data.prepare import BySource, cut_embedded, cut_sources
 from alst_jax.data.sources import Reading
 from alst_jax.hardware.machines import Cluster, parse_cluster
 from alst_jax.models.block import abstract_params
@@ -152,7 +152,7 @@ def padded_length(seq_len: int, sp: int, profile: Profile) -> int:
     return -(-seq_len // multiple) * multiple
 
 
-def read_sequences(config: TrainConfig, source: ModelSource, held_out: bool = False) -> dict[str, tuple[list[Sequence], Stats]]:
+def read_sequences(config: TrainConfig, source: ModelSource, held_out: bool = False) -> BySource:
     """The documents of each training (or --eval-data) source, tokenised and cut; by the names of the sources."""
     flag, paths = ("--eval-data", config.eval_data) if held_out else ("--data", config.data)
     cutting = source.tokenizer, config.seq_len, source.config.vocab_size
@@ -277,7 +277,8 @@ def announce(
     start = f", resumed at step {done}" if done else ""
     a_step = dp * config.batch_size * config.grad_accum
     for report in stats.sources if stats.sources and stats.sources[0].weight is not None else ():
-        print(f"weight  {report.weight:.3g} of the sequences from {report.name}, each {steps * a_step * report.weight / report.sequences:.1f} times")
+        times = steps * a_step * report.weight / report.sequences
+        print(f"weight  {report.weight:.3g} of the sequences from {report.name}: each {times:.1f} times")
     print(f"steps   {steps} of {a_step} sequences, {steps * a_step / stats.sequences:.1f} times the data{start} -> "
           f"{pathlib.Path(config.out)}", flush=True)
 

@@ -67,17 +67,17 @@ def find_files(given: str, selection: Selection, flag: str, held_out: bool = Fal
     seen = set()
     for file in walked:
         reason = _left_out(file, selection, records, arrow[file.path.parent])
-        if reason is None and file.path.resolve() in seen:
+        if reason is None and (real := file.path.resolve()) in seen:
             reason = "the same file again"
         if reason is None:
-            seen.add(file.path.resolve())
+            seen.add(real)
             found.files.append(file)
         else:
             found.left_out[reason] += 1
     if not found.files:
         what = f"; left out: {words(found.left_out)}" if found.left_out else ""
-        raise UserError(f"{flag} {given}: the directory holds no files to read{what}. --include GLOB takes files of any "
-                        "kind, as in --include '*.py'")
+        raise UserError(f"{flag} {given}: the directory holds no files to read{what}. --include GLOB takes files of "
+                        "any kind, as in --include '*.py'")
     _keep_split(found, path, selection, f"{flag} {given}", held_out)
     return found
 
@@ -115,8 +115,8 @@ def _excluded(parts: tuple[str, ...], globs: tuple[str, ...]) -> bool:
 
 
 def _left_out(file: FoundFile, selection: Selection, records: bool, arrow: set[str] | None) -> str | None:
-    """Why a file is not read, or None. records: the directory holds files of records. arrow: the names of the data files
-    that `state.json` lists."""
+    """Why a file is not read, or None. records: the directory holds files of records. arrow: the names of the data
+    files that `state.json` lists."""
     name, kind = file.path.name, kind_of(file.path.name)
     if file.path.stat().st_size == 0:
         return "empty"
@@ -140,7 +140,7 @@ def _is_binary(file: pathlib.Path) -> bool:
     try:
         start.decode("utf-8")
     except UnicodeDecodeError as error:
-        return error.start < len(start) - 4  # a character may be cut at the end
+        return len(start) < 8192 or error.start < len(start) - 4  # a character may be cut where the reading ends
     return b"\0" in start
 
 

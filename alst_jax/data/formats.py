@@ -114,8 +114,8 @@ def _decoded(content: bytes, origin: str) -> str | UserError:
     except UnicodeDecodeError as error:
         if content.startswith((b"\xff\xfe", b"\xfe\xff")):
             return UserError(f"{origin}: the text is UTF-16, and data are UTF-8; convert it (iconv -f UTF-16 -t UTF-8)")
-        return UserError(f"{origin}: not UTF-8 text (byte {error.start}); data are .jsonl, .json, .csv, .tsv, .parquet, "
-                         ".arrow or UTF-8 text files. In a directory, --include and --exclude choose files")
+        return UserError(f"{origin}: not UTF-8 text (byte {error.start}); data are .jsonl, .json, .csv, .tsv, "
+                         ".parquet, .arrow or UTF-8 text files. In a directory, --include and --exclude choose files")
 
 
 def read_text(file: pathlib.Path) -> str:
@@ -171,8 +171,8 @@ def _json(file: pathlib.Path) -> Records:
     try:
         value = json.loads("".join(whole))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not valid JSON: {error}; a .json file is a list of objects, one object, or one object "
-                        "a line") from error
+        raise UserError(f"{file}: not valid JSON: {error}; a .json file is a list of objects, one object, or one "
+                        "object a line") from error
     for row, record in enumerate(value if isinstance(value, list) else [value]):
         yield record, f"{file}[{row}]"
 

@@ -22,7 +22,8 @@ def download(name: str, flag: str, include: tuple[str, ...] = ()) -> pathlib.Pat
     """
     from huggingface_hub import snapshot_download
 
-    wanted = include or tuple(f"*{kind}{packed}" for kind in (*RECORD_KINDS, *TEXT_KINDS) for packed in ("", *COMPRESSED))
+    kinds = (*RECORD_KINDS, *TEXT_KINDS)
+    wanted = include or tuple(f"*{kind}{packed}" for kind in kinds for packed in ("", *COMPRESSED))
     patterns = [pattern for glob in wanted for pattern in (glob, f"*/{glob}")]
     try:
         return pathlib.Path(snapshot_download(name, repo_type="dataset", allow_patterns=patterns))

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 
 from alst_jax.config import UserError
-from alst_jax.data.formats import stem_of
+from alst_jax.data.formats import RECORD_KINDS, TEXT_KINDS, kind_of, stem_of
 
 _NAMED = re.compile(r"([A-Za-z][\w.-]*)=(.+)", re.DOTALL)
 _WEIGHED = re.compile(r"(.+):([^:/\\]*\d[^:/\\]*)", re.DOTALL)
@@ -30,7 +30,8 @@ def parse_sources(given: Iterable[str], flag: str = "--data", held_out: bool = F
     a weight that is not a positive number, weights for some sources only, and weights of held-out data.
     """
     sources = [_parse(str(word), flag, held_out) for word in given]
-    for kind, keys in (("name", [s.name for s in sources]), ("path", [str(pathlib.Path(s.path).resolve()) for s in sources])):
+    names, paths = [s.name for s in sources], [str(pathlib.Path(s.path).resolve()) for s in sources]
+    for kind, keys in (("name", names), ("path", paths)):
         twice = next((i for i, key in enumerate(keys) if key in keys[:i]), None)
         if twice is not None:
             first = sources[keys.index(keys[twice])]
@@ -40,8 +41,8 @@ def parse_sources(given: Iterable[str], flag: str = "--data", held_out: bool = F
                             "source count for more"))
     weighed = [source for source in sources if source.weight is not None]
     if weighed and held_out:
-        raise UserError(f"{flag} {weighed[0].path}:{weighed[0].weight:g}: held-out data have no weights; each source is "
-                        "evaluated whole")
+        raise UserError(f"{flag} {weighed[0].path}:{weighed[0].weight:g}: held-out data have no weights; each source "
+                        "is evaluated whole")
     if weighed and len(weighed) < len(sources):
         without = next(source for source in sources if source.weight is None)
         raise UserError(f"{flag} {without.path}: no weight, and {weighed[0].path} has {weighed[0].weight:g}; give all "
@@ -58,7 +59,13 @@ def _parse(word: str, flag: str, held_out: bool) -> Source:
         name, path = match.groups()
     if not _exists(path) and (match := _WEIGHED.fullmatch(path)):
         path, weight = match[1], _weight(match[2], word, flag)
-    return Source(name or (stem_of(pathlib.Path(path).resolve().name) if held_out else path), path, weight)
+    return Source(name or (_short_name(pathlib.Path(path)) if held_out else path), path, weight)
+
+
+def _short_name(path: pathlib.Path) -> str:
+    """The name of a directory or hub data set; that of a file without its suffixes."""
+    name = path.resolve().name
+    return name if path.is_dir() or kind_of(name) not in (*RECORD_KINDS, *TEXT_KINDS) else stem_of(name)
 
 
 def _exists(path: str) -> bool:
@@ -71,6 +78,6 @@ def _weight(text: str, word: str, flag: str) -> float:
     except ValueError:
         weight = math.nan
     if not 0 < weight < math.inf:
-        raise UserError(f"{flag} {word}: the weight {text!r} is not a positive number, and no file has this name; write "
-                        "PATH:0.3")
+        raise UserError(f"{flag} {word}: the weight {text!r} is not a positive number, and no file has this name; "
+                        "write PATH:0.3")
     return weight

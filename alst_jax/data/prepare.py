@@ -26,8 +26,8 @@ def cut_sources(
         report.tokens, report.learned, report.sequences = stats.tokens, stats.labels, stats.sequences
         report.weight, stats.sources = source.weight, [report]
         if source.weight is not None and not sequences:
-            raise UserError(f"{flag} {source.path}: {stats.documents} documents and nothing in them to predict, so that "
-                            "no weight can be given to it")
+            raise UserError(f"{flag} {source.path}: {stats.documents} documents and nothing in them to predict, so "
+                            "that no weight can be given to it")
         sources[source.name] = sequences, stats
     return sources
 

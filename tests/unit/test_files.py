@@ -33,13 +33,8 @@ def json_lines(*records) -> bytes:
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
 
 
-def make(top, **contents):
-    """Files below a directory: __ in a name is a /, and a text file holds its own path unless told otherwise."""
-    for name, content in contents.items():
-        put(top, name.replace("__", "/"), content)
-
-
 def put(top, name, content=None):
+    """Write a file below a directory and return its path. Without content it holds its own name, as text or record."""
     file = top / name
     file.parent.mkdir(parents=True, exist_ok=True)
     if content is None:
@@ -135,7 +130,8 @@ def test_byte_order_marks_are_removed(tmp_path):
 def test_csv_and_tsv_are_read_by_column(tmp_path):
     csv = put(tmp_path, "a.csv", 'id,body\r\n1,"first, with\r\nline ""two"""\r\n\r\n2,second\r\n')
     documents = read_documents([str(csv)], text_field="body")
-    assert [(d.content, d.origin) for d in documents] == [('first, with\r\nline "two"', f"{csv}:2"), ("second", f"{csv}:5")]
+    assert [(d.content, d.origin) for d in documents] == [
+        ('first, with\r\nline "two"', f"{csv}:2"), ("second", f"{csv}:5")]
     tsv = put(tmp_path, "a.tsv", "text\tid\nfirst, and on\t1\nsecond\t2\n")
     assert read(tsv)[0] == ["first, and on", "second"]
     pandas = put(tmp_path, "pandas.csv", ",text\n0,first\n1,second\n")
@@ -336,6 +332,7 @@ def test_include_and_exclude(tmp_path):
 def source_trees(top):
     for name in ("one/a.py", "one/package.json", "one/sub/b.py", "two/c.py", "top.py", "LICENSE"):
         put(top, name, f"text of {name}" + "\n" * name.startswith("two"))
+    put(top, "one/latin.c", b"caf\xe9")
     put(top, "one/logo.png", b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR" + bytes(100))
 
 
@@ -344,7 +341,7 @@ def test_a_document_a_file(tmp_path):
     texts, report = read(tmp_path, document_per="file")
     assert texts == [f"text of {name}" + "\n" * name.startswith("two")
                      for name in ("one/a.py", "one/package.json", "one/sub/b.py", "top.py", "two/c.py")]
-    assert report.files_left_out == {"not text": 1, "documentation": 1}
+    assert report.files_left_out == {"not text": 2, "documentation": 1}
 
 
 def test_a_document_a_directory(tmp_path):
@@ -420,13 +417,14 @@ def test_a_file_of_bad_records_alone_is_refused_with_the_first(tmp_path):
 def test_weights_and_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     put(tmp_path, "a.jsonl"), put(tmp_path, "b/c.jsonl"), put(tmp_path, "2:30.jsonl"), put(tmp_path, "d:7/e.txt")
-    put(tmp_path, "x=y.jsonl")
+    put(tmp_path, "x=y.jsonl"), put(tmp_path, "v1.2/x.txt"), put(tmp_path, "c.json.gz", gzip.compress(b"{}"))
     assert parse_sources(["a.jsonl:1", "b/:3"]) == [Source("a.jsonl", "a.jsonl", 0.25), Source("b/", "b/", 0.75)]
     assert parse_sources(["a.jsonl", "code=b"]) == [Source("a.jsonl", "a.jsonl"), Source("code", "b")]
     assert parse_sources(["code=b:2e-1", "a.jsonl:.3"])[0] == Source("code", "b", 0.4)
     assert parse_sources(["2:30.jsonl", "d:7", "x=y.jsonl"]) == [
         Source("2:30.jsonl", "2:30.jsonl"), Source("d:7", "d:7"), Source("x=y.jsonl", "x=y.jsonl")]
-    assert [s.name for s in parse_sources(["a.jsonl", "b/"], "--eval-data", held_out=True)] == ["a", "b"]
+    held_out = parse_sources(["a.jsonl", "b/", "v1.2", "c.json.gz", "owner/name.v2"], "--eval-data", held_out=True)
+    assert [source.name for source in held_out] == ["a", "b", "v1.2", "c", "name.v2"]
 
 
 @pytest.mark.parametrize("given, message", [
