@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from alst_jax.data_flags import DataFlags
+from alst_jax.data_flags import DataFlags, data_mistakes
 
 
 class UserError(Exception):
@@ -260,14 +260,7 @@ def _mistakes(config: TrainConfig) -> Iterator[tuple[Any, str]]:
            "--offload-activations offloads what rematerialisation keeps; it needs --remat, not --no-remat")
     yield (config.pack, "--pack: packing several documents into one sequence is not supported yet; leave it out, and "
                         "each document gets sequences of its own")
-    yield (config.split is not None and config.document_per is not None,
-           f"--split {config.split} is for data sets, and --document-per {config.document_per} for texts of all kinds; "
-           "leave one of them out, or name the directory of the split")
-    for field in ("split", "include", "exclude", "document_per", "skip_bad_records"):
-        yield (getattr(config, field) and not config.data and not config.eval_data and not config.planning,
-               f"{flag(field)} says how --data is read; name files with --data")
-    yield (config.eval_every is not None and not config.eval_data,
-           "--eval-every needs --eval-data, the file to evaluate on")
+    yield from data_mistakes(config)
     yield config.resume and config.out is None, "--resume needs --out, the directory of the run to continue"
     yield (config.plan_for is not None and not config.plan_for.strip(),
            "--plan-for '': name a machine, as in H100-80 or 8xH100")
@@ -285,8 +278,6 @@ def _mistakes(config: TrainConfig) -> Iterator[tuple[Any, str]]:
     yield (config.planning and config.resume,
            "--plan-only or --find-max-seq-len with --resume: plan the run with its own flags and --model on its "
            "directory")
-    yield (config.model is not None and not config.data and not config.planning,
-           "--model without --data: name the files to train on (--data FILE_OR_DIR...)")
     for tile, tiled in (("loss_tile", "tiled_loss"), ("mlp_tile", "tiled_mlp")):
         yield (getattr(config, tile) is not None and not getattr(config, tiled),
                f"{flag(tile)} has no meaning with {flag('no_' + tiled)}; leave one of them out")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, Literal
 
 
@@ -31,8 +32,26 @@ class DataFlags:
     """Field of a JSON, Parquet or Arrow record that holds a chat."""
     eval_data: tuple[str, ...] = ()
     """Held-out files, directories or hub data sets, each evaluated by itself: PATH or NAME=PATH."""
+    eval_split: str | None = None
+    """The split of --eval-data to read in directories with splits. Default: validation, else test."""
     eval_every: int | None = None
     """Evaluate every so many steps, besides the end."""
+
+
+def data_mistakes(config: Any) -> Iterator[tuple[Any, str]]:
+    """(whether the flags are wrong, message) for each rule about data. config: all flags of the run."""
+    yield (config.split is not None and config.document_per is not None,
+           f"--split {config.split} is for data sets, and --document-per {config.document_per} for texts of all kinds; "
+           "leave one of them out, or name the directory of the split")
+    for field in ("split", "include", "exclude", "document_per", "skip_bad_records"):
+        yield (getattr(config, field) and not config.data and not config.eval_data and not config.planning,
+               f"--{field.replace('_', '-')} says how --data is read; name files with --data")
+    yield (config.eval_split is not None and not config.eval_data,
+           f"--eval-split {config.eval_split} says how --eval-data is read; name files with --eval-data")
+    yield (config.eval_every is not None and not config.eval_data,
+           "--eval-every needs --eval-data, the file to evaluate on")
+    yield (config.model is not None and not config.data and not config.planning,
+           "--model without --data: name the files to train on (--data FILE_OR_DIR...)")
 
 
 def read_saved(flags: dict[str, Any]) -> dict[str, Any]:

@@ -158,7 +158,8 @@ def read_sequences(config: TrainConfig, source: ModelSource, held_out: bool = Fa
     cutting = source.tokenizer, config.seq_len, source.config.vocab_size
     if not paths:
         return cut_embedded(held_out, *cutting)
-    selection = Selection(None if held_out else config.split, config.include, config.exclude, config.document_per)
+    selection = Selection(config.eval_split if held_out else config.split, config.include, config.exclude,
+                          config.document_per)
     reading = Reading(config.text_field, config.messages_field, selection, config.skip_bad_records)
     return cut_sources(paths, reading, flag, *cutting)
 

@@ -22,7 +22,7 @@ METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "sta
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """Which files of a directory are read, and how: --split, --include, --exclude, --document-per."""
+    """Which files of a directory are read, and how: --split or --eval-split, --include, --exclude, --document-per."""
 
     split: str | None = None
     include: tuple[str, ...] = ()

@@ -59,6 +59,11 @@ class SourceReport:
                   (self.files, "file"), (self.records, "record"), (self.documents, "document"))]
         return (f"{self.name}: {', '.join(counts)}, {self.tokens:,} tokens ({self.learned:,} learned){self.left_out()}")
 
+    def count_bad(self, error: UserError) -> None:
+        """Count a bad record, and keep the error of the first one."""
+        self.records_left_out["bad"] += 1
+        self.first_bad = self.first_bad or str(error)
+
     def left_out(self) -> str:
         """The counts of files and records that were left out, by reason."""
         text = "".join(f"; {what} left out: {words(counts)}" for what, counts in (
@@ -95,13 +100,13 @@ def read_source(
                 raise record
             document = Document(record.text, origin) if isinstance(record, PlainText) else _document(
                 record, origin, reading.text_field, reading.messages_field)
+            _check_unicode(document.content, origin)
         except UserError as error:
             if not reading.skip_bad:
                 raise
-            report.records_left_out["bad"] += 1
-            report.first_bad = report.first_bad or str(error)
+            report.count_bad(error)
             continue
-        if document.is_chat or document.content.strip():
+        if document.is_chat or not document.content.isspace() and document.content:
             documents.append(document)
         else:
             report.records_left_out["empty"] += 1
@@ -109,6 +114,18 @@ def read_source(
     if not documents:
         raise UserError(f"{flag} {source.path}: no documents in there{report.left_out()}")
     return documents, report
+
+
+def _check_unicode(content: Any, origin: str) -> None:
+    """UserError for half a surrogate pair, which JSON may hold and no tokenizer takes, in a text or in a chat."""
+    if isinstance(content, dict | list):
+        for part in content.values() if isinstance(content, dict) else content:
+            _check_unicode(part, origin)
+    elif isinstance(content, str) and not content.isascii():
+        try:
+            content.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UserError(f"{origin}: not Unicode text (character {error.start} is half of a surrogate pair)") from error
 
 
 def _records(files: list[FoundFile], top: pathlib.Path, document_per: str | None) -> Iterator[tuple[Any, str]]:

@@ -38,16 +38,17 @@ def split_of(parts: tuple[str, ...]) -> str | None:
 def choose_split(found: Iterable[str | None], wanted: str | None, place: str, held_out: bool) -> str | None:
     """The split to read among those that the files have; None for a directory without splits.
 
-    wanted: --split. Otherwise `train`, or for held-out data `validation`, else `test`. UserError if it does not exist.
+    wanted: --split or, for held-out data, --eval-split. Without it `train`, or for held-out data `validation`, else
+    `test`. UserError if it does not exist.
     """
-    there = sorted({split for split in found if split is not None})
+    there, flag = sorted({split for split in found if split is not None}), "--eval-split" if held_out else "--split"
     if not there:
         if wanted is not None:
-            raise UserError(f"{place}: no split {wanted!r}: no file there names a split; leave out --split")
+            raise UserError(f"{place}: no split {wanted!r}: no file there names a split; leave out {flag}")
         return None
     choices = (WORDS.get(wanted.lower(), wanted),) if wanted is not None else HELD_OUT if held_out else ("train",)
     chosen = next((split for split in choices if split in there), None)
     if chosen is None:
-        fix = "name one of its files or directories" if held_out else f"--split {there[0]}, or name files"
-        raise UserError(f"{place}: no split {' or '.join(map(repr, choices))}; it has: {', '.join(there)} ({fix})")
+        raise UserError(f"{place}: no split {' or '.join(map(repr, choices))}; it has: {', '.join(there)} "
+                        f"({flag} {there[0]}, or name files)")
     return chosen

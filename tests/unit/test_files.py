@@ -282,8 +282,9 @@ def test_a_split_that_does_not_exist_is_refused_with_those_that_do(tmp_path):
         f"--data {tmp_path / 'none'}: no split 'test': no file there names a split; leave out --split")
     put(tmp_path, "train/train.jsonl")
     assert refusal(tmp_path / "train", flag="--eval-data", held_out=True) == (
-        f"--eval-data {tmp_path / 'train'}: no split 'validation' or 'test'; it has: train (name one of its files or "
-        "directories)")
+        f"--eval-data {tmp_path / 'train'}: no split 'validation' or 'test'; it has: train (--eval-split "
+        "train, or name files)")
+    assert read(tmp_path, flag="--eval-data", held_out=True, split="train")[0] == ["train/train.jsonl"]
 
 
 def test_a_file_that_is_named_is_always_read(tmp_path):
@@ -403,6 +404,35 @@ def test_bad_records_are_refused_or_counted(tmp_path):
     parquet = put(tmp_path, "a.parquet", pyarrow.table({"text": ["a", None, "b"]}))
     assert refusal(parquet).startswith(f"{parquet}[1]: neither")
     assert read(parquet, skip_bad=True)[0] == ["a", "b"]
+
+
+def test_half_surrogates_are_refused_or_counted_in_texts_and_chats(tmp_path):
+    half, chat = "broken \ud83d", lambda text: [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}]
+    file = tmp_path / "a.jsonl"
+    for bad in ({"text": half}, {"messages": chat(half)}):
+        file.write_text(json.dumps({"text": "fine é"}) + "\n" + json.dumps(bad))
+        assert refusal(file) == f"{file}:2: not Unicode text (character 7 is half of a surrogate pair)"
+        texts, report = read(file, skip_bad=True)
+        assert texts == ["fine é"] and report.records_left_out == {"bad": 1}
+
+
+def test_chats_that_the_template_refuses_are_refused_or_counted(tmp_path):
+    """The second chat begins with the assistant, which this template does not take."""
+    user, assistant = ({"role": role, "content": "ab"} for role in ("user", "assistant"))
+    file = put(tmp_path, "a.jsonl", json_lines({"messages": [user, assistant]}, {"messages": [assistant]}))
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = ("{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first') }}{% endif %}"
+                               + tokenizer.chat_template)
+    cut = lambda skip: cut_sources([str(file)], Reading(skip_bad=skip), "--data", tokenizer, 64, 261)[str(file)][1]
+    with pytest.raises(UserError, match=f"{file}:2: the model's chat template refuses this chat: user first"):
+        cut(False)
+    stats = cut(True)
+    (report,) = stats.sources
+    assert (stats.documents, report.documents, report.records_left_out) == (1, 1, {"bad": 1})
+    assert report.first_bad.endswith("user first") and stats.labels == 3  # a, b and the end of the turn
+    put(tmp_path, "a.jsonl", json_lines({"messages": [assistant]}))
+    with pytest.raises(UserError, match="no documents in there; records left out: 1 bad; the first bad one: .*user first"):
+        cut(True)
 
 
 def test_a_file_of_bad_records_alone_is_refused_with_the_first(tmp_path):
@@ -551,6 +581,7 @@ def test_without_a_hub_the_name_is_refused():
 
 @pytest.mark.parametrize("flags, message", [
     (dict(split="test", document_per="file", data=("a",)), "--split test is for data sets, and --document-per file for"),
+    (dict(eval_split="dev", data=("a",)), "--eval-split dev says how --eval-data is read"),
     (dict(include=("*.py",)), "--include says how --data is read"), (dict(skip_bad_records=True), "--skip-bad-records says")])
 def test_flags_of_data_that_make_no_sense_are_refused(flags, message):
     with pytest.raises(UserError, match=message):
