@@ -8,6 +8,7 @@ import time
 import tyro
 
 from alst_jax.config import TrainConfig, UserError, typed_fields
+from alst_jax.data_flags import read_saved
 from alst_jax.flag_checks import check_run
 from alst_jax.hardware import environment
 
@@ -44,7 +45,7 @@ def parse(arguments: list[str]) -> TrainConfig:
 
         saved = read_run_file(config.out).get("flags", {})
         known = {field.name for field in dataclasses.fields(TrainConfig)}
-        saved = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items() if name in known}
+        saved = {name: value for name, value in read_saved(saved).items() if name in known}
         # The run has its model with it; one that is typed must be the same.
         config = cli(TrainConfig(**saved | {"model": None}))
         return dataclasses.replace(config, typed=tuple(sorted({*saved.get("typed", ()), *typed})))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator
-from typing import Annotated, Any, Literal
+from collections.abc import Callable
+from typing import Annotated, Literal
 
 import tyro
+
+from alst_jax.data_flags import DataFlags
 
 
 class UserError(Exception):
@@ -38,7 +40,7 @@ _Length = Annotated[int, tyro.constructors.PrimitiveConstructorSpec(
 
 
 @dataclasses.dataclass
-class TrainConfig:
+class TrainConfig(DataFlags):
     """Train a Llama on long sequences.
 
     Without --model and --data a tiny Llama learns the Python language reference on four simulated devices.
@@ -49,8 +51,6 @@ class TrainConfig:
     random_weights: bool = False
     """Draw the weights of --model at random on the devices, to measure a size without its weights: config.json is enough.
     Without a tokenizer beside it, a token is a byte. Exported only where --export is typed."""
-    data: tuple[str, ...] = ()
-    """JSONL, JSON or Parquet files, text files, or directories of them."""
     out: str | None = None
     """Output directory: checkpoints, metrics.jsonl, TensorBoard, and at the end hf/, a Hugging Face directory."""
     seq_len: _Length | None = None
@@ -166,16 +166,8 @@ class TrainConfig:
     """With --plan-only or --find-max-seq-len: one JSON object instead of a table."""
     resume: bool = False
     """Continue the run in --out from its newest checkpoint."""
-    eval_data: str | None = None
-    """Held-out file or directory to evaluate on."""
-    eval_every: int | None = None
-    """Evaluate every so many steps, besides the end."""
     export: bool = True
     """Write OUT/hf at the end, which transformers loads."""
-    text_field: str = "text"
-    """Field of a JSON or Parquet record that holds a document."""
-    messages_field: str = "messages"
-    """Field of a JSON or Parquet record that holds a chat."""
     pack: bool = False
     """Several documents in one sequence: not supported yet, refused."""
     typed: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()

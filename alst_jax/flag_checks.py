@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from alst_jax.config import TrainConfig, UserError, flag
+from alst_jax.data_flags import data_mistakes
 
 
 def check_run(config: TrainConfig) -> None:
@@ -69,8 +70,7 @@ def _mistakes(config: TrainConfig) -> Iterator[tuple[Any, str]]:
            "--offload-activations offloads what rematerialisation keeps; it needs --remat, not --no-remat")
     yield (config.pack, "--pack: packing several documents into one sequence is not supported yet; leave it out, and "
                         "each document gets sequences of its own")
-    yield (config.eval_every is not None and config.eval_data is None,
-           "--eval-every needs --eval-data, the file to evaluate on")
+    yield from data_mistakes(config)
     yield (config.random_weights and config.model is None and not config.resume,
            "--random-weights draws the weights of a model's config.json: name its directory with --model")
     yield config.resume and config.out is None, "--resume needs --out, the directory of the run to continue"
@@ -90,8 +90,6 @@ def _mistakes(config: TrainConfig) -> Iterator[tuple[Any, str]]:
     yield (config.planning and config.resume,
            "--plan-only or --find-max-seq-len with --resume: plan the run with its own flags and --model on its "
            "directory")
-    yield (config.model is not None and not config.data and not config.planning,
-           "--model without --data: name the files to train on (--data FILE_OR_DIR...)")
     for tile, tiled in (("loss_tile", "tiled_loss"), ("mlp_tile", "tiled_mlp")):
         yield (getattr(config, tile) is not None and not getattr(config, tiled),
                f"{flag(tile)} has no meaning with {flag('no_' + tiled)}; leave one of them out")

@@ -13,9 +13,10 @@ import numpy as np
 
 from alst_jax.config import TrainConfig, UserError
 from alst_jax.data.batches import TrainingBatches, evaluation_batches, fingerprint
-from alst_jax.data.documents import Sequence, Stats, make_sequences
-from alst_jax.data.embedded import python_reference
-from alst_jax.data.sources import read_documents
+from alst_jax.data.documents import Stats, check_length, check_targets
+from alst_jax.data.files import Selection
+from alst_jax.data.prepare import BySource, cut_embedded, cut_sources
+from alst_jax.data.sources import Reading
 from alst_jax.hardware.machines import Cluster, parse_cluster
 from alst_jax.models.block import abstract_params
 from alst_jax.models.config import ModelConfig
@@ -157,17 +158,16 @@ def padded_length(seq_len: int, sp: int, profile: Profile) -> int:
     return -(-seq_len // multiple) * multiple
 
 
-def read_sequences(
-    config: TrainConfig, source: ModelSource, seq_len: int, held_out: bool = False
-) -> tuple[list[Sequence], Stats]:
-    """Training (or --eval-data) documents, tokenised and cut."""
-    name = "--eval-data" if held_out else "--data"
-    paths = (config.eval_data,) if held_out and config.eval_data else () if held_out else config.data
-    if paths:
-        documents = read_documents(paths, config.text_field, config.messages_field, name)
-    else:
-        documents = python_reference(held_out)
-    return make_sequences(documents, source.tokenizer, seq_len, source.config.vocab_size, name)
+def read_sequences(config: TrainConfig, source: ModelSource, held_out: bool = False) -> BySource:
+    """The documents of each training (or --eval-data) source, tokenised and cut; by the names of the sources."""
+    flag, paths = ("--eval-data", config.eval_data) if held_out else ("--data", config.data)
+    cutting = source.tokenizer, config.seq_len, source.config.vocab_size
+    if not paths:
+        return cut_embedded(held_out, *cutting)
+    selection = Selection(config.eval_split if held_out else config.split, config.include, config.exclude,
+                          config.document_per)
+    reading = Reading(config.text_field, config.messages_field, selection, config.skip_bad_records)
+    return cut_sources(paths, reading, flag, *cutting)
 
 
 def read_data(config: TrainConfig, source: ModelSource, job: Job) -> tuple[Data, Stats, str]:
@@ -175,18 +175,29 @@ def read_data(config: TrainConfig, source: ModelSource, job: Job) -> tuple[Data,
 
     UserError if one step would meet the same sequence twice.
     """
-    sequences, stats = read_sequences(config, source, config.seq_len)
+    sequences, stats = [], Stats()
+    for more, of_source in read_sequences(config, source).values():
+        sequences += more
+        stats.add(of_source)
+    check_length(stats, config.seq_len, "--data")
     per_step, pad = job.rows * config.grad_accum, pad_token(source.tokenizer)
-    if len(sequences) < per_step:
-        raise UserError(f"--data gives {len(sequences)} sequences, fewer than the {per_step} of one step (--dp x "
-                        "--batch-size x --grad-accum): the same would be repeated in it. Use more data or smaller "
-                        "steps")
-    training = TrainingBatches(sequences, job.length, job.rows, config.grad_accum, config.seed, pad)
-    evaluation = None
-    if config.eval_data is not None or config.model is None and not config.data:
-        held_out, _ = read_sequences(config, source, config.seq_len, held_out=True)
-        evaluation = functools.partial(evaluation_batches, held_out, job.length, job.rows, pad)
-    return Data(training, evaluation), stats, fingerprint(sequences)
+    mixture = None
+    if any(report.weight is not None for report in stats.sources):
+        mixture = [(report.sequences, report.weight) for report in stats.sources]
+    for count, weight in mixture or [(len(sequences), 1.0)]:
+        if count < math.ceil(per_step * weight - 1e-9):
+            part = f" and its weight {weight:.3g}" if mixture else ""
+            raise UserError(f"--data gives {count} sequences, fewer than the {per_step} of one step (--dp x "
+                            f"--batch-size x --grad-accum){part}: the same would be repeated in it. Use more data or "
+                            "smaller steps")
+    training = TrainingBatches(sequences, job.length, job.rows, config.grad_accum, config.seed, pad, mixture)
+    evaluation = {}
+    if config.eval_data or config.model is None and not config.data:
+        for name, (held_out, of_source) in read_sequences(config, source, held_out=True).items():
+            check_targets(of_source, f"--eval-data {name}")
+            evaluation[name] = functools.partial(evaluation_batches, held_out, job.length, job.rows, pad)
+            stats.held_out += of_source.sources
+    return Data(training, evaluation), stats, fingerprint(sequences, mixture)
 
 
 def pad_token(tokenizer: Any) -> int:
@@ -266,8 +277,15 @@ def announce(
         print(f"frozen  {count / 1e6:,.1f}M parameters match --freeze {config.freeze}")
     padded = f", padded to {job.length}" if job.length != config.seq_len else ""
     print(f"data    {stats.summary(config.seq_len)}{padded}")
+    for report in stats.sources:
+        print(f"source  {report.summary()}")
+    for report in stats.held_out:
+        print(f"eval    {report.summary()}")
     start = f", resumed at step {done}" if done else ""
     a_step = dp * config.batch_size * config.grad_accum
+    for report in stats.sources if stats.sources and stats.sources[0].weight is not None else ():
+        times = steps * a_step * report.weight / report.sequences
+        print(f"weight  {report.weight:.3g} of the sequences from {report.name}: each {times:.1f} times")
     print(f"steps   {steps} of {a_step} sequences, {steps * a_step / stats.sequences:.1f} times the data{start} -> "
           f"{pathlib.Path(config.out)}", flush=True)
 

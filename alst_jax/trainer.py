@@ -48,10 +48,10 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """The batches of a run. evaluation: makes an iterator over the held-out batches; None without such data."""
+    """The batches of a run. evaluation: for each held-out source, by name, what makes an iterator over its batches."""
 
     training: TrainingBatches
-    evaluation: Callable[[], Iterable[dict[str, np.ndarray]]] | None = None
+    evaluation: dict[str, Callable[[], Iterable[dict[str, np.ndarray]]]] = dataclasses.field(default_factory=dict)
 
 
 class NotFinite(Exception):
@@ -180,6 +180,22 @@ def evaluate(step: TrainStep, state: TrainState, batches: Iterable[dict[str, np.
     return total / max(labels, 1), labels
 
 
+def evaluate_sources(
+    step: TrainStep, state: TrainState, sources: dict[str, Callable[[], Iterable[dict[str, np.ndarray]]]],
+    say: Callable[[str], None],
+) -> dict[str, float]:
+    """Loss and perplexity over the labels of all held-out sources, and of each by its name if there are several."""
+    values, results = {}, {name: evaluate(step, state, batches()) for name, batches in sources.items()}
+    labels = sum(count for _, count in results.values())
+    loss = sum(loss * count for loss, count in results.values()) / max(labels, 1)
+    for name, (value, count) in {"": (loss, labels), **(results if len(results) > 1 else {})}.items():
+        values["eval_loss" + f"/{name}" * bool(name)] = value
+        values["eval_perplexity" + f"/{name}" * bool(name)] = perplexity = math.exp(value) if value < 700 else math.inf
+        say(f"step {state.step}: eval loss {value:.4f} over {count} labels, perplexity {perplexity:.4g}"
+            + f" ({name})" * bool(name))
+    return values
+
+
 def train(
     config: TrainConfig, step: TrainStep, state: TrainState, steps: int, data: Data, log: MetricsLog,
     save: Callable[[TrainState], None], stop: StopSignal,
@@ -218,8 +234,7 @@ def train(
             values = {"step": state.step, **values, **_speed(step, batches["tokens"].shape, seconds),
                       "learning_rate": learning_rate}
             if data.evaluation and (state.step == steps or config.eval_every and state.step % config.eval_every == 0):
-                values["eval_loss"], eval_labels = evaluate(step, state, data.evaluation())
-                display.say(f"step {state.step}: eval loss {values['eval_loss']:.4f} over {eval_labels} labels")
+                values |= evaluate_sources(step, state, data.evaluation, display.say)
             log.write(values)
             display.show(state.step, _summary(values))
             if config.save_every and state.step % config.save_every == 0:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from alst_jax.config import IGNORED, UserError
-from alst_jax.data.sources import Document
+from alst_jax.data.sources import Document, SourceReport
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +28,15 @@ class Stats:
     sequences: int = 0
     longest: int = 0
     dropped: int = 0
+    sources: list[SourceReport] = dataclasses.field(default_factory=list)
+    held_out: list[SourceReport] = dataclasses.field(default_factory=list)
+
+    def add(self, other: "Stats") -> None:
+        """Count the documents of another source too."""
+        for name in ("documents", "tokens", "labels", "sequences", "dropped"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.longest = max(self.longest, other.longest)
+        self.sources += other.sources
 
     def summary(self, seq_len: int) -> str:
         padding = 1 - self.tokens / max(1, self.sequences * seq_len)
@@ -39,11 +48,20 @@ class Stats:
 def make_sequences(
     documents: Iterable[Document], tokenizer: Any, seq_len: int, vocab_size: int, flag: str = "--data"
 ) -> tuple[list[Sequence], Stats]:
+    """Tokenise, cut and check. UserError if there is nothing to predict, if the longest document fills less than half a
+    sequence, or if the tokenizer has tokens the model does not know."""
+    sequences, stats = cut_documents(documents, tokenizer, seq_len, vocab_size)
+    check_length(stats, seq_len, flag)
+    return sequences, stats
+
+
+def cut_documents(
+    documents: Iterable[Document], tokenizer: Any, seq_len: int, vocab_size: int
+) -> tuple[list[Sequence], Stats]:
     """Tokenise and cut. A longer document gives consecutive pieces; the label of a piece's last token is the next
     piece's first token, so that each token but a document's first is predicted exactly once.
 
-    UserError if there is nothing to predict, if the longest document fills less than half a sequence, or if the
-    tokenizer has tokens the model does not know.
+    UserError if the tokenizer has tokens the model does not know.
     """
     sequences, stats = [], Stats()
     for document in documents:
@@ -63,15 +81,24 @@ def make_sequences(
             stats.tokens += piece.tokens.size
             stats.labels += int(np.count_nonzero(piece.labels != IGNORED))
     stats.sequences = len(sequences)
-    if not sequences:
-        raise UserError(f"{flag}: {stats.documents} documents and nothing in them to predict (fewer than two tokens each)")
+    return sequences, stats
+
+
+def check_length(stats: Stats, seq_len: int, flag: str) -> None:
+    """UserError if there is nothing to predict, or the longest document fills less than half a sequence."""
+    check_targets(stats, flag)
     if stats.longest * 2 < seq_len:
         fitting = min(-(-stats.longest // 128) * 128, 2 * stats.longest)
         raise UserError(
             f"{flag} is shorter than asked for: the longest of {stats.documents} documents has {stats.longest} tokens, "
             f"so that more than half of every sequence of {seq_len} would be padding. Use --seq-len {fitting} or less, "
             "or longer documents")
-    return sequences, stats
+
+
+def check_targets(stats: Stats, place: str) -> None:
+    """UserError if there is nothing to predict."""
+    if not stats.sequences:
+        raise UserError(f"{place}: {stats.documents} documents and nothing in them to predict (fewer than two tokens each)")
 
 
 def tokenize(document: Document, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -1,16 +1,16 @@
-"""Files -> documents: JSONL, JSON, Parquet, plain text, directories of them."""
+"""Files -> documents: what --data and --eval-data name, read into texts and chats, with counts per source."""
 
+import collections
 import dataclasses
-import json
 import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from alst_jax.config import UserError
-
-PARQUET = (".parquet",)
-JSON_LINES = (".jsonl", ".ndjson")
-JSON = (".json",)
+from alst_jax.data.files import FoundFile, Selection, find_files, words
+from alst_jax.data.formats import PlainText, read_records, read_text
+from alst_jax.data.hub import download, is_hub_name
+from alst_jax.data.named import Source, parse_sources
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,106 +25,125 @@ class Document:
         return not isinstance(self.content, str)
 
 
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How sources are read. skip_bad: count bad records instead of refusing them."""
+
+    text_field: str = "text"
+    messages_field: str = "messages"
+    selection: Selection = Selection()
+    skip_bad: bool = False
+
+
+@dataclasses.dataclass
+class SourceReport:
+    """What became of the files and records of one source."""
+
+    name: str
+    files: int = 0
+    records: int = 0
+    documents: int = 0
+    split: str | None = None
+    files_left_out: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    records_left_out: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    first_bad: str | None = None  # the error of the first bad record
+    tokens: int = 0
+    learned: int = 0
+    sequences: int = 0
+    weight: float | None = None
+
+    def summary(self) -> str:
+        """The counts in one line, as every run prints them."""
+        split = f" of split {self.split}" if self.split else ""
+        counts = [f"{n:,} {what}{'' if n == 1 else 's'}{split if what == 'file' else ''}" for n, what in (
+                  (self.files, "file"), (self.records, "record"), (self.documents, "document"))]
+        return (f"{self.name}: {', '.join(counts)}, {self.tokens:,} tokens ({self.learned:,} learned){self.left_out()}")
+
+    def count_bad(self, error: UserError) -> None:
+        """Count a bad record, and keep the error of the first one."""
+        self.records_left_out["bad"] += 1
+        self.first_bad = self.first_bad or str(error)
+
+    def left_out(self) -> str:
+        """The counts of files and records that were left out, by reason."""
+        text = "".join(f"; {what} left out: {words(counts)}" for what, counts in (
+                       ("files", self.files_left_out), ("records", self.records_left_out)) if counts)
+        return text + (f"; the first bad one: {self.first_bad}" if self.first_bad else "")
+
+
 def read_documents(
     paths: Iterable[str], text_field: str = "text", messages_field: str = "messages", flag: str = "--data"
 ) -> list[Document]:
-    """All documents of the files and directories (recursively, in the order of their names).
+    """All documents of the files and directories, read with the defaults of all other flags."""
+    reading = Reading(text_field, messages_field)
+    return [d for source in parse_sources(paths, flag) for d in read_source(source, reading, flag)[0]]
 
-    UserError names the file and line of whatever is missing, empty, broken or without the wanted field; `flag` is the
-    option the paths came from.
+
+def read_source(
+    source: Source, reading: Reading, flag: str = "--data", held_out: bool = False
+) -> tuple[list[Document], SourceReport]:
+    """The documents of one source, in the order of its files, and their counts.
+
+    Records without text are left out and counted. UserError names the file and line of a bad record, unless
+    `reading.skip_bad`, and the source if no document is left.
     """
-    documents = []
-    for file in _files(paths, flag):
-        documents.extend(_read_file(file, text_field, messages_field))
-    if not documents:
-        raise UserError(f"{flag} {' '.join(map(str, paths))}: no documents in there")
-    return documents
-
-
-def _files(paths: Iterable[str], flag: str) -> Iterator[pathlib.Path]:
-    for given in paths:
-        path = pathlib.Path(given)
-        if not str(given):
-            raise UserError(f"{flag} '': name a file or a directory")
-        if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path)))
-            if not files:
-                raise UserError(f"{flag} {given}: the directory holds no files")
-            yield from files
-        elif path.is_file():
-            yield path
+    path = source.path
+    if is_hub_name(path):
+        path = str(download(path, flag, reading.selection.include))
+    found = find_files(path, reading.selection, flag, held_out)
+    report = SourceReport(source.name, len(found.files), split=found.split, files_left_out=found.left_out)
+    documents, document_per = [], reading.selection.document_per if pathlib.Path(path).is_dir() else None
+    for record, origin in _records(found.files, pathlib.Path(path), document_per):
+        report.records += 1
+        try:
+            if isinstance(record, UserError):
+                raise record
+            document = Document(record.text, origin) if isinstance(record, PlainText) else _document(
+                record, origin, reading.text_field, reading.messages_field)
+            _check_unicode(document.content, origin)
+        except UserError as error:
+            if not reading.skip_bad:
+                raise
+            report.count_bad(error)
+            continue
+        if document.is_chat or not document.content.isspace() and document.content:
+            documents.append(document)
         else:
-            raise UserError(f"{flag} {given}: no such file or directory")
+            report.records_left_out["empty"] += 1
+    report.documents = len(documents)
+    if not documents:
+        raise UserError(f"{flag} {source.path}: no documents in there{report.left_out()}")
+    return documents, report
 
 
-def _hidden(path: pathlib.Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _check_unicode(content: Any, origin: str) -> None:
+    """UserError for half a surrogate pair, which JSON may hold and no tokenizer takes, in a text or in a chat."""
+    if isinstance(content, dict | list):
+        for part in content.values() if isinstance(content, dict) else content:
+            _check_unicode(part, origin)
+    elif isinstance(content, str) and not content.isascii():
+        try:
+            content.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UserError(f"{origin}: not Unicode text (character {error.start} is half of a surrogate pair)") from error
 
 
-def _read_file(file: pathlib.Path, text_field: str, messages_field: str) -> Iterator[Document]:
-    if file.stat().st_size == 0:
-        raise UserError(f"{file}: the file is empty")
-    suffix = file.suffix.lower()
-    if suffix in PARQUET:
-        records = _parquet_records(file, text_field, messages_field)
-    elif suffix in JSON_LINES:
-        records = _json_lines(file)
-    elif suffix in JSON:
-        records = _json_records(file)
-    else:
-        text = _read_text(file)
-        if text.strip():
-            yield Document(text, str(file))
+def _records(files: list[FoundFile], top: pathlib.Path, document_per: str | None) -> Iterator[tuple[Any, str]]:
+    if document_per != "directory":
+        for file in files:
+            yield from read_records(file.path, as_text=document_per == "file")
         return
-    for record, origin in records:
-        yield _document(record, origin, text_field, messages_field)
+    groups: dict[str, list[FoundFile]] = {}
+    for file in files:
+        groups.setdefault(file.below[0] if len(file.below) > 1 else "", []).append(file)
+    for folder, members in groups.items():
+        yield PlainText("".join(map(_with_header, members))), str(top / folder)
 
 
-def _read_text(file: pathlib.Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text (byte {error.start}); data are .jsonl, .json, .parquet or UTF-8 text "
-                        "files") from error
-
-
-def _json_lines(file: pathlib.Path) -> Iterator[tuple[Any, str]]:
-    # Not splitlines(): JSON strings may hold U+2028 and its like unescaped.
-    for number, line in enumerate(_read_text(file).split("\n"), start=1):
-        if line.strip():
-            try:
-                yield json.loads(line), f"{file}:{number}"
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{file}:{number}: not valid JSON: {error}; each line of a .jsonl file is one JSON "
-                                "object") from error
-
-
-def _json_records(file: pathlib.Path) -> Iterator[tuple[Any, str]]:
-    try:
-        value = json.loads(_read_text(file))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not valid JSON: {error} (one object a line? name it .jsonl)") from error
-    records = value if isinstance(value, list) else [value]
-    for number, record in enumerate(records):
-        yield record, f"{file}[{number}]"
-
-
-def _parquet_records(file: pathlib.Path, text_field: str, messages_field: str) -> Iterator[tuple[Any, str]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        parquet = pyarrow.parquet.ParquetFile(file)
-        columns = [name for name in (text_field, messages_field) if name in parquet.schema_arrow.names]
-        if not columns:
-            raise UserError(_no_field(str(file), parquet.schema_arrow.names, text_field, messages_field))
-        rows = 0
-        for batch in parquet.iter_batches(columns=columns):
-            for record in batch.to_pylist():
-                yield record, f"{file}[{rows}]"
-                rows += 1
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise UserError(f"{file}: not a readable Parquet file: {error}") from error
+def _with_header(file: FoundFile) -> str:
+    """The text of a file below a line with its path."""
+    text = read_text(file.path)
+    return f"# file: {'/'.join(file.below)}\n{text}" + ("" if text.endswith("\n") else "\n")
 
 
 def _no_field(origin: str, names: Iterable[str], text_field: str, messages_field: str) -> str:

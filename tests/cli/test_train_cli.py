@@ -240,6 +240,56 @@ def test_a_checkpoint_holds_the_weights_of_its_step(saving, saving_flags, tmp_pa
     assert all(not torch.equal(middle[name], last[name]) for name in last)
 
 
+def test_each_held_out_source_is_evaluated_by_its_name(saving_flags, capfd, tmp_path):
+    """Short documents as they are: losses are those of torch on each document alone."""
+    sources = {"one": write_jsonl(tmp_path / "one.jsonl", HELD_OUT[:1]), "two": write_jsonl(tmp_path / "x.jsonl", HELD_OUT[1:])}
+    assert run_here(*saving_flags, "--steps", 2, "--out", tmp_path / "run", "--eval-data", sources["one"],
+                    f"two={sources['two']}") == 0
+    line = metrics(tmp_path / "run")[-1]
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "hf")
+    losses, labels = {}, {}
+    for name, text in zip(sources, HELD_OUT):
+        ids = torch.tensor([tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]])
+        with torch.no_grad():
+            losses[name] = torch.nn.functional.cross_entropy(exported(ids).logits[0, :-1], ids[0, 1:]).item()
+        labels[name] = ids.shape[1] - 1
+    for name, loss in losses.items():
+        assert line[f"eval_loss/{name}"] == pytest.approx(loss, abs=1e-4)
+        assert line[f"eval_perplexity/{name}"] == pytest.approx(np.exp(loss), rel=1e-4)
+    mean = sum(losses[name] * labels[name] for name in losses) / sum(labels.values())
+    assert line["eval_loss"] == pytest.approx(mean, abs=1e-4)
+    assert line["eval_perplexity"] == pytest.approx(np.exp(mean), rel=1e-4)
+    out = capfd.readouterr().out
+    assert f"step 2: eval loss {line['eval_loss/two']:.4f} over {labels['two']} labels, perplexity " in out
+    assert "eval    one: 1 file, 1 record, 1 document, " in out
+    tags = b"".join(file.read_bytes() for file in (tmp_path / "run" / "tensorboard").iterdir())
+    assert b"eval_loss/one" in tags and b"eval_perplexity/two" in tags
+
+
+def test_weighted_sources_resume_where_they_stopped(saving_flags, capfd, tmp_path):
+    """Two steps and two more are four steps, bit for bit; other weights are refused."""
+    pairs = [write_jsonl(tmp_path / f"{name}.jsonl", [f"{name} {i} " + "0123456789" * 9 for i in range(5)]) for name in "ab"]
+    weights = (f"{pairs[0]}:0.2", f"{pairs[1]}:0.8")
+    flags = [*saving_flags[:2], "--data", *weights, *saving_flags[4:]]
+    assert run_here(*flags, "--steps", 4, "--out", tmp_path / "whole") == 0
+    assert "weight  0.2 of the sequences from " in capfd.readouterr().out
+    assert run_here(*flags, "--steps", 2, "--no-export", "--out", tmp_path / "parts") == 0
+    assert run_here("--resume", "--steps", 4, "--data", f"{pairs[0]}:0.3", f"{pairs[1]}:0.7", "--out", tmp_path / "parts") == 2
+    assert "--resume: changed since the checkpoint: --data (" in capfd.readouterr().err
+    assert run_here("--resume", "--steps", 4, "--export", "--out", tmp_path / "parts") == 0
+    assert [m["loss"] for m in metrics(tmp_path / "parts")] == [m["loss"] for m in metrics(tmp_path / "whole")]
+    weights = [tmp_path / name / "hf" / "model.safetensors" for name in ("parts", "whole")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+@pytest.mark.parametrize("saved, held_out", [(None, ()), ("held_out.jsonl", ("held_out.jsonl",)), (["a", "b=c"], ("a", "b=c"))])
+def test_flags_of_runs_with_one_held_out_source_are_read(tmp_path, saved, held_out):
+    (tmp_path / "run.json").write_text(json.dumps({"kind": "training", "flags": {"eval_data": saved, "data": ["x"]}}))
+    config = train.parse(["--resume", "--out", str(tmp_path)])
+    assert (config.eval_data, config.data) == (held_out, ("x",))
+
+
 # ----------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -290,7 +340,7 @@ BAD_DATA = {
                                  "{data}:2: neither a 'text' nor a 'messages' field (it has: body)"),
     "an empty file": ("", "{data}: the file is empty"),
     "empty lines": ("\n\n", "--data {data}: no documents in there"),
-    "empty documents": ('{"text": ""}\n' * 2, "--data: 2 documents and nothing in them to predict"),
+    "empty documents": ('{"text": ""}\n' * 2, "--data {data}: no documents in there; records left out: 2 empty"),
     "short documents": ('{"text": "short"}\n' * 2,
                         "--data is shorter than asked for: the longest of 2 documents has 6 tokens"),
     "no such file": (None, "--data {data}: no such file or directory"),
@@ -302,6 +352,8 @@ BAD_FLAGS = {
     "dp x sp and the devices": (["--dp", 4, "--sp", 4], "dp=4 x sp=4 needs 16 devices and there are 8"),
     "packing": (["--pack"], "--pack: packing several documents into one sequence is not supported yet"),
     "evaluation without data": (["--eval-every", 2], "--eval-every needs --eval-data"),
+    "two held-out sources of one name": (["--eval-data", "a/x.txt", "b/x.txt"], "two sources of one name (x)"),
+    "a split that does not exist": (["--split", "tset", "--data", str(ROOT / "tests" / "data")], "no split 'tset'"),
     "evaluation data missing": (["--eval-data", "nowhere.jsonl"], "--eval-data nowhere.jsonl: no such file"),
     "an unknown flag": (["--learning-rat", 1], "--learning-rat"),
     "resume without a run": (["--resume"], "no run to resume there: it has no run.json"),

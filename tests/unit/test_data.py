@@ -103,10 +103,10 @@ def messages(*turns):
     ("a.jsonl", b'{"text": "a"}\n["text"]', "{file}:2: a record is a JSON object with 'text' or 'messages', not list"),
     ("a.jsonl", b'"text"', "{file}:1: a record is a JSON object with 'text' or 'messages', not str"),
     ("a.jsonl", b'{"text": 3}', r"{file}:1: 'text' holds int, not text \(--text-field\)"),
-    ("a.jsonl", b'{"text": "a\xff"}', r"{file}: not UTF-8 text \(byte 11\); data are .jsonl, .json, .parquet or UTF-8"),
+    ("a.jsonl", b'{"text": "a\xff"}', r"{file}:1: not UTF-8 text \(byte 11\); data are .jsonl, .json, .csv, .*UTF-8"),
     ("a.bin", b"abc\xfe", r"{file}: not UTF-8 text \(byte 3\)"),
-    ("a.json", b'{"text": "a"}\n{"text": "b"}', r"{file}: not valid JSON: Extra data.*\(one object a line\? name "
-     "it .jsonl"),
+    ("a.json", b'{"text":\n"a"}\n{"text": "b"}', "{file}: not valid JSON: Extra data.*a .json file is a list of objects, "
+     "one object, or one object a line"),
     ("a.json", b'[{"text": "a"}, 5]', r"{file}\[1\]: a record is a JSON object with 'text' or 'messages', not int"),
     ("a.parquet", b"PAR1 and then nothing", "{file}: not a readable Parquet file: "),
     ("a.jsonl", messages(), "{file}:1: 'messages' is a list of objects with 'role' and 'content'.*and not empty"),
@@ -126,7 +126,7 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path, name, content, message):
 
 def test_wrong_parquet_columns_are_named(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"body": ["x"], "id": [1]}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"a.parquet: neither a 'text' nor a 'messages' field \(it has: body, id\)"):
+    with pytest.raises(UserError, match=r"a.parquet\[0\]: neither a 'text' nor a 'messages' field \(it has: body, id\)"):
         read_documents([str(tmp_path / "a.parquet")])
 
 

@@ -1,0 +1,63 @@
+"""The flags that say what is learned from and evaluated on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, Literal
+
+
+@dataclasses.dataclass
+class DataFlags:
+    """The data of a run."""
+
+    data: tuple[str, ...] = ()
+    """JSONL, JSON, CSV, TSV, Parquet, Arrow or text files, compressed or not, directories of them, and names of data
+    sets on the hub. `a.jsonl:0.3 b/:0.7`: the part of the sequences that comes from each."""
+    split: str | None = None
+    """The split to read in directories with splits. Default: train."""
+    include: tuple[str, ...] = ()
+    """Globs: in directories, read the files that match one of them, of any kind. A glob with a / is compared with the
+    path below the directory."""
+    exclude: tuple[str, ...] = ()
+    """Globs: in directories, leave out the files and sub-directories that match one of them."""
+    document_per: Literal["file", "directory"] | None = None
+    """Take files of directories as texts, whatever their suffix: one document a file, or one a sub-directory of the
+    given directory, its files joined in the order of their paths."""
+    skip_bad_records: bool = False
+    """Leave out and count records that cannot be used, instead of refusing the first one."""
+    text_field: str = "text"
+    """Field of a JSON, CSV, Parquet or Arrow record that holds a document."""
+    messages_field: str = "messages"
+    """Field of a JSON, Parquet or Arrow record that holds a chat."""
+    eval_data: tuple[str, ...] = ()
+    """Held-out files, directories or hub data sets, each evaluated by itself: PATH or NAME=PATH."""
+    eval_split: str | None = None
+    """The split of --eval-data to read in directories with splits. Default: validation, else test."""
+    eval_every: int | None = None
+    """Evaluate every so many steps, besides the end."""
+
+
+def data_mistakes(config: Any) -> Iterator[tuple[Any, str]]:
+    """(whether the flags are wrong, message) for each rule about data. config: all flags of the run."""
+    yield (config.split is not None and config.document_per is not None,
+           f"--split {config.split} is for data sets, and --document-per {config.document_per} for texts of all kinds; "
+           "leave one of them out, or name the directory of the split")
+    for field in ("split", "include", "exclude", "document_per", "skip_bad_records"):
+        yield (getattr(config, field) and not config.data and not config.eval_data and not config.planning,
+               f"--{field.replace('_', '-')} says how --data is read; name files with --data")
+    yield (config.eval_split is not None and not config.eval_data,
+           f"--eval-split {config.eval_split} says how --eval-data is read; name files with --eval-data")
+    yield (config.eval_every is not None and not config.eval_data,
+           "--eval-every needs --eval-data, the file to evaluate on")
+    yield (config.model is not None and not config.data and not config.planning,
+           "--model without --data: name the files to train on (--data FILE_OR_DIR...)")
+
+
+def read_saved(flags: dict[str, Any]) -> dict[str, Any]:
+    """Flags as run.json holds them -> values of fields. Runs before several held-out sources have one path or null."""
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
+    held_out = values.get("eval_data")
+    if "eval_data" in values and not isinstance(held_out, tuple):
+        values["eval_data"] = () if held_out is None else (held_out,)
+    return values
