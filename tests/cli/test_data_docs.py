@@ -16,7 +16,7 @@ import pyarrow.parquet
 import pytest
 
 import train
-from alst_jax.config import check_run
+from alst_jax.flag_checks import check_run
 from alst_jax.data.tokenizer import byte_tokenizer
 from alst_jax.models.config import TINY_LLAMA
 from alst_jax.run import read_sequences
