@@ -11,6 +11,7 @@ from alst_jax.config import UserError
 from alst_jax.models.config import ModelConfig
 from alst_jax.models.families import FAMILIES
 from alst_jax.models.families.family import Family
+from alst_jax.models.hf_rope import read_rope, rope_fields
 from alst_jax.ops.rope import RopeConfig
 
 # Fields with no bearing on what the model computes from tokens.
@@ -40,15 +41,6 @@ WHOLE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", 
 NUMBERS = ("rms_norm_eps", "initializer_range", "rope_theta")
 FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
 NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-ROPE_FIELDS = {  # of rope_parameters, per type: what must be there, what may
-    "default": ((), ()),
-    "linear": (("factor",), ()),
-    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
-    "yarn": (("factor",), ("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
-                           "mscale_all_dim", "truncate")),
-}
-
-ROPE_TYPES = {"original_max_position_embeddings": int, "truncate": bool}  # the others are float
 
 
 def read_config(hf_dir: str | pathlib.Path) -> dict[str, Any]:
@@ -85,18 +77,20 @@ def parse_config(raw: dict[str, Any], where: str) -> ModelConfig:
     _check_types(raw, where)
     heads = raw["num_attention_heads"]
     kv_heads = raw.get("num_key_value_heads", family.defaults.get("num_key_value_heads"))
-    head_dim = raw.get("head_dim")
+    head_dim = raw.get("head_dim", family.defaults.get("head_dim"))
     if head_dim is None and raw["hidden_size"] % heads:
         raise UserError(f"{where}: hidden_size={raw['hidden_size']} is not a multiple of num_attention_heads={heads}, "
                         "and there is no head_dim")
     max_positions = _or_default(raw, "max_position_embeddings", family.defaults.get("max_position_embeddings", 2048))
+    head_dim = head_dim or raw["hidden_size"] // heads
+    rope, *more_ropes = _ropes(raw, family, head_dim, max_positions, where)
     return ModelConfig(
         vocab_size=raw["vocab_size"], hidden_size=raw["hidden_size"], intermediate_size=raw["intermediate_size"],
         num_layers=raw["num_hidden_layers"], num_heads=heads, num_kv_heads=kv_heads or heads,
-        head_dim=head_dim or raw["hidden_size"] // heads, rms_norm_eps=float(_or_default(raw, "rms_norm_eps", 1e-6)),
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        head_dim=head_dim, rms_norm_eps=float(_or_default(raw, "rms_norm_eps", family.defaults.get("rms_norm_eps", 1e-6))),
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings", family.defaults.get("tie_word_embeddings", False))),
         initializer_range=float(_or_default(raw, "initializer_range", 0.02)), max_position_embeddings=max_positions,
-        rope=_rope(raw, max_positions, where), family=family.model_type, **family.options(raw, where))
+        rope=rope, more_ropes=tuple(more_ropes), family=family.model_type, **family.options(raw, where))
 
 
 def _or_default(raw: dict[str, Any], name: str, default: Any) -> Any:
@@ -144,47 +138,13 @@ def _check_fields(raw: dict[str, Any], family: Family, where: str) -> None:
                         "model; remove the field only if it has no effect on this one")
 
 
-def _rope(raw: dict[str, Any], max_positions: int, where: str) -> RopeConfig:
-    """RoPE settings from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
+def _ropes(raw: dict[str, Any], family: Family, head_dim: int, max_positions: int, where: str) -> list[RopeConfig]:
+    """The rotary embeddings, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
+    read = lambda given, theta: read_rope(given, theta, head_dim, max_positions, where)
+    if family.ropes is not None:
+        return [read(given, theta) for given, theta in family.ropes(raw, where)]
     given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # the order in which transformers looks
-    if not isinstance(given, dict):
-        raise UserError(f"{where}: RoPE settings {given!r} must be a JSON object with rope_type and its fields")
-    given = dict(given)
-    theta = given.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
-    kind = given.pop("rope_type", None) or given.pop("type", None) or "default"
-    given.pop("type", None)
-    if isinstance(theta, bool) or not isinstance(theta, (int, float)):
-        raise UserError(f"{where}: rope_theta={theta!r} must be a number")
-    if not 1 < theta < math.inf:
-        raise UserError(f"{where}: rope_theta={theta!r} must be above 1")
-    if not isinstance(kind, str) or kind not in ROPE_FIELDS:
-        raise UserError(f"{where}: RoPE type {kind!r} is not implemented; these are: {', '.join(ROPE_FIELDS)}")
-    if given.pop("partial_rotary_factor", 1.0) not in (1.0, None):
-        raise UserError(f"{where}: partial_rotary_factor is not implemented")
-    needed, optional = ROPE_FIELDS[kind]
-    if kind == "yarn" and "truncate" in given:
-        given["truncate"] = bool(given["truncate"])  # an explicit null switches it off in transformers
-    missing = [name for name in needed if given.get(name) is None]
-    unknown = [name for name, value in given.items() if name not in needed + optional and value is not None]
-    if kind == "default":
-        unknown = [name for name in unknown if name not in ("factor", "original_max_position_embeddings")]
-    if missing or unknown:
-        kinds = (("lacks", missing), ("has unknown", unknown))
-        problems = [f"{verb} {', '.join(found)}" for verb, found in kinds if found]
-        raise UserError(f"{where}: RoPE of type {kind!r} {' and '.join(problems)}")
-    try:
-        fields = {name: ROPE_TYPES.get(name, float)(given[name]) for name in needed + optional
-                  if given.get(name) is not None}
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: RoPE of type {kind!r}: {error}") from error
-    wrong = [f"{name}={value}" for name, value in fields.items() if name != "truncate" and not 0 < value < math.inf]
-    if wrong:
-        raise UserError(f"{where}: RoPE of type {kind!r}: {', '.join(wrong)} must be above 0")
-    if kind == "llama3" and fields["low_freq_factor"] >= fields["high_freq_factor"]:
-        raise UserError(f"{where}: RoPE of type 'llama3': low_freq_factor must be below high_freq_factor")
-    if "original_max_position_embeddings" in optional:
-        fields.setdefault("original_max_position_embeddings", max_positions)  # as transformers does
-    return RopeConfig(rope_type=kind, theta=float(theta), **fields)
+    return [read(given, raw.get("rope_theta") or family.defaults.get("rope_theta", 10000.0))]
 
 
 def record_dtype(hf_dir: str | pathlib.Path, dtype: str) -> None:
@@ -199,10 +159,6 @@ def record_dtype(hf_dir: str | pathlib.Path, dtype: str) -> None:
 def hf_config_dict(config: ModelConfig) -> dict[str, Any]:
     """config.json's fields for a model that is not from Hugging Face. `model_config` reads them back unchanged."""
     family = FAMILIES[config.family]
-    rope = {"rope_type": config.rope.rope_type, "rope_theta": config.rope.theta}
-    for name in sum(ROPE_FIELDS[config.rope.rope_type], ()):
-        if getattr(config.rope, name) is not None:
-            rope[name] = getattr(config.rope, name)
     return {
         "architectures": [family.architecture], "model_type": family.model_type, "hidden_act": "silu",
         "vocab_size": config.vocab_size, "hidden_size": config.hidden_size,
@@ -211,5 +167,5 @@ def hf_config_dict(config: ModelConfig) -> dict[str, Any]:
         "head_dim": config.head_dim,
         "rms_norm_eps": config.rms_norm_eps, "tie_word_embeddings": config.tie_word_embeddings,
         "initializer_range": config.initializer_range, "max_position_embeddings": config.max_position_embeddings,
-        "rope_parameters": rope, **family.fields(config),
+        "rope_parameters": rope_fields(config.rope), **family.fields(config),
     }

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -15,22 +16,33 @@ MAX_POSITION = 2**24  # positions become float32 before they meet a frequency: a
 class RopeConfig:
     """Rotary position embedding. Field names and meanings are those of Hugging Face's `rope_parameters`."""
 
-    rope_type: Literal["default", "linear", "llama3", "yarn"] = "default"
+    rope_type: Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"] = "default"
     theta: float = 10000.0
     factor: float = 1.0
     original_max_position_embeddings: int | None = None
+    max_position_embeddings: int | None = None  # of the model; dynamic
     low_freq_factor: float | None = None  # llama3
     high_freq_factor: float | None = None  # llama3
-    attention_factor: float | None = None  # yarn
+    attention_factor: float | None = None  # yarn, longrope
     beta_fast: float | None = None  # yarn
     beta_slow: float | None = None  # yarn
     mscale: float | None = None  # yarn
     mscale_all_dim: float | None = None  # yarn
     truncate: bool = True  # yarn
+    short_factor: tuple[float, ...] | None = None  # longrope
+    long_factor: tuple[float, ...] | None = None  # longrope
+
+    @property
+    def needs_length(self) -> bool:
+        """Whether the frequencies depend on the length of the batch's longest document."""
+        return self.rope_type in ("dynamic", "longrope")
 
 
-def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
-    """Frequencies float32[H/2] in radians a token, and the factor that multiplies cos and sin (1 except for yarn)."""
+def inverse_frequencies(
+    rope: RopeConfig, head_dim: int, length: jax.Array | int | None = None
+) -> tuple[np.ndarray | jax.Array, float]:
+    """Frequencies float32[H/2] in radians a token, and the factor that multiplies cos and sin (1 except for yarn and
+    longrope). length: the highest position + 1, of all tokens of a batch; only dynamic and longrope read it."""
     exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     plain = (1.0 / np.float32(rope.theta) ** exponent).astype(np.float32)
     if rope.rope_type == "default":
@@ -41,6 +53,11 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, fl
         return _llama3(rope, plain), 1.0
     if rope.rope_type == "yarn":
         return _yarn(rope, plain, head_dim), _yarn_attention_factor(rope)
+    if rope.rope_type == "dynamic":
+        return _dynamic(rope, exponent, head_dim, length), 1.0
+    if rope.rope_type == "longrope":
+        short, long = (plain / np.float32(factors) for factors in (rope.short_factor, rope.long_factor))
+        return jnp.where(length > rope.original_max_position_embeddings, long, short), _longrope_attention_factor(rope)
     raise ValueError(f"rope_type {rope.rope_type!r}")
 
 
@@ -84,11 +101,31 @@ def _yarn_attention_factor(rope: RopeConfig) -> float:
     return mscale(1.0)
 
 
+def _dynamic(rope: RopeConfig, exponent: np.ndarray, head_dim: int, length: jax.Array | int) -> jax.Array:
+    """NTK-aware scaling by the length: past the model's own, theta grows with it."""
+    length = jnp.maximum(length, rope.max_position_embeddings).astype(jnp.float32)
+    growth = rope.factor * length / rope.max_position_embeddings - (rope.factor - 1)
+    return 1.0 / (rope.theta * growth ** (head_dim / (head_dim - 2))) ** exponent
+
+
+def _longrope_attention_factor(rope: RopeConfig) -> float:
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    if rope.factor <= 1:
+        return 1.0
+    return math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_max_position_embeddings))
+
+
 def rope_tables(
-    rope: RopeConfig, head_dim: int, positions: Int[Array, "B T"]
+    rope: RopeConfig, head_dim: int, positions: Int[Array, "B T"], length: jax.Array | None = None
 ) -> tuple[Float[Array, "B T 1 H2"], Float[Array, "B T 1 H2"]]:
-    """cos and sin, float32, for the positions of the local tokens (counted from the start of their document)."""
-    frequencies, factor = inverse_frequencies(rope, head_dim)
+    """cos and sin, float32, for the positions of the local tokens (counted from the start of their document).
+
+    length: the highest position of the whole batch + 1; None: of these tokens.
+    """
+    if length is None and rope.needs_length:
+        length = jnp.max(positions) + 1
+    frequencies, factor = inverse_frequencies(rope, head_dim, length)
     angles = positions[:, :, None, None].astype(jnp.float32) * jnp.asarray(frequencies)[None, None, None, :]
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
