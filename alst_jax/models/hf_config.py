@@ -2,13 +2,14 @@
 
 Fields that families share are read here; a family's own fields are read by its file in models/families."""
 
+import dataclasses
 import json
 import math
 import pathlib
 from typing import Any
 
 from alst_jax.config import UserError
-from alst_jax.models.config import ModelConfig
+from alst_jax.models.config import LayerKind, ModelConfig
 from alst_jax.models.families import FAMILIES
 from alst_jax.models.families.family import Family
 from alst_jax.models.hf_rope import read_rope, rope_fields
@@ -83,14 +84,15 @@ def parse_config(raw: dict[str, Any], where: str) -> ModelConfig:
                         "and there is no head_dim")
     max_positions = _or_default(raw, "max_position_embeddings", family.defaults.get("max_position_embeddings", 2048))
     head_dim = head_dim or raw["hidden_size"] // heads
-    rope, *more_ropes = _ropes(raw, family, head_dim, max_positions, where)
+    options = family.options(raw, where)
+    ropes, kinds = _used(_ropes(raw, family, head_dim, max_positions, where), options.pop("layer_kinds", ()))
     return ModelConfig(
         vocab_size=raw["vocab_size"], hidden_size=raw["hidden_size"], intermediate_size=raw["intermediate_size"],
         num_layers=raw["num_hidden_layers"], num_heads=heads, num_kv_heads=kv_heads or heads,
         head_dim=head_dim, rms_norm_eps=float(_or_default(raw, "rms_norm_eps", family.defaults.get("rms_norm_eps", 1e-6))),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", family.defaults.get("tie_word_embeddings", False))),
         initializer_range=float(_or_default(raw, "initializer_range", 0.02)), max_position_embeddings=max_positions,
-        rope=rope, more_ropes=tuple(more_ropes), family=family.model_type, **family.options(raw, where))
+        rope=ropes[0], more_ropes=ropes[1:], layer_kinds=kinds, family=family.model_type, **options)
 
 
 def _or_default(raw: dict[str, Any], name: str, default: Any) -> Any:
@@ -145,6 +147,14 @@ def _ropes(raw: dict[str, Any], family: Family, head_dim: int, max_positions: in
         return [read(given, theta) for given, theta in family.ropes(raw, where)]
     given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # the order in which transformers looks
     return [read(given, raw.get("rope_theta") or family.defaults.get("rope_theta", 10000.0))]
+
+
+def _used(
+    ropes: list[RopeConfig], kinds: tuple[LayerKind, ...]
+) -> tuple[tuple[RopeConfig, ...], tuple[LayerKind, ...]]:
+    """The rotary embeddings that layers use, each once, and the kinds of layers with their numbers among these."""
+    used = tuple(dict.fromkeys(ropes[kind.table] for kind in kinds or (LayerKind(),)))
+    return used, tuple(dataclasses.replace(kind, table=used.index(ropes[kind.table])) for kind in kinds)
 
 
 def record_dtype(hf_dir: str | pathlib.Path, dtype: str) -> None:

@@ -28,11 +28,47 @@ BASE = dict(vocab_size=101, hidden_size=60, intermediate_size=52, num_hidden_lay
             eos_token_id=None, pad_token_id=None)
 MHA = dict(num_attention_heads=5, num_key_value_heads=5, head_dim=12, tie_word_embeddings=True)
 SLIDING, FULL = "sliding_attention", "full_attention"
+WINDOW = LayerKind(window=7)
+GRANITE = dict(embedding_multiplier=3.0, attention_multiplier=0.3, residual_multiplier=0.4, logits_scaling=7.0)
 # Name of transformers' classes, changes of BASE, options that ours must have.
 CASES = {
     "qwen3": ("Qwen3", {}, dict(qk_norm="head")),
     "qwen3, tied, windows": ("Qwen3", MHA | dict(
-        attention_bias=True, use_sliding_window=True, sliding_window=7, max_window_layers=1), dict(attention_bias=True)),
+        attention_bias=True, use_sliding_window=True, sliding_window=7, max_window_layers=1), dict(
+        attention_bias=True, layer_kinds=(LayerKind(), WINDOW, WINDOW))),
+    "qwen2, windows": ("Qwen2", dict(use_sliding_window=True, sliding_window=7, layer_types=[SLIDING, FULL, FULL]), dict(
+        layer_kinds=(WINDOW, LayerKind(), LayerKind()))),
+    "mistral": ("Mistral", dict(sliding_window=None), dict(layer_kinds=())),
+    "mistral, tied, window": ("Mistral", MHA | dict(sliding_window=7), dict(layer_kinds=(WINDOW,) * 3)),
+    "seed_oss": ("SeedOss", dict(attention_dropout=0, residual_dropout=0), dict(qkv_bias=True, o_bias=False)),
+    "seed_oss, tied, output bias": ("SeedOss", MHA | dict(
+        attention_dropout=0, residual_dropout=0, attention_bias=False, attention_out_bias=True, mlp_bias=True), dict(
+        qkv_bias=False, o_bias=True, mlp_bias=True)),
+    "smollm3": ("SmolLM3", dict(no_rope_layer_interval=2), dict(
+        tie_word_embeddings=True, layer_kinds=(LayerKind(), LayerKind(rope=False), LayerKind()))),
+    "smollm3, untied, windows": ("SmolLM3", MHA | dict(
+        tie_word_embeddings=False, no_rope_layers=[0, 1, 1], use_sliding_window=True, sliding_window=7,
+        attention_bias=True), dict(layer_kinds=(LayerKind(False, 7), LayerKind(), LayerKind()))),
+    "granite": ("Granite", GRANITE, dict(attention_scale=0.3, embedding_multiplier=3.0, logits_divisor=7.0)),
+    "granite, tied, biases": ("Granite", MHA | GRANITE | dict(attention_bias=True, mlp_bias=True), dict(
+        residual_multiplier=0.4)),
+    "olmo2": ("Olmo2", {}, dict(norms="after", qk_norm="all heads")),
+    "olmo2, tied, biases": ("Olmo2", MHA | dict(attention_bias=True), dict(attention_bias=True)),
+    "olmo3": ("Olmo3", dict(sliding_window=7, num_hidden_layers=4, rope_parameters={
+        FULL: dict(rope_type="yarn", rope_theta=5e4, factor=4.0, original_max_position_embeddings=64),
+        SLIDING: dict(rope_type="default", rope_theta=1e3)}), dict(
+            layer_kinds=(WINDOW,) * 3 + (LayerKind(table=1),), qk_norm="all heads")),
+    "olmo3, tied": ("Olmo3", MHA | dict(sliding_window=7, layer_types=[FULL, SLIDING, FULL]), dict(
+        layer_kinds=(LayerKind(), WINDOW, LayerKind()), more_ropes=())),
+    "gemma3": ("Gemma3", dict(
+        sliding_window=7, layer_types=[SLIDING, FULL, SLIDING], query_pre_attn_scalar=11, final_logit_softcapping=1.5,
+        attn_logit_softcapping=2.0, rope_parameters={
+            FULL: dict(rope_type="linear", rope_theta=1e5, factor=8.0), SLIDING: dict(rope_type="default", rope_theta=1e3)}),
+        dict(layer_kinds=(WINDOW, LayerKind(table=1), WINDOW), logits_soft_cap=1.5, norms="both", norm_offset=1.0,
+             attention_scale=11**-0.5, tie_word_embeddings=True, activation="gelu_tanh")),
+    "gemma3, untied, biases": ("Gemma3", MHA | dict(
+        attention_bias=True, sliding_window=7, tie_word_embeddings=False), dict(
+        layer_kinds=(WINDOW,) * 3, more_ropes=(), logits_soft_cap=None)),
 }
 
 
@@ -113,7 +149,7 @@ def test_config_there_and_back(twins):
     model, _, config, _ = twins
     fields = hf_config_dict(config)
     assert parse_config(fields, "config.json") == config
-    theirs = type(model.config).from_dict(dict(fields))
+    theirs = type(model.config).from_dict(fields | {"pad_token_id": None})  # else above this vocabulary
     new = type(model)(theirs)
     new.load_state_dict(model.state_dict())
     new.config._attn_implementation = "eager"

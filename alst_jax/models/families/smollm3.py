@@ -12,11 +12,9 @@ DEFAULTS = {"max_position_embeddings": 32768, "num_key_value_heads": 4, "rope_th
 
 
 def options(raw: dict[str, Any], where: str) -> dict[str, Any]:
-    ropes, length = _ropes(raw, where), layer_types.window(raw, where, None)
-    sliding = bool(raw.get("use_sliding_window")) and length is not None
-    default = [layer_types.SLIDING if sliding and not rope else layer_types.FULL for rope in ropes]
+    ropes, length = _ropes(raw, where), layer_types.switched_window(raw, where, None)
+    default = [layer_types.FULL if rope or length is None else layer_types.SLIDING for rope in ropes]
     types = layer_types.layer_types(raw, where, default)
-    # A window also needs `use_sliding_window`, whatever `layer_types` says; without it transformers' mask still has one.
     kinds = layer_types.kinds(types, length, where) or (LayerKind(),) * len(ropes)
     kinds = tuple(LayerKind(rope, kind.window) for rope, kind in zip(ropes, kinds))
     return llama.options(raw, where) | {"layer_kinds": () if set(kinds) == {LayerKind()} else kinds}
