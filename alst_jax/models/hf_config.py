@@ -12,6 +12,8 @@ from alst_jax.config import UserError
 from alst_jax.models.config import LayerKind, ModelConfig
 from alst_jax.models.families import FAMILIES
 from alst_jax.models.families.family import Family
+from alst_jax.models.families.layer_types import FULL
+from alst_jax.models.families.unsupported import find_family
 from alst_jax.models.hf_rope import read_rope, rope_fields
 from alst_jax.ops.rope import RopeConfig
 
@@ -21,8 +23,19 @@ HARMLESS = {
     "is_llama_config", "label2id", "model_type", "pad_token_id", "torch_dtype", "transformers_version", "use_cache",
     "rope_interleaved", "keys_to_ignore_at_inference", "task_specific_params", "transformers.js_config", "max_length",
     "default_theta", "_attn_implementation_autoset", "unsloth_fixed", "unsloth_version", "unk_token_id", "sep_token_id",
-    "cls_token_id", "mask_token_id", "decoder_start_token_id",
+    "cls_token_id", "mask_token_id", "decoder_start_token_id", "tokenizer_class", "model_max_length",
+    "max_sequence_length", "_commit_hash", "_attn_implementation", "attn_implementation", "use_flash_attn",
+    "use_flash_attention_2", "pretraining_tp",  # transformers 5 reads this no more; its results differed by rounding
+    # Sampling, which training never does.
+    "do_sample", "temperature", "top_p", "top_k", "typical_p", "max_new_tokens", "min_length", "repetition_penalty",
+    "length_penalty", "num_beams", "num_return_sequences", "num_beam_groups", "diversity_penalty", "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size", "output_scores", "return_dict_in_generate", "early_stopping", "bad_words_ids",
+    "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
+    "exponential_decay_length_penalty", "prefix", "cache_implementation",
+    "auto_map",  # the names of remote code, which is never loaded: the architecture decides
 }
+# Fields that transformers reads in some families alone, and these values do nothing in the others.
+WINDOW_FIELDS = {"sliding_window", "use_sliding_window", "max_window_layers"}
 # Fields of every family.
 IMPLEMENTED = {
     "head_dim", "hidden_act", "hidden_size", "initializer_range", "intermediate_size", "max_position_embeddings",
@@ -31,10 +44,10 @@ IMPLEMENTED = {
 }
 # Fields that are not implemented, with the values at which they do nothing; any unknown field may be null or false.
 NEUTRAL = {
-    "attention_dropout": (0, None), "pretraining_tp": (1, None), "partial_rotary_factor": (1.0, None),
+    "attention_dropout": (0, None), "partial_rotary_factor": (1.0, None),
     "chunk_size_feed_forward": (0, None), "is_decoder": (True, False), "return_dict": (True,), "num_labels": (2,),
     "hidden_dropout": (0, None), "residual_dropout": (0, None), "embd_pdrop": (0, None), "problem_type": (None,),
-    "repetition_penalty": (1.0,), "temperature": (1.0,), "output_hidden_states": (True, False),
+    "resid_pdrop": (0, None), "output_hidden_states": (True, False),
     "output_attentions": (False,), "use_return_dict": (True,),
 }
 WHOLE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -70,7 +83,7 @@ def model_config(hf_dir: str | pathlib.Path) -> ModelConfig:
 
 def parse_config(raw: dict[str, Any], where: str) -> ModelConfig:
     """A ModelConfig from the fields of a config.json; `where` names it in errors."""
-    family = _family(raw, where)
+    family = find_family(raw, FAMILIES, where)
     _check_fields(raw, family, where)
     missing = [name for name in NEEDED if raw.get(name) is None]
     if missing:
@@ -111,33 +124,24 @@ def _check_types(raw: dict[str, Any], where: str) -> None:
             raise UserError(f"{where}: {name}={raw[name]!r} must be true or false")
 
 
-def _family(raw: dict[str, Any], where: str) -> Family:
-    """The family of a config.json. UserError, with all that are supported, for another, and for quantised weights."""
-    kind, family = raw.get("model_type"), FAMILIES.get(str(raw.get("model_type")))
-    architectures = raw.get("architectures") or [family.architecture if family else None]
-    if family is None or not isinstance(architectures, list) or family.architecture not in architectures:
-        supported = ", ".join(f"{each.architecture} (model_type {each.model_type!r})" for each in FAMILIES.values())
-        raise UserError(f"{where}: model_type {kind!r}, architectures {architectures} is not supported; these models "
-                        f"are: {supported}")
-    if raw.get("quantization_config"):
-        raise UserError(f"{where}: quantization_config is set; training needs unquantised weights (bf16, f16 or f32)")
-    return family
-
-
 def _check_fields(raw: dict[str, Any], family: Family, where: str) -> None:
-    unknown = []
+    unknown, known = [], HARMLESS | IMPLEMENTED | family.implemented
+    if "layer_types" not in family.implemented:
+        known = known | WINDOW_FIELDS  # transformers reads no window in this family
+        if raw.get("layer_types") == [FULL] * (raw.get("num_hidden_layers") or 0):
+            known = known | {"layer_types"}
     for name, value in raw.items():
-        if name in HARMLESS | IMPLEMENTED | family.implemented or value is None or value is False:
+        if name in known or value is None or value is False:
             continue
         if name not in NEUTRAL or value not in NEUTRAL[name]:
             unknown.append(f"{name}={value!r}")
-    if raw.get("hidden_act", "silu") not in ("silu", "swish"):
+    if "hidden_act" not in family.implemented and raw.get("hidden_act", "silu") not in ("silu", "swish"):
         unknown.append(f"hidden_act={raw['hidden_act']!r} (silu is)")
     if raw.get("rope_interleaved"):
         unknown.append("rope_interleaved=True")
     if unknown:
         raise UserError(f"{where}: not implemented: {', '.join(unknown)}. Training without would silently give another "
-                        "model; remove the field only if it has no effect on this one")
+                        "model; remove the field only if it has no effect on this one (a dropout: to train without it)")
 
 
 def _ropes(raw: dict[str, Any], family: Family, head_dim: int, max_positions: int, where: str) -> list[RopeConfig]:
@@ -170,7 +174,8 @@ def hf_config_dict(config: ModelConfig) -> dict[str, Any]:
     """config.json's fields for a model that is not from Hugging Face. `model_config` reads them back unchanged."""
     family = FAMILIES[config.family]
     return {
-        "architectures": [family.architecture], "model_type": family.model_type, "hidden_act": "silu",
+        "architectures": [family.architecture], "model_type": family.model_type,
+        **({} if "hidden_act" in family.implemented else {"hidden_act": "silu"}),
         "vocab_size": config.vocab_size, "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size, "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads,

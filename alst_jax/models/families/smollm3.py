@@ -7,7 +7,8 @@ from alst_jax.models.config import LayerKind, ModelConfig
 from alst_jax.models.families import layer_types, llama
 from alst_jax.models.families.family import Family
 
-FIELDS = frozenset({"no_rope_layers", "no_rope_layer_interval", "use_sliding_window", "sliding_window", "layer_types"})
+FIELDS = frozenset({"no_rope_layers", "no_rope_layer_interval", "use_sliding_window", "sliding_window", "layer_types",
+                    "max_window_layers"})  # the last is in published files, and nothing reads it
 DEFAULTS = {"max_position_embeddings": 32768, "num_key_value_heads": 4, "rope_theta": 2e6, "tie_word_embeddings": True}
 
 
