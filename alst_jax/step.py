@@ -28,7 +28,7 @@ from alst_jax.parallel.mesh import SEQ
 from alst_jax.parallel.sharding import is_spec, param_specs, shardings
 from alst_jax.parallel.ulysses import Ulysses
 from alst_jax.profile import Profile
-from alst_jax.stack.batch import BATCH_SPEC, Batch
+from alst_jax.stack.batch import Batch
 from alst_jax.stack.ends import Model
 from alst_jax.xla import host
 from alst_jax.xla.dtypes import accumulation_dtype
@@ -151,12 +151,17 @@ class TrainStep:
         trees = {name: treedef.unflatten([state[name] for state in states]) for name in names}
         return trees | {"count": jax.device_put(jnp.int32(0), self._optimizer_shardings["count"])}
 
-    def put_batch(self, tokens: np.ndarray, labels: np.ndarray, positions: np.ndarray) -> Batch:
-        """numpy int32 [B, S] -> a Batch on the mesh. B divides over data, S over seq: ValueError if not."""
+    def put_batch(
+        self, tokens: np.ndarray, labels: np.ndarray, positions: np.ndarray, documents: np.ndarray | None = None
+    ) -> Batch:
+        """numpy int32 -> a Batch on the mesh, with the shapes given there. B divides over data, S over seq: ValueError if
+        not."""
         if positions.max(initial=0) >= MAX_POSITION:
             raise UserError(f"position {positions.max()}: rotary embedding is exact below {MAX_POSITION} tokens; "
                             "use a shorter --seq-len")
-        return Batch(*jax.device_put((tokens, labels, positions), NamedSharding(self.mesh, BATCH_SPEC)))
+        arrays = Batch(tokens, labels, positions, documents)
+        return Batch(*(x if x is None else jax.device_put(x, NamedSharding(self.mesh, spec))
+                       for x, spec in zip(arrays, Batch.specs())))
 
 
 def check_profile(profile: Profile, model: ModelConfig, sp: int) -> None:

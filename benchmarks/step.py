@@ -76,7 +76,7 @@ def main():
     positions = np.tile(np.arange(length, dtype=np.int32), (options.dp, 1))
     batch = step.put_batch(tokens, np.roll(tokens, -1, 1), positions)
     scale = jnp.float32(1 / tokens.size)
-    abstract = Batch(*(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in batch))
+    abstract = Batch.abstract(*tokens.shape, step.mesh)
     started = time.perf_counter()
     number = jax.ShapeDtypeStruct((), jnp.float32)
     if in_backward:

@@ -27,10 +27,20 @@ Params = dict[str, Any]
 
 
 class Tokens(NamedTuple):
-    """What a token brings to a block besides its hidden state; leading dims are those of the hidden states."""
+    """What tokens bring to a block besides their hidden states; leading dims are those of the hidden states.
+
+    documents: offsets of the packed documents into the B S tokens of this device's sequences (see `Kernel`), the same on
+    all devices that share them; None: each sequence is one document.
+    """
 
     cos: Float[Array, "*B R H2"]  # R rotary embeddings
     sin: Float[Array, "*B R H2"]
+    documents: Int[Array, "D1"] | None = None
+
+    @property
+    def rows(self) -> tuple[Array, Array]:
+        """The fields with one entry a token."""
+        return self.cos, self.sin
 
     @staticmethod
     def of(config: ModelConfig, positions: Int[Array, "B T"], length: jax.Array | None = None) -> "Tokens":
@@ -40,7 +50,7 @@ class Tokens(NamedTuple):
 
     def rope(self, number: int) -> tuple[Float[Array, "*B 1 H2"], Float[Array, "*B 1 H2"]]:
         """cos and sin of one of the model's rotary embeddings."""
-        return tuple(x if x.shape[-2] == 1 else x[..., number : number + 1, :] for x in self)
+        return tuple(x if x.shape[-2] == 1 else x[..., number : number + 1, :] for x in self.rows)
 
 
 class Linear(nnx.Module):
@@ -197,7 +207,7 @@ def halves(config: ModelConfig) -> Halves:
     """Which parameters `Block.before` reads and which `Block.after`. ValueError if a parameter is read by both or none."""
     block = jax.eval_shape(lambda: Block(config, jnp.float32, nnx.Rngs(0)))
     h, tokens = jnp.zeros((2, config.hidden_size)), Tokens.of(config, jnp.zeros((2, 1), jnp.int32))
-    tokens = Tokens(*(x[:, 0] for x in tokens))
+    tokens = Tokens(*(x[:, 0] for x in tokens.rows))
     o = jnp.zeros((2, config.num_heads, config.head_dim))
     before = frozenset().union(*(leaves_read_by(lambda b, kind=kind: b.before(h, tokens, kind), block)
                                  for kind in config.kinds))

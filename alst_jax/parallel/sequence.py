@@ -20,12 +20,16 @@ class SequenceParallel(Protocol):
 
     chunks: int
 
-    def attend(self, project: Callable, spec: AttentionSpec, ready: jax.Array) -> tuple[jax.Array, Any]:
+    def attend(
+        self, project: Callable, spec: AttentionSpec, ready: jax.Array, documents: jax.Array | None = None
+    ) -> tuple[jax.Array, Any]:
         """o[B, S/seq, N, H], and the log-sum-exps that `attend_backward` needs. ready: an array that `project` reads.
-        Output buffers are allocated only after it."""
+        Output buffers are allocated only after it. documents: offsets into the B S tokens of whole sequences, the same
+        on all devices that share them (see `Kernel`); None: each sequence is one document."""
 
     def attend_backward(
-        self, project: Callable, spec: AttentionSpec, results: tuple[jax.Array, Any], do: jax.Array
+        self, project: Callable, spec: AttentionSpec, results: tuple[jax.Array, Any], do: jax.Array,
+        documents: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The gradients of q, k and v of all heads, from the results of `attend` and the gradient of o.
 

@@ -80,13 +80,14 @@ class Ulysses:
     chunks: int = 1
 
     def attend(
-        self, project: Callable, spec: AttentionSpec, ready: Array
+        self, project: Callable, spec: AttentionSpec, ready: Array, documents: Array | None = None
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "C B n S"]]:
         """o, and the log-sum-exps of this device's heads, stacked over the chunks (see `SequenceParallel`)."""
         def one(i):
             q, k, v = qkv_to_heads(*project(i), self.axis)
-            results = attention_forward(*lax.stop_gradient((q, k, v)), spec, kernel=self.kernel)
-            return to_tokens(attention_from(q, k, v, results, spec, kernel=self.kernel), self.axis), results[1]
+            results = attention_forward(*lax.stop_gradient((q, k, v)), spec, documents, kernel=self.kernel)
+            o = attention_from(q, k, v, results, spec, documents, kernel=self.kernel)
+            return to_tokens(o, self.axis), results[1]
 
         if self.chunks == 1:
             o_BTNH, lse = one(0)
@@ -101,12 +102,13 @@ class Ulysses:
         return lax.scan(body, out, jnp.arange(self.chunks))
 
     def attend_backward(
-        self, project: Callable, spec: AttentionSpec, results: tuple, do: Float[Array, "B T N H"]
+        self, project: Callable, spec: AttentionSpec, results: tuple, do: Float[Array, "B T N H"],
+        documents: Array | None = None,
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
         """The gradients of q, k and v; that of q is written over `do` chunk by chunk (see `SequenceParallel`)."""
         o_BTNH, all_lse = results
         if self.chunks == 1:
-            return self._back(project(0), spec, o_BTNH, all_lse[0], do)
+            return self._back(project(0), spec, o_BTNH, all_lse[0], do, documents)
         q, k, v = jax.eval_shape(project, 0)
         shared = self.chunks > self.num_kv_heads  # several chunks read the same kv head: sum their gradients in float32
         zeros = lambda s: zeros_after(
@@ -118,7 +120,7 @@ class Ulysses:
             q, k, v = project(i)
             width, kv_width, at = q.shape[2], k.shape[2], i * self.num_kv_heads // self.chunks
             take = lambda x: lax.dynamic_slice_in_dim(x, i * width, width, axis=2)
-            dq, dk, dv = self._back((q, k, v), spec, take(o_BTNH), lse, take(do))
+            dq, dk, dv = self._back((q, k, v), spec, take(o_BTNH), lse, take(do), documents)
             if shared:
                 read = lambda x: lax.dynamic_slice_in_dim(x, at, kv_width, axis=2)
                 dk, dv = read(all_dk) + dk.astype(all_dk.dtype), read(all_dv) + dv.astype(all_dv.dtype)
@@ -127,10 +129,10 @@ class Ulysses:
         grads, _ = lax.scan(body, (do, zeros(k), zeros(v)), (jnp.arange(self.chunks), all_lse))
         return tuple(g.astype(s.dtype) for g, s in zip(grads, (q, k, v)))
 
-    def _back(self, qkv, spec, o, lse, do):
+    def _back(self, qkv, spec, o, lse, do, documents):
         qkv, swap_back = jax.vjp(lambda q, k, v: qkv_to_heads(q, k, v, self.axis), *qkv)
         o, do = to_heads(o, self.axis), to_heads(do, self.axis)
-        return swap_back(attention_backward(*qkv, (o, lse), do, spec, kernel=self.kernel))
+        return swap_back(attention_backward(*qkv, (o, lse), do, spec, documents, kernel=self.kernel))
 
     @staticmethod
     def check(model: ModelConfig, degree: int, chunks: int) -> None:

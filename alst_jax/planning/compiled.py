@@ -141,7 +141,7 @@ def _compile(
 ) -> tuple[Any, Any]:
     """The compiled gradient, or the whole step if the profile updates in the backward pass; and the separate update, on
     GPUs of this process."""
-    batch = Batch.abstract(rows, length, NamedSharding(step.mesh, BATCH_SPEC))
+    batch = Batch.abstract(rows, length, step.mesh)
     scalar, params = jax.ShapeDtypeStruct((), jnp.float32), (step.trained, step.frozen)
     if step.profile.update_in_backward and not absent:
         return step.update_in_backward.lower(*params, step.optimizer_state, batch, scalar, scalar).compile(), None

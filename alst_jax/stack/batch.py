@@ -3,27 +3,38 @@
 from typing import NamedTuple
 
 import jax
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from alst_jax.parallel.mesh import DATA, SEQ
 
 
 class Batch(NamedTuple):
-    """int32 arrays [B, S], sharded over (data, seq). Labels are already shifted: labels[t] follows tokens[t]."""
+    """int32 arrays. tokens, labels, positions [B, S], sharded over (data, seq). Labels are already shifted: labels[t]
+    follows tokens[t].
+
+    documents [data, D + 1], sharded over data: for each data-parallel replica the offsets of its packed documents into
+    its B S / data tokens, from 0 to their number; repeated last offsets are empty documents. None: each sequence is one
+    document.
+    """
 
     tokens: jax.Array
     labels: jax.Array
     positions: jax.Array
+    documents: jax.Array | None = None
 
     @staticmethod
     def specs() -> "Batch":
         """The PartitionSpec of each field."""
-        return Batch(*[BATCH_SPEC] * len(Batch._fields))
+        return Batch(BATCH_SPEC, BATCH_SPEC, BATCH_SPEC, DOCUMENTS_SPEC)
 
     @staticmethod
-    def abstract(rows: int, length: int, sharding: jax.sharding.NamedSharding) -> "Batch":
-        """The fields as ShapeDtypeStructs; sharding: on a mesh, of BATCH_SPEC."""
-        return Batch(*[jax.ShapeDtypeStruct((rows, length), "int32", sharding=sharding)] * len(Batch._fields))
+    def abstract(rows: int, length: int, mesh: Mesh, documents: int = 0) -> "Batch":
+        """The fields as ShapeDtypeStructs. documents: the largest number of documents of a replica; 0: not packed."""
+        made = lambda shape, spec: jax.ShapeDtypeStruct(shape, "int32", sharding=NamedSharding(mesh, spec))
+        offsets = made((mesh.shape[DATA], documents + 1), DOCUMENTS_SPEC) if documents else None
+        return Batch(*[made((rows, length), BATCH_SPEC)] * 3, offsets)
 
 
 BATCH_SPEC = P(DATA, SEQ)  # [sequences/data, tokens/seq]
+DOCUMENTS_SPEC = P(DATA)  # [1, offsets]

@@ -39,7 +39,7 @@ class Model:
     def loss(self, trained: Params, frozen: Params, batch: Batch, scale: jax.Array) -> jax.Array:
         """scale x the loss summed over the valid labels of all devices, from local shards."""
         ends = combine(self.ends(trained), self.ends(frozen))
-        tokens, layers = self.tokens(batch.positions), Weights(trained["layers"], frozen["layers"])
+        tokens, layers = self.tokens(batch), Weights(trained["layers"], frozen["layers"])
         # Brought to the device once: the sum of a tied table's two gradients is no work for the host.
         table = self.on_device(ends["embed_tokens"])
         h_BTD = self.embed(table["embedding"], batch.tokens)
@@ -82,12 +82,13 @@ class Model:
         h_BTD, multiplier = embed(table_VD, tokens, self.profile.compute_dtype), self.config.embedding_multiplier
         return h_BTD if multiplier == 1 else h_BTD * jnp.asarray(multiplier, h_BTD.dtype)
 
-    def tokens(self, positions: jax.Array) -> Tokens:
-        """What the tokens bring, from their positions [B, T] in their documents."""
+    def tokens(self, batch: Batch) -> Tokens:
+        """What the tokens bring: rotary embeddings of their positions [B, T] in their documents, and the documents."""
         length = None
         if any(rope.needs_length for rope in self.config.ropes):
-            length = lax.pmax(jnp.max(positions) + 1, AXES)
-        return Tokens.of(self.config, positions, length)
+            length = lax.pmax(jnp.max(batch.positions) + 1, AXES)
+        documents = None if batch.documents is None else batch.documents[0]
+        return Tokens.of(self.config, batch.positions, length)._replace(documents=documents)
 
     @jax.named_scope("loss")
     def head_loss(self, h_BTD: jax.Array, ends: Params, labels_BT: jax.Array, scale: jax.Array) -> jax.Array:

@@ -79,7 +79,7 @@ class Layer:
         """The output of attention and its log-sum-exps, from the layer's input. number: the layer's."""
         with jax.named_scope("layer/attention"):
             return self.by_kind(number)(lambda kind: self.sequence.attend(
-                self._projector(kind, h, weights, tokens), self.model.attention_spec(kind), h))
+                self._projector(kind, h, weights, tokens), self.model.attention_spec(kind), h, tokens.documents))
 
     def after(
         self, h: Float[Array, "B T D"], o: Float[Array, "B T N H"], weights: Weights
@@ -114,7 +114,7 @@ class Layer:
             with jax.named_scope("layer/attention"):
                 dqkv = self.sequence.attend_backward(
                     self._projector(kind, h, weights, tokens), self.model.attention_spec(kind), results,
-                    do.reshape(o_BTNH.shape))
+                    do.reshape(o_BTNH.shape), tokens.documents)
             return self._before_backward(kind, weights, h, tokens, dqkv, dh_TD)
 
         dbefore, (dh_TD,) = self.by_kind(number)(rest)
@@ -144,7 +144,7 @@ class Layer:
         """project(i) -> q, k, v of chunk i, a tile of tokens at a time. Their buffers are allocated after h: those of a
         scan's results would be allocated long before, for all layers that no loop goes over at once."""
         before, chunks = self._half(weights.block, "before")[0], self.sequence.chunks
-        read = tuple(map(token_rows, (h_BTD, *tokens)))
+        read = tuple(map(token_rows, (h_BTD, *tokens.rows)))
 
         def in_tiles(one, read):
             places = tuple(zeros_after(h_BTD, x.shape, x.dtype) for x in jax.eval_shape(one, read))
@@ -183,7 +183,7 @@ class Layer:
             dx, dweights = pullback(dqkv)
             return _add(sums, dweights), (written[0] + dx,)
 
-        read = tuple(map(token_rows, (h_BTD, *dqkv, *tokens)))
+        read = tuple(map(token_rows, (h_BTD, *dqkv, *tokens.rows)))
         with jax.named_scope("layer/attention"):
             return stream(body, _zeros_after(dqkv[0], trained), written=(dh_TD,), read=read, rows=self._rows(h_BTD))
 

@@ -42,7 +42,7 @@ def apply_block(layer: Layer, kind, h: jax.Array, weights: Weights, tokens: Toke
     """`Block.__call__`, with attention over the whole sequence and its two halves in tiles of tokens."""
     block, chunks = weights.block, layer.sequence.chunks
     tile = layer.tile and even_tile(h.shape[0] * h.shape[1], layer.tile)
-    h_TD, rows = token_rows(h), tuple(map(token_rows, tokens))
+    h_TD, rows = token_rows(h), tuple(map(token_rows, tokens.rows))
     squares = tiled(lambda h, block: block.mean_squares(h), h_TD, block, tile=tile) if layer.shares_squares else ()
 
     def project(i):
@@ -52,6 +52,6 @@ def apply_block(layer: Layer, kind, h: jax.Array, weights: Weights, tokens: Toke
         qkv = tiled(before, (h_TD, *squares), part, *rows, tile=tile)
         return tuple(x.reshape(*h.shape[:2], *x.shape[1:]) for x in qkv)
 
-    o, _ = layer.sequence.attend(project, layer.model.attention_spec(kind), h)
+    o, _ = layer.sequence.attend(project, layer.model.attention_spec(kind), h, tokens.documents)
     after = lambda h_and_o, block: block.after(*h_and_o)
     return tiled(after, (h_TD, token_rows(o)), block, tile=tile).reshape(h.shape)

@@ -280,7 +280,7 @@ def test_what_the_twin_has_not_is_refused(changes):
 @pytest.mark.parametrize("spec", [
     AttentionSpec(), AttentionSpec(scale=0.3), AttentionSpec(window=5), AttentionSpec(soft_cap=2.0), AttentionSpec(causal=False),
     AttentionSpec(window=3, soft_cap=1.5, scale=0.7)], ids=str)
-@pytest.mark.parametrize("documents", [None, [0, 7, 7, 20, 46, 46]])
+@pytest.mark.parametrize("documents", [None, [0, 7, 7, 20, 23, 46, 46]])
 def test_specs_of_the_xla_kernel(spec, documents):
     """Output, log-sum-exp and gradients against a dense mask written out here."""
     q, do = (jax.random.normal(jax.random.key(i), (2, 23, 4, 8)) for i in (0, 3))

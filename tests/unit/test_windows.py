@@ -1,5 +1,5 @@
 # pytest tests/unit/test_windows.py
-"""Windows of attention: their border is transformers', and the kernel in XLA reads no keys outside of them."""
+"""Windows of attention: their border is transformers'. Windows and documents: the kernel in XLA reads no keys outside."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import transformers
 
 from alst_jax.models.config import LayerKind
 from alst_jax.models.hf_config import parse_config
-from alst_jax.ops.attention import AttentionSpec, attention_backward, attention_forward, xla
+from alst_jax.ops.attention import AttentionSpec, attention, attention_backward, attention_forward, xla
 from tests.helpers import relative_error, tiny
 
 
@@ -27,37 +27,70 @@ def both_ways(q, k, v, do, spec, documents):
     return *results, *attention_backward(q, k, v, results, do, spec, documents, kernel="xla")
 
 
+def masked(q, k, v, do, spec, documents):
+    """The same with all scores at once and a mask."""
+    def forward(q, k, v):
+        k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+        scores = jnp.einsum("bsnh,btnh->bnst", q, k) * spec.scale_of(q.shape[3])
+        scores = scores if spec.soft_cap is None else spec.soft_cap * jnp.tanh(scores / spec.soft_cap)
+        tokens = np.arange(q.shape[0] * q.shape[1]).reshape(q.shape[:2])
+        number = np.searchsorted(documents, tokens, side="right") if documents else np.zeros_like(tokens)
+        s, t = np.arange(q.shape[1])[:, None], np.arange(q.shape[1])[None]
+        mask = (number[:, :, None] == number[:, None, :]) & (t <= s if spec.causal else True)
+        mask &= True if spec.window is None else np.abs(s - t) < spec.window
+        scores = jnp.where(mask[:, None], scores, -jnp.inf)
+        return jnp.einsum("bnst,btnh->bsnh", jax.nn.softmax(scores), v), jax.nn.logsumexp(scores, axis=-1)
+
+    (o, lse), pullback = jax.vjp(forward, q, k, v)
+    return o, lse, *pullback((do, jnp.zeros_like(lse)))
+
+
+@pytest.mark.parametrize("tile", [16, 37, 202])
 @pytest.mark.parametrize("spec,documents", [
-    (AttentionSpec(window=1), None), (AttentionSpec(window=5), DOCUMENTS),
-    (AttentionSpec(window=7, soft_cap=1.5, scale=0.7), None), (AttentionSpec(window=5, causal=False), DOCUMENTS)], ids=str)
-def test_tiles_of_a_window_equal_a_mask(monkeypatch, spec, documents):
-    """Output, log-sum-exp and gradients: tiles that read a part of the keys against a mask over all keys. 101 tokens in
-    tiles of 16: the last tile is shorter, and so reads keys that start earlier."""
-    q, k, v, do = arrays(101)
+    (AttentionSpec(window=2), None), (AttentionSpec(), DOCUMENTS), (AttentionSpec(window=5), DOCUMENTS),
+    (AttentionSpec(window=7, soft_cap=1.5, scale=0.7), None), (AttentionSpec(window=5, causal=False), DOCUMENTS),
+    (AttentionSpec(soft_cap=1.5), [0] + list(range(1, 100)) + [101, 202, 202]),
+    (AttentionSpec(causal=False), DOCUMENTS)], ids=str)
+def test_tiles_that_read_a_part_of_the_keys_equal_a_mask(monkeypatch, spec, documents, tile):
+    """Output, log-sum-exp and gradients. 2 x 101 tokens: the last tile of 16 or 37 is shorter."""
+    arrays_ = arrays(101)
+    monkeypatch.setattr(xla, "MAX_TILE", tile)
     offsets = None if documents is None else jnp.int32(documents)
-    monkeypatch.setattr(xla, "SCORES_BYTES", 1)
-    assert xla.window_tile(q.shape, spec) == 16
-    ours = both_ways(q, k, v, do, spec, offsets)
-    monkeypatch.setattr(xla, "window_tile", lambda *_: None)
-    for one, other in zip(ours, both_ways(q, k, v, do, spec, offsets), strict=True):
+    for one, other in zip(both_ways(*arrays_, spec, offsets), masked(*arrays_, spec, documents), strict=True):
         assert relative_error(one, other) < 1e-5
 
 
-def flops(length, window):
-    """That the compiler counts in one trip of each loop, times the trips."""
-    q, k, v, do = arrays(length, 1)
-    spec = AttentionSpec(window=window)
-    tile = xla.window_tile(q.shape, spec) or max(xla.MIN_ROWS, xla.SCORES_BYTES // (4 * 4 * length))
-    run = jax.jit(lambda *x: both_ways(*x, spec, None))
-    return run.lower(q, k, v, do).compile().cost_analysis()["flops"] * (length / tile)
+def tiles_of_keys(monkeypatch, length, spec, documents=None):
+    """How many tiles of keys a forward and backward pass read."""
+    read = []
+    scores = xla._Tiles.scores
+
+    def counted(self, *args):
+        jax.debug.callback(lambda: read.append(1))
+        return scores(self, *args)
+
+    monkeypatch.setattr(xla._Tiles, "scores", counted)
+    monkeypatch.setattr(xla, "MAX_TILE", 16)
+    jax.block_until_ready(both_ways(*arrays(length, 1), spec, documents))
+    jax.effects_barrier()
+    monkeypatch.setattr(xla._Tiles, "scores", scores)
+    return len(read)
 
 
 def test_work_grows_with_length_times_window(monkeypatch):
-    monkeypatch.setattr(xla, "SCORES_BYTES", 1)
-    base = flops(2048, 128)
-    assert flops(8192, 128) == pytest.approx(4 * base, rel=0.1)
-    assert 1.5 * base < flops(8192, 256) / 4 < 2.5 * base
-    assert flops(8192, None) > 20 * flops(8192, 128)  # the negative control: all keys
+    base = tiles_of_keys(monkeypatch, 512, AttentionSpec(window=32))
+    assert base == 2 * (3 * 32 - 3)  # a tile and the two before it
+    assert tiles_of_keys(monkeypatch, 1024, AttentionSpec(window=32)) == 2 * (3 * 64 - 3)
+    assert tiles_of_keys(monkeypatch, 512, AttentionSpec(window=64)) == 2 * (5 * 32 - 10)
+
+
+def test_work_follows_the_documents(monkeypatch):
+    """The causal half of each document's square, in tiles of 16."""
+    count = lambda lengths: tiles_of_keys(monkeypatch, 512, AttentionSpec(), jnp.int32([0, *np.cumsum(lengths), 512]))
+    half = lambda n: n * (n + 1) // 2
+    assert count([512]) == 2 * half(32)
+    assert count([128] * 4) == 2 * 4 * half(8)
+    assert count([256] + [16] * 16) == 2 * (half(16) + 16)
 
 
 TYPES = dict(layer_types=["sliding_attention"])
@@ -81,7 +114,7 @@ def test_the_border_is_transformers(name):
     assert seen == {7, 8, 9, 10, 11}
     model = parse_config(config.to_dict() | {"architectures": [name.removesuffix("Text") + "ForCausalLM"]}, "config.json")
     (kind,) = model.kinds
-    o = lambda v: attention_forward(*arrays(12, 1, 2, 1)[:2], v, model.attention_spec(kind), kernel="xla")[0][0, -1].sum()
+    o = lambda v: attention(*arrays(12, 1, 2, 1)[:2], v, model.attention_spec(kind), kernel="xla")[0, -1].sum()
     assert set(np.flatnonzero(np.abs(jax.grad(o)(jnp.ones((1, 12, 1, 8)))[0]).sum((1, 2)))) == seen
 
 

@@ -34,8 +34,8 @@ class Kernel:
 
     forward(q[B, S, N, H], k[B, S, K, H], v, spec, documents) -> (o[B, S, N, H], log-sum-exp[B, N, S] float32);
     query head n reads kv head n // (N / K). backward(q, k, v, o, lse, do, spec, documents) -> (dq, dk, dv).
-    documents: None, or int32[D + 1] offsets into the B S tokens; attention stays inside a document, and repeated last
-    offsets are empty documents.
+    documents: None (each sequence is one), or int32[D + 1] offsets into the B S tokens. Attention stays inside a document,
+    no document crosses the border of a sequence, and repeated last offsets are empty documents.
 
     serves: the features of a spec that it implements; a spec with others is refused. prepare(): called before anything is
     traced. needs_gpu, dtypes, multiple (of tokens a sequence must have), head_dims (a description and a test) and
