@@ -12,10 +12,12 @@ from alst_jax.data.sources import Document, SourceReport
 
 @dataclasses.dataclass(frozen=True)
 class Sequence:
-    """tokens int32[n] and labels int32[n], n <= seq_len; labels[t] is what follows tokens[t], or IGNORED."""
+    """tokens int32[n] and labels int32[n], n <= seq_len; labels[t] is what follows tokens[t], or IGNORED. lengths: those
+    of packed documents; None: it is one document."""
 
     tokens: np.ndarray
     labels: np.ndarray
+    lengths: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass

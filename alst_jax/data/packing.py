@@ -1,0 +1,123 @@
+"""Several documents in one sequence: which ones go together, and where each begins.
+
+Only the lengths are packed. The tokens of a pack are put together when it is read.
+"""
+
+import bisect
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from alst_jax.data import documents as cut
+
+
+def pack(lengths: np.ndarray, capacity: int, seed: int) -> list[list[int]]:
+    """Indices of documents, pack by pack, each of at most `capacity` tokens. Best fit, longest first; documents of one
+    length are taken in an order drawn from the seed, so that neighbours in a file do not stay neighbours.
+
+    ValueError if a document is longer than the capacity.
+    """
+    if len(lengths) and lengths.max() > capacity:
+        raise ValueError(f"a document of {lengths.max()} tokens and packs of {capacity}")
+    drawn = np.random.default_rng(seed).permutation(len(lengths))
+    order = drawn[np.argsort(-lengths[drawn], kind="stable")]
+    packs: list[list[int]] = []
+    spaces: list[int] = []  # the different numbers of tokens that are left in some pack, ascending
+    packs_of: dict[int, list[int]] = {}
+    for document, length in zip(order.tolist(), lengths[order].tolist()):
+        at = bisect.bisect_left(spaces, length)
+        if at == len(spaces):
+            number, left = len(packs), capacity - length
+            packs.append([document])
+        else:
+            space = spaces[at]
+            number, left = packs_of[space].pop(), space - length
+            if not packs_of[space]:
+                del spaces[at], packs_of[space]
+            packs[number].append(document)
+        if left:
+            if left not in packs_of:
+                bisect.insort(spaces, left)
+                packs_of[left] = []
+            packs_of[left].append(number)
+    return packs
+
+
+class Packs(Sequence):
+    """Packs of sequences as sequences. together: attention crosses the borders of documents, and positions go on."""
+
+    def __init__(self, pieces: Sequence[cut.Sequence], packs: list[list[int]], together: bool = False):
+        self._pieces, self._packs, self._together = pieces, packs, together
+
+    def __len__(self) -> int:
+        return len(self._packs)
+
+    def __getitem__(self, index: int) -> cut.Sequence:
+        pieces = [self._pieces[i] for i in self._packs[index]]
+        tokens, labels = (np.concatenate([getattr(p, name) for p in pieces]) for name in ("tokens", "labels"))
+        return cut.Sequence(tokens, labels, None if self._together else tuple(p.tokens.size for p in pieces))
+
+
+@dataclasses.dataclass(frozen=True)
+class Fullness:
+    """How full packs are. lengths: tokens of each packed document; most: documents in a pack at most."""
+
+    packs: int
+    capacity: int
+    lengths: np.ndarray
+    most: int
+
+    @property
+    def part(self) -> float:
+        """The part of all positions that holds a token."""
+        return float(self.lengths.sum()) / (self.packs * self.capacity)
+
+    def summary(self) -> str:
+        """One line, and the lengths of the documents as bars: one a doubling."""
+        line = (f"{self.lengths.size:,} documents in {self.packs:,} packs of {self.capacity:,}, {self.part:.1%} full; at "
+                f"most {self.most:,} in a pack")
+        edges = [0] + [2**i for i in range(4, int(self.capacity).bit_length())] + [self.capacity + 1]
+        tokens = np.histogram(self.lengths, edges, weights=self.lengths)[0]
+        counts = np.histogram(self.lengths, edges)[0]
+        bars = [f"  {low:>9,} {'#' * max(1, round(40 * n / tokens.max())):40} {count:,} documents, {n / tokens.sum():.0%} of the tokens"
+                for low, n, count in zip(edges, tokens, counts) if count]
+        return "\n".join([line, *bars])
+
+
+def pieces_of(sequence: cut.Sequence, padded_len: int) -> list[int]:
+    """Lengths of the documents of a padded sequence; the padding is the last one."""
+    lengths = [sequence.tokens.size] if sequence.lengths is None else list(sequence.lengths)
+    padding = padded_len - sequence.tokens.size
+    return lengths + [padding] * (padding > 0)
+
+
+def offsets_of(rows: list[list[int]], length: int, replicas: int, most: int) -> np.ndarray:
+    """int32[replicas, most + 1]: offsets of the documents of each replica's share of the rows, as `Batch.documents`.
+
+    rows: lengths of the documents in each sequence of `length` tokens; what is missing to it is one document more. most:
+    documents of a replica at most, for which a program is compiled. ValueError if there are more.
+    """
+    share, out = len(rows) // replicas, np.empty((replicas, most + 1), np.int32)
+    for replica in range(replicas):
+        lengths: list[int] = []
+        for row in rows[replica * share : (replica + 1) * share]:
+            rest = length - sum(row)
+            lengths += [n for n in (*row, rest) if n]
+        if len(lengths) > most:
+            raise ValueError(f"{len(lengths)} documents in the {share} sequences of a replica, and at most {most}")
+        ends = np.cumsum(lengths, dtype=np.int64)
+        out[replica] = np.concatenate([[0], ends, np.full(most - len(lengths), ends[-1])])
+    return out
+
+
+def room_for(most: int, rows: int) -> int:
+    """Documents of a replica for which a program is compiled, when a padded pack holds at most `most`: the next power of
+    two, so that other data of the kind need no other program."""
+    return 1 << max(3, (most * rows - 1).bit_length())
+
+
+def fullness(pieces: Iterable[cut.Sequence], packs: list[list[int]], capacity: int) -> Fullness:
+    """How full the packs are."""
+    lengths = np.asarray([piece.tokens.size for piece in pieces])
+    return Fullness(len(packs), capacity, lengths, max(map(len, packs)))

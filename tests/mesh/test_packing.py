@@ -1,0 +1,111 @@
+# pytest tests/mesh/test_packing.py
+"""Packed documents compute exactly what they would alone: loss and every gradient, on meshes, with all features."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alst_jax.config import IGNORED
+from alst_jax.data.packing import offsets_of
+from alst_jax.models.config import LayerKind
+from alst_jax.optim.adamw import AdamW
+from alst_jax.profile import Profile
+from tests.helpers import assert_trees_close, make_step, random_batch, tiny, to_numpy
+
+MODEL = tiny(num_layers=2, layer_kinds=(LayerKind(), LayerKind(window=5)))
+LENGTH = 64
+# Lengths of the documents of each row. On 4 shards of 16 tokens: borders on edges of shards and inside of them, documents
+# of one token, a document over three shards, one that is the whole row, padding behind.
+ROWS = [[16, 16, 1, 1, 30], [64], [7, 40, 17], [1, 2, 3, 50]]
+HOST = dict(offload_activations=True, offload_weights=True, offload_optimizer=True)
+EVERYTHING = dict(segment_layers=(2,), keep_attention_on_host=1, head_chunks=2, loss_tile=7, mlp_tile=5, **HOST)
+
+
+def packed(rows, length, dp):
+    """(batch with the documents packed, batch of one document a row)."""
+    rng = np.random.default_rng(0)
+    make = lambda n: (np.zeros((n, length), np.int32), np.full((n, length), IGNORED, np.int32), np.zeros((n, length), np.int32))
+    together, alone, number = make(len(rows)), make(sum(map(len, rows))), 0
+    for row, lengths in enumerate(rows):
+        at = 0
+        for n in lengths:
+            tokens = rng.integers(0, MODEL.vocab_size, n + 1)
+            one = tokens[:-1], np.where(rng.random(n) < 0.2, IGNORED, tokens[1:]), np.arange(n)
+            for place, other, values in zip(together, alone, one):
+                place[row, at : at + n] = other[number, :n] = values
+            at, number = at + n, number + 1
+    names = ("tokens", "labels", "positions")
+    documents = offsets_of(rows, length, dp, max(map(len, rows)) * len(rows))
+    return dict(zip(names, together)) | {"documents": documents}, dict(zip(names, alone))
+
+
+def summed(step, params, batch):
+    """Summed loss and the gradients of all parameters."""
+    loss, gradients = step.loss_and_grad(*step.split(params), step.put_batch(**batch), jnp.float32(0.01))
+    return float(loss), to_numpy(gradients)
+
+
+@pytest.fixture(scope="module")
+def one_by_one():
+    """Loss and gradients of the documents of ROWS, each in a row of its own, plain."""
+    step = make_step(MODEL)
+    return summed(step, step.init_params(jax.random.key(0), jnp.float32), packed(ROWS, LENGTH, 1)[1])
+
+
+@pytest.mark.parametrize("mesh,changes", [
+    ((1, 1), {}), ((1, 4), {}), ((2, 4), dict(segment_layers=(2,), keep_attention_on_device=1)), ((1, 4), EVERYTHING),
+    ((4, 2), dict(stack="plain", head_chunks=2, mlp_tile=5))], ids=str)
+def test_packed_documents_equal_documents_one_by_one(mesh, changes, one_by_one):
+    step = make_step(MODEL, *mesh, Profile(**{"loss_tile": None, "mlp_tile": None} | changes))
+    params = step.init_params(jax.random.key(0), jnp.float32)
+    loss, gradients = summed(step, params, packed(ROWS, LENGTH, mesh[0])[0])
+    assert loss == pytest.approx(one_by_one[0], rel=1e-5)
+    assert_trees_close(gradients, one_by_one[1], 1e-5)
+
+
+def test_borders_count(one_by_one):
+    """The negative control: without the documents, loss and gradients differ."""
+    step = make_step(MODEL)
+    batch = packed(ROWS, LENGTH, 1)[0] | {"documents": None}
+    loss, gradients = summed(step, step.init_params(jax.random.key(0), jnp.float32), batch)
+    assert abs(loss / one_by_one[0] - 1) > 1e-4
+    with pytest.raises(AssertionError):
+        assert_trees_close(gradients, one_by_one[1], 1e-3)
+
+
+def test_257_documents_in_one_sequence():
+    rows = [[1] * 128 + [2] * 129]
+    step = make_step(MODEL)
+    params = step.init_params(jax.random.key(0), jnp.float32)
+    together, alone = packed(rows, 512, 1)
+    results = summed(step, params, together)
+    expected = summed(step, params, {name: x[:, :2] for name, x in alone.items()})
+    assert results[0] == pytest.approx(expected[0], rel=1e-5)
+    assert_trees_close(results[1], expected[1], 1e-5)
+
+
+def test_one_program_serves_any_number_of_documents():
+    step = make_step(MODEL)
+    params = step.split(step.init_params(jax.random.key(0), jnp.float32))
+    for rows in ([[64], [10]], [[1] * 20, [30, 30]], [[5, 5, 5], [64]]):
+        batch = packed(rows, LENGTH, 1)[0]
+        documents = offsets_of(rows, LENGTH, 1, 64)
+        step.loss(*params, step.put_batch(**batch | {"documents": documents}), jnp.float32(1))
+    assert step.loss._cache_size() == 1
+
+
+def test_an_update_in_the_backward_pass_on_packed_documents():
+    """Weights after one step, with and without it."""
+    results, batch = [], packed(ROWS, LENGTH, 1)[0]
+    for changes in (HOST | dict(update_in_backward=True), {}):
+        step = make_step(MODEL, profile=Profile(**changes), optimizer=AdamW(eps=1e-4, clip_norm=0.0))
+        trained, frozen = step.split(step.init_params(jax.random.key(0), jnp.float32))
+        state, put, rate, scale = step.init_optimizer(trained), step.put_batch(**batch), jnp.float32(1e-2), jnp.float32(0.01)
+        if changes:
+            trained = step.update_in_backward(trained, frozen, state, put, scale, rate)[4]
+        else:
+            _, gradients = step.loss_and_grad(trained, frozen, put, scale)
+            trained, _ = step.update(trained, gradients, state, step.gradient_norm(gradients), rate)
+        results.append(to_numpy(trained))
+    assert_trees_close(*results, 1e-5)
