@@ -54,6 +54,7 @@ WHOLE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", 
          "num_key_value_heads", "head_dim", "max_position_embeddings")
 NUMBERS = ("rms_norm_eps", "initializer_range", "rope_theta")
 FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
+MOST = {"num_hidden_layers": 10_000}  # numbers far from those of any model are mistakes, and some would fill the memory
 NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -119,6 +120,8 @@ def _check_types(raw: dict[str, Any], where: str) -> None:
             raise UserError(f"{where}: {name}={value!r} must be a {'whole ' if name in WHOLE else ''}number")
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"{where}: {name}={value!r} must be above 0")
+        if value is not None and name in WHOLE and value > MOST.get(name, 2**40):
+            raise UserError(f"{where}: {name}={value!r} is no size of a model: it must be at most {MOST.get(name, 2**40)}")
     for name in FLAGS:
         if not isinstance(raw.get(name, False), bool | None):
             raise UserError(f"{where}: {name}={raw[name]!r} must be true or false")
@@ -128,7 +131,8 @@ def _check_fields(raw: dict[str, Any], family: Family, where: str) -> None:
     unknown, known = [], HARMLESS | IMPLEMENTED | family.implemented
     if "layer_types" not in family.implemented:
         known = known | WINDOW_FIELDS  # transformers reads no window in this family
-        if raw.get("layer_types") == [FULL] * (raw.get("num_hidden_layers") or 0):
+        types = raw.get("layer_types")
+        if isinstance(types, list) and len(types) == raw.get("num_hidden_layers") and all(kind == FULL for kind in types):
             known = known | {"layer_types"}
     for name, value in raw.items():
         if name in known or value is None or value is False:
