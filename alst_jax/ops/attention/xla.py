@@ -128,7 +128,8 @@ def _window_backward(q, k, v, do, spec, documents, tile):
     vary = lambda x: vary_like(x, q, k, v, do)
     zeros = tuple(vary(jnp.zeros(x.shape, accumulation_dtype(x.dtype))) for x in (k, v))
     q_SBNH, do_SBNH = q.swapaxes(0, 1), do.swapaxes(0, 1)
-    (dk, dv), (dq,) = stream(body, zeros, written=(vary(jnp.zeros_like(q_SBNH)),), read=(q_SBNH, do_SBNH, *fixed), rows=tile)
+    places = (vary(jnp.zeros_like(q_SBNH)),)
+    (dk, dv), (dq,) = stream(body, zeros, written=places, read=(q_SBNH, do_SBNH, *fixed), rows=tile)
     return dq.swapaxes(0, 1), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
