@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from alst_jax.models.block import Params, Tokens
+from alst_jax.models.block import Params
 from alst_jax.models.tree import combine, is_stacked
 from alst_jax.ops.tiling import stream
 from alst_jax.optim.adamw import AdamW
@@ -89,7 +89,7 @@ def update_in_backward(
     table, frozen_ends = model.on_device(table), model.on_device(model.ends(frozen))
     look_up = lambda t: model.embed(combine(t, frozen_ends["embed_tokens"])["embedding"], batch.tokens)
     h_BTD, back_to_embedding = jax.vjp(look_up, table)
-    tokens, layers = Tokens.of(model.config, batch.positions), Weights(trained["layers"], frozen["layers"])
+    tokens, layers = model.tokens(batch.positions), Weights(trained["layers"], frozen["layers"])
     source = combine(trained["embed_tokens"], frozen["embed_tokens"])["embedding"], batch.tokens
     h_BTD, saved = model.stack.forward(h_BTD, source, layers, tokens)
     loss_of = lambda h, head: model.head_loss(h, combine(head, {n: frozen_ends[n] for n in head}), batch.labels, scale)

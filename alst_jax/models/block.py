@@ -19,9 +19,9 @@ from jaxtyping import Array, Float, Int
 from alst_jax.models.config import LayerKind, ModelConfig
 from alst_jax.models.tree import leaves_read_by
 from alst_jax.ops.linear import add_bias, linear
-from alst_jax.ops.norm import rms_norm
+from alst_jax.ops.norm import mean_square, rms_norm
 from alst_jax.ops.rope import apply_rope, rope_tables
-from alst_jax.ops.swiglu import swiglu
+from alst_jax.ops.swiglu import GATED
 
 Params = dict[str, Any]
 
@@ -29,13 +29,18 @@ Params = dict[str, Any]
 class Tokens(NamedTuple):
     """What a token brings to a block besides its hidden state; leading dims are those of the hidden states."""
 
-    cos: Float[Array, "*B 1 H2"]
-    sin: Float[Array, "*B 1 H2"]
+    cos: Float[Array, "*B R H2"]  # R rotary embeddings
+    sin: Float[Array, "*B R H2"]
 
     @staticmethod
-    def of(config: ModelConfig, positions: Int[Array, "B T"]) -> "Tokens":
-        """From the positions of the tokens in their documents."""
-        return Tokens(*rope_tables(config.rope, config.head_dim, positions))
+    def of(config: ModelConfig, positions: Int[Array, "B T"], length: jax.Array | None = None) -> "Tokens":
+        """From the positions of the tokens in their documents. length: see `rope_tables`."""
+        tables = [rope_tables(rope, config.head_dim, positions, length) for rope in config.ropes]
+        return Tokens(*tables[0]) if len(tables) == 1 else Tokens(*(jnp.concatenate(t, axis=-2) for t in zip(*tables)))
+
+    def rope(self, number: int) -> tuple[Float[Array, "*B 1 H2"], Float[Array, "*B 1 H2"]]:
+        """cos and sin of one of the model's rotary embeddings."""
+        return tuple(x if x.shape[-2] == 1 else x[..., number : number + 1, :] for x in self)
 
 
 class Linear(nnx.Module):
@@ -50,23 +55,26 @@ class Linear(nnx.Module):
         y = linear(x, self.kernel[...])  # x @ kernel
         return y if self.bias is None else add_bias(y, self.bias[...])
 
-    def heads(self, i: jax.Array | int, n: int) -> "Linear":
-        """The columns of group i of n equal groups of heads."""
-        size = lambda w: w.shape[-1] // n
-        return jax.tree.map(lambda w: lax.dynamic_slice_in_dim(w, i * size(w), size(w), axis=-1), self)
+
+def columns(module: Any, i: jax.Array | int, n: int) -> Any:
+    """A module with part i of n equal parts of its output columns."""
+    size = lambda w: w.shape[-1] // n
+    return jax.tree.map(lambda w: lax.dynamic_slice_in_dim(w, i * size(w), size(w), axis=-1), module)
 
 
 class RMSNorm(nnx.Module):
-    def __init__(self, dim: int, eps: float, dtype: DTypeLike):
-        self.scale = nnx.Param(jnp.ones((dim,), dtype))
-        self.eps = eps
+    """x / rms(x) * (scale + offset)."""
 
-    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        return rms_norm(x, self.scale[...], self.eps)
+    def __init__(self, dim: int, config: ModelConfig, dtype: DTypeLike):
+        self.eps, self.offset = config.rms_norm_eps, config.norm_offset
+        self.scale = nnx.Param(jnp.full((dim,), 1 - self.offset, dtype))
+
+    def __call__(self, x: Float[Array, "*B D"], square: Float[Array, "*B 1"] | None = None) -> Float[Array, "*B D"]:
+        return rms_norm(x, self.scale[...], self.eps, self.offset, square)
 
 
 class Attention(nnx.Module):
-    """The four projections around attention."""
+    """The four projections around attention, and norms of queries and keys."""
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs):
         make = functools.partial(Linear, config=config, dtype=dtype, rngs=rngs)
@@ -74,7 +82,10 @@ class Attention(nnx.Module):
         self.q_proj = make(d, config.num_heads * config.head_dim, qkv_bias)
         self.k_proj = make(d, config.num_kv_heads * config.head_dim, qkv_bias)
         self.v_proj = make(d, config.num_kv_heads * config.head_dim, qkv_bias)
-        self.o_proj = make(config.num_heads * config.head_dim, d, config.attention_bias)
+        self.o_proj = make(config.num_heads * config.head_dim, d, config.attention_bias or config.o_bias)
+        heads = {"none": None, "head": (1, 1), "all heads": (config.num_heads, config.num_kv_heads)}[config.qk_norm]
+        norm = lambda n: RMSNorm(n * config.head_dim, config, dtype)
+        self.q_norm, self.k_norm = map(norm, heads) if heads else (None, None)
 
 
 class MLP(nnx.Module):
@@ -83,23 +94,30 @@ class MLP(nnx.Module):
         self.gate_proj = make(config.hidden_size, config.intermediate_size)
         self.up_proj = make(config.hidden_size, config.intermediate_size)
         self.down_proj = make(config.intermediate_size, config.hidden_size)
+        self.activation = config.activation
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(GATED[self.activation](self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nnx.Module):
-    """Pre-norm attention and MLP, each added to the residual stream.
+    """Attention and MLP, each with a norm before it, after it or both, and each added to the residual stream.
+
+    Norms have Hugging Face's names: `post_attention_layernorm` follows attention, or where no norm does, is the MLP's.
 
     All but attention is token-wise: `before` and `after`, which stack/layer.py runs in tiles of tokens.
     """
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        norm = lambda there=True: RMSNorm(config.hidden_size, config, dtype) if there else None
+        self.input_layernorm = norm(config.norms != "after")
         self.self_attn = Attention(config, dtype, rngs)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.post_attention_layernorm = norm()
+        self.pre_feedforward_layernorm = norm(config.norms == "both")
         self.mlp = MLP(config, dtype, rngs)
+        self.post_feedforward_layernorm = norm(config.norms != "before")
         self.head_dim, self.num_kv_heads = config.head_dim, config.num_kv_heads
+        self.norms, self.qk_norm, self.residual_multiplier = config.norms, config.qk_norm, config.residual_multiplier
 
     def __call__(
         self, h: Float[Array, "*B D"], tokens: Tokens, attention: Callable, kind: LayerKind = LayerKind()
@@ -108,27 +126,49 @@ class Block(nnx.Module):
         return self.after(h, attention(*self.before(h, tokens, kind)))
 
     def before(
-        self, h: Float[Array, "*B D"], tokens: Tokens, kind: LayerKind = LayerKind()
+        self, h: Float[Array, "*B D"], tokens: Tokens, kind: LayerKind = LayerKind(), squares: tuple = ()
     ) -> tuple[Float[Array, "*B N H"], Float[Array, "*B K H"], Float[Array, "*B K H"]]:
-        """Queries, keys and values, for as many heads as the projections have columns."""
-        x, attn = self.input_layernorm(h), self.self_attn
-        q, k, v = (
-            part(x).reshape(*x.shape[:-1], -1, self.head_dim) for part in (attn.q_proj, attn.k_proj, attn.v_proj))
+        """Queries, keys and values, for as many heads as the projections have columns. squares: of `mean_squares`, if
+        these are not all heads."""
+        x, attn = self._attention_input(h), self.self_attn
+        q, k, v = (part(x) for part in (attn.q_proj, attn.k_proj, attn.v_proj))
+        if self.qk_norm == "all heads":
+            q_square, k_square = squares or (None, None)
+            q, k = attn.q_norm(q, q_square), attn.k_norm(k, k_square)
+        q, k, v = (y.reshape(*x.shape[:-1], -1, self.head_dim) for y in (q, k, v))
+        if self.qk_norm == "head":
+            q, k = attn.q_norm(q), attn.k_norm(k)
         if kind.rope:
-            q, k = apply_rope(q, *tokens), apply_rope(k, *tokens)
+            q, k = apply_rope(q, *tokens.rope(kind.table)), apply_rope(k, *tokens.rope(kind.table))
         return q, k, v
+
+    def mean_squares(self, h: Float[Array, "*B D"]) -> tuple[Float[Array, "*B 1"], Float[Array, "*B 1"]]:
+        """Of the queries and the keys of all heads: `before` needs them for some heads if norms go over all."""
+        x = self._attention_input(h)
+        return mean_square(self.self_attn.q_proj(x)), mean_square(self.self_attn.k_proj(x))
+
+    def _attention_input(self, h):
+        return h if self.input_layernorm is None else self.input_layernorm(h)
 
     def after(self, h: Float[Array, "*B D"], o: Float[Array, "*B N H"]) -> Float[Array, "*B D"]:
         """The next hidden states, from the output of attention."""
-        h = h + self.self_attn.o_proj(o.reshape(*o.shape[:-2], -1))
-        return h + self.mlp(self.post_attention_layernorm(h))
+        add = lambda h, x: h + (x if self.residual_multiplier == 1 else x * self.residual_multiplier)
+        x = self.self_attn.o_proj(o.reshape(*o.shape[:-2], -1))
+        if self.norms == "before":
+            h = add(h, x)
+            return add(h, self.mlp(self.post_attention_layernorm(h)))
+        h = add(h, self.post_attention_layernorm(x))
+        x = h if self.pre_feedforward_layernorm is None else self.pre_feedforward_layernorm(h)
+        return add(h, self.post_feedforward_layernorm(self.mlp(x)))
 
     def heads(self, i: jax.Array | int, n: int) -> "Block":
         """The block whose `before` makes group i of n of the query heads, and the kv heads that they read."""
         part, kv = jax.tree.map(lambda w: w, self), min(n, self.num_kv_heads)
         attn = part.self_attn
-        attn.q_proj = attn.q_proj.heads(i, n)
-        attn.k_proj, attn.v_proj = (proj.heads(i * kv // n, kv) for proj in (attn.k_proj, attn.v_proj))
+        attn.q_proj = columns(attn.q_proj, i, n)
+        attn.k_proj, attn.v_proj = (columns(proj, i * kv // n, kv) for proj in (attn.k_proj, attn.v_proj))
+        if self.qk_norm == "all heads":
+            attn.q_norm, attn.k_norm = columns(attn.q_norm, i, n), columns(attn.k_norm, i * kv // n, kv)
         return part
 
 
@@ -139,7 +179,7 @@ def init_params(config: ModelConfig, dtype: DTypeLike, key: jax.Array) -> Params
                      * jnp.asarray(config.initializer_range, dtype)}
     params = {"embed_tokens": table()}
     params["layers"] = nnx.vmap(lambda rngs: Block(config, dtype, rngs))(rngs.fork(split=config.num_layers))
-    params["norm"] = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+    params["norm"] = RMSNorm(config.hidden_size, config, dtype)
     return params if config.tie_word_embeddings else params | {"lm_head": table()}
 
 

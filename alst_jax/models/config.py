@@ -1,6 +1,7 @@
 """The shape of a model."""
 
 import dataclasses
+from typing import Literal
 
 from alst_jax.config import UserError
 from alst_jax.ops.attention import AttentionSpec
@@ -9,15 +10,22 @@ from alst_jax.ops.rope import RopeConfig
 
 @dataclasses.dataclass(frozen=True)
 class LayerKind:
-    """How one layer differs from others of its model, beside its weights. window: see AttentionSpec."""
+    """How one layer differs from others of its model, beside its weights.
+
+    rope: whether queries and keys are turned. table: by which of the model's `ropes`. window: see AttentionSpec.
+    """
 
     rope: bool = True
     window: int | None = None
+    table: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A Llama. D hidden, F ffn, V vocabulary, L layers, N query heads, K kv heads, H head dim."""
+    """A Llama, unless an option says otherwise. What each option does: models/block.py, stack/ends.py.
+
+    D hidden, F ffn, V vocabulary, L layers, N query heads, K kv heads, H head dim.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -35,7 +43,19 @@ class ModelConfig:
     rope: RopeConfig = RopeConfig()
     family: str = "llama"  # model_type in Hugging Face's config.json
     qkv_bias: bool = False  # on the query, key and value projections; attention_bias puts one on the output's too
+    o_bias: bool = False  # on the output projection
     layer_kinds: tuple[LayerKind, ...] = ()  # one a layer; none: all alike
+    more_ropes: tuple[RopeConfig, ...] = ()  # of layers whose kind has a `table` above 0
+    qk_norm: Literal["none", "head", "all heads"] = "none"  # what an RMS norm of queries and keys goes over
+    norms: Literal["before", "after", "both"] = "before"  # of attention and of the MLP
+    norm_offset: float = 0.0  # norms multiply by scale + norm_offset
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    attention_scale: float | None = None  # None: head_dim ** -0.5
+    attention_soft_cap: float | None = None
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0  # of what attention and the MLP add to the residual stream
+    logits_divisor: float = 1.0
+    logits_soft_cap: float | None = None
 
     def __post_init__(self):
         for field in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"):
@@ -47,6 +67,13 @@ class ModelConfig:
             raise UserError(f"head_dim={self.head_dim} must be even: rotary embedding turns pairs")
         if self.layer_kinds and len(self.layer_kinds) != self.num_layers:
             raise UserError(f"{len(self.layer_kinds)} layer kinds for {self.num_layers} layers: one each")
+        if max(kind.table for kind in self.kinds) >= len(self.ropes):
+            raise UserError(f"layer kinds name more rotary embeddings than the {len(self.ropes)} of the model")
+
+    @property
+    def ropes(self) -> tuple[RopeConfig, ...]:
+        """All rotary embeddings; a layer's kind says which it uses."""
+        return self.rope, *self.more_ropes
 
     @property
     def kinds(self) -> tuple[LayerKind, ...]:
@@ -60,7 +87,8 @@ class ModelConfig:
 
     def attention_spec(self, kind: LayerKind) -> AttentionSpec:
         """The attention of a layer of this kind."""
-        return AttentionSpec(window=kind.window)
+        scale = None if self.attention_scale == self.head_dim**-0.5 else self.attention_scale  # more kernels take None
+        return AttentionSpec(scale, kind.window, self.attention_soft_cap)
 
     @property
     def num_params(self) -> int:
@@ -68,21 +96,31 @@ class ModelConfig:
         d, h = self.hidden_size, self.head_dim
         attention = 2 * d * self.num_heads * h + 2 * d * self.num_kv_heads * h
         if self.attention_bias or self.qkv_bias:
-            attention += self.num_heads * h + 2 * self.num_kv_heads * h + (d if self.attention_bias else 0)
+            attention += self.num_heads * h + 2 * self.num_kv_heads * h
+        attention += d if self.attention_bias or self.o_bias else 0
+        norms = (4 if self.norms == "both" else 2) * d
+        norms += {"none": 0, "head": 2 * h, "all heads": (self.num_heads + self.num_kv_heads) * h}[self.qk_norm]
         mlp = 3 * d * self.intermediate_size + (2 * self.intermediate_size + d if self.mlp_bias else 0)
         embeddings = self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
-        return self.num_layers * (attention + mlp + 2 * d) + embeddings + d
+        return self.num_layers * (attention + mlp + norms) + embeddings + d
+
+    def causal_pairs(self, seq_len: int) -> float:
+        """Pairs of a query and a key that attention reads, over all layers. S^2 / 2 in a layer without a window."""
+        full = seq_len**2 / 2
+        pairs = lambda window: full if window is None or window >= seq_len else window * (seq_len - window / 2)
+        return sum(pairs(kind.window) for kind in self.layer_kinds) if self.layer_kinds else self.num_layers * full
 
     def flops_per_sequence(self, seq_len: int) -> float:
         """Model FLOPs of one forward and backward over one sequence, the measure behind MFU.
 
-        6 x matmul parameters x S, plus causal attention: 2 x S^2 x N x H a layer forward (half of the S x S scores) and
-        twice that backward. What is recomputed is not counted. The embedding's row look-up is no matmul.
+        6 x matmul parameters x S, plus causal attention: 4 x N x H for each pair of a query and a key forward (S^2 / 2
+        pairs a layer, fewer with a window) and twice that backward. What is recomputed is not counted. The embedding's row
+        look-up is no matmul.
         """
         d, h = self.hidden_size, self.head_dim
         matmul = self.num_layers * (2 * d * self.num_heads * h + 2 * d * self.num_kv_heads * h + 3 * d * self.intermediate_size)
         matmul += self.vocab_size * d
-        attention = self.num_layers * 2.0 * seq_len**2 * self.num_heads * h
+        attention = 4.0 * self.causal_pairs(seq_len) * self.num_heads * h
         return 6.0 * matmul * seq_len + 3.0 * attention
 
 

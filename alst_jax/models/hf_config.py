@@ -2,15 +2,19 @@
 
 Fields that families share are read here; a family's own fields are read by its file in models/families."""
 
+import dataclasses
 import json
 import math
 import pathlib
 from typing import Any
 
 from alst_jax.config import UserError
-from alst_jax.models.config import ModelConfig
+from alst_jax.models.config import LayerKind, ModelConfig
 from alst_jax.models.families import FAMILIES
 from alst_jax.models.families.family import Family
+from alst_jax.models.families.layer_types import FULL
+from alst_jax.models.families.unsupported import find_family
+from alst_jax.models.hf_rope import read_rope, rope_fields
 from alst_jax.ops.rope import RopeConfig
 
 # Fields with no bearing on what the model computes from tokens.
@@ -19,8 +23,20 @@ HARMLESS = {
     "is_llama_config", "label2id", "model_type", "pad_token_id", "torch_dtype", "transformers_version", "use_cache",
     "rope_interleaved", "keys_to_ignore_at_inference", "task_specific_params", "transformers.js_config", "max_length",
     "default_theta", "_attn_implementation_autoset", "unsloth_fixed", "unsloth_version", "unk_token_id", "sep_token_id",
-    "cls_token_id", "mask_token_id", "decoder_start_token_id",
+    "cls_token_id", "mask_token_id", "decoder_start_token_id", "tokenizer_class", "model_max_length",
+    "max_sequence_length", "_commit_hash", "_attn_implementation", "attn_implementation", "use_flash_attn",
+    "use_flash_attention_2", "pretraining_tp",  # transformers 5 reads this no more; its results differed by rounding
+    # Sampling, which training never does.
+    "do_sample", "temperature", "top_p", "top_k", "typical_p", "max_new_tokens", "min_length", "repetition_penalty",
+    "length_penalty", "num_beams", "num_return_sequences", "num_beam_groups", "diversity_penalty",
+    "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",
+    "output_scores", "return_dict_in_generate", "early_stopping", "bad_words_ids",
+    "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
+    "exponential_decay_length_penalty", "prefix", "cache_implementation",
+    "auto_map",  # the names of remote code, which is never loaded: the architecture decides
 }
+# Fields that transformers reads in some families alone, and these values do nothing in the others.
+WINDOW_FIELDS = {"sliding_window", "use_sliding_window", "max_window_layers"}
 # Fields of every family.
 IMPLEMENTED = {
     "head_dim", "hidden_act", "hidden_size", "initializer_range", "intermediate_size", "max_position_embeddings",
@@ -29,26 +45,18 @@ IMPLEMENTED = {
 }
 # Fields that are not implemented, with the values at which they do nothing; any unknown field may be null or false.
 NEUTRAL = {
-    "attention_dropout": (0, None), "pretraining_tp": (1, None), "partial_rotary_factor": (1.0, None),
+    "attention_dropout": (0, None), "partial_rotary_factor": (1.0, None),
     "chunk_size_feed_forward": (0, None), "is_decoder": (True, False), "return_dict": (True,), "num_labels": (2,),
     "hidden_dropout": (0, None), "residual_dropout": (0, None), "embd_pdrop": (0, None), "problem_type": (None,),
-    "repetition_penalty": (1.0,), "temperature": (1.0,), "output_hidden_states": (True, False),
+    "resid_pdrop": (0, None), "output_hidden_states": (True, False),
     "output_attentions": (False,), "use_return_dict": (True,),
 }
 WHOLE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
          "num_key_value_heads", "head_dim", "max_position_embeddings")
 NUMBERS = ("rms_norm_eps", "initializer_range", "rope_theta")
 FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
+MOST = {"num_hidden_layers": 10_000}  # numbers far from those of any model are mistakes, and some would fill the memory
 NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-ROPE_FIELDS = {  # of rope_parameters, per type: what must be there, what may
-    "default": ((), ()),
-    "linear": (("factor",), ()),
-    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
-    "yarn": (("factor",), ("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
-                           "mscale_all_dim", "truncate")),
-}
-
-ROPE_TYPES = {"original_max_position_embeddings": int, "truncate": bool}  # the others are float
 
 
 def read_config(hf_dir: str | pathlib.Path) -> dict[str, Any]:
@@ -77,7 +85,7 @@ def model_config(hf_dir: str | pathlib.Path) -> ModelConfig:
 
 def parse_config(raw: dict[str, Any], where: str) -> ModelConfig:
     """A ModelConfig from the fields of a config.json; `where` names it in errors."""
-    family = _family(raw, where)
+    family = find_family(raw, FAMILIES, where)
     _check_fields(raw, family, where)
     missing = [name for name in NEEDED if raw.get(name) is None]
     if missing:
@@ -85,18 +93,22 @@ def parse_config(raw: dict[str, Any], where: str) -> ModelConfig:
     _check_types(raw, where)
     heads = raw["num_attention_heads"]
     kv_heads = raw.get("num_key_value_heads", family.defaults.get("num_key_value_heads"))
-    head_dim = raw.get("head_dim")
+    head_dim = raw.get("head_dim", family.defaults.get("head_dim"))
     if head_dim is None and raw["hidden_size"] % heads:
         raise UserError(f"{where}: hidden_size={raw['hidden_size']} is not a multiple of num_attention_heads={heads}, "
                         "and there is no head_dim")
     max_positions = _or_default(raw, "max_position_embeddings", family.defaults.get("max_position_embeddings", 2048))
+    head_dim = head_dim or raw["hidden_size"] // heads
+    options = family.options(raw, where)
+    ropes, kinds = _used(_ropes(raw, family, head_dim, max_positions, where), options.pop("layer_kinds", ()))
     return ModelConfig(
         vocab_size=raw["vocab_size"], hidden_size=raw["hidden_size"], intermediate_size=raw["intermediate_size"],
         num_layers=raw["num_hidden_layers"], num_heads=heads, num_kv_heads=kv_heads or heads,
-        head_dim=head_dim or raw["hidden_size"] // heads, rms_norm_eps=float(_or_default(raw, "rms_norm_eps", 1e-6)),
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        head_dim=head_dim,
+        rms_norm_eps=float(_or_default(raw, "rms_norm_eps", family.defaults.get("rms_norm_eps", 1e-6))),
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings", family.defaults.get("tie_word_embeddings", False))),
         initializer_range=float(_or_default(raw, "initializer_range", 0.02)), max_position_embeddings=max_positions,
-        rope=_rope(raw, max_positions, where), family=family.model_type, **family.options(raw, where))
+        rope=ropes[0], more_ropes=ropes[1:], layer_kinds=kinds, family=family.model_type, **options)
 
 
 def _or_default(raw: dict[str, Any], name: str, default: Any) -> Any:
@@ -110,81 +122,50 @@ def _check_types(raw: dict[str, Any], where: str) -> None:
             raise UserError(f"{where}: {name}={value!r} must be a {'whole ' if name in WHOLE else ''}number")
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"{where}: {name}={value!r} must be above 0")
+        if value is not None and name in WHOLE and value > MOST.get(name, 2**40):
+            raise UserError(f"{where}: {name}={value!r} must be at most {MOST.get(name, 2**40)}: no model is larger")
     for name in FLAGS:
         if not isinstance(raw.get(name, False), bool | None):
             raise UserError(f"{where}: {name}={raw[name]!r} must be true or false")
 
 
-def _family(raw: dict[str, Any], where: str) -> Family:
-    """The family of a config.json. UserError, with all that are supported, for another, and for quantised weights."""
-    kind, family = raw.get("model_type"), FAMILIES.get(str(raw.get("model_type")))
-    architectures = raw.get("architectures") or [family.architecture if family else None]
-    if family is None or not isinstance(architectures, list) or family.architecture not in architectures:
-        supported = ", ".join(f"{each.architecture} (model_type {each.model_type!r})" for each in FAMILIES.values())
-        raise UserError(f"{where}: model_type {kind!r}, architectures {architectures} is not supported; these models "
-                        f"are: {supported}")
-    if raw.get("quantization_config"):
-        raise UserError(f"{where}: quantization_config is set; training needs unquantised weights (bf16, f16 or f32)")
-    return family
-
-
 def _check_fields(raw: dict[str, Any], family: Family, where: str) -> None:
-    unknown = []
+    unknown, known = [], HARMLESS | IMPLEMENTED | family.implemented
+    if "layer_types" not in family.implemented:
+        known = known | WINDOW_FIELDS  # transformers reads no window in this family
+        types = raw.get("layer_types")
+        full = isinstance(types, list) and all(kind == FULL for kind in types)
+        if full and len(types) == raw.get("num_hidden_layers"):
+            known = known | {"layer_types"}
     for name, value in raw.items():
-        if name in HARMLESS | IMPLEMENTED | family.implemented or value is None or value is False:
+        if name in known or value is None or value is False:
             continue
         if name not in NEUTRAL or value not in NEUTRAL[name]:
             unknown.append(f"{name}={value!r}")
-    if raw.get("hidden_act", "silu") not in ("silu", "swish"):
+    if "hidden_act" not in family.implemented and raw.get("hidden_act", "silu") not in ("silu", "swish"):
         unknown.append(f"hidden_act={raw['hidden_act']!r} (silu is)")
     if raw.get("rope_interleaved"):
         unknown.append("rope_interleaved=True")
     if unknown:
         raise UserError(f"{where}: not implemented: {', '.join(unknown)}. Training without would silently give another "
-                        "model; remove the field only if it has no effect on this one")
+                        "model; remove the field only if it has no effect on this one (a dropout: to train without it)")
 
 
-def _rope(raw: dict[str, Any], max_positions: int, where: str) -> RopeConfig:
-    """RoPE settings from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
+def _ropes(raw: dict[str, Any], family: Family, head_dim: int, max_positions: int, where: str) -> list[RopeConfig]:
+    """The rotary embeddings, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
+    read = lambda given, theta: read_rope(given, theta, head_dim, max_positions, where)
+    if family.ropes is not None:
+        return [read(given, theta) for given, theta in family.ropes(raw, where)]
     given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # the order in which transformers looks
-    if not isinstance(given, dict):
-        raise UserError(f"{where}: RoPE settings {given!r} must be a JSON object with rope_type and its fields")
-    given = dict(given)
-    theta = given.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
-    kind = given.pop("rope_type", None) or given.pop("type", None) or "default"
-    given.pop("type", None)
-    if isinstance(theta, bool) or not isinstance(theta, (int, float)):
-        raise UserError(f"{where}: rope_theta={theta!r} must be a number")
-    if not 1 < theta < math.inf:
-        raise UserError(f"{where}: rope_theta={theta!r} must be above 1")
-    if not isinstance(kind, str) or kind not in ROPE_FIELDS:
-        raise UserError(f"{where}: RoPE type {kind!r} is not implemented; these are: {', '.join(ROPE_FIELDS)}")
-    if given.pop("partial_rotary_factor", 1.0) not in (1.0, None):
-        raise UserError(f"{where}: partial_rotary_factor is not implemented")
-    needed, optional = ROPE_FIELDS[kind]
-    if kind == "yarn" and "truncate" in given:
-        given["truncate"] = bool(given["truncate"])  # an explicit null switches it off in transformers
-    missing = [name for name in needed if given.get(name) is None]
-    unknown = [name for name, value in given.items() if name not in needed + optional and value is not None]
-    if kind == "default":
-        unknown = [name for name in unknown if name not in ("factor", "original_max_position_embeddings")]
-    if missing or unknown:
-        kinds = (("lacks", missing), ("has unknown", unknown))
-        problems = [f"{verb} {', '.join(found)}" for verb, found in kinds if found]
-        raise UserError(f"{where}: RoPE of type {kind!r} {' and '.join(problems)}")
-    try:
-        fields = {name: ROPE_TYPES.get(name, float)(given[name]) for name in needed + optional
-                  if given.get(name) is not None}
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: RoPE of type {kind!r}: {error}") from error
-    wrong = [f"{name}={value}" for name, value in fields.items() if name != "truncate" and not 0 < value < math.inf]
-    if wrong:
-        raise UserError(f"{where}: RoPE of type {kind!r}: {', '.join(wrong)} must be above 0")
-    if kind == "llama3" and fields["low_freq_factor"] >= fields["high_freq_factor"]:
-        raise UserError(f"{where}: RoPE of type 'llama3': low_freq_factor must be below high_freq_factor")
-    if "original_max_position_embeddings" in optional:
-        fields.setdefault("original_max_position_embeddings", max_positions)  # as transformers does
-    return RopeConfig(rope_type=kind, theta=float(theta), **fields)
+    return [read(given, raw.get("rope_theta") or family.defaults.get("rope_theta", 10000.0))]
+
+
+def _used(
+    ropes: list[RopeConfig], kinds: tuple[LayerKind, ...]
+) -> tuple[tuple[RopeConfig, ...], tuple[LayerKind, ...]]:
+    """The rotary embeddings that layers use, each once, and the kinds of layers with their numbers among these."""
+    used = tuple(dict.fromkeys(ropes[kind.table] for kind in kinds or (LayerKind(),)))
+    return used, tuple(dataclasses.replace(kind, table=used.index(ropes[kind.table])) for kind in kinds)
 
 
 def record_dtype(hf_dir: str | pathlib.Path, dtype: str) -> None:
@@ -199,17 +180,14 @@ def record_dtype(hf_dir: str | pathlib.Path, dtype: str) -> None:
 def hf_config_dict(config: ModelConfig) -> dict[str, Any]:
     """config.json's fields for a model that is not from Hugging Face. `model_config` reads them back unchanged."""
     family = FAMILIES[config.family]
-    rope = {"rope_type": config.rope.rope_type, "rope_theta": config.rope.theta}
-    for name in sum(ROPE_FIELDS[config.rope.rope_type], ()):
-        if getattr(config.rope, name) is not None:
-            rope[name] = getattr(config.rope, name)
     return {
-        "architectures": [family.architecture], "model_type": family.model_type, "hidden_act": "silu",
+        "architectures": [family.architecture], "model_type": family.model_type,
+        **({} if "hidden_act" in family.implemented else {"hidden_act": "silu"}),
         "vocab_size": config.vocab_size, "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size, "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "rms_norm_eps": config.rms_norm_eps, "tie_word_embeddings": config.tie_word_embeddings,
         "initializer_range": config.initializer_range, "max_position_embeddings": config.max_position_embeddings,
-        "rope_parameters": rope, **family.fields(config),
+        "rope_parameters": rope_fields(config.rope), **family.fields(config),
     }

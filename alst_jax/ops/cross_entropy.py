@@ -1,6 +1,7 @@
 """Next-token loss. The logits of a long sequence are never made at once: 128k tokens of Llama-3 would be 61 GiB of float32."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +20,34 @@ def default_tile(vocab_size: int) -> int:
     return max(128, LOGITS_BYTES // (4 * vocab_size) // 128 * 128)
 
 
+class LogitScaling(NamedTuple):
+    """Logits are soft_cap * tanh(x / soft_cap), x = h @ table.T / divisor; no cap: x."""
+
+    divisor: float = 1.0
+    soft_cap: float | None = None
+
+    def __call__(self, x: Float[Array, "T V"]) -> Float[Array, "T V"]:
+        x = x if self.divisor == 1 else x / self.divisor
+        return x if self.soft_cap is None else self.soft_cap * jnp.tanh(x / self.soft_cap)
+
+    def backward(self, logits: Float[Array, "T V"], dlogits: Float[Array, "T V"]) -> Float[Array, "T V"]:
+        """The gradient of h @ table.T."""
+        if self.soft_cap is not None:
+            dlogits = dlogits * (1 - jnp.square(logits / self.soft_cap))
+        return dlogits if self.divisor == 1 else dlogits / self.divisor
+
+
+AS_THEY_ARE = LogitScaling()
+
+
 def cross_entropy(
-    h: Float[Array, "T D"], table: Float[Array, "V D"], labels: Int[Array, "T"]
+    h: Float[Array, "T D"], table: Float[Array, "V D"], labels: Int[Array, "T"], scaling: LogitScaling = AS_THEY_ARE
 ) -> Float[Array, ""]:
-    """Sum of -log softmax(h @ table.T)[label] over the labels that are not IGNORED, float32; all logits at once."""
-    return jnp.sum(_token_losses(_logits(h, table), labels)[0])
+    """Sum of -log softmax(logits)[label] over the labels that are not IGNORED, float32; all logits at once.
+
+    logits: scaling(h @ table.T).
+    """
+    return jnp.sum(_token_losses(scaling(_logits(h, table)), labels)[0])
 
 
 def _logits(h, table):
@@ -40,40 +64,42 @@ def _token_losses(logits, labels):
 
 
 def tiled_cross_entropy(
-    h: Float[Array, "T D"], table: Float[Array, "V D"], labels: Int[Array, "T"], tile: int
+    h: Float[Array, "T D"], table: Float[Array, "V D"], labels: Int[Array, "T"], tile: int,
+    scaling: LogitScaling = AS_THEY_ARE,
 ) -> Float[Array, ""]:
     """`cross_entropy`, `tile` tokens at a time; when differentiated, each tile's gradients are made with its logits.
 
     So logits are computed once and never kept. The loss is a sum, not a mean: a tile with few valid labels weighs
     little, one with none gives exactly 0. The gradient of the table is summed over tiles in float32.
     """
-    return _tiled_cross_entropy(tile, h, vary_like(table, h), labels)
+    return _tiled_cross_entropy(tile, scaling, h, vary_like(table, h), labels)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _tiled_cross_entropy(tile, h, table, labels):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _tiled_cross_entropy(tile, scaling, h, table, labels):
     table = table.astype(h.dtype)  # once, not for each tile
 
     def body(total, _, rows):
         h_tile, labels_tile = rows
-        return total + jnp.sum(_token_losses(_logits(h_tile, table), labels_tile)[0]), ()
+        return total + jnp.sum(_token_losses(scaling(_logits(h_tile, table)), labels_tile)[0]), ()
 
     zero = vary_like(jnp.zeros((), accumulation_dtype(h.dtype)), h, table, labels)
     return stream(body, zero, written=(), read=(h, labels), rows=tile)[0]
 
 
-def _fwd(tile, h, table, labels):
+def _fwd(tile, scaling, h, table, labels):
     trained = table.perturbed  # a frozen table has no gradient, and no sum over tiles
     h, table, labels = h.value, table.value, labels.value
     narrow = table.astype(h.dtype)  # once, not for each tile
 
     def body(carry, _, rows):
         (total, dtable), (h_tile, labels_tile) = carry, rows
-        logits = _logits(h_tile, narrow)
+        logits = scaling(_logits(h_tile, narrow))
         losses, log_normaliser = _token_losses(logits, labels_tile)
         is_label = labels_tile[:, None] == jnp.arange(logits.shape[1])[None, :]
         valid = (labels_tile != IGNORED)[:, None]
-        dlogits = jnp.where(valid, jnp.exp(logits - log_normaliser[:, None]) - is_label, 0).astype(h.dtype)
+        dlogits = jnp.where(valid, jnp.exp(logits - log_normaliser[:, None]) - is_label, 0)
+        dlogits = scaling.backward(logits, dlogits).astype(h.dtype)
         dh = dlogits @ narrow
         if trained:
             dtable += jax.lax.dot_general(
@@ -87,7 +113,7 @@ def _fwd(tile, h, table, labels):
     return total, (dh, dtable.astype(table.dtype) if trained else None)
 
 
-def _bwd(tile, residuals, dtotal):
+def _bwd(tile, scaling, residuals, dtotal):
     return *jax.tree.map(lambda d: (d * dtotal).astype(d.dtype), residuals), None
 
 

@@ -4,35 +4,47 @@ import dataclasses
 import math
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-MAX_POSITION = 2**24  # positions become float32 before they meet a frequency: above this, neighbours would coincide
+MAX_POSITION = 2**24  # the angles of positions are right to 0.003 radians below this
+STRIDE = 4096  # positions below this meet their frequency in one product, as in transformers
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
     """Rotary position embedding. Field names and meanings are those of Hugging Face's `rope_parameters`."""
 
-    rope_type: Literal["default", "linear", "llama3", "yarn"] = "default"
+    rope_type: Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"] = "default"
     theta: float = 10000.0
     factor: float = 1.0
     original_max_position_embeddings: int | None = None
+    max_position_embeddings: int | None = None  # of the model; dynamic
     low_freq_factor: float | None = None  # llama3
     high_freq_factor: float | None = None  # llama3
-    attention_factor: float | None = None  # yarn
+    attention_factor: float | None = None  # yarn, longrope
     beta_fast: float | None = None  # yarn
     beta_slow: float | None = None  # yarn
     mscale: float | None = None  # yarn
     mscale_all_dim: float | None = None  # yarn
     truncate: bool = True  # yarn
+    short_factor: tuple[float, ...] | None = None  # longrope
+    long_factor: tuple[float, ...] | None = None  # longrope
+
+    @property
+    def needs_length(self) -> bool:
+        """Whether the frequencies depend on the length of the batch's longest document."""
+        return self.rope_type in ("dynamic", "longrope")
 
 
-def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
-    """Frequencies float32[H/2] in radians a token, and the factor that multiplies cos and sin (1 except for yarn)."""
-    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    plain = (1.0 / np.float32(rope.theta) ** exponent).astype(np.float32)
+def inverse_frequencies(
+    rope: RopeConfig, head_dim: int, length: jax.Array | int | None = None
+) -> tuple[np.ndarray | jax.Array, float]:
+    """Frequencies float32[H/2] in radians a token, and the factor that multiplies cos and sin (1 except for yarn and
+    longrope). length: the highest position + 1, of all tokens of a batch; only dynamic and longrope read it."""
+    plain = _plain(rope, head_dim)
     if rope.rope_type == "default":
         return plain, 1.0
     if rope.rope_type == "linear":
@@ -41,6 +53,10 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, fl
         return _llama3(rope, plain), 1.0
     if rope.rope_type == "yarn":
         return _yarn(rope, plain, head_dim), _yarn_attention_factor(rope)
+    if rope.rope_type == "dynamic":
+        return _dynamic(rope, head_dim, length), 1.0
+    if rope.rope_type == "longrope":
+        return _by_length(rope, _longrope(rope, head_dim), length), _longrope_attention_factor(rope)
     raise ValueError(f"rope_type {rope.rope_type!r}")
 
 
@@ -84,13 +100,72 @@ def _yarn_attention_factor(rope: RopeConfig) -> float:
     return mscale(1.0)
 
 
+def _exponent(head_dim: int) -> np.ndarray:
+    return np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+
+
+def _plain(rope: RopeConfig, head_dim: int) -> np.ndarray:
+    return (1.0 / np.float32(rope.theta) ** _exponent(head_dim)).astype(np.float32)
+
+
+def _dynamic(rope: RopeConfig, head_dim: int, length: jax.Array | int) -> jax.Array:
+    """NTK-aware scaling by the length: past the model's own, theta grows with it."""
+    length = jnp.maximum(length, rope.max_position_embeddings).astype(jnp.float32)
+    growth = rope.factor * length / rope.max_position_embeddings - (rope.factor - 1)
+    return 1.0 / (rope.theta * growth ** (head_dim / (head_dim - 2))) ** _exponent(head_dim)
+
+
+def _longrope(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """The frequencies of short and of long sequences."""
+    return tuple(_plain(rope, head_dim) / np.float32(factors) for factors in (rope.short_factor, rope.long_factor))
+
+
+def _by_length(rope: RopeConfig, short_and_long: tuple, length: jax.Array | int) -> jax.Array:
+    short, long = short_and_long
+    return jnp.where(length > rope.original_max_position_embeddings, long, short)
+
+
+def _longrope_attention_factor(rope: RopeConfig) -> float:
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    if rope.factor <= 1:
+        return 1.0
+    return math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_max_position_embeddings))
+
+
 def rope_tables(
-    rope: RopeConfig, head_dim: int, positions: Int[Array, "B T"]
+    rope: RopeConfig, head_dim: int, positions: Int[Array, "B T"], length: jax.Array | None = None
 ) -> tuple[Float[Array, "B T 1 H2"], Float[Array, "B T 1 H2"]]:
-    """cos and sin, float32, for the positions of the local tokens (counted from the start of their document)."""
-    frequencies, factor = inverse_frequencies(rope, head_dim)
-    angles = positions[:, :, None, None].astype(jnp.float32) * jnp.asarray(frequencies)[None, None, None, :]
-    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+    """cos and sin, float32, for the positions of the local tokens (counted from the start of their document).
+
+    length: the highest position of the whole batch + 1; None: of these tokens.
+    """
+    if length is None and rope.needs_length:
+        length = jnp.max(positions) + 1
+    frequencies, factor = inverse_frequencies(rope, head_dim, length)
+    if rope.rope_type == "longrope":  # two sets of frequencies, of which the length chooses
+        coarse = _by_length(rope, tuple(map(_coarse, _longrope(rope, head_dim))), length)
+    else:
+        coarse = None if rope.rope_type == "dynamic" else _coarse(frequencies)
+    cos, sin = _cos_sin(positions[:, :, None, None], frequencies, coarse)
+    return cos * factor, sin * factor
+
+
+def _coarse(frequencies: np.ndarray) -> np.ndarray:
+    """The angles, modulo a whole turn, of STRIDE positions."""
+    return np.remainder(STRIDE * frequencies.astype(np.float64), 2 * math.pi).astype(np.float32)
+
+
+def _cos_sin(positions, frequencies, coarse):
+    """cos and sin of position x frequency. A product in float32 is off by whole radians at millions of tokens, so its
+    multiples of STRIDE positions are turned apart, by `coarse` (None: not known at compile time)."""
+    angle = lambda whole, by: whole.astype(jnp.float32) * jnp.asarray(by)[None, None, None, :]
+    if coarse is None:
+        angles = angle(positions, frequencies)
+        return jnp.cos(angles), jnp.sin(angles)
+    fine, far = angle(positions % STRIDE, frequencies), angle(positions // STRIDE, coarse)
+    cos, sin, far_cos, far_sin = jnp.cos(fine), jnp.sin(fine), jnp.cos(far), jnp.sin(far)
+    return cos * far_cos - sin * far_sin, sin * far_cos + cos * far_sin
 
 
 def apply_rope(

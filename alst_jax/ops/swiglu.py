@@ -1,4 +1,4 @@
-"""The gated activation of Llama's MLP."""
+"""Gated activations of the MLP."""
 
 import jax
 from jaxtyping import Array, Float
@@ -28,3 +28,11 @@ def _bwd(residuals, dy):
 
 
 swiglu.defvjp(lambda gate, up: (swiglu(gate, up), (gate, up)), _bwd)
+
+
+def geglu(gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
+    """gelu(gate) * up with the tanh approximation, in float32 or wider inside, returned in the dtype of gate."""
+    return _wide(lambda gate, up: jax.nn.gelu(gate, approximate=True) * up, gate, up).astype(gate.dtype)
+
+
+GATED = {"silu": swiglu, "gelu_tanh": geglu}  # by `ModelConfig.activation`

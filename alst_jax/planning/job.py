@@ -129,7 +129,7 @@ class Sizes:
     statistics: int  # float32 [B, T, N], of a kernel that returns them
     layer: int  # one layer's weights, gathered
     table: int  # the head's table, gathered
-    rope: int  # both tables, float32
+    rope: int  # both tables of each rotary embedding, float32
 
     @staticmethod
     def of(job: Job) -> "Sizes":
@@ -140,7 +140,7 @@ class Sizes:
             kv=per_token(model.num_kv_heads * model.head_dim),
             statistics=tokens * model.num_heads * 4 if job.profile.attention != "xla" else 0,
             layer=job.parameters.layer * job.width, table=job.parameters.head * job.width,
-            rope=tokens * model.head_dim * 4)
+            rope=tokens * model.head_dim * 4 * len(model.ropes))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,8 +48,11 @@ def seconds(job: Job, cluster: Cluster) -> dict[str, float]:
     projections = d * (model.num_heads + 2 * model.num_kv_heads) * h
     others = d * model.num_heads * h + 3 * d * model.intermediate_size  # output projection and MLP
     products = passes.projections * projections + passes.after_attention * others
+    if model.qk_norm == "all heads" and job.profile.head_chunks > 1:  # the mean squares of all heads, apart
+        squares = passes.attention_forward + model.num_layers
+        products += squares * d * (model.num_heads + model.num_kv_heads) * h
     products += 2 * model.num_layers * (projections + others) + 3 * model.vocab_size * d
-    attention = 2.0 * job.length**2 * model.num_heads * h * rows / job.sp
+    attention = 4.0 * model.causal_pairs(job.length) / model.num_layers * model.num_heads * h * rows / job.sp  # a layer
     speed = lambda which: attention_speed(job.profile.attention, which, job.length, machine.peak_flops)
     width = 1 if job.width == 2 else 16  # float32 products do not use the same units
     terms = {

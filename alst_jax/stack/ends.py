@@ -8,12 +8,13 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from alst_jax.models.block import Params, Tokens
 from alst_jax.models.config import ModelConfig
 from alst_jax.models.tree import combine
-from alst_jax.ops.cross_entropy import cross_entropy, default_tile, tiled_cross_entropy
+from alst_jax.ops.cross_entropy import LogitScaling, cross_entropy, default_tile, tiled_cross_entropy
 from alst_jax.ops.linear import embed
 from alst_jax.parallel.mesh import AXES, SEQ
 from alst_jax.parallel.sharding import drop_layer_dim, gather, is_spec
@@ -38,7 +39,7 @@ class Model:
     def loss(self, trained: Params, frozen: Params, batch: Batch, scale: jax.Array) -> jax.Array:
         """scale x the loss summed over the valid labels of all devices, from local shards."""
         ends = combine(self.ends(trained), self.ends(frozen))
-        tokens, layers = Tokens.of(self.config, batch.positions), Weights(trained["layers"], frozen["layers"])
+        tokens, layers = self.tokens(batch.positions), Weights(trained["layers"], frozen["layers"])
         # Brought to the device once: the sum of a tied table's two gradients is no work for the host.
         table = self.on_device(ends["embed_tokens"])
         h_BTD = self.embed(table["embedding"], batch.tokens)
@@ -78,7 +79,15 @@ class Model:
     def embed(self, table: jax.Array, tokens: jax.Array) -> jax.Array:
         """h[B, T, D], from the embedding's shards on the device and token numbers[B, T]."""
         table_VD = self._gather(table, self.specs["embed_tokens"]["embedding"])
-        return embed(table_VD, tokens, self.profile.compute_dtype)
+        h_BTD, multiplier = embed(table_VD, tokens, self.profile.compute_dtype), self.config.embedding_multiplier
+        return h_BTD if multiplier == 1 else h_BTD * jnp.asarray(multiplier, h_BTD.dtype)
+
+    def tokens(self, positions: jax.Array) -> Tokens:
+        """What the tokens bring, from their positions [B, T] in their documents."""
+        length = None
+        if any(rope.needs_length for rope in self.config.ropes):
+            length = lax.pmax(jnp.max(positions) + 1, AXES)
+        return Tokens.of(self.config, positions, length)
 
     @jax.named_scope("loss")
     def head_loss(self, h_BTD: jax.Array, ends: Params, labels_BT: jax.Array, scale: jax.Array) -> jax.Array:
@@ -89,11 +98,12 @@ class Model:
         h_BTD, table = gradient_first(h_BTD, ends[head]["embedding"])  # its float32 sums do not outlive the loss
         table_VD = self._gather(table, self.specs[head]["embedding"])
         h_TD, labels_T = h_BTD.reshape(-1, h_BTD.shape[-1]), labels_BT.reshape(-1)
+        scaling = LogitScaling(self.config.logits_divisor, self.config.logits_soft_cap)
         if self.profile.loss_tile is None:
-            total = cross_entropy(h_TD, table_VD, labels_T)
+            total = cross_entropy(h_TD, table_VD, labels_T, scaling)
         else:
             tile = self.profile.loss_tile or default_tile(self.config.vocab_size)
-            total = tiled_cross_entropy(h_TD, table_VD, labels_T, tile)
+            total = tiled_cross_entropy(h_TD, table_VD, labels_T, tile, scaling)
         return lax.psum(total * scale, AXES)
 
     def _gather(self, shard, spec):

@@ -122,6 +122,11 @@ class Layer:
 
     # ------------------------------------------------------------------------------------------------------ internals
 
+    @property
+    def shares_squares(self) -> bool:
+        """Whether a group of heads needs `Block.mean_squares` of all heads."""
+        return self.sequence.chunks > 1 and self.model.qk_norm == "all heads"
+
     def by_kind(self, number: Array | int) -> Callable:
         """apply(fn) = fn(kind of the layer `number`). Where layers differ, the compiled program has one branch a kind."""
         kinds = self.model.kinds
@@ -141,11 +146,17 @@ class Layer:
         before, chunks = self._half(weights.block, "before")[0], self.sequence.chunks
         read = tuple(map(token_rows, (h_BTD, *tokens)))
 
+        def in_tiles(one, read):
+            places = tuple(zeros_after(h_BTD, x.shape, x.dtype) for x in jax.eval_shape(one, read))
+            body = lambda _, written, rows: ((), one(rows))
+            return stream(body, (), written=places, read=read, rows=self._rows(h_BTD))[1]
+
+        if self.shares_squares:
+            read += in_tiles(lambda rows: _widen(before).mean_squares(rows[0]), read[:1])
+
         def project(i):
             block = before if chunks == 1 else before.heads(i, chunks)
-            one = lambda rows: _widen(block).before(rows[0], Tokens(*rows[1:]), kind)
-            places = tuple(zeros_after(h_BTD, x.shape, x.dtype) for x in jax.eval_shape(one, read))
-            _, qkv = stream(lambda _, written, rows: ((), one(rows)), (), written=places, read=read, rows=self._rows(h_BTD))
+            qkv = in_tiles(lambda rows: _widen(block).before(rows[0], Tokens(*rows[1:3]), kind, rows[3:]), read)
             return tuple(x.reshape(*h_BTD.shape[:2], *x.shape[1:]) for x in qkv)
 
         return project

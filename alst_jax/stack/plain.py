@@ -43,11 +43,13 @@ def apply_block(layer: Layer, kind, h: jax.Array, weights: Weights, tokens: Toke
     block, chunks = weights.block, layer.sequence.chunks
     tile = layer.tile and even_tile(h.shape[0] * h.shape[1], layer.tile)
     h_TD, rows = token_rows(h), tuple(map(token_rows, tokens))
+    squares = tiled(lambda h, block: block.mean_squares(h), h_TD, block, tile=tile) if layer.shares_squares else ()
 
     def project(i):
         part = block if chunks == 1 else block.heads(i, chunks)
-        before = lambda h, block, *rows: block.before(h, Tokens(*rows), kind)
-        qkv = tiled(before, h_TD, part, *rows, tile=tile)
+        before = lambda h_and_squares, block, *rows: block.before(
+            h_and_squares[0], Tokens(*rows), kind, h_and_squares[1:])
+        qkv = tiled(before, (h_TD, *squares), part, *rows, tile=tile)
         return tuple(x.reshape(*h.shape[:2], *x.shape[1:]) for x in qkv)
 
     o, _ = layer.sequence.attend(project, layer.model.attention_spec(kind), h)

@@ -3,6 +3,7 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from alst_jax.config import UserError
 from alst_jax.models.config import ModelConfig
 from alst_jax.models.hf_config import hf_config_dict, model_config, parse_config
-from alst_jax.ops.rope import RopeConfig, inverse_frequencies
+from alst_jax.ops.rope import RopeConfig, inverse_frequencies, rope_tables
 
 BASE = dict(
     model_type="llama", architectures=["LlamaForCausalLM"], vocab_size=96, hidden_size=64, intermediate_size=96,
@@ -77,9 +78,10 @@ def test_the_rope_cases_differ():
     assert not np.allclose(seen["yarn"], seen["yarn, null truncation"], rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "longrope", "proportional", "su"])
+@pytest.mark.parametrize("kind", ["proportional", "su"])
 def test_other_rope_types_are_refused_with_what_works(kind):
-    with pytest.raises(UserError, match=f"RoPE type '{kind}' is not implemented; these are: default, linear, llama3, yarn"):
+    with pytest.raises(UserError, match=f"RoPE type '{kind}' is not implemented; these are: default, linear, dynamic, llama3, "
+                       "yarn, longrope"):
         parse(rope_parameters=dict(rope_type=kind, rope_theta=1e4, factor=2.0))
 
 
@@ -95,6 +97,63 @@ def test_other_rope_types_are_refused_with_what_works(kind):
 def test_wrong_rope_settings_are_refused(rope, message):
     with pytest.raises(UserError, match=message):
         parse(rope_parameters=rope)
+
+
+@pytest.mark.parametrize("rope, message", [
+    (dict(rope_type="llama3", type="linear", factor=2.0), "contradict each other: rope_type='llama3', type='linear'"),
+    (dict(rope_type="longrope", short_factor=[1.0] * 7, long_factor=[1.0] * 8), "short_factor has 7 numbers.*needs 8"),
+    (dict(rope_type="longrope", short_factor=[1.0] * 8, long_factor=[1.0] * 7 + [0]), "long_factor=.* must be above 0"),
+    (dict(rope_type="dynamic", factor=0.5), "factor=0.5 must be at least 1"), (dict(rope_type="dynamic"), "lacks factor"),
+    (dict(rope_type="yarn", factor=2.0, beta_fast=1, beta_slow=2), "beta_fast must not be below beta_slow"),
+])
+def test_rope_settings_that_contradict_each_other_are_refused(rope, message):
+    with pytest.raises(UserError, match=message):
+        parse(rope_parameters=rope)
+
+
+LENGTHS = {
+    "dynamic": dict(rope_type="dynamic", rope_theta=1e4, factor=3.0),
+    "longrope": dict(rope_type="longrope", rope_theta=1e4, original_max_position_embeddings=1024,
+                     short_factor=[1.0 + i / 9 for i in range(8)], long_factor=[2.0 + i for i in range(8)]),
+    "longrope, factor": dict(rope_type="longrope", original_max_position_embeddings=1024, factor=16.0,
+                             short_factor=[1.0] * 8, long_factor=[4.0] * 8),
+    "longrope, attention factor": dict(rope_type="longrope", original_max_position_embeddings=1024, attention_factor=1.7,
+                                       short_factor=[1.0] * 8, long_factor=[4.0] * 8),
+}
+
+
+@pytest.mark.parametrize("rope", LENGTHS.values(), ids=LENGTHS)
+def test_rope_that_depends_on_the_length_is_that_of_transformers(rope):
+    """cos and sin of a short sequence, of one past the original length, of one past the model's length."""
+    theirs = LlamaRotaryEmbedding(LlamaConfig.from_dict(BASE | dict(rope_parameters=dict(rope))))
+    config = parse(rope_parameters=rope)
+    assert parse_config(json.loads(json.dumps(hf_config_dict(config))), "config.json") == config
+    seen = []
+    for length in (1000, 1025, 9000):
+        at = np.array([[0, 1, 7, length - 1]], np.int32)
+        ours = rope_tables(config.rope, 16, jnp.asarray(at))
+        for one, other in zip(ours, theirs(torch.zeros(1), torch.tensor(at).long()), strict=True):
+            np.testing.assert_allclose(one[0, :3, 0], other[0, :3, :8], atol=1e-5)
+            np.testing.assert_allclose(one[0, 3, 0], other[0, 3, :8], atol=length * 2.0**-23)
+        seen.append(np.asarray(ours[0][0, 1:3]))
+    assert not np.allclose(seen[0], seen[2], atol=1e-3)  # the length matters
+    # The length may also be that of a whole batch, of which these tokens are a part.
+    np.testing.assert_array_equal(rope_tables(config.rope, 16, jnp.asarray(at[:, :3]), jnp.int32(9000))[0][:, 1:],
+                                  seen[2][None])
+
+
+@pytest.mark.parametrize("rope", [ROPES["legacy theta"], ROPES["legacy llama3"], ROPES["yarn, betas"],
+                                  dict(rope_parameters=LENGTHS["longrope"])], ids=str)
+def test_positions_up_to_16_million_in_float64(rope):
+    """Angles are right to 0.003 radians. Those of a product in float32, in the last line, are not."""
+    config = parse(**rope)
+    at = np.array([[0, 4095, 4096, 131071, 2**20 + 1, 2**23 + 4097, 2**24 - 1]], np.int32)
+    frequencies, factor = inverse_frequencies(config.rope, 16, 2**24)
+    exact = at[0, :, None].astype(np.float64) * np.asarray(frequencies, np.float64)
+    for ours, of in zip(rope_tables(config.rope, 16, jnp.asarray(at)), (np.cos, np.sin), strict=True):
+        assert np.abs(np.asarray(ours)[0, :, 0] / factor - of(exact)).max() < 0.003
+    product = at[0, :, None].astype(np.float32) * np.asarray(frequencies, np.float32)
+    assert np.abs(np.cos(product.astype(np.float64)) - np.cos(exact)).max() > 0.01
 
 
 def test_what_transformers_saves_is_read(tmp_path):
@@ -128,15 +187,24 @@ def test_written_and_read_back_unchanged(rope):
 
 
 @pytest.mark.parametrize("fields, message", [
-    (dict(model_type="mistral", architectures=["MistralForCausalLM"]), "model_type 'mistral'.*MistralForCausalLM.*not supp"),
+    (dict(model_type="phi3", architectures=["Phi3ForCausalLM"]), "model_type 'phi3'.*Phi3ForCausalLM.*not supp.*: it has "
+     "fused projections and a partial rotary embedding; the closest supported family is llama; these models are"),
+    (dict(model_type="qwen3_moe"), "it has routed experts; the closest supported family is qwen3;"),
+    (dict(model_type="qwen3_next"), "it has linear attention and routed experts; the closest supported family is qwen3;"),
+    (dict(model_type="mystery", n_routed_experts=64), r"routed experts \(n_routed_experts=64\)"),
+    (dict(model_type="mystery", auto_map={"AutoModelForCausalLM": "modeling.Mystery"}), "auto_map.*never executed"),
+    (dict(model_type="llama9"), "the closest supported family is llama;"),
+    (dict(num_local_experts=8), r"not implemented: routed experts \(num_local_experts=8\)"),
+    (dict(layer_types=["linear_attention", "full_attention"]), "linear attention"),
+    (dict(text_config=dict(model_type="llama"), model_type="llava"), "text_config: this checkpoint .model_type 'llava'"),
     (dict(model_type="qwen2"), "model_type 'qwen2'"),
     (dict(architectures=["LlamaForSequenceClassification"]), "LlamaForSequenceClassification.*not supported"),
     (dict(quantization_config=dict(quant_method="gptq")), "quantization_config is set; training needs unquantised"),
     (dict(hidden_act="gelu"), "not implemented: hidden_act='gelu'"),
     (dict(attention_dropout=0.1), "not implemented: attention_dropout=0.1"),
-    (dict(pretraining_tp=2), "not implemented: pretraining_tp=2"),
+    (dict(layer_types=["sliding_attention", "full_attention"]), "not implemented: layer_types="),
     (dict(partial_rotary_factor=0.5), "not implemented: partial_rotary_factor=0.5"),
-    (dict(sliding_window=4096), "not implemented: sliding_window=4096"),
+    (dict(rope_parameters=dict(rope_type="yarn", factor=4.0, finetuned=True)), "'yarn' has unknown finetuned"),
     (dict(some_new_field=3), "not implemented: some_new_field=3"),
     (dict(original_max_position_embeddings=1024), "not implemented: original_max_position_embeddings=1024"),
     (dict(rope_interleaved=True), "rope_interleaved=True"),
@@ -154,7 +222,11 @@ def test_what_is_not_implemented_is_refused_by_name(fields, message):
 
 @pytest.mark.parametrize("fields", [
     dict(attention_dropout=0.0), dict(pretraining_tp=1), dict(hidden_act="silu"), dict(partial_rotary_factor=1.0),
-    dict(sliding_window=None), dict(some_switch=False), dict(use_cache=True), dict(torch_dtype="bfloat16"),
+    dict(sliding_window=None), dict(sliding_window=4096), dict(layer_types=["full_attention"] * 2), dict(pretraining_tp=2),
+    dict(pretraining_tp=4), dict(max_sequence_length=2048), dict(_commit_hash="e1"), dict(do_sample=True, temperature=0.6,
+    top_p=0.9, max_new_tokens=9), dict(tokenizer_class="LlamaTokenizer", model_max_length=4096),
+    dict(_attn_implementation="sdpa", use_flash_attn=True), dict(auto_map={"AutoModel": "modeling_llama.LlamaModel"}),
+    dict(some_switch=False), dict(use_cache=True), dict(torch_dtype="bfloat16"),
     dict(max_position_embeddings=None) | dict(rms_norm_eps=1e-5), dict(initializer_range=None),
 ])
 def test_neutral_values_are_accepted(fields):

@@ -15,6 +15,7 @@ class Family:
     ModelConfig from these fields; UserError, which begins with `where`, for a value that is not implemented.
     fields(ModelConfig) -> these fields again. keys: names of a block's parameter -> pattern of its Hugging Face name,
     with {} for the layer. defaults: of fields that config.json may leave out, where they are not Llama's.
+    ropes(config.json, where) -> (settings, base if they have none) of each rotary embedding, where layers have several.
     """
 
     model_type: str
@@ -24,3 +25,4 @@ class Family:
     fields: Callable[[ModelConfig], dict[str, Any]]
     keys: dict[tuple[str, ...], str]
     defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
+    ropes: Callable[[dict[str, Any], str], list[tuple[Any, Any]]] | None = None

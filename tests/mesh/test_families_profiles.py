@@ -1,0 +1,99 @@
+# pytest tests/mesh/test_families_profiles.py
+"""Each family with every feature of a memory profile on meshes equals itself without any: loss, gradients, weights."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alst_jax.models.block import init_params
+from alst_jax.models.families import FAMILIES
+from alst_jax.models.hf_config import parse_config
+from alst_jax.profile import Profile
+from tests.helpers import PLAIN, assert_trees_close, make_step, random_batch, tiny, train
+
+SHAPE = dict(vocab_size=96, hidden_size=40, intermediate_size=56, num_hidden_layers=3, num_attention_heads=8,
+             num_key_value_heads=2, head_dim=8, max_position_embeddings=64)
+SLIDING, FULL = "sliding_attention", "full_attention"
+WINDOWS = dict(layer_types=[SLIDING, FULL, SLIDING], sliding_window=20)  # shards of 16 or 32 tokens: over their borders
+TWO_ROPES = WINDOWS | dict(rope_parameters={FULL: dict(rope_type="linear", factor=4.0, rope_theta=1e4),
+                                            SLIDING: dict(rope_type="default", rope_theta=1e3)})
+FIELDS = {
+    "llama": dict(rope_scaling=dict(rope_type="dynamic", factor=2.0), max_position_embeddings=32),
+    "qwen2": WINDOWS | dict(use_sliding_window=True), "qwen3": {}, "mistral": dict(sliding_window=20),
+    "seed_oss": dict(attention_out_bias=True), "smollm3": dict(no_rope_layer_interval=2),
+    "granite": dict(embedding_multiplier=3.0, attention_multiplier=0.3, residual_multiplier=0.4, logits_scaling=7.0),
+    "olmo2": {}, "olmo3": TWO_ROPES,
+    "gemma3_text": TWO_ROPES | dict(query_pre_attn_scalar=11, final_logit_softcapping=1.5),
+}
+EVERYTHING = dict(loss_tile=7, mlp_tile=5, remat=True, offload_activations=True, offload_weights=True, offload_optimizer=True,
+                  keep_attention_on_host=1)
+PROFILES = {
+    "dp 2, sp 2": ((2, 2), dict(segment_layers=(2, 1), head_chunks=4, **EVERYTHING)),
+    "sp 4": ((1, 4), dict(segment_layers=(3,), head_chunks=2, **EVERYTHING)),
+}
+
+
+def model_of(family):
+    raw = SHAPE | FIELDS[family] | dict(model_type=family, architectures=[FAMILIES[family].architecture])
+    return parse_config(raw, "config.json")
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """family -> its training without features, computed once."""
+    done = {}
+
+    def of(family):
+        if family not in done:
+            model = model_of(family)
+            done[family] = train(make_step(model, profile=PLAIN), random_batch(model), steps=2)
+        return done[family]
+
+    return of
+
+
+def test_all_families_are_here():
+    assert FIELDS.keys() == FAMILIES.keys()
+
+
+@pytest.mark.parametrize("family", FIELDS)
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_feature_changes_nothing(plain, family, profile):
+    mesh, changes = PROFILES[profile]
+    model = model_of(family)
+    losses, gradients, weights = train(
+        make_step(model, *mesh, profile=dataclasses.replace(PLAIN, **changes)), random_batch(model), steps=2)
+    expected = plain(family)
+    np.testing.assert_allclose(losses, expected[0], rtol=1e-5)
+    assert_trees_close(gradients, expected[1], 1e-4)
+    assert_trees_close(weights, expected[2], 1e-4)
+
+
+@pytest.mark.parametrize("changes", [dict(remat=False), dict(stack="plain", remat=True, mlp_tile=5)], ids=str)
+def test_norms_over_all_heads_in_groups_of_heads_without_the_own_backward_pass(plain, changes):
+    """JAX differentiates the mean squares of all heads through each group of heads."""
+    model = model_of("olmo2")
+    losses, gradients, _ = train(
+        make_step(model, 1, 2, profile=dataclasses.replace(PLAIN, head_chunks=4, **changes)), random_batch(model), steps=1)
+    np.testing.assert_allclose(losses, plain("olmo2")[0][:1], rtol=1e-5)
+    assert_trees_close(gradients, plain("olmo2")[1], 1e-4)
+
+
+# One option each, changed in a model that has none: each changes the loss, so that none is dropped on the way.
+OPTIONS = [
+    dict(qk_norm="head"), dict(qk_norm="all heads"), dict(norms="after"), dict(norms="both"), dict(activation="gelu_tanh"),
+    dict(embedding_multiplier=3.0), dict(residual_multiplier=0.4), dict(logits_divisor=0.1), dict(logits_soft_cap=0.1),
+    dict(attention_scale=5.0), dict(attention_soft_cap=0.01, attention_scale=5.0)]
+
+
+def test_each_option_changes_the_loss():
+    def loss(option):
+        step = make_step(tiny(initializer_range=0.3, num_layers=1, **option), profile=Profile())
+        params = step.split(init_params(step.model, jnp.float32, jax.random.key(0)))
+        return float(step.loss(*params, step.put_batch(**random_batch()), jnp.float32(0.01)))
+
+    losses = [loss(option) for option in [{}, *OPTIONS]]
+    assert len({round(loss, 4) for loss in losses}) == len(losses), losses

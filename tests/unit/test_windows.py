@@ -1,0 +1,109 @@
+# pytest tests/unit/test_windows.py
+"""Windows of attention: their border is transformers', and the kernel in XLA reads no keys outside of them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from alst_jax.hardware.machines import parse_cluster
+from alst_jax.models.config import LayerKind
+from alst_jax.models.hf_config import parse_config
+from alst_jax.ops.attention import AttentionSpec, attention_backward, attention_forward, xla
+from alst_jax.planning.job import Job
+from alst_jax.planning.seconds import seconds
+from alst_jax.profile import Profile
+from tests.helpers import relative_error, tiny
+
+
+DOCUMENTS = [0, 7, 7, 60, 101, 202]
+
+
+def arrays(length, batch=2, heads=4, kv_heads=2):
+    make = lambda seed, n: jax.random.normal(jax.random.key(seed), (batch, length, n, 8))
+    return make(0, heads), make(1, kv_heads), make(2, kv_heads), make(3, heads)
+
+
+def both_ways(q, k, v, do, spec, documents):
+    results = attention_forward(q, k, v, spec, documents, kernel="xla")
+    return *results, *attention_backward(q, k, v, results, do, spec, documents, kernel="xla")
+
+
+@pytest.mark.parametrize("spec,documents", [
+    (AttentionSpec(window=1), None), (AttentionSpec(window=5), DOCUMENTS),
+    (AttentionSpec(window=7, soft_cap=1.5, scale=0.7), None), (AttentionSpec(window=5, causal=False), DOCUMENTS)], ids=str)
+def test_tiles_of_a_window_equal_a_mask(monkeypatch, spec, documents):
+    """Output, log-sum-exp and gradients: tiles that read a part of the keys against a mask over all keys. 101 tokens in
+    tiles of 16: the last tile is shorter, and so reads keys that start earlier."""
+    q, k, v, do = arrays(101)
+    offsets = None if documents is None else jnp.int32(documents)
+    monkeypatch.setattr(xla, "SCORES_BYTES", 1)
+    assert xla.window_tile(q.shape, spec) == 16
+    ours = both_ways(q, k, v, do, spec, offsets)
+    monkeypatch.setattr(xla, "window_tile", lambda *_: None)
+    for one, other in zip(ours, both_ways(q, k, v, do, spec, offsets), strict=True):
+        assert relative_error(one, other) < 1e-5
+
+
+def flops(length, window):
+    """That the compiler counts in one trip of each loop, times the trips."""
+    q, k, v, do = arrays(length, 1)
+    spec = AttentionSpec(window=window)
+    tile = xla.window_tile(q.shape, spec) or max(xla.MIN_ROWS, xla.SCORES_BYTES // (4 * 4 * length))
+    run = jax.jit(lambda *x: both_ways(*x, spec, None))
+    return run.lower(q, k, v, do).compile().cost_analysis()["flops"] * (length / tile)
+
+
+def test_work_grows_with_length_times_window(monkeypatch):
+    monkeypatch.setattr(xla, "SCORES_BYTES", 1)
+    base = flops(2048, 128)
+    assert flops(8192, 128) == pytest.approx(4 * base, rel=0.1)
+    assert 1.5 * base < flops(8192, 256) / 4 < 2.5 * base
+    assert flops(8192, None) > 20 * flops(8192, 128)  # the negative control: all keys
+
+
+TYPES = dict(layer_types=["sliding_attention"])
+SWITCH = dict(use_sliding_window=True, max_window_layers=0)
+BORDERS = {"Mistral": {}, "Qwen2": SWITCH, "Qwen3": SWITCH, "Olmo3": TYPES, "Gemma3Text": TYPES,
+           "SmolLM3": TYPES | dict(use_sliding_window=True, no_rope_layers=[1])}
+
+
+@pytest.mark.parametrize("name", BORDERS)
+def test_the_border_is_transformers(name):
+    """A token sees itself and the `sliding_window - 1` before it. In one layer, the gradient of the last token's hidden
+    state with respect to each embedding says which tokens it sees."""
+    fields = dict(vocab_size=32, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+                  num_key_value_heads=1, head_dim=8, sliding_window=5, pad_token_id=None) | BORDERS[name]
+    config = getattr(transformers, name + "Config")(**fields)
+    config._attn_implementation = "eager"
+    model = getattr(transformers, name + "Model")(config)
+    x = torch.randn(1, 12, 16, requires_grad=True)
+    model(inputs_embeds=x, use_cache=False).last_hidden_state[0, -1].pow(3).sum().backward()
+    seen = {int(i) for i in torch.nonzero(x.grad[0].abs().sum(-1))}
+    assert seen == {7, 8, 9, 10, 11}
+    model = parse_config(config.to_dict() | {"architectures": [name.removesuffix("Text") + "ForCausalLM"]}, "config.json")
+    (kind,) = model.kinds
+    o = lambda v: attention_forward(*arrays(12, 1, 2, 1)[:2], v, model.attention_spec(kind), kernel="xla")[0][0, -1].sum()
+    assert set(np.flatnonzero(np.abs(jax.grad(o)(jnp.ones((1, 12, 1, 8)))[0]).sum((1, 2)))) == seen
+
+
+def test_operations_of_a_step_know_windows():
+    """4 x N x H operations for each pair of a query and a key that it reads; three times that with the backward pass."""
+    full, windowed = tiny(num_layers=2), tiny(num_layers=2, layer_kinds=(LayerKind(), LayerKind(window=16)))
+    pairs = sum(min(i + 0.5, 16) for i in range(1024))  # half of a token's pair with itself, as in the causal half of S^2
+    saved = 1024**2 / 2 - pairs
+    assert full.flops_per_sequence(1024) - windowed.flops_per_sequence(1024) == pytest.approx(
+        3 * 4 * 8 * 16 * saved, rel=1e-3)
+    assert windowed.flops_per_sequence(16) == full.flops_per_sequence(16)
+
+
+def test_plans_know_windows():
+    """A layer of 4,096 tokens' window among 131,072 reads a sixteenth of the pairs: 2 x 4,096 / 131,072, less a corner."""
+    kinds = (LayerKind(), LayerKind(window=4096))
+    terms = [seconds(Job(tiny(num_layers=2, layer_kinds=k), Profile(attention="flash", compute_dtype="bfloat16"), 1, 131072),
+                     parse_cluster("H100-80", 125)) for k in ((), kinds)]
+    for name in ("attention forward", "attention backward"):
+        assert terms[1][name] / terms[0][name] == pytest.approx((1 + 1 / 16) / 2, rel=2e-3)
+    assert terms[1]["matmuls"] == terms[0]["matmuls"]
