@@ -94,7 +94,8 @@ class Attention(nnx.Module):
         self.v_proj = make(d, config.num_kv_heads * config.head_dim, qkv_bias)
         self.o_proj = make(config.num_heads * config.head_dim, d, config.attention_bias or config.o_bias)
         heads = {"none": None, "head": (1, 1), "all heads": (config.num_heads, config.num_kv_heads)}[config.qk_norm]
-        self.q_norm, self.k_norm = (RMSNorm(n * config.head_dim, config, dtype) for n in heads) if heads else (None, None)
+        norm = lambda n: RMSNorm(n * config.head_dim, config, dtype)
+        self.q_norm, self.k_norm = map(norm, heads) if heads else (None, None)
 
 
 class MLP(nnx.Module):
@@ -112,7 +113,9 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """Attention and MLP, each with a norm before it, after it or both, and each added to the residual stream.
 
-    Norms have Hugging Face's names: `post_attention_layernorm` follows attention, or where no norm does, is the MLP's. All but attention is token-wise: `before` and `after`, which stack/layer.py runs in tiles of tokens.
+    Norms have Hugging Face's names: `post_attention_layernorm` follows attention, or where no norm does, is the MLP's.
+
+    All but attention is token-wise: `before` and `after`, which stack/layer.py runs in tiles of tokens.
     """
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs):

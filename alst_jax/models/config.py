@@ -22,8 +22,10 @@ class LayerKind:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A Llama, unless an option says otherwise. D hidden, F ffn, V vocabulary, L layers, N query heads, K kv heads, H head
-    dim. What each option does: models/block.py, stack/ends.py."""
+    """A Llama, unless an option says otherwise. What each option does: models/block.py, stack/ends.py.
+
+    D hidden, F ffn, V vocabulary, L layers, N query heads, K kv heads, H head dim.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -103,7 +105,7 @@ class ModelConfig:
         return self.num_layers * (attention + mlp + norms) + embeddings + d
 
     def causal_pairs(self, seq_len: int) -> float:
-        """Pairs of a query and a key that attention reads, summed over the layers. S^2 / 2 in a layer without a window."""
+        """Pairs of a query and a key that attention reads, over all layers. S^2 / 2 in a layer without a window."""
         full = seq_len**2 / 2
         pairs = lambda window: full if window is None or window >= seq_len else window * (seq_len - window / 2)
         return sum(pairs(kind.window) for kind in self.layer_kinds) if self.layer_kinds else self.num_layers * full

@@ -28,8 +28,9 @@ HARMLESS = {
     "use_flash_attention_2", "pretraining_tp",  # transformers 5 reads this no more; its results differed by rounding
     # Sampling, which training never does.
     "do_sample", "temperature", "top_p", "top_k", "typical_p", "max_new_tokens", "min_length", "repetition_penalty",
-    "length_penalty", "num_beams", "num_return_sequences", "num_beam_groups", "diversity_penalty", "no_repeat_ngram_size",
-    "encoder_no_repeat_ngram_size", "output_scores", "return_dict_in_generate", "early_stopping", "bad_words_ids",
+    "length_penalty", "num_beams", "num_return_sequences", "num_beam_groups", "diversity_penalty",
+    "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",
+    "output_scores", "return_dict_in_generate", "early_stopping", "bad_words_ids",
     "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
     "exponential_decay_length_penalty", "prefix", "cache_implementation",
     "auto_map",  # the names of remote code, which is never loaded: the architecture decides
@@ -54,6 +55,7 @@ WHOLE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", 
          "num_key_value_heads", "head_dim", "max_position_embeddings")
 NUMBERS = ("rms_norm_eps", "initializer_range", "rope_theta")
 FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
+MOST = {"num_hidden_layers": 10_000}  # numbers far from those of any model are mistakes, and some would fill the memory
 NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -102,7 +104,8 @@ def parse_config(raw: dict[str, Any], where: str) -> ModelConfig:
     return ModelConfig(
         vocab_size=raw["vocab_size"], hidden_size=raw["hidden_size"], intermediate_size=raw["intermediate_size"],
         num_layers=raw["num_hidden_layers"], num_heads=heads, num_kv_heads=kv_heads or heads,
-        head_dim=head_dim, rms_norm_eps=float(_or_default(raw, "rms_norm_eps", family.defaults.get("rms_norm_eps", 1e-6))),
+        head_dim=head_dim,
+        rms_norm_eps=float(_or_default(raw, "rms_norm_eps", family.defaults.get("rms_norm_eps", 1e-6))),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", family.defaults.get("tie_word_embeddings", False))),
         initializer_range=float(_or_default(raw, "initializer_range", 0.02)), max_position_embeddings=max_positions,
         rope=ropes[0], more_ropes=ropes[1:], layer_kinds=kinds, family=family.model_type, **options)
@@ -119,6 +122,8 @@ def _check_types(raw: dict[str, Any], where: str) -> None:
             raise UserError(f"{where}: {name}={value!r} must be a {'whole ' if name in WHOLE else ''}number")
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"{where}: {name}={value!r} must be above 0")
+        if value is not None and name in WHOLE and value > MOST.get(name, 2**40):
+            raise UserError(f"{where}: {name}={value!r} must be at most {MOST.get(name, 2**40)}: no model is larger")
     for name in FLAGS:
         if not isinstance(raw.get(name, False), bool | None):
             raise UserError(f"{where}: {name}={raw[name]!r} must be true or false")
@@ -128,7 +133,9 @@ def _check_fields(raw: dict[str, Any], family: Family, where: str) -> None:
     unknown, known = [], HARMLESS | IMPLEMENTED | family.implemented
     if "layer_types" not in family.implemented:
         known = known | WINDOW_FIELDS  # transformers reads no window in this family
-        if raw.get("layer_types") == [FULL] * (raw.get("num_hidden_layers") or 0):
+        types = raw.get("layer_types")
+        full = isinstance(types, list) and all(kind == FULL for kind in types)
+        if full and len(types) == raw.get("num_hidden_layers"):
             known = known | {"layer_types"}
     for name, value in raw.items():
         if name in known or value is None or value is False:

@@ -12,7 +12,8 @@ FIELDS = {  # of rope_parameters, per type: what must be there, what may
     "linear": (("factor",), ()),
     "dynamic": (("factor",), ()),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor"), (ORIGINAL,)),
-    "yarn": (("factor",), (ORIGINAL, "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")),
+    "yarn": (("factor",), (ORIGINAL, "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+                           "truncate")),
     "longrope": (("short_factor", "long_factor"), (ORIGINAL, "factor", "attention_factor")),
 }
 LISTS = ("short_factor", "long_factor")

@@ -148,7 +148,8 @@ class Layer:
 
         def in_tiles(one, read):
             places = tuple(zeros_after(h_BTD, x.shape, x.dtype) for x in jax.eval_shape(one, read))
-            return stream(lambda _, written, rows: ((), one(rows)), (), written=places, read=read, rows=self._rows(h_BTD))[1]
+            body = lambda _, written, rows: ((), one(rows))
+            return stream(body, (), written=places, read=read, rows=self._rows(h_BTD))[1]
 
         if self.shares_squares:
             read += in_tiles(lambda rows: _widen(before).mean_squares(rows[0]), read[:1])

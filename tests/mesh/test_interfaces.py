@@ -104,7 +104,7 @@ def test_six_calls_from_the_loss_to_the_product(monkeypatch):
     step, _ = make_step(TINY, profile=Profile()), halves(TINY)
     step.loss.trace(step.trained, step.frozen, step.put_batch(**random_batch()), jnp.float32(1))
     path = next(path for path in seen if "attend" in path and "stream" in path)
-    closures = {"one", "step", "project", "body", "watched"}  # defined inside one of the others
+    closures = {"one", "step", "project", "body", "in_tiles", "watched"}  # defined inside one of the others
     calls = [name for name in path[: path.index("loss")] if name not in closures]
     assert calls[0] == "__call__" and len(calls) <= 6, calls
 

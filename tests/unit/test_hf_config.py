@@ -138,7 +138,8 @@ def test_rope_that_depends_on_the_length_is_that_of_transformers(rope):
         seen.append(np.asarray(ours[0][0, 1:3]))
     assert not np.allclose(seen[0], seen[2], atol=1e-3)  # the length matters
     # The length may also be that of a whole batch, of which these tokens are a part.
-    np.testing.assert_array_equal(rope_tables(config.rope, 16, jnp.asarray(at[:, :3]), jnp.int32(9000))[0][:, 1:], seen[2][None])
+    np.testing.assert_array_equal(rope_tables(config.rope, 16, jnp.asarray(at[:, :3]), jnp.int32(9000))[0][:, 1:],
+                                  seen[2][None])
 
 
 @pytest.mark.parametrize("rope", [ROPES["legacy theta"], ROPES["legacy llama3"], ROPES["yarn, betas"],

@@ -8,9 +8,13 @@ import pytest
 import torch
 import transformers
 
+from alst_jax.hardware.machines import parse_cluster
 from alst_jax.models.config import LayerKind
 from alst_jax.models.hf_config import parse_config
 from alst_jax.ops.attention import AttentionSpec, attention, attention_backward, attention_forward, xla
+from alst_jax.planning.job import Job
+from alst_jax.planning.seconds import seconds
+from alst_jax.profile import Profile
 from tests.helpers import relative_error, tiny
 
 
@@ -126,3 +130,13 @@ def test_operations_of_a_step_know_windows():
     assert full.flops_per_sequence(1024) - windowed.flops_per_sequence(1024) == pytest.approx(
         3 * 4 * 8 * 16 * saved, rel=1e-3)
     assert windowed.flops_per_sequence(16) == full.flops_per_sequence(16)
+
+
+def test_plans_know_windows():
+    """A layer of 4,096 tokens' window among 131,072 reads a sixteenth of the pairs: 2 x 4,096 / 131,072, less a corner."""
+    kinds = (LayerKind(), LayerKind(window=4096))
+    terms = [seconds(Job(tiny(num_layers=2, layer_kinds=k), Profile(attention="flash", compute_dtype="bfloat16"), 1, 131072),
+                     parse_cluster("H100-80", 125)) for k in ((), kinds)]
+    for name in ("attention forward", "attention backward"):
+        assert terms[1][name] / terms[0][name] == pytest.approx((1 + 1 / 16) / 2, rel=2e-3)
+    assert terms[1]["matmuls"] == terms[0]["matmuls"]

@@ -36,8 +36,8 @@ def options(raw: dict[str, Any], where: str) -> dict[str, Any]:
         raise UserError(f"{where}: query_pre_attn_scalar={scalar!r} must be a whole number above 0")
     return {
         "layer_kinds": layer_types.kinds_by_type(raw, where, layer_types.every(every, raw)),
-        "attention_bias": bool(raw.get("attention_bias", False)), "qk_norm": "head", "norms": "both", "norm_offset": 1.0,
-        "activation": "gelu_tanh", "embedding_multiplier": raw["hidden_size"] ** 0.5,
+        "attention_bias": bool(raw.get("attention_bias", False)), "qk_norm": "head", "norms": "both",
+        "norm_offset": 1.0, "activation": "gelu_tanh", "embedding_multiplier": raw["hidden_size"] ** 0.5,
         "attention_scale": scalar**-0.5,
         "logits_soft_cap": number(raw, "final_logit_softcapping", None, where),
     }

@@ -1,4 +1,4 @@
-"""Granite: a Llama with four scalars, of the embeddings, of the attention scores, of what a layer adds, of the logits."""
+"""Granite: a Llama with four scalars, of the embeddings, the attention scores, what a layer adds, and the logits."""
 
 from typing import Any
 

@@ -46,8 +46,8 @@ def kinds(types: list[str], window: int | None, where: str) -> tuple[LayerKind, 
     if SLIDING not in types:
         return ()
     if window is None:
-        raise UserError(f"{where}: layer_types has {SLIDING}, but sliding_window is null or use_sliding_window false; the "
-                        "two contradict each other")
+        raise UserError(f"{where}: layer_types has {SLIDING}, but sliding_window is null or use_sliding_window false; "
+                        "the two contradict each other")
     return tuple(LayerKind(window=window if kind == SLIDING else None) for kind in types)
 
 
@@ -106,4 +106,5 @@ def ropes(raw: dict[str, Any], where: str, bases: tuple[Any, Any]) -> list[tuple
 def rope_fields_by_type(config: ModelConfig) -> dict[str, Any]:
     """`rope_parameters`."""
     table = {kind.window is None: kind.table for kind in config.kinds}
-    return {"rope_parameters": {name: rope_fields(config.ropes[table.get(name == FULL, 0)]) for name in (FULL, SLIDING)}}
+    settings = lambda full: rope_fields(config.ropes[table.get(full, 0)])
+    return {"rope_parameters": {FULL: settings(True), SLIDING: settings(False)}}

@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5: a Llama with biases on the query, key and value projections, and windows if they are switched on."""
+"""Qwen2 and Qwen2.5: a Llama with biases on the query, key and value projections. Windows if they are switched on."""
 
 from typing import Any
 
@@ -12,5 +12,5 @@ def options(raw: dict[str, Any], where: str) -> dict[str, Any]:
     return {"qkv_bias": True} | layer_types.switched_windows(raw, where)
 
 
-FAMILY = Family("qwen2", "Qwen2ForCausalLM", layer_types.FIELDS, options, layer_types.switched_window_fields, llama.KEYS,
-                DEFAULTS)
+FAMILY = Family("qwen2", "Qwen2ForCausalLM", layer_types.FIELDS, options, layer_types.switched_window_fields,
+                llama.KEYS, DEFAULTS)

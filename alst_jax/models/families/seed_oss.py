@@ -7,7 +7,7 @@ from alst_jax.models.families import llama
 from alst_jax.models.families.family import Family
 
 NAMES = {"qkv_bias": "attention_bias", "o_bias": "attention_out_bias", "mlp_bias": "mlp_bias"}  # here, in config.json
-DEFAULTS = {"max_position_embeddings": 524288, "head_dim": 128}
+DEFAULTS = {"max_position_embeddings": 524288, "head_dim": 128, "num_key_value_heads": 8}
 
 
 def options(raw: dict[str, Any], where: str) -> dict[str, Any]:

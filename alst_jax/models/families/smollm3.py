@@ -42,4 +42,5 @@ def fields(config: ModelConfig) -> dict[str, Any]:
         "use_sliding_window": windows["sliding_window"] is not None}
 
 
-FAMILY = Family("smollm3", "SmolLM3ForCausalLM", FIELDS | frozenset(llama.BIASES), options, fields, llama.KEYS, DEFAULTS)
+FAMILY = Family("smollm3", "SmolLM3ForCausalLM", FIELDS | frozenset(llama.BIASES), options, fields, llama.KEYS,
+                DEFAULTS)

@@ -9,13 +9,15 @@ from alst_jax.models.families.family import Family
 # model_type -> the supported family whose blocks are most alike, or None, and the difference.
 CLOSEST = {
     "ministral": ("mistral", "windows in some of its layers"), "ministral3": ("mistral", "queries scaled by position"),
-    "phi3": ("llama", "fused projections and a partial rotary embedding"), "phi": ("llama", "parallel attention and MLP"),
+    "phi3": ("llama", "fused projections and a partial rotary embedding"),
+    "phi": ("llama", "parallel attention and MLP"),
     "gemma": ("gemma3_text", "one norm less for attention and MLP each"),
     "gemma2": ("gemma3_text", "soft caps of attention scores and no norms of queries and keys"),
     "glm4": ("gemma3_text", "a partial rotary embedding and fused projections"),
     "glm": ("llama", "a partial rotary embedding and fused projections"),
     "olmo": ("llama", "norms without weights"), "cohere": ("llama", "parallel attention and MLP"),
-    "cohere2": ("llama", "parallel attention and MLP"), "starcoder2": ("mistral", "layer norms and an MLP without a gate"),
+    "cohere2": ("llama", "parallel attention and MLP"),
+    "starcoder2": ("mistral", "layer norms and an MLP without a gate"),
     "stablelm": ("llama", "layer norms and a partial rotary embedding"), "exaone4": ("olmo3", "other norms"),
     "gpt2": ("llama", "learned positions, layer norms and an MLP without a gate"),
     "gpt_neox": ("llama", "layer norms and parallel attention and MLP"), "qwen": ("qwen2", "remote code"),
@@ -30,7 +32,8 @@ CLOSEST = {
     "jamba": (None, "a state space and routed experts"), "falcon_mamba": (None, "a state space"),
     "t5": (None, "an encoder"), "bert": (None, "an encoder"),
 }
-EXPERTS = re.compile(r"(num|n)_(local_|routed_|shared_)?experts(_per_tok)?|moe_.*|.*_moe_.*|router_.*|decoder_sparse_step")
+EXPERTS = re.compile(
+    r"(num|n)_(local_|routed_|shared_)?experts(_per_tok)?|moe_.*|.*_moe_.*|router_.*|decoder_sparse_step")
 LINEAR = re.compile(r"linear_.*|ssm_.*|mamba_.*|conv_kernel_size")
 
 
@@ -38,13 +41,13 @@ def find_family(raw: dict[str, Any], families: dict[str, Family], where: str) ->
     """The family of a config.json. UserError for one that is not supported, and for quantised weights."""
     kind = raw.get("model_type")
     if isinstance(raw.get("text_config"), dict):
-        raise UserError(f"{where}: text_config: this checkpoint (model_type {kind!r}) holds more than a text model, which is "
-                        "not supported; save its language model alone, with transformers' class for it, and give that")
+        raise UserError(f"{where}: text_config: this checkpoint (model_type {kind!r}) holds more than a text model, "
+                        "which is not supported; save its language model alone, with transformers' class for it")
     family = families.get(kind) if isinstance(kind, str) else None
     architectures = raw.get("architectures") or [family.architecture if family else None]
     if family is None or not isinstance(architectures, list) or family.architecture not in architectures:
-        raise UserError(f"{where}: model_type {kind!r}, architectures {architectures} is not supported{_why(raw, families)}; "
-                        f"these models are: {supported(families)}")
+        raise UserError(f"{where}: model_type {kind!r}, architectures {architectures} is not supported"
+                        f"{_why(raw, families)}; these models are: {supported(families)}")
     if reason := _of_experts_or_linear(raw):
         raise UserError(f"{where}: not implemented: {reason}")
     if raw.get("quantization_config") or raw.get("compression_config"):
