@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 
 from alst_jax.config import IGNORED, UserError
-from alst_jax.data.sources import Document
+from alst_jax.data.labels import Labels, tokenize
+from alst_jax.data.records import Document
+from alst_jax.data.report import SourceReport
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +30,11 @@ class Stats:
     sequences: int = 0
     longest: int = 0
     dropped: int = 0
+    sources: dict[str, SourceReport] = dataclasses.field(default_factory=dict)
+
+    def source(self, document: Document) -> SourceReport:
+        """The counts of a document's source."""
+        return self.sources.setdefault(document.source, SourceReport(document.source))
 
     def summary(self, seq_len: int) -> str:
         padding = 1 - self.tokens / max(1, self.sequences * seq_len)
@@ -37,7 +44,8 @@ class Stats:
 
 
 def make_sequences(
-    documents: Iterable[Document], tokenizer: Any, seq_len: int, vocab_size: int, flag: str = "--data"
+    documents: Iterable[Document], tokenizer: Any, seq_len: int, vocab_size: int, flag: str = "--data",
+    labels: Labels = Labels()
 ) -> tuple[list[Sequence], Stats]:
     """Tokenise and cut. A longer document gives consecutive pieces; the label of a piece's last token is the next
     piece's first token, so that each token but a document's first is predicted exactly once.
@@ -47,17 +55,20 @@ def make_sequences(
     """
     sequences, stats = [], Stats()
     for document in documents:
-        tokens, is_target = tokenize(document, tokenizer)
+        tokens, is_target = tokenize(document, tokenizer, labels)
         if tokens.size and tokens.max() >= vocab_size:
             raise UserError(f"{document.origin}: token {tokens.max()} is outside the model's vocabulary of {vocab_size}: "
                             "the tokenizer belongs to another model")
+        source = stats.source(document)
+        source.add(document, tokens.size, int(np.count_nonzero(is_target[1:])))
         stats.documents += 1
         stats.longest = max(stats.longest, tokens.size)
-        labels = np.append(np.where(is_target, tokens, IGNORED)[1:], IGNORED).astype(np.int32)
+        targets = np.append(np.where(is_target, tokens, IGNORED)[1:], IGNORED).astype(np.int32)
         for start in range(0, tokens.size, seq_len):
-            piece = Sequence(tokens[start : start + seq_len], labels[start : start + seq_len])
+            piece = Sequence(tokens[start : start + seq_len], targets[start : start + seq_len])
             if np.all(piece.labels == IGNORED):
                 stats.dropped += 1
+                source.leave_out("pieces without anything to learn")
                 continue
             sequences.append(piece)
             stats.tokens += piece.tokens.size
@@ -72,67 +83,3 @@ def make_sequences(
             f"so that more than half of every sequence of {seq_len} would be padding. Use --seq-len {fitting} or less, "
             "or longer documents")
     return sequences, stats
-
-
-def tokenize(document: Document, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens int32[n] and, for each, whether it is one to be learned. Text: all, with an end-of-text token; chat: what
-    the assistant says."""
-    if document.is_chat:
-        return _tokenize_chat(document, tokenizer)
-    try:
-        document.content.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(f"{document.origin}: not Unicode text (character {error.start} is half of a surrogate pair)") from error
-    ids = tokenizer(document.content, verbose=False)["input_ids"]
-    if tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
-        ids = [*ids, tokenizer.eos_token_id]
-    return np.asarray(ids, np.int32), np.ones(len(ids), bool)
-
-
-def _tokenize_chat(document: Document, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
-    if not tokenizer.chat_template:
-        raise UserError(f"{document.origin}: a chat, but the model's tokenizer has no chat template; use a model with one "
-                        "(an Instruct model) or give text instead")
-    try:
-        if "{% generation" in tokenizer.chat_template or "{%- generation" in tokenizer.chat_template:
-            ids, mask = _render(tokenizer, document.content, return_assistant_tokens_mask=True)
-        else:
-            ids, mask = _mask_by_prefixes(document, tokenizer)
-    except UserError:
-        raise
-    except Exception as error:  # templates raise what they like, e.g. for roles that do not alternate
-        raise UserError(f"{document.origin}: the model's chat template refuses this chat: {error}") from error
-    return np.asarray(ids, np.int32), np.asarray(mask, bool)
-
-
-def _render(tokenizer, messages, **options):
-    out = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
-    return out["input_ids"], out.get("assistant_masks")
-
-
-def _mask_by_prefixes(document: Document, tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """For templates that do not mark what the assistant says: it is what follows the prompt before each of its turns."""
-    messages = document.content
-    ids, _ = _render(tokenizer, messages)
-    mask = np.zeros(len(ids), bool)
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant":
-            through, _ = _render(tokenizer, messages[: i + 1])
-            prompt = _prompt_before(tokenizer, messages[:i], through)
-            if ids[: len(prompt)] != prompt or ids[: len(through)] != through:
-                raise UserError(
-                    f"{document.origin}: the model's chat template changes earlier turns when a later one is added, so "
-                    "what the assistant says in it cannot be told from the rest; use a template with {% generation %} marks")
-            mask[len(prompt) : len(through)] = True
-    return ids, mask.tolist()
-
-
-def _prompt_before(tokenizer: Any, earlier: list[dict[str, Any]], through: list[int]) -> list[int]:
-    """What a model is given before it answers: the earlier turns and the opening of its own."""
-    if earlier:
-        return _render(tokenizer, earlier, add_generation_prompt=True)[0]
-    # An empty chat is not rendered. The opening is what a generation prompt adds to any chat; look for it here.
-    some = [{"role": "user", "content": "?"}]
-    opening = _render(tokenizer, some, add_generation_prompt=True)[0][len(_render(tokenizer, some)[0]) :]
-    ends = [i for i in range(len(opening), len(through) + 1) if through[i - len(opening) : i] == opening]
-    return through[: ends[0]] if opening and ends else []
