@@ -44,7 +44,9 @@ def parse(arguments: list[str]) -> TrainConfig:
         # The run has its model with it; one that is typed must be the same.
         config = cli(TrainConfig(**saved | {"model": None}))
         return dataclasses.replace(config, typed=tuple(sorted({*saved.get("typed", ()), *typed})))
-    return with_demo_defaults(dataclasses.replace(config, typed=typed))
+    # The date is one of the run's flags, so that a run resumed on another day renders the same chats.
+    today = config.template_date or time.strftime("%Y-%m-%d")
+    return with_demo_defaults(dataclasses.replace(config, typed=typed, template_date=today))
 
 
 def out_of_memory(config: TrainConfig, reason: str) -> str:
@@ -81,6 +83,10 @@ def run(config: TrainConfig) -> int:
     from alst_jax.planning.report import announce_plan, planned_against_measured, report
     from alst_jax.storage import run_directory
     from alst_jax.trainer import StopSignal, train
+
+    if config.show_samples is not None:
+        setup.show_samples(config)
+        return 0
 
     # ------------------------------------------------------------------------- what, where and how: the model, the plan
     out = None if config.planning else run_directory.check_out(config)

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from alst_jax.flags import RecordFlags
+
 
 class UserError(Exception):
     """A user's mistake. The text has the given value, the rule, the fix and the flag; the command line exits with 2."""
@@ -38,7 +40,7 @@ _Length = Annotated[int, tyro.constructors.PrimitiveConstructorSpec(
 
 
 @dataclasses.dataclass
-class TrainConfig:
+class TrainConfig(RecordFlags):
     """Train a Llama on long sequences.
 
     Without --model and --data a tiny Llama learns the Python language reference on four simulated devices.
@@ -219,7 +221,7 @@ def check_run(config: TrainConfig) -> None:
 AT_LEAST = dict(
     keep_attention_on_device=0, keep_attention_on_host=0, head_chunks=1, dp=1, sp=1, simulate_devices=1, steps=1,
     batch_size=1, grad_accum=1, warmup_steps=0, save_every=1, keep_checkpoints=1, eval_every=1, weight_decay=0,
-    clip_norm=0, seed=0)
+    clip_norm=0, seed=0, show_samples=1)
 
 
 def _check_numbers(config: TrainConfig) -> None:

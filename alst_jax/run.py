@@ -15,6 +15,9 @@ from alst_jax.config import TrainConfig, UserError
 from alst_jax.data.batches import TrainingBatches, evaluation_batches, fingerprint
 from alst_jax.data.documents import Sequence, Stats, make_sequences
 from alst_jax.data.embedded import python_reference
+from alst_jax.data.labels import Labels
+from alst_jax.data.records import Document
+from alst_jax.data.report import print_samples, print_sources, warn_without_end
 from alst_jax.data.sources import read_documents
 from alst_jax.hardware.machines import Cluster, parse_cluster
 from alst_jax.models.block import abstract_params
@@ -156,12 +159,26 @@ def read_sequences(
 ) -> tuple[list[Sequence], Stats]:
     """Training (or --eval-data) documents, tokenised and cut."""
     name = "--eval-data" if held_out else "--data"
+    documents = find_documents(config, name, held_out)
+    return make_sequences(documents, source.tokenizer, seq_len, source.config.vocab_size, name, labels_of(config))
+
+
+def find_documents(config: TrainConfig, name: str = "--data", held_out: bool = False) -> list[Document]:
+    """The documents of --data or --eval-data, or the embedded ones."""
     paths = (config.eval_data,) if held_out and config.eval_data else () if held_out else config.data
-    if paths:
-        documents = read_documents(paths, config.text_field, config.messages_field, name)
-    else:
-        documents = python_reference(held_out)
-    return make_sequences(documents, source.tokenizer, seq_len, source.config.vocab_size, name)
+    if not paths:
+        return python_reference(held_out)
+    return read_documents(paths, config.text_field, config.messages_field, name, config.ignore_fields)
+
+
+def labels_of(config: TrainConfig) -> Labels:
+    """The flags that say what is learned of a chat."""
+    return Labels(config.learn, config.template_date)
+
+
+def show_samples(config: TrainConfig) -> None:
+    """Print --show-samples documents with their learned tokens marked, and the counts of each source."""
+    print_samples(find_documents(config), find_model(config).tokenizer, labels_of(config), config.show_samples)
 
 
 def read_data(config: TrainConfig, source: ModelSource, job: Job) -> tuple[Data, Stats, str]:
@@ -176,9 +193,12 @@ def read_data(config: TrainConfig, source: ModelSource, job: Job) -> tuple[Data,
                         "--batch-size x --grad-accum): the same would be repeated in it. Use more data or smaller "
                         "steps")
     training = TrainingBatches(sequences, job.length, job.rows, config.grad_accum, config.seed, pad)
+    print_sources(stats.sources.values())
+    warn_without_end(source.tokenizer, stats.sources.values())
     evaluation = None
     if config.eval_data is not None or config.model is None and not config.data:
-        held_out, _ = read_sequences(config, source, config.seq_len, held_out=True)
+        held_out, held_out_stats = read_sequences(config, source, config.seq_len, held_out=True)
+        print_sources(held_out_stats.sources.values(), "held out")
         evaluation = functools.partial(evaluation_batches, held_out, job.length, job.rows, pad)
     return Data(training, evaluation), stats, fingerprint(sequences)
 

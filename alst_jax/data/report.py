@@ -2,13 +2,16 @@
 
 import collections
 import dataclasses
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
+from alst_jax.data.labels import Labels, tokenize
 from alst_jax.data.records import Document
 
+TEXTS = ("text", "prompt/completion")  # formats whose documents get an end token
 SHOWN = 1200  # characters of one run of tokens in a sample; longer runs are cut in the middle
 
 
@@ -55,7 +58,35 @@ def print_sources(sources: Iterable[SourceReport], label: str = "source") -> Non
     """Print the lines of each source."""
     for source in sources:
         for line in source.lines():
-            print(f"{label:<8}{line}")
+            print(f"{label:<7} {line}", flush=True)
+
+
+def warn_without_end(tokenizer: Any, sources: Iterable[SourceReport]) -> None:
+    """Print a warning if texts end without an end token, because the tokenizer has none."""
+    texts = sum(count for source in sources for name, count in source.formats.items() if name in TEXTS)
+    if texts and tokenizer.eos_token_id is None:
+        print(f"warning: the tokenizer names no end token (eos_token in tokenizer_config.json), so {texts:,} texts end "
+              "without one: the model does not learn where a text ends, and what is generated does not stop by itself",
+              file=sys.stderr, flush=True)
+
+
+def print_samples(documents: list[Document], tokenizer: Any, labels: Labels, count: int) -> None:
+    """Print the first documents of each source in turn, with learned tokens marked, then the counts of each source."""
+    seen: collections.Counter = collections.Counter()
+    place = []  # of each document among those of its source
+    for document in documents:
+        place.append(seen[document.source])
+        seen[document.source] += 1
+    chosen = sorted(range(len(documents)), key=place.__getitem__)[:count]
+    sources: dict[str, SourceReport] = {}
+    for i in chosen:
+        print_sample(documents[i].origin, *tokenize(documents[i], tokenizer, labels), tokenizer)
+    for document in documents:
+        tokens, learned = tokenize(document, tokenizer, labels)
+        source = sources.setdefault(document.source, SourceReport(document.source))
+        source.add(document, tokens.size, int(np.count_nonzero(learned[1:])))
+    print_sources(sources.values())
+    warn_without_end(tokenizer, sources.values())
 
 
 def runs(tokens: np.ndarray, learned: np.ndarray) -> Iterator[tuple[np.ndarray, bool]]:

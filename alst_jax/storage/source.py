@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alst_jax.config import TrainConfig, UserError
-from alst_jax.data.tokenizer import byte_tokenizer, load_tokenizer
+from alst_jax.data.tokenizer import byte_tokenizer, load_tokenizer, use_template
 from alst_jax.models.config import TINY_LLAMA, ModelConfig
 from alst_jax.models.hf_config import model_config
 from alst_jax.models.hf_weights import find_tensors, load_params
@@ -43,11 +43,17 @@ def find_model(config: TrainConfig, tokenizer: bool = True) -> ModelSource:
                             "and another --out")
         files = run_dir / run_directory.MODEL
         named = files if config.model is None else _model_files(config.model)  # compared with the run's own later
-        return ModelSource(str(config.model or files), model_config(named), load_tokenizer(files), files)
-    if config.model is None:
-        return ModelSource("the embedded tiny Llama", TINY_LLAMA, byte_tokenizer() if tokenizer else None, None)
-    files = _model_files(config.model)
-    parts = (config.model, model_config(files), load_tokenizer(files) if tokenizer else None, files)
+        found = load_tokenizer(files)
+        use_template(found, config.chat_template, same=True)
+        return ModelSource(str(config.model or files), model_config(named), found, files)
+    files = None if config.model is None else _model_files(config.model)
+    found = None
+    if tokenizer:
+        found = byte_tokenizer() if files is None else load_tokenizer(files)
+        use_template(found, config.chat_template)
+    if files is None:
+        return ModelSource("the embedded tiny Llama", TINY_LLAMA, found, None)
+    parts = (config.model, model_config(files), found, files)
     if run_directory.is_checkpoint(config.model):
         return ModelSource(*parts, checkpoint=run_directory.find_checkpoint(config.model))
     return ModelSource(*parts, hf_weights=files)
