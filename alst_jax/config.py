@@ -131,8 +131,7 @@ class TrainConfig(RecordFlags):
     number is met after later layers were updated: the run ends at its last checkpoint."""
 
     segment_layers: tuple[int, ...] = (1,)
-    """Layers between two kept layer inputs; the inputs between them are computed again. One number, or one a
-    segment."""
+    """Layers between two kept layer inputs; those between are computed again. One number, or one a segment."""
     keep_attention_on_device: int = 0
     """Layers, the last ones, whose attention output is kept, so that attention is not run again for them."""
     keep_attention_on_host: int = 0

@@ -108,6 +108,10 @@ def _tokenize_chat(document: Document, tokenizer: Any, labels: Labels) -> tuple[
     _check_unicode(rendered.text, document.origin)
     turns = _learned_turns(document, labels)
     try:
+        if document.tools and template.render(messages).text == rendered.text:
+            raise UserError("the chat template does not write the tools, so the model would not see them; use a template "
+                            "with tools (--chat-template FILE)")
+        document = dataclasses.replace(document, content=messages)
         spans = _spans(document, tokenizer, template, rendered, turns)
     except UserError as error:
         raise UserError(f"{document.origin}: {error}") from error
@@ -179,21 +183,20 @@ def _as_api_form(message: dict[str, Any]) -> dict[str, Any]:
 def _spans(
     document: Document, tokenizer: Any, template: ChatTemplate, rendered: Rendered, turns: list[int]
 ) -> list[Span]:
-    """The characters that are learned. UserError if they lack text of a learned message, or a tool."""
-    for tool in document.tools or []:
-        if tool["function"]["name"] not in rendered.text:
-            raise UserError(f"the chat template does not write the tool {tool['function']['name']!r}, so the model would "
-                            "not see it; use a template with tools (--chat-template FILE)")
-    opening = None if template.has_marks else _opening(document, template)
+    """The characters that are learned. UserError if they lack text of a learned message."""
+    openings: dict[str, str] = {}  # role of the message before -> opening of the assistant's turn
     ends = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
     spans = []
     for i in turns:
         message, (start, end) = document.content[i], _turn(rendered, i)
-        if opening is None:
+        if template.has_marks:
             found = [(a, b) for a, b in rendered.generated if start <= a and b <= end]
         else:
+            before = document.content[i - 1]["role"] if i else ""
+            if before not in openings:  # few roles: the time stays linear
+                openings[before] = _opening(document, template, i)
             turn = rendered.text[start:end]
-            found = [(start + _start(turn, message, opening), start + _end(turn, ends))]
+            found = [(start + _start(turn, message, openings[before]), start + _end(turn, ends))]
         _check_learned("".join(rendered.text[a:b] for a, b in found), message, i)
         spans += found
     return spans
@@ -208,30 +211,27 @@ def _turn(rendered: Rendered, number: int) -> Span:
     return spans[0]
 
 
-def _opening(document: Document, template: ChatTemplate) -> str:
+def _opening(document: Document, template: ChatTemplate, number: int) -> str:
     """The text between a prompt and the assistant's answer: what add_generation_prompt adds to the prompt.
 
     For templates without a generation prompt: what they write before an answer, unless it is white space.
     """
-    before = list(itertools.takewhile(lambda message: message["role"] != "assistant", document.content))
-    errors = []
-    for prompt in ([before] if before else []) + [[{"role": "user", "content": "?"}]]:
-        try:
-            plain, prompted = (template.render(prompt, document.tools, prompt=p) for p in (False, True))
-            if prompted.text.startswith(plain.text):
-                opening = prompted.text[len(plain.text) :]
-            else:  # the chat's end has a text of its own
-                opening = prompted.text[prompted.tail :]
-            if not opening:
-                answered = template.render([*prompt, {"role": "assistant", "content": PROBE}], document.tools)
-                start, end = _turn(answered, len(prompt))
-                opening = answered.text[start:end].partition(PROBE)[0]
-            return opening if opening.strip() else ""
-        except UserError:
-            raise
-        except Exception as error:  # templates raise what they like, e.g. for a prompt without a user
-            errors.append(error)
-    raise UserError(f"the model's chat template refuses the prompt of this chat: {errors[0]}")
+    prompt = document.content[:number] or [{"role": "user", "content": "?"}]
+    try:
+        plain, prompted = (template.render(prompt, document.tools, prompt=p) for p in (False, True))
+        if prompted.text.startswith(plain.text):
+            opening = prompted.text[len(plain.text) :]
+        else:  # the chat's end has a text of its own
+            opening = prompted.text[prompted.tail :]
+        if not opening:
+            answered = template.render([*prompt, {"role": "assistant", "content": PROBE}], document.tools)
+            start, end = _turn(answered, len(prompt))
+            opening = answered.text[start:end].partition(PROBE)[0]
+    except UserError:
+        raise
+    except Exception as error:  # templates raise what they like
+        raise UserError(f"the model's chat template refuses the messages before message {number}: {error}") from error
+    return opening if opening.strip() else ""
 
 
 def _start(turn: str, message: dict[str, Any], opening: str) -> int:
@@ -264,7 +264,8 @@ def _own_texts(message: dict[str, Any]) -> Iterator[str]:
     yield from [message["content"]] if message.get("content") else []
     for call in message.get("tool_calls", []):
         yield call["function"]["name"]
-        yield from _leaves(call["function"]["arguments"])
+        arguments = call["function"]["arguments"]
+        yield from _leaves(json.loads(arguments) if isinstance(arguments, str) else arguments)
 
 
 def _leaves(value: Any) -> Iterator[str]:

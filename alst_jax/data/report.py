@@ -104,12 +104,16 @@ def marked_text(tokens: np.ndarray, learned: np.ndarray, tokenizer: Any) -> str:
 
 
 def print_sample(origin: str, tokens: np.ndarray, learned: np.ndarray, tokenizer: Any) -> None:
-    """Print one sample: learned tokens in colour on a terminal, in double brackets elsewhere."""
+    """Print one sample: learned tokens in colour on a terminal, in double brackets elsewhere.
+
+    A document's first token is never learned, because nothing precedes it.
+    """
     from rich.console import Console
     from rich.text import Text
 
     console = Console(highlight=False, soft_wrap=True)
-    count = int(np.count_nonzero(learned[1:]))
+    learned = np.append(False, learned[1:]) if learned.size else learned
+    count = int(np.count_nonzero(learned))
     console.print(Text(f"--- {origin}: {tokens.size:,} tokens, {count:,} learned"), style="bold")
     sample = Text()
     for run, is_learned in runs(tokens, learned):
