@@ -185,7 +185,7 @@ def _spans(
 ) -> list[Span]:
     """The characters that are learned. UserError if they lack text of a learned message."""
     openings: dict[str, str] = {}  # role of the message before -> opening of the assistant's turn
-    ends = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+    ends = tuple(tokenizer.get_added_vocab())
     spans = []
     for i in turns:
         message, (start, end) = document.content[i], _turn(rendered, i)
@@ -248,10 +248,10 @@ def _start(turn: str, message: dict[str, Any], opening: str) -> int:
     return written if 0 <= written < start and own not in turn[start:] else start
 
 
-def _end(turn: str, ends: list[str]) -> int:
+def _end(turn: str, ends: tuple[str, ...]) -> int:
     """Where the learned part of a turn ends: behind its end token, if only white space follows, else at the turn's end."""
     stripped = turn.rstrip()
-    return len(stripped) if any(stripped.endswith(end) for end in ends) else len(turn)
+    return len(stripped) if stripped.endswith(ends) else len(turn)
 
 
 # --------------------------------------------------------------------------------------------------------------- check

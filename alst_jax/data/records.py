@@ -21,10 +21,10 @@ from alst_jax.data.messages import chat_messages, tool_schemas
 
 # Keys of a record that say where it is from. They are ignored, and named once for each source.
 HARMLESS = frozenset("""
-    _id added author blob_id category commit created created_at dataset date domain dump file file_name file_path
-    filename hash id idx index lang language language_score license licenses meta metadata name original_id path
-    prompt_id repo repo_name repository row_id sha1 sha256 size source split subset tags task timestamp title token_count
-    topic url uuid version warc_record_id""".split())
+    _id added author blob_id category chat_id commit conv_id conversation_id created created_at dataset date domain
+    dump file file_name file_path filename hash id idx index lang language language_score license licenses meta
+    metadata model name num_turns original_id path prompt_id repo repo_name repository row_id sha1 sha256 size
+    source split subset tags task timestamp title token_count topic url uuid version warc_record_id""".split())
 SHAREGPT = ("conversations", "conversation")
 OUTPUTS, INPUTS = ("output", "response"), ("input", "context")
 
@@ -173,6 +173,13 @@ def _repeats(prompt: Any, document: Document) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------- conversion
+
+
+def without_nulls(value: Any) -> Any:
+    """A value without the keys whose value is null: columnar files give each row the keys of all other rows."""
+    if isinstance(value, dict):
+        return {name: without_nulls(item) for name, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _text(record: _Record) -> Document:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from alst_jax.config import UserError
-from alst_jax.data.records import Document, Fields, Reader
+from alst_jax.data.records import Document, Fields, Reader, without_nulls
 
 PARQUET = (".parquet",)
 JSON_LINES = (".jsonl", ".ndjson")
@@ -110,7 +110,7 @@ def _parquet_records(file: pathlib.Path) -> Iterator[tuple[Any, str]]:
         rows = 0
         for batch in parquet.iter_batches():
             for record in batch.to_pylist():
-                yield record, f"{file}[{rows}]"
+                yield without_nulls(record), f"{file}[{rows}]"
                 rows += 1
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise UserError(f"{file}: not a readable Parquet file: {error}") from error
