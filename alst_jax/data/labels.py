@@ -245,7 +245,9 @@ def _start(turn: str, message: dict[str, Any], opening: str) -> int:
         start = turn.index(opening) + len(opening)
     else:
         start = len(os.path.commonprefix([turn, opening]))
-    return written if 0 <= written < start and own not in turn[start:] else start
+    if 0 <= written < start and own not in turn[start:]:
+        return turn.rfind(own, 0, start + len(own) - 1)
+    return start
 
 
 def _end(turn: str, ends: tuple[str, ...]) -> int:

@@ -19,7 +19,7 @@ from alst_jax.config import UserError
 
 # Marks are numbers between two code points that Unicode keeps out of texts (noncharacters).
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
-MARK = re.compile(f"{OPEN}(\\w+):(\\d*){CLOSE}")
+MARK = re.compile(f"{OPEN}(turn\\d+|end\\d+|start|stop):(\\d*){CLOSE}")
 Span = tuple[int, int]
 
 
@@ -58,11 +58,10 @@ class ChatTemplate:
         text = self._plain.render(variables)
         marker = _Marker(messages)
         marked = self._marked.render(variables, alst_turn=marker.turn, alst_end=marker.end)
-        rendered = _read_marks(marked, len(messages))
-        if rendered.text != text:
+        if MARK.sub("", marked) != text:
             raise UserError("the chat template changes text that it has rendered, so that turns cannot be told apart; use "
                             "a template that writes each message in a loop (--chat-template FILE)")
-        return rendered
+        return _read_marks(marked, len(messages))
 
 
 def _with_aliases(message: dict[str, Any]) -> dict[str, Any]:
