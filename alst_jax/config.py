@@ -90,8 +90,7 @@ class TrainConfig(RecordFlags):
     clip_norm: float = 1.0
     """Global gradient norm above which gradients are scaled down; 0 switches clipping off."""
     freeze: str | None = None
-    """Parameters whose dotted name matches this regular expression are not trained, for example
-    `embed_tokens|lm_head`."""
+    """Parameters whose dotted name matches this regular expression are not trained: `embed_tokens|lm_head`."""
 
     optimizer_states: Literal["float32", "bfloat16", "int8"] = "float32"
     """How AdamW's moments are stored; bfloat16 and int8 are rounded stochastically."""
@@ -150,8 +149,7 @@ class TrainConfig(RecordFlags):
     plan_only: bool = False
     """Print what a step needs, by part, and stop: allocates nothing, needs no --data and no --out."""
     plan_for: str | None = None
-    """With --plan-only: plan for this machine instead of the one at hand: H100-80, 8xH100 or 4x8xH100 (4 hosts
-    of 8)."""
+    """With --plan-only: plan for this machine instead of the one at hand: H100-80, 8xH100 or 4x8xH100 (4 hosts of 8)."""
     host_memory: float | None = None
     """GiB of host memory to use at most; with --plan-for, what each host has (default: what is usual for it)."""
     find_max_seq_len: bool = False
@@ -271,6 +269,8 @@ def _mistakes(config: TrainConfig) -> Iterator[tuple[Any, str]]:
                         "each document gets sequences of its own")
     yield (config.eval_every is not None and config.eval_data is None,
            "--eval-every needs --eval-data, the file to evaluate on")
+    yield (config.template_date is not None and not re.fullmatch(r"\d{4}-\d\d-\d\d", config.template_date),
+           f"--template-date {config.template_date}: write a date as 2026-11-27")
     yield config.resume and config.out is None, "--resume needs --out, the directory of the run to continue"
     yield (config.plan_for is not None and not config.plan_for.strip(),
            "--plan-for '': name a machine, as in H100-80 or 8xH100")

@@ -25,7 +25,7 @@ from alst_jax.data.records import Document
 from alst_jax.data.templates import ChatTemplate, Rendered, Span
 
 PROBE = "alst-probe"  # the answer of a made-up chat, that shows how a template opens an assistant's turn
-CHANGE = "learn only the last turn (--learn last), give the turn weight 0, or use another template (--chat-template FILE)"
+CHANGE = "learn the last turn only (--learn last), give the turn weight 0, or use another --chat-template FILE"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,16 +82,16 @@ def _check_unicode(text: str, origin: str) -> None:
 
 
 def _encode(text: str, tokenizer: Any, origin: str, special: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens int32[n], and the characters of each: int[n, 2]. special: with the tokenizer's own begin and end tokens."""
+    """Tokens int32[n], and the characters of each: int[n, 2]. special: with the tokenizer's begin and end tokens."""
     if not tokenizer.is_fast:
-        raise UserError(f"{origin}: the model's tokenizer ({type(tokenizer).__name__}) does not tell which characters a "
-                        "token holds, so the answer cannot be told from the prompt; use a model with a tokenizer.json")
+        raise UserError(f"{origin}: the model's tokenizer ({type(tokenizer).__name__}) does not tell which characters "
+                        "a token holds, so the answer cannot be told from the prompt; use a model with a tokenizer.json")
     out = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
     return np.asarray(out["input_ids"], np.int32), np.asarray(out["offset_mapping"], np.int64).reshape(-1, 2)
 
 
 def _tokens_in(offsets: np.ndarray, spans: list[Span], length: int) -> np.ndarray:
-    """Whether each token holds a character of the spans. A token without characters counts as the character behind it."""
+    """Whether each token holds a character of the spans. A token without characters counts as the next character."""
     inside = np.zeros(length + 1, bool)
     for start, end in spans:
         inside[start:end] = True
@@ -109,8 +109,8 @@ def _tokenize_chat(document: Document, tokenizer: Any, labels: Labels) -> tuple[
     turns = _learned_turns(document, labels)
     try:
         if document.tools and template.render(messages).text == rendered.text:
-            raise UserError("the chat template does not write the tools, so the model would not see them; use a template "
-                            "with tools (--chat-template FILE)")
+            raise UserError("the chat template does not write the tools, so the model would not see them; use a "
+                            "template with tools (--chat-template FILE)")
         document = dataclasses.replace(document, content=messages)
         spans = _spans(document, tokenizer, template, rendered, turns)
     except UserError as error:
@@ -132,8 +132,8 @@ def _learned_turns(document: Document, labels: Labels) -> list[int]:
         last = max(i for i, message in enumerate(document.content) if message["role"] == "assistant")
         turns = [i for i in turns if i == last]
     if not turns:
-        raise UserError(f"{document.origin}: nothing in the chat is to be learned: --learn {labels.learn}, and the last "
-                        "turn of the assistant has weight 0")
+        raise UserError(f"{document.origin}: nothing in the chat is to be learned: --learn {labels.learn}, and the "
+                        "last turn of the assistant has weight 0")
     return turns
 
 
@@ -149,8 +149,8 @@ def _render(
 ) -> tuple[ChatTemplate, Rendered, list[dict[str, Any]]]:
     """The template, the rendered chat, and the messages in the form that the template took."""
     if not tokenizer.chat_template:
-        raise UserError(f"{document.origin}: a chat, but the model's tokenizer has no chat template; use a model with one "
-                        "(an Instruct model), name one with --chat-template FILE, or give text instead")
+        raise UserError(f"{document.origin}: a chat, but the model's tokenizer has no chat template; use a model with "
+                        "one (an Instruct model), name one with --chat-template FILE, or give text instead")
     forms = [document.content]
     if any("tool_calls" in message for message in document.content):
         forms.append([_as_api_form(message) for message in document.content])
@@ -206,8 +206,8 @@ def _turn(rendered: Rendered, number: int) -> Span:
     spans = rendered.turns[number]
     if len(spans) != 1:
         how = "in several places" if spans else "outside of a loop over the messages, or not at all"
-        raise UserError(f"the chat template writes message {number} {how}, so that it cannot be told from the rest; use a "
-                        "template that writes each message in a loop (--chat-template FILE)")
+        raise UserError(f"the chat template writes message {number} {how}, so that it cannot be told from the rest; "
+                        "use a template that writes each message in a loop (--chat-template FILE)")
     return spans[0]
 
 
@@ -251,7 +251,8 @@ def _start(turn: str, message: dict[str, Any], opening: str) -> int:
 
 
 def _end(turn: str, ends: tuple[str, ...]) -> int:
-    """Where the learned part of a turn ends: behind its end token, if only white space follows, else at the turn's end."""
+    """Where the learned part of a turn ends: behind an end token that only white space follows, else at the turn's end.
+    """
     stripped = turn.rstrip()
     return len(stripped) if stripped.endswith(ends) else len(turn)
 
@@ -287,5 +288,5 @@ def _check_learned(learned: str, message: dict[str, Any], number: int) -> None:
             lines = [line for line in text.split("\n") if line.strip() and line.strip() not in learned]
             lost = "\n".join(lines) or text.strip()
             shown = lost if len(lost) <= 300 else lost[:300] + " ..."
-            raise UserError(f"the chat template leaves text of message {number} out of what is learned. Lost: {shown!r}. "
-                            f"Instead, {CHANGE}")
+            raise UserError(f"the chat template leaves text of message {number} out of what is learned. "
+                            f"Lost: {shown!r}. Instead, {CHANGE}")

@@ -146,7 +146,8 @@ def tool_schemas(tools: Any, origin: str) -> list[dict[str, Any]] | None:
     if isinstance(tools, str):
         tools = _parsed(tools, origin, "tools") if tools.strip() else []
     if not isinstance(tools, list):
-        raise UserError(f"{origin}: 'tools' is a list of JSON schemas, or a JSON text of one, not {type(tools).__name__}")
+        raise UserError(f"{origin}: 'tools' is a list of JSON schemas, or a JSON text of one, not "
+                        f"{type(tools).__name__}")
     schemas = [_parsed(tool, origin, "tools") if isinstance(tool, str) else tool for tool in tools]
     for schema in schemas:
         function = schema.get("function", schema) if isinstance(schema, dict) else None

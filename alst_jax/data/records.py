@@ -95,8 +95,8 @@ def to_document(record: Any, origin: str, fields: Fields) -> Document:
     keys = _recognise(tuple(present), fields)
     if len(keys.formats) > 1:
         given = " and ".join(map(repr, keys.used))
-        raise UserError(f"{origin}: both {given}, which are keys of {len(keys.formats)} formats; leave out those of one "
-                        "(--ignore-fields NAME...), or name another field with --text-field or --messages-field")
+        raise UserError(f"{origin}: both {given}, which are keys of {len(keys.formats)} formats; leave out those of "
+                        "one (--ignore-fields NAME...), or name another field with --text-field or --messages-field")
     if not keys.formats:
         filled = [n for n, value in record.items() if value is not None or n not in (fields.text, fields.messages)]
         raise UserError(no_format(origin, filled, fields))
@@ -105,17 +105,18 @@ def to_document(record: Any, origin: str, fields: Fields) -> Document:
     unknown = [n for n in keys.unknown if n != "prompt" or not _repeats(present[n], document)]
     if unknown:
         raise UserError(f"{origin}: {', '.join(map(repr, unknown))} beside {', '.join(map(repr, keys.used))} is not "
-                        "understood, and it could say what is to be learned. Take it out of the data, or ignore it with "
-                        f"--ignore-fields {' '.join(unknown)}")
+                        "understood, and it could say what is to be learned. Take it out of the data, or ignore it "
+                        f"with --ignore-fields {' '.join(unknown)}")
     repeated = tuple(n for n in keys.unknown if n not in unknown)
     return dataclasses.replace(document, ignored=keys.harmless + repeated)
 
 
 def no_format(origin: str, names: Any, fields: Fields) -> str:
     """The error message for keys that fit no format."""
-    return (f"{origin}: neither a {fields.text!r} nor a {fields.messages!r} field (it has: {', '.join(names) or 'none'}); "
-            "name the right one with --text-field or --messages-field, or use the keys of another format: conversations; "
-            "prompt and completion; instruction and output")
+    has = ", ".join(names) or "none"
+    return (f"{origin}: neither a {fields.text!r} nor a {fields.messages!r} field (it has: {has}); name the right one "
+            "with --text-field or --messages-field, or use the keys of another format: conversations; prompt and "
+            "completion; instruction and output")
 
 
 # --------------------------------------------------------------------------------------------------------- recognition
@@ -165,7 +166,8 @@ def _recognise(names: tuple[str, ...], fields: Fields) -> _Keys:
                  "instruction": ("system", *[n for n in INPUTS if n in names][:1])}[formats[0]]
         used += [key for key in extra if key in names]
     rest = [name for name in names if name not in used]
-    return _Keys(formats, tuple(used), tuple(n for n in rest if n in HARMLESS), tuple(n for n in rest if n not in HARMLESS))
+    harmless = tuple(name for name in rest if name in HARMLESS)
+    return _Keys(formats, tuple(used), harmless, tuple(name for name in rest if name not in HARMLESS))
 
 
 def _repeats(prompt: Any, document: Document) -> bool:
@@ -200,8 +202,8 @@ def _prompt_completion(record: _Record) -> Document:
     if all(isinstance(value, str) for value in values):
         extra = [name for name in ("tools", "system") if name in record.keys.used]
         if extra:
-            raise UserError(f"{record.origin}: {extra[0]!r} belongs to a chat, and prompt and completion are texts; write "
-                            "them as lists of messages")
+            raise UserError(f"{record.origin}: {extra[0]!r} belongs to a chat, and prompt and completion are texts; "
+                            "write them as lists of messages")
         if not values[1].strip():
             raise UserError(f"{record.origin}: an empty 'completion', so nothing in the record is to be learned")
         return Document("".join(values), record.origin, format="prompt/completion", prompt=len(values[0]))

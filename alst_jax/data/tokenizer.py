@@ -25,10 +25,12 @@ def load_tokenizer(directory: str | pathlib.Path) -> Any:
                         "the tokenizer the model was trained with into it")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
+        _check_same_tokens(tokenizer, path)
+        return tokenizer
+    except UserError:
+        raise
     except Exception as error:  # transformers raises whatever its parsers raise
         raise UserError(f"{path}: the tokenizer cannot be read: {error}") from error
-    _check_same_tokens(tokenizer, path)
-    return tokenizer
 
 
 def _check_same_tokens(tokenizer: Any, path: pathlib.Path) -> None:
@@ -42,14 +44,17 @@ def _check_same_tokens(tokenizer: Any, path: pathlib.Path) -> None:
     file = path / "tokenizer.json"
     if not file.is_file():
         return
-    expected = Tokenizer.from_file(str(file)).encode(PROBE, add_special_tokens=False).ids
+    reference = Tokenizer.from_file(str(file))
+    reference.no_truncation()
+    reference.no_padding()
+    expected = reference.encode(PROBE, add_special_tokens=False).ids
     given = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
     if given != expected:
         import transformers
 
         raise UserError(f"{path}: transformers {transformers.__version__} loads the tokenizer as "
-                        f"{type(tokenizer).__name__}, which makes {len(given)} tokens of a text of which tokenizer.json "
-                        f"makes {len(expected)} others; install a newer transformers, or set \"tokenizer_class\": "
+                        f"{type(tokenizer).__name__}, which makes {len(given)} tokens of a text of which "
+                        f"tokenizer.json makes {len(expected)} others; install a newer transformers, or set \"tokenizer_class\": "
                         "\"PreTrainedTokenizerFast\" in tokenizer_config.json")
 
 
@@ -68,8 +73,8 @@ def use_template(tokenizer: Any, file: str | None, same: bool = False) -> None:
     if not template.strip():
         raise UserError(f"--chat-template {file}: the file is empty")
     if same and tokenizer.chat_template != template:
-        raise UserError(f"--chat-template {file}: not the template that the run began with; a resumed run keeps its own. "
-                        "Leave it out, or start a new run with --model on this run's directory")
+        raise UserError(f"--chat-template {file}: not the template that the run began with; a resumed run keeps its "
+                        "own. Leave it out, or start a new run with --model on this run's directory")
     tokenizer.chat_template = template
 
 

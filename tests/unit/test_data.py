@@ -177,6 +177,20 @@ def test_a_directory_without_a_tokenizer_is_refused(tmp_path):
         load_tokenizer(tmp_path)
 
 
+def test_other_tokens_than_those_of_tokenizer_json_are_refused(tmp_path):
+    """A class of transformers may replace the file's own rules for spaces."""
+    byte_tokenizer().save_pretrained(tmp_path)
+    contents = json.loads((tmp_path / "tokenizer.json").read_text())
+    contents["model"]["vocab"]["<unk>"] = 300
+    (tmp_path / "tokenizer.json").write_text(json.dumps(contents))
+    load_tokenizer(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer_class": "CodeLlamaTokenizer"}))
+    with pytest.raises(UserError, match="loads the tokenizer as CodeLlamaTokenizer, which makes .* tokens of a text of "
+                       "which tokenizer.json makes .* others; install a newer transformers, or set \"tokenizer_class\""):
+        load_tokenizer(tmp_path)
+
+
 # ----------------------------------------------------------------------------------------------------------- documents
 
 

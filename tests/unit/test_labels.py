@@ -108,8 +108,9 @@ def with_template(template, **tokens):
 
 
 MARKED = (
-    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}{% if message.role == 'assistant' %}GENERATION"
-    "{{ message.content + '<|im_end|>' }}END{% else %}{{ message.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}")
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
+    "{% if message.role == 'assistant' %}GENERATION{{ message.content + '<|im_end|>' }}END"
+    "{% else %}{{ message.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}")
 
 
 def marked(generation, end):
@@ -191,7 +192,7 @@ def test_a_token_that_joins_prompt_and_answer_is_learned():
 
 
 def test_a_template_of_ones_own_keeps_the_thoughts():
-    """DeepSeek-R1's generation prompt opens `<think>`, longer than the turn's opening, and the template strips thoughts."""
+    """DeepSeek-R1's generation prompt opens `<think>`, and its template strips the thoughts of a turn."""
     tokenizer = family_tokenizer("deepseek-r1")
     record = CHATS["thinking in the text"]
     with pytest.raises(UserError, match="Lost: '<think>.*--chat-template FILE"):
@@ -207,7 +208,8 @@ def test_an_answer_that_begins_like_the_generation_prompt():
         assert learned_texts(chat, tokenizer) == [answer + "<｜end▁of▁sentence｜>"]
 
 
-@pytest.mark.parametrize("answer", ["assistant", "user", "<|im_start|>assistant\n", "Hi", "", "<|im_end|>", "  5 ", "\n5\n"])
+@pytest.mark.parametrize("answer", [
+    "assistant", "user", "<|im_start|>assistant\n", "Hi", "", "<|im_end|>", "  5 ", "\n5\n"])
 def test_answers_that_look_like_the_template(answer):
     chat = {"messages": [TURNS[0], {"role": "assistant", "content": answer}, *TURNS[2:]]}
     assert learned_texts(chat, with_template(CHATML)) == [f"{answer}<|im_end|>", "5<|im_end|>"]

@@ -27,7 +27,8 @@ def document(record, **fields):
     ({"messages": [USER, ANSWER], "system": "Be brief."}, "messages",
      [{"role": "system", "content": "Be brief."}, USER, ANSWER]),
     ({"conversations": [USER, ANSWER]}, "messages", [USER, ANSWER]),
-    ({"conversations": [{"from": "human", "value": "2+3?"}, {"from": "gpt", "value": "5"}]}, "ShareGPT", [USER, ANSWER]),
+    ({"conversations": [{"from": "human", "value": "2+3?"}, {"from": "gpt", "value": "5"}]}, "ShareGPT",
+     [USER, ANSWER]),
     ({"messages": [{"from": "user", "value": "2+3?"}, {"from": "assistant", "value": "5", "weight": None}]}, "ShareGPT",
      [USER, ANSWER]),
     ({"prompt": "2+", "completion": "3"}, "prompt/completion", "2+3"),
@@ -55,12 +56,13 @@ def test_what_is_given_and_what_is_learned():
 
 
 def test_roles_of_sharegpt():
-    turns = [("system", "s"), ("human", "h"), ("function_call", json.dumps({"name": "weather", "arguments": {"city": "Oslo"}})),
+    call = json.dumps({"name": "weather", "arguments": {"city": "Oslo"}})
+    turns = [("system", "s"), ("human", "h"), ("function_call", call),
              ("observation", "sun"), ("gpt", "g"), ("user", "u"), ("chatgpt", "c"), ("tool", "t"), ("model", "m")]
     found = document({"conversations": [{"from": role, "value": value} for role, value in turns],
                       "tools": json.dumps([WEATHER])})
-    assert [m["role"] for m in found.content] == ["system", "user", "assistant", "tool", "assistant", "user", "assistant",
-                                                  "tool", "assistant"]
+    assert [m["role"] for m in found.content] == [
+        "system", "user", "assistant", "tool", "assistant", "user", "assistant", "tool", "assistant"]
     assert found.content[2] == {"role": "assistant", "tool_calls": [CALL]}
     assert found.tools == [WEATHER]
 
@@ -121,7 +123,8 @@ def chat(*messages):
     (chat(USER, ANSWER | {"train": False}), "message 1: 'train' is not understood"),
     (chat(USER, ANSWER | {"function_call": {"name": "f"}}), "message 1: 'function_call' is not understood"),
     (chat(USER, {"role": "assistant", "content": None}), "message 1 lacks 'role' or 'content'"),
-    (chat({"role": "user", "content": [{"type": "image_url"}]}, ANSWER), "message 0: a content part of the type 'image_url'"),
+    (chat({"role": "user", "content": [{"type": "image_url"}]}, ANSWER),
+     "message 0: a content part of the type 'image_url'"),
     (chat(USER, {"role": "assistant", "content": {"a": 1}}), "message 1: 'content' is text or a list of parts"),
     (chat(USER | {"reasoning_content": "x"}, ANSWER), "message 0: 'reasoning_content' of the role 'user'"),
     (chat(USER, ANSWER | {"reasoning_content": "x", "thinking": "y"}), "message 1: 'reasoning_content' is one text"),
@@ -130,12 +133,16 @@ def chat(*messages):
      "message 1: 'arguments' is text that is not JSON"),
     (chat(USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}),
      "message 1: the arguments of f are an object"),
-    (chat(USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "mask": 1}}]}), "'mask' in a tool call"),
+    (chat(USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "mask": 1}}]}),
+     "'mask' in a tool call"),
     (chat(USER, ANSWER) | {"tools": "weather"}, "'tools' is text that is not JSON"),
     (chat(USER, ANSWER) | {"tools": [{"type": "function"}]}, "each of the 'tools' is a JSON schema"),
-    (chat({"role": "system", "content": "a"}, USER, ANSWER) | {"system": "b"}, "'system' beside a chat that has a system"),
-    ({"conversations": [{"from": "narrator", "value": "x"}, {"from": "gpt", "value": "y"}]}, "message 0: from 'narrator'"),
-    ({"conversations": [{"from": "human", "value": 3}, {"from": "gpt", "value": "y"}]}, "message 0: from 'human' .* int"),
+    (chat({"role": "system", "content": "a"}, USER, ANSWER) | {"system": "b"},
+     "'system' beside a chat that has a system"),
+    ({"conversations": [{"from": "narrator", "value": "x"}, {"from": "gpt", "value": "y"}]},
+     "message 0: from 'narrator'"),
+    ({"conversations": [{"from": "human", "value": 3}, {"from": "gpt", "value": "y"}]},
+     "message 0: from 'human' .* int"),
     ({"prompt": "a", "completion": [ANSWER]}, "'prompt' and 'completion' are two texts or two lists"),
     ({"prompt": "a", "completion": " "}, "an empty 'completion'"),
     ({"prompt": "a", "completion": "b", "tools": [WEATHER]}, "'tools' belongs to a chat"),
@@ -149,7 +156,8 @@ def test_what_is_not_understood_is_refused(record, message):
 def test_a_file_has_one_format(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text(json.dumps({"text": "a"}) + "\n" + json.dumps(chat(USER, ANSWER)) + "\n")
-    with pytest.raises(UserError, match=rf"a.jsonl:2: a record of the format messages, in a file that began with text \({file}:1\)"):
+    with pytest.raises(UserError, match="a.jsonl:2: a record of the format messages, in a file that began with text "
+                       rf"\({file}:1\)"):
         read_documents([str(file)])
     reader = Reader(Fields(), "data")
     assert reader.read({"text": "a"}, "a:1").source == "data"
@@ -161,5 +169,5 @@ def test_parquet_rows_have_no_keys_of_other_rows(tmp_path):
     calls = [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
              for arguments in ({"city": "Oslo"}, {"unit": "C"})]
     pyarrow.parquet.write_table(pyarrow.table({"messages": [[USER, call] for call in calls]}), tmp_path / "a.parquet")
-    found = [d.content[1]["tool_calls"][0]["function"]["arguments"] for d in read_documents([str(tmp_path / "a.parquet")])]
-    assert found == [{"city": "Oslo"}, {"unit": "C"}]
+    calls = [d.content[1]["tool_calls"][0] for d in read_documents([str(tmp_path / "a.parquet")])]
+    assert [call["function"]["arguments"] for call in calls] == [{"city": "Oslo"}, {"unit": "C"}]
