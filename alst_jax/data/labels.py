@@ -85,7 +85,7 @@ def _encode(text: str, tokenizer: Any, origin: str, special: bool) -> tuple[np.n
     """Tokens int32[n], and the characters of each: int[n, 2]. special: with the tokenizer's begin and end tokens."""
     if not tokenizer.is_fast:
         raise UserError(f"{origin}: the model's tokenizer ({type(tokenizer).__name__}) does not tell which characters "
-                        "a token holds, so the answer cannot be told from the prompt; use a model with a tokenizer.json")
+                        "a token holds, so answers cannot be told from prompts; use a model with a tokenizer.json")
     out = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
     return np.asarray(out["input_ids"], np.int32), np.asarray(out["offset_mapping"], np.int64).reshape(-1, 2)
 

@@ -23,6 +23,7 @@ ROLES = {
     "observation": "tool", "function_response": "tool", "tool_response": "tool", "function_call": "assistant"}
 REASONING = ("reasoning_content", "thinking", "reasoning")
 UNDERSTOOD = frozenset({"role", "content", "weight", "tool_calls", "tool_call_id", "name", *REASONING})
+PLAIN = {"role", "content"}
 HARMLESS = frozenset({"id", "timestamp", "created_at", "lang", "language", "source", "model", "token_count"})
 
 
@@ -46,6 +47,10 @@ def chat_messages(value: Any, origin: str, field: str, prompt: bool = False) -> 
     sharegpt = isinstance(value[0], dict) and {"from", "value"} <= value[0].keys()
     messages, learned = [], []
     for i, message in enumerate(value):
+        if _is_plain(message):
+            messages.append(message)
+            learned.append(message["role"] == "assistant")
+            continue
         place = f"{origin}: message {i}"
         if not isinstance(message, dict):
             raise UserError(f"{place} lacks 'role' or 'content'; {rule}")
@@ -62,6 +67,12 @@ def chat_messages(value: Any, origin: str, field: str, prompt: bool = False) -> 
     if not prompt and not any(learned):
         raise UserError(f"{origin}: every assistant message has weight 0, so nothing in the chat is to be learned")
     return Chat(messages, tuple(learned), sharegpt)
+
+
+def _is_plain(message: Any) -> bool:
+    """Whether a message is a role and a text, which nothing has to be checked of: most messages are."""
+    return (isinstance(message, dict) and message.keys() == PLAIN and isinstance(message["role"], str)
+            and isinstance(message["content"], str))
 
 
 def _message(message: dict[str, Any], place: str) -> dict[str, Any]:

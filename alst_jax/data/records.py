@@ -38,7 +38,7 @@ class Fields:
     ignore: tuple[str, ...] = ()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Document:
     """One document: a text, or a chat as a list of messages in the form that chat templates take.
 
@@ -78,7 +78,7 @@ class Reader:
 
     def read(self, record: Any, origin: str) -> Document:
         """The document of a record."""
-        document = dataclasses.replace(to_document(record, origin, self._fields), source=self._source)
+        document = to_document(record, origin, self._fields, self._source)
         first = self._first = self._first or document
         if document.format != first.format:
             raise UserError(f"{origin}: a record of the format {document.format}, in a file that began with "
@@ -86,7 +86,7 @@ class Reader:
         return document
 
 
-def to_document(record: Any, origin: str, fields: Fields) -> Document:
+def to_document(record: Any, origin: str, fields: Fields, source: str = "") -> Document:
     """The document of one record. UserError names the record's file and line, and the key that is wrong or unknown."""
     if not isinstance(record, dict):
         raise UserError(f"{origin}: a record is a JSON object with {fields.text!r} or {fields.messages!r}, not "
@@ -100,15 +100,16 @@ def to_document(record: Any, origin: str, fields: Fields) -> Document:
     if not keys.formats:
         filled = [n for n, value in record.items() if value is not None or n not in (fields.text, fields.messages)]
         raise UserError(no_format(origin, filled, fields))
-    document = _CONVERT[keys.formats[0]](_Record(present, origin, fields, keys))
+    document = _CONVERT[keys.formats[0]](_Record(present, origin, fields, keys, source))
+    if not keys.unknown:
+        return document
     # The first question of a chat is often repeated as `prompt`.
     unknown = [n for n in keys.unknown if n != "prompt" or not _repeats(present[n], document)]
     if unknown:
         raise UserError(f"{origin}: {', '.join(map(repr, unknown))} beside {', '.join(map(repr, keys.used))} is not "
                         "understood, and it could say what is to be learned. Take it out of the data, or ignore it "
                         f"with --ignore-fields {' '.join(unknown)}")
-    repeated = tuple(n for n in keys.unknown if n not in unknown)
-    return dataclasses.replace(document, ignored=keys.harmless + repeated)
+    return dataclasses.replace(document, ignored=keys.harmless + keys.unknown)
 
 
 def no_format(origin: str, names: Any, fields: Fields) -> str:
@@ -132,7 +133,7 @@ class _Keys:
     unknown: tuple[str, ...]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(slots=True)
 class _Record:
     """A record whose format is known."""
 
@@ -140,6 +141,11 @@ class _Record:
     origin: str
     fields: Fields
     keys: _Keys
+    source: str
+
+    def document(self, content: str | list[dict[str, Any]], kind: str, **more: Any) -> Document:
+        """The document of this record."""
+        return Document(content, self.origin, self.source, kind, ignored=self.keys.harmless, **more)
 
     def first(self, names: tuple[str, ...]) -> tuple[str, Any] | None:
         """The first of these keys that the record has, and its value."""
@@ -185,7 +191,7 @@ def without_nulls(value: Any) -> Any:
 
 
 def _text(record: _Record) -> Document:
-    return Document(record.text(record.fields.text), record.origin)
+    return record.document(record.text(record.fields.text), "text")
 
 
 def _messages(record: _Record) -> Document:
@@ -206,7 +212,7 @@ def _prompt_completion(record: _Record) -> Document:
                             "write them as lists of messages")
         if not values[1].strip():
             raise UserError(f"{record.origin}: an empty 'completion', so nothing in the record is to be learned")
-        return Document("".join(values), record.origin, format="prompt/completion", prompt=len(values[0]))
+        return record.document("".join(values), "prompt/completion", prompt=len(values[0]))
     if not all(isinstance(value, list) for value in values):
         raise UserError(f"{record.origin}: 'prompt' and 'completion' are two texts or two lists of messages, not "
                         f"{' and '.join(type(value).__name__ for value in values)}")
@@ -234,7 +240,7 @@ def _chat(record: _Record, messages: list[dict[str, Any]], learned: tuple[bool, 
         messages = [{"role": "system", "content": record.text("system")}, *messages]
         learned = (False, *learned)
     tools = tool_schemas(record.values["tools"], record.origin) if "tools" in record.keys.used else None
-    return Document(messages, record.origin, format=kind, learned=learned, tools=tools)
+    return record.document(messages, kind, learned=learned, tools=tools)
 
 
 _CONVERT = {"text": _text, "messages": _messages, "prompt/completion": _prompt_completion, "instruction": _instruction}
