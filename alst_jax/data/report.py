@@ -97,21 +97,17 @@ def runs(tokens: np.ndarray, learned: np.ndarray) -> Iterator[tuple[np.ndarray, 
             yield run, bool(flags[0])
 
 
-def marked_text(tokens: np.ndarray, learned: np.ndarray, tokenizer: Any) -> str:
-    """The decoded tokens, [[learned]] runs in double brackets."""
-    decoded = ((_decode(run, tokenizer), is_learned) for run, is_learned in runs(tokens, learned))
-    return "".join(f"[[{text}]]" if is_learned else text for text, is_learned in decoded)
-
-
-def print_sample(origin: str, tokens: np.ndarray, learned: np.ndarray, tokenizer: Any) -> None:
+def print_sample(
+    origin: str, tokens: np.ndarray, learned: np.ndarray, tokenizer: Any, console: Any = None
+) -> None:
     """Print one sample: learned tokens in colour on a terminal, in double brackets elsewhere.
 
-    A document's first token is never learned, because nothing precedes it.
+    A document's first token is never learned, because nothing precedes it. console: of rich; default: standard output.
     """
     from rich.console import Console
     from rich.text import Text
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = console or Console(highlight=False, soft_wrap=True)
     learned = np.append(False, learned[1:]) if learned.size else learned
     count = int(np.count_nonzero(learned))
     console.print(Text(f"--- {origin}: {tokens.size:,} tokens, {count:,} learned"), style="bold")
