@@ -12,6 +12,7 @@ word of the answer is learned.
 
 import dataclasses
 import datetime
+import functools
 import itertools
 import json
 import os
@@ -185,7 +186,7 @@ def _spans(
 ) -> list[Span]:
     """The characters that are learned. UserError if they lack text of a learned message."""
     openings: dict[str, str] = {}  # role of the message before -> opening of the assistant's turn
-    ends = tuple(tokenizer.get_added_vocab())
+    ends = _added_tokens(tokenizer)
     spans = []
     for i in turns:
         message, (start, end) = document.content[i], _turn(rendered, i)
@@ -200,6 +201,12 @@ def _spans(
         _check_learned("".join(rendered.text[a:b] for a, b in found), message, i)
         spans += found
     return spans
+
+
+@functools.lru_cache(maxsize=4)
+def _added_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """Texts of the added tokens, among which are a chat's end tokens. Cached: some tokenizers have thousands."""
+    return tuple(tokenizer.get_added_vocab())
 
 
 def _turn(rendered: Rendered, number: int) -> Span:
