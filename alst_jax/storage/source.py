@@ -43,20 +43,21 @@ def find_model(config: TrainConfig, tokenizer: bool = True) -> ModelSource:
                             "and another --out")
         files = run_dir / run_directory.MODEL
         named = files if config.model is None else _model_files(config.model)  # compared with the run's own later
-        found = load_tokenizer(files)
-        use_template(found, config.chat_template, same=True)
-        return ModelSource(str(config.model or files), model_config(named), found, files)
-    files = None if config.model is None else _model_files(config.model)
-    found = None
-    if tokenizer:
-        found = byte_tokenizer() if files is None else load_tokenizer(files)
-        use_template(found, config.chat_template)
-    if files is None:
-        return ModelSource("the embedded tiny Llama", TINY_LLAMA, found, None)
-    parts = (config.model, model_config(files), found, files)
+        return ModelSource(str(config.model or files), model_config(named), _tokenizer(files, config), files)
+    if config.model is None:
+        return ModelSource("the embedded tiny Llama", TINY_LLAMA, _tokenizer(None, config) if tokenizer else None, None)
+    files = _model_files(config.model)
+    parts = (config.model, model_config(files), _tokenizer(files, config) if tokenizer else None, files)
     if run_directory.is_checkpoint(config.model):
         return ModelSource(*parts, checkpoint=run_directory.find_checkpoint(config.model))
     return ModelSource(*parts, hf_weights=files)
+
+
+def _tokenizer(files: pathlib.Path | None, config: TrainConfig) -> Any:
+    """The tokenizer of a directory, or the embedded one, with the template of --chat-template."""
+    tokenizer = byte_tokenizer() if files is None else load_tokenizer(files)
+    use_template(tokenizer, config.chat_template, same=config.resume)
+    return tokenizer
 
 
 def _model_files(model: str) -> pathlib.Path:

@@ -446,6 +446,11 @@ def test_named_chat_templates_are_copied_and_replaced_by_ones_own(tmp_path):
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": "old"}))
     run_directory.write_template("own", tmp_path / "model")
     assert load_tokenizer(tmp_path / "model").chat_template == "own"
+    tokenizer.chat_template = "typed"
+    for given, expected in ((None, {"default": "a", "tool_use": "b"}), ("own.jinja", "typed")):
+        out, config = tmp_path / f"run-{given}", TrainConfig(chat_template=given)
+        run_directory.start_run_directory(out, config, TINY, tokenizer, tmp_path / "hf")
+        assert load_tokenizer(out / "model").chat_template == expected
 
 
 # --------------------------------------------------------------------------------------------- trees with Flax modules
