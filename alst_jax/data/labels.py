@@ -16,17 +16,16 @@ import functools
 import itertools
 import json
 import os
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
 
 from alst_jax.config import UserError
+from alst_jax.data.own_texts import check_learned, own_texts
 from alst_jax.data.records import Document
 from alst_jax.data.templates import ChatTemplate, Rendered, Span
 
 PROBE = "alst-probe"  # the answer of a made-up chat, that shows how a template opens an assistant's turn
-CHANGE = "learn the last turn only (--learn last), give the turn weight 0, or use another --chat-template FILE"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +86,8 @@ def _encode(text: str, tokenizer: Any, origin: str, special: bool) -> tuple[np.n
     if not tokenizer.is_fast:
         raise UserError(f"{origin}: the model's tokenizer ({type(tokenizer).__name__}) does not tell which characters "
                         "a token holds, so answers cannot be told from prompts; use a model with a tokenizer.json")
-    out = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
+    out = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, return_attention_mask=False,
+                    return_token_type_ids=False, verbose=False)
     return np.asarray(out["input_ids"], np.int32), np.asarray(out["offset_mapping"], np.int64).reshape(-1, 2)
 
 
@@ -197,8 +197,12 @@ def _spans(
             if before not in openings:  # few roles: the time stays linear
                 openings[before] = _opening(document, template, i)
             turn = rendered.text[start:end]
-            found = [(start + _start(turn, message, openings[before]), start + _end(turn, ends))]
-        _check_learned("".join(rendered.text[a:b] for a, b in found), message, i)
+            stop = start + _end(turn, ends)
+            # Some templates write the end token of a turn in front of the next one.
+            if not turn.rstrip().endswith(ends) and rendered.text.startswith(tokenizer.eos_token or "", stop):
+                stop += len(tokenizer.eos_token or "")
+            found = [(start + _start(turn, message, openings[before]), stop)]
+        check_learned("".join(rendered.text[a:b] for a, b in found), message, i)
         spans += found
     return spans
 
@@ -246,7 +250,7 @@ def _start(turn: str, message: dict[str, Any], opening: str) -> int:
 
     A generation prompt may be longer than the turn's opening (`<think>` behind the assistant's header).
     """
-    own = next(_own_texts(message), "").strip()
+    own = next(own_texts(message), "").strip()
     written = turn.find(own) if own else -1
     if opening and opening in turn[: max(written, len(opening))]:
         start = turn.index(opening) + len(opening)
@@ -258,42 +262,6 @@ def _start(turn: str, message: dict[str, Any], opening: str) -> int:
 
 
 def _end(turn: str, ends: tuple[str, ...]) -> int:
-    """Where the learned part of a turn ends: behind an end token that only white space follows, else at the turn's end.
-    """
+    """Where the learned part of a turn ends: behind the end token, if the rest is white space, else at the turn's end."""
     stripped = turn.rstrip()
     return len(stripped) if stripped.endswith(ends) else len(turn)
-
-
-# --------------------------------------------------------------------------------------------------------------- check
-
-
-def _own_texts(message: dict[str, Any]) -> Iterator[str]:
-    """The texts of a message that a model must write itself."""
-    if "reasoning_content" in message:
-        yield message["reasoning_content"]
-    yield from [message["content"]] if message.get("content") else []
-    for call in message.get("tool_calls", []):
-        yield call["function"]["name"]
-        arguments = call["function"]["arguments"]
-        yield from _leaves(json.loads(arguments) if isinstance(arguments, str) else arguments)
-
-
-def _leaves(value: Any) -> Iterator[str]:
-    if isinstance(value, dict):
-        yield from itertools.chain(value, *map(_leaves, value.values()))
-    elif isinstance(value, list):
-        yield from itertools.chain(*map(_leaves, value))
-    elif isinstance(value, str):
-        yield value
-
-
-def _check_learned(learned: str, message: dict[str, Any], number: int) -> None:
-    """UserError that shows the text of a message that is not in the learned text."""
-    forms = lambda text: (text, json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1])
-    for text in _own_texts(message):
-        if not any(form in learned for form in forms(text.strip())):
-            lines = [line for line in text.split("\n") if line.strip() and line.strip() not in learned]
-            lost = "\n".join(lines) or text.strip()
-            shown = lost if len(lost) <= 300 else lost[:300] + " ..."
-            raise UserError(f"the chat template leaves text of message {number} out of what is learned. "
-                            f"Lost: {shown!r}. Instead, {CHANGE}")

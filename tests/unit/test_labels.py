@@ -215,6 +215,20 @@ def test_answers_that_look_like_the_template(answer):
     assert learned_texts(chat, with_template(CHATML)) == [f"{answer}<|im_end|>", "5<|im_end|>"]
 
 
+def test_thoughts_are_lost_although_the_answer_has_the_same_text():
+    chat = {"messages": [TURNS[0], {"role": "assistant", "reasoning_content": "5", "content": "5"}]}
+    with pytest.raises(UserError, match="leaves text of message 1 out of what is learned. Lost: '5'"):
+        learned_texts(chat, with_template(CHATML))
+
+
+def test_an_end_token_in_front_of_the_next_turn_is_learned():
+    late = ("{% for m in messages %}{% if m.role == 'user' %}{{ '' if loop.first else eos_token }}U: {{ m.content }} "
+            "{% else %}A: {{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}A: {% endif %}")
+    assert learned_texts({"messages": TURNS}, with_template(late)) == ["Hello!<|im_end|>", "5"]
+    plain = late.replace("eos_token", "''")
+    assert learned_texts({"messages": TURNS}, with_template(plain)) == ["Hello!", "5"]
+
+
 def test_named_templates():
     tokenizer = with_template({"default": CHATML, "tool_use": (TEMPLATES / "qwen2.5.jinja").read_text()})
     assert learned_texts({"messages": TURNS}, tokenizer) == ["Hello!<|im_end|>", "5<|im_end|>"]
