@@ -262,6 +262,6 @@ def _start(turn: str, message: dict[str, Any], opening: str) -> int:
 
 
 def _end(turn: str, ends: tuple[str, ...]) -> int:
-    """Where the learned part of a turn ends: behind the end token, if the rest is white space, else at the turn's end."""
+    """Where the learned part of a turn ends: behind an end token that ends it but for white space, else at its end."""
     stripped = turn.rstrip()
     return len(stripped) if stripped.endswith(ends) else len(turn)
