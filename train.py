@@ -49,7 +49,9 @@ def parse(arguments: list[str]) -> TrainConfig:
         # The run has its model with it; one that is typed must be the same.
         config = cli(TrainConfig(**saved | {"model": None}))
         return dataclasses.replace(config, typed=tuple(sorted({*saved.get("typed", ()), *typed})))
-    return with_demo_defaults(dataclasses.replace(config, typed=typed))
+    # The date is one of the run's flags, so that a run resumed on another day renders the same chats.
+    today = config.template_date or time.strftime("%Y-%m-%d")
+    return with_demo_defaults(dataclasses.replace(config, typed=typed, template_date=today))
 
 
 def out_of_memory(config: TrainConfig, reason: str) -> str:
@@ -81,11 +83,16 @@ def run(config: TrainConfig) -> int:
     """The story of a run, from flags to a Hugging Face directory. Returns the exit code."""
     # jax reads its environment when it is imported: not before main() has prepared it.
     from alst_jax import run as setup
+    from alst_jax import run_data
     from alst_jax.metrics import MetricsLog, peak_host_memory, peak_memory
     from alst_jax.planning.process import make_host_pool
     from alst_jax.planning.report import announce_plan, planned_against_measured, report
     from alst_jax.storage import run_directory
     from alst_jax.trainer import StopSignal, train
+
+    if config.show_samples is not None:
+        run_data.show_samples(config)
+        return 0
 
     # ------------------------------------------------------------------------- what, where and how: the model, the plan
     out = None if config.planning else run_directory.check_out(config)
@@ -102,7 +109,7 @@ def run(config: TrainConfig) -> int:
     step = planner.step(job)
 
     # ----------------------------------------------------------------------------------------------- on what: the data
-    data, stats, fingerprint = setup.read_data(config, source, job)
+    data, stats, fingerprint = run_data.read_data(config, source, job)
     steps = config.steps or max(1, stats.sequences // (job.rows * config.grad_accum))
 
     # ------------------------------------------------------------------------------- from where: resume, load or draw

@@ -19,7 +19,7 @@ import train
 from alst_jax.flag_checks import check_run
 from alst_jax.data.tokenizer import byte_tokenizer
 from alst_jax.models.config import TINY_LLAMA
-from alst_jax.run import read_sequences
+from alst_jax.run_data import read_sequences
 from alst_jax.storage.source import ModelSource
 
 DOCS = (pathlib.Path(__file__).parents[2] / "docs" / "data.md").read_text()
