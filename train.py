@@ -19,7 +19,7 @@ def main() -> int:
         check_run(config)
         environment.prepare(config.simulate_devices, config.plan_for is not None, config.host_memory, config.devices,
                             config.deterministic)
-        return run(config)
+        return run(config) if config.show_samples is None else show_samples(config)
     except UserError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 2
@@ -79,20 +79,23 @@ def with_demo_defaults(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, **{k: v for k, v in demo.items() if getattr(config, k) is None})
 
 
+def show_samples(config: TrainConfig) -> int:
+    """Print samples of the data with what is learned of them. Returns the exit code."""
+    from alst_jax import run_data
+
+    run_data.show_samples(config)
+    return 0
+
+
 def run(config: TrainConfig) -> int:
     """The story of a run, from flags to a Hugging Face directory. Returns the exit code."""
     # jax reads its environment when it is imported: not before main() has prepared it.
-    from alst_jax import run as setup
-    from alst_jax import run_data
+    from alst_jax import run as setup, run_data
     from alst_jax.metrics import MetricsLog, peak_host_memory, peak_memory
     from alst_jax.planning.process import make_host_pool
     from alst_jax.planning.report import announce_plan, planned_against_measured, report
     from alst_jax.storage import run_directory
     from alst_jax.trainer import StopSignal, train
-
-    if config.show_samples is not None:
-        run_data.show_samples(config)
-        return 0
 
     # ------------------------------------------------------------------------- what, where and how: the model, the plan
     out = None if config.planning else run_directory.check_out(config)

@@ -118,7 +118,8 @@ def _check_unicode(content: Any, origin: str) -> None:
         try:
             content.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise UserError(f"{origin}: not Unicode text (character {error.start} is half of a surrogate pair)") from error
+            raise UserError(f"{origin}: not Unicode text (character {error.start} is half of a surrogate "
+                            "pair)") from error
 
 
 def no_format(origin: str, names: Any, fields: Fields) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from alst_jax.config import UserError
 from alst_jax.data.files import FoundFile, Selection, find_files
@@ -52,9 +53,7 @@ def read_source(
         for record, origin in records:
             report.records += 1
             try:
-                if isinstance(record, UserError):
-                    raise record
-                document = Document(record.text, origin) if isinstance(record, PlainText) else reader.read(record, origin)
+                document = _document(record, origin, reader)
             except UserError as error:
                 if not reading.skip_bad:
                     raise
@@ -67,6 +66,12 @@ def read_source(
                 report.records_left_out["empty"] += 1
     report.check_documents()
     return documents, report
+
+
+def _document(record: Any, origin: str, reader: Reader) -> Document:
+    if isinstance(record, UserError):  # a line that could not be read
+        raise record
+    return Document(record.text, origin) if isinstance(record, PlainText) else reader.read(record, origin)
 
 
 def _records_of_files(files: list[FoundFile], top: pathlib.Path, document_per: str | None) -> Iterator[Records]:
