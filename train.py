@@ -19,7 +19,7 @@ def main() -> int:
         check_run(config)
         environment.prepare(config.simulate_devices, config.plan_for is not None, config.host_memory, config.devices,
                             config.deterministic)
-        return run(config)
+        return run(config) if config.show_samples is None else show_samples(config)
     except UserError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 2
@@ -49,7 +49,9 @@ def parse(arguments: list[str]) -> TrainConfig:
         # The run has its model with it; one that is typed must be the same.
         config = cli(TrainConfig(**saved | {"model": None}))
         return dataclasses.replace(config, typed=tuple(sorted({*saved.get("typed", ()), *typed})))
-    return with_demo_defaults(dataclasses.replace(config, typed=typed))
+    # The date is one of the run's flags, so that a run resumed on another day renders the same chats.
+    today = config.template_date or time.strftime("%Y-%m-%d")
+    return with_demo_defaults(dataclasses.replace(config, typed=typed, template_date=today))
 
 
 def out_of_memory(config: TrainConfig, reason: str) -> str:
@@ -77,10 +79,18 @@ def with_demo_defaults(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, **{k: v for k, v in demo.items() if getattr(config, k) is None})
 
 
+def show_samples(config: TrainConfig) -> int:
+    """Print samples of the data with what is learned of them. Returns the exit code."""
+    from alst_jax import run_data
+
+    run_data.show_samples(config)
+    return 0
+
+
 def run(config: TrainConfig) -> int:
     """The story of a run, from flags to a Hugging Face directory. Returns the exit code."""
     # jax reads its environment when it is imported: not before main() has prepared it.
-    from alst_jax import run as setup
+    from alst_jax import run as setup, run_data
     from alst_jax.metrics import MetricsLog, peak_host_memory, peak_memory
     from alst_jax.planning.process import make_host_pool
     from alst_jax.planning.report import announce_plan, planned_against_measured, report
@@ -102,7 +112,7 @@ def run(config: TrainConfig) -> int:
     step = planner.step(job)
 
     # ----------------------------------------------------------------------------------------------- on what: the data
-    data, stats, fingerprint = setup.read_data(config, source, job)
+    data, stats, fingerprint = run_data.read_data(config, source, job)
     steps = config.steps or max(1, stats.sequences // (job.rows * config.grad_accum))
 
     # ------------------------------------------------------------------------------- from where: resume, load or draw

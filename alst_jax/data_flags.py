@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -30,6 +31,16 @@ class DataFlags:
     """Field of a JSON, CSV, Parquet or Arrow record that holds a document."""
     messages_field: str = "messages"
     """Field of a JSON, Parquet or Arrow record that holds a chat."""
+    ignore_fields: tuple[str, ...] = ()
+    """Fields of a record that are left out, as if the data lacked them."""
+    learn: Literal["assistant", "last", "all"] = "assistant"
+    """What is learned of a chat: all turns of the assistant, the last of them, or all tokens."""
+    chat_template: str | None = None
+    """File with a chat template (Jinja), used instead of the model's own and written to the export."""
+    template_date: str | None = None
+    """Date that chat templates print, as 2026-11-27. Default: the day on which the run began."""
+    show_samples: int | None = None
+    """Print this many samples with their learned tokens marked, and stop: needs no --seq-len and no --out."""
     eval_data: tuple[str, ...] = ()
     """Held-out files, directories or hub data sets, each evaluated by itself: PATH or NAME=PATH."""
     eval_split: str | None = None
@@ -43,13 +54,18 @@ def data_mistakes(config: Any) -> Iterator[tuple[Any, str]]:
     yield (config.split is not None and config.document_per is not None,
            f"--split {config.split} is for data sets, and --document-per {config.document_per} for texts of all kinds; "
            "leave one of them out, or name the directory of the split")
-    for field in ("split", "include", "exclude", "document_per", "skip_bad_records"):
+    for field in ("split", "include", "exclude", "document_per", "skip_bad_records", "ignore_fields"):
         yield (getattr(config, field) and not config.data and not config.eval_data and not config.planning,
                f"--{field.replace('_', '-')} says how --data is read; name files with --data")
     yield (config.eval_split is not None and not config.eval_data,
            f"--eval-split {config.eval_split} says how --eval-data is read; name files with --eval-data")
     yield (config.eval_every is not None and not config.eval_data,
            "--eval-every needs --eval-data, the file to evaluate on")
+    yield (config.template_date is not None and not re.fullmatch(r"\d{4}-\d\d-\d\d", config.template_date),
+           f"--template-date {config.template_date}: write a date as 2026-11-27")
+    yield (config.show_samples is not None and config.planning,
+           f"--show-samples {config.show_samples} reads data, and --plan-only and --find-max-seq-len need none; leave "
+           "one of them out")
     yield (config.model is not None and not config.data and not config.planning,
            "--model without --data: name the files to train on (--data FILE_OR_DIR...)")
 

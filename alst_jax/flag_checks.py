@@ -21,7 +21,7 @@ def check_run(config: TrainConfig) -> None:
 AT_LEAST = dict(
     keep_attention_on_device=0, keep_attention_on_host=0, head_chunks=1, dp=1, sp=1, simulate_devices=1, steps=1,
     batch_size=1, grad_accum=1, warmup_steps=0, save_every=1, keep_checkpoints=1, eval_every=1, weight_decay=0,
-    clip_norm=0, seed=0)
+    clip_norm=0, seed=0, show_samples=1)
 
 
 def _check_numbers(config: TrainConfig) -> None:

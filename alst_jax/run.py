@@ -12,11 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from alst_jax.config import TrainConfig, UserError
-from alst_jax.data.batches import TrainingBatches, evaluation_batches, fingerprint
-from alst_jax.data.documents import Stats, check_length, check_targets
-from alst_jax.data.files import Selection
-from alst_jax.data.prepare import BySource, cut_embedded, cut_sources
-from alst_jax.data.sources import Reading
+from alst_jax.data.documents import Stats
+from alst_jax.data.report import print_sources
 from alst_jax.hardware.machines import Cluster, parse_cluster
 from alst_jax.models.block import abstract_params
 from alst_jax.models.config import ModelConfig
@@ -132,7 +129,7 @@ def gpu_of(config: TrainConfig) -> Gpu | None:
     return Gpu(device.device_kind, str(getattr(device, "compute_capability", "")), present=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------- data
+# --------------------------------------------------------------------------------------------------------------- length
 
 
 def check_seq_len(config: TrainConfig, model: ModelConfig) -> int:
@@ -156,53 +153,6 @@ def padded_length(seq_len: int, sp: int, profile: Profile) -> int:
     """seq_len, rounded up to what the mesh and the attention kernel divide; the rest is padding without labels."""
     multiple = math.lcm(sp, find_kernel(profile.attention).multiple)
     return -(-seq_len // multiple) * multiple
-
-
-def read_sequences(config: TrainConfig, source: ModelSource, held_out: bool = False) -> BySource:
-    """The documents of each training (or --eval-data) source, tokenised and cut; by the names of the sources."""
-    flag, paths = ("--eval-data", config.eval_data) if held_out else ("--data", config.data)
-    cutting = source.tokenizer, config.seq_len, source.config.vocab_size
-    if not paths:
-        return cut_embedded(held_out, *cutting)
-    selection = Selection(config.eval_split if held_out else config.split, config.include, config.exclude,
-                          config.document_per)
-    reading = Reading(config.text_field, config.messages_field, selection, config.skip_bad_records)
-    return cut_sources(paths, reading, flag, *cutting)
-
-
-def read_data(config: TrainConfig, source: ModelSource, job: Job) -> tuple[Data, Stats, str]:
-    """The batches of a run, the training documents' statistics and a hash of their sequences.
-
-    UserError if one step would meet the same sequence twice.
-    """
-    sequences, stats = [], Stats()
-    for more, of_source in read_sequences(config, source).values():
-        sequences += more
-        stats.add(of_source)
-    check_length(stats, config.seq_len, "--data")
-    per_step, pad = job.rows * config.grad_accum, pad_token(source.tokenizer)
-    mixture = None
-    if any(report.weight is not None for report in stats.sources):
-        mixture = [(report.sequences, report.weight) for report in stats.sources]
-    for count, weight in mixture or [(len(sequences), 1.0)]:
-        if count < math.ceil(per_step * weight - 1e-9):
-            part = f" and its weight {weight:.3g}" if mixture else ""
-            raise UserError(f"--data gives {count} sequences, fewer than the {per_step} of one step (--dp x "
-                            f"--batch-size x --grad-accum){part}: the same would be repeated in it. Use more data or "
-                            "smaller steps")
-    training = TrainingBatches(sequences, job.length, job.rows, config.grad_accum, config.seed, pad, mixture)
-    evaluation = {}
-    if config.eval_data or config.model is None and not config.data:
-        for name, (held_out, of_source) in read_sequences(config, source, held_out=True).items():
-            check_targets(of_source, f"--eval-data {name}")
-            evaluation[name] = functools.partial(evaluation_batches, held_out, job.length, job.rows, pad)
-            stats.held_out += of_source.sources
-    return Data(training, evaluation), stats, fingerprint(sequences, mixture)
-
-
-def pad_token(tokenizer: Any) -> int:
-    """The token of padding. It has no label, so any token will do if the tokenizer names none."""
-    return next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------- state
@@ -277,10 +227,8 @@ def announce(
         print(f"frozen  {count / 1e6:,.1f}M parameters match --freeze {config.freeze}")
     padded = f", padded to {job.length}" if job.length != config.seq_len else ""
     print(f"data    {stats.summary(config.seq_len)}{padded}")
-    for report in stats.sources:
-        print(f"source  {report.summary()}")
-    for report in stats.held_out:
-        print(f"eval    {report.summary()}")
+    print_sources(stats.sources)
+    print_sources(stats.held_out, "eval")
     start = f", resumed at step {done}" if done else ""
     a_step = dp * config.batch_size * config.grad_accum
     for report in stats.sources if stats.sources and stats.sources[0].weight is not None else ():

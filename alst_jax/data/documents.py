@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 
 from alst_jax.config import IGNORED, UserError
-from alst_jax.data.sources import Document, SourceReport
+from alst_jax.data.labels import Labels
+from alst_jax.data.records import Document
+from alst_jax.data.report import SourceReport, tokenized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,30 +49,45 @@ class Stats:
                 f"{self.longest:,}) -> {self.sequences:,} sequences of {seq_len:,}, {padding:.1%} padding{dropped}")
 
 
+@dataclasses.dataclass(frozen=True)
+class Cutting:
+    """How documents become sequences. vocab_size: the model's. skip_bad: count documents that cannot be tokenised."""
+
+    tokenizer: Any
+    seq_len: int
+    vocab_size: int
+    labels: Labels = Labels()
+    skip_bad: bool = False
+
+
 def make_sequences(
-    documents: Iterable[Document], tokenizer: Any, seq_len: int, vocab_size: int, flag: str = "--data"
+    documents: Iterable[Document], tokenizer: Any, seq_len: int, vocab_size: int, flag: str = "--data",
+    labels: Labels = Labels()
 ) -> tuple[list[Sequence], Stats]:
     """Tokenise, cut and check. UserError if there is nothing to predict, if the longest document fills less than half a
     sequence, or if the tokenizer has tokens the model does not know."""
-    sequences, stats = cut_documents(documents, tokenizer, seq_len, vocab_size)
+    documents, report = list(documents), SourceReport("")
+    for document in documents:
+        report.count_document(document)
+    sequences, stats = cut_documents(documents, Cutting(tokenizer, seq_len, vocab_size, labels), report)
     check_length(stats, seq_len, flag)
     return sequences, stats
 
 
 def cut_documents(
-    documents: Iterable[Document], tokenizer: Any, seq_len: int, vocab_size: int
+    documents: Iterable[Document], cutting: Cutting, report: SourceReport
 ) -> tuple[list[Sequence], Stats]:
     """Tokenise and cut. A longer document gives consecutive pieces; the label of a piece's last token is the next
     piece's first token, so that each token but a document's first is predicted exactly once.
 
-    UserError if the tokenizer has tokens the model does not know.
+    report: the counts of the documents' source. UserError if the tokenizer has tokens the model does not know.
     """
-    sequences, stats = [], Stats()
-    for document in documents:
-        tokens, is_target = tokenize(document, tokenizer)
-        if tokens.size and tokens.max() >= vocab_size:
-            raise UserError(f"{document.origin}: token {tokens.max()} is outside the model's vocabulary of {vocab_size}: "
-                            "the tokenizer belongs to another model")
+    sequences, stats, seq_len = [], Stats(sources=[report]), cutting.seq_len
+    for document, tokens, is_target in tokenized(
+            documents, cutting.tokenizer, cutting.labels, report, cutting.skip_bad):
+        if tokens.size and tokens.max() >= cutting.vocab_size:
+            raise UserError(f"{document.origin}: token {tokens.max()} is outside the model's vocabulary of "
+                            f"{cutting.vocab_size}: the tokenizer belongs to another model")
         stats.documents += 1
         stats.longest = max(stats.longest, tokens.size)
         labels = np.append(np.where(is_target, tokens, IGNORED)[1:], IGNORED).astype(np.int32)
@@ -78,11 +95,12 @@ def cut_documents(
             piece = Sequence(tokens[start : start + seq_len], labels[start : start + seq_len])
             if np.all(piece.labels == IGNORED):
                 stats.dropped += 1
+                report.pieces_left_out["without anything to learn"] += 1
                 continue
             sequences.append(piece)
             stats.tokens += piece.tokens.size
             stats.labels += int(np.count_nonzero(piece.labels != IGNORED))
-    stats.sequences = len(sequences)
+    stats.sequences = report.sequences = len(sequences)
     return sequences, stats
 
 
@@ -101,67 +119,3 @@ def check_targets(stats: Stats, place: str) -> None:
     """UserError if there is nothing to predict."""
     if not stats.sequences:
         raise UserError(f"{place}: {stats.documents} documents and nothing in them to predict (fewer than two tokens each)")
-
-
-def tokenize(document: Document, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens int32[n] and, for each, whether it is one to be learned. Text: all, with an end-of-text token; chat: what
-    the assistant says."""
-    if document.is_chat:
-        return _tokenize_chat(document, tokenizer)
-    try:
-        document.content.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(f"{document.origin}: not Unicode text (character {error.start} is half of a surrogate pair)") from error
-    ids = tokenizer(document.content, verbose=False)["input_ids"]
-    if tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
-        ids = [*ids, tokenizer.eos_token_id]
-    return np.asarray(ids, np.int32), np.ones(len(ids), bool)
-
-
-def _tokenize_chat(document: Document, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
-    if not tokenizer.chat_template:
-        raise UserError(f"{document.origin}: a chat, but the model's tokenizer has no chat template; use a model with one "
-                        "(an Instruct model) or give text instead")
-    try:
-        if "{% generation" in tokenizer.chat_template or "{%- generation" in tokenizer.chat_template:
-            ids, mask = _render(tokenizer, document.content, return_assistant_tokens_mask=True)
-        else:
-            ids, mask = _mask_by_prefixes(document, tokenizer)
-    except UserError:
-        raise
-    except Exception as error:  # templates raise what they like, e.g. for roles that do not alternate
-        raise UserError(f"{document.origin}: the model's chat template refuses this chat: {error}") from error
-    return np.asarray(ids, np.int32), np.asarray(mask, bool)
-
-
-def _render(tokenizer, messages, **options):
-    out = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
-    return out["input_ids"], out.get("assistant_masks")
-
-
-def _mask_by_prefixes(document: Document, tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """For templates that do not mark what the assistant says: it is what follows the prompt before each of its turns."""
-    messages = document.content
-    ids, _ = _render(tokenizer, messages)
-    mask = np.zeros(len(ids), bool)
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant":
-            through, _ = _render(tokenizer, messages[: i + 1])
-            prompt = _prompt_before(tokenizer, messages[:i], through)
-            if ids[: len(prompt)] != prompt or ids[: len(through)] != through:
-                raise UserError(
-                    f"{document.origin}: the model's chat template changes earlier turns when a later one is added, so "
-                    "what the assistant says in it cannot be told from the rest; use a template with {% generation %} marks")
-            mask[len(prompt) : len(through)] = True
-    return ids, mask.tolist()
-
-
-def _prompt_before(tokenizer: Any, earlier: list[dict[str, Any]], through: list[int]) -> list[int]:
-    """What a model is given before it answers: the earlier turns and the opening of its own."""
-    if earlier:
-        return _render(tokenizer, earlier, add_generation_prompt=True)[0]
-    # An empty chat is not rendered. The opening is what a generation prompt adds to any chat; look for it here.
-    some = [{"role": "user", "content": "?"}]
-    opening = _render(tokenizer, some, add_generation_prompt=True)[0][len(_render(tokenizer, some)[0]) :]
-    ends = [i for i in range(len(opening), len(through) + 1) if through[i - len(opening) : i] == opening]
-    return through[: ends[0]] if opening and ends else []

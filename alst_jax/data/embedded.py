@@ -1,7 +1,7 @@
 """The text that `train.py` learns when it is given none: long documents that ship with Python."""
 
 from alst_jax.config import UserError
-from alst_jax.data.sources import Document
+from alst_jax.data.records import Document
 
 LONG_ENOUGH = 4096  # bytes: shorter topics of the language reference are left out
 HELD_OUT_EVERY = 8  # each eighth topic is for evaluation

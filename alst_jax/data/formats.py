@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from alst_jax.config import UserError
+from alst_jax.data.records import without_nulls
 
 Records = Iterator[tuple[Any, str]]
 
@@ -274,5 +275,5 @@ def _rows(batches: Iterator[Any], file: pathlib.Path) -> Records:
     for batch in batches:
         for start in range(0, batch.num_rows, ROWS_AT_ONCE):
             for record in batch.slice(start, ROWS_AT_ONCE).to_pylist():
-                yield record, f"{file}[{row}]"
+                yield without_nulls(record), f"{file}[{row}]"
                 row += 1

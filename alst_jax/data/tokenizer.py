@@ -6,6 +6,7 @@ from typing import Any
 from alst_jax.config import UserError
 
 BOS, EOS, PAD, TURN_START, TURN_END = "<|bos|>", "<|eos|>", "<|pad|>", "<|turn|>", "<|end_of_turn|>"
+PROBE = "Hello  world,\n\n\tdef f(x):\n    return 'x' + \"12345\"  # Größe, naïve, 東京, 🕔 <b>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|turn|>{{ message['role'] }}\n"
     "{% if message['role'] == 'assistant' %}"
@@ -28,9 +29,58 @@ def load_tokenizer(directory: str | pathlib.Path) -> Any:
         raise UserError(f"{path} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json); copy the files of "
                         "the tokenizer the model was trained with into it")
     try:
-        return AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        _check_same_tokens(tokenizer, path)
+        return tokenizer
+    except UserError:
+        raise
     except Exception as error:  # transformers raises whatever its parsers raise
         raise UserError(f"{path}: the tokenizer cannot be read: {error}") from error
+
+
+def _check_same_tokens(tokenizer: Any, path: pathlib.Path) -> None:
+    """UserError if transformers makes other tokens than tokenizer.json says.
+
+    Some versions of transformers rebuild a tokenizer from the class that tokenizer_config.json names, and lose the
+    file's own rules for spaces.
+    """
+    from tokenizers import Tokenizer
+
+    file = path / "tokenizer.json"
+    if not file.is_file():
+        return
+    reference = Tokenizer.from_file(str(file))
+    reference.no_truncation()
+    reference.no_padding()
+    expected = reference.encode(PROBE, add_special_tokens=False).ids
+    given = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+    if given != expected:
+        import transformers
+
+        raise UserError(f"{path}: transformers {transformers.__version__} loads the tokenizer as "
+                        f"{type(tokenizer).__name__}, which makes {len(given)} tokens of a text of which "
+                        f"tokenizer.json makes {len(expected)} others; install a newer transformers, or set "
+                        "\"tokenizer_class\": \"PreTrainedTokenizerFast\" in tokenizer_config.json")
+
+
+def use_template(tokenizer: Any, file: str | None, same: bool = False) -> None:
+    """Replace the tokenizer's chat templates by the one in a file (--chat-template); None keeps them.
+
+    same: the tokenizer has the template already, as a resumed run's has. UserError if the file holds another one; the
+    file may be gone.
+    """
+    if file is None or same and not pathlib.Path(file).exists():
+        return
+    try:
+        template = pathlib.Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--chat-template {file}: name a file with a chat template in Jinja ({error})") from error
+    if not template.strip():
+        raise UserError(f"--chat-template {file}: the file is empty")
+    if same and tokenizer.chat_template != template:
+        raise UserError(f"--chat-template {file}: not the template that the run began with; a resumed run keeps its "
+                        "own. Leave it out, or start a new run with --model on this run's directory")
+    tokenizer.chat_template = template
 
 
 def byte_tokenizer() -> Any:

@@ -19,6 +19,7 @@ from alst_jax.models.config import ModelConfig
 from alst_jax.models.hf_config import hf_config_dict, model_config
 
 CHECKPOINTS, MODEL, RUN_FILE, EXPORT = "checkpoints", "model", "run.json", "hf"
+TEMPLATES = "additional_chat_templates"  # the folder of named chat templates beside chat_template.jinja
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf",
                 "*.msgpack", "*.h5", "*.onnx", "*.ot")
 
@@ -100,6 +101,8 @@ def start_run_directory(
         copy_model_files(hf_dir, out / MODEL)
         if not has_tokenizer(out / MODEL):  # of random weights
             tokenizer.save_pretrained(out / MODEL)
+        elif config.chat_template is not None:
+            write_template(tokenizer.chat_template, out / MODEL)
     else:
         tokenizer.save_pretrained(out / MODEL)
         special = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -109,12 +112,25 @@ def start_run_directory(
 
 
 def copy_model_files(hf_dir: str | pathlib.Path, out: str | pathlib.Path) -> None:
-    """Copy a Hugging Face directory without its weights: config, tokenizer, chat template, generation config."""
+    """Copy a Hugging Face directory without its weights: config, tokenizer, chat templates, generation config."""
     source, target = pathlib.Path(hf_dir), pathlib.Path(out)
     target.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()):
         if file.is_file() and not file.name.startswith(".") and not any(file.match(p) for p in WEIGHT_FILES):
             shutil.copyfile(file, target / file.name)
+    if (source / TEMPLATES).is_dir() and source.resolve() != target.resolve():
+        shutil.copytree(source / TEMPLATES, target / TEMPLATES, dirs_exist_ok=True)
+
+
+def write_template(template: str, model_dir: pathlib.Path) -> None:
+    """Make this the only chat template of a Hugging Face directory."""
+    shutil.rmtree(model_dir / TEMPLATES, ignore_errors=True)
+    (model_dir / "chat_template.jinja").write_text(template, encoding="utf-8")
+    file = model_dir / "tokenizer_config.json"
+    if file.is_file():
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        settings.pop("chat_template", None)
+        file.write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def write_run_file(run_dir: pathlib.Path, kind: str, extra: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alst_jax.config import TrainConfig, UserError
-from alst_jax.data.tokenizer import byte_tokenizer, has_tokenizer, load_tokenizer
+from alst_jax.data.tokenizer import byte_tokenizer, has_tokenizer, load_tokenizer, use_template
 from alst_jax.models.config import TINY_LLAMA, ModelConfig
 from alst_jax.models.hf_config import model_config
 from alst_jax.models.hf_weights import find_tensors, load_params
@@ -43,17 +43,25 @@ def find_model(config: TrainConfig, tokenizer: bool = True) -> ModelSource:
                             "and another --out")
         files = run_dir / run_directory.MODEL
         named = files if config.model is None else _model_files(config.model)  # compared with the run's own later
-        return ModelSource(str(config.model or files), model_config(named), load_tokenizer(files), files)
+        return ModelSource(str(config.model or files), model_config(named), _tokenizer(files, config), files)
     if config.model is None:
-        return ModelSource("the embedded tiny Llama", TINY_LLAMA, byte_tokenizer() if tokenizer else None, None)
+        return ModelSource("the embedded tiny Llama", TINY_LLAMA, _tokenizer(None, config) if tokenizer else None, None)
     files = _model_files(config.model)
     if config.random_weights:
-        made = None if not tokenizer else load_tokenizer(files) if has_tokenizer(files) else byte_tokenizer()
+        own = files if has_tokenizer(files) else None
+        made = _tokenizer(own, config) if tokenizer else None
         return ModelSource(f"{config.model}, random weights", model_config(files), made, files)
-    parts = (config.model, model_config(files), load_tokenizer(files) if tokenizer else None, files)
+    parts = (config.model, model_config(files), _tokenizer(files, config) if tokenizer else None, files)
     if run_directory.is_checkpoint(config.model):
         return ModelSource(*parts, checkpoint=run_directory.find_checkpoint(config.model))
     return ModelSource(*parts, hf_weights=files)
+
+
+def _tokenizer(files: pathlib.Path | None, config: TrainConfig) -> Any:
+    """The tokenizer of a directory, or the embedded one, with the template of --chat-template."""
+    tokenizer = byte_tokenizer() if files is None else load_tokenizer(files)
+    use_template(tokenizer, config.chat_template, same=config.resume)
+    return tokenizer
 
 
 def _model_files(model: str) -> pathlib.Path:

@@ -262,7 +262,7 @@ def test_each_held_out_source_is_evaluated_by_its_name(saving_flags, capfd, tmp_
     assert line["eval_perplexity"] == pytest.approx(np.exp(mean), rel=1e-4)
     out = capfd.readouterr().out
     assert f"step 2: eval loss {line['eval_loss/two']:.4f} over {labels['two']} labels, perplexity " in out
-    assert "eval    one: 1 file, 1 record, 1 document, " in out
+    assert "eval    one: 1 file, text, 1 record, 1 document, " in out
     tags = b"".join(file.read_bytes() for file in (tmp_path / "run" / "tensorboard").iterdir())
     assert b"eval_loss/one" in tags and b"eval_perplexity/two" in tags
 

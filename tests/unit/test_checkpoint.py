@@ -22,7 +22,7 @@ from alst_jax import run as setup
 from alst_jax.config import TrainConfig, UserError
 from alst_jax.data.batches import TrainingBatches
 from alst_jax.data.documents import Sequence
-from alst_jax.data.tokenizer import byte_tokenizer
+from alst_jax.data.tokenizer import byte_tokenizer, load_tokenizer
 from alst_jax.models.hf_config import hf_config_dict
 from alst_jax.models.hf_weights import save_params
 from alst_jax.models.tree import as_dict, names
@@ -433,6 +433,24 @@ def test_model_files_are_copied_without_weights(tmp_path):
     run_directory.copy_model_files(source, tmp_path / "run" / run_directory.MODEL)
     there = {p.name: p.read_text() for p in (tmp_path / "run" / run_directory.MODEL).iterdir()}
     assert there == {name: name for name in copied}
+
+
+def test_named_chat_templates_are_copied_and_replaced_by_ones_own(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = {"default": "a", "tool_use": "b"}
+    tokenizer.save_pretrained(tmp_path / "hf")
+    run_directory.copy_model_files(tmp_path / "hf", tmp_path / "model")
+    run_directory.copy_model_files(tmp_path / "model", tmp_path / "export")
+    assert load_tokenizer(tmp_path / "export").chat_template == {"default": "a", "tool_use": "b"}
+    settings = tmp_path / "model" / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": "old"}))
+    run_directory.write_template("own", tmp_path / "model")
+    assert load_tokenizer(tmp_path / "model").chat_template == "own"
+    tokenizer.chat_template = "typed"
+    for given, expected in ((None, {"default": "a", "tool_use": "b"}), ("own.jinja", "typed")):
+        out, config = tmp_path / f"run-{given}", TrainConfig(chat_template=given)
+        run_directory.start_run_directory(out, config, TINY, tokenizer, tmp_path / "hf")
+        assert load_tokenizer(out / "model").chat_template == expected
 
 
 # --------------------------------------------------------------------------------------------- trees with Flax modules

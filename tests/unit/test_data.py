@@ -11,9 +11,11 @@ import pytest
 
 from alst_jax.config import IGNORED, UserError
 from alst_jax.data.batches import TrainingBatches, evaluation_batches, fingerprint, pad_sequence
-from alst_jax.data.documents import Sequence, make_sequences, tokenize
+from alst_jax.data.documents import Sequence, make_sequences
 from alst_jax.data.embedded import python_reference
-from alst_jax.data.sources import Document, read_documents
+from alst_jax.data.labels import tokenize
+from alst_jax.data.records import Document
+from alst_jax.data.sources import read_documents
 from alst_jax.data.tokenizer import CHAT_TEMPLATE, byte_tokenizer, load_tokenizer
 
 CHAT = [{"role": "user", "content": "Wie spät?"}, {"role": "assistant", "content": "Fünf 🕔"},
@@ -35,10 +37,11 @@ def contents(*paths, **fields):
 
 def test_json_lines_know_their_lines(tmp_path):
     file = tmp_path / "a.jsonl"
-    file.write_text('{"text": "one"}\n\n{"text": "two", "id": 7}\r\n{"messages": ' + json.dumps(CHAT) + "}")
-    documents = read_documents([str(file)])
+    file.write_text('{"text": "one"}\n\n{"text": "two", "id": 7}\r\n')
+    chats = write(tmp_path / "b.jsonl", {"messages": CHAT})
+    documents = read_documents([str(file), chats])
     assert [d.content for d in documents] == ["one", "two", CHAT]
-    assert [d.origin for d in documents] == [f"{file}:1", f"{file}:3", f"{file}:4"]
+    assert [d.origin for d in documents] == [f"{file}:1", f"{file}:3", f"{chats}:1"]
     assert [d.is_chat for d in documents] == [False, False, True]
 
 
@@ -78,8 +81,11 @@ def test_directories_are_read_recursively_in_the_order_of_their_names(tmp_path, 
 
 
 def test_other_field_names(tmp_path):
-    file = write(tmp_path / "a.jsonl", {"body": "x", "text": "no"}, {"turns": CHAT})
-    assert contents(file, text_field="body", messages_field="turns") == ["x", CHAT]
+    files = write(tmp_path / "a.jsonl", {"body": "x", "text": "no"}), write(tmp_path / "b.jsonl", {"turns": CHAT})
+    names = dict(text_field="body", messages_field="turns")
+    assert contents(*files, **names, ignore_fields=("text",)) == ["x", CHAT]
+    with pytest.raises(UserError, match="a.jsonl:1: 'text' beside 'body' is not understood.*--ignore-fields text"):
+        contents(*files, **names)
 
 
 def record(value):
@@ -114,7 +120,7 @@ def messages(*turns):
     ("a.jsonl", messages(CHAT[1], {"role": "user"}), "{file}:1: message 1 lacks 'role' or 'content'"),
     ("a.jsonl", messages(CHAT[1], "hello"), "{file}:1: message 1 lacks 'role' or 'content'"),
     ("a.jsonl", messages({"role": "assistant", "content": [{"type": "image"}]}),
-     "{file}:1: message 0: 'role' and 'content' are text; other kinds of content are not supported"),
+     "{file}:1: message 0: a content part of the type 'image'; only parts of the type 'text'"),
     ("a.jsonl", messages(CHAT[0]), "{file}:1: the chat has no message of the role 'assistant'"),
 ])
 def test_what_is_wrong_with_a_file_is_said(tmp_path, name, content, message):
@@ -168,6 +174,20 @@ def test_a_directory_without_a_tokenizer_is_refused(tmp_path):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match=f"{tmp_path}: the tokenizer cannot be read"):
+        load_tokenizer(tmp_path)
+
+
+def test_other_tokens_than_those_of_tokenizer_json_are_refused(tmp_path):
+    """A class of transformers may replace the file's own rules for spaces."""
+    byte_tokenizer().save_pretrained(tmp_path)
+    contents = json.loads((tmp_path / "tokenizer.json").read_text())
+    contents["model"]["vocab"]["<unk>"] = 300
+    (tmp_path / "tokenizer.json").write_text(json.dumps(contents))
+    load_tokenizer(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer_class": "CodeLlamaTokenizer"}))
+    with pytest.raises(UserError, match="loads the tokenizer as CodeLlamaTokenizer, which makes .* tokens of a text of "
+                       "which tokenizer.json makes .* others; install a newer transformers, or set \"tokenizer_class\""):
         load_tokenizer(tmp_path)
 
 
@@ -323,7 +343,7 @@ def test_pieces_of_a_chat_without_assistant_are_left_out():
 @pytest.mark.parametrize("template, message", [
     (None, "^here: a chat, but the model's tokenizer has no chat template; use a model with one"),
     (REWRITING.replace("{% generation %}", "").replace("{% endgeneration %}", ""),
-     "^here: the model's chat template changes earlier turns when a later one is added.*{% generation %} marks"),
+     "^here: the chat template leaves text of message 1 out of what is learned. Lost: 'Fünf 🕔'"),
     ("{{ raise_exception('roles must alternate') }}", "^here: the model's chat template refuses this chat: roles must"),
     ("{% if %}", "^here: the model's chat template refuses this chat: "),
 ])
@@ -336,8 +356,9 @@ def sequences_of_chat(template):
     return make_sequences([Document(CHAT, "here")], chat_tokenizer(template), 64, 261)
 
 
-def test_a_rewriting_template_with_marks_is_fine():
-    assert learned_text(REWRITING) == ["F<|end_of_turn|>", "Yes.<|end_of_turn|>"]
+def test_a_rewriting_template_with_marks_is_refused_with_the_lost_text():
+    with pytest.raises(UserError, match="leaves text of message 1 out of what is learned. Lost: 'Fünf 🕔'"):
+        learned_text(REWRITING)
 
 
 # ------------------------------------------------------------------------------------------------------------- batches

@@ -18,11 +18,12 @@ import pytest
 from alst_jax.config import IGNORED, TrainConfig, UserError
 from alst_jax.flag_checks import check_run
 from alst_jax.data.batches import TrainingBatches, fingerprint
-from alst_jax.data.documents import Sequence
+from alst_jax.data.documents import Cutting, Sequence
 from alst_jax.data.files import Selection, find_files
 from alst_jax.data.formats import kind_of, stem_of
 from alst_jax.data.named import Source, parse_sources
 from alst_jax.data.prepare import cut_sources
+from alst_jax.data.records import Fields
 from alst_jax.data.sources import Reading, read_documents, read_source
 from alst_jax.data.tokenizer import byte_tokenizer
 
@@ -49,7 +50,7 @@ def put(top, name, content=None):
 
 def read(path, flag="--data", held_out=False, skip_bad=False, text_field="text", **selection):
     """(texts, report) of one source."""
-    reading = Reading(text_field, "messages", Selection(**selection), skip_bad)
+    reading = Reading(Fields(text_field), Selection(**selection), skip_bad)
     documents, report = read_source(Source(str(path), str(path)), reading, flag, held_out)
     return [document.content for document in documents], report
 
@@ -238,14 +239,15 @@ def test_a_directory_as_it_is_downloaded(tmp_path):
     assert texts == ["train a", "train b", "train c"]
     assert (report.files, report.split, report.records, report.documents) == (2, "train", 3, 3)
     assert report.files_left_out == {"hidden": 1, "documentation": 2, "metadata": 1, "of split test": 1}
-    assert ("2 files of split train, 3 records, 3 documents, 0 tokens (0 learned); files left out: " in report.summary()
-            and "1 of split test" in report.summary())
+    (line,) = report.lines()
+    assert "2 files of split train, text, 3 records, 3 documents, 0 tokens, 0 learned; files left out: " in line
+    assert "1 of split test" in line
     assert read(tmp_path, split="test")[0] == read(tmp_path, held_out=True, flag="--eval-data")[0] == ["test a", "test b"]
 
 
 def test_only_the_labels_of_train_are_learned(tmp_path):
     """One token a byte and an end token: each token but the first of a document is learned."""
-    sources = cut_sources([str(hub_layout(tmp_path))], Reading(), "--data", byte_tokenizer(), 8, 261)
+    sources = cut_sources([str(hub_layout(tmp_path))], Reading(), "--data", Cutting(byte_tokenizer(), 8, 261))
     ((sequences, stats),) = sources.values()
     assert stats.labels == 3 * len("train a") == 21
     assert sum(int((s.labels != IGNORED).sum()) for s in sequences) == 21
@@ -398,7 +400,7 @@ def test_bad_records_are_refused_or_counted(tmp_path):
     texts, report = read(file, skip_bad=True)
     assert texts == ["a", "d"]
     assert (report.records, report.documents, report.records_left_out) == (7, 2, {"bad": 5})
-    assert "records left out: 5 bad; the first bad one: " + f"{file}:2: neither" in report.summary()
+    assert "records left out: 5 bad; the first bad one: " + f"{file}:2: neither" in next(report.lines())
     csv = put(tmp_path, "a.csv", b"text,id\na,1\nb\nc\xff,3\nd,4\n")
     texts, report = read(csv, skip_bad=True)
     assert texts == ["a", "d"] and report.records_left_out == {"bad": 2}
@@ -424,7 +426,8 @@ def test_chats_that_the_template_refuses_are_refused_or_counted(tmp_path):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = ("{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first') }}{% endif %}"
                                + tokenizer.chat_template)
-    cut = lambda skip: cut_sources([str(file)], Reading(skip_bad=skip), "--data", tokenizer, 64, 261)[str(file)][1]
+    cut = lambda skip: cut_sources([str(file)], Reading(skip_bad=skip), "--data",
+                                   Cutting(tokenizer, 64, 261, skip_bad=skip))[str(file)][1]
     with pytest.raises(UserError, match=f"{file}:2: the model's chat template refuses this chat: user first"):
         cut(False)
     stats = cut(True)
@@ -489,10 +492,10 @@ def test_a_weighted_source_with_nothing_to_predict_is_refused(tmp_path):
     long, short = put(tmp_path, "long.txt", "long enough"), put(tmp_path, "short.txt", "a")
     tokenizer = byte_tokenizer()
     tokenizer.eos_token = None
-    given = [str(long), str(short)]
-    assert sum(stats.sequences for _, stats in cut_sources(given, Reading(), "--data", tokenizer, 16, 261).values()) == 1
+    given, cutting = [str(long), str(short)], Cutting(tokenizer, 16, 261)
+    assert sum(stats.sequences for _, stats in cut_sources(given, Reading(), "--data", cutting).values()) == 1
     with pytest.raises(UserError, match="short.txt: 1 documents and nothing in them to predict, so that no weight"):
-        cut_sources([f"{path}:1" for path in given], Reading(), "--data", tokenizer, 16, 261)
+        cut_sources([f"{path}:1" for path in given], Reading(), "--data", cutting)
 
 
 COUNTS, WEIGHTS = (5, 40, 3), (0.5, 0.2, 0.3)

@@ -1,0 +1,55 @@
+"""The texts of a message that a model must write itself, and the check that they are learned."""
+
+import itertools
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from alst_jax.config import UserError
+
+CHANGE = "learn the last turn only (--learn last), give the turn weight 0, or use another --chat-template FILE"
+
+
+def own_texts(message: dict[str, Any]) -> Iterator[str]:
+    """The texts of a message that a model must write itself."""
+    if "reasoning_content" in message:
+        yield message["reasoning_content"]
+    yield from [message["content"]] if message.get("content") else []
+    for call in message.get("tool_calls", []):
+        yield call["function"]["name"]
+        arguments = call["function"]["arguments"]
+        yield from _leaves(json.loads(arguments) if isinstance(arguments, str) else arguments)
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        yield from itertools.chain(value, *map(_leaves, value.values()))
+    elif isinstance(value, list):
+        yield from itertools.chain(*map(_leaves, value))
+    elif isinstance(value, str):
+        yield value
+
+
+def check_learned(learned: str, message: dict[str, Any], number: int) -> None:
+    """UserError that shows the text of a message that is not in the learned text.
+
+    The content must follow the thoughts: the same text once does not stand for both.
+    """
+    at = 0
+    for text in own_texts({name: message[name] for name in ("reasoning_content", "content") if name in message}):
+        found = learned.find(text.strip(), at)
+        if found < 0:
+            _refuse_lost(text, learned if text.strip() not in learned else "", number)
+        at = found + len(text.strip())
+    for text in own_texts({"tool_calls": message.get("tool_calls", [])}):
+        forms = (text, json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1])
+        if not any(form in learned for form in forms):
+            _refuse_lost(text, learned, number)
+
+
+def _refuse_lost(text: str, learned: str, number: int) -> None:
+    lines = [line for line in text.split("\n") if line.strip() and line.strip() not in learned]
+    lost = "\n".join(lines) or text.strip()
+    shown = lost if len(lost) <= 300 else lost[:300] + " ..."
+    raise UserError(f"the chat template leaves text of message {number} out of what is learned. Lost: {shown!r}. "
+                    f"Instead, {CHANGE}")

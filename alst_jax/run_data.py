@@ -1,0 +1,82 @@
+"""From flags to data: the documents of --data and --eval-data, their labels, the batches of a run."""
+
+import functools
+import math
+from typing import Any
+
+from alst_jax.config import TrainConfig, UserError
+from alst_jax.data.batches import TrainingBatches, evaluation_batches, fingerprint
+from alst_jax.data.documents import Cutting, Stats, check_length, check_targets
+from alst_jax.data.files import Selection
+from alst_jax.data.labels import Labels
+from alst_jax.data.prepare import BySource, cut_sources, read_sources
+from alst_jax.data.records import Fields
+from alst_jax.data.report import print_samples, warn_without_end
+from alst_jax.data.sources import Reading
+from alst_jax.planning.job import Job
+from alst_jax.storage.source import ModelSource, find_model
+from alst_jax.trainer import Data
+
+
+def reading_of(config: TrainConfig, held_out: bool = False) -> Reading:
+    """The flags that say how files and records are read."""
+    selection = Selection(config.eval_split if held_out else config.split, config.include, config.exclude,
+                          config.document_per)
+    fields = Fields(config.text_field, config.messages_field, config.ignore_fields)
+    return Reading(fields, selection, config.skip_bad_records)
+
+
+def labels_of(config: TrainConfig) -> Labels:
+    """The flags that say what is learned of a chat."""
+    return Labels(config.learn, config.template_date)
+
+
+def show_samples(config: TrainConfig) -> None:
+    """Print --show-samples documents with their learned tokens marked, and the counts of each source."""
+    tokenizer = find_model(config).tokenizer
+    sources = read_sources(config.data, reading_of(config), "--data")
+    print_samples(sources, tokenizer, labels_of(config), config.show_samples, config.skip_bad_records)
+
+
+def read_sequences(config: TrainConfig, source: ModelSource, held_out: bool = False) -> BySource:
+    """The documents of each training (or --eval-data) source, tokenised and cut; by the names of the sources."""
+    flag, paths = ("--eval-data", config.eval_data) if held_out else ("--data", config.data)
+    cutting = Cutting(source.tokenizer, config.seq_len, source.config.vocab_size, labels_of(config),
+                      config.skip_bad_records)
+    return cut_sources(paths, reading_of(config, held_out), flag, cutting)
+
+
+def read_data(config: TrainConfig, source: ModelSource, job: Job) -> tuple[Data, Stats, str]:
+    """The batches of a run, the training documents' statistics and a hash of their sequences.
+
+    UserError if one step would meet the same sequence twice.
+    """
+    sequences, stats = [], Stats()
+    for more, of_source in read_sequences(config, source).values():
+        sequences += more
+        stats.add(of_source)
+    check_length(stats, config.seq_len, "--data")
+    per_step, pad = job.rows * config.grad_accum, pad_token(source.tokenizer)
+    mixture = None
+    if any(report.weight is not None for report in stats.sources):
+        mixture = [(report.sequences, report.weight) for report in stats.sources]
+    for count, weight in mixture or [(len(sequences), 1.0)]:
+        if count < math.ceil(per_step * weight - 1e-9):
+            part = f" and its weight {weight:.3g}" if mixture else ""
+            raise UserError(f"--data gives {count} sequences, fewer than the {per_step} of one step (--dp x "
+                            f"--batch-size x --grad-accum){part}: the same would be repeated in it. Use more data or "
+                            "smaller steps")
+    training = TrainingBatches(sequences, job.length, job.rows, config.grad_accum, config.seed, pad, mixture)
+    evaluation = {}
+    if config.eval_data or config.model is None and not config.data:
+        for name, (held_out, of_source) in read_sequences(config, source, held_out=True).items():
+            check_targets(of_source, f"--eval-data {name}")
+            evaluation[name] = functools.partial(evaluation_batches, held_out, job.length, job.rows, pad)
+            stats.held_out += of_source.sources
+    warn_without_end(source.tokenizer, stats.sources)
+    return Data(training, evaluation), stats, fingerprint(sequences, mixture)
+
+
+def pad_token(tokenizer: Any) -> int:
+    """The token of padding. It has no label, so any token will do if the tokenizer names none."""
+    return next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
