@@ -90,7 +90,8 @@ def show_samples(config: TrainConfig) -> int:
 def run(config: TrainConfig) -> int:
     """The story of a run, from flags to a Hugging Face directory. Returns the exit code."""
     # jax reads its environment when it is imported: not before main() has prepared it.
-    from alst_jax import run as setup, run_data
+    from alst_jax import run as setup
+    from alst_jax import run_data
     from alst_jax.metrics import MetricsLog, peak_host_memory, peak_memory
     from alst_jax.planning.process import make_host_pool
     from alst_jax.planning.report import announce_plan, planned_against_measured, report
@@ -103,7 +104,10 @@ def run(config: TrainConfig) -> int:
     if config.planning:
         print(report(planner, job))
         return 0
-    choice = None
+    choice, read = None, None
+    if config.pack:  # the packs say how much of attention there is to compute
+        read = run_data.read_data(config, source, job)
+        job = run_data.with_packs(job, read[1])
     if planner.cluster is not None:  # a run that does not fit is refused here, before it allocates memory
         started = time.perf_counter()
         choice = planner.choose(job)
@@ -112,7 +116,7 @@ def run(config: TrainConfig) -> int:
     step = planner.step(job)
 
     # ----------------------------------------------------------------------------------------------- on what: the data
-    data, stats, fingerprint = run_data.read_data(config, source, job)
+    data, stats, fingerprint = read or run_data.read_data(config, source, job)
     steps = config.steps or max(1, stats.sequences // (job.rows * config.grad_accum))
 
     # ------------------------------------------------------------------------------- from where: resume, load or draw

@@ -168,8 +168,6 @@ class TrainConfig(DataFlags):
     """Continue the run in --out from its newest checkpoint."""
     export: bool = True
     """Write OUT/hf at the end, which transformers loads."""
-    pack: bool = False
-    """Several documents in one sequence: not supported yet, refused."""
     typed: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
     """Which of MEMORY_FIELDS were typed: `--memory auto` leaves them as they are."""
 

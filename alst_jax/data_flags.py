@@ -41,6 +41,12 @@ class DataFlags:
     """Date that chat templates print, as 2026-11-27. Default: the day on which the run began."""
     show_samples: int | None = None
     """Print this many samples with their learned tokens marked, and stop: needs no --seq-len and no --out."""
+    pack: bool = False
+    """Put several documents into one sequence of --seq-len tokens. Each computes what it would alone."""
+    pack_attention: Literal["documents", "across"] = "documents"
+    """With --pack. documents: attention stays inside a document and positions restart. across: a pack is one text."""
+    long_documents: Literal["cut", "drop"] = "cut"
+    """Documents longer than --seq-len: cut them into consecutive pieces, or leave them out."""
     eval_data: tuple[str, ...] = ()
     """Held-out files, directories or hub data sets, each evaluated by itself: PATH or NAME=PATH."""
     eval_split: str | None = None
@@ -61,6 +67,8 @@ def data_mistakes(config: Any) -> Iterator[tuple[Any, str]]:
            f"--eval-split {config.eval_split} says how --eval-data is read; name files with --eval-data")
     yield (config.eval_every is not None and not config.eval_data,
            "--eval-every needs --eval-data, the file to evaluate on")
+    yield (config.pack_attention == "across" and not config.pack,
+           "--pack-attention across says what attention reads in a pack; it needs --pack")
     yield (config.template_date is not None and not re.fullmatch(r"\d{4}-\d\d-\d\d", config.template_date),
            f"--template-date {config.template_date}: write a date as 2026-11-27")
     yield (config.show_samples is not None and config.planning,

@@ -68,8 +68,6 @@ def _mistakes(config: TrainConfig) -> Iterator[tuple[Any, str]]:
            f"--warmup-steps {config.warmup_steps} is more than --steps {config.steps}")
     yield (config.offload_activations and not config.remat,
            "--offload-activations offloads what rematerialisation keeps; it needs --remat, not --no-remat")
-    yield (config.pack, "--pack: packing several documents into one sequence is not supported yet; leave it out, and "
-                        "each document gets sequences of its own")
     yield from data_mistakes(config)
     yield (config.random_weights and config.model is None and not config.resume,
            "--random-weights draws the weights of a model's config.json: name its directory with --model")

@@ -1,5 +1,6 @@
 """From flags to the parts of a run, in the order in which train.py asks for them. Each function answers or refuses."""
 
+import dataclasses
 import functools
 import math
 import pathlib
@@ -13,6 +14,7 @@ import numpy as np
 
 from alst_jax.config import TrainConfig, UserError
 from alst_jax.data.documents import Stats
+from alst_jax.data.packing import room_for
 from alst_jax.data.report import print_sources
 from alst_jax.hardware.machines import Cluster, parse_cluster
 from alst_jax.models.block import abstract_params
@@ -55,6 +57,8 @@ def subject(config: TrainConfig) -> tuple[ModelSource, Planner, Job]:
     seq_len = ANY_LENGTH if config.find_max_seq_len else check_seq_len(config, source.config)
     job = Job(source.config, profile, dp * config.batch_size, padded_length(seq_len, sp, profile), dp, sp,
               config.grad_accum, config.optimizer_states, config.master_weights, freeze=config.freeze)
+    if config.pack and config.pack_attention == "documents":  # a run knows its packs; a plan takes documents of 1,024 tokens
+        job = dataclasses.replace(job, documents=room_for(max(1, job.length // 1024), job.rows // dp))
     cluster = with_room(cluster, job)
     return source, Planner.of(config, cluster, functools.partial(make_step, config, cluster, dtype)), job
 
@@ -227,6 +231,8 @@ def announce(
         print(f"frozen  {count / 1e6:,.1f}M parameters match --freeze {config.freeze}")
     padded = f", padded to {job.length}" if job.length != config.seq_len else ""
     print(f"data    {stats.summary(config.seq_len)}{padded}")
+    if stats.fullness is not None:
+        print(f"packs   {stats.fullness.summary()}")
     print_sources(stats.sources)
     print_sources(stats.held_out, "eval")
     start = f", resumed at step {done}" if done else ""

@@ -1,14 +1,18 @@
 """From flags to data: the documents of --data and --eval-data, their labels, the batches of a run."""
 
+import dataclasses
 import functools
 import math
 from typing import Any
+
+import numpy as np
 
 from alst_jax.config import TrainConfig, UserError
 from alst_jax.data.batches import TrainingBatches, evaluation_batches, fingerprint
 from alst_jax.data.documents import Cutting, Stats, check_length, check_targets
 from alst_jax.data.files import Selection
 from alst_jax.data.labels import Labels
+from alst_jax.data.packing import Fullness, Packs, pack, pieces_of, room_for
 from alst_jax.data.prepare import BySource, cut_sources, read_sources
 from alst_jax.data.records import Fields
 from alst_jax.data.report import print_samples, warn_without_end
@@ -42,8 +46,41 @@ def read_sequences(config: TrainConfig, source: ModelSource, held_out: bool = Fa
     """The documents of each training (or --eval-data) source, tokenised and cut; by the names of the sources."""
     flag, paths = ("--eval-data", config.eval_data) if held_out else ("--data", config.data)
     cutting = Cutting(source.tokenizer, config.seq_len, source.config.vocab_size, labels_of(config),
-                      config.skip_bad_records)
+                      config.skip_bad_records, config.long_documents == "drop")
     return cut_sources(paths, reading_of(config, held_out), flag, cutting)
+
+
+def packed(config: TrainConfig, sources: BySource) -> tuple[Any, Stats]:
+    """The sequences of all sources, one source behind the other, in packs with --pack; and their counts."""
+    pieces, packs, stats = [], [], Stats()
+    for sequences, of_source in sources.values():
+        if config.pack and sequences:
+            made = pack(np.asarray([s.tokens.size for s in sequences]), config.seq_len, config.seed)
+            packs += [[len(pieces) + i for i in members] for members in made]
+            of_source.sequences = of_source.sources[0].sequences = len(made)
+        pieces += sequences
+        stats.add(of_source)
+    if not packs:
+        return pieces, stats
+    lengths = np.asarray([piece.tokens.size for piece in pieces])
+    stats.fullness = Fullness(len(packs), config.seq_len, lengths, max(map(len, packs)))
+    return Packs(pieces, packs, together=config.pack_attention == "across"), stats
+
+
+def packing_of(config: TrainConfig, sequences: Any, job: Job) -> tuple[int, int] | None:
+    """(data-parallel replicas, documents of a replica at most); None where sequences are single documents."""
+    if not config.pack or config.pack_attention == "across":
+        return None
+    most = max(len(pieces_of(sequences[i], job.length)) for i in range(len(sequences)))
+    return job.dp, room_for(most, job.rows // job.dp)
+
+
+def with_packs(job: Job, stats: Stats) -> Job:
+    """The job, with what is known of the packs: room for documents, and the share of attention that they need."""
+    if stats.packing is None:
+        return job
+    share = float((stats.fullness.lengths.astype(float) ** 2).sum()) / (stats.fullness.packs * job.length**2)
+    return dataclasses.replace(job, documents=stats.packing[1], attention_share=share)
 
 
 def read_data(config: TrainConfig, source: ModelSource, job: Job) -> tuple[Data, Stats, str]:
@@ -51,11 +88,9 @@ def read_data(config: TrainConfig, source: ModelSource, job: Job) -> tuple[Data,
 
     UserError if one step would meet the same sequence twice.
     """
-    sequences, stats = [], Stats()
-    for more, of_source in read_sequences(config, source).values():
-        sequences += more
-        stats.add(of_source)
-    check_length(stats, config.seq_len, "--data")
+    sequences, stats = packed(config, read_sequences(config, source))
+    check_length(stats, config.seq_len, "--data", config.pack)
+    stats.packing = packing_of(config, sequences, job)
     per_step, pad = job.rows * config.grad_accum, pad_token(source.tokenizer)
     mixture = None
     if any(report.weight is not None for report in stats.sources):
@@ -66,13 +101,16 @@ def read_data(config: TrainConfig, source: ModelSource, job: Job) -> tuple[Data,
             raise UserError(f"--data gives {count} sequences, fewer than the {per_step} of one step (--dp x "
                             f"--batch-size x --grad-accum){part}: the same would be repeated in it. Use more data or "
                             "smaller steps")
-    training = TrainingBatches(sequences, job.length, job.rows, config.grad_accum, config.seed, pad, mixture)
+    training = TrainingBatches(
+        sequences, job.length, job.rows, config.grad_accum, config.seed, pad, mixture, stats.packing)
     evaluation = {}
     if config.eval_data or config.model is None and not config.data:
         for name, (held_out, of_source) in read_sequences(config, source, held_out=True).items():
             check_targets(of_source, f"--eval-data {name}")
-            evaluation[name] = functools.partial(evaluation_batches, held_out, job.length, job.rows, pad)
             stats.held_out += of_source.sources
+            held_out, _ = packed(config, {name: (held_out, of_source)})
+            evaluation[name] = functools.partial(
+                evaluation_batches, held_out, job.length, job.rows, pad, packing_of(config, held_out, job))
     warn_without_end(source.tokenizer, stats.sources)
     return Data(training, evaluation), stats, fingerprint(sequences, mixture)
 

@@ -221,6 +221,7 @@ def train(
             started = time.perf_counter()
             learning_rate, position = schedule(state.step), data.training.get_state()
             batches = next(data.training)
+            padding = batches.pop("padding", None)
             try:
                 state, values = optimizer_step(step, state, batches, learning_rate)
             except NotFinite as problem:
@@ -231,7 +232,7 @@ def train(
                     check_and_save()
                 raise UserError(_not_finite(step, at, problem, saved)) from problem
             seconds = time.perf_counter() - started
-            values = {"step": state.step, **values, **_speed(step, batches["tokens"].shape, seconds),
+            values = {"step": state.step, **values, **_speed(step, batches, padding, seconds),
                       "learning_rate": learning_rate}
             if data.evaluation and (state.step == steps or config.eval_every and state.step % config.eval_every == 0):
                 values |= evaluate_sources(step, state, data.evaluation, display.say)
@@ -257,15 +258,25 @@ def _not_finite(step: TrainStep, done: int, problem: NotFinite, saved: int) -> s
             f"{'' if step.profile.update_in_backward else ' or --clip-norm'}, or --dtype float32, may help.")
 
 
-def _speed(step: TrainStep, shape: tuple[int, int, int], seconds: float) -> dict[str, Any]:
-    """Throughput over all positions that were computed, padding included."""
-    accumulation, rows, length = shape
-    tokens = accumulation * rows * length
+def _speed(
+    step: TrainStep, batches: dict[str, np.ndarray], padding: np.ndarray | None, seconds: float
+) -> dict[str, Any]:
+    """Throughput over all positions that were computed, padding included. padding: of packed rows; then over the tokens
+    of documents, whose attention stays inside of them."""
+    accumulation, rows, length = batches["tokens"].shape
+    tokens, packed = accumulation * rows * length, {}
     devices = step.mesh.devices.reshape(-1)
     peak = peak_flops(devices[0].device_kind)
     flops = accumulation * rows * step.model.flops_per_sequence(length)
+    if padding is not None:
+        packed = {"padding": int(padding.sum())}
+        tokens -= packed["padding"]
+        lengths, counts = np.unique(np.diff(batches["documents"]), return_counts=True)
+        work = lambda lengths, counts: sum(
+            n * step.model.flops_per_sequence(length) for length, n in zip(lengths.tolist(), counts.tolist()))
+        flops = work(lengths, counts) - work(*np.unique(padding, return_counts=True))
     place, gibibytes = peak_memory()
-    return {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds,
+    return {"tokens": tokens, **packed, "seconds": seconds, "tokens_per_second": tokens / seconds,
             "mfu": flops / seconds / (peak * len(devices)) if peak else None,
             f"peak_{place.lower()}_gib": gibibytes}
 

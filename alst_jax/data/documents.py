@@ -34,6 +34,8 @@ class Stats:
     dropped: int = 0
     sources: list[SourceReport] = dataclasses.field(default_factory=list)
     held_out: list[SourceReport] = dataclasses.field(default_factory=list)
+    fullness: Any = None  # of packs: a packing.Fullness
+    packing: tuple[int, int] | None = None  # (data-parallel replicas, documents of a replica at most)
 
     def add(self, other: "Stats") -> None:
         """Count the documents of another source too."""
@@ -51,13 +53,15 @@ class Stats:
 
 @dataclasses.dataclass(frozen=True)
 class Cutting:
-    """How documents become sequences. vocab_size: the model's. skip_bad: count documents that cannot be tokenised."""
+    """How documents become sequences. vocab_size: the model's. skip_bad: count documents that cannot be tokenised.
+    drop_long: leave out, and count, documents of more than seq_len tokens."""
 
     tokenizer: Any
     seq_len: int
     vocab_size: int
     labels: Labels = Labels()
     skip_bad: bool = False
+    drop_long: bool = False
 
 
 def make_sequences(
@@ -89,6 +93,9 @@ def cut_documents(
             raise UserError(f"{document.origin}: token {tokens.max()} is outside the model's vocabulary of "
                             f"{cutting.vocab_size}: the tokenizer belongs to another model")
         stats.documents += 1
+        if cutting.drop_long and tokens.size > seq_len:
+            report.pieces_left_out[f"longer than {seq_len:,} tokens"] += 1
+            continue
         stats.longest = max(stats.longest, tokens.size)
         labels = np.append(np.where(is_target, tokens, IGNORED)[1:], IGNORED).astype(np.int32)
         for start in range(0, tokens.size, seq_len):
@@ -104,15 +111,20 @@ def cut_documents(
     return sequences, stats
 
 
-def check_length(stats: Stats, seq_len: int, flag: str) -> None:
-    """UserError if there is nothing to predict, or the longest document fills less than half a sequence."""
+def check_length(stats: Stats, seq_len: int, flag: str, pack: bool = False) -> None:
+    """UserError if there is nothing to predict, or the longest document (packed: all of them) fills less than half a
+    sequence."""
     check_targets(stats, flag)
-    if stats.longest * 2 < seq_len:
+    if pack and stats.tokens * 2 < seq_len:
+        raise UserError(f"{flag} is shorter than asked for: {stats.documents} documents have {stats.tokens} tokens in all, "
+                        f"so that more than half of a sequence of {seq_len} would be padding. Use a shorter --seq-len, or "
+                        "more data")
+    if not pack and stats.longest * 2 < seq_len:
         fitting = min(-(-stats.longest // 128) * 128, 2 * stats.longest)
         raise UserError(
             f"{flag} is shorter than asked for: the longest of {stats.documents} documents has {stats.longest} tokens, "
             f"so that more than half of every sequence of {seq_len} would be padding. Use --seq-len {fitting} or less, "
-            "or longer documents")
+            "longer documents, or --pack, which puts several into one sequence")
 
 
 def check_targets(stats: Stats, place: str) -> None:

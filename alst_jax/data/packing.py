@@ -5,7 +5,7 @@ Only the lengths are packed. The tokens of a pack are put together when it is re
 
 import bisect
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -53,7 +53,10 @@ class Packs(Sequence):
     def __len__(self) -> int:
         return len(self._packs)
 
-    def __getitem__(self, index: int) -> cut.Sequence:
+    def __getitem__(self, index: int | slice) -> "cut.Sequence | Packs":
+        """A pack, or some of them."""
+        if isinstance(index, slice):
+            return Packs(self._pieces, self._packs[index], self._together)
         pieces = [self._pieces[i] for i in self._packs[index]]
         tokens, labels = (np.concatenate([getattr(p, name) for p in pieces]) for name in ("tokens", "labels"))
         return cut.Sequence(tokens, labels, None if self._together else tuple(p.tokens.size for p in pieces))
@@ -115,9 +118,3 @@ def room_for(most: int, rows: int) -> int:
     """Documents of a replica for which a program is compiled, when a padded pack holds at most `most`: the next power of
     two, so that other data of the kind need no other program."""
     return 1 << max(3, (most * rows - 1).bit_length())
-
-
-def fullness(pieces: Iterable[cut.Sequence], packs: list[list[int]], capacity: int) -> Fullness:
-    """How full the packs are."""
-    lengths = np.asarray([piece.tokens.size for piece in pieces])
-    return Fullness(len(packs), capacity, lengths, max(map(len, packs)))

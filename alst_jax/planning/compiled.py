@@ -30,9 +30,11 @@ from alst_jax.xla.dtypes import accumulation_dtype
 
 
 def plan_step(
-    step: TrainStep, rows: int, length: int, grad_accum: int = 1, cluster: Cluster | None = None, at_once: bool = False
+    step: TrainStep, rows: int, length: int, grad_accum: int = 1, cluster: Cluster | None = None, at_once: bool = False,
+    packing: tuple[int, float] = (0, 1.0),
 ) -> Plan:
     """The plan of a step over `rows` sequences of `length` tokens, `grad_accum` times. Compiles; allocates nothing.
+    packing: `documents` and `attention_share` of a Job.
 
     The step's mesh may be of `absent_devices`. cluster: limits and speeds; None: those of this process's devices.
     at_once: compile the programs at the same time, which is faster and leaves more of the compiler's memory behind. A
@@ -40,7 +42,8 @@ def plan_step(
     copies that a GPU would not make.
     """
     cluster = this_cluster() if cluster is None else cluster
-    job = job_of(step, rows, length, grad_accum)
+    documents, share = packing
+    job = dataclasses.replace(job_of(step, rows, length, grad_accum), documents=documents, attention_share=share)
     device, on_host = {}, {}
     gradients = {} if step.profile.update_in_backward else step.trained
     for part, tree in (("weights", step.params), ("gradients", gradients), ("optimizer", step.optimizer_state)):
@@ -53,7 +56,7 @@ def plan_step(
             place[part] = place.get(part, 0) + size
     kept = job.kept
     absent, on_cpu = is_absent(step.mesh), step.mesh.devices.flat[0].platform == "cpu"
-    compiled, update = _compile(step, rows, length, grad_accum, absent, on_cpu, at_once)
+    compiled, update = _compile(step, rows, length, grad_accum, absent, on_cpu, at_once, documents)
     memory = compiled.memory_analysis()
     need = memory.temp_size_in_bytes
     if absent:  # the compiler does not know the workspace that the attention kernel allocates
@@ -137,11 +140,11 @@ def this_cluster(host_memory_gib: float | int | None = None, devices: int | None
 
 
 def _compile(
-    step: TrainStep, rows: int, length: int, grad_accum: int, absent: bool, on_cpu: bool, at_once: bool
+    step: TrainStep, rows: int, length: int, grad_accum: int, absent: bool, on_cpu: bool, at_once: bool, documents: int = 0
 ) -> tuple[Any, Any]:
     """The compiled gradient, or the whole step if the profile updates in the backward pass; and the separate update, on
     GPUs of this process."""
-    batch = Batch.abstract(rows, length, step.mesh)
+    batch = Batch.abstract(rows, length, step.mesh, documents)
     scalar, params = jax.ShapeDtypeStruct((), jnp.float32), (step.trained, step.frozen)
     if step.profile.update_in_backward and not absent:
         return step.update_in_backward.lower(*params, step.optimizer_state, batch, scalar, scalar).compile(), None

@@ -54,6 +54,8 @@ class Job:
     """One optimizer step: `grad_accum` batches of `rows` sequences of `length` tokens over dp x sp devices.
 
     freeze: a regular expression; parameters whose dotted name (`layers.mlp.up_proj.kernel`) it matches are not trained.
+    documents: packed documents of a data-parallel replica at most; 0: not packed. attention_share: the pairs of a query and
+    a key in the documents, as a part of those in whole sequences.
     """
 
     model: ModelConfig
@@ -67,6 +69,8 @@ class Job:
     master: str = "float32"
     count_workspace: bool = True  # of the attention kernel
     freeze: str | None = None
+    documents: int = 0
+    attention_share: float = 1.0
 
     @property
     def devices(self) -> int:

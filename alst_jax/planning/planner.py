@@ -74,10 +74,11 @@ class Planner:
             return self.search.plan(job)
         if self.config.plan_for and job.profile.attention in ("flash", "flash-deterministic"):
             # Its kernel compiles for this process's device only; cuDNN's forward pass needs the same bytes exactly.
-            as_cudnn = dataclasses.replace(job, profile=dataclasses.replace(job.profile, attention="cudnn"))
+            as_cudnn = dataclasses.replace(job, profile=dataclasses.replace(job.profile, attention="cudnn"), documents=0)
             return dataclasses.replace(self.compile(as_cudnn), seconds=self.search.plan(job).seconds)
         step, at_once = self.step(job), self.config.planning
-        return plan_step(step, job.rows, job.length, job.grad_accum, self.cluster, at_once=at_once)
+        packing = (job.documents, job.attention_share)
+        return plan_step(step, job.rows, job.length, job.grad_accum, self.cluster, at_once, packing)
 
     def choose(self, job: Job, say: Callable[[str], None] = print) -> Choice:
         """The job with the profile that --memory says, and its plan. UserError if it cannot fit."""

@@ -24,11 +24,13 @@ EXPOSED = 0.55
 BACKWARD = 2.5  # FLOPs of attention's backward pass, in forwards
 
 
-def attention_speed(implementation: str, which: str, length: int, peak: float) -> float:
-    """FLOP/s of causal FLOPs at sequences of `length`, between the measured lengths by the logarithm."""
+def attention_speed(implementation: str, which: str, length: int, peak: float, packed: bool = False) -> float:
+    """FLOP/s of causal FLOPs at sequences of `length`, between the measured lengths by the logarithm. packed: of documents,
+    by the sum of their squares over the sum of their lengths."""
     if implementation not in ATTENTION:
         return SLOW_ATTENTION * peak
-    points = sorted(ATTENTION[implementation][which].items())
+    rates = flash_rates.DOCUMENT_RATES if packed and implementation in flash_rates.RATES else ATTENTION[implementation]
+    points = sorted(rates[which].items())
     length = min(max(length, points[0][0]), points[-1][0])
     for (low, slow), (high, fast) in zip(points, points[1:]):
         if length <= high:
@@ -53,7 +55,9 @@ def seconds(job: Job, cluster: Cluster) -> dict[str, float]:
         products += squares * d * (model.num_heads + model.num_kv_heads) * h
     products += 2 * model.num_layers * (projections + others) + 3 * model.vocab_size * d
     attention = 4.0 * model.causal_pairs(job.length) / model.num_layers * model.num_heads * h * rows / job.sp  # a layer
-    speed = lambda which: attention_speed(job.profile.attention, which, job.length, machine.peak_flops)
+    attention *= job.attention_share
+    speed = lambda which: attention_speed(
+        job.profile.attention, which, int(job.length * job.attention_share), machine.peak_flops, job.documents > 0)
     width = 1 if job.width == 2 else 16  # float32 products do not use the same units
     terms = {
         "attention forward": passes.attention_forward * attention / speed("forward"),

@@ -18,8 +18,8 @@ import pyarrow.parquet
 import pytest
 
 import train
-from alst_jax.flag_checks import check_run
 from alst_jax.data.tokenizer import byte_tokenizer
+from alst_jax.flag_checks import check_run
 from alst_jax.hardware import environment
 from alst_jax.models.config import TINY_LLAMA
 from alst_jax.run_data import read_sequences

@@ -350,7 +350,7 @@ BAD_FLAGS = {
                                 "no such model could be fetched from the hub"),
     "sp and the heads": (["--dp", 1, "--sp", 3], "sp=3 must divide 4 query heads; use 1, 2 or 4 (--sp)"),
     "dp x sp and the devices": (["--dp", 4, "--sp", 4], "dp=4 x sp=4 needs 16 devices and there are 8"),
-    "packing": (["--pack"], "--pack: packing several documents into one sequence is not supported yet"),
+    "packing": (["--pack-attention", "across"], "--pack-attention across says what attention reads in a pack; it needs --pack"),
     "evaluation without data": (["--eval-every", 2], "--eval-every needs --eval-data"),
     "two held-out sources of one name": (["--eval-data", "a/x.txt", "b/x.txt"], "two sources of one name (x)"),
     "a split that does not exist": (["--split", "tset", "--data", str(ROOT / "tests" / "data")], "no split 'tset'"),
@@ -537,6 +537,35 @@ def test_random_weights_need_only_a_config_and_are_exported_only_on_purpose(call
     AutoModelForCausalLM.from_pretrained(out / "hf")
     code, stderr = call("--random-weights", "--data", data, "--out", tmp_path / "none")
     assert code == 2 and "name its directory with --model" in stderr
+
+
+def test_packed_runs_resume_in_the_middle_of_an_epoch_on_another_mesh(model, tmp_path, capfd):
+    texts = [" ".join(str(i * n) for n in range(2 + i % 23)) for i in range(1, 60)]
+    data, held_out = write_jsonl(tmp_path / "short.jsonl", texts), write_jsonl(tmp_path / "held.jsonl", texts[:9])
+    flags = ("--model", model, "--data", data, "--seq-len", 128, "--schedule", "constant", "--learning-rate", 1e-3,
+             "--eval-data", held_out, "--no-export")
+    packed, whole, parts = ("--pack",), tmp_path / "whole", tmp_path / "parts"
+    assert run_here(*flags, *packed, "--dp", 2, "--sp", 2, "--steps", 6, "--out", whole) == 0
+    out = capfd.readouterr().out
+    assert "59 documents in " in out and "% full; at most " in out
+    assert run_here(*flags, *packed, "--dp", 2, "--sp", 2, "--steps", 3, "--out", parts) == 0
+    assert run_here("--resume", "--out", parts, "--dp", 1, "--batch-size", 2, "--sp", 4, "--steps", 6) == 0
+    one, other = metrics(whole), metrics(parts)
+    assert [line["loss"] for line in other] == pytest.approx([line["loss"] for line in one], rel=1e-5)
+    assert [(line["labels"], line["padding"]) for line in other] == [(line["labels"], line["padding"]) for line in one]
+    assert all(line["tokens"] + line["padding"] == 2 * 128 for line in one)
+    assert run_here("--resume", "--out", parts, "--steps", 7, "--no-pack") == 2  # other sequences
+    alone = tmp_path / "alone"  # the same weights on documents that are not packed: the same held-out loss
+    assert run_here("--model", whole, *flags[2:], "--learning-rate", 1e-30, "--dp", 2, "--steps", 1, "--out", alone) == 0
+    assert metrics(alone)[-1]["eval_loss"] == pytest.approx(one[-1]["eval_loss"], rel=1e-5)
+
+
+def test_long_documents_are_dropped_and_counted(model, tmp_path, capfd):
+    data = write_jsonl(tmp_path / "mixed.jsonl", ["short one", "x" * 300, "y" * 90])
+    flags = ("--model", model, "--data", data, "--seq-len", 128, "--dp", 1, "--steps", 1, "--no-export")
+    assert run_here(*flags, "--long-documents", "drop", "--pack", "--out", tmp_path / "run") == 0
+    out = capfd.readouterr().out
+    assert "1 longer than 128 tokens" in out and "2 documents in 1 packs of 128" in out
 
 
 def test_random_weights_are_exported_where_that_is_typed():

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from alst_jax.hardware.environment import XLA_GPU_FLAGS
-from alst_jax.ops import attention as attention_module
 from alst_jax.ops.attention import attention, cudnn
 from alst_jax.ops.cross_entropy import cross_entropy, tiled_cross_entropy
 from alst_jax.ops.linear import embed

@@ -33,7 +33,6 @@ from alst_jax.storage import saving
 from alst_jax.trainer import TrainState, optimizer_step
 from alst_jax.xla import host
 from benchmarks.shapes import LLAMA_8B, LLAMA_70B, QWEN3_32B
-from tests import stand_in
 from tests.helpers import TINY, make_step, random_batch
 
 H100 = parse_cluster("H100-80", 125)

@@ -11,7 +11,7 @@ from alst_jax.data.packing import offsets_of
 from alst_jax.models.config import LayerKind
 from alst_jax.optim.adamw import AdamW
 from alst_jax.profile import Profile
-from tests.helpers import assert_trees_close, make_step, random_batch, tiny, to_numpy
+from tests.helpers import assert_trees_close, make_step, tiny, to_numpy
 
 MODEL = tiny(num_layers=2, layer_kinds=(LayerKind(), LayerKind(window=5)))
 LENGTH = 64

@@ -35,7 +35,7 @@ def test_bad_lengths(text):
     (dict(weight_decay=float("nan")), "--weight-decay nan: must be at least 0"),
     (dict(warmup_steps=11, steps=10), "--warmup-steps 11 is more than --steps 10"),
     (dict(offload_activations=True, remat=False), "it needs --remat"),
-    (dict(pack=True), "not supported yet"),
+    (dict(pack_attention="across"), "needs --pack"),
     (dict(eval_every=3), "--eval-every needs --eval-data"),
     (dict(resume=True), "--resume needs --out"),
     (dict(model="x"), "--model without --data"),

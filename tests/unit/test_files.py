@@ -16,7 +16,6 @@ import pyarrow.parquet
 import pytest
 
 from alst_jax.config import IGNORED, TrainConfig, UserError
-from alst_jax.flag_checks import check_run
 from alst_jax.data.batches import TrainingBatches, fingerprint
 from alst_jax.data.documents import Cutting, Sequence
 from alst_jax.data.files import Selection, find_files
@@ -26,6 +25,7 @@ from alst_jax.data.prepare import cut_sources
 from alst_jax.data.records import Fields
 from alst_jax.data.sources import Reading, read_documents, read_source
 from alst_jax.data.tokenizer import byte_tokenizer
+from alst_jax.flag_checks import check_run
 
 LINES = [{"text": "one\u2028still one"}, {"text": "zwei 🕔"}]
 TEXTS = [line["text"] for line in LINES]

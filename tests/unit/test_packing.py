@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from alst_jax.data.documents import Sequence
-from alst_jax.data.packing import Packs, fullness, offsets_of, pack, pieces_of, room_for
+from alst_jax.data.packing import Fullness, Packs, offsets_of, pack, pieces_of, room_for
 
 
 def web_like(count, seed=0):
@@ -79,7 +79,7 @@ def test_room_is_a_power_of_two():
 
 
 def test_the_report_counts_documents_and_tokens():
-    full = fullness(pieces([10, 10, 20, 40]), [[3, 0], [2, 1]], 50)
+    full = Fullness(2, 50, np.array([10, 10, 20, 40]), 2)
     assert full.part == 0.8 and full.most == 2
     lines = full.summary().split("\n")
     assert lines[0] == "4 documents in 2 packs of 50, 80.0% full; at most 2 in a pack"

@@ -17,7 +17,6 @@ from alst_jax.planning.seconds import seconds
 from alst_jax.profile import Profile
 from tests.helpers import relative_error, tiny
 
-
 DOCUMENTS = [0, 7, 7, 60, 101, 202]
 
 

@@ -36,7 +36,7 @@ def refusal(kernel: Kernel, spec: AttentionSpec, documents: bool = False) -> str
     if not missing:
         return None
     able = [name for name, other in KERNELS.items() if spec.features(documents) <= other.serves]
-    return (f"--attention {kernel.name} does not implement {' and '.join(sorted(missing))}, which this model needs; use "
+    return (f"--attention {kernel.name} does not implement {' and '.join(sorted(missing))}, which this run needs; use "
             f"--attention {' or '.join(able)}")
 
 
