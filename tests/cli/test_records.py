@@ -28,6 +28,14 @@ def run(monkeypatch, capsys):
     return main
 
 
+def user_first(folder):
+    """A file with a template that refuses chats that the user does not begin."""
+    file = folder / "user-first.jinja"
+    file.write_text("{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first') }}{% endif %}"
+                    + byte_tokenizer().chat_template)
+    return file
+
+
 def write(file, *records):
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
     return file
@@ -55,6 +63,9 @@ source  {chats}: 1 file, messages, 2 records, 2 documents, 72 tokens, 6 learned;
 source  {chats}: ignored keys id
 source  {texts}: 1 file, text, 2 records, 2 documents, 8 tokens, 6 learned; nothing left out
 """
+    bad = write(tmp_path / "bad.jsonl", {"messages": CHAT[1:] * 2}, {"messages": CHAT}, {"messages": CHAT[:1]})
+    _, out, _ = run("--data", bad, chats, "--show-samples", 1, "--skip-bad-records", "--chat-template", user_first(tmp_path))
+    assert f"--- {bad}:2: 24 tokens" in out and "1 document, 24 tokens, 2 learned; records left out: 2 bad" in out
     assert "[[5<|end_of_turn|>]]<|turn|>user" not in run("--data", chats, "--show-samples", 2, "--learn", "last")[1]
     assert run("--show-samples", 1, "--data", tmp_path / "nowhere")[0] == 2
     assert run("--show-samples", 0)[0] == 2

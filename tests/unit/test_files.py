@@ -20,6 +20,7 @@ from alst_jax.data.batches import TrainingBatches, fingerprint
 from alst_jax.data.documents import Cutting, Sequence
 from alst_jax.data.files import Selection, find_files
 from alst_jax.data.formats import kind_of, stem_of
+from alst_jax.data.labels import Labels
 from alst_jax.data.named import Source, parse_sources
 from alst_jax.data.prepare import cut_sources
 from alst_jax.data.records import Fields
@@ -439,6 +440,31 @@ def test_chats_that_the_template_refuses_are_refused_or_counted(tmp_path):
         cut(True)
 
 
+def test_bad_chats_are_counted_in_one_report_with_what_is_learned(tmp_path):
+    """Two shards of chats: one is good, one has a wrong weight, one is a text, one has nothing to learn."""
+    user, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "ab"}
+    half = {"role": "user", "content": "\ud83d"}
+    put(tmp_path, "train-00000-of-00002.jsonl.gz", gzip.compress(json_lines(
+        {"messages": [user, answer], "id": 7}, {"messages": [user, answer | {"weight": 2}]}, {"text": "a text"})))
+    put(tmp_path, "train-00001-of-00002.jsonl.gz", gzip.compress(json_lines(
+        {"messages": [user, answer, user, answer | {"weight": 0}]}) + json.dumps({"messages": [half, answer]}).encode()))
+    cutting = Cutting(byte_tokenizer(), 64, 261, Labels("last"), skip_bad=True)
+    ((sequences, stats),) = cut_sources([str(tmp_path)], Reading(skip_bad=True), "--data", cutting).values()
+    tokens = len("?") + len("user\n") + len("ab") + len("assistant\n") + 4  # a token at each end of a turn
+    assert list(stats.sources[0].lines()) == [
+        f"{tmp_path}: 2 files of split train, messages, 5 records, 1 document, {tokens} tokens, 3 learned; "
+        f"records left out: 4 bad; the first bad one: {tmp_path}/train-00000-of-00002.jsonl.gz:2: message 1: weight 2; a "
+        "weight is 0 (not learned) or 1 (learned)", f"{tmp_path}: ignored keys id"]
+    assert len(sequences) == stats.documents == 1 and stats.labels == 3
+
+
+def test_pieces_without_anything_to_learn_are_in_the_report(tmp_path):
+    chat = [{"role": "user", "content": "?" * 40}, {"role": "assistant", "content": "a"}]
+    file = put(tmp_path, "a.jsonl", json_lines({"messages": chat}))
+    ((_, stats),) = cut_sources([str(file)], Reading(), "--data", Cutting(byte_tokenizer(), 16, 261)).values()
+    assert stats.dropped == 3 and "; pieces left out: 3 without anything to learn" in next(stats.sources[0].lines())
+
+
 def test_a_file_of_bad_records_alone_is_refused_with_the_first(tmp_path):
     file = put(tmp_path, "a.jsonl", b'{"body": "a"}\n' * 3)
     assert refusal(file, skip_bad=True).startswith(
@@ -586,7 +612,9 @@ def test_without_a_hub_the_name_is_refused():
 @pytest.mark.parametrize("flags, message", [
     (dict(split="test", document_per="file", data=("a",)), "--split test is for data sets, and --document-per file for"),
     (dict(eval_split="dev", data=("a",)), "--eval-split dev says how --eval-data is read"),
-    (dict(include=("*.py",)), "--include says how --data is read"), (dict(skip_bad_records=True), "--skip-bad-records says")])
+    (dict(include=("*.py",)), "--include says how --data is read"), (dict(skip_bad_records=True), "--skip-bad-records says"),
+    (dict(ignore_fields=("id",)), "--ignore-fields says how --data is read"),
+    (dict(show_samples=1, plan_only=True), "--show-samples 1 reads data, and --plan-only and --find-max-seq-len need none")])
 def test_flags_of_data_that_make_no_sense_are_refused(flags, message):
     with pytest.raises(UserError, match=message):
         check_run(TrainConfig(**flags))

@@ -4,6 +4,7 @@
 import json
 
 import pyarrow
+import pyarrow.feather
 import pyarrow.parquet
 import pytest
 
@@ -165,9 +166,13 @@ def test_a_file_has_one_format(tmp_path):
     assert reader.read(chat(USER, ANSWER), "b:1").format == "messages"
 
 
-def test_parquet_rows_have_no_keys_of_other_rows(tmp_path):
+def test_rows_have_no_keys_of_other_rows(tmp_path):
+    """Columns of Parquet and Arrow files give each row the keys of all rows, with null."""
     calls = [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
              for arguments in ({"city": "Oslo"}, {"unit": "C"})]
-    pyarrow.parquet.write_table(pyarrow.table({"messages": [[USER, call] for call in calls]}), tmp_path / "a.parquet")
-    calls = [d.content[1]["tool_calls"][0] for d in read_documents([str(tmp_path / "a.parquet")])]
-    assert [call["function"]["arguments"] for call in calls] == [{"city": "Oslo"}, {"unit": "C"}]
+    table = pyarrow.table({"messages": [[USER, call] for call in calls]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    pyarrow.feather.write_feather(table, tmp_path / "a.arrow", compression="uncompressed")
+    for name in ("a.parquet", "a.arrow"):
+        calls = [d.content[1]["tool_calls"][0] for d in read_documents([str(tmp_path / name)])]
+        assert [call["function"]["arguments"] for call in calls] == [{"city": "Oslo"}, {"unit": "C"}]
