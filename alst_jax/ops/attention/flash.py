@@ -7,7 +7,6 @@ torch, which flash_attn imports, are imported when the kernel is used, never wit
 """
 
 import dataclasses
-import functools
 import importlib
 import importlib.metadata
 import re
@@ -76,11 +75,21 @@ def forward(
 
 
 def backward(
-    q: Array, k: Array, v: Array, o: Array, lse: Array, do: Array, spec: AttentionSpec, documents: Array | None = None,
-    deterministic: bool = False,
+    q: Array, k: Array, v: Array, o: Array, lse: Array, do: Array, spec: AttentionSpec, documents: Array | None = None
 ) -> tuple[Array, Array, Array]:
     """(dq, dk, dv)."""
-    call = Call.of(q, k, spec, deterministic)
+    return _backward((q, k, v, o, lse, do), documents, Call.of(q, k, spec))
+
+
+def deterministic_backward(
+    q: Array, k: Array, v: Array, o: Array, lse: Array, do: Array, spec: AttentionSpec, documents: Array | None = None
+) -> tuple[Array, Array, Array]:
+    """(dq, dk, dv), summed in a fixed order."""
+    return _backward((q, k, v, o, lse, do), documents, Call.of(q, k, spec, deterministic=True))
+
+
+def _backward(arrays, documents, call):
+    q, k, v, o, lse, do = arrays
     if documents is None:
         return opaque(backward_kernel)(q, k, v, o, lse, do, call=call)
     lse = jnp.moveaxis(lse, 0, 1).reshape(lse.shape[1], -1)
@@ -109,5 +118,4 @@ KERNEL = Kernel(
     needs_gpu=True, dtypes=("bfloat16", "float16"), multiple=1,
     head_dims=(f"one of {', '.join(map(str, HEAD_DIMS))}", lambda head_dim: head_dim in HEAD_DIMS),
     capabilities=("9.0",), package="flash_attn.cute", install=INSTALL)
-DETERMINISTIC = dataclasses.replace(
-    KERNEL, name="flash-deterministic", backward=functools.partial(backward, deterministic=True))
+DETERMINISTIC = dataclasses.replace(KERNEL, name="flash-deterministic", backward=deterministic_backward)
