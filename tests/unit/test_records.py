@@ -166,6 +166,12 @@ def test_a_file_has_one_format(tmp_path):
     assert reader.read(chat(USER, ANSWER), "b:1").format == "messages"
 
 
+def test_a_directory_has_files_of_several_formats(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "a"}))
+    (tmp_path / "b.jsonl").write_text(json.dumps(chat(USER, ANSWER)))
+    assert [d.format for d in read_documents([str(tmp_path)])] == ["text", "messages"]
+
+
 def test_rows_have_no_keys_of_other_rows(tmp_path):
     """Columns of Parquet and Arrow files give each row the keys of all rows, with null."""
     calls = [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
