@@ -79,3 +79,15 @@ def test_the_gradient_of_the_input_waits_for_those_of_the_weights(fn, module, na
     assert waits(fn)
     monkeypatch.setattr(module, name, identity)
     assert not waits(fn)
+
+
+def test_stages_have_names():
+    """`jax.named_scope`s, which profilers show."""
+    step = make_step()
+    batch, scale = step.put_batch(**random_batch()), jnp.float32(1)
+    gradient = step.loss_and_grad.lower(step.trained, step.frozen, batch, scale).as_text(debug_info=True)
+    for name in ("embed", "layer/attention", "layer/mlp", "loss"):
+        assert f"/{name}/" in gradient, name
+    number = jax.ShapeDtypeStruct((), jnp.float32)
+    update = step.update.lower(step.trained, step.trained, step.optimizer_state, number, number).as_text(debug_info=True)
+    assert "/update/" in update
