@@ -15,7 +15,7 @@ from alst_jax.stack import ends, stack
 from alst_jax.stack.ends import Model
 from alst_jax.stack.layer import Weights
 from alst_jax.stack.stack import Saved, _Backward
-from tests.helpers import make_step, tiny
+from tests.helpers import make_step, random_batch, tiny
 
 H = jnp.zeros((1, 32, 64))
 
