@@ -89,4 +89,4 @@ def test_stages_have_names():
     gradient = made.loss_and_grad.lower(made.trained, made.frozen, batch, jnp.float32(1)).as_text(debug_info=True)
     update = made.update.lower(made.trained, made.trained, made.optimizer_state, number, number).as_text(debug_info=True)
     for name, text in dict.fromkeys(("embed", "layer/attention", "layer/mlp", "loss"), gradient).items() | {("update", update)}:
-        assert re.search(rf"[(/]{name}[)/]", text), name
+        assert re.search(rf'["(/]{name}[)/]', text), name
