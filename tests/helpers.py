@@ -112,3 +112,17 @@ def leaves(tree) -> dict:
 
 def leaf(tree, name: str):
     return leaves(tree)[name]
+
+
+def torch_gradients(model) -> dict[str, np.ndarray]:
+    """The gradients of a torch model by our names; kernels are transposed and layers stacked."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        parts = name.removeprefix("model.").split(".")
+        layer = int(parts.pop(1)) if parts[0] == "layers" else None
+        last = "scale" if "norm" in parts[-2] else "embedding" if parts[-2] in ("embed_tokens", "lm_head") else {
+            "weight": "kernel", "bias": "bias"}[parts[-1]]
+        gradient = parameter.grad.numpy().T if last == "kernel" else parameter.grad.numpy()
+        found.setdefault(".".join([*parts[:-1], last]), {})[layer] = gradient
+    return {name: np.stack([rows[i] for i in sorted(rows)]) if None not in rows else rows[None]
+            for name, rows in found.items()}

@@ -59,8 +59,8 @@ def test_all_families_are_here():
     assert FIELDS.keys() == FAMILIES.keys()
 
 
-@pytest.mark.parametrize("family", FIELDS)
-@pytest.mark.parametrize("profile", PROFILES)
+# Every family on one of the two meshes, each feature on both.
+@pytest.mark.parametrize("family,profile", [(family, list(PROFILES)[i % 2]) for i, family in enumerate(FIELDS)])
 def test_every_feature_changes_nothing(plain, family, profile):
     mesh, changes = PROFILES[profile]
     model = model_of(family)

@@ -21,7 +21,7 @@ from alst_jax.models.hf_weights import find_tensors, load_params, save_params
 from alst_jax.ops.attention import attention
 from alst_jax.ops.cross_entropy import LogitScaling
 from alst_jax.ops.tiling import token_rows
-from tests.helpers import assert_trees_close, leaves, make_step, relative_error
+from tests.helpers import assert_trees_close, leaves, make_step, relative_error, torch_gradients
 
 BASE = dict(vocab_size=101, hidden_size=60, intermediate_size=52, num_hidden_layers=3, num_attention_heads=6,
             num_key_value_heads=2, head_dim=14, max_position_embeddings=256, attn_implementation="eager", bos_token_id=None,
@@ -87,20 +87,6 @@ def twins(request, tmp_path_factory):
     config = model_config(directory)
     assert {option: getattr(config, option) for option in options} == options
     return model, directory, config, load_params(directory, config, make_step(config).params)
-
-
-def torch_gradients(model) -> dict[str, np.ndarray]:
-    """By our names; kernels are transposed and layers stacked."""
-    found = {}
-    for name, parameter in model.named_parameters():
-        parts = name.removeprefix("model.").split(".")
-        layer = int(parts.pop(1)) if parts[0] == "layers" else None
-        last = "scale" if "norm" in parts[-2] else "embedding" if parts[-2] in ("embed_tokens", "lm_head") else {
-            "weight": "kernel", "bias": "bias"}[parts[-1]]
-        gradient = parameter.grad.numpy().T if last == "kernel" else parameter.grad.numpy()
-        found.setdefault(".".join([*parts[:-1], last]), {})[layer] = gradient
-    return {name: np.stack([rows[i] for i in sorted(rows)]) if None not in rows else rows[None]
-            for name, rows in found.items()}
 
 
 def logits(config, params, tokens):

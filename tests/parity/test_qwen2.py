@@ -17,7 +17,7 @@ from alst_jax.models.hf_config import model_config
 from alst_jax.models.hf_weights import find_tensors, load_params, save_params
 from alst_jax.ops.attention import attention
 from alst_jax.profile import Profile
-from tests.helpers import PLAIN, QUIET_ADAMW, assert_trees_close, leaves, make_step, relative_error
+from tests.helpers import PLAIN, QUIET_ADAMW, assert_trees_close, leaves, make_step, relative_error, torch_gradients
 
 CONFIGS = {
     "odd": dict(num_attention_heads=6, num_key_value_heads=2, hidden_size=60, intermediate_size=52, head_dim=10),
@@ -45,20 +45,6 @@ def torch_loss(model, tokens):
     out = model(torch.tensor(tokens).long(), labels=torch.tensor(tokens).long())
     out.loss.backward()
     return out
-
-
-def torch_gradients(model) -> dict[str, np.ndarray]:
-    """By our names; kernels are transposed and layers stacked."""
-    found = {}
-    for name, parameter in model.named_parameters():
-        parts = name.removeprefix("model.").split(".")
-        layer = int(parts.pop(1)) if parts[0] == "layers" else None
-        last = "scale" if "norm" in parts[-2] else "embedding" if parts[-2] in ("embed_tokens", "lm_head") else {
-            "weight": "kernel", "bias": "bias"}[parts[-1]]
-        gradient = parameter.grad.numpy().T if last == "kernel" else parameter.grad.numpy()
-        found.setdefault(".".join([*parts[:-1], last]), {})[layer] = gradient
-    return {name: np.stack([rows[i] for i in sorted(rows)]) if None not in rows else rows[None]
-            for name, rows in found.items()}
 
 
 def test_logits(twins):
