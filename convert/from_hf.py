@@ -10,7 +10,7 @@ import tyro
 
 from alst_jax.models.block import abstract_params
 from alst_jax.models.hf_config import model_config
-from alst_jax.models.hf_weights import file_dtypes, find_tensors, read_part
+from alst_jax.models.hf_weights import leaf_dtypes, model_tensors, read_part
 from alst_jax.models.tree import dotted
 from alst_jax.storage.checkpoint import Checkpoints
 from alst_jax.storage.run_directory import MODEL, copy_model_files, write_run_file
@@ -25,8 +25,8 @@ def from_hf(
     Weights keep their dtype, config and tokenizer are copied. Returns the number of tensors and their bytes.
     """
     config = model_config(hf_dir)
-    dtypes = file_dtypes(hf_dir, config)
-    tensors = find_tensors(hf_dir)
+    tensors = model_tensors(hf_dir, config)
+    dtypes = leaf_dtypes(tensors, config, str(hf_dir))
     with Unfinished(checkpoint) as out, tempfile.TemporaryDirectory(dir=out) as scratch:
 
         def leaf(path, shape, dtype):

@@ -13,7 +13,8 @@ from alst_jax.config import TrainConfig, UserError
 from alst_jax.data.tokenizer import byte_tokenizer, has_tokenizer, load_tokenizer, use_template
 from alst_jax.models.config import TINY_LLAMA, ModelConfig
 from alst_jax.models.hf_config import model_config
-from alst_jax.models.hf_weights import find_tensors, load_params
+from alst_jax.models.hf_weights import load_params
+from alst_jax.models.weight_files import find_tensors
 from alst_jax.step import TrainStep
 from alst_jax.storage import run_directory
 from alst_jax.storage.checkpoint import Checkpoints
