@@ -179,6 +179,14 @@ def record_dtype(hf_dir: str | pathlib.Path, dtype: str) -> None:
         (pathlib.Path(hf_dir) / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
 
 
+def record_vocabulary(hf_dir: str | pathlib.Path, size: int) -> None:
+    """Write the number of rows of the embedding into config.json, if it has another one."""
+    raw = read_config(hf_dir)
+    if raw.get("vocab_size") != size:
+        (pathlib.Path(hf_dir) / "config.json").write_text(
+            json.dumps(raw | {"vocab_size": size}, indent=2) + "\n", encoding="utf-8")
+
+
 def hf_config_dict(config: ModelConfig) -> dict[str, Any]:
     """config.json's fields for a model that is not from Hugging Face. `model_config` reads them back unchanged."""
     family = FAMILIES[config.family]

@@ -15,10 +15,20 @@ from alst_jax.models.block import abstract_params
 from alst_jax.models.config import ModelConfig
 from alst_jax.models.families import FAMILIES
 from alst_jax.models.tree import is_stacked, names
-from alst_jax.models.weight_files import EMBEDDING, HEAD, INDEX, SINGLE, Tensor, find_tensors, of_model, read_tensor
+from alst_jax.models.weight_files import (
+    AT_ONCE,
+    EMBEDDING,
+    HEAD,
+    INDEX,
+    SINGLE,
+    Tensor,
+    extended,
+    find_tensors,
+    of_model,
+    read_tensor,
+)
 from alst_jax.xla.arrays import load_array
 
-ROWS_AT_ONCE = 2**26  # bytes of a table that are compared at a time
 # Names outside of the blocks, the same in all families. Those of a block's parameters are in models/families.
 KEY_TABLE = {
     ("embed_tokens", "embedding"): EMBEDDING,
@@ -46,9 +56,14 @@ def leaf_names(path: tuple, config: ModelConfig) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def model_tensors(hf_dir: str | pathlib.Path, config: ModelConfig) -> dict[str, Tensor]:
-    """Name -> place of exactly the tensors of the model that `config` describes. UserError if the files hold others."""
+def model_tensors(hf_dir: str | pathlib.Path, config: ModelConfig, resize: bool = False) -> dict[str, Tensor]:
+    """Name -> place of exactly the tensors of the model that `config` describes. UserError if the files hold others.
+
+    resize: the vocabulary of `config` may be larger than that of the files; the rows that are missing are added.
+    """
     tensors = of_model(find_tensors(hf_dir), config.tie_word_embeddings, str(hf_dir))
+    if resize:
+        tensors = extended(tensors, config.vocab_size)
     check_tensors(tensors, config, str(hf_dir))
     if config.tie_word_embeddings:
         tensors.pop(HEAD, None)  # a copy of the embedding
@@ -82,7 +97,7 @@ def _check_tied(tensors: dict[str, Tensor], where: str) -> None:
     if EMBEDDING not in tensors:
         return
     head, table = tensors[HEAD], tensors[EMBEDDING]
-    count, rows = head.shape[0], max(1, ROWS_AT_ONCE // max(1, math.prod(head.shape[1:]) * head.dtype.itemsize))
+    count, rows = head.shape[0], max(1, AT_ONCE // max(1, math.prod(head.shape[1:]) * head.dtype.itemsize))
     same = (head.shape, head.dtype) == (table.shape, table.dtype) and all(
         _read(head, HEAD, part).tobytes() == _read(table, EMBEDDING, part).tobytes()
         for part in ((slice(start, min(start + rows, count)),) for start in range(0, count, rows)))
@@ -115,13 +130,13 @@ def leaf_dtypes(tensors: dict[str, Tensor], config: ModelConfig, where: str) -> 
     return jax.tree_util.tree_map_with_path(dtype, abstract_params(config, np.float32))
 
 
-def load_params(hf_dir: str | pathlib.Path, config: ModelConfig, abstract: Any) -> Any:
+def load_params(hf_dir: str | pathlib.Path, config: ModelConfig, abstract: Any, resize: bool = False) -> Any:
     """The parameter tree, read from a Hugging Face directory and cast to what `abstract` says.
 
     abstract: jax.ShapeDtypeStructs with shardings, for load_array. UserError if the files do not hold exactly the model
-    that `config` describes.
+    that `config` describes. resize: see model_tensors.
     """
-    tensors = model_tensors(hf_dir, config)
+    tensors = model_tensors(hf_dir, config, resize)
     return jax.tree_util.tree_map_with_path(lambda path, leaf: _load_leaf(path, leaf, tensors, config), abstract)
 
 

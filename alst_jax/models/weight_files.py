@@ -1,6 +1,7 @@
 """The weight files of a Hugging Face directory: which files, their headers, the tensors under the names of a model."""
 
 import json
+import math
 import pathlib
 import re
 import sys
@@ -12,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from alst_jax.config import UserError
 
+AT_ONCE = 2**26  # bytes of a table that are read at a time
 INDEX, SINGLE, ADAPTER = "model.safetensors.index.json", "model.safetensors", "adapter_config.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dtype("bfloat16")}
@@ -32,6 +34,7 @@ class Tensor(NamedTuple):
     key: str  # its name in the file
     shape: tuple[int, ...]
     dtype: np.dtype
+    added: int = 0  # rows at the end that are not in the file: each is the mean of those that are
 
 
 def find_tensors(hf_dir: str | pathlib.Path) -> dict[str, Tensor]:
@@ -120,7 +123,27 @@ def _header(file: pathlib.Path) -> dict[str, Tensor]:
 
 
 def read_tensor(tensor: Tensor, index: tuple[slice, ...]) -> np.ndarray:
-    """A part of a tensor."""
+    """A part of a tensor, added rows included."""
+    if not tensor.added:
+        return _read(tensor, index)
+    first, last, _ = index[0].indices(tensor.shape[0])
+    there = tensor.shape[0] - tensor.added
+    columns = tuple(slice(*each.indices(size)[:2]) for each, size in zip(index[1:], tensor.shape[1:]))
+    old = [_read(tensor, (slice(first, min(last, there)), *columns))] if first < there else []
+    if last > there:
+        mean = _mean(tensor, there, columns).astype(tensor.dtype)
+        old.append(np.broadcast_to(mean, (last - max(first, there), *mean.shape)))
+    return np.concatenate(old)
+
+
+def _mean(tensor: Tensor, rows: int, columns: tuple[slice, ...]) -> np.ndarray:
+    """The mean of the first rows, in float64, read AT_ONCE bytes at a time."""
+    step = max(1, AT_ONCE // max(1, math.prod(tensor.shape[1:]) * tensor.dtype.itemsize))
+    parts = (_read(tensor, (slice(start, min(start + step, rows)), *columns)) for start in range(0, rows, step))
+    return sum(part.astype(np.float64).sum(axis=0) for part in parts) / rows
+
+
+def _read(tensor: Tensor, index: tuple[slice, ...]) -> np.ndarray:
     try:
         with safe_open(tensor.file, "numpy") as handle:
             return handle.get_slice(tensor.key)[index]
@@ -160,3 +183,11 @@ def of_model(tensors: dict[str, Tensor], tied: bool, where: str) -> dict[str, Te
     if tied and HEAD in kept and EMBEDDING not in kept:
         kept[EMBEDDING] = kept.pop(HEAD)
     return kept
+
+
+def extended(tensors: dict[str, Tensor], rows: int) -> dict[str, Tensor]:
+    """The tensors with an embedding and a head of `rows` rows, those that lack some given the mean of the others."""
+    longer = {name: tensor._replace(shape=(rows, *tensor.shape[1:]), added=rows - tensor.shape[0])
+              for name, tensor in tensors.items()
+              if name in (EMBEDDING, HEAD) and len(tensor.shape) == 2 and 0 < tensor.shape[0] < rows}
+    return tensors | longer

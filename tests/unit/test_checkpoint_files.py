@@ -1,6 +1,7 @@
 # python -m pytest tests/unit/test_checkpoint_files.py
 """Checkpoints as others save them: other names for the same tensors are taken; other kinds of files are named."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -10,13 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 import safetensors.torch
 import torch
 from jax.sharding import SingleDeviceSharding
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from alst_jax.config import UserError
+from alst_jax.data import tokenizer
+from alst_jax.data.tokenizer import byte_tokenizer, load_tokenizer
+from alst_jax.models import weight_files
 from alst_jax.models.block import abstract_params
+from alst_jax.models.config import ModelConfig
 from alst_jax.models.hf_config import model_config
 from alst_jax.models.hf_weights import load_params
 from alst_jax.models.weight_files import find_tensors
@@ -40,12 +46,12 @@ def save(directory: pathlib.Path, tensors: dict[str, torch.Tensor], config: Llam
     safetensors.torch.save_file(copies, directory / "model.safetensors")
 
 
-def loaded(directory: pathlib.Path) -> dict[str, np.ndarray]:
-    config = model_config(directory)
+def loaded(directory: pathlib.Path, config: ModelConfig | None = None, **options) -> dict[str, np.ndarray]:
+    config = config or model_config(directory)
     place = SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
                             abstract_params(config, jnp.float32))
-    return {name: np.asarray(x) for name, x in leaves(load_params(directory, config, abstract)).items()}
+    return {name: np.asarray(x) for name, x in leaves(load_params(directory, config, abstract, **options)).items()}
 
 
 @pytest.fixture
@@ -199,6 +205,55 @@ def test_an_index_that_leaves_its_directory_is_refused(tmp_path):
     sharded(tmp_path, {"../a.safetensors": ["model.norm.weight"]})
     with pytest.raises(UserError, match="names files outside of its directory: ../a.safetensors"):
         find_tensors(tmp_path)
+
+
+# -------------------------------------------------------------------------------------------------- tokenizers, added rows
+
+
+@pytest.mark.parametrize("content, package", [(b"\n\x0e\n\x05<unk>", "sentencepiece"), (b"IQ== 0\nIg== 1\n", "tiktoken")])
+def test_the_package_that_reads_tokenizer_model_is_named(tmp_path, monkeypatch, content, package):
+    monkeypatch.setattr(tokenizer.importlib.util, "find_spec", lambda name: None)
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    with pytest.raises(UserError, match=f"only tokenizer is tokenizer.model, which the package {package} reads; install {package}"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("value", ["", {"content": "", "lstrip": False}], ids=["text", "object"])
+def test_an_empty_end_token_is_refused(tmp_path, file, value):
+    byte_tokenizer().save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path).eos_token == "<|eos|>"
+    before = json.loads((tmp_path / file).read_text()) if (tmp_path / file).exists() else {}
+    (tmp_path / file).write_text(json.dumps(before | {"eos_token": value}))
+    with pytest.raises(UserError, match=f'{file}: eos_token is "", which is no token.*eos_token is "</s>"'):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("at_once", [2**26, 100], ids=["whole", "some-rows"])
+def test_added_rows_are_the_mean_of_the_old(untied, monkeypatch, at_once):
+    monkeypatch.setattr(weight_files, "AT_ONCE", at_once)
+    other, tensors, config, plain = untied
+    save(other, tensors, config)
+    larger = dataclasses.replace(model_config(other), vocab_size=SHAPE["vocab_size"] + 3)
+    with pytest.raises(UserError, match=r"model.embed_tokens.weight \[40, 16\], not \[43, 16\]"):
+        loaded(other, larger)
+    params = loaded(other, larger, resize=True)
+    for name in ("embed_tokens.embedding", "lm_head.embedding"):
+        np.testing.assert_array_equal(params[name][:40], plain[name])
+        np.testing.assert_allclose(params[name][40:], np.tile(plain[name].mean(0), (3, 1)), atol=1e-8)
+        assert np.abs(plain[name].mean(0)).max() > 1e-4
+
+
+def test_added_rows_in_parts(tmp_path):
+    """As devices read them: rows and columns, of old rows, of new ones, across their border."""
+    table = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+    safetensors.numpy.save_file({"lm_head.weight": table}, tmp_path / "model.safetensors")
+    tensor = weight_files.extended(find_tensors(tmp_path), 9)["lm_head.weight"]
+    whole = np.concatenate([table, np.tile(table.mean(0), (3, 1))])
+    for rows in (slice(0, 3), slice(5, 8), slice(6, 7), slice(8, 9), slice(None)):
+        for columns in (slice(None), slice(1, 3)):
+            np.testing.assert_allclose(weight_files.read_tensor(tensor, (rows, columns)), whole[rows, columns], atol=1e-7)
 
 
 # ------------------------------------------------------------------------------------------------------ headers that lie
