@@ -2,19 +2,20 @@
 
 import pathlib
 import sys
-import tempfile
 
 import jax
 import numpy as np
 import tyro
 
 from alst_jax.models.block import abstract_params
+from alst_jax.models.config import ModelConfig
 from alst_jax.models.hf_config import model_config
 from alst_jax.models.hf_weights import leaf_dtypes, model_tensors, read_part
-from alst_jax.models.tree import dotted
+from alst_jax.models.weight_files import Tensor
 from alst_jax.storage.checkpoint import Checkpoints
+from alst_jax.storage.orbax_limits import Unread
 from alst_jax.storage.run_directory import MODEL, copy_model_files, write_run_file
-from convert.cli import Unfinished, run
+from convert.cli import Progress, Unfinished, run
 
 
 def from_hf(
@@ -27,24 +28,33 @@ def from_hf(
     config = model_config(hf_dir)
     tensors = model_tensors(hf_dir, config)
     dtypes = leaf_dtypes(tensors, config, str(hf_dir))
-    with Unfinished(checkpoint) as out, tempfile.TemporaryDirectory(dir=out) as scratch:
-
-        def leaf(path, shape, dtype):
-            # A file mapped into memory: the system writes parts of it out if the model is larger than memory.
-            file = pathlib.Path(scratch, dotted(path))
-            array = np.memmap(file, dtype, mode="w+", shape=shape.shape)
-            read_part(array, path, tuple((0, size) for size in shape.shape), tensors, config)
-            return jax.device_put(np.asarray(array))
-
-        params = jax.tree_util.tree_map_with_path(leaf, abstract_params(config, np.float32), dtypes)
-        leaves = jax.tree.leaves(params)
+    with Unfinished(checkpoint) as out:
         copy_model_files(hf_dir, out / MODEL)
-        checkpoints = Checkpoints(out)
-        checkpoints.save(0, params, None, {"step": 0})
-        checkpoints.close()
-        del params
+        shapes = abstract_params(config, np.float32)
+        total = sum(x.size * dtype.itemsize for x, dtype in zip(jax.tree.leaves(shapes), jax.tree.leaves(dtypes)))
+        with Progress("reading and writing", total) as progress:
+            params = jax.tree_util.tree_map_with_path(
+                lambda path, x, dtype: _unread(path, x.shape, dtype, tensors, config, progress), shapes, dtypes)
+            checkpoints = Checkpoints(out)
+            checkpoints.save(0, params, None, {"step": 0})
+            checkpoints.close()
         write_run_file(out, "converted", {"from": str(hf_dir)})
-    return len(tensors), sum(x.nbytes for x in leaves)
+    return len(tensors), total
+
+
+def _unread(
+    path: tuple, shape: tuple[int, ...], dtype: np.dtype, tensors: dict[str, Tensor], config: ModelConfig,
+    progress: Progress,
+) -> Unread:
+    """A leaf that is read from the files when it is saved."""
+
+    def read(bounds):
+        part = np.empty([stop - start for start, stop in bounds], dtype)
+        read_part(part, path, bounds, tensors, config)
+        progress.advance(part.nbytes)
+        return part
+
+    return Unread(tuple(shape), dtype, read)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """Hugging Face safetensors <-> the parameter tree, with one key table. No function holds a whole model in memory."""
 
+import functools
 import json
 import math
 import pathlib
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
 
 from alst_jax.config import UserError
 from alst_jax.models.block import abstract_params
@@ -22,10 +22,12 @@ from alst_jax.models.weight_files import (
     INDEX,
     SINGLE,
     Tensor,
+    Unwritten,
     extended,
     find_tensors,
     of_model,
     read_tensor,
+    write_file,
 )
 from alst_jax.xla.arrays import load_array
 
@@ -35,6 +37,16 @@ KEY_TABLE = {
     ("norm", "scale"): "model.norm.weight",
     ("lm_head", "embedding"): HEAD,
 }
+
+
+@runtime_checkable
+class Stored(Protocol):
+    """An array outside of the memory. An index reads a part of it."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __getitem__(self, index: Any) -> np.ndarray: ...
 
 
 def is_transposed(path: tuple) -> bool:
@@ -165,23 +177,23 @@ def read_part(
 
 
 def save_params(
-    leaves: Iterable[tuple[tuple, jax.Array | np.ndarray]], config: ModelConfig, out_dir: str | pathlib.Path,
-    max_shard_bytes: int = 5 * 2**30,
+    leaves: Iterable[tuple[tuple, jax.Array | np.ndarray | Stored]], config: ModelConfig, out_dir: str | pathlib.Path,
+    max_shard_bytes: int = 5 * 2**30, written: Callable[[int], object] = lambda _: None,
 ) -> tuple[int, int]:
     """Write (path, leaf) pairs as safetensors with Hugging Face's names; returns the number of tensors and their bytes.
 
-    One file if it fits into max_shard_bytes, else several and an index. At most one file's tensors are in host memory,
-    and one leaf if the pairs are made one by one. Files get their final names once all are complete, and older weights
-    are removed.
+    One file if it fits into max_shard_bytes, else several and an index. One tensor, a layer of a stack, is copied to
+    host memory at a time. Files get their final names once all are complete, and older weights are removed. written:
+    called with the bytes of each tensor that is written.
     """
     out = pathlib.Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     files, weight_map, total = [], {}, 0
     for tensors in _group(_tensors_of(leaves, config), max_shard_bytes):
         file = out / f".part-{len(files)}.safetensors"
-        save_file(tensors, file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, len(files))
-        total += sum(tensor.nbytes for tensor in tensors.values())
+        write_file(file, tensors, written)
+        weight_map |= dict.fromkeys((tensor.name for tensor in tensors), len(files))
+        total += sum(tensor.nbytes for tensor in tensors)
         files.append(file)
     final = [SINGLE] if len(files) == 1 else [
         f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
@@ -198,17 +210,23 @@ def save_params(
     return len(weight_map), total
 
 
-def _tensors_of(leaves, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
+def _tensors_of(leaves, config: ModelConfig) -> Iterator[Unwritten]:
     for path, leaf in leaves:
         for row, name in enumerate(leaf_names(path, config)):
-            value = _fetch(leaf, row) if is_stacked(path) else _fetch(leaf, None)
-            yield name, np.ascontiguousarray(value.T if is_transposed(path) else value)
+            shape = leaf.shape[1:] if is_stacked(path) else leaf.shape
+            yield Unwritten(name, tuple(shape[::-1] if is_transposed(path) else shape), np.dtype(leaf.dtype),
+                            functools.partial(_tensor, path, leaf, row if is_stacked(path) else None))
 
 
-def _fetch(leaf: jax.Array | np.ndarray, row: int | None) -> np.ndarray:
+def _tensor(path: tuple, leaf: jax.Array | np.ndarray | Stored, row: int | None) -> np.ndarray:
+    value = _fetch(leaf, row)
+    return value.T if is_transposed(path) else value
+
+
+def _fetch(leaf: jax.Array | np.ndarray | Stored, row: int | None) -> np.ndarray:
     """One layer of a stacked leaf, or a whole leaf, put together from its shards on the host."""
-    if isinstance(leaf, np.ndarray):
-        return leaf if row is None else leaf[row]
+    if not isinstance(leaf, jax.Array):
+        return leaf[...] if row is None else leaf[row]
     if not leaf.is_fully_addressable:
         raise ValueError(f"{leaf.sharding}: parts of this array are in other processes, out of reach from here")
     shape = leaf.shape if row is None else leaf.shape[1:]
@@ -221,12 +239,11 @@ def _fetch(leaf: jax.Array | np.ndarray, row: int | None) -> np.ndarray:
     return out
 
 
-def _group(tensors: Iterator[tuple[str, np.ndarray]], max_bytes: int) -> Iterator[dict[str, np.ndarray]]:
-    group, size = {}, 0
-    for name, tensor in tensors:
+def _group(tensors: Iterator[Unwritten], max_bytes: int) -> Iterator[list[Unwritten]]:
+    group, size = [], 0
+    for tensor in tensors:
         if group and size + tensor.nbytes > max_bytes:
             yield group
-            group, size = {}, 0
-        group[name], size = tensor, size + tensor.nbytes
+            group, size = [], 0
+        group, size = [*group, tensor], size + tensor.nbytes
     yield group
-

@@ -5,6 +5,7 @@ import math
 import pathlib
 import re
 import sys
+from collections.abc import Callable
 from typing import NamedTuple
 
 import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
@@ -17,6 +18,7 @@ AT_ONCE = 2**26  # bytes of a table that are read at a time
 INDEX, SINGLE, ADAPTER = "model.safetensors.index.json", "model.safetensors", "adapter_config.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dtype("bfloat16")}
+TYPES = {dtype: name for name, dtype in DTYPES.items()}
 # Old checkpoints hold these buffers. They follow from the config.
 DERIVED = re.compile(r".*rotary_emb\.(original_inv_freq|inv_freq|cos_cached|sin_cached)")
 # Scales of an 8-bit KV cache, which only inference uses. transformers leaves them out too.
@@ -25,6 +27,19 @@ QUANTISED = re.compile(r".*\.(weight_(scale(_inv|_2)?|zero_point|packed|shape|fo
                        r"scales|g_idx|SCB|(weight|bias)\.(absmax|quant_map|nested_.*|quant_state\..*))")
 ADAPTED = re.compile(r".*\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|modules_to_save)\..*")
 WRAPPERS = ("module.", "_orig_mod.")  # of torch's DistributedDataParallel and torch.compile
+
+
+class Unwritten(NamedTuple):
+    """A tensor that is read when it is written."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Tensor(NamedTuple):
@@ -191,3 +206,28 @@ def extended(tensors: dict[str, Tensor], rows: int) -> dict[str, Tensor]:
               for name, tensor in tensors.items()
               if name in (EMBEDDING, HEAD) and len(tensor.shape) == 2 and 0 < tensor.shape[0] < rows}
     return tensors | longer
+
+
+# -------------------------------------------------------------------------------------------------------------- writing
+
+
+def write_file(file: pathlib.Path, tensors: list[Unwritten], written: Callable[[int], object] = lambda _: None) -> None:
+    """Write one safetensors file. One tensor is in memory at a time; the library's own writer needs all of them, twice.
+
+    written: called with the bytes of each tensor.
+    """
+    tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)  # aligns each tensor
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for tensor in tensors:
+        start, end = end, end + tensor.nbytes
+        header[tensor.name] = {"dtype": TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(file, "wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            value = np.ascontiguousarray(tensor.read())
+            if (value.shape, value.dtype) != (tensor.shape, tensor.dtype):
+                raise ValueError(f"{tensor.name}: {value.dtype}{value.shape}, not {tensor.dtype}{tensor.shape}")
+            out.write(value.reshape(-1).view(np.uint8))
+            written(tensor.nbytes)
