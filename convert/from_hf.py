@@ -15,16 +15,20 @@ from alst_jax.models.weight_files import Tensor
 from alst_jax.storage.checkpoint import Checkpoints
 from alst_jax.storage.orbax_limits import Unread
 from alst_jax.storage.run_directory import MODEL, copy_model_files, write_run_file
+from convert import verify as verification
 from convert.cli import Progress, Unfinished, run
 
 
 def from_hf(
-    hf_dir: tyro.conf.Positional[pathlib.Path], checkpoint: tyro.conf.Positional[pathlib.Path]
+    hf_dir: tyro.conf.Positional[pathlib.Path], checkpoint: tyro.conf.Positional[pathlib.Path], verify: bool = False
 ) -> tuple[int, int]:
     """Convert a Hugging Face directory into a checkpoint that train.py and convert.to_hf read.
 
-    Weights keep their dtype, config and tokenizer are copied. Returns the number of tensors and their bytes.
+    Weights keep their dtype, config and tokenizer are copied. Returns the number of tensors and their bytes. verify:
+    compare the logits of a short input with those of transformers, which holds the model in float32.
     """
+    if verify:
+        verification.check_possible()
     config = model_config(hf_dir)
     tensors = model_tensors(hf_dir, config)
     dtypes = leaf_dtypes(tensors, config, str(hf_dir))
@@ -39,6 +43,8 @@ def from_hf(
             checkpoints.save(0, params, None, {"step": 0})
             checkpoints.close()
         write_run_file(out, "converted", {"from": str(hf_dir)})
+        if verify:
+            verification.verify(out, 0, config, hf_dir)
     return len(tensors), total
 
 
