@@ -1,17 +1,18 @@
 """python -m convert.from_hf HF_DIR CHECKPOINT: a Hugging Face directory -> a checkpoint of ours, bit for bit."""
 
+import concurrent.futures
 import pathlib
 import sys
+import threading
 
 import jax
 import numpy as np
 import tyro
 
 from alst_jax.models.block import abstract_params
-from alst_jax.models.config import ModelConfig
 from alst_jax.models.hf_config import model_config
 from alst_jax.models.hf_weights import leaf_dtypes, model_tensors, read_part
-from alst_jax.models.weight_files import Tensor
+from alst_jax.storage import saving
 from alst_jax.storage.checkpoint import Checkpoints
 from alst_jax.storage.orbax_limits import Unread
 from alst_jax.storage.run_directory import MODEL, copy_model_files, write_run_file
@@ -36,9 +37,19 @@ def from_hf(
         copy_model_files(hf_dir, out / MODEL)
         shapes = abstract_params(config, np.float32)
         total = sum(x.size * dtype.itemsize for x, dtype in zip(jax.tree.leaves(shapes), jax.tree.leaves(dtypes)))
-        with Progress("reading and writing", total) as progress:
-            params = jax.tree_util.tree_map_with_path(
-                lambda path, x, dtype: _unread(path, x.shape, dtype, tensors, config, progress), shapes, dtypes)
+        with Progress("reading and writing", total) as progress, Writing() as writing:
+
+            def unread(path, x, dtype):
+                def read(bounds):
+                    writing.check()
+                    part = np.empty([stop - start for start, stop in bounds], dtype)
+                    read_part(part, path, bounds, tensors, config)
+                    progress.advance(part.nbytes)
+                    return part
+
+                return Unread(tuple(x.shape), dtype, read, writing.permits)
+
+            params = jax.tree_util.tree_map_with_path(unread, shapes, dtypes)
             checkpoints = Checkpoints(out)
             checkpoints.save(0, params, None, {"step": 0})
             checkpoints.close()
@@ -48,19 +59,29 @@ def from_hf(
     return len(tensors), total
 
 
-def _unread(
-    path: tuple, shape: tuple[int, ...], dtype: np.dtype, tensors: dict[str, Tensor], config: ModelConfig,
-    progress: Progress,
-) -> Unread:
-    """A leaf that is read from the files when it is saved."""
+class Writing:
+    """The writes in flight. When the conversion stops, it waits for them and starts no other.
 
-    def read(bounds):
-        part = np.empty([stop - start for start, stop in bounds], dtype)
-        read_part(part, path, bounds, tensors, config)
-        progress.advance(part.nbytes)
-        return part
+    A write that ended after the directory is removed would make the directory again.
+    """
 
-    return Unread(tuple(shape), dtype, read)
+    def __init__(self):
+        self.permits, self._stopped = threading.Semaphore(saving.PARTS), False
+
+    def check(self) -> None:
+        """Called before each write. CancelledError when the conversion has stopped."""
+        if self._stopped:
+            raise concurrent.futures.CancelledError("the conversion has stopped")
+
+    def __enter__(self) -> "Writing":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        if kind is not None:
+            self._stopped = True
+            for _ in range(saving.PARTS):
+                self.permits.acquire()
+            self.permits.release(saving.PARTS)
 
 
 if __name__ == "__main__":

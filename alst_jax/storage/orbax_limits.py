@@ -6,6 +6,7 @@ By default orbax 0.12 copies all arrays to the host before it writes the first, 
 
 import asyncio
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -51,11 +52,15 @@ def tree_save(tree: Any) -> ocp.args.PyTreeSave:
 
 @dataclasses.dataclass(frozen=True)
 class Unread:
-    """An array outside of the memory, which is read a part at a time while it is saved. read: a part, by its bounds."""
+    """An array outside of the memory, which is read a part at a time while it is saved.
+
+    read: a part, by its bounds. writing: held while a part is read and written.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[Bounds], np.ndarray]
+    writing: contextlib.AbstractContextManager = contextlib.nullcontext()
 
     @property
     def ndim(self) -> int:
@@ -86,7 +91,8 @@ class WriteInParts(ocp.type_handlers.NumpyHandler):
 
         def write(start: int) -> None:
             stop = min(start + step, value.shape[0])
-            array[start:stop].write(value.read(((start, stop), *((0, size) for size in value.shape[1:])))).result()
+            with value.writing:
+                array[start:stop].write(value.read(((start, stop), *((0, size) for size in value.shape[1:])))).result()
 
         run = functools.partial(asyncio.get_running_loop().run_in_executor, self._pool, write)
         await asyncio.gather(*map(run, range(0, value.shape[0], step)))

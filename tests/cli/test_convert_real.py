@@ -3,6 +3,8 @@
 
 import json
 import threading
+import time
+from concurrent.futures import CancelledError
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from alst_jax.config import UserError
+from alst_jax.models import hf_weights
 from alst_jax.storage.checkpoint import Checkpoints
 from convert import cli, verify
 from convert import from_hf as from_hf_module
@@ -98,11 +101,11 @@ def test_a_layer_of_a_stack_is_read_at_a_time(hf, tmp_path, monkeypatch):
 
     monkeypatch.setattr(from_hf_module, "read_part", counted)
     from_hf(hf, tmp_path / "checkpoint")
-    assert max(read) <= layer and sum(read) == sum(x.nbytes for x in load_file(hf / "model.safetensors").values())
+    assert sum(size > layer for size in read) == 2  # the tables: a part of a table is one chunk at least
+    assert sum(read) == sum(x.nbytes for x in load_file(hf / "model.safetensors").values())
     monkeypatch.setattr(Checkpoints, "read_params", lambda *_: pytest.fail("reads whole stacks"))
-    fetched, fetch = [], to_hf_module.save_params.__globals__["_fetch"]
-    monkeypatch.setitem(to_hf_module.save_params.__globals__, "_fetch",
-                        lambda *args: fetched.append(fetch(*args)) or fetched[-1])
+    fetched, fetch = [], hf_weights._fetch
+    monkeypatch.setattr(hf_weights, "_fetch", lambda *args: fetched.append(fetch(*args)) or fetched[-1])
     to_hf(tmp_path / "checkpoint", tmp_path / "back")
     assert max(x.nbytes for x in fetched) == 264 * 64 * 4  # a table
     assert_the_same_model(hf, tmp_path / "back")
@@ -145,6 +148,29 @@ def test_an_interrupted_conversion_leaves_nothing_that_looks_finished(hf, tmp_pa
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(before + [".target.unfinished"] * killed)
     convert(source, target)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*before, "target"])
+
+
+def test_no_write_starts_after_a_conversion_has_stopped():
+    """A late write would make the removed directory again. A write in flight is waited for."""
+    writing, order = from_hf_module.Writing(), []
+
+    def slow():
+        with writing.permits:
+            writing.check()
+            started.set()
+            time.sleep(0.2)
+            order.append("written")
+
+    started, thread = threading.Event(), threading.Thread(target=slow)
+    with pytest.raises(KeyboardInterrupt), writing:
+        thread.start()
+        started.wait()
+        raise KeyboardInterrupt
+    order.append("stopped")
+    thread.join()
+    assert order == ["written", "stopped"]
+    with writing.permits, pytest.raises(CancelledError):
+        writing.check()
 
 
 def test_a_full_disk_is_one_line(monkeypatch, capsys):
