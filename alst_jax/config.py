@@ -51,6 +51,9 @@ class TrainConfig(DataFlags):
     random_weights: bool = False
     """Draw the weights of --model at random on the devices, to measure a size without its weights: config.json is enough.
     Without a tokenizer beside it, a token is a byte. Exported only where --export is typed."""
+    resize_vocabulary: bool = False
+    """Give the model rows for tokens of its tokenizer beyond its vocabulary: each the mean of the old rows, in embedding
+    and head. The exported config.json has the new size."""
     out: str | None = None
     """Output directory: checkpoints, metrics.jsonl, TensorBoard, and at the end hf/, a Hugging Face directory."""
     seq_len: _Length | None = None

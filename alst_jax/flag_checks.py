@@ -71,6 +71,8 @@ def _mistakes(config: TrainConfig) -> Iterator[tuple[Any, str]]:
     yield from data_mistakes(config)
     yield (config.random_weights and config.model is None and not config.resume,
            "--random-weights draws the weights of a model's config.json: name its directory with --model")
+    yield (config.resize_vocabulary and config.model is None and not config.resume,
+           "--resize-vocabulary adds rows to a model's embedding: name the model with --model")
     yield config.resume and config.out is None, "--resume needs --out, the directory of the run to continue"
     yield (config.plan_for is not None and not config.plan_for.strip(),
            "--plan-for '': name a machine, as in H100-80 or 8xH100")

@@ -1,11 +1,14 @@
 """What both converters share: the command line's errors, the output directory, the last line."""
 
+import errno
 import pathlib
 import shutil
 import sys
 import time
 from collections.abc import Callable
 
+import rich.console
+import rich.progress
 import tyro
 
 from alst_jax.config import UserError
@@ -19,8 +22,44 @@ def run(convert: Callable[..., tuple[int, int]]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: {error}: the disk is full. Nothing of the conversion is kept; free space and run it again",
+              file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; nothing of the conversion is kept", file=sys.stderr)
+        return 130
     print(f"{tensors} tensors, {total / 1e9:.3f} GB in {time.perf_counter() - started:.1f} s")
     return 0
+
+
+class Progress:
+    """A bar on standard error, where that is a terminal: bytes, speed, time left."""
+
+    def __init__(self, title: str, total: int):
+        self._bar = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}"), rich.progress.BarColumn(), rich.progress.DownloadColumn(),
+            rich.progress.TransferSpeedColumn(), rich.progress.TimeRemainingColumn(),
+            console=rich.console.Console(stderr=True), disable=not sys.stderr.isatty())
+        self._task = self._bar.add_task(title, total=total)
+
+    def __enter__(self) -> "Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.stop()
+
+    def advance(self, size: int) -> None:
+        """Count `size` bytes more. Threads may call it."""
+        self._bar.advance(self._task, size)
+
+    @property
+    def done(self) -> int:
+        """The bytes so far."""
+        return int(self._bar.tasks[0].completed)
 
 
 def check_target(target: pathlib.Path) -> None:

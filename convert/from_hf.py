@@ -1,8 +1,9 @@
 """python -m convert.from_hf HF_DIR CHECKPOINT: a Hugging Face directory -> a checkpoint of ours, bit for bit."""
 
+import concurrent.futures
 import pathlib
 import sys
-import tempfile
+import threading
 
 import jax
 import numpy as np
@@ -10,41 +11,77 @@ import tyro
 
 from alst_jax.models.block import abstract_params
 from alst_jax.models.hf_config import model_config
-from alst_jax.models.hf_weights import file_dtypes, find_tensors, read_part
-from alst_jax.models.tree import dotted
+from alst_jax.models.hf_weights import leaf_dtypes, model_tensors, read_part
+from alst_jax.storage import saving
 from alst_jax.storage.checkpoint import Checkpoints
+from alst_jax.storage.orbax_limits import Unread
 from alst_jax.storage.run_directory import MODEL, copy_model_files, write_run_file
-from convert.cli import Unfinished, run
+from convert import verify as verification
+from convert.cli import Progress, Unfinished, run
 
 
 def from_hf(
-    hf_dir: tyro.conf.Positional[pathlib.Path], checkpoint: tyro.conf.Positional[pathlib.Path]
+    hf_dir: tyro.conf.Positional[pathlib.Path], checkpoint: tyro.conf.Positional[pathlib.Path], verify: bool = False
 ) -> tuple[int, int]:
     """Convert a Hugging Face directory into a checkpoint that train.py and convert.to_hf read.
 
-    Weights keep their dtype, config and tokenizer are copied. Returns the number of tensors and their bytes.
+    Weights keep their dtype, config and tokenizer are copied. Returns the number of tensors and their bytes. verify:
+    compare the logits of a short input with those of transformers, which holds the model in float32.
     """
+    if verify:
+        verification.check_possible()
     config = model_config(hf_dir)
-    dtypes = file_dtypes(hf_dir, config)
-    tensors = find_tensors(hf_dir)
-    with Unfinished(checkpoint) as out, tempfile.TemporaryDirectory(dir=out) as scratch:
-
-        def leaf(path, shape, dtype):
-            # A file mapped into memory: the system writes parts of it out if the model is larger than memory.
-            file = pathlib.Path(scratch, dotted(path))
-            array = np.memmap(file, dtype, mode="w+", shape=shape.shape)
-            read_part(array, path, tuple((0, size) for size in shape.shape), tensors, config)
-            return jax.device_put(np.asarray(array))
-
-        params = jax.tree_util.tree_map_with_path(leaf, abstract_params(config, np.float32), dtypes)
-        leaves = jax.tree.leaves(params)
+    tensors = model_tensors(hf_dir, config)
+    dtypes = leaf_dtypes(tensors, config, str(hf_dir))
+    with Unfinished(checkpoint) as out:
         copy_model_files(hf_dir, out / MODEL)
-        checkpoints = Checkpoints(out)
-        checkpoints.save(0, params, None, {"step": 0})
-        checkpoints.close()
-        del params
+        shapes = abstract_params(config, np.float32)
+        total = sum(x.size * dtype.itemsize for x, dtype in zip(jax.tree.leaves(shapes), jax.tree.leaves(dtypes)))
+        with Progress("reading and writing", total) as progress, Writing() as writing:
+
+            def unread(path, x, dtype):
+                def read(bounds):
+                    writing.check()
+                    part = np.empty([stop - start for start, stop in bounds], dtype)
+                    read_part(part, path, bounds, tensors, config)
+                    progress.advance(part.nbytes)
+                    return part
+
+                return Unread(tuple(x.shape), dtype, read, writing.permits)
+
+            params = jax.tree_util.tree_map_with_path(unread, shapes, dtypes)
+            checkpoints = Checkpoints(out)
+            checkpoints.save(0, params, None, {"step": 0})
+            checkpoints.close()
         write_run_file(out, "converted", {"from": str(hf_dir)})
-    return len(tensors), sum(x.nbytes for x in leaves)
+        if verify:
+            verification.verify(out, 0, config, hf_dir)
+    return len(tensors), total
+
+
+class Writing:
+    """The writes in flight. When the conversion stops, it waits for them and starts no other.
+
+    A write that ended after the directory is removed would make the directory again.
+    """
+
+    def __init__(self):
+        self.permits, self._stopped = threading.Semaphore(saving.PARTS), False
+
+    def check(self) -> None:
+        """Called before each write. CancelledError when the conversion has stopped."""
+        if self._stopped:
+            raise concurrent.futures.CancelledError("the conversion has stopped")
+
+    def __enter__(self) -> "Writing":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        if kind is not None:
+            self._stopped = True
+            for _ in range(saving.PARTS):
+                self.permits.acquire()
+            self.permits.release(saving.PARTS)
 
 
 if __name__ == "__main__":

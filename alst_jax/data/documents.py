@@ -91,7 +91,8 @@ def cut_documents(
             documents, cutting.tokenizer, cutting.labels, report, cutting.skip_bad):
         if tokens.size and tokens.max() >= cutting.vocab_size:
             raise UserError(f"{document.origin}: token {tokens.max()} is outside the model's vocabulary of "
-                            f"{cutting.vocab_size}: the tokenizer belongs to another model")
+                            f"{cutting.vocab_size}: the tokenizer belongs to another model, or tokens were added to "
+                            "it; --resize-vocabulary gives the model rows for added tokens")
         stats.documents += 1
         if cutting.drop_long and tokens.size > seq_len:
             report.pieces_left_out[f"longer than {seq_len:,} tokens"] += 1

@@ -1,11 +1,14 @@
 """Tokenizers: a Hugging Face directory's own, or one token a byte for the embedded model."""
 
+import importlib.util
+import json
 import pathlib
 from typing import Any
 
 from alst_jax.config import UserError
 
 BOS, EOS, PAD, TURN_START, TURN_END = "<|bos|>", "<|eos|>", "<|pad|>", "<|turn|>", "<|end_of_turn|>"
+SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 PROBE = "Hello  world,\n\n\tdef f(x):\n    return 'x' + \"12345\"  # Größe, naïve, 東京, 🕔 <b>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|turn|>{{ message['role'] }}\n"
@@ -28,6 +31,7 @@ def load_tokenizer(directory: str | pathlib.Path) -> Any:
     if not has_tokenizer(path):
         raise UserError(f"{path} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json); copy the files of "
                         "the tokenizer the model was trained with into it")
+    _check_readable(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         _check_same_tokens(tokenizer, path)
@@ -36,6 +40,29 @@ def load_tokenizer(directory: str | pathlib.Path) -> Any:
         raise
     except Exception as error:  # transformers raises whatever its parsers raise
         raise UserError(f"{path}: the tokenizer cannot be read: {error}") from error
+
+
+def _check_readable(path: pathlib.Path) -> None:
+    """UserError for two kinds of files of which transformers does not say what is wrong with them."""
+    file, settings = path / "tokenizer.model", {}
+    if file.is_file() and not any((path / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        with open(file, "rb") as raw:
+            package = "sentencepiece" if raw.read(1) == b"\n" else "tiktoken"  # a protobuf message, or lines of text
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"{path}: its only tokenizer is tokenizer.model, which the package {package} reads; "
+                            f"install {package}, or make tokenizer.json where it is installed (transformers: "
+                            "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR))")
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        try:
+            read = json.loads((path / name).read_text(encoding="utf-8")) if (path / name).is_file() else {}
+        except ValueError as error:
+            raise UserError(f"{path / name} is not valid JSON: {error}") from error
+        settings |= {(name, key): value for key, value in read.items()} if isinstance(read, dict) else {}
+    for (name, key), value in settings.items():
+        if key in SPECIAL and (value.get("content") if isinstance(value, dict) else value) == "":
+            raise UserError(f"{path / name}: {key} is \"\", which is no token. Early conversions of LLaMA have this "
+                            "mistake: there eos_token is \"</s>\", bos_token \"<s>\", unk_token \"<unk>\". Write the "
+                            "token, or remove the field if there is none")
 
 
 def _check_same_tokens(tokenizer: Any, path: pathlib.Path) -> None:

@@ -15,6 +15,7 @@ from alst_jax.models.families.family import Family
 from alst_jax.models.families.layer_types import FULL
 from alst_jax.models.families.unsupported import find_family
 from alst_jax.models.hf_rope import read_rope, rope_fields
+from alst_jax.models.weight_files import refuse_adapter
 from alst_jax.ops.rope import RopeConfig
 
 # Fields with no bearing on what the model computes from tokens.
@@ -67,6 +68,7 @@ def read_config(hf_dir: str | pathlib.Path) -> dict[str, Any]:
                         "be reached, or a checkpoint")
     file = path / "config.json"
     if not file.is_file():
+        refuse_adapter(path)
         inside = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
         raise UserError(f"{path} is not a Hugging Face model directory: it has no config.json (it has: {inside})")
     try:
@@ -175,6 +177,14 @@ def record_dtype(hf_dir: str | pathlib.Path, dtype: str) -> None:
     if named not in (None, dtype):
         raw = {name: value for name, value in raw.items() if name != "torch_dtype"} | {"dtype": dtype}
         (pathlib.Path(hf_dir) / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+
+
+def record_vocabulary(hf_dir: str | pathlib.Path, size: int) -> None:
+    """Write the number of rows of the embedding into config.json, if it has another one."""
+    raw = read_config(hf_dir)
+    if raw.get("vocab_size") != size:
+        (pathlib.Path(hf_dir) / "config.json").write_text(
+            json.dumps(raw | {"vocab_size": size}, indent=2) + "\n", encoding="utf-8")
 
 
 def hf_config_dict(config: ModelConfig) -> dict[str, Any]:

@@ -1,41 +1,52 @@
 """Hugging Face safetensors <-> the parameter tree, with one key table. No function holds a whole model in memory."""
 
+import functools
 import json
+import math
 import pathlib
-import re
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol, runtime_checkable
 
 import jax
-import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from alst_jax.config import UserError
 from alst_jax.models.block import abstract_params
 from alst_jax.models.config import ModelConfig
 from alst_jax.models.families import FAMILIES
 from alst_jax.models.tree import is_stacked, names
+from alst_jax.models.weight_files import (
+    AT_ONCE,
+    EMBEDDING,
+    HEAD,
+    INDEX,
+    SINGLE,
+    Tensor,
+    Unwritten,
+    extended,
+    find_tensors,
+    of_model,
+    read_tensor,
+    write_file,
+)
 from alst_jax.xla.arrays import load_array
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dtype("bfloat16")}
-DERIVED = re.compile(r".*rotary_emb\.inv_freq")  # old checkpoints hold it; it follows from the config
 # Names outside of the blocks, the same in all families. Those of a block's parameters are in models/families.
 KEY_TABLE = {
-    ("embed_tokens", "embedding"): "model.embed_tokens.weight",
+    ("embed_tokens", "embedding"): EMBEDDING,
     ("norm", "scale"): "model.norm.weight",
-    ("lm_head", "embedding"): "lm_head.weight",
+    ("lm_head", "embedding"): HEAD,
 }
 
 
-class Tensor(NamedTuple):
-    """Where a tensor is in the files."""
+@runtime_checkable
+class Stored(Protocol):
+    """An array outside of the memory. An index reads a part of it."""
 
-    file: pathlib.Path
     shape: tuple[int, ...]
     dtype: np.dtype
+
+    def __getitem__(self, index: Any) -> np.ndarray: ...
 
 
 def is_transposed(path: tuple) -> bool:
@@ -57,39 +68,17 @@ def leaf_names(path: tuple, config: ModelConfig) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def find_tensors(hf_dir: str | pathlib.Path) -> dict[str, Tensor]:
-    """Name -> place of every tensor in a directory's safetensors files. UserError for what is missing or broken."""
-    path = pathlib.Path(hf_dir)
-    if (path / SINGLE).is_file():  # before an index, as transformers does when both are there
-        files = [path / SINGLE]
-    elif (path / INDEX).is_file():
-        try:
-            files = [path / name for name in sorted(set(json.loads((path / INDEX).read_text())["weight_map"].values()))]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path / INDEX} is not a safetensors index: {error!r}") from error
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise UserError(f"{path}: {INDEX} names files that are not there: {', '.join(missing[:10])}")
-    elif list(path.glob("pytorch_model*.bin")):
-        raise UserError(f"{path} holds its weights as pytorch_model.bin only; save them as safetensors first "
-                        "(transformers: model.save_pretrained(DIR, safe_serialization=True))")
-    else:
-        raise UserError(f"{path} holds no weights: neither {SINGLE} nor {INDEX}")
-    return {name: tensor for file in files for name, tensor in _header(file).items()}
+def model_tensors(hf_dir: str | pathlib.Path, config: ModelConfig, resize: bool = False) -> dict[str, Tensor]:
+    """Name -> place of exactly the tensors of the model that `config` describes. UserError if the files hold others.
 
-
-def _header(file: pathlib.Path) -> dict[str, Tensor]:
-    tensors = {}
-    try:
-        with safe_open(file, "numpy") as handle:
-            for name in handle.keys():
-                entry = handle.get_slice(name)
-                if entry.get_dtype() not in DTYPES:
-                    raise UserError(f"{file}: {name} is {entry.get_dtype()}; weights must be one of "
-                                    f"{', '.join(DTYPES)}")
-                tensors[name] = Tensor(file, tuple(entry.get_shape()), DTYPES[entry.get_dtype()])
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is corrupt or cut short: {error}") from error
+    resize: the vocabulary of `config` may be larger than that of the files; the rows that are missing are added.
+    """
+    tensors = of_model(find_tensors(hf_dir), config.tie_word_embeddings, str(hf_dir))
+    if resize:
+        tensors = extended(tensors, config.vocab_size)
+    check_tensors(tensors, config, str(hf_dir))
+    if config.tie_word_embeddings:
+        tensors.pop(HEAD, None)  # a copy of the embedding
     return tensors
 
 
@@ -100,9 +89,9 @@ def check_tensors(tensors: dict[str, Tensor], config: ModelConfig, where: str) -
         shape = leaf.shape[1:] if is_stacked(path) else leaf.shape
         for name in leaf_names(path, config):
             expected[name] = shape[::-1] if is_transposed(path) else shape
-    extra = [name for name in tensors if name not in expected and not DERIVED.fullmatch(name)]
-    if config.tie_word_embeddings and "lm_head.weight" in extra:
-        extra.remove("lm_head.weight")
+    extra = [name for name in tensors if name not in expected]
+    if config.tie_word_embeddings and HEAD in extra:
+        extra.remove(HEAD)
         _check_tied(tensors, where)
     missing = [name for name in expected if name not in tensors]
     wrong = [f"{name} {list(tensors[name].shape)}, not {list(shape)}"
@@ -110,50 +99,56 @@ def check_tensors(tensors: dict[str, Tensor], config: ModelConfig, where: str) -
     problems = [f"{kind} ({len(found)}): {', '.join(found[:10])}{', ...' * (len(found) > 10)}"
                 for kind, found in (("missing", missing), ("extra", extra), ("of another shape", wrong)) if found]
     if problems:
-        raise UserError(f"{where}: the weights are not those config.json describes. " + "; ".join(problems))
+        hint = "" if missing != [HEAD] else (
+            "; a model saved without its head has none to train, and one whose head is its embedding says so in "
+            "config.json (\"tie_word_embeddings\": true)")
+        raise UserError(f"{where}: the weights are not those config.json describes. " + "; ".join(problems) + hint)
 
 
 def _check_tied(tensors: dict[str, Tensor], where: str) -> None:
-    tied = ("lm_head.weight", "model.embed_tokens.weight")
-    if "model.embed_tokens.weight" in tensors:
-        head, table = (_read(tensors[name], name, (slice(None), slice(None))) for name in tied)
-        if head.shape != table.shape or head.tobytes() != table.tobytes():
-            raise UserError(f"{where}: tie_word_embeddings is true, yet lm_head.weight differs from "
-                            "model.embed_tokens.weight; set it to false if they are meant to differ")
+    if EMBEDDING not in tensors:
+        return
+    head, table = tensors[HEAD], tensors[EMBEDDING]
+    count, rows = head.shape[0], max(1, AT_ONCE // max(1, math.prod(head.shape[1:]) * head.dtype.itemsize))
+    same = (head.shape, head.dtype) == (table.shape, table.dtype) and all(
+        _read(head, HEAD, part).tobytes() == _read(table, EMBEDDING, part).tobytes()
+        for part in ((slice(start, min(start + rows, count)),) for start in range(0, count, rows)))
+    if not same:
+        raise UserError(f"{where}: tie_word_embeddings is true, yet lm_head.weight differs from "
+                        "model.embed_tokens.weight; set it to false if they are meant to differ")
 
 
 def _read(tensor: Tensor, name: str, index: tuple[slice, ...]) -> np.ndarray:
-    try:
-        with safe_open(tensor.file, "numpy") as handle:
-            return handle.get_slice(name)[index]
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{tensor.file}: cannot read {name}: {error}") from error
+    """A part of the tensor that the model calls `name`."""
+    return read_tensor(tensor, index)
 
 
 def file_dtypes(hf_dir: str | pathlib.Path, config: ModelConfig) -> Any:
     """The dtype of each leaf as the files have it; UserError if the layers of one stacked leaf differ."""
-    tensors = find_tensors(hf_dir)
-    check_tensors(tensors, config, str(hf_dir))
+    return leaf_dtypes(model_tensors(hf_dir, config), config, str(hf_dir))
+
+
+def leaf_dtypes(tensors: dict[str, Tensor], config: ModelConfig, where: str) -> Any:
+    """The dtype of each leaf, from the tensors of the model; UserError if the layers of one stacked leaf differ."""
 
     def dtype(path, _):
         of_layers = leaf_names(path, config)
         found = {tensors[name].dtype for name in of_layers}
         if len(found) > 1:
-            raise UserError(f"{hf_dir}: {of_layers[0]} and its like in other layers have different dtypes "
+            raise UserError(f"{where}: {of_layers[0]} and its like in other layers have different dtypes "
                             f"({', '.join(sorted(map(str, found)))}); save the model with one dtype first")
         return found.pop()
 
     return jax.tree_util.tree_map_with_path(dtype, abstract_params(config, np.float32))
 
 
-def load_params(hf_dir: str | pathlib.Path, config: ModelConfig, abstract: Any) -> Any:
+def load_params(hf_dir: str | pathlib.Path, config: ModelConfig, abstract: Any, resize: bool = False) -> Any:
     """The parameter tree, read from a Hugging Face directory and cast to what `abstract` says.
 
     abstract: jax.ShapeDtypeStructs with shardings, for load_array. UserError if the files do not hold exactly the model
-    that `config` describes.
+    that `config` describes. resize: see model_tensors.
     """
-    tensors = find_tensors(hf_dir)
-    check_tensors(tensors, config, str(hf_dir))
+    tensors = model_tensors(hf_dir, config, resize)
     return jax.tree_util.tree_map_with_path(lambda path, leaf: _load_leaf(path, leaf, tensors, config), abstract)
 
 
@@ -182,23 +177,23 @@ def read_part(
 
 
 def save_params(
-    leaves: Iterable[tuple[tuple, jax.Array | np.ndarray]], config: ModelConfig, out_dir: str | pathlib.Path,
-    max_shard_bytes: int = 5 * 2**30,
+    leaves: Iterable[tuple[tuple, jax.Array | np.ndarray | Stored]], config: ModelConfig, out_dir: str | pathlib.Path,
+    max_shard_bytes: int = 5 * 2**30, written: Callable[[int], object] = lambda _: None,
 ) -> tuple[int, int]:
     """Write (path, leaf) pairs as safetensors with Hugging Face's names; returns the number of tensors and their bytes.
 
-    One file if it fits into max_shard_bytes, else several and an index. At most one file's tensors are in host memory,
-    and one leaf if the pairs are made one by one. Files get their final names once all are complete, and older weights
-    are removed.
+    One file if it fits into max_shard_bytes, else several and an index. One tensor, a layer of a stack, is copied to
+    host memory at a time. Files get their final names once all are complete, and older weights are removed. written:
+    called with the bytes of each tensor that is written.
     """
     out = pathlib.Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     files, weight_map, total = [], {}, 0
     for tensors in _group(_tensors_of(leaves, config), max_shard_bytes):
         file = out / f".part-{len(files)}.safetensors"
-        save_file(tensors, file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, len(files))
-        total += sum(tensor.nbytes for tensor in tensors.values())
+        write_file(file, tensors, written)
+        weight_map |= dict.fromkeys((tensor.name for tensor in tensors), len(files))
+        total += sum(tensor.nbytes for tensor in tensors)
         files.append(file)
     final = [SINGLE] if len(files) == 1 else [
         f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
@@ -215,17 +210,23 @@ def save_params(
     return len(weight_map), total
 
 
-def _tensors_of(leaves, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
+def _tensors_of(leaves, config: ModelConfig) -> Iterator[Unwritten]:
     for path, leaf in leaves:
         for row, name in enumerate(leaf_names(path, config)):
-            value = _fetch(leaf, row) if is_stacked(path) else _fetch(leaf, None)
-            yield name, np.ascontiguousarray(value.T if is_transposed(path) else value)
+            shape = leaf.shape[1:] if is_stacked(path) else leaf.shape
+            yield Unwritten(name, tuple(shape[::-1] if is_transposed(path) else shape), np.dtype(leaf.dtype),
+                            functools.partial(_tensor, path, leaf, row if is_stacked(path) else None))
 
 
-def _fetch(leaf: jax.Array | np.ndarray, row: int | None) -> np.ndarray:
+def _tensor(path: tuple, leaf: jax.Array | np.ndarray | Stored, row: int | None) -> np.ndarray:
+    value = _fetch(leaf, row)
+    return value.T if is_transposed(path) else value
+
+
+def _fetch(leaf: jax.Array | np.ndarray | Stored, row: int | None) -> np.ndarray:
     """One layer of a stacked leaf, or a whole leaf, put together from its shards on the host."""
-    if isinstance(leaf, np.ndarray):
-        return leaf if row is None else leaf[row]
+    if not isinstance(leaf, jax.Array):
+        return leaf[...] if row is None else leaf[row]
     if not leaf.is_fully_addressable:
         raise ValueError(f"{leaf.sharding}: parts of this array are in other processes, out of reach from here")
     shape = leaf.shape if row is None else leaf.shape[1:]
@@ -238,12 +239,11 @@ def _fetch(leaf: jax.Array | np.ndarray, row: int | None) -> np.ndarray:
     return out
 
 
-def _group(tensors: Iterator[tuple[str, np.ndarray]], max_bytes: int) -> Iterator[dict[str, np.ndarray]]:
-    group, size = {}, 0
-    for name, tensor in tensors:
+def _group(tensors: Iterator[Unwritten], max_bytes: int) -> Iterator[list[Unwritten]]:
+    group, size = [], 0
+    for tensor in tensors:
         if group and size + tensor.nbytes > max_bytes:
             yield group
-            group, size = {}, 0
-        group[name], size = tensor, size + tensor.nbytes
+            group, size = [], 0
+        group, size = [*group, tensor], size + tensor.nbytes
     yield group
-

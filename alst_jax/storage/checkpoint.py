@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -67,6 +67,13 @@ class Checkpoints:
             for name, array in self._open(step, "params").items():
                 yield name, array.read().result()
 
+    def open_params(self, step: int) -> Iterator[tuple[Names, "Stored"]]:
+        """(names, array) of each saved weight. An index of the array reads that part."""
+        with self._reading(step):
+            arrays = self._open(step, "params")
+        for name, array in arrays.items():
+            yield name, Stored(array, functools.partial(self._reading, step))
+
     def _restore_tree(self, step: int, item: str, abstract: Any) -> Any:
         wanted = {names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
         with self._reading(step):
@@ -121,6 +128,19 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
+
+
+class Stored:
+    """A saved array on disk. An index reads that part of it."""
+
+    def __init__(self, array: ts.TensorStore, reading: Callable[[], contextlib.AbstractContextManager]):
+        self._array, self._reading = array, reading
+        self.shape, self.dtype = tuple(array.shape), np.dtype(array.dtype.numpy_dtype)
+        self.nbytes = array.size * self.dtype.itemsize
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        with self._reading():
+            return self._array[index].read().result()
 
 
 def _kind(array: ts.TensorStore | jax.ShapeDtypeStruct) -> str:

@@ -4,15 +4,20 @@ By default orbax 0.12 copies all arrays to the host before it writes the first, 
 (docs/log.md). Here arrays are copied when they are written, and written in pieces.
 """
 
+import asyncio
+import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from orbax.checkpoint._src.arrays.fragments import ConcreteFragment, ConcreteFragments
 from orbax.checkpoint._src.metadata.array_metadata_store import Store
 from orbax.checkpoint._src.serialization import serialization
@@ -20,6 +25,7 @@ from orbax.checkpoint._src.serialization.replica_slices import ReplicaSlices
 from orbax.checkpoint._src.serialization.types import SerializationStatusCallback, TransferPriority
 
 from alst_jax.storage import saving
+from alst_jax.xla.arrays import AT_ONCE, Bounds
 
 
 def install() -> None:
@@ -35,7 +41,7 @@ def tree_handler() -> ocp.PyTreeCheckpointHandler:
     return ocp.PyTreeCheckpointHandler(
         save_concurrent_gb=saving.WRITTEN / 10**9, save_device_host_concurrent_gb=saving.COPIES / 10**9,
         type_handler_registry=ocp.type_handlers.create_type_handler_registry(
-            (jax.Array, arrays), (np.ndarray, ocp.type_handlers.NumpyHandler())))
+            (jax.Array, arrays), (np.ndarray, ocp.type_handlers.NumpyHandler()), (Unread, WriteInParts())))
 
 
 def tree_save(tree: Any) -> ocp.args.PyTreeSave:
@@ -44,7 +50,55 @@ def tree_save(tree: Any) -> ocp.args.PyTreeSave:
         tree, jax.tree.map(save_args, tree), ocdbt_target_data_file_size=saving.DATA_FILE)
 
 
-def save_args(array: jax.Array | np.ndarray | jax.ShapeDtypeStruct) -> ocp.SaveArgs:
+@dataclasses.dataclass(frozen=True)
+class Unread:
+    """An array outside of the memory, which is read a part at a time while it is saved.
+
+    read: a part, by its bounds. writing: held while a part is read and written.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[Bounds], np.ndarray]
+    writing: contextlib.AbstractContextManager = contextlib.nullcontext()
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+
+class WriteInParts(ocp.type_handlers.NumpyHandler):
+    """Saves `Unread` arrays: PARTS parts of AT_ONCE bytes, or of one row if that is larger, are held at a time."""
+
+    def __init__(self):
+        super().__init__(deepcopy_host_arrays=False)
+        self._pool = concurrent.futures.ThreadPoolExecutor(saving.PARTS)
+
+    async def _open_and_write(self, value: Unread, tspec: dict[str, Any], ts_context: ts.Context) -> None:
+        array = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+        chunk = array.chunk_layout.write_chunk.shape
+        row = math.prod(value.shape[1:]) * value.dtype.itemsize
+        # Whole chunks: two parts that shared a chunk would write it twice.
+        step = max(1, AT_ONCE // max(1, row * chunk[0])) * chunk[0]
+
+        def write(start: int) -> None:
+            stop = min(start + step, value.shape[0])
+            with value.writing:
+                array[start:stop].write(value.read(((start, stop), *((0, size) for size in value.shape[1:])))).result()
+
+        run = functools.partial(asyncio.get_running_loop().run_in_executor, self._pool, write)
+        await asyncio.gather(*map(run, range(0, value.shape[0], step)))
+
+
+def save_args(array: jax.Array | np.ndarray | Unread | jax.ShapeDtypeStruct) -> ocp.SaveArgs:
     """Chunks of one array. A chunk of a stack lies in one layer, so that layers can be read one by one."""
     return ocp.SaveArgs(chunk_byte_size=saving.chunk_bytes(), shard_axes=(0,) if array.ndim > 2 else ())
 

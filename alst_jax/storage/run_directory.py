@@ -16,7 +16,7 @@ from typing import Any
 from alst_jax.config import TrainConfig, UserError, flag
 from alst_jax.data.tokenizer import has_tokenizer
 from alst_jax.models.config import ModelConfig
-from alst_jax.models.hf_config import hf_config_dict, model_config
+from alst_jax.models.hf_config import hf_config_dict, model_config, record_vocabulary
 
 CHECKPOINTS, MODEL, RUN_FILE, EXPORT = "checkpoints", "model", "run.json", "hf"
 TEMPLATES = "additional_chat_templates"  # the folder of named chat templates beside chat_template.jinja
@@ -103,6 +103,7 @@ def start_run_directory(
             tokenizer.save_pretrained(out / MODEL)
         elif config.chat_template is not None:
             write_template(tokenizer.chat_template, out / MODEL)
+        record_vocabulary(out / MODEL, model.vocab_size)
     else:
         tokenizer.save_pretrained(out / MODEL)
         special = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -15,7 +15,8 @@ from collections.abc import Iterator
 COPIES = 10**9  # bytes of a host
 DATA_FILE = 2**26  # bytes of a file of a checkpoint
 PIECE = 2**26  # bytes
-EXPORT_FILE = 2**30  # bytes of an exported file. It and the next tensor are held: 2.3 to 2.7 GiB for an 8B model
+PARTS = 2  # parts of arrays that are read and written at the same time (orbax_limits.WriteInParts)
+EXPORT_FILE = 2**30  # bytes of an exported file; of its tensors one is held at a time
 WRITTEN = 3 * 10**8  # bytes in flight, of weights and of optimizer states. orbax refuses a larger piece
 BUFFERS = 3 * 2**30  # bytes of a host, outside of jax's pool: the writers of weights and optimizer states
 CHUNKS = 2**27  # bytes of the chunks of all cores together

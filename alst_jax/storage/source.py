@@ -13,7 +13,8 @@ from alst_jax.config import TrainConfig, UserError
 from alst_jax.data.tokenizer import byte_tokenizer, has_tokenizer, load_tokenizer, use_template
 from alst_jax.models.config import TINY_LLAMA, ModelConfig
 from alst_jax.models.hf_config import model_config
-from alst_jax.models.hf_weights import find_tensors, load_params
+from alst_jax.models.hf_weights import load_params
+from alst_jax.models.weight_files import find_tensors
 from alst_jax.step import TrainStep
 from alst_jax.storage import run_directory
 from alst_jax.storage.checkpoint import Checkpoints
@@ -29,13 +30,27 @@ class ModelSource:
     files: pathlib.Path | None  # config.json, tokenizer: copied into the export
     hf_weights: pathlib.Path | None = None
     checkpoint: tuple[pathlib.Path, int] | None = None
+    resize: bool = False  # the vocabulary may be larger than the weights have rows
 
 
 def find_model(config: TrainConfig, tokenizer: bool = True) -> ModelSource:
     """The model in the run directory when resuming, the model of --model, or the embedded tiny Llama.
 
-    tokenizer: load it too. A plan needs none.
+    tokenizer: load it too. A plan needs none. --resize-vocabulary does.
     """
+    source = _find(config, tokenizer or config.resize_vocabulary)
+    if not config.resize_vocabulary:
+        return source
+    tokens = 1 + max(source.tokenizer.get_vocab().values())
+    if tokens > source.config.vocab_size and source.checkpoint is not None:
+        raise UserError(f"--resize-vocabulary: {source.name} is a checkpoint with {source.config.vocab_size} rows for "
+                        f"{tokens} tokens; rows are added to Hugging Face directories only. Convert it first "
+                        "(python -m convert.to_hf CHECKPOINT HF_DIR)")
+    larger = dataclasses.replace(source.config, vocab_size=max(tokens, source.config.vocab_size))
+    return dataclasses.replace(source, config=larger, resize=True)
+
+
+def _find(config: TrainConfig, tokenizer: bool) -> ModelSource:
     if config.resume:
         run_dir = pathlib.Path(config.out)
         if run_directory.read_run_file(run_dir).get("kind") != "training":
@@ -93,7 +108,7 @@ def load_weights(source: ModelSource, step: TrainStep, dtype: jnp.dtype, seed: i
         if dtype == jnp.bfloat16 and any(t.dtype == np.float32 for t in find_tensors(source.hf_weights).values()):
             print(f"warning: the float32 weights of {source.name} are rounded to bfloat16; --dtype float32 keeps them",
                   file=sys.stderr, flush=True)
-        return load_params(source.hf_weights, source.config, step.params)
+        return load_params(source.hf_weights, source.config, step.params, source.resize)
     if source.checkpoint is not None:
         run_dir, at = source.checkpoint
         checkpoints = Checkpoints(run_dir)

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 from jax.sharding import SingleDeviceSharding
 from transformers import AutoConfig, Qwen2Config, Qwen2ForCausalLM
 
 from alst_jax.config import UserError
-from alst_jax.models import hf_weights
 from alst_jax.models.block import abstract_params
 from alst_jax.models.config import LayerKind, ModelConfig
 from alst_jax.models.families import FAMILIES
@@ -218,6 +218,6 @@ def test_missing_and_extra_biases_are_refused(tmp_path, qwen2_tree, change, mess
     tensors = {name: x.contiguous() for name, x in Qwen2ForCausalLM(Qwen2Config(**SHAPE)).state_dict().items()}
     tensors.pop(change.get("drop"), None)
     tensors |= {change["add"]: torch.zeros(64)} if "add" in change else {}
-    hf_weights.save_file({name: x.numpy() for name, x in tensors.items()}, tmp_path / "model.safetensors")
+    safetensors.numpy.save_file({name: x.numpy() for name, x in tensors.items()}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=message):
         load_params(tmp_path, QWEN2, qwen2_tree)

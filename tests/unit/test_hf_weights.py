@@ -265,7 +265,7 @@ def test_weights_that_are_not_safetensors(hf):
     (directory / "model.safetensors").unlink()
     refuse(directory, "holds no weights: neither model.safetensors nor model.safetensors.index.json")
     (directory / "pytorch_model.bin").touch()
-    refuse(directory, r"pytorch_model.bin only; .*save_pretrained\(DIR, safe_serialization=True\)")
+    refuse(directory, r"but pytorch_model.bin .*save_pretrained\('NEW_DIR'\)")
 
 
 def test_dtypes_we_do_not_know_are_named(hf):
