@@ -201,14 +201,14 @@ class _Output:
             self._stream.write(np.ascontiguousarray(array).data)
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        if kind is not None:  # the store is given up: what is buffered need not be written
-            with contextlib.suppress(OSError):
+        try:
+            if kind is None:
+                with self._errors():
+                    self._stream.flush()
+                    os.fsync(self._stream.fileno())
+        finally:
+            with contextlib.suppress(OSError):  # the store is given up, or nothing is left to write
                 self._stream.close()
-            return
-        with self._errors():
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
-            self._stream.close()
 
 
 def _remove_abandoned(folder: pathlib.Path) -> None:
