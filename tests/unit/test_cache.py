@@ -6,7 +6,6 @@ import os
 import resource
 import subprocess
 import sys
-import types
 
 import numpy as np
 import pytest
@@ -21,8 +20,13 @@ from alst_jax.data.labels import Labels
 from alst_jax.data.pieces import Joined, Pieces, Tokenised, labels_in, spans_of
 from alst_jax.data.prepare import cut_sources
 from alst_jax.data.records import Fields
+from alst_jax.data.report import SourceReport
 from alst_jax.data.sources import Reading
 from alst_jax.data.tokenizer import byte_tokenizer
+from alst_jax.models.config import TINY_LLAMA
+from alst_jax.planning.job import Job
+from alst_jax.profile import Profile
+from alst_jax.storage.source import ModelSource
 
 TEXTS = [{"text": "abcdefghij"}, {"text": "xy"}, {"text": "äöü"}, {"text": "0123456789" * 3}]
 CHATS = [{"id": 7, "messages": [{"role": "user", "content": "2+3?"}, {"role": "assistant", "content": f"{i} is it."}]}
@@ -252,7 +256,7 @@ def test_a_full_disk_is_one_clear_line(documents, letters, tmp_path):
 
 def test_a_living_writer_is_left_alone(tmp_path):
     file, top = write(tmp_path / "a.jsonl", TEXTS), tmp_path / "cache"
-    with Cache(top)._partial(types.SimpleNamespace(place="")) as folder:
+    with Cache(top)._partial(SourceReport("a")) as folder:
         os.utime(folder / "lock", (1, 1))
         sources_of(top, [file])
         assert folder.exists()
@@ -301,8 +305,8 @@ def read_run(monkeypatch, small=None, **flags):
     if small is not None:
         monkeypatch.setattr(run_data, "Cache", lambda directory: Cache(directory, small=small))
     config = TrainConfig(seq_len=16, **flags)
-    source = types.SimpleNamespace(tokenizer=byte_tokenizer(), config=types.SimpleNamespace(vocab_size=261))
-    data, stats, fingerprint = run_data.read_data(config, source, types.SimpleNamespace(length=16, rows=2, dp=1))
+    source = ModelSource("tiny", TINY_LLAMA, byte_tokenizer(), None)
+    data, stats, fingerprint = run_data.read_data(config, source, Job(TINY_LLAMA, Profile(), 2, 16))
     held_out = {name: [{k: v.tolist() for k, v in b.items()} for b in made()] for name, made in data.evaluation.items()}
     batches = [{k: v.tolist() for k, v in next(data.training).items()} for _ in range(9)]
     return batches, held_out, stats.summary(16), fingerprint
@@ -315,7 +319,7 @@ def test_a_run_is_the_same_with_and_without(flags, tmp_path, monkeypatch, deaf):
     texts, chats = write(tmp_path / "a.jsonl", TEXTS * 5), write(tmp_path / "b.jsonl", CHATS * 3)
     flags = dict(flags)
     data = (f"{texts}:0.25", f"{chats}:0.75") if flags.pop("weights", False) else (str(texts), str(chats))
-    flags |= dict(data=data, eval_data=(str(chats),))
+    flags |= dict(data=data, eval_data=(str(texts),))
     wanted = read_run(monkeypatch, data_cache="off", **flags)
     top = tmp_path / "cache"
     assert read_run(monkeypatch, small=0, data_cache=str(top), **flags) == wanted
@@ -339,12 +343,17 @@ def test_small_data_leave_no_files(tmp_path, monkeypatch):
 
 MEASURE = """
 import pathlib, resource, sys
+import numpy as np
+from alst_jax.data import report
 from alst_jax.data.batches import content_hash
 from alst_jax.data.cache import Cache
 from alst_jax.data.documents import Cutting
 from alst_jax.data.prepare import cut_sources
 from alst_jax.data.sources import Reading
 from alst_jax.data.tokenizer import byte_tokenizer
+def tokenize_texts(texts, tokenizer):  # a byte a token: the real tokenizer would take minutes
+    return [(np.frombuffer(text.encode(), np.uint8).astype(np.int32), np.ones(len(text), bool)) for text in texts]
+report.tokenize_texts = tokenize_texts
 for _ in range(2):
     cutting = Cutting(byte_tokenizer(), 4096, 261)
     cache = Cache(pathlib.Path(sys.argv[2]), small=0) if sys.argv[2] != "off" else None
@@ -365,5 +374,5 @@ def test_resident_memory_does_not_grow_with_the_data(tmp_path):
     """MiB. 60 MB of text are 300 MB of tokens and flags; a negative control keeps them in memory."""
     files = [write(tmp_path / f"{size}.jsonl", [{"text": "abcdefgh" * 2500}] * (size * 50)) for size in (2, 60)]
     small, large = (peak_memory(file, tmp_path / "cache") for file in files)
-    assert large - small < 150
-    assert peak_memory(files[1], "off") - small > 250
+    assert large - small < 100, (small, large)
+    assert peak_memory(files[1], "off") - small > 150
