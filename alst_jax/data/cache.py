@@ -233,7 +233,7 @@ def _mapped(file: pathlib.Path, dtype: Any) -> tuple[np.ndarray, mmap.mmap | Non
 
 
 def _release(maps: list[mmap.mmap | None]) -> None:
-    """Take the pages that were read out of this process's memory. Arrays stay valid: a page is mapped again when used."""
+    """Unmap the pages that were read. Arrays stay valid: the next use of a page maps it again."""
     for mapped in filter(None, maps):
         mapped.madvise(mmap.MADV_DONTNEED)
 

@@ -13,7 +13,8 @@ import numpy as np
 from alst_jax.config import IGNORED
 
 FLAGS_AT_ONCE = 1 << 22  # learned flags that are summed at a time: 32 MiB of sums
-RELEASE_AFTER = 1 << 24  # tokens that are read before the pages of memory-mapped files are released: 80 MiB
+RELEASE_AFTER = 1 << 26  # bytes of memory-mapped files that are read before their pages are released
+NEIGHBOURS = 1 << 18  # bytes around a piece that the operating system maps with it, in two files, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +42,11 @@ class Tokenised:
     highs: list[tuple[int, str]]
     key: str | None = None
     release: Callable[[], None] | None = None
-    unreleased: int = 0  # tokens that were read since the last release
+    unreleased: int = 0  # bytes that were read since the last release, about
 
     def count_read(self, tokens: int) -> None:
         """Count the tokens that were read, and release the pages from time to time: resident memory stays small."""
-        self.unreleased += tokens
+        self.unreleased += 5 * tokens + NEIGHBOURS
         if self.release is not None and self.unreleased >= RELEASE_AFTER:
             self.release()
             self.unreleased = 0
@@ -92,7 +93,7 @@ class Joined(collections.abc.Sequence):
         if isinstance(index, slice):
             start, stop, _ = slice(index.start, index.stop).indices(len(self))
             begins = (self._ends - [len(part) for part in self.parts]).tolist()
-            return Joined([part[max(0, start - begin) : max(0, stop - begin)] for part, begin in zip(self.parts, begins)])
+            return Joined([part[max(0, start - at) : max(0, stop - at)] for part, at in zip(self.parts, begins)])
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         index = int(index) % len(self)

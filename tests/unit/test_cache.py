@@ -1,5 +1,5 @@
 # pytest tests/unit/test_cache.py
-"""The cache of tokenised data: read at once, the same as in memory, keyed by all that tokens depend on, never by halves."""
+"""The cache of tokenised data: the same as in memory, read at once, keyed by all that tokens depend on, never half."""
 
 import json
 import os
@@ -121,7 +121,7 @@ def test_learned_flags_are_counted_over_borders_of_parts(monkeypatch):
     assert labels_in(source, spans).tolist() == by_hand
 
 
-# ------------------------------------------------------------------------------------------------------------------ keys
+# ----------------------------------------------------------------------------------------------------------------- keys
 
 
 def with_template(template):
@@ -139,7 +139,8 @@ def with_token():
 @pytest.mark.parametrize("change", [
     dict(tokenizer=with_token()), dict(tokenizer=with_template(DATED)), dict(labels=Labels("last")),
     dict(reading=Reading(skip_bad=True)), dict(reading=Reading(Fields(ignore=("id",)))),
-    dict(reading=Reading(selection=Selection(exclude=("x",)))), dict(reading=Reading(selection=Selection(document_per="file")))],
+    dict(reading=Reading(selection=Selection(exclude=("x",)))),
+    dict(reading=Reading(selection=Selection(document_per="file")))],
     ids=["tokenizer", "template", "learn", "skip", "ignore", "exclude", "document_per"])
 def test_flags_and_tokenizers_have_stores_of_their_own(change, tmp_path):
     file, top = write(tmp_path / "a.jsonl", CHATS), tmp_path / "cache"
@@ -188,7 +189,7 @@ def test_a_store_of_a_model_with_fewer_tokens_is_refused_as_its_text_is(tmp_path
     assert errors[0].startswith(f"{file}:1: token {highest} is outside the model's vocabulary of {highest}")
 
 
-# ------------------------------------------------------------------------------------------------- killed, full, damaged
+# ------------------------------------------------------------------------------------------------ killed, full, damaged
 
 
 class Killed(BaseException):
@@ -249,8 +250,8 @@ def test_a_full_disk_is_one_clear_line(documents, letters, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert str(error.value) == (
-        f"--data-cache {top}: the tokens of --data {file} cannot be written there (File too large); they need five bytes "
-        "each. Make room, name another directory, or use --data-cache off, which keeps them in memory")
+        f"--data-cache {top}: the tokens of --data {file} cannot be written there (File too large); they need five "
+        "bytes each. Make room, name another directory, or use --data-cache off, which keeps them in memory")
     assert not stores(top)
 
 
@@ -312,8 +313,9 @@ def read_run(monkeypatch, small=None, **flags):
     return batches, held_out, stats.summary(16), fingerprint
 
 
-@pytest.mark.parametrize("flags", [{}, {"pack": True}, {"pack": True, "pack_attention": "across"}, {"long_documents": "drop"},
-                                   {"weights": True}, {"weights": True, "pack": True}], ids=str)
+@pytest.mark.parametrize("flags", [
+    {}, {"pack": True}, {"pack": True, "pack_attention": "across"}, {"long_documents": "drop"}, {"weights": True},
+    {"weights": True, "pack": True}], ids=str)
 def test_a_run_is_the_same_with_and_without(flags, tmp_path, monkeypatch, deaf):
     """Batches, their order, evaluation, counts and fingerprint; a third start does not read all tokens either."""
     texts, chats = write(tmp_path / "a.jsonl", TEXTS * 5), write(tmp_path / "b.jsonl", CHATS * 3)
@@ -366,7 +368,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 
 
 def peak_memory(file, cache):
-    done = subprocess.run([sys.executable, "-c", MEASURE, str(file), str(cache)], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", MEASURE, str(file), str(cache)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1])
 
 
