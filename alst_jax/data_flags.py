@@ -47,6 +47,9 @@ class DataFlags:
     """With --pack. documents: attention stays inside a document and positions restart. across: a pack is one text."""
     long_documents: Literal["cut", "drop"] = "cut"
     """Documents longer than --seq-len: cut them into consecutive pieces, or leave them out."""
+    data_cache: str | None = None
+    """Directory in which data of 5 MB and more are kept tokenised, for later runs; off: tokenise in memory each time.
+    Default: ~/.cache/alst_jax/data."""
     eval_data: tuple[str, ...] = ()
     """Held-out files, directories or hub data sets, each evaluated by itself: PATH or NAME=PATH."""
     eval_split: str | None = None
@@ -69,6 +72,7 @@ def data_mistakes(config: Any) -> Iterator[tuple[Any, str]]:
            "--eval-every needs --eval-data, the file to evaluate on")
     yield (config.pack_attention == "across" and not config.pack,
            "--pack-attention across says what attention reads in a pack; it needs --pack")
+    yield config.data_cache == "", "--data-cache '': name a directory, or `off`"
     yield (config.template_date is not None and not re.fullmatch(r"\d{4}-\d\d-\d\d", config.template_date),
            f"--template-date {config.template_date}: write a date as 2026-11-27")
     yield (config.show_samples is not None and config.planning,

@@ -3,16 +3,19 @@
 import dataclasses
 import functools
 import math
+import pathlib
 from typing import Any
 
 import numpy as np
 
 from alst_jax.config import TrainConfig, UserError
-from alst_jax.data.batches import TrainingBatches, evaluation_batches, fingerprint
+from alst_jax.data.batches import TrainingBatches, content_hash, evaluation_batches, fingerprint
+from alst_jax.data.cache import Cache, default_directory
 from alst_jax.data.documents import Cutting, Stats, check_length, check_targets
 from alst_jax.data.files import Selection
 from alst_jax.data.labels import Labels
-from alst_jax.data.packing import Fullness, Packs, pack, pieces_of, room_for
+from alst_jax.data.packing import Fullness, Packs, pack, room_for
+from alst_jax.data.pieces import Joined, Pieces
 from alst_jax.data.prepare import BySource, cut_sources, read_sources
 from alst_jax.data.records import Fields
 from alst_jax.data.report import print_samples, warn_without_end
@@ -35,6 +38,13 @@ def labels_of(config: TrainConfig) -> Labels:
     return Labels(config.learn, config.template_date)
 
 
+def cache_of(config: TrainConfig) -> Cache | None:
+    """The cache of --data-cache; None if it is off."""
+    if config.data_cache == "off":
+        return None
+    return Cache(pathlib.Path(config.data_cache).expanduser() if config.data_cache else default_directory())
+
+
 def show_samples(config: TrainConfig) -> None:
     """Print --show-samples documents with their learned tokens marked, and the counts of each source."""
     tokenizer = find_model(config).tokenizer
@@ -47,32 +57,48 @@ def read_sequences(config: TrainConfig, source: ModelSource, held_out: bool = Fa
     flag, paths = ("--eval-data", config.eval_data) if held_out else ("--data", config.data)
     cutting = Cutting(source.tokenizer, config.seq_len, source.config.vocab_size, labels_of(config),
                       config.skip_bad_records, config.long_documents == "drop")
-    return cut_sources(paths, reading_of(config, held_out), flag, cutting)
+    return cut_sources(paths, reading_of(config, held_out), flag, cutting, cache_of(config))
 
 
 def packed(config: TrainConfig, sources: BySource) -> tuple[Any, Stats]:
     """The sequences of all sources, one source behind the other, in packs with --pack; and their counts."""
-    pieces, packs, stats = [], [], Stats()
+    packs, stats, pieces = [], Stats(), Joined([sequences for sequences, _ in sources.values()])
+    before = 0
     for sequences, of_source in sources.values():
         if config.pack and sequences:
-            made = pack(np.asarray([s.tokens.size for s in sequences]), config.seq_len, config.seed)
-            packs += [[len(pieces) + i for i in members] for members in made]
+            made = pack(sequences.lengths, config.seq_len, config.seed)
+            packs += [[before + i for i in members] for members in made]
             of_source.sequences = of_source.sources[0].sequences = len(made)
-        pieces += sequences
+        before += len(sequences)
         stats.add(of_source)
     if not packs:
         return pieces, stats
-    lengths = np.asarray([piece.tokens.size for piece in pieces])
-    stats.fullness = Fullness(len(packs), config.seq_len, lengths, max(map(len, packs)))
+    stats.fullness = Fullness(len(packs), config.seq_len, pieces.lengths, max(map(len, packs)))
     return Packs(pieces, packs, together=config.pack_attention == "across"), stats
 
 
-def packing_of(config: TrainConfig, sequences: Any, job: Job) -> tuple[int, int] | None:
+def packing_of(config: TrainConfig, sequences: Any, stats: Stats, job: Job) -> tuple[int, int] | None:
     """(data-parallel replicas, documents of a replica at most); None where sequences are single documents."""
     if not config.pack or config.pack_attention == "across":
         return None
-    most = max(len(pieces_of(sequences[i], job.length)) for i in range(len(sequences)))
-    return job.dp, room_for(most, job.rows // job.dp)
+    return job.dp, room_for(sequences.most_documents(job.length, stats.fullness.lengths), job.rows // job.dp)
+
+
+def known_hash(config: TrainConfig, sequences: Any, parts: list[Pieces]) -> str | None:
+    """The `content_hash` of the sequences of a run, which the cache remembers; None if no source is in the cache.
+
+    parts: the pieces of each source.
+    """
+    cache = cache_of(config)
+    if cache is None or not any(part.source.key for part in parts):
+        return None
+    flags = [config.seq_len, config.long_documents, config.pack, config.pack_attention, config.seed]
+    file = cache.fingerprint_file([[part.source.key or content_hash(part) for part in parts], flags])
+    if file.is_file():
+        return file.read_text()
+    known = content_hash(sequences)
+    cache.remember(file, known)
+    return known
 
 
 def with_packs(job: Job, stats: Stats) -> Job:
@@ -88,9 +114,10 @@ def read_data(config: TrainConfig, source: ModelSource, job: Job) -> tuple[Data,
 
     UserError if one step would meet the same sequence twice.
     """
-    sequences, stats = packed(config, read_sequences(config, source))
+    sources = read_sequences(config, source)
+    sequences, stats = packed(config, sources)
     check_length(stats, config.seq_len, "--data", config.pack)
-    stats.packing = packing_of(config, sequences, job)
+    stats.packing = packing_of(config, sequences, stats, job)
     per_step, pad = job.rows * config.grad_accum, pad_token(source.tokenizer)
     mixture = None
     if any(report.weight is not None for report in stats.sources):
@@ -108,11 +135,12 @@ def read_data(config: TrainConfig, source: ModelSource, job: Job) -> tuple[Data,
         for name, (held_out, of_source) in read_sequences(config, source, held_out=True).items():
             check_targets(of_source, f"--eval-data {name}")
             stats.held_out += of_source.sources
-            held_out, _ = packed(config, {name: (held_out, of_source)})
+            held_out, counts = packed(config, {name: (held_out, of_source)})
             evaluation[name] = functools.partial(
-                evaluation_batches, held_out, job.length, job.rows, pad, packing_of(config, held_out, job))
+                evaluation_batches, held_out, job.length, job.rows, pad, packing_of(config, held_out, counts, job))
     warn_without_end(source.tokenizer, stats.sources)
-    return Data(training, evaluation), stats, fingerprint(sequences, mixture)
+    known = known_hash(config, sequences, [pieces for pieces, _ in sources.values()])
+    return Data(training, evaluation), stats, fingerprint(sequences, mixture, known)
 
 
 def pad_token(tokenizer: Any) -> int:

@@ -145,13 +145,23 @@ def pad_sequence(
             "padding": np.int32(padded_len - sequence.tokens.size)}
 
 
-def fingerprint(sequences: Sequences, mixture: list[tuple[int, float]] | None = None) -> str:
-    """A hash of all tokens and labels and of how they are cut, with the mixture of sources: the same data, or other."""
+def fingerprint(
+    sequences: Sequences, mixture: list[tuple[int, float]] | None = None, known: str | None = None
+) -> str:
+    """A hash of all tokens and labels and of how they are cut, with the mixture of sources: the same data, or other.
+
+    known: the `content_hash` of the sequences, if it is known.
+    """
+    mixed = "".join(f", {count} x {weight:.12g}" for count, weight in mixture or ())
+    return (known or content_hash(sequences)) + mixed
+
+
+def content_hash(sequences: Sequences) -> str:
+    """A hash of all tokens and labels and of how they are cut."""
     digest = hashlib.sha256()
     for sequence in sequences:
         for length in sequence.lengths or (len(sequence.tokens),):
             digest.update(length.to_bytes(8, "little"))
         digest.update(sequence.tokens.tobytes())
         digest.update(sequence.labels.tobytes())
-    mixed = "".join(f", {count} x {weight:.12g}" for count, weight in mixture or ())
-    return digest.hexdigest()[:16] + mixed
+    return digest.hexdigest()[:16]

@@ -1,25 +1,18 @@
 """Documents -> tokens with already-shifted labels -> sequences of at most seq_len tokens, one document in each."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
-from alst_jax.config import IGNORED, UserError
+from alst_jax.config import UserError
 from alst_jax.data.labels import Labels
+from alst_jax.data.pieces import Pieces, Sequence, Tokenised, labels_in, spans_of
 from alst_jax.data.records import Document
 from alst_jax.data.report import SourceReport, tokenized
 
-
-@dataclasses.dataclass(frozen=True)
-class Sequence:
-    """tokens int32[n] and labels int32[n], n <= seq_len; labels[t] is what follows tokens[t], or IGNORED. lengths: those
-    of packed documents; None: it is one document."""
-
-    tokens: np.ndarray
-    labels: np.ndarray
-    lengths: tuple[int, ...] | None = None
+__all__ = ["Cutting", "Sequence", "Stats", "check_length", "check_targets", "cut", "cut_documents", "make_sequences"]
 
 
 @dataclasses.dataclass
@@ -67,7 +60,7 @@ class Cutting:
 def make_sequences(
     documents: Iterable[Document], tokenizer: Any, seq_len: int, vocab_size: int, flag: str = "--data",
     labels: Labels = Labels()
-) -> tuple[list[Sequence], Stats]:
+) -> tuple[Pieces, Stats]:
     """Tokenise, cut and check. UserError if there is nothing to predict, if the longest document fills less than half a
     sequence, or if the tokenizer has tokens the model does not know."""
     documents, report = list(documents), SourceReport("")
@@ -78,38 +71,68 @@ def make_sequences(
     return sequences, stats
 
 
-def cut_documents(
-    documents: Iterable[Document], cutting: Cutting, report: SourceReport
-) -> tuple[list[Sequence], Stats]:
-    """Tokenise and cut. A longer document gives consecutive pieces; the label of a piece's last token is the next
-    piece's first token, so that each token but a document's first is predicted exactly once.
+def cut_documents(documents: Iterable[Document], cutting: Cutting, report: SourceReport) -> tuple[Pieces, Stats]:
+    """Tokenise in memory, and cut.
 
     report: the counts of the documents' source. UserError if the tokenizer has tokens the model does not know.
     """
-    sequences, stats, seq_len = [], Stats(sources=[report]), cutting.seq_len
-    for document, tokens, is_target in tokenized(
+    return cut(tokenise_in_memory(documents, cutting, report), cutting, report)
+
+
+def tokenise_in_memory(documents: Iterable[Document], cutting: Cutting, report: SourceReport) -> Tokenised:
+    """The tokens of all documents, counted in `report`."""
+    tokens, learned, highs = [np.zeros(0, np.int32)], [np.zeros(0, bool)], []
+    for of_document, is_learned in checked_tokens(documents, cutting, report, highs):
+        tokens.append(of_document)
+        learned.append(is_learned)
+    lengths = np.asarray([part.size for part in tokens[1:]], np.int64)
+    return Tokenised(np.concatenate(tokens), np.concatenate(learned), lengths, highs)
+
+
+def checked_tokens(
+    documents: Iterable[Document], cutting: Cutting, report: SourceReport, highs: list[tuple[int, str]]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The tokens of each document and whether each is learned. highs: gets the items of `Tokenised.highs`.
+
+    UserError if the tokenizer has tokens the model does not know.
+    """
+    for document, tokens, learned in tokenized(
             documents, cutting.tokenizer, cutting.labels, report, cutting.skip_bad):
-        if tokens.size and tokens.max() >= cutting.vocab_size:
-            raise UserError(f"{document.origin}: token {tokens.max()} is outside the model's vocabulary of "
-                            f"{cutting.vocab_size}: the tokenizer belongs to another model, or tokens were added to "
-                            "it; --resize-vocabulary gives the model rows for added tokens")
-        stats.documents += 1
-        if cutting.drop_long and tokens.size > seq_len:
-            report.pieces_left_out[f"longer than {seq_len:,} tokens"] += 1
-            continue
-        stats.longest = max(stats.longest, tokens.size)
-        labels = np.append(np.where(is_target, tokens, IGNORED)[1:], IGNORED).astype(np.int32)
-        for start in range(0, tokens.size, seq_len):
-            piece = Sequence(tokens[start : start + seq_len], labels[start : start + seq_len])
-            if np.all(piece.labels == IGNORED):
-                stats.dropped += 1
-                report.pieces_left_out["without anything to learn"] += 1
-                continue
-            sequences.append(piece)
-            stats.tokens += piece.tokens.size
-            stats.labels += int(np.count_nonzero(piece.labels != IGNORED))
-    stats.sequences = report.sequences = len(sequences)
-    return sequences, stats
+        highest = int(tokens.max(initial=-1))
+        if not highs or highest > highs[-1][0]:
+            highs.append((highest, document.origin))
+            check_vocabulary(highs[-1:], cutting.vocab_size)
+        yield tokens, learned
+
+
+def check_vocabulary(highs: list[tuple[int, str]], vocab_size: int) -> None:
+    """UserError, for the first document with a token that the model does not know."""
+    for token, origin in highs:
+        if token >= vocab_size:
+            raise UserError(f"{origin}: token {token} is outside the model's vocabulary of {vocab_size}: the tokenizer "
+                            "belongs to another model, or tokens were added to it; --resize-vocabulary gives the model "
+                            "rows for added tokens")
+
+
+def cut(source: Tokenised, cutting: Cutting, report: SourceReport) -> tuple[Pieces, Stats]:
+    """Cut documents. A longer document gives consecutive pieces; the label of a piece's last token is the next piece's
+    first token, so that each token but a document's first is predicted exactly once.
+
+    report: the counts of the documents' source.
+    """
+    stats, seq_len = Stats(documents=source.lengths.size, sources=[report]), cutting.seq_len
+    kept = source.lengths <= seq_len if cutting.drop_long else np.ones(source.lengths.size, bool)
+    spans = spans_of(source.lengths, seq_len, kept)
+    labels = labels_in(source, spans)
+    stats.longest = int(source.lengths[kept].max(initial=0))
+    stats.dropped = int(np.count_nonzero(labels == 0))
+    left_out = {f"longer than {seq_len:,} tokens": np.count_nonzero(~kept), "without anything to learn": stats.dropped,
+                "of no token": np.count_nonzero(source.lengths == 0)}
+    report.pieces_left_out.update({reason: int(count) for reason, count in left_out.items() if count})
+    pieces = Pieces(source, spans[:, labels > 0])
+    stats.tokens, stats.labels = int(pieces.lengths.sum()), int(labels.sum())
+    stats.sequences = report.sequences = len(pieces)
+    return pieces, stats
 
 
 def check_length(stats: Stats, seq_len: int, flag: str, pack: bool = False) -> None:

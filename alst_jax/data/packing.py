@@ -61,6 +61,10 @@ class Packs(Sequence):
         tokens, labels = (np.concatenate([getattr(p, name) for p in pieces]) for name in ("tokens", "labels"))
         return cut.Sequence(tokens, labels, None if self._together else tuple(p.tokens.size for p in pieces))
 
+    def most_documents(self, padded_len: int, lengths: np.ndarray) -> int:
+        """Documents in a padded pack at most; the padding is one. lengths: those of all pieces."""
+        return max(len(pack) + (int(lengths[pack].sum()) < padded_len) for pack in self._packs)
+
 
 @dataclasses.dataclass(frozen=True)
 class Fullness:

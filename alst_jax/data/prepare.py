@@ -3,14 +3,16 @@
 from collections.abc import Collection, Iterator
 
 from alst_jax.config import UserError
-from alst_jax.data.documents import Cutting, Sequence, Stats, cut_documents
+from alst_jax.data.cache import Cache
+from alst_jax.data.documents import Cutting, Stats, cut, tokenise_in_memory
 from alst_jax.data.embedded import python_reference
 from alst_jax.data.named import parse_sources
+from alst_jax.data.pieces import Pieces
 from alst_jax.data.records import Document
 from alst_jax.data.report import SourceReport
-from alst_jax.data.sources import Reading, read_source
+from alst_jax.data.sources import OpenSource, Reading, open_source, read_source
 
-BySource = dict[str, tuple[list[Sequence], Stats]]
+BySource = dict[str, tuple[Pieces, Stats]]
 
 
 def read_sources(
@@ -19,20 +21,29 @@ def read_sources(
     """The documents and counts of each source that --data or --eval-data (`flag`) names; of none, the embedded text."""
     held_out = flag == "--eval-data"
     if not given:
-        yield embedded(held_out)
+        source = embedded(held_out)
+        yield list(source.documents), source.report
     for source in parse_sources(given, flag, held_out):
         yield read_source(source, reading, flag, held_out)
 
 
-def cut_sources(given: Collection[str], reading: Reading, flag: str, cutting: Cutting) -> BySource:
-    """The sequences of each source, by the sources' names.
+def cut_sources(
+    given: Collection[str], reading: Reading, flag: str, cutting: Cutting, cache: Cache | None = None
+) -> BySource:
+    """The sequences of each source, by the sources' names; large sources are in the cache.
 
     UserError for a bad source, and for a weighted source with nothing to predict.
     """
+    held_out = flag == "--eval-data"
     sources = {}
-    for documents, report in read_sources(given, reading, flag):
-        sequences, stats = cut_documents(documents, cutting, report)
-        report.check_documents()
+    for named in parse_sources(given, flag, held_out) or [None]:
+        source = embedded(held_out) if named is None else open_source(named, reading, flag, held_out)
+        report = source.report
+        tokenised = cache.tokenised(source, reading, cutting) if cache else None
+        if tokenised is None:
+            tokenised = tokenise_in_memory(source.documents, cutting, report)
+            report.check_documents()
+        sequences, stats = cut(tokenised, cutting, report)
         if report.weight is not None and not sequences:
             raise UserError(f"{report.place}: {stats.documents} documents and nothing in them to predict, so that no "
                             "weight can be given to it")
@@ -40,10 +51,10 @@ def cut_sources(given: Collection[str], reading: Reading, flag: str, cutting: Cu
     return sources
 
 
-def embedded(held_out: bool) -> tuple[list[Document], SourceReport]:
-    """The documents of the embedded text, and their counts."""
+def embedded(held_out: bool) -> OpenSource:
+    """The embedded text."""
     documents = python_reference(held_out)
     report = SourceReport("python_reference", "the embedded text", records=len(documents))
     for document in documents:
         report.count_document(document)
-    return documents, report
+    return OpenSource("", [], report, documents)

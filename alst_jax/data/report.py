@@ -11,10 +11,11 @@ import numpy as np
 
 from alst_jax.config import UserError
 from alst_jax.data.files import words
-from alst_jax.data.labels import Labels, tokenize
+from alst_jax.data.labels import Labels, tokenize, tokenize_texts
 from alst_jax.data.records import Document
 
 TEXTS = ("text", "prompt/completion")  # formats whose documents get an end token
+AT_ONCE = 1 << 20  # characters of texts that are tokenised at a time
 SHOWN = 1200  # characters of one run of tokens in a sample; longer runs are cut in the middle
 
 
@@ -89,17 +90,33 @@ def tokenized(
 
     skip_bad: documents that cannot be tokenised are left out and counted as bad records, instead of refused.
     """
+    for batch in _batches(documents):
+        plain = [not document.is_chat and not document.prompt for document in batch]
+        texts = [document.content for document, is_plain in zip(batch, plain) if is_plain]
+        ready = iter(tokenize_texts(texts, tokenizer) if texts else ())
+        for document, is_plain in zip(batch, plain):
+            try:
+                tokens, learned = next(ready) if is_plain else tokenize(document, tokenizer, labels)
+            except UserError as error:
+                if not skip_bad:
+                    raise
+                report.count_bad(error, document)
+                continue
+            report.tokens += tokens.size
+            report.learned += int(np.count_nonzero(learned[1:]))  # nothing precedes a document's first token
+            yield document, tokens, learned
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Neighbours of together about AT_ONCE characters of text."""
+    batch, characters = [], 0
     for document in documents:
-        try:
-            tokens, learned = tokenize(document, tokenizer, labels)
-        except UserError as error:
-            if not skip_bad:
-                raise
-            report.count_bad(error, document)
-            continue
-        report.tokens += tokens.size
-        report.learned += int(np.count_nonzero(learned[1:]))  # nothing precedes a document's first token
-        yield document, tokens, learned
+        batch.append(document)
+        characters += 100 + (0 if document.is_chat else len(document.content))
+        if characters >= AT_ONCE:
+            yield batch
+            batch, characters = [], 0
+    yield batch
 
 
 def print_sources(sources: Iterable[SourceReport], label: str = "source") -> None:

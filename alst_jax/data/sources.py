@@ -32,13 +32,34 @@ def read_documents(
     return [d for source in parse_sources(paths, flag) for d in read_source(source, reading, flag)[0]]
 
 
+@dataclasses.dataclass
+class OpenSource:
+    """The files of one source, its counts so far, and its documents, which are read one at a time and once.
+
+    given: its path, for a hub data set the local directory. files: none for documents that are not from files.
+    """
+
+    given: str
+    files: list[FoundFile]
+    report: SourceReport
+    documents: Iterable[Document]
+
+
 def read_source(
     source: Source, reading: Reading, flag: str = "--data", held_out: bool = False
 ) -> tuple[list[Document], SourceReport]:
-    """The documents of one source, in the order of its files, and their counts.
+    """The documents of one source, in the order of its files, and their counts. UserError if there are none."""
+    opened = open_source(source, reading, flag, held_out)
+    documents = list(opened.documents)
+    opened.report.check_documents()
+    return documents, opened.report
+
+
+def open_source(source: Source, reading: Reading, flag: str = "--data", held_out: bool = False) -> OpenSource:
+    """One source, whose documents are counted while they are read.
 
     Records without text are left out and counted. UserError names the file and line of a bad record, unless
-    `reading.skip_bad`, and the source if no document is left.
+    `reading.skip_bad`.
     """
     path = source.path
     if is_hub_name(path):
@@ -46,9 +67,13 @@ def read_source(
     found = find_files(path, reading.selection, flag, held_out)
     report = SourceReport(source.name, f"{flag} {source.path}", source.weight, len(found.files), found.split,
                           found.left_out)
-    documents, reader = [], Reader(reading.fields)
+    return OpenSource(path, found.files, report, _documents(path, found.files, reading, report))
+
+
+def _documents(path: str, files: list[FoundFile], reading: Reading, report: SourceReport) -> Iterator[Document]:
+    reader = Reader(reading.fields)
     document_per = reading.selection.document_per if pathlib.Path(path).is_dir() else None
-    for records in _records_of_files(found.files, pathlib.Path(path), document_per):
+    for records in _records_of_files(files, pathlib.Path(path), document_per):
         reader.start_file()
         for record, origin in records:
             report.records += 1
@@ -60,12 +85,10 @@ def read_source(
                 report.count_bad(error)
                 continue
             if document.is_chat or document.content and not document.content.isspace():
-                documents.append(document)
                 report.count_document(document)
+                yield document
             else:
                 report.records_left_out["empty"] += 1
-    report.check_documents()
-    return documents, report
 
 
 def _document(record: Any, origin: str, reader: Reader) -> Document:

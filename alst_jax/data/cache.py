@@ -1,0 +1,294 @@
+"""Tokenised documents on disk, so that a second run reads them at once, whatever its --seq-len.
+
+    DIR/KEY/tokens.bin    int32: the tokens of all documents, one behind the other
+    DIR/KEY/learned.bin   one byte a token: whether it is learned
+    DIR/KEY/lengths.bin   int64: the tokens of each document
+    DIR/KEY/store.json    the counts of the source
+    DIR/fingerprints/KEY  the hash of all sequences of a run
+
+A store is written in a directory .partial-* beside, and renamed when it is complete. The key is a hash of all that
+the tokens depend on: the files, the flags, the tokenizer, and the programs in this package.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import datetime
+import fcntl
+import functools
+import hashlib
+import json
+import mmap
+import os
+import pathlib
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from alst_jax.config import UserError
+from alst_jax.data.documents import Cutting, check_vocabulary, checked_tokens
+from alst_jax.data.files import FoundFile
+from alst_jax.data.labels import Labels
+from alst_jax.data.pieces import Tokenised
+from alst_jax.data.progress import shown
+from alst_jax.data.report import TEXTS, SourceReport
+from alst_jax.data.sources import OpenSource, Reading
+
+FORMAT = 1  # of the files of a store
+SMALL = 5_000_000  # bytes of files: less is tokenised in memory each time
+HEAD = 1 << 16  # bytes at both ends of a file that are part of its key
+ABANDONED = 60  # seconds without a writer after which a half-written store is removed
+DTYPES = {"tokens": np.int32, "learned": np.bool_, "lengths": np.int64}
+COUNTS = ("records", "first_bad", "documents", "tokens", "learned")
+COUNTERS = ("records_left_out", "formats")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """The stores in a directory. small: bytes of files below which a source has no store."""
+
+    directory: pathlib.Path
+    small: int = SMALL
+
+    def tokenised(self, source: OpenSource, reading: Reading, cutting: Cutting) -> Tokenised | None:
+        """The tokens of a source from its store, which is written first if there is none; counted in the source's
+        report. None for a source that is too small for a store.
+
+        UserError for bad documents, and if the store cannot be written.
+        """
+        size = sum(file.path.stat().st_size for file in source.files)
+        if size < self.small:
+            return None
+        keys = keys_of(source, reading, cutting.tokenizer, cutting.labels)
+        for key in keys:
+            if (store := self._read(key, source.report)) is not None:
+                check_vocabulary(store.highs, cutting.vocab_size)
+                print(f"cache   {source.report.name}: {store.tokens.size:,} tokens of {store.lengths.size:,} documents "
+                      f"from {self.directory / key}", flush=True)
+                return store
+        with shown(source, size) as documents:
+            key = self._write(keys, dataclasses.replace(source, documents=documents), cutting)
+        print(f"cache   {source.report.name}: tokenised into {self.directory / key}", flush=True)
+        return self._read(key)
+
+    # --------------------------------------------------------------------------------------------------------- reading
+
+    def _read(self, key: str, report: SourceReport | None = None) -> Tokenised | None:
+        """A store, or None if there is no complete one. report: gets its counts."""
+        folder = self.directory / key
+        try:
+            meta = json.loads((folder / "store.json").read_text())
+            sizes = {name: (folder / f"{name}.bin").stat().st_size for name in DTYPES}
+        except (FileNotFoundError, ValueError):
+            return None
+        except OSError as error:
+            raise UserError(f"--data-cache {self.directory}: cannot be read: {error}; name another directory, or use "
+                            "--data-cache off") from error
+        if (meta.get("format"), meta.get("key"), meta.get("sizes")) != (FORMAT, key, sizes):
+            return None
+        if report is not None:
+            for name in COUNTS:
+                setattr(report, name, meta["report"][name])
+            for name in COUNTERS:
+                setattr(report, name, collections.Counter(meta["report"][name]))
+            report.ignored = dict.fromkeys(meta["report"]["ignored"])
+        maps = {name: _mapped(folder / f"{name}.bin", dtype) for name, dtype in DTYPES.items()}
+        release = functools.partial(_release, [maps["tokens"][1], maps["learned"][1]])
+        highs = [(token, origin) for token, origin in meta["highs"]]
+        return Tokenised(*(array for array, _ in maps.values()), highs, key, release)
+
+    # --------------------------------------------------------------------------------------------------------- writing
+
+    def _write(self, keys: tuple[str, str], source: OpenSource, cutting: Cutting) -> str:
+        """Tokenise into a store. The key: the first, or the second if chats may hold the date."""
+        with self._partial(source.report) as folder:
+            highs: list[tuple[int, str]] = []
+            with contextlib.ExitStack() as stack:
+                files = [stack.enter_context(_Output(folder / f"{name}.bin", self, source.report)) for name in DTYPES]
+                for tokens, learned in checked_tokens(source.documents, cutting, source.report, highs):
+                    for file, array in zip(files, (tokens, learned, np.asarray([tokens.size], np.int64))):
+                        file.write(array)
+            report = source.report
+            report.check_documents()
+            key = keys[any(name not in TEXTS for name in report.formats)]
+            counts = {name: getattr(report, name) for name in (*COUNTS, *COUNTERS)} | {"ignored": list(report.ignored)}
+            sizes = {name: (folder / f"{name}.bin").stat().st_size for name in DTYPES}
+            meta = {"format": FORMAT, "key": key, "sizes": sizes, "highs": highs, "report": counts}
+            with _Output(folder / "store.json", self, report) as file:
+                file.write(np.frombuffer(json.dumps(meta).encode(), np.uint8))
+            self._publish(folder, key, report)
+        return key
+
+    @contextlib.contextmanager
+    def _partial(self, report: SourceReport) -> Iterator[pathlib.Path]:
+        """A new directory for a store, which is removed at the end unless it was renamed. A lock says that its writer
+        lives: those of killed writers are removed."""
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for old in self.directory.glob(".partial-*"):
+                _remove_abandoned(old)
+            folder = pathlib.Path(tempfile.mkdtemp(prefix=".partial-", dir=self.directory))
+            lock = (folder / "lock").open("wb")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            raise self.failed(report, error) from error
+        try:
+            with lock:
+                yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)  # it is gone if it was renamed
+
+    def _publish(self, folder: pathlib.Path, key: str, report: SourceReport) -> None:
+        """Rename a complete store. Another process may have been faster with the same."""
+        target = self.directory / key
+        try:
+            if target.exists() and self._read(key) is None:
+                shutil.rmtree(target)  # damaged
+            os.chmod(folder, 0o755)
+            folder.rename(target)
+        except OSError as error:
+            if self._read(key) is None:
+                raise self.failed(report, error) from error
+
+    def failed(self, report: SourceReport, error: OSError) -> UserError:
+        """The error of a store that cannot be written."""
+        return UserError(f"--data-cache {self.directory}: the tokens of {report.place} cannot be written there "
+                         f"({error.strerror or error}); they need five bytes each. Make room, name another directory, "
+                         "or use --data-cache off, which keeps them in memory")
+
+    # --------------------------------------------------------------------------------------------------- fingerprints
+
+    def fingerprint_file(self, parts: list[Any]) -> pathlib.Path:
+        """The file that remembers the hash of sequences that depend on `parts`."""
+        return self.directory / "fingerprints" / _hash(FORMAT, programs(), *parts)
+
+    def remember(self, file: pathlib.Path, text: str) -> None:
+        """Write a small file, complete or not at all."""
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=".partial-", delete=False) as stream:
+                stream.write(text)
+            os.replace(stream.name, file)
+        except OSError as error:
+            raise UserError(f"--data-cache {self.directory}: cannot be written ({error.strerror or error}); make room, "
+                            "name another directory, or use --data-cache off") from error
+
+
+class _Output:
+    """A file of a store: buffered, and on the disk when it is closed. Errors of writing become UserErrors."""
+
+    def __init__(self, path: pathlib.Path, cache: Cache, report: SourceReport):
+        self._path, self._cache, self._report = path, cache, report
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise self._cache.failed(self._report, error) from error
+
+    def __enter__(self) -> "_Output":
+        with self._errors():
+            self._stream: BinaryIO = self._path.open("wb", buffering=1 << 20)
+        return self
+
+    def write(self, array: np.ndarray) -> None:
+        with self._errors():
+            self._stream.write(np.ascontiguousarray(array).data)
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        try:
+            if kind is None:
+                with self._errors():
+                    self._stream.flush()
+                    os.fsync(self._stream.fileno())
+        finally:
+            with contextlib.suppress(OSError):  # the store is given up, or nothing is left to write
+                self._stream.close()
+
+
+def _remove_abandoned(folder: pathlib.Path) -> None:
+    """Remove a half-written store whose writer was killed."""
+    try:
+        with (folder / "lock").open("rb") as lock:
+            if time.time() - os.fstat(lock.fileno()).st_mtime < ABANDONED:
+                return  # its writer may be about to lock it
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+    except (FileNotFoundError, BlockingIOError, PermissionError):
+        return  # another process has removed it, or writes it, or another user's did
+
+
+def _mapped(file: pathlib.Path, dtype: Any) -> tuple[np.ndarray, mmap.mmap | None]:
+    """The array in a file, which is read where it is used. The lengths, which are few, are read at once."""
+    if dtype is np.int64 or not file.stat().st_size:
+        return np.fromfile(file, dtype), None
+    with file.open("rb") as stream:
+        mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    return np.frombuffer(mapped, dtype), mapped
+
+
+def _release(maps: list[mmap.mmap | None]) -> None:
+    """Unmap the pages that were read. Arrays stay valid: the next use of a page maps it again."""
+    for mapped in filter(None, maps):
+        mapped.madvise(mmap.MADV_DONTNEED)
+
+
+# ----------------------------------------------------------------------------------------------------------------- keys
+
+
+def default_directory() -> pathlib.Path:
+    """~/.cache/alst_jax/data, or below $XDG_CACHE_HOME."""
+    top = os.environ.get("XDG_CACHE_HOME")
+    return (pathlib.Path(top) if top else pathlib.Path.home() / ".cache") / "alst_jax" / "data"
+
+
+def keys_of(source: OpenSource, reading: Reading, tokenizer: Any, labels: Labels) -> tuple[str, str]:
+    """The names of a source's store: without chats, and with chats, which may hold the date."""
+    parts = [FORMAT, programs(), source.given, os.path.abspath(source.given), dataclasses.asdict(reading),
+             [_stamp(file) for file in source.files], tokenizer_hash(tokenizer), labels.learn]
+    prints_date = "strftime_now" in json.dumps(tokenizer.chat_template or "")
+    date = labels.date or datetime.date.today().isoformat()
+    return _hash(*parts), _hash(*parts, date if prints_date else "no date")
+
+
+def _stamp(file: FoundFile) -> list[Any]:
+    """What tells a file from another: its path, size and time, and a hash of its beginning and end."""
+    try:
+        status = file.path.stat()
+        with file.path.open("rb") as stream:
+            digest = hashlib.sha256(stream.read(HEAD))
+            if status.st_size > HEAD:
+                stream.seek(max(HEAD, status.st_size - HEAD))
+                digest.update(stream.read(HEAD))
+    except OSError as error:
+        raise UserError(f"{file.path}: cannot be read: {error}") from error
+    return [str(file.path), list(file.below), status.st_size, status.st_mtime_ns, digest.hexdigest()]
+
+
+@functools.lru_cache(maxsize=1)
+def programs() -> str:
+    """A hash of the programs of this package and the versions of the tokenizers' libraries."""
+    import tokenizers
+    import transformers
+
+    files = sorted(pathlib.Path(__file__).parent.glob("*.py"))
+    return _hash(transformers.__version__, tokenizers.__version__,
+                 *(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in files))
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """A hash of the tokenizer's class and of the files that it is saved as, its chat template among them."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files = sorted(path for path in pathlib.Path(folder).rglob("*") if path.is_file())
+        return _hash(type(tokenizer).__name__, *(
+            f"{file.relative_to(folder)} {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in files))
+
+
+def _hash(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
