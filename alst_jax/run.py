@@ -22,7 +22,7 @@ from alst_jax.models.config import ModelConfig
 from alst_jax.models.hf_config import record_dtype
 from alst_jax.models.hf_weights import save_params
 from alst_jax.models.tree import dotted
-from alst_jax.ops.attention import KERNELS, find_kernel
+from alst_jax.ops.attention import KERNELS, find_kernel, refusal
 from alst_jax.ops.attention.devices import Chosen, Gpu, choose_kernel
 from alst_jax.ops.rope import MAX_POSITION
 from alst_jax.optim.adamw import AdamW
@@ -117,9 +117,15 @@ def make_profile(config: TrainConfig, dtype: jnp.dtype, model: ModelConfig) -> P
 
 
 def attention_kernel(config: TrainConfig, dtype: jnp.dtype, model: ModelConfig) -> Chosen:
-    """The attention kernel of the run, and the reason for it. UserError if it cannot run here."""
-    return choose_kernel(
+    """The attention kernel of the run, and the reason for it. UserError if it cannot run here, or does not implement what
+    the model or the packs need."""
+    chosen = choose_kernel(
         config.attention, KERNELS, gpu_of(config), str(dtype), model.head_dim, config.deterministic)
+    documents = config.pack and config.pack_attention == "documents"
+    for kind in model.kinds:
+        if reason := refusal(chosen.kernel, model.attention_spec(kind), documents):
+            raise UserError(f"{reason} (attention {chosen.kernel.name}: {chosen.why})")
+    return chosen
 
 
 def gpu_of(config: TrainConfig) -> Gpu | None:

@@ -573,6 +573,13 @@ def test_random_weights_are_exported_where_that_is_typed():
     assert not train.parse(flags).export and train.parse([*flags, "--export"]).export and train.parse(flags[:2]).export
 
 
+def test_a_kernel_that_cannot_keep_documents_apart_is_refused_before_anything_is_loaded():
+    flags = dict(model="any", plan_for="H100", attention="cudnn", pack=True)
+    with pytest.raises(UserError, match="--attention cudnn does not implement documents, .*use --attention xla or flash"):
+        setup.make_profile(TrainConfig(**flags), np.dtype("bfloat16"), TINY_LLAMA)
+    setup.make_profile(TrainConfig(**flags, pack_attention="across"), np.dtype("bfloat16"), TINY_LLAMA)
+
+
 def test_a_jax_with_wrong_gradients_is_refused(monkeypatch):
     monkeypatch.setattr(setup.jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(setup.jax, "__version_info__", (0, 11, 0))
