@@ -69,6 +69,8 @@ def _mistakes(config: TrainConfig) -> Iterator[tuple[Any, str]]:
     yield (config.offload_activations and not config.remat,
            "--offload-activations offloads what rematerialisation keeps; it needs --remat, not --no-remat")
     yield from data_mistakes(config)
+    yield (config.find_max_seq_len and config.pack,
+           "--find-max-seq-len with --pack: packed documents need the memory of one as long; leave --pack out")
     yield (config.random_weights and config.model is None and not config.resume,
            "--random-weights draws the weights of a model's config.json: name its directory with --model")
     yield (config.resize_vocabulary and config.model is None and not config.resume,

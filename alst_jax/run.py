@@ -38,6 +38,7 @@ from alst_jax.storage.checkpoint import Checkpoints
 from alst_jax.storage.source import ModelSource, find_model, load_weights
 from alst_jax.trainer import Data, TrainState
 
+SHORT_DOCUMENT = 1024  # tokens
 OLDEST_JAX_ON_CUDA = (0, 11, 1)  # openxla/xla#46231
 
 
@@ -57,10 +58,19 @@ def subject(config: TrainConfig) -> tuple[ModelSource, Planner, Job]:
     seq_len = ANY_LENGTH if config.find_max_seq_len else check_seq_len(config, source.config)
     job = Job(source.config, profile, dp * config.batch_size, padded_length(seq_len, sp, profile), dp, sp,
               config.grad_accum, config.optimizer_states, config.master_weights, freeze=config.freeze)
-    if config.pack and config.pack_attention == "documents":  # a run knows its packs; a plan takes documents of 1,024 tokens
-        job = dataclasses.replace(job, documents=room_for(max(1, job.length // 1024), job.rows // dp))
+    if config.plan_only and config.pack and config.pack_attention == "documents":
+        job = of_short_documents(job)
     cluster = with_room(cluster, job)
     return source, Planner.of(config, cluster, functools.partial(make_step, config, cluster, dtype)), job
+
+
+def of_short_documents(job: Job) -> Job:
+    """The job of a plan that reads no data: packed documents of 1,024 tokens. A run counts its own."""
+    length = min(SHORT_DOCUMENT, job.length)
+    count = job.length // length
+    share = count * job.model.causal_pairs(length) / job.model.causal_pairs(job.length)
+    print(f"--pack: planned for documents of {length:,} tokens; a run counts its own", file=sys.stderr)
+    return dataclasses.replace(job, documents=room_for(count, job.rows // job.dp), attention_share=share)
 
 
 # ---------------------------------------------------------------------------------------------------- model and profile

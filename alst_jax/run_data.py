@@ -105,7 +105,9 @@ def with_packs(job: Job, stats: Stats) -> Job:
     """The job, with what is known of the packs: room for documents, and the share of attention that they need."""
     if stats.packing is None:
         return job
-    share = float((stats.fullness.lengths.astype(float) ** 2).sum()) / (stats.fullness.packs * job.length**2)
+    lengths, counts = np.unique(stats.fullness.lengths, return_counts=True)
+    pairs = sum(n * job.model.causal_pairs(length) for length, n in zip(lengths.tolist(), counts.tolist()))
+    share = pairs / (stats.fullness.packs * job.model.causal_pairs(job.length))
     return dataclasses.replace(job, documents=stats.packing[1], attention_share=share)
 
 

@@ -41,7 +41,7 @@ def row(family: str) -> list[str]:
                "residual": config.residual_multiplier != 1, "logits": config.logits_divisor != 1,
                "soft cap of logits": "final_logit_softcapping" in options}
     kernels = [name for name, kernel in KERNELS.items()
-               if not any(refusal(kernel, config.attention_spec(kind)) for kind in config.kinds)]
+               if name != "flash-deterministic" and not any(refusal(kernel, config.attention_spec(kind)) for kind in config.kinds)]
     qkv = "q, k, v always" if config.qkv_bias and not bias else ", ".join(bias) or "-"
     return [family, qkv, config.qk_norm.replace("none", "-"),
             config.norms + (" (1 + w)" if config.norm_offset else ""), sliding, rope,

@@ -128,7 +128,7 @@ def pad_sequence(
     """tokens, labels and positions, int32[padded_len]. Causal attention keeps the padding behind a document out of it.
 
     most: documents of a packed sequence at most; then also "lengths" of its documents and its padding, int32[most], and
-    "padding", their number of tokens. The positions of packed documents, and of the padding, start at 0.
+    "padding", their number of tokens. The positions of packed documents start at 0; those of the padding are 0.
     """
     tokens = np.full(padded_len, pad_token, np.int32)
     labels = np.full(padded_len, IGNORED, np.int32)
@@ -140,6 +140,7 @@ def pad_sequence(
     lengths = pieces_of(sequence, padded_len)
     starts = np.cumsum([0, *lengths[:-1]], dtype=np.int32)
     positions -= np.repeat(starts, lengths)
+    positions[sequence.tokens.size :] = 0  # padding is no long document
     return {"tokens": tokens, "labels": labels, "positions": positions,
             "lengths": np.asarray(lengths + [0] * (most - len(lengths)), np.int32),
             "padding": np.int32(padded_len - sequence.tokens.size)}

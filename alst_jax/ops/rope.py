@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-MAX_POSITION = 2**24  # the angles of positions are right to 0.003 radians below this
+MAX_POSITION = 2**24  # the angles of positions are right to 0.003 radians below this (dynamic: 0.06 at 2**20)
 STRIDE = 4096  # positions below this meet their frequency in one product, as in transformers
 
 

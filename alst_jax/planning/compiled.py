@@ -79,7 +79,7 @@ def plan_step(
     return Plan(
         ABSENT if absent else COMPILED, step.mesh.devices.flat[0].device_kind, device, on_host,
         cluster and cluster.machine.usable, cluster and cluster.host_share,
-        grad_accum * rows * step.model.flops_per_sequence(length), calls,
+        job.flops, calls,
         seconds(job, cluster) if cluster else {}, grad_accum * rows * length, step.mesh.size)
 
 

@@ -26,8 +26,7 @@ def estimate(job: Job, cluster: Cluster | None = None, correction: int = 0) -> P
     places[HOST]["saving"] = saving_bytes(job, kept[HOST] + places[HOST].get("gradients", 0))
     places[DEVICE]["working set"] = max(0, working_set(job) + correction - kept[DEVICE])
     places[DEVICE]["batch"] = 3 * 4 * job.tokens
-    flops = job.grad_accum * job.rows * job.model.flops_per_sequence(job.length)
     return Plan(
         ESTIMATED, cluster.machine.kind if cluster else "cpu", places[DEVICE], places[HOST],
-        cluster and cluster.machine.usable, cluster and cluster.host_share, flops, collectives(job),
+        cluster and cluster.machine.usable, cluster and cluster.host_share, job.flops, collectives(job),
         seconds(job, cluster) if cluster else {}, job.grad_accum * job.rows * job.length, job.devices)

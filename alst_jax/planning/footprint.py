@@ -185,9 +185,9 @@ def workspace(job: Job) -> int:
     if job.profile.attention == "xla" or not job.count_workspace:
         return 0
     head_dim, heads, rows = job.model.head_dim, job.attention.local_heads, job.rows // job.dp
-    if job.profile.attention == "flash":
+    if str(job.profile.attention).startswith("flash"):
         kv_heads = max(1, job.model.num_kv_heads // job.profile.head_chunks * job.attention.repeats // job.sp)
-        return workspace_bytes(rows, job.length, heads, kv_heads, head_dim)
+        return workspace_bytes(rows, job.length, heads, kv_heads, head_dim, documents=job.documents)
     while rows * job.length * heads * head_dim > 2**31 and heads % 2 == 0:  # as ops/attention.py splits them
         heads //= 2
     return rows * job.length * heads * head_dim * 8

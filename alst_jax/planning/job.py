@@ -82,6 +82,13 @@ class Job:
         return self.rows * self.length // self.devices
 
     @property
+    def flops(self) -> float:
+        """Model FLOPs of the step, of packed documents those inside of them (see `ModelConfig.flops_per_sequence`)."""
+        model = self.model
+        outside = (1 - self.attention_share) * 12.0 * model.causal_pairs(self.length) * model.num_heads * model.head_dim
+        return self.grad_accum * self.rows * (model.flops_per_sequence(self.length) - outside)
+
+    @property
     def width(self) -> int:
         """Bytes of a weight or an activation."""
         return 2 if self.profile.compute_dtype == "bfloat16" else 4

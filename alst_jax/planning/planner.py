@@ -73,9 +73,14 @@ class Planner:
         if not self.compiles:
             return self.search.plan(job)
         if self.config.plan_for and job.profile.attention in ("flash", "flash-deterministic"):
-            # Its kernel compiles for this process's device only; cuDNN's forward pass needs the same bytes exactly.
-            as_cudnn = dataclasses.replace(job, profile=dataclasses.replace(job.profile, attention="cudnn"), documents=0)
-            return dataclasses.replace(self.compile(as_cudnn), seconds=self.search.plan(job).seconds)
+            # Its kernel compiles for this process's device only; cuDNN's forward pass needs the same bytes exactly, without
+            # the windows, soft caps and documents that it does not implement.
+            kinds = tuple(dataclasses.replace(kind, window=None) for kind in job.model.layer_kinds)
+            model = dataclasses.replace(job.model, layer_kinds=kinds, attention_soft_cap=None)
+            profile = dataclasses.replace(job.profile, attention="cudnn")
+            as_cudnn = self.compile(dataclasses.replace(job, model=model, profile=profile, documents=0))
+            own = self.search.plan(job)
+            return dataclasses.replace(as_cudnn, seconds=own.seconds, flops=own.flops)
         step, at_once = self.step(job), self.config.planning
         packing = (job.documents, job.attention_share)
         return plan_step(step, job.rows, job.length, job.grad_accum, self.cluster, at_once, packing)

@@ -29,7 +29,7 @@ def attention_speed(implementation: str, which: str, length: int, peak: float, p
     by the sum of their squares over the sum of their lengths."""
     if implementation not in ATTENTION:
         return SLOW_ATTENTION * peak
-    rates = flash_rates.DOCUMENT_RATES if packed and implementation in flash_rates.RATES else ATTENTION[implementation]
+    rates = flash_rates.DOCUMENT_RATES if packed and implementation == "flash" else ATTENTION[implementation]
     points = sorted(rates[which].items())
     length = min(max(length, points[0][0]), points[-1][0])
     for (low, slow), (high, fast) in zip(points, points[1:]):

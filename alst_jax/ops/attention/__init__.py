@@ -35,7 +35,8 @@ def refusal(kernel: Kernel, spec: AttentionSpec, documents: bool = False) -> str
     missing = spec.features(documents) - kernel.serves
     if not missing:
         return None
-    able = [name for name, other in KERNELS.items() if spec.features(documents) <= other.serves]
+    able = [name for name, other in KERNELS.items()
+            if spec.features(documents) <= other.serves and name != flash.DETERMINISTIC.name]
     return (f"--attention {kernel.name} does not implement {' and '.join(sorted(missing))}, which this run needs; use "
             f"--attention {' or '.join(able)}")
 

@@ -65,7 +65,8 @@ def automatic(kernels: dict[str, Kernel], gpu: Gpu | None, dtype: str, head_dim:
         if gpu.present:
             kernels[FASTEST].prepare()
     except UserError as error:
-        return FALLBACK, f"not {FASTEST}, the fastest on Hopper: {str(error).removeprefix(f'--attention {FASTEST}: ')}"
+        reason = str(error).removeprefix(f"--attention {FASTEST}: ").split("; use --attention")[0].split("; or use")[0]
+        return FALLBACK, f"not {FASTEST}, the fastest on Hopper: {reason}"
     return FASTEST, "the fastest on Hopper"
 
 
