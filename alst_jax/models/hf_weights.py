@@ -14,6 +14,7 @@ from alst_jax.config import UserError
 from alst_jax.models.block import abstract_params
 from alst_jax.models.config import ModelConfig
 from alst_jax.models.families import FAMILIES
+from alst_jax.models.hf_config import model_config
 from alst_jax.models.tree import is_stacked, names
 from alst_jax.models.weight_files import (
     AT_ONCE,
@@ -75,7 +76,7 @@ def model_tensors(hf_dir: str | pathlib.Path, config: ModelConfig, resize: bool 
     """
     tensors = of_model(find_tensors(hf_dir), config.tie_word_embeddings, str(hf_dir))
     if resize:
-        tensors = extended(tensors, config.vocab_size)
+        tensors = extended(tensors, model_config(hf_dir).vocab_size, config.vocab_size)
     check_tensors(tensors, config, str(hf_dir))
     if config.tie_word_embeddings:
         tensors.pop(HEAD, None)  # a copy of the embedding

@@ -61,7 +61,7 @@ def _find(config: TrainConfig, tokenizer: bool) -> ModelSource:
         return ModelSource(str(config.model or files), model_config(named), _tokenizer(files, config), files)
     if config.model is None:
         return ModelSource("the embedded tiny Llama", TINY_LLAMA, _tokenizer(None, config) if tokenizer else None, None)
-    files = _model_files(config.model)
+    files = _model_files(config.model, weights=not (config.random_weights or config.planning))
     if config.random_weights:
         own = files if has_tokenizer(files) else None
         made = _tokenizer(own, config) if tokenizer else None
@@ -79,23 +79,24 @@ def _tokenizer(files: pathlib.Path | None, config: TrainConfig) -> Any:
     return tokenizer
 
 
-def _model_files(model: str) -> pathlib.Path:
-    """The directory with the config and tokenizer of --model."""
+def _model_files(model: str, weights: bool = True) -> pathlib.Path:
+    """The directory with the config and tokenizer of --model. weights: of a model on the hub, fetch its weights too."""
     if not model:
         raise UserError("--model '': name a Hugging Face directory, a hub name or a checkpoint")
     if run_directory.is_checkpoint(model):
         return run_directory.find_checkpoint(model)[0] / run_directory.MODEL
-    return _hub_directory(model)
+    return _hub_directory(model, weights)
 
 
-def _hub_directory(model: str) -> pathlib.Path:
+def _hub_directory(model: str, weights: bool) -> pathlib.Path:
     path = pathlib.Path(model)
     if path.exists() or model.count("/") != 1 or model.startswith((".", "/", "~")):
         return path  # model_config says what is wrong with it
     from huggingface_hub import snapshot_download
 
     try:
-        return pathlib.Path(snapshot_download(model, ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]))
+        ignored = ["*.bin", "*.pth", "*.gguf", "original/*", *(() if weights else ("*.safetensors",))]
+        return pathlib.Path(snapshot_download(model, ignore_patterns=ignored))
     except Exception as error:  # the hub's client raises many kinds, all of which mean: not to be had
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"--model {model}: no such directory, and no such model could be fetched from the hub "

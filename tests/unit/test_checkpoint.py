@@ -447,6 +447,7 @@ def test_named_chat_templates_are_copied_and_replaced_by_ones_own(tmp_path):
     run_directory.write_template("own", tmp_path / "model")
     assert load_tokenizer(tmp_path / "model").chat_template == "own"
     tokenizer.chat_template = "typed"
+    (tmp_path / "hf/config.json").write_text(json.dumps(hf_config_dict(TINY)))
     for given, expected in ((None, {"default": "a", "tool_use": "b"}), ("own.jinja", "typed")):
         out, config = tmp_path / f"run-{given}", TrainConfig(chat_template=given)
         run_directory.start_run_directory(out, config, TINY, tokenizer, tmp_path / "hf")

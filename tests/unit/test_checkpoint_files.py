@@ -249,7 +249,7 @@ def test_added_rows_in_parts(tmp_path):
     """As devices read them: rows and columns, of old rows, of new ones, across their border."""
     table = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
     safetensors.numpy.save_file({"lm_head.weight": table}, tmp_path / "model.safetensors")
-    tensor = weight_files.extended(find_tensors(tmp_path), 9)["lm_head.weight"]
+    tensor = weight_files.extended(find_tensors(tmp_path), 6, 9)["lm_head.weight"]
     whole = np.concatenate([table, np.tile(table.mean(0), (3, 1))])
     for rows in (slice(0, 3), slice(5, 8), slice(6, 7), slice(8, 9), slice(None)):
         for columns in (slice(None), slice(1, 3)):
