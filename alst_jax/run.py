@@ -132,6 +132,10 @@ def attention_kernel(config: TrainConfig, dtype: jnp.dtype, model: ModelConfig) 
     chosen = choose_kernel(
         config.attention, KERNELS, gpu_of(config), str(dtype), model.head_dim, config.deterministic)
     documents = config.pack and config.pack_attention == "documents"
+    if documents and any(rope.needs_length for rope in model.ropes):
+        raise UserError("--pack: this model's rotary embedding (dynamic or longrope) depends on the length of the batch, so "
+                        "that a packed document would not compute what it does alone; use --pack-attention across, or leave "
+                        "--pack out")
     for kind in model.kinds:
         if reason := refusal(chosen.kernel, model.attention_spec(kind), documents):
             raise UserError(f"{reason} (attention {chosen.kernel.name}: {chosen.why})")

@@ -129,10 +129,14 @@ class TrainStep:
         whole step in which each layer's gradient is used as soon as it is complete and never stored."""
 
     def init_params(self, key: jax.Array, dtype: DTypeLike) -> Params:
-        """Random weights of all parameters, made where they will live."""
-        made = jax.jit(functools.partial(init_params, self.model, dtype),
-                       out_shardings=shardings(self.specs, self.mesh, host.DEVICE))(key)
-        return jax.device_put(made, self.param_shardings)
+        """Random weights of all parameters, made where they will live: of weights in host memory, one at a time."""
+        draw, places = functools.partial(init_params, self.model, dtype), shardings(self.specs, self.mesh, host.DEVICE)
+        if not self.profile.offload_weights:
+            return jax.jit(draw, out_shardings=places)(key)
+        targets, treedef = jax.tree.flatten(self.param_shardings)
+        one = lambda n, place: jax.jit(lambda key: jax.tree.leaves(draw(key))[n], out_shardings=place)(key)
+        return treedef.unflatten([jax.device_put(one(n, place), target)
+                                  for n, (place, target) in enumerate(zip(jax.tree.leaves(places), targets, strict=True))])
 
     def init_optimizer(self, trained: Params) -> dict[str, Any]:
         """Zero moments and, for narrow weights, their float32 master, made where they will live, a parameter at a time."""

@@ -1,6 +1,7 @@
 # python -m pytest tests/cli/test_train_cli.py
 """train.py from outside: stop and resume bit for bit, metrics, checkpoints, the export, and every bad input refused."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -26,6 +27,7 @@ from alst_jax.config import TrainConfig, UserError
 from alst_jax.data.tokenizer import byte_tokenizer
 from alst_jax.hardware import environment
 from alst_jax.models.config import TINY_LLAMA
+from alst_jax.ops.rope import RopeConfig
 from alst_jax.storage.checkpoint import Checkpoints
 from convert.from_hf import from_hf
 from convert.to_hf import to_hf
@@ -578,6 +580,13 @@ def test_a_kernel_that_cannot_keep_documents_apart_is_refused_before_anything_is
     with pytest.raises(UserError, match="--attention cudnn does not implement documents, .*use --attention xla or flash"):
         setup.make_profile(TrainConfig(**flags), np.dtype("bfloat16"), TINY_LLAMA)
     setup.make_profile(TrainConfig(**flags, pack_attention="across"), np.dtype("bfloat16"), TINY_LLAMA)
+
+
+def test_ropes_that_depend_on_the_length_are_not_packed():
+    model = dataclasses.replace(TINY_LLAMA, rope=RopeConfig(rope_type="dynamic", factor=2.0, max_position_embeddings=64))
+    with pytest.raises(UserError, match="--pack: this model's rotary embedding .dynamic or longrope."):
+        setup.make_profile(TrainConfig(pack=True), np.dtype("float32"), model)
+    setup.make_profile(TrainConfig(pack=True, pack_attention="across"), np.dtype("float32"), model)
 
 
 def test_a_jax_with_wrong_gradients_is_refused(monkeypatch):
