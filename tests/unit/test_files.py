@@ -276,6 +276,13 @@ def test_splits_by_names(tmp_path, names, split, taken):
     assert read(tmp_path, split=split)[0] == taken
 
 
+def test_directories_of_a_source_tree_are_no_splits(tmp_path):
+    for name in ("model/a.py", "train/b.py", "test/c.py", "dev/d.py"):
+        put(tmp_path, name, name)
+    texts, report = read(tmp_path, include=("*.py",))
+    assert texts == ["dev/d.py", "model/a.py", "test/c.py", "train/b.py"] and report.split is None
+
+
 def test_a_split_that_does_not_exist_is_refused_with_those_that_do(tmp_path):
     put(tmp_path, "dev.jsonl"), put(tmp_path, "test.jsonl")
     assert refusal(tmp_path) == (f"--data {tmp_path}: no split 'train'; it has: test, validation (--split test, or name "
