@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 
 from alst_jax.config import UserError
-from alst_jax.data.own_texts import check_learned, own_texts
+from alst_jax.data.own_texts import check_learned, check_written, own_texts
 from alst_jax.data.records import Document
 from alst_jax.data.templates import ChatTemplate, Rendered, Span
 
@@ -110,13 +110,14 @@ def _tokenize_chat(document: Document, tokenizer: Any, labels: Labels) -> tuple[
                             "template with tools (--chat-template FILE)")
         document = dataclasses.replace(document, content=messages)
         spans = _spans(document, tokenizer, template, rendered, turns)
+        check_written(rendered, messages)
+        if labels.learn == "all":
+            silent = [_turn(rendered, i) for i, message in enumerate(messages)
+                      if message["role"] == "assistant" and document.learned and not document.learned[i]]
+            edges = [0, *itertools.chain(*silent), len(rendered.text)]
+            spans = list(zip(edges[::2], edges[1::2]))
     except UserError as error:
         raise UserError(f"{document.origin}: {error}") from error
-    if labels.learn == "all":
-        silent = [rendered.turns[i] for i, message in enumerate(messages)
-                  if message["role"] == "assistant" and document.learned and not document.learned[i]]
-        edges = [0, *itertools.chain(*itertools.chain(*silent)), len(rendered.text)]
-        spans = list(zip(edges[::2], edges[1::2]))
     ids, offsets = _encode(rendered.text, tokenizer, document.origin, special=False)
     return ids, _tokens_in(offsets, spans, len(rendered.text))
 

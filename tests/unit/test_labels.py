@@ -260,6 +260,26 @@ def test_tools_that_a_template_leaves_out_are_refused():
         learned_texts(chat, with_template(CHATML))
 
 
+@pytest.mark.parametrize("role", ["system", "user", "tool"])
+def test_messages_that_a_template_leaves_out_are_refused(role):
+    chat = {"messages": [{"role": role, "content": " Speak \"Latin\"\n"}, *TURNS]}
+    deaf = "{% for message in messages if message.content != ' Speak \"Latin\"\n' %}" + CHATML.split("%}", 1)[1]
+    with pytest.raises(UserError, match=f"^here:1: the chat template does not write message 0 of the role '{role}'.*"
+                                        "Lost: 'Speak \"Latin\"'"):
+        learned_texts(chat, with_template(deaf))
+    for content in ("message['content'] | trim", "message['content'] | tojson"):  # written in another form
+        text = CHATML.replace("message['content']", f"({content} if message.role == '{role}' else message['content'])")
+        assert learned_texts(chat, with_template(text)) == ["Hello!<|im_end|>", "5<|im_end|>"]
+
+
+def test_a_silent_turn_outside_of_the_loop_is_refused():
+    """Else --learn all would learn it."""
+    first = "{{ messages[0].content + messages[1].content }}{% for message in messages[2:] %}"
+    silent = {"messages": [TURNS[0], TURNS[1] | {"weight": 0}, *TURNS[2:]]}
+    with pytest.raises(UserError, match="^here:1: the chat template writes message 1 outside of a loop"):
+        learned_texts(silent, with_template(first + CHATML.split("%}", 1)[1]), learn="all")
+
+
 def test_half_a_character_in_a_chat_is_named():
     chat = {"messages": [TURNS[0], {"role": "assistant", "content": "broken \ud83d here"}]}
     with pytest.raises(UserError, match="^here:1: not Unicode text"):
