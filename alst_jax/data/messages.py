@@ -47,11 +47,12 @@ def chat_messages(value: Any, origin: str, field: str, prompt: bool = False) -> 
     sharegpt = isinstance(value[0], dict) and {"from", "value"} <= value[0].keys()
     messages, learned = [], []
     for i, message in enumerate(value):
+        place = f"{origin}: message {i}"
         if _is_plain(message):
+            _check_role(message["role"], place)
             messages.append(message)
             learned.append(message["role"] == "assistant")
             continue
-        place = f"{origin}: message {i}"
         if not isinstance(message, dict):
             raise UserError(f"{place} lacks 'role' or 'content'; {rule}")
         if sharegpt:
@@ -60,12 +61,17 @@ def chat_messages(value: Any, origin: str, field: str, prompt: bool = False) -> 
         if not isinstance(present.get("role", ""), str) or "role" not in present or (
                 "content" not in present and not present.get("tool_calls")):
             raise UserError(f"{place} lacks 'role' or 'content'; {rule}")
+        _check_role(present["role"], place)
         messages.append(_message(present, place))
         learned.append(_learned(present, place))
     if not prompt and not any(message["role"] == "assistant" for message in messages):
         raise UserError(f"{origin}: the chat has no message of the role 'assistant', so nothing in it is to be learned")
     if not prompt and not any(learned):
         raise UserError(f"{origin}: every assistant message has weight 0, so nothing in the chat is to be learned")
+    for i, message in enumerate(messages):
+        if learned[i] and not prompt and _is_empty(message):
+            raise UserError(f"{origin}: message {i} of the assistant is empty, so an empty answer would be learned; take "
+                            "it out of the data, or give it weight 0")
     return Chat(messages, tuple(learned), sharegpt)
 
 
@@ -73,6 +79,19 @@ def _is_plain(message: Any) -> bool:
     """Whether a message is a role and a text, which nothing has to be checked of: most messages are."""
     return (isinstance(message, dict) and message.keys() == PLAIN and isinstance(message["role"], str)
             and isinstance(message["content"], str))
+
+
+def _check_role(role: str, place: str) -> None:
+    """UserError for another name of the assistant, whose messages would not be learned."""
+    if role != "assistant" and ROLES.get(role.lower()) == "assistant":
+        raise UserError(f"{place}: the role {role!r}, which means the assistant and would not be learned; write "
+                        "'assistant', or ShareGPT's 'from' and 'value'")
+
+
+def _is_empty(message: dict[str, Any]) -> bool:
+    """Whether a message has no text, thoughts or calls."""
+    texts = (message.get("content"), message.get("reasoning_content"))
+    return not message.get("tool_calls") and not any(text and text.strip() for text in texts)
 
 
 def _message(message: dict[str, Any], place: str) -> dict[str, Any]:

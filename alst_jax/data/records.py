@@ -234,6 +234,8 @@ def _prompt_completion(record: _Record) -> Document:
 
 def _instruction(record: _Record) -> Document:
     question, (output, _) = record.text("instruction"), record.first(OUTPUTS)
+    if not record.text(output).strip():
+        raise UserError(f"{record.origin}: an empty {output!r}, so nothing in the record is to be learned")
     given = record.first(INPUTS)
     if given is not None and record.text(given[0]).strip():
         question += "\n\n" + record.text(given[0])
