@@ -157,7 +157,9 @@ def _render(
         try:
             template = chat_template(tokenizer, document.tools, labels)
             rendered = template.render(messages, document.tools)
-            return template, rendered, messages
+            if not _prints_python(rendered, messages):
+                return template, rendered, messages
+            first = first or ValueError("it prints the arguments of tool calls as Python does, not as JSON")
         except UserError as error:
             raise UserError(f"{document.origin}: {error}") from error
         except Exception as error:  # templates raise what they like, e.g. for roles that do not alternate
@@ -165,8 +167,20 @@ def _render(
     raise UserError(f"{document.origin}: the model's chat template refuses this chat: {first}") from first
 
 
+def _prints_python(rendered: Rendered, messages: list[dict[str, Any]]) -> bool:
+    """Whether a template prints an object of arguments as it is: {'now': True}, which is no JSON."""
+    for message, spans in zip(messages, rendered.turns):
+        for call in message.get("tool_calls", []):
+            arguments = call["function"]["arguments"]
+            printed = str(arguments) if isinstance(arguments, dict) and arguments else None
+            if printed and printed not in (message.get("content") or "") and any(
+                    printed in rendered.text[start:end] for start, end in spans):
+                return True
+    return False
+
+
 def _as_api_form(message: dict[str, Any]) -> dict[str, Any]:
-    """Tool calls with null content and arguments as JSON text: some templates join these to other text."""
+    """Tool calls with null content and arguments as JSON text: some templates join these to other text, or print them."""
     if "tool_calls" not in message:
         return message
     text = lambda arguments: json.dumps(arguments, ensure_ascii=False)

@@ -9,6 +9,7 @@ from alst_jax.config import UserError
 from alst_jax.data.templates import Rendered
 
 CHANGE = "learn the last turn only (--learn last), give the turn weight 0, or use another --chat-template FILE"
+PYTHON = {"true": ("True",), "false": ("False",), "null": ("None",)}  # as some templates write single arguments
 
 
 def own_texts(message: dict[str, Any]) -> Iterator[str]:
@@ -27,8 +28,8 @@ def _leaves(value: Any) -> Iterator[str]:
         yield from itertools.chain(value, *map(_leaves, value.values()))
     elif isinstance(value, list):
         yield from itertools.chain(*map(_leaves, value))
-    elif isinstance(value, str):
-        yield value
+    else:
+        yield value if isinstance(value, str) else json.dumps(value)
 
 
 def check_learned(learned: str, message: dict[str, Any], number: int) -> None:
@@ -43,7 +44,7 @@ def check_learned(learned: str, message: dict[str, Any], number: int) -> None:
             _refuse_lost(text, learned if text.strip() not in learned else "", number)
         at = found + len(text.strip())
     for text in own_texts({"tool_calls": message.get("tool_calls", [])}):
-        if not any(form in learned for form in _forms(text)):
+        if not any(form in learned for form in (*_forms(text), *PYTHON.get(text, ()))):
             _refuse_lost(text, learned, number)
 
 

@@ -209,7 +209,7 @@ def test_an_answer_that_begins_like_the_generation_prompt():
 
 
 @pytest.mark.parametrize("answer", [
-    "assistant", "user", "<|im_start|>assistant\n", "Hi", "", "<|im_end|>", "  5 ", "\n5\n"])
+    "assistant", "user", "<|im_start|>assistant\n", "Hi", "<|im_end|>", "  5 ", "\n5\n"])
 def test_answers_that_look_like_the_template(answer):
     chat = {"messages": [TURNS[0], {"role": "assistant", "content": answer}, *TURNS[2:]]}
     assert learned_texts(chat, with_template(CHATML)) == [f"{answer}<|im_end|>", "5<|im_end|>"]
@@ -278,6 +278,30 @@ def test_a_silent_turn_outside_of_the_loop_is_refused():
     silent = {"messages": [TURNS[0], TURNS[1] | {"weight": 0}, *TURNS[2:]]}
     with pytest.raises(UserError, match="^here:1: the chat template writes message 1 outside of a loop"):
         learned_texts(silent, with_template(first + CHATML.split("%}", 1)[1]), learn="all")
+
+
+CALLING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for call in m.tool_calls or [] %}"
+    "<call>{{ call.function.name }}(ARGUMENTS){% endfor %}{{ m.content or '' }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+def calling(arguments):
+    call = {"type": "function", "function": {"name": "w", "arguments": {"city": "Oslo", "now": True, "days": 3}}}
+    chat = {"messages": [TURNS[0], {"role": "assistant", "tool_calls": [call]}]}
+    return learned_texts(chat, with_template(CALLING.replace("ARGUMENTS", "{{ " + arguments + " }}")))
+
+
+@pytest.mark.parametrize("arguments", ["call.function.arguments", "call.function.arguments | tojson"])
+def test_arguments_are_learned_as_json(arguments):
+    assert calling(arguments) == ['<call>w({"city": "Oslo", "now": true, "days": 3})<|im_end|>']
+
+
+def test_arguments_that_are_no_json_or_lost_are_refused():
+    with pytest.raises(UserError, match="^here:1: .* prints the arguments of tool calls as Python does, not as JSON"):
+        calling("call.function.arguments.items() | list and call.function.arguments")
+    with pytest.raises(UserError, match="^here:1: .*Lost: '3'"):
+        calling("'city Oslo now ' ~ call.function.arguments.now ~ ' days'")
 
 
 def test_half_a_character_in_a_chat_is_named():
