@@ -133,13 +133,16 @@ def read_data(config: TrainConfig, source: ModelSource, job: Job) -> tuple[Data,
     training = TrainingBatches(
         sequences, job.length, job.rows, config.grad_accum, config.seed, pad, mixture, stats.packing)
     evaluation = {}
+    # Held-out documents are never read across borders. Kernels that allow `across` may not keep packed documents apart.
+    across = config.pack_attention == "across"
+    alone = dataclasses.replace(config, pack=False, pack_attention="documents") if across else config
     if config.eval_data or config.model is None and not config.data:
         for name, (held_out, of_source) in read_sequences(config, source, held_out=True).items():
             check_targets(of_source, f"--eval-data {name}")
             stats.held_out += of_source.sources
-            held_out, counts = packed(config, {name: (held_out, of_source)})
+            held_out, counts = packed(alone, {name: (held_out, of_source)})
             evaluation[name] = functools.partial(
-                evaluation_batches, held_out, job.length, job.rows, pad, packing_of(config, held_out, counts, job))
+                evaluation_batches, held_out, job.length, job.rows, pad, packing_of(alone, held_out, counts, job))
     warn_without_end(source.tokenizer, stats.sources)
     known = known_hash(config, sequences, [pieces for pieces, _ in sources.values()])
     return Data(training, evaluation), stats, fingerprint(sequences, mixture, known)

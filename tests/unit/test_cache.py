@@ -331,6 +331,18 @@ def test_a_run_is_the_same_with_and_without(flags, tmp_path, monkeypatch, deaf):
     assert read_run(monkeypatch, small=0, data_cache=str(top), **flags) == wanted
 
 
+@pytest.mark.parametrize("attention, packs", [("documents", 1), ("across", 4)])
+def test_held_out_documents_are_apart(attention, packs, tmp_path, monkeypatch):
+    """Four of three tokens each: in one pack that tells their borders, or in a sequence each."""
+    file = write(tmp_path / "a.jsonl", [{"text": text} for text in ("ab", "cd", "ef", "gh")])
+    training = write(tmp_path / "b.jsonl", TEXTS * 5)
+    flags = dict(data=(str(training),), eval_data=(str(file),), pack=True, pack_attention=attention)
+    batches = [batch for made in read_run(monkeypatch, **flags)[1].values() for batch in made]
+    rows = [row for batch in batches for row in batch["labels"] if any(label != IGNORED for label in row)]
+    assert len(rows) == packs
+    assert [batch["documents"][0][:5] for batch in batches if "documents" in batch] == [[0, 3, 6, 9, 12]] * (packs == 1)
+
+
 def test_small_data_leave_no_files(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     assert default_directory() == tmp_path / "home/alst_jax/data"
