@@ -39,10 +39,22 @@ def labels_of(config: TrainConfig) -> Labels:
 
 
 def cache_of(config: TrainConfig) -> Cache | None:
-    """The cache of --data-cache; None if it is off."""
+    """The cache of --data-cache; None if it is off, or not given and there is no home directory."""
     if config.data_cache == "off":
         return None
-    return Cache(pathlib.Path(config.data_cache).expanduser() if config.data_cache else default_directory())
+    if config.data_cache:
+        return Cache(pathlib.Path(config.data_cache).expanduser())
+    try:
+        return Cache(default_directory(), chosen=False)
+    except RuntimeError as error:  # as in containers whose user has no name
+        warn_once(f"cache   tokenised in memory: {error} --data-cache names a directory")
+        return None
+
+
+@functools.lru_cache
+def warn_once(line: str) -> None:
+    """Print a line, unless it was printed before."""
+    print(line, flush=True)
 
 
 def show_samples(config: TrainConfig) -> None:

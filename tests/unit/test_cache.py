@@ -1,6 +1,7 @@
 # pytest tests/unit/test_cache.py
 """The cache of tokenised data: the same as in memory, read at once, keyed by all that tokens depend on, never half."""
 
+import errno
 import json
 import os
 import resource
@@ -287,6 +288,56 @@ def test_a_cache_that_cannot_be_a_directory_is_refused(tmp_path):
         sources_of(top, [file])
 
 
+@pytest.mark.parametrize("trouble", ["read-only", "no locks", "no directory"])
+def test_a_default_cache_that_cannot_be_used_is_done_without(trouble, tmp_path, monkeypatch, capsys):
+    file, top = write(tmp_path / "a.jsonl", TEXTS), tmp_path / "cache"
+    cutting, wanted = Cutting(byte_tokenizer(), 8, 261), plain(sources_of(None, [file]))
+
+    def fail(*_, **__):
+        raise OSError(errno.EROFS if trouble == "read-only" else errno.ENOLCK, "not here")
+
+    if trouble == "no directory":
+        top.write_text("")
+    else:
+        monkeypatch.setattr(*((caching.pathlib.Path, "mkdir") if trouble == "read-only" else (caching.fcntl, "flock")), fail)
+    cache = Cache(top, small=0, chosen=False)
+    assert plain(cut_sources([str(file)], Reading(), "--data", cutting, cache)) == wanted
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"cache   {file}: tokenised in memory. --data-cache {top}: ") and "Make room" not in line
+    assert trouble == "no directory" or not stores(top)
+    with pytest.raises(UserError, match=f"^--data-cache {top}: "):
+        sources_of(top, [file])
+
+
+def test_without_a_home_there_is_no_cache(monkeypatch, capsys):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(caching.pathlib.Path, "home", homeless)
+    assert run_data.cache_of(TrainConfig()) is None and run_data.cache_of(TrainConfig()) is None
+    assert capsys.readouterr().out.count("tokenised in memory") == 1
+
+
+def test_a_store_that_is_gone_after_it_was_written_is_an_error(tmp_path, monkeypatch):
+    file, publish = write(tmp_path / "a.jsonl", TEXTS), Cache._publish
+
+    def cleared(cache, folder, key, report):
+        publish(cache, folder, key, report)
+        caching.shutil.rmtree(cache.directory / key)
+
+    monkeypatch.setattr(Cache, "_publish", cleared)
+    with pytest.raises(UserError, match=f"the tokens of --data {file} were written to .* and are no longer there"):
+        sources_of(tmp_path / "cache", [file])
+
+
+def test_a_hash_that_cannot_be_kept_ends_no_run(tmp_path, capsys):
+    (tmp_path / "fingerprints").write_text("")
+    cache = Cache(tmp_path)
+    cache.remember(cache.fingerprint_file([1]), "hash")
+    assert capsys.readouterr().out.startswith(f"cache   the hash of the sequences is not kept: {tmp_path}/fingerprints")
+
+
 def test_bad_data_leave_no_store(tmp_path):
     file, top = write(tmp_path / "a.jsonl", [*TEXTS, "broken\n"]), tmp_path / "cache"
     with pytest.raises(UserError, match="a.jsonl:5: not valid JSON"):
@@ -304,7 +355,7 @@ def test_bad_data_leave_no_store(tmp_path):
 def read_run(monkeypatch, small=None, **flags):
     """run_data.read_data: the first batches, the statistics and the fingerprint."""
     if small is not None:
-        monkeypatch.setattr(run_data, "Cache", lambda directory: Cache(directory, small=small))
+        monkeypatch.setattr(run_data, "Cache", lambda directory, **more: Cache(directory, small=small, **more))
     config = TrainConfig(seq_len=16, **flags)
     source = ModelSource("tiny", TINY_LLAMA, byte_tokenizer(), None)
     data, stats, fingerprint = run_data.read_data(config, source, Job(TINY_LLAMA, Profile(), 2, 16))
