@@ -86,6 +86,19 @@ def test_the_cache_gives_what_memory_gives_and_tokenises_once(records, drop, tmp
     assert len(stores(top)) == 1
 
 
+def test_long_documents_are_counted_as_cut_or_as_dropped(tmp_path):
+    """Of 3 and 11 tokens, of which all but the first are learned."""
+    file = write(tmp_path / "a.jsonl", [{"text": "ab"}, {"text": "0123456789"}])
+    counts = {drop: next(sources_of(None, [file], drop=drop)[str(file)][1].sources[0].lines()) for drop in (False, True)}
+    assert counts == {False: f"{file}: 1 file, text, 2 records, 2 documents, 14 tokens, 12 learned, 1 document cut; nothing "
+                             "left out",
+                      True: f"{file}: 1 file, text, 2 records, 2 documents, 14 tokens, 2 learned; pieces left out: 1 longer "
+                            "than 8 tokens"}
+    stats = sources_of(None, [file], seq_len=2, drop=True)[str(file)][1]
+    with pytest.raises(UserError, match="; pieces left out: 2 longer than 2 tokens$"):
+        check_targets(stats, "--data")
+
+
 def test_another_length_reads_the_same_store(tmp_path, deaf):
     file, top = write(tmp_path / "a.jsonl", TEXTS), tmp_path / "cache"
     wanted = {n: plain(sources_of(None, [file], seq_len=n)) for n in (3, 8, 100)}

@@ -417,6 +417,17 @@ def test_bad_records_are_refused_or_counted(tmp_path):
     assert read(parquet, skip_bad=True)[0] == ["a", "b"]
 
 
+@pytest.mark.parametrize("document_per, texts", [
+    (None, ["good"]), ("file", ["good"]), ("directory", ["# file: one/b.txt\ngood\n"])])
+def test_texts_that_are_not_utf8_are_refused_or_counted(tmp_path, document_per, texts):
+    bad = put(tmp_path, "one/a.txt", b"a" * 9000 + b"\xff")
+    put(tmp_path, "one/b.txt", "good")
+    assert refusal(tmp_path, document_per=document_per).startswith(f"{bad}: not UTF-8 text (byte 9000)")
+    read_texts, report = read(tmp_path, document_per=document_per, skip_bad=True)
+    assert (read_texts, report.records_left_out, report.documents) == (texts, {"bad": 1}, 1)
+    assert report.first_bad.startswith(f"{bad}: not UTF-8")
+
+
 def test_half_surrogates_are_refused_or_counted_in_texts_and_chats(tmp_path):
     half, chat = "broken \ud83d", lambda text: [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}]
     file = tmp_path / "a.jsonl"
