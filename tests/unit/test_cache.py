@@ -15,7 +15,7 @@ from alst_jax import run_data
 from alst_jax.config import IGNORED, TrainConfig, UserError
 from alst_jax.data import cache as caching
 from alst_jax.data.cache import Cache, default_directory
-from alst_jax.data.documents import Cutting
+from alst_jax.data.documents import Cutting, check_targets
 from alst_jax.data.files import Selection
 from alst_jax.data.labels import Labels
 from alst_jax.data.pieces import Joined, Pieces, Tokenised, labels_in, spans_of
