@@ -59,10 +59,12 @@ def tokenize_texts(texts: list[str], tokenizer: Any) -> list[tuple[np.ndarray, n
 
 
 def _with_ends(ids: np.ndarray, learned: np.ndarray, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
-    """One begin token, also if the text begins with the tokenizer's own; one end token, which is learned."""
+    """One begin token, also if the text begins with the tokenizer's own; the same for the end token, which is learned."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if bos is not None and ids[:2].tolist() == [bos, bos]:
         ids, learned = ids[1:], learned[1:]
+    if eos is not None and ids[-2:].tolist() == [eos, eos]:
+        ids, learned = ids[:-1], learned[:-1]
     if eos is not None and (not ids.size or ids[-1] != eos):
         ids, learned = np.append(ids, np.int32(eos)), np.append(learned, True)
     if eos is not None:
@@ -89,12 +91,17 @@ def _encode(text: str, tokenizer: Any, origin: str, special: bool) -> tuple[np.n
 
 
 def _tokens_in(offsets: np.ndarray, spans: list[Span], length: int) -> np.ndarray:
-    """Whether each token holds a character of the spans. A token without characters counts as the next character."""
+    """Whether each token holds a character of the spans. A token without characters counts as the next character.
+
+    Some tokenizers leave white space out of the offsets (trim_offsets). A token then begins where the last one ends.
+    """
     inside = np.zeros(length + 1, bool)
     for start, end in spans:
         inside[start:end] = True
     before = np.concatenate([[0], np.cumsum(inside)])
-    start, end = offsets[:, 0], offsets[:, 1]
+    start, end = offsets[:, 0], offsets[:, 1].copy()
+    start = np.minimum(start, np.append(0, np.maximum.accumulate(end)[:-1])[: start.size])
+    end[-1:][end[-1:] > start[-1:]] = length
     return before[np.maximum(end, np.minimum(start + 1, length))] > before[start]
 
 

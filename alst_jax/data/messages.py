@@ -36,10 +36,10 @@ class Chat:
     sharegpt: bool
 
 
-def chat_messages(value: Any, origin: str, field: str, prompt: bool = False) -> Chat:
+def chat_messages(value: Any, origin: str, field: str, prompt: bool = False, ignore: tuple[str, ...] = ()) -> Chat:
     """The chat of a record's field. UserError names the message that is wrong.
 
-    prompt: the messages are a prompt, which needs no assistant turn.
+    prompt: the messages are a prompt, which needs no assistant turn. ignore: keys that need not be understood.
     """
     rule = f"{field!r} is a list of objects with 'role' and 'content' (--messages-field)"
     if not isinstance(value, list) or not value:
@@ -62,7 +62,7 @@ def chat_messages(value: Any, origin: str, field: str, prompt: bool = False) -> 
                 "content" not in present and not present.get("tool_calls")):
             raise UserError(f"{place} lacks 'role' or 'content'; {rule}")
         _check_role(present["role"], place)
-        messages.append(_message(present, place))
+        messages.append(_message(present, place, ignore))
         learned.append(_learned(present, place))
     if not prompt and not any(message["role"] == "assistant" for message in messages):
         raise UserError(f"{origin}: the chat has no message of the role 'assistant', so nothing in it is to be learned")
@@ -94,13 +94,14 @@ def _is_empty(message: dict[str, Any]) -> bool:
     return not message.get("tool_calls") and not any(text and text.strip() for text in texts)
 
 
-def _message(message: dict[str, Any], place: str) -> dict[str, Any]:
+def _message(message: dict[str, Any], place: str, ignore: tuple[str, ...]) -> dict[str, Any]:
     """The keys of a message that a template takes. UserError for keys that are not understood."""
     role = message["role"]
-    unknown = sorted(message.keys() - UNDERSTOOD - HARMLESS)
+    unknown = sorted(message.keys() - UNDERSTOOD - HARMLESS - set(ignore))
     if unknown:
         raise UserError(f"{place}: {', '.join(map(repr, unknown))} is not understood, and it could say what is to be "
-                        f"learned; a message has {', '.join(sorted(UNDERSTOOD))}")
+                        f"learned; a message has {', '.join(sorted(UNDERSTOOD))}. Ignore it with --ignore-fields "
+                        f"{' '.join(unknown)}")
     plain = {"role": role}
     if "content" in message:
         plain["content"] = _content(message["content"], place)

@@ -631,6 +631,8 @@ def test_without_a_hub_the_name_is_refused():
     (dict(split="test", document_per="file", data=("a",)), "--split test is for data sets, and --document-per file for"),
     (dict(eval_split="dev", data=("a",)), "--eval-split dev says how --eval-data is read"),
     (dict(include=("*.py",)), "--include says how --data is read"), (dict(skip_bad_records=True), "--skip-bad-records says"),
+    (dict(template_date="2026-13-45"), "--template-date 2026-13-45: write a date"),
+    (dict(template_date="20261127"), "--template-date 20261127: write a date"),
     (dict(ignore_fields=("id",)), "--ignore-fields says how --data is read"),
     (dict(show_samples=1, plan_only=True), "--show-samples 1 reads data, and --plan-only and --find-max-seq-len need none")])
 def test_flags_of_data_that_make_no_sense_are_refused(flags, message):

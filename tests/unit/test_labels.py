@@ -160,6 +160,29 @@ def test_a_text_has_one_begin_token():
         assert "".join(str(int(flag)) for flag in learned) == mask
 
 
+def test_a_text_has_one_end_token():
+    """Also if the text ends with it, and the tokenizer adds it."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = byte_tokenizer(eos="</s>")
+    end = tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", end)])
+    plain = tokenizer("ab")["input_ids"]
+    for record in ({"text": "ab"}, {"text": "ab</s>"}, {"prompt": "a", "completion": "b</s>"}):
+        assert tokenize(to_document(record, "here", Fields()), tokenizer)[0].tolist() == plain
+    assert plain[-1] == end and len(plain) == 3
+
+
+@pytest.mark.parametrize("prompt, completion, learned", [
+    ("a ", "b", ["b</s>"]), ("a", " b", [" b</s>"]), ("a", " b ", [" b </s>"]), (" a\n", "\nb", ["\nb</s>"])])
+def test_offsets_without_white_space(prompt, completion, learned):
+    from tokenizers.processors import ByteLevel
+
+    tokenizer = byte_tokenizer(eos="</s>")
+    tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=True)
+    assert learned_texts({"prompt": prompt, "completion": completion}, tokenizer) == learned
+
+
 def word_tokenizer(words):
     """Tokens are words with the space before them, so that the last space of a prompt joins the answer."""
     pieces = {piece: i for i, piece in enumerate(["<unk>", "▁", *(f"▁{word}" for word in words), *words, ":", "\n"])}

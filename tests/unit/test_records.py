@@ -106,6 +106,15 @@ def test_ignored_fields_are_as_if_missing():
     assert document(record, ignore=("text",)).content == [USER, ANSWER]
 
 
+def test_ignored_fields_of_messages():
+    """Those that are not understood. A weight is."""
+    noted = {"messages": [USER | {"weight": 0, "annotations": 1}, ANSWER, USER, ANSWER | {"annotations": [], "weight": 0}]}
+    with pytest.raises(UserError, match="message 0: 'annotations' is not understood.* --ignore-fields annotations$"):
+        document(noted)
+    found = document(noted, ignore=("annotations", "weight"))
+    assert found.content == [USER, ANSWER, USER, ANSWER] and found.learned == (False, True, False, False)
+
+
 def chat(*messages):
     return {"messages": list(messages)}
 
