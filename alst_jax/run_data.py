@@ -14,6 +14,7 @@ from alst_jax.data.cache import Cache, default_directory
 from alst_jax.data.documents import Cutting, Stats, check_length, check_targets
 from alst_jax.data.files import Selection
 from alst_jax.data.labels import Labels
+from alst_jax.data.named import parse_sources
 from alst_jax.data.packing import Fullness, Packs, pack, room_for
 from alst_jax.data.pieces import Joined, Pieces
 from alst_jax.data.prepare import BySource, cut_sources, read_sources
@@ -26,11 +27,24 @@ from alst_jax.trainer import Data
 
 
 def reading_of(config: TrainConfig, held_out: bool = False) -> Reading:
-    """The flags that say how files and records are read."""
+    """The flags that say how files and records are read. UserError for flags of directories, if none is given."""
+    _check_directories(config)
     selection = Selection(config.eval_split if held_out else config.split, config.include, config.exclude,
                           config.document_per)
     fields = Fields(config.text_field, config.messages_field, config.ignore_fields)
     return Reading(fields, selection, config.skip_bad_records)
+
+
+def _check_directories(config: TrainConfig) -> None:
+    """UserError for a flag that chooses among the files of directories, if all that it could choose from are files."""
+    data, held_out = parse_sources(config.data, "--data"), parse_sources(config.eval_data, "--eval-data", held_out=True)
+    flags = {"split": data, "eval_split": held_out} | dict.fromkeys(
+        ("include", "exclude", "document_per"), data + held_out)
+    for flag, sources in flags.items():
+        if getattr(config, flag) and sources and all(pathlib.Path(source.path).is_file() for source in sources):
+            names = ", ".join(source.path for source in sources)
+            raise UserError(f"--{flag.replace('_', '-')} says what is read of a directory, and {names} is no directory; "
+                            "leave it out, or name the directory")
 
 
 def labels_of(config: TrainConfig) -> Labels:

@@ -407,6 +407,20 @@ def test_held_out_documents_are_apart(attention, packs, tmp_path, monkeypatch):
     assert [batch["documents"][0][:5] for batch in batches if "documents" in batch] == [[0, 3, 6, 9, 12]] * (packs == 1)
 
 
+@pytest.mark.parametrize("flags, flag", [
+    (dict(split="train"), "--split"), (dict(eval_split="test"), None), (dict(include=("*.py",)), None),
+    (dict(document_per="file", eval_data=()), "--document-per"), (dict(exclude=("*",), eval_data=()), "--exclude")], ids=str)
+def test_flags_of_directories_need_one(flags, flag, tmp_path):
+    """--data names a file, and --eval-data a directory."""
+    file = write(tmp_path / "a.jsonl", TEXTS)
+    config = TrainConfig(**(dict(data=(str(file),), eval_data=(str(tmp_path),)) | flags))
+    if flag is None:
+        run_data.reading_of(config)
+    else:
+        with pytest.raises(UserError, match=f"^{flag} says what is read of a directory, and {file} is no directory"):
+            run_data.reading_of(config)
+
+
 def test_small_data_leave_no_files(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     assert default_directory() == tmp_path / "home/alst_jax/data"
