@@ -43,8 +43,8 @@ def _check_directories(config: TrainConfig) -> None:
     for flag, sources in flags.items():
         if getattr(config, flag) and sources and all(pathlib.Path(source.path).is_file() for source in sources):
             names = ", ".join(source.path for source in sources)
-            raise UserError(f"--{flag.replace('_', '-')} says what is read of a directory, and {names} is no directory; "
-                            "leave it out, or name the directory")
+            raise UserError(f"--{flag.replace('_', '-')} says what is read of a directory, and {names} is no "
+                            "directory; leave it out, or name the directory")
 
 
 def labels_of(config: TrainConfig) -> Labels:

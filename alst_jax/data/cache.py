@@ -86,9 +86,9 @@ class Cache:
             key = self._write(keys, dataclasses.replace(source, documents=documents), cutting)
         print(f"cache   {source.report.name}: tokenised into {self.directory / key}", flush=True)
         if (store := self._read(key)) is None:
-            raise UserError(f"--data-cache {self.directory}: the tokens of {source.report.place} were written to {key} and "
-                            "are no longer there; does another program clear the directory? Start again, name another "
-                            "directory, or use --data-cache off")
+            raise UserError(f"--data-cache {self.directory}: the tokens of {source.report.place} were written to {key} "
+                            "and are no longer there; does another program clear the directory? Start again, name "
+                            "another directory, or use --data-cache off")
         return store
 
     # --------------------------------------------------------------------------------------------------------- reading

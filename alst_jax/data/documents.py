@@ -157,5 +157,5 @@ def check_length(stats: Stats, seq_len: int, flag: str, pack: bool = False) -> N
 def check_targets(stats: Stats, place: str) -> None:
     """UserError if there is nothing to predict."""
     if not stats.sequences:
-        raise UserError(f"{place}: {stats.documents} documents and nothing in them to predict (fewer than two tokens each)"
-                        + "".join(report.left_out() for report in stats.sources))
+        raise UserError(f"{place}: {stats.documents} documents and nothing in them to predict (fewer than two tokens "
+                        "each)" + "".join(report.left_out() for report in stats.sources))

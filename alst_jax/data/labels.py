@@ -59,7 +59,7 @@ def tokenize_texts(texts: list[str], tokenizer: Any) -> list[tuple[np.ndarray, n
 
 
 def _with_ends(ids: np.ndarray, learned: np.ndarray, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
-    """One begin token, also if the text begins with the tokenizer's own; the same for the end token, which is learned."""
+    """One begin token, also if the text begins with the tokenizer's own; so for the end token, which is learned."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if bos is not None and ids[:2].tolist() == [bos, bos]:
         ids, learned = ids[1:], learned[1:]
@@ -187,7 +187,7 @@ def _prints_python(rendered: Rendered, messages: list[dict[str, Any]]) -> bool:
 
 
 def _as_api_form(message: dict[str, Any]) -> dict[str, Any]:
-    """Tool calls with null content and arguments as JSON text: some templates join these to other text, or print them."""
+    """Tool calls with null content and arguments as JSON text: some templates join these to text, or print them."""
     if "tool_calls" not in message:
         return message
     text = lambda arguments: json.dumps(arguments, ensure_ascii=False)

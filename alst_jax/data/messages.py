@@ -70,8 +70,8 @@ def chat_messages(value: Any, origin: str, field: str, prompt: bool = False, ign
         raise UserError(f"{origin}: every assistant message has weight 0, so nothing in the chat is to be learned")
     for i, message in enumerate(messages):
         if learned[i] and not prompt and _is_empty(message):
-            raise UserError(f"{origin}: message {i} of the assistant is empty, so an empty answer would be learned; take "
-                            "it out of the data, or give it weight 0")
+            raise UserError(f"{origin}: message {i} of the assistant is empty, so an empty answer would be learned; "
+                            "take it out of the data, or give it weight 0")
     return Chat(messages, tuple(learned), sharegpt)
 
 

@@ -1,4 +1,4 @@
-"""The texts of a message that a model must write itself, the check that they are learned, and that others are written."""
+"""The texts of a message that a model must write itself, and checks that they are learned and others written."""
 
 import itertools
 import json
@@ -69,9 +69,9 @@ def check_written(rendered: Rendered, messages: list[dict[str, Any]]) -> None:
         at = next((position for position in found if position >= 0), -1)
         if at < 0:
             shown = text if len(text) <= 300 else text[:300] + " ..."
-            raise UserError(f"the chat template does not write message {i} of the role {message['role']!r}, so the model "
-                            f"would not see it. Lost: {shown!r}. Take it out of the data, or use a template that writes "
-                            "it (--chat-template FILE)")
+            raise UserError(f"the chat template does not write message {i} of the role {message['role']!r}, so the "
+                            f"model would not see it. Lost: {shown!r}. Take it out of the data, or use a template that "
+                            "writes it (--chat-template FILE)")
 
 
 def _refuse_lost(text: str, learned: str, number: int) -> None:

@@ -89,11 +89,9 @@ def test_the_cache_gives_what_memory_gives_and_tokenises_once(records, drop, tmp
 def test_long_documents_are_counted_as_cut_or_as_dropped(tmp_path):
     """Of 3 and 11 tokens, of which all but the first are learned."""
     file = write(tmp_path / "a.jsonl", [{"text": "ab"}, {"text": "0123456789"}])
-    counts = {drop: next(sources_of(None, [file], drop=drop)[str(file)][1].sources[0].lines()) for drop in (False, True)}
-    assert counts == {False: f"{file}: 1 file, text, 2 records, 2 documents, 14 tokens, 12 learned, 1 document cut; nothing "
-                             "left out",
-                      True: f"{file}: 1 file, text, 2 records, 2 documents, 14 tokens, 2 learned; pieces left out: 1 longer "
-                            "than 8 tokens"}
+    line = lambda drop: next(sources_of(None, [file], drop=drop)[str(file)][1].sources[0].lines())
+    assert line(False).endswith(" 2 documents, 14 tokens, 12 learned, 1 document cut; nothing left out")
+    assert line(True).endswith(" 2 documents, 14 tokens, 2 learned; pieces left out: 1 longer than 8 tokens")
     stats = sources_of(None, [file], seq_len=2, drop=True)[str(file)][1]
     with pytest.raises(UserError, match="; pieces left out: 2 longer than 2 tokens$"):
         check_targets(stats, "--data")
@@ -312,7 +310,8 @@ def test_a_default_cache_that_cannot_be_used_is_done_without(trouble, tmp_path, 
     if trouble == "no directory":
         top.write_text("")
     else:
-        monkeypatch.setattr(*((caching.pathlib.Path, "mkdir") if trouble == "read-only" else (caching.fcntl, "flock")), fail)
+        owner, name = (caching.pathlib.Path, "mkdir") if trouble == "read-only" else (caching.fcntl, "flock")
+        monkeypatch.setattr(owner, name, fail)
     cache = Cache(top, small=0, chosen=False)
     assert plain(cut_sources([str(file)], Reading(), "--data", cutting, cache)) == wanted
     (line,) = capsys.readouterr().out.splitlines()
@@ -409,7 +408,8 @@ def test_held_out_documents_are_apart(attention, packs, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("flags, flag", [
     (dict(split="train"), "--split"), (dict(eval_split="test"), None), (dict(include=("*.py",)), None),
-    (dict(document_per="file", eval_data=()), "--document-per"), (dict(exclude=("*",), eval_data=()), "--exclude")], ids=str)
+    (dict(document_per="file", eval_data=()), "--document-per"),
+    (dict(exclude=("*",), eval_data=()), "--exclude")], ids=str)
 def test_flags_of_directories_need_one(flags, flag, tmp_path):
     """--data names a file, and --eval-data a directory."""
     file = write(tmp_path / "a.jsonl", TEXTS)
