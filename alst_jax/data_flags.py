@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import re
+import datetime
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -73,13 +73,20 @@ def data_mistakes(config: Any) -> Iterator[tuple[Any, str]]:
     yield (config.pack_attention == "across" and not config.pack,
            "--pack-attention across says what attention reads in a pack; it needs --pack")
     yield config.data_cache == "", "--data-cache '': name a directory, or `off`"
-    yield (config.template_date is not None and not re.fullmatch(r"\d{4}-\d\d-\d\d", config.template_date),
+    yield (config.template_date is not None and not _is_date(config.template_date),
            f"--template-date {config.template_date}: write a date as 2026-11-27")
     yield (config.show_samples is not None and config.planning,
            f"--show-samples {config.show_samples} reads data, and --plan-only and --find-max-seq-len need none; leave "
            "one of them out")
     yield (config.model is not None and not config.data and not config.planning,
            "--model without --data: name the files to train on (--data FILE_OR_DIR...)")
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 def read_saved(flags: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from alst_jax.data.cache import Cache, default_directory
 from alst_jax.data.documents import Cutting, Stats, check_length, check_targets
 from alst_jax.data.files import Selection
 from alst_jax.data.labels import Labels
+from alst_jax.data.named import parse_sources
 from alst_jax.data.packing import Fullness, Packs, pack, room_for
 from alst_jax.data.pieces import Joined, Pieces
 from alst_jax.data.prepare import BySource, cut_sources, read_sources
@@ -26,11 +27,24 @@ from alst_jax.trainer import Data
 
 
 def reading_of(config: TrainConfig, held_out: bool = False) -> Reading:
-    """The flags that say how files and records are read."""
+    """The flags that say how files and records are read. UserError for flags of directories, if none is given."""
+    _check_directories(config)
     selection = Selection(config.eval_split if held_out else config.split, config.include, config.exclude,
                           config.document_per)
     fields = Fields(config.text_field, config.messages_field, config.ignore_fields)
     return Reading(fields, selection, config.skip_bad_records)
+
+
+def _check_directories(config: TrainConfig) -> None:
+    """UserError for a flag that chooses among the files of directories, if all that it could choose from are files."""
+    data, held_out = parse_sources(config.data, "--data"), parse_sources(config.eval_data, "--eval-data", held_out=True)
+    flags = {"split": data, "eval_split": held_out} | dict.fromkeys(
+        ("include", "exclude", "document_per"), data + held_out)
+    for flag, sources in flags.items():
+        if getattr(config, flag) and sources and all(pathlib.Path(source.path).is_file() for source in sources):
+            names = ", ".join(source.path for source in sources)
+            raise UserError(f"--{flag.replace('_', '-')} says what is read of a directory, and {names} is no "
+                            "directory; leave it out, or name the directory")
 
 
 def labels_of(config: TrainConfig) -> Labels:
@@ -39,10 +53,22 @@ def labels_of(config: TrainConfig) -> Labels:
 
 
 def cache_of(config: TrainConfig) -> Cache | None:
-    """The cache of --data-cache; None if it is off."""
+    """The cache of --data-cache; None if it is off, or not given and there is no home directory."""
     if config.data_cache == "off":
         return None
-    return Cache(pathlib.Path(config.data_cache).expanduser() if config.data_cache else default_directory())
+    if config.data_cache:
+        return Cache(pathlib.Path(config.data_cache).expanduser())
+    try:
+        return Cache(default_directory(), chosen=False)
+    except RuntimeError as error:  # as in containers whose user has no name
+        warn_once(f"cache   tokenised in memory: {error} --data-cache names a directory")
+        return None
+
+
+@functools.lru_cache
+def warn_once(line: str) -> None:
+    """Print a line, unless it was printed before."""
+    print(line, flush=True)
 
 
 def show_samples(config: TrainConfig) -> None:
@@ -133,13 +159,16 @@ def read_data(config: TrainConfig, source: ModelSource, job: Job) -> tuple[Data,
     training = TrainingBatches(
         sequences, job.length, job.rows, config.grad_accum, config.seed, pad, mixture, stats.packing)
     evaluation = {}
+    # Held-out documents are never read across borders. Kernels that allow `across` may not keep packed documents apart.
+    across = config.pack_attention == "across"
+    alone = dataclasses.replace(config, pack=False, pack_attention="documents") if across else config
     if config.eval_data or config.model is None and not config.data:
         for name, (held_out, of_source) in read_sequences(config, source, held_out=True).items():
             check_targets(of_source, f"--eval-data {name}")
             stats.held_out += of_source.sources
-            held_out, counts = packed(config, {name: (held_out, of_source)})
+            held_out, counts = packed(alone, {name: (held_out, of_source)})
             evaluation[name] = functools.partial(
-                evaluation_batches, held_out, job.length, job.rows, pad, packing_of(config, held_out, counts, job))
+                evaluation_batches, held_out, job.length, job.rows, pad, packing_of(alone, held_out, counts, job))
     warn_without_end(source.tokenizer, stats.sources)
     known = known_hash(config, sequences, [pieces for pieces, _ in sources.values()])
     return Data(training, evaluation), stats, fingerprint(sequences, mixture, known)

@@ -13,10 +13,9 @@ the tokens depend on: the files, the flags, the tokenizer, and the programs in t
 import collections
 import contextlib
 import dataclasses
-import datetime
+import errno
 import fcntl
 import functools
-import hashlib
 import json
 import mmap
 import os
@@ -30,36 +29,49 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from alst_jax.config import UserError
+from alst_jax.data.cache_keys import FORMAT, hash_of, keys_of, programs
 from alst_jax.data.documents import Cutting, check_vocabulary, checked_tokens
-from alst_jax.data.files import FoundFile
-from alst_jax.data.labels import Labels
 from alst_jax.data.pieces import Tokenised
 from alst_jax.data.progress import shown
 from alst_jax.data.report import TEXTS, SourceReport
 from alst_jax.data.sources import OpenSource, Reading
 
-FORMAT = 1  # of the files of a store
 SMALL = 5_000_000  # bytes of files: less is tokenised in memory each time
-HEAD = 1 << 16  # bytes at both ends of a file that are part of its key
 ABANDONED = 60  # seconds without a writer after which a half-written store is removed
 DTYPES = {"tokens": np.int32, "learned": np.bool_, "lengths": np.int64}
 COUNTS = ("records", "first_bad", "documents", "tokens", "learned")
 COUNTERS = ("records_left_out", "formats")
 
 
+class Unusable(UserError):
+    """No store can be read or written in the directory; no document was read yet."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """The stores in a directory. small: bytes of files below which a source has no store."""
+    """The stores in a directory. small: bytes of files below which a source has no store. chosen: the user named the
+    directory, so that it is an error if it cannot be used."""
 
     directory: pathlib.Path
     small: int = SMALL
+    chosen: bool = True
 
     def tokenised(self, source: OpenSource, reading: Reading, cutting: Cutting) -> Tokenised | None:
         """The tokens of a source from its store, which is written first if there is none; counted in the source's
-        report. None for a source that is too small for a store.
+        report. None for a source that is too small for a store, and with a warning if the directory cannot be used and
+        was not chosen.
 
         UserError for bad documents, and if the store cannot be written.
         """
+        try:
+            return self._tokenised(source, reading, cutting)
+        except Unusable as error:
+            if self.chosen:
+                raise
+            print(f"cache   {source.report.name}: tokenised in memory. {error}", flush=True)
+            return None
+
+    def _tokenised(self, source: OpenSource, reading: Reading, cutting: Cutting) -> Tokenised | None:
         size = sum(file.path.stat().st_size for file in source.files)
         if size < self.small:
             return None
@@ -73,7 +85,11 @@ class Cache:
         with shown(source, size) as documents:
             key = self._write(keys, dataclasses.replace(source, documents=documents), cutting)
         print(f"cache   {source.report.name}: tokenised into {self.directory / key}", flush=True)
-        return self._read(key)
+        if (store := self._read(key)) is None:
+            raise UserError(f"--data-cache {self.directory}: the tokens of {source.report.place} were written to {key} "
+                            "and are no longer there; does another program clear the directory? Start again, name "
+                            "another directory, or use --data-cache off")
+        return store
 
     # --------------------------------------------------------------------------------------------------------- reading
 
@@ -86,7 +102,7 @@ class Cache:
         except (FileNotFoundError, ValueError):
             return None
         except OSError as error:
-            raise UserError(f"--data-cache {self.directory}: cannot be read: {error}; name another directory, or use "
+            raise Unusable(f"--data-cache {self.directory}: cannot be read: {error}; name another directory, or use "
                             "--data-cache off") from error
         if (meta.get("format"), meta.get("key"), meta.get("sizes")) != (FORMAT, key, sizes):
             return None
@@ -132,10 +148,14 @@ class Cache:
             for old in self.directory.glob(".partial-*"):
                 _remove_abandoned(old)
             folder = pathlib.Path(tempfile.mkdtemp(prefix=".partial-", dir=self.directory))
+        except OSError as error:
+            raise Unusable(self.failed(report, error)) from error
+        try:
             lock = (folder / "lock").open("wb")
             fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError as error:
-            raise self.failed(report, error) from error
+        except OSError as error:  # some file systems have no locks
+            shutil.rmtree(folder, ignore_errors=True)
+            raise Unusable(self.failed(report, error)) from error
         try:
             with lock:
                 yield folder
@@ -156,26 +176,28 @@ class Cache:
 
     def failed(self, report: SourceReport, error: OSError) -> UserError:
         """The error of a store that cannot be written."""
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        hint = "; they need five bytes each. Make room, name" if full else ". Name"
         return UserError(f"--data-cache {self.directory}: the tokens of {report.place} cannot be written there "
-                         f"({error.strerror or error}); they need five bytes each. Make room, name another directory, "
-                         "or use --data-cache off, which keeps them in memory")
+                         f"({error.strerror or error}){hint} another directory, or use --data-cache off, which keeps "
+                         "them in memory")
 
     # --------------------------------------------------------------------------------------------------- fingerprints
 
     def fingerprint_file(self, parts: list[Any]) -> pathlib.Path:
         """The file that remembers the hash of sequences that depend on `parts`."""
-        return self.directory / "fingerprints" / _hash(FORMAT, programs(), *parts)
+        return self.directory / "fingerprints" / hash_of(FORMAT, programs(), *parts)
 
     def remember(self, file: pathlib.Path, text: str) -> None:
-        """Write a small file, complete or not at all."""
+        """Write a small file, complete or not at all. If it cannot be written, the next run computes the hash again."""
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=".partial-", delete=False) as stream:
                 stream.write(text)
             os.replace(stream.name, file)
         except OSError as error:
-            raise UserError(f"--data-cache {self.directory}: cannot be written ({error.strerror or error}); make room, "
-                            "name another directory, or use --data-cache off") from error
+            print(f"cache   the hash of the sequences is not kept: {file.parent} cannot be written "
+                  f"({error.strerror or error})", flush=True)
 
 
 class _Output:
@@ -238,57 +260,7 @@ def _release(maps: list[mmap.mmap | None]) -> None:
         mapped.madvise(mmap.MADV_DONTNEED)
 
 
-# ----------------------------------------------------------------------------------------------------------------- keys
-
-
 def default_directory() -> pathlib.Path:
     """~/.cache/alst_jax/data, or below $XDG_CACHE_HOME."""
     top = os.environ.get("XDG_CACHE_HOME")
     return (pathlib.Path(top) if top else pathlib.Path.home() / ".cache") / "alst_jax" / "data"
-
-
-def keys_of(source: OpenSource, reading: Reading, tokenizer: Any, labels: Labels) -> tuple[str, str]:
-    """The names of a source's store: without chats, and with chats, which may hold the date."""
-    parts = [FORMAT, programs(), source.given, os.path.abspath(source.given), dataclasses.asdict(reading),
-             [_stamp(file) for file in source.files], tokenizer_hash(tokenizer), labels.learn]
-    prints_date = "strftime_now" in json.dumps(tokenizer.chat_template or "")
-    date = labels.date or datetime.date.today().isoformat()
-    return _hash(*parts), _hash(*parts, date if prints_date else "no date")
-
-
-def _stamp(file: FoundFile) -> list[Any]:
-    """What tells a file from another: its path, size and time, and a hash of its beginning and end."""
-    try:
-        status = file.path.stat()
-        with file.path.open("rb") as stream:
-            digest = hashlib.sha256(stream.read(HEAD))
-            if status.st_size > HEAD:
-                stream.seek(max(HEAD, status.st_size - HEAD))
-                digest.update(stream.read(HEAD))
-    except OSError as error:
-        raise UserError(f"{file.path}: cannot be read: {error}") from error
-    return [str(file.path), list(file.below), status.st_size, status.st_mtime_ns, digest.hexdigest()]
-
-
-@functools.lru_cache(maxsize=1)
-def programs() -> str:
-    """A hash of the programs of this package and the versions of the tokenizers' libraries."""
-    import tokenizers
-    import transformers
-
-    files = sorted(pathlib.Path(__file__).parent.glob("*.py"))
-    return _hash(transformers.__version__, tokenizers.__version__,
-                 *(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in files))
-
-
-def tokenizer_hash(tokenizer: Any) -> str:
-    """A hash of the tokenizer's class and of the files that it is saved as, its chat template among them."""
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        files = sorted(path for path in pathlib.Path(folder).rglob("*") if path.is_file())
-        return _hash(type(tokenizer).__name__, *(
-            f"{file.relative_to(folder)} {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in files))
-
-
-def _hash(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

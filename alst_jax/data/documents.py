@@ -129,6 +129,9 @@ def cut(source: Tokenised, cutting: Cutting, report: SourceReport) -> tuple[Piec
     left_out = {f"longer than {seq_len:,} tokens": np.count_nonzero(~kept), "without anything to learn": stats.dropped,
                 "of no token": np.count_nonzero(source.lengths == 0)}
     report.pieces_left_out.update({reason: int(count) for reason, count in left_out.items() if count})
+    report.cut = int(np.count_nonzero(source.lengths[kept] > seq_len))
+    if cutting.drop_long:  # what is left out is not learned
+        report.learned = int(labels.sum())
     pieces = Pieces(source, spans[:, labels > 0])
     stats.tokens, stats.labels = int(pieces.lengths.sum()), int(labels.sum())
     stats.sequences = report.sequences = len(pieces)
@@ -154,4 +157,5 @@ def check_length(stats: Stats, seq_len: int, flag: str, pack: bool = False) -> N
 def check_targets(stats: Stats, place: str) -> None:
     """UserError if there is nothing to predict."""
     if not stats.sequences:
-        raise UserError(f"{place}: {stats.documents} documents and nothing in them to predict (fewer than two tokens each)")
+        raise UserError(f"{place}: {stats.documents} documents and nothing in them to predict (fewer than two tokens "
+                        "each)" + "".join(report.left_out() for report in stats.sources))

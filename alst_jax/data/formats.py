@@ -60,7 +60,8 @@ def read_records(file: pathlib.Path, as_text: bool = False) -> Records:
         raise UserError(f"{file}: the file is empty")
     kind = kind_of(file.name)
     if as_text or kind not in RECORD_KINDS:
-        yield PlainText(read_text(file)), str(file)
+        text = read_text(file)
+        yield text if isinstance(text, UserError) else PlainText(text), str(file)
     elif kind in JSON_LINES:
         yield from _json_lines(file)
     elif kind in JSON:
@@ -119,12 +120,12 @@ def _decoded(content: bytes, origin: str) -> str | UserError:
                          ".parquet, .arrow or UTF-8 text files. In a directory, --include and --exclude choose files")
 
 
-def read_text(file: pathlib.Path) -> str:
-    """The text of a UTF-8 file, without a byte-order mark and with newlines as line ends."""
+def read_text(file: pathlib.Path) -> str | UserError:
+    """The text of a UTF-8 file, without a byte-order mark and with newlines as line ends; the error of other files."""
     with _opened(file) as stream:
         text = _decoded(stream.read().removeprefix(BYTE_ORDER_MARK), str(file))
     if isinstance(text, UserError):
-        raise text
+        return text
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 
 from alst_jax.config import UserError
-from alst_jax.data.own_texts import check_learned, own_texts
+from alst_jax.data.own_texts import check_learned, check_written, own_texts
 from alst_jax.data.records import Document
 from alst_jax.data.templates import ChatTemplate, Rendered, Span
 
@@ -59,10 +59,12 @@ def tokenize_texts(texts: list[str], tokenizer: Any) -> list[tuple[np.ndarray, n
 
 
 def _with_ends(ids: np.ndarray, learned: np.ndarray, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
-    """One begin token, also if the text begins with the tokenizer's own; one end token, which is learned."""
+    """One begin token, also if the text begins with the tokenizer's own; so for the end token, which is learned."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if bos is not None and ids[:2].tolist() == [bos, bos]:
         ids, learned = ids[1:], learned[1:]
+    if eos is not None and ids[-2:].tolist() == [eos, eos]:
+        ids, learned = ids[:-1], learned[:-1]
     if eos is not None and (not ids.size or ids[-1] != eos):
         ids, learned = np.append(ids, np.int32(eos)), np.append(learned, True)
     if eos is not None:
@@ -89,12 +91,17 @@ def _encode(text: str, tokenizer: Any, origin: str, special: bool) -> tuple[np.n
 
 
 def _tokens_in(offsets: np.ndarray, spans: list[Span], length: int) -> np.ndarray:
-    """Whether each token holds a character of the spans. A token without characters counts as the next character."""
+    """Whether each token holds a character of the spans. A token without characters counts as the next character.
+
+    Some tokenizers leave white space out of the offsets (trim_offsets). A token then begins where the last one ends.
+    """
     inside = np.zeros(length + 1, bool)
     for start, end in spans:
         inside[start:end] = True
     before = np.concatenate([[0], np.cumsum(inside)])
-    start, end = offsets[:, 0], offsets[:, 1]
+    start, end = offsets[:, 0], offsets[:, 1].copy()
+    start = np.minimum(start, np.append(0, np.maximum.accumulate(end)[:-1])[: start.size])
+    end[-1:][end[-1:] > start[-1:]] = length
     return before[np.maximum(end, np.minimum(start + 1, length))] > before[start]
 
 
@@ -110,13 +117,14 @@ def _tokenize_chat(document: Document, tokenizer: Any, labels: Labels) -> tuple[
                             "template with tools (--chat-template FILE)")
         document = dataclasses.replace(document, content=messages)
         spans = _spans(document, tokenizer, template, rendered, turns)
+        check_written(rendered, messages)
+        if labels.learn == "all":
+            silent = [_turn(rendered, i) for i, message in enumerate(messages)
+                      if message["role"] == "assistant" and document.learned and not document.learned[i]]
+            edges = [0, *itertools.chain(*silent), len(rendered.text)]
+            spans = list(zip(edges[::2], edges[1::2]))
     except UserError as error:
         raise UserError(f"{document.origin}: {error}") from error
-    if labels.learn == "all":
-        silent = [rendered.turns[i] for i, message in enumerate(messages)
-                  if message["role"] == "assistant" and document.learned and not document.learned[i]]
-        edges = [0, *itertools.chain(*itertools.chain(*silent)), len(rendered.text)]
-        spans = list(zip(edges[::2], edges[1::2]))
     ids, offsets = _encode(rendered.text, tokenizer, document.origin, special=False)
     return ids, _tokens_in(offsets, spans, len(rendered.text))
 
@@ -156,7 +164,9 @@ def _render(
         try:
             template = chat_template(tokenizer, document.tools, labels)
             rendered = template.render(messages, document.tools)
-            return template, rendered, messages
+            if not _prints_python(rendered, messages):
+                return template, rendered, messages
+            first = first or ValueError("it prints the arguments of tool calls as Python does, not as JSON")
         except UserError as error:
             raise UserError(f"{document.origin}: {error}") from error
         except Exception as error:  # templates raise what they like, e.g. for roles that do not alternate
@@ -164,8 +174,20 @@ def _render(
     raise UserError(f"{document.origin}: the model's chat template refuses this chat: {first}") from first
 
 
+def _prints_python(rendered: Rendered, messages: list[dict[str, Any]]) -> bool:
+    """Whether a template prints an object of arguments as it is: {'now': True}, which is no JSON."""
+    for message, spans in zip(messages, rendered.turns):
+        for call in message.get("tool_calls", []):
+            arguments = call["function"]["arguments"]
+            printed = str(arguments) if isinstance(arguments, dict) and arguments else None
+            if printed and printed not in (message.get("content") or "") and any(
+                    printed in rendered.text[start:end] for start, end in spans):
+                return True
+    return False
+
+
 def _as_api_form(message: dict[str, Any]) -> dict[str, Any]:
-    """Tool calls with null content and arguments as JSON text: some templates join these to other text."""
+    """Tool calls with null content and arguments as JSON text: some templates join these to text, or print them."""
     if "tool_calls" not in message:
         return message
     text = lambda arguments: json.dumps(arguments, ensure_ascii=False)

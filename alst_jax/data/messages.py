@@ -36,10 +36,10 @@ class Chat:
     sharegpt: bool
 
 
-def chat_messages(value: Any, origin: str, field: str, prompt: bool = False) -> Chat:
+def chat_messages(value: Any, origin: str, field: str, prompt: bool = False, ignore: tuple[str, ...] = ()) -> Chat:
     """The chat of a record's field. UserError names the message that is wrong.
 
-    prompt: the messages are a prompt, which needs no assistant turn.
+    prompt: the messages are a prompt, which needs no assistant turn. ignore: keys that need not be understood.
     """
     rule = f"{field!r} is a list of objects with 'role' and 'content' (--messages-field)"
     if not isinstance(value, list) or not value:
@@ -47,11 +47,12 @@ def chat_messages(value: Any, origin: str, field: str, prompt: bool = False) -> 
     sharegpt = isinstance(value[0], dict) and {"from", "value"} <= value[0].keys()
     messages, learned = [], []
     for i, message in enumerate(value):
+        place = f"{origin}: message {i}"
         if _is_plain(message):
+            _check_role(message["role"], place)
             messages.append(message)
             learned.append(message["role"] == "assistant")
             continue
-        place = f"{origin}: message {i}"
         if not isinstance(message, dict):
             raise UserError(f"{place} lacks 'role' or 'content'; {rule}")
         if sharegpt:
@@ -60,12 +61,17 @@ def chat_messages(value: Any, origin: str, field: str, prompt: bool = False) -> 
         if not isinstance(present.get("role", ""), str) or "role" not in present or (
                 "content" not in present and not present.get("tool_calls")):
             raise UserError(f"{place} lacks 'role' or 'content'; {rule}")
-        messages.append(_message(present, place))
+        _check_role(present["role"], place)
+        messages.append(_message(present, place, ignore))
         learned.append(_learned(present, place))
     if not prompt and not any(message["role"] == "assistant" for message in messages):
         raise UserError(f"{origin}: the chat has no message of the role 'assistant', so nothing in it is to be learned")
     if not prompt and not any(learned):
         raise UserError(f"{origin}: every assistant message has weight 0, so nothing in the chat is to be learned")
+    for i, message in enumerate(messages):
+        if learned[i] and not prompt and _is_empty(message):
+            raise UserError(f"{origin}: message {i} of the assistant is empty, so an empty answer would be learned; "
+                            "take it out of the data, or give it weight 0")
     return Chat(messages, tuple(learned), sharegpt)
 
 
@@ -75,13 +81,27 @@ def _is_plain(message: Any) -> bool:
             and isinstance(message["content"], str))
 
 
-def _message(message: dict[str, Any], place: str) -> dict[str, Any]:
+def _check_role(role: str, place: str) -> None:
+    """UserError for another name of the assistant, whose messages would not be learned."""
+    if role != "assistant" and ROLES.get(role.lower()) == "assistant":
+        raise UserError(f"{place}: the role {role!r}, which means the assistant and would not be learned; write "
+                        "'assistant', or ShareGPT's 'from' and 'value'")
+
+
+def _is_empty(message: dict[str, Any]) -> bool:
+    """Whether a message has no text, thoughts or calls."""
+    texts = (message.get("content"), message.get("reasoning_content"))
+    return not message.get("tool_calls") and not any(text and text.strip() for text in texts)
+
+
+def _message(message: dict[str, Any], place: str, ignore: tuple[str, ...]) -> dict[str, Any]:
     """The keys of a message that a template takes. UserError for keys that are not understood."""
     role = message["role"]
-    unknown = sorted(message.keys() - UNDERSTOOD - HARMLESS)
+    unknown = sorted(message.keys() - UNDERSTOOD - HARMLESS - set(ignore))
     if unknown:
         raise UserError(f"{place}: {', '.join(map(repr, unknown))} is not understood, and it could say what is to be "
-                        f"learned; a message has {', '.join(sorted(UNDERSTOOD))}")
+                        f"learned; a message has {', '.join(sorted(UNDERSTOOD))}. Ignore it with --ignore-fields "
+                        f"{' '.join(unknown)}")
     plain = {"role": role}
     if "content" in message:
         plain["content"] = _content(message["content"], place)

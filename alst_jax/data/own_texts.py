@@ -1,4 +1,4 @@
-"""The texts of a message that a model must write itself, and the check that they are learned."""
+"""The texts of a message that a model must write itself, and checks that they are learned and others written."""
 
 import itertools
 import json
@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from alst_jax.config import UserError
+from alst_jax.data.templates import Rendered
 
 CHANGE = "learn the last turn only (--learn last), give the turn weight 0, or use another --chat-template FILE"
+PYTHON = {"true": ("True",), "false": ("False",), "null": ("None",)}  # as some templates write single arguments
 
 
 def own_texts(message: dict[str, Any]) -> Iterator[str]:
@@ -26,8 +28,8 @@ def _leaves(value: Any) -> Iterator[str]:
         yield from itertools.chain(value, *map(_leaves, value.values()))
     elif isinstance(value, list):
         yield from itertools.chain(*map(_leaves, value))
-    elif isinstance(value, str):
-        yield value
+    else:
+        yield value if isinstance(value, str) else json.dumps(value)
 
 
 def check_learned(learned: str, message: dict[str, Any], number: int) -> None:
@@ -42,9 +44,34 @@ def check_learned(learned: str, message: dict[str, Any], number: int) -> None:
             _refuse_lost(text, learned if text.strip() not in learned else "", number)
         at = found + len(text.strip())
     for text in own_texts({"tool_calls": message.get("tool_calls", [])}):
-        forms = (text, json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1])
-        if not any(form in learned for form in forms):
+        if not any(form in learned for form in (*_forms(text), *PYTHON.get(text, ()))):
             _refuse_lost(text, learned, number)
+
+
+def _forms(text: str) -> tuple[str, str, str]:
+    """How templates write a text: as it is, or within JSON."""
+    return text, json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1]
+
+
+def check_written(rendered: Rendered, messages: list[dict[str, Any]]) -> None:
+    """UserError for a message of another role than the assistant whose text is not in the rendered chat.
+
+    A text is searched in the message's own turn, then behind the one before, then everywhere. The first finds nearly
+    all texts, so the time is linear.
+    """
+    at = 0
+    for i, message in enumerate(messages):
+        text = (message.get("content") or "").strip()
+        if message["role"] == "assistant" or not text:
+            continue
+        places = [(start, end) for start, end in rendered.turns[i]] + [(at, None), (0, None)]
+        found = (rendered.text.find(form, *place) for place in places for form in _forms(text))
+        at = next((position for position in found if position >= 0), -1)
+        if at < 0:
+            shown = text if len(text) <= 300 else text[:300] + " ..."
+            raise UserError(f"the chat template does not write message {i} of the role {message['role']!r}, so the "
+                            f"model would not see it. Lost: {shown!r}. Take it out of the data, or use a template that "
+                            "writes it (--chat-template FILE)")
 
 
 def _refuse_lost(text: str, learned: str, number: int) -> None:

@@ -208,7 +208,7 @@ def _messages(record: _Record) -> Document:
     if len(fields) > 1:
         raise UserError(f"{record.origin}: both {' and '.join(map(repr, fields))}; leave out one of them "
                         "(--ignore-fields NAME...)")
-    chat = chat_messages(record.values[fields[0]], record.origin, fields[0])
+    chat = chat_messages(record.values[fields[0]], record.origin, fields[0], ignore=record.fields.ignore)
     return _chat(record, chat.messages, chat.learned, "ShareGPT" if chat.sharegpt else "messages")
 
 
@@ -225,7 +225,7 @@ def _prompt_completion(record: _Record) -> Document:
     if not all(isinstance(value, list) for value in values):
         raise UserError(f"{record.origin}: 'prompt' and 'completion' are two texts or two lists of messages, not "
                         f"{' and '.join(type(value).__name__ for value in values)}")
-    prompt, completion = (chat_messages(value, record.origin, name, prompt=name == "prompt")
+    prompt, completion = (chat_messages(value, record.origin, name, name == "prompt", record.fields.ignore)
                           for value, name in zip(values, ("prompt", "completion")))
     document = _chat(record, prompt.messages + completion.messages, prompt.learned + completion.learned,
                      "prompt/completion messages")
@@ -234,6 +234,8 @@ def _prompt_completion(record: _Record) -> Document:
 
 def _instruction(record: _Record) -> Document:
     question, (output, _) = record.text("instruction"), record.first(OUTPUTS)
+    if not record.text(output).strip():
+        raise UserError(f"{record.origin}: an empty {output!r}, so nothing in the record is to be learned")
     given = record.first(INPUTS)
     if given is not None and record.text(given[0]).strip():
         question += "\n\n" + record.text(given[0])

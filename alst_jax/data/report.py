@@ -42,6 +42,7 @@ class SourceReport:
     learned: int = 0
     pieces_left_out: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     sequences: int = 0
+    cut: int = 0  # documents that are longer than a sequence
 
     def count_document(self, document: Document) -> None:
         """Count a document, its format and its ignored keys."""
@@ -67,6 +68,7 @@ class SourceReport:
         counts = [_counted(self.files, "file") + (f" of split {self.split}" if self.split else "")] * bool(self.files)
         counts += [", ".join(self.formats) or "nothing", _counted(self.records, "record"),
                    _counted(self.documents, "document"), _counted(self.tokens, "token"), f"{self.learned:,} learned"]
+        counts += [_counted(self.cut, "document") + " cut"] * bool(self.cut)
         yield f"{self.name}: {', '.join(counts)}{self.left_out() or '; nothing left out'}"
         if self.ignored:
             yield f"{self.name}: ignored keys {', '.join(self.ignored)}"

@@ -107,10 +107,22 @@ def _records_of_files(files: list[FoundFile], top: pathlib.Path, document_per: s
     for file in files:
         groups.setdefault(file.below[0] if len(file.below) > 1 else "", []).append(file)
     for folder, members in groups.items():
-        yield iter([(PlainText("".join(map(_with_header, members))), str(top / folder))])
+        yield _as_one(members, str(top / folder))
 
 
-def _with_header(file: FoundFile) -> str:
+def _as_one(files: list[FoundFile], origin: str) -> Records:
+    """One text of several files, behind the errors of those that are not text."""
+    texts = []
+    for file in files:
+        text = read_text(file.path)
+        if isinstance(text, UserError):
+            yield text, str(file.path)
+        else:
+            texts.append(_with_header(file, text))
+    if texts:
+        yield PlainText("".join(texts)), origin
+
+
+def _with_header(file: FoundFile, text: str) -> str:
     """The text of a file below a line with its path."""
-    text = read_text(file.path)
     return f"# file: {'/'.join(file.below)}\n{text}" + ("" if text.endswith("\n") else "\n")

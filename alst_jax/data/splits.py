@@ -19,7 +19,7 @@ def split_of(parts: tuple[str, ...]) -> str | None:
     """The split that the path of a file below a directory names, or None.
 
     A file of records is of a split if a word of its name says so; a text file, whose name may be a title, if its whole
-    name does; else the names of its directories count.
+    name does; else the names of its directories count. Files of other kinds, as those of a source tree, have no split.
     """
     *folders, name = parts
     stem = stem_of(name).lower()
@@ -30,7 +30,9 @@ def split_of(parts: tuple[str, ...]) -> str | None:
         if shard and re.split(r"[-_.]", shard[1])[0] in WORDS:  # train_sft-00000-of-00003
             return WORDS.get(shard[1], shard[1])
         found = next((WORDS[word] for word in (w.rstrip("0123456789") for w in words) if word in WORDS), None)
-    elif kind_of(name) in TEXT_KINDS:
+    elif kind_of(name) not in TEXT_KINDS:
+        return None
+    else:
         found = WORDS.get(re.sub(r"[-_. ]?\d+$", "", stem))
     return found or next((WORDS[folder.lower()] for folder in reversed(folders) if folder.lower() in WORDS), None)
 

@@ -1,6 +1,7 @@
 # pytest tests/unit/test_cache.py
 """The cache of tokenised data: the same as in memory, read at once, keyed by all that tokens depend on, never half."""
 
+import errno
 import json
 import os
 import resource
@@ -14,7 +15,7 @@ from alst_jax import run_data
 from alst_jax.config import IGNORED, TrainConfig, UserError
 from alst_jax.data import cache as caching
 from alst_jax.data.cache import Cache, default_directory
-from alst_jax.data.documents import Cutting
+from alst_jax.data.documents import Cutting, check_targets
 from alst_jax.data.files import Selection
 from alst_jax.data.labels import Labels
 from alst_jax.data.pieces import Joined, Pieces, Tokenised, labels_in, spans_of
@@ -83,6 +84,17 @@ def test_the_cache_gives_what_memory_gives_and_tokenises_once(records, drop, tmp
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"cache   {file}: ") and f" documents from {top}/" in line
     assert len(stores(top)) == 1
+
+
+def test_long_documents_are_counted_as_cut_or_as_dropped(tmp_path):
+    """Of 3 and 11 tokens, of which all but the first are learned."""
+    file = write(tmp_path / "a.jsonl", [{"text": "ab"}, {"text": "0123456789"}])
+    line = lambda drop: next(sources_of(None, [file], drop=drop)[str(file)][1].sources[0].lines())
+    assert line(False).endswith(" 2 documents, 14 tokens, 12 learned, 1 document cut; nothing left out")
+    assert line(True).endswith(" 2 documents, 14 tokens, 2 learned; pieces left out: 1 longer than 8 tokens")
+    stats = sources_of(None, [file], seq_len=2, drop=True)[str(file)][1]
+    with pytest.raises(UserError, match="; pieces left out: 2 longer than 2 tokens$"):
+        check_targets(stats, "--data")
 
 
 def test_another_length_reads_the_same_store(tmp_path, deaf):
@@ -287,6 +299,57 @@ def test_a_cache_that_cannot_be_a_directory_is_refused(tmp_path):
         sources_of(top, [file])
 
 
+@pytest.mark.parametrize("trouble", ["read-only", "no locks", "no directory"])
+def test_a_default_cache_that_cannot_be_used_is_done_without(trouble, tmp_path, monkeypatch, capsys):
+    file, top = write(tmp_path / "a.jsonl", TEXTS), tmp_path / "cache"
+    cutting, wanted = Cutting(byte_tokenizer(), 8, 261), plain(sources_of(None, [file]))
+
+    def fail(*_, **__):
+        raise OSError(errno.EROFS if trouble == "read-only" else errno.ENOLCK, "not here")
+
+    if trouble == "no directory":
+        top.write_text("")
+    else:
+        owner, name = (caching.pathlib.Path, "mkdir") if trouble == "read-only" else (caching.fcntl, "flock")
+        monkeypatch.setattr(owner, name, fail)
+    cache = Cache(top, small=0, chosen=False)
+    assert plain(cut_sources([str(file)], Reading(), "--data", cutting, cache)) == wanted
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"cache   {file}: tokenised in memory. --data-cache {top}: ") and "Make room" not in line
+    assert trouble == "no directory" or not stores(top)
+    with pytest.raises(UserError, match=f"^--data-cache {top}: "):
+        sources_of(top, [file])
+
+
+def test_without_a_home_there_is_no_cache(monkeypatch, capsys):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(caching.pathlib.Path, "home", homeless)
+    assert run_data.cache_of(TrainConfig()) is None and run_data.cache_of(TrainConfig()) is None
+    assert capsys.readouterr().out.count("tokenised in memory") == 1
+
+
+def test_a_store_that_is_gone_after_it_was_written_is_an_error(tmp_path, monkeypatch):
+    file, publish = write(tmp_path / "a.jsonl", TEXTS), Cache._publish
+
+    def cleared(cache, folder, key, report):
+        publish(cache, folder, key, report)
+        caching.shutil.rmtree(cache.directory / key)
+
+    monkeypatch.setattr(Cache, "_publish", cleared)
+    with pytest.raises(UserError, match=f"the tokens of --data {file} were written to .* and are no longer there"):
+        sources_of(tmp_path / "cache", [file])
+
+
+def test_a_hash_that_cannot_be_kept_ends_no_run(tmp_path, capsys):
+    (tmp_path / "fingerprints").write_text("")
+    cache = Cache(tmp_path)
+    cache.remember(cache.fingerprint_file([1]), "hash")
+    assert capsys.readouterr().out.startswith(f"cache   the hash of the sequences is not kept: {tmp_path}/fingerprints")
+
+
 def test_bad_data_leave_no_store(tmp_path):
     file, top = write(tmp_path / "a.jsonl", [*TEXTS, "broken\n"]), tmp_path / "cache"
     with pytest.raises(UserError, match="a.jsonl:5: not valid JSON"):
@@ -304,7 +367,7 @@ def test_bad_data_leave_no_store(tmp_path):
 def read_run(monkeypatch, small=None, **flags):
     """run_data.read_data: the first batches, the statistics and the fingerprint."""
     if small is not None:
-        monkeypatch.setattr(run_data, "Cache", lambda directory: Cache(directory, small=small))
+        monkeypatch.setattr(run_data, "Cache", lambda directory, **more: Cache(directory, small=small, **more))
     config = TrainConfig(seq_len=16, **flags)
     source = ModelSource("tiny", TINY_LLAMA, byte_tokenizer(), None)
     data, stats, fingerprint = run_data.read_data(config, source, Job(TINY_LLAMA, Profile(), 2, 16))
@@ -329,6 +392,33 @@ def test_a_run_is_the_same_with_and_without(flags, tmp_path, monkeypatch, deaf):
     deaf()
     monkeypatch.setattr(run_data, "content_hash", lambda _: pytest.fail("all tokens were read"))
     assert read_run(monkeypatch, small=0, data_cache=str(top), **flags) == wanted
+
+
+@pytest.mark.parametrize("attention, packs", [("documents", 1), ("across", 4)])
+def test_held_out_documents_are_apart(attention, packs, tmp_path, monkeypatch):
+    """Four of three tokens each: in one pack that tells their borders, or in a sequence each."""
+    file = write(tmp_path / "a.jsonl", [{"text": text} for text in ("ab", "cd", "ef", "gh")])
+    training = write(tmp_path / "b.jsonl", TEXTS * 5)
+    flags = dict(data=(str(training),), eval_data=(str(file),), pack=True, pack_attention=attention)
+    batches = [batch for made in read_run(monkeypatch, **flags)[1].values() for batch in made]
+    rows = [row for batch in batches for row in batch["labels"] if any(label != IGNORED for label in row)]
+    assert len(rows) == packs
+    assert [batch["documents"][0][:5] for batch in batches if "documents" in batch] == [[0, 3, 6, 9, 12]] * (packs == 1)
+
+
+@pytest.mark.parametrize("flags, flag", [
+    (dict(split="train"), "--split"), (dict(eval_split="test"), None), (dict(include=("*.py",)), None),
+    (dict(document_per="file", eval_data=()), "--document-per"),
+    (dict(exclude=("*",), eval_data=()), "--exclude")], ids=str)
+def test_flags_of_directories_need_one(flags, flag, tmp_path):
+    """--data names a file, and --eval-data a directory."""
+    file = write(tmp_path / "a.jsonl", TEXTS)
+    config = TrainConfig(**(dict(data=(str(file),), eval_data=(str(tmp_path),)) | flags))
+    if flag is None:
+        run_data.reading_of(config)
+    else:
+        with pytest.raises(UserError, match=f"^{flag} says what is read of a directory, and {file} is no directory"):
+            run_data.reading_of(config)
 
 
 def test_small_data_leave_no_files(tmp_path, monkeypatch):

@@ -276,6 +276,13 @@ def test_splits_by_names(tmp_path, names, split, taken):
     assert read(tmp_path, split=split)[0] == taken
 
 
+def test_directories_of_a_source_tree_are_no_splits(tmp_path):
+    for name in ("model/a.py", "train/b.py", "test/c.py", "dev/d.py"):
+        put(tmp_path, name, name)
+    texts, report = read(tmp_path, include=("*.py",))
+    assert texts == ["dev/d.py", "model/a.py", "test/c.py", "train/b.py"] and report.split is None
+
+
 def test_a_split_that_does_not_exist_is_refused_with_those_that_do(tmp_path):
     put(tmp_path, "dev.jsonl"), put(tmp_path, "test.jsonl")
     assert refusal(tmp_path) == (f"--data {tmp_path}: no split 'train'; it has: test, validation (--split test, or name "
@@ -408,6 +415,17 @@ def test_bad_records_are_refused_or_counted(tmp_path):
     parquet = put(tmp_path, "a.parquet", pyarrow.table({"text": ["a", None, "b"]}))
     assert refusal(parquet).startswith(f"{parquet}[1]: neither")
     assert read(parquet, skip_bad=True)[0] == ["a", "b"]
+
+
+@pytest.mark.parametrize("document_per, texts", [
+    (None, ["good"]), ("file", ["good"]), ("directory", ["# file: one/b.txt\ngood\n"])])
+def test_texts_that_are_not_utf8_are_refused_or_counted(tmp_path, document_per, texts):
+    bad = put(tmp_path, "one/a.txt", b"a" * 9000 + b"\xff")
+    put(tmp_path, "one/b.txt", "good")
+    assert refusal(tmp_path, document_per=document_per).startswith(f"{bad}: not UTF-8 text (byte 9000)")
+    read_texts, report = read(tmp_path, document_per=document_per, skip_bad=True)
+    assert (read_texts, report.records_left_out, report.documents) == (texts, {"bad": 1}, 1)
+    assert report.first_bad.startswith(f"{bad}: not UTF-8")
 
 
 def test_half_surrogates_are_refused_or_counted_in_texts_and_chats(tmp_path):
@@ -613,6 +631,8 @@ def test_without_a_hub_the_name_is_refused():
     (dict(split="test", document_per="file", data=("a",)), "--split test is for data sets, and --document-per file for"),
     (dict(eval_split="dev", data=("a",)), "--eval-split dev says how --eval-data is read"),
     (dict(include=("*.py",)), "--include says how --data is read"), (dict(skip_bad_records=True), "--skip-bad-records says"),
+    (dict(template_date="2026-13-45"), "--template-date 2026-13-45: write a date"),
+    (dict(template_date="20261127"), "--template-date 20261127: write a date"),
     (dict(ignore_fields=("id",)), "--ignore-fields says how --data is read"),
     (dict(show_samples=1, plan_only=True), "--show-samples 1 reads data, and --plan-only and --find-max-seq-len need none")])
 def test_flags_of_data_that_make_no_sense_are_refused(flags, message):

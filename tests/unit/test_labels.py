@@ -160,6 +160,29 @@ def test_a_text_has_one_begin_token():
         assert "".join(str(int(flag)) for flag in learned) == mask
 
 
+def test_a_text_has_one_end_token():
+    """Also if the text ends with it, and the tokenizer adds it."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = byte_tokenizer(eos="</s>")
+    end = tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", end)])
+    plain = tokenizer("ab")["input_ids"]
+    for record in ({"text": "ab"}, {"text": "ab</s>"}, {"prompt": "a", "completion": "b</s>"}):
+        assert tokenize(to_document(record, "here", Fields()), tokenizer)[0].tolist() == plain
+    assert plain[-1] == end and len(plain) == 3
+
+
+@pytest.mark.parametrize("prompt, completion, learned", [
+    ("a ", "b", ["b</s>"]), ("a", " b", [" b</s>"]), ("a", " b ", [" b </s>"]), (" a\n", "\nb", ["\nb</s>"])])
+def test_offsets_without_white_space(prompt, completion, learned):
+    from tokenizers.processors import ByteLevel
+
+    tokenizer = byte_tokenizer(eos="</s>")
+    tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=True)
+    assert learned_texts({"prompt": prompt, "completion": completion}, tokenizer) == learned
+
+
 def word_tokenizer(words):
     """Tokens are words with the space before them, so that the last space of a prompt joins the answer."""
     pieces = {piece: i for i, piece in enumerate(["<unk>", "▁", *(f"▁{word}" for word in words), *words, ":", "\n"])}
@@ -209,7 +232,7 @@ def test_an_answer_that_begins_like_the_generation_prompt():
 
 
 @pytest.mark.parametrize("answer", [
-    "assistant", "user", "<|im_start|>assistant\n", "Hi", "", "<|im_end|>", "  5 ", "\n5\n"])
+    "assistant", "user", "<|im_start|>assistant\n", "Hi", "<|im_end|>", "  5 ", "\n5\n"])
 def test_answers_that_look_like_the_template(answer):
     chat = {"messages": [TURNS[0], {"role": "assistant", "content": answer}, *TURNS[2:]]}
     assert learned_texts(chat, with_template(CHATML)) == [f"{answer}<|im_end|>", "5<|im_end|>"]
@@ -258,6 +281,50 @@ def test_tools_that_a_template_leaves_out_are_refused():
     chat = {"messages": TURNS, "tools": CHATS["tools"]["tools"]}
     with pytest.raises(UserError, match="^here:1: the chat template does not write the tools"):
         learned_texts(chat, with_template(CHATML))
+
+
+@pytest.mark.parametrize("role", ["system", "user", "tool"])
+def test_messages_that_a_template_leaves_out_are_refused(role):
+    chat = {"messages": [{"role": role, "content": " Speak \"Latin\"\n"}, *TURNS]}
+    deaf = "{% for message in messages if message.content != ' Speak \"Latin\"\n' %}" + CHATML.split("%}", 1)[1]
+    with pytest.raises(UserError, match=f"^here:1: the chat template does not write message 0 of the role '{role}'.*"
+                                        "Lost: 'Speak \"Latin\"'"):
+        learned_texts(chat, with_template(deaf))
+    for content in ("message['content'] | trim", "message['content'] | tojson"):  # written in another form
+        text = CHATML.replace("message['content']", f"({content} if message.role == '{role}' else message['content'])")
+        assert learned_texts(chat, with_template(text)) == ["Hello!<|im_end|>", "5<|im_end|>"]
+
+
+def test_a_silent_turn_outside_of_the_loop_is_refused():
+    """Else --learn all would learn it."""
+    first = "{{ messages[0].content + messages[1].content }}{% for message in messages[2:] %}"
+    silent = {"messages": [TURNS[0], TURNS[1] | {"weight": 0}, *TURNS[2:]]}
+    with pytest.raises(UserError, match="^here:1: the chat template writes message 1 outside of a loop"):
+        learned_texts(silent, with_template(first + CHATML.split("%}", 1)[1]), learn="all")
+
+
+CALLING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for call in m.tool_calls or [] %}"
+    "<call>{{ call.function.name }}(ARGUMENTS){% endfor %}{{ m.content or '' }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+def calling(arguments):
+    call = {"type": "function", "function": {"name": "w", "arguments": {"city": "Oslo", "now": True, "days": 3}}}
+    chat = {"messages": [TURNS[0], {"role": "assistant", "tool_calls": [call]}]}
+    return learned_texts(chat, with_template(CALLING.replace("ARGUMENTS", "{{ " + arguments + " }}")))
+
+
+@pytest.mark.parametrize("arguments", ["call.function.arguments", "call.function.arguments | tojson"])
+def test_arguments_are_learned_as_json(arguments):
+    assert calling(arguments) == ['<call>w({"city": "Oslo", "now": true, "days": 3})<|im_end|>']
+
+
+def test_arguments_that_are_no_json_or_lost_are_refused():
+    with pytest.raises(UserError, match="^here:1: .* prints the arguments of tool calls as Python does, not as JSON"):
+        calling("call.function.arguments.items() | list and call.function.arguments")
+    with pytest.raises(UserError, match="^here:1: .*Lost: '3'"):
+        calling("'city Oslo now ' ~ call.function.arguments.now ~ ' days'")
 
 
 def test_half_a_character_in_a_chat_is_named():

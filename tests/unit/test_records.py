@@ -106,6 +106,15 @@ def test_ignored_fields_are_as_if_missing():
     assert document(record, ignore=("text",)).content == [USER, ANSWER]
 
 
+def test_ignored_fields_of_messages():
+    """Those that are not understood. A weight is."""
+    noted = {"messages": [USER | {"annotations": 1}, ANSWER, USER, ANSWER | {"annotations": [], "weight": 0}]}
+    with pytest.raises(UserError, match="message 0: 'annotations' is not understood.* --ignore-fields annotations$"):
+        document(noted)
+    found = document(noted, ignore=("annotations", "weight"))
+    assert found.content == [USER, ANSWER, USER, ANSWER] and found.learned == (False, True, False, False)
+
+
 def chat(*messages):
     return {"messages": list(messages)}
 
@@ -148,6 +157,12 @@ def chat(*messages):
     ({"prompt": "a", "completion": " "}, "an empty 'completion'"),
     ({"prompt": "a", "completion": "b", "tools": [WEATHER]}, "'tools' belongs to a chat"),
     ({"instruction": 3, "output": "b"}, "'instruction' holds int, not text"),
+    ({"instruction": "a", "response": " \n"}, "an empty 'response'"),
+    (chat(USER, ANSWER | {"content": " "}), "message 1 of the assistant is empty"),
+    (chat(USER, ANSWER, USER, ANSWER | {"content": "", "name": "x"}), "message 3 of the assistant is empty"),
+    ({"prompt": [USER], "completion": [ANSWER | {"content": ""}]}, "message 0 of the assistant is empty"),
+    (chat(USER, ANSWER, USER, {"role": "model", "content": "b"}), "message 3: the role 'model', which means the"),
+    (chat(USER, ANSWER, USER, ANSWER | {"role": "Assistant", "weight": 0}), "message 3: the role 'Assistant'"),
 ])
 def test_what_is_not_understood_is_refused(record, message):
     with pytest.raises(UserError, match=f"^here:1: .*{message}|^here:1: {message}"):
