@@ -1,6 +1,7 @@
 """Eight simulated devices, shapes checked on every call, and no silent rank promotion."""
 
 import os
+import re
 
 # One heavy process a worker: the simulated devices already share the cores.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -12,6 +13,7 @@ if PLATFORM == "cpu":
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 jax.config.update("jax_platforms", PLATFORM)
@@ -19,3 +21,24 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 install_import_hook("alst_jax", "beartype.beartype")
+
+# Cases whose kind has others in the same list. `pytest -n 2 -m slow` runs them; so does -m 'not gpu' all that needs no GPU.
+SLOW = re.compile("|".join((
+    r"test_every_feature_changes_nothing\[(?!qwen3|smollm3|olmo)",
+    r"test_frozen_parameters_stay_and_the_others_move_as_before\[(?!embed_tokens|q_proj-\(1, 4\))",
+    r"test_the_stack_equals_its_twin\[.*\(1, 1\)\]",
+    r"test_the_stack_equals_its_twin\[(?!\{'head_chunks': 2, 'loss).*\(1, 4\)\]",
+    r"test_equals_the_update_behind_it\[tied-(?!\(1, 4\))",
+    r"test_layers_of_two_kinds_equal_a_python_loop\[\(1, 1\)-\{'stack'",
+    r"works_a_layer_at_a_time\[(float32-low-bits|bfloat16)",
+    r"test_smollm2.py::test_loss_and_every_gradient\[one device\]",
+    r"test_a_run_is_the_same_with_and_without\[(?!\{\}|\{'weights': True, 'pack')",
+    r"test_each_chunk_of_a_real_model_is_written_once\[(32B|70B)-[248]",
+)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if SLOW.search(item.nodeid):
+            item.add_marker("slow")
