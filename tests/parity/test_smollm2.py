@@ -22,6 +22,7 @@ from tests.helpers import PLAIN, assert_trees_close, make_step, relative_error
 from tests.parity.test_hf_parity import torch_gradients
 from tests.smollm2 import smollm2_directory
 
+pytestmark = pytest.mark.slow
 LOGITS, LOSS, GRADIENTS = 1e-4, 1e-5, 1e-4  # 30 layers of float32 rounding: measured 1.2e-6, 4e-9 and 2.1e-5
 LENGTH = 512
 FEATURES = Profile(loss_tile=100, mlp_tile=64, remat=True, offload_activations=True, offload_weights=True,
