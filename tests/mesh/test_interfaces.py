@@ -81,7 +81,7 @@ def test_heads_are_slices(chunks):
     model = tiny()
     one = jax.tree.map(lambda w: w[0], init_params(model, jnp.float32, jax.random.key(0))["layers"])
     h, tokens = jax.random.normal(jax.random.key(1), (5, 64)), Tokens.of(model, jnp.arange(5)[None])
-    tokens = Tokens(*(x[0] for x in tokens))
+    tokens = Tokens(*(x[0] for x in tokens.rows))
     q, k, v = one.before(h, tokens)
     parts = [one.heads(i, chunks).before(h, tokens) for i in range(chunks)]
     assert relative_error(jnp.concatenate([part[0] for part in parts], 1), q) < 1e-6
