@@ -207,7 +207,7 @@ class Compiler:
         monkeypatch.setattr(decide, "plan_step", self)
         monkeypatch.setattr(Planner, "step", lambda planner, job: job)
 
-    def __call__(self, job, rows, length, grad_accum, cluster, at_once):
+    def __call__(self, job, rows, length, grad_accum, cluster, at_once, packing):
         assert (rows, length, grad_accum) == (job.rows, job.length, job.grad_accum)
         self.at_once = at_once
         self.jobs.append(job)
