@@ -6,6 +6,7 @@ import pathlib
 import re
 import time
 
+import jinja2
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -81,7 +82,7 @@ def test_the_text_is_what_transformers_renders(family):
     for case in ("turns", "system", "thinking"):
         try:
             expected = tokenizer.apply_chat_template(CHATS[case]["messages"], tokenize=False)
-        except Exception:
+        except jinja2.TemplateError:  # the template refuses this chat
             continue
         messages = to_document(CHATS[case], "here", Fields()).content
         assert chat_template(tokenizer, None, DATE).render(messages).text == expected
