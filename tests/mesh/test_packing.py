@@ -36,7 +36,7 @@ def packed(rows, length, dp):
                 place[row, at : at + n] = other[number, :n] = values
             at, number = at + n, number + 1
     names = ("tokens", "labels", "positions")
-    documents = offsets_of(rows, length, dp, max(map(len, rows)) * len(rows))
+    documents = offsets_of(rows, length, dp, (max(map(len, rows)) + 1) * len(rows))  # one more a row: its padding
     return dict(zip(names, together)) | {"documents": documents}, dict(zip(names, alone))
 
 
