@@ -50,7 +50,7 @@ class TrainStep:
         freeze: str | None = None,
     ):
         check_profile(profile, model, mesh.shape[SEQ])
-        check_update_in_backward(profile, optimizer)
+        profile.check(optimizer.clip_norm)
         find_kernel(profile.attention).prepare()
         self.model, self.mesh, self.profile, self.optimizer, self.freeze = model, mesh, profile, optimizer, freeze
         params = abstract_params(model, dtype)
@@ -170,37 +170,18 @@ class TrainStep:
 
 def check_profile(profile: Profile, model: ModelConfig, sp: int) -> None:
     """UserError if the profile does not go with this model on this mesh."""
+    profile.check()
     Ulysses.check(model, sp, profile.head_chunks)
     for kind in model.kinds:
         if reason := refusal(find_kernel(profile.attention), model.attention_spec(kind)):
             raise UserError(reason)
     segments, layers = profile.segment_layers, model.num_layers
-    if min(segments, default=0) < 1:
-        raise UserError(f"--segment-layers {' '.join(map(str, segments))}: must be at least 1 each")
-    if min(profile.keep_attention_on_device, profile.keep_attention_on_host) < 0:
-        raise UserError("--keep-attention-on-device and --keep-attention-on-host must be at least 0")
     if len(segments) != 1 and sum(segments) != layers:
         raise UserError(f"--segment-layers {' '.join(map(str, segments))}: {sum(segments)} layers in all, where the model has "
                         f"{layers}; give one number for all segments alike, or one each that add up to {layers}")
     kept = profile.keep_attention_on_device + profile.keep_attention_on_host
     if kept > layers:
         raise UserError(f"--keep-attention-on-device + --keep-attention-on-host = {kept} layers, where the model has {layers}")
-    by_hand = kept or segments != (1,) or profile.update_in_backward
-    if not profile.remat and (by_hand or profile.offload_activations):
-        raise UserError("--segment-layers, --keep-attention-on-device, --keep-attention-on-host, --offload-activations and "
-                        "--update-in-backward are parts of rematerialisation; they need --remat, not --no-remat")
-    if profile.stack == "plain" and by_hand:
-        raise UserError("--stack plain saves each layer's input and nothing else: --segment-layers, "
-                        "--keep-attention-on-device, --keep-attention-on-host and --update-in-backward need --stack segments")
-
-
-def check_update_in_backward(profile: Profile, optimizer: AdamW) -> None:
-    """UserError where the update cannot run in the backward pass."""
-    if profile.update_in_backward and optimizer.clip_norm > 0:
-        raise UserError("--update-in-backward: gradients cannot be clipped by a norm that is not known yet (--clip-norm 0)")
-    if profile.update_in_backward and not (profile.offload_weights and profile.offload_optimizer):
-        raise UserError("--update-in-backward is for weights and optimizer in host memory (--offload-weights, "
-                        "--offload-optimizer)")  # stacks on the device would be copied once for each loop
 
 
 def _with_shardings(tree: Any, shardings: Any) -> Any:
