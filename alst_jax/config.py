@@ -24,11 +24,11 @@ class ModelFlags:
     model: Annotated[str | None, default("a tiny Llama with random weights")] = None
     """Hugging Face directory or hub name, or a checkpoint made by convert.from_hf or an earlier run."""
     random_weights: bool = False
-    """Draw the weights of --model at random on the devices, to measure a size without its weights: config.json is enough.
-    Without a tokenizer beside it, a token is a byte. Exported only where --export is typed."""
+    """Draw the weights of --model at random on the devices, to measure a size without its weights: config.json is
+    enough. Without a tokenizer beside it, a token is a byte. Exported only where --export is typed."""
     resize_vocabulary: bool = False
-    """Give the model rows for tokens of its tokenizer beyond its vocabulary: each the mean of the old rows, in embedding
-    and head. The exported config.json has the new size."""
+    """Give the model rows for tokens of its tokenizer beyond its vocabulary: each the mean of the old rows, in
+    embedding and head. The exported config.json has the new size."""
     out: Annotated[str | None, default("none; without --model runs/DATE-TIME")] = None
     """Output directory: checkpoints, metrics.jsonl, TensorBoard, and at the end hf/, a Hugging Face directory."""
     seq_len: Annotated[Length | None, default("none; without --model 2048")] = None
@@ -96,8 +96,8 @@ class NumberFlags:
     """Weights and compute; bfloat16 keeps what makes it float32 in the optimizer, see --master-weights.
     auto: bfloat16 on GPU, float32 on CPU."""
     attention: Literal["auto", "flash", "cudnn", "xla"] = "auto"
-    """Attention kernel: flash (flash-attn-4: Hopper, extra `flash`), cudnn (GPU), xla (tiled, any device). auto: the first
-    of these that runs."""
+    """Attention kernel: flash (flash-attn-4: Hopper, extra `flash`), cudnn (GPU), xla (tiled, any device). auto: the
+    first of these that runs."""
     deterministic: bool = False
     """Sum gradients in a fixed order, so that two runs on the same GPUs give the same bits. Slower; not with cudnn."""
 
@@ -144,7 +144,7 @@ class PlanFlags:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig(PlanFlags, SavingFlags, MemoryFlags, NumberFlags, TrainingFlags, DeviceFlags, DataFlags, ModelFlags):
+class TrainConfig(PlanFlags, SavingFlags, NumberFlags, MemoryFlags, TrainingFlags, DeviceFlags, DataFlags, ModelFlags):
     """Train a Llama on long sequences.
 
     Without --model and --data a tiny Llama learns the Python language reference on four simulated devices.
@@ -164,7 +164,8 @@ class TrainConfig(PlanFlags, SavingFlags, MemoryFlags, NumberFlags, TrainingFlag
         return self.plan_only or self.find_max_seq_len
 
 
-GROUPS: dict[str, type] = {base.__name__.removesuffix("Flags").lower(): base for base in reversed(TrainConfig.__bases__)}
+GROUPS: dict[str, type] = {
+    base.__name__.removesuffix("Flags").lower(): base for base in reversed(TrainConfig.__bases__)}
 """The groups of `--help`, in their order."""
 
 

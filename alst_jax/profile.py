@@ -43,8 +43,8 @@ class Switches:
     head_chunks: Annotated[int, AtLeast(1), Words("{} head chunks", off=1), CHOSEN] = 1
     """Groups of attention heads worked on one after the other, so that less memory is needed at a time."""
     stack: Literal["segments", "plain"] = "segments"
-    """segments: layers with a hand-written backward pass. plain: by jax.checkpoint alone, to compare with; its plans are
-    those of segments of one layer."""
+    """segments: layers with a hand-written backward pass. plain: by jax.checkpoint alone, to compare with; its plans
+    are those of segments of one layer."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype in which gradients are summed over devices."""
 
@@ -73,8 +73,8 @@ class Switches:
                                 "known, so that they can be neither clipped by their common norm nor summed over "
                                 "batches; use --clip-norm 0, --grad-accum 1 and --remat with it")
         if not (self.offload_weights and self.offload_optimizer):  # stacks there would be copied once for each loop
-            raise UserError("--update-in-backward saves the host memory of gradients; on the device it would save none. "
-                            "Use it with --offload-weights and --offload-optimizer, or leave it out")
+            raise UserError("--update-in-backward saves the host memory of gradients; on the device it would save "
+                            "none. Use it with --offload-weights and --offload-optimizer, or leave it out")
 
     def flags(self, than: "Switches | None" = None) -> Iterator[str]:
         """The flags by which these switches differ from others, by default from the usual ones."""

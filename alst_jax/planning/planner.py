@@ -10,6 +10,7 @@ from alst_jax.config import TrainConfig, UserError, chosen_fields
 from alst_jax.hardware.environment import has_cuda_compiler
 from alst_jax.hardware.machines import GIB, Cluster, parse_cluster
 from alst_jax.ops.rope import MAX_POSITION
+from alst_jax.parallel.costs import why_not
 from alst_jax.planning import search as auto
 from alst_jax.planning.candidates import CONFIRMED, UNCONFIRMED, Search
 from alst_jax.planning.compiled import plan_step, this_cluster
@@ -156,7 +157,8 @@ class Planner:
             found.append("leave the memory flags to --memory auto")
         if not search.narrow and auto.fits_somehow(job, dataclasses.replace(wider, narrow=True)):
             found.append("--allow-narrow-optimizer (or --optimizer-states int8 --master-weights none)")
-        if job.devices > job.sp and job.model.num_heads % job.devices == 0:
+        model = job.model
+        if job.devices > job.sp and why_not(model.num_heads, model.num_kv_heads, job.devices, 1) is None:
             found.append(f"--sp {job.devices}")
         return f". What would help: {'; '.join(found) or 'more devices (--sp) or host memory'}"
 
