@@ -2,8 +2,10 @@
 minute."""
 
 import dataclasses
+import os
 import sys
 import time
+from collections.abc import Callable
 
 from alst_jax.config import TrainConfig, UserError, chosen_fields, parse_flags
 from alst_jax.data_flags import read_saved
@@ -151,5 +153,20 @@ def run(config: TrainConfig) -> int:
     return 0
 
 
+def while_read(main: Callable[[], int]) -> int:
+    """main(), without a traceback where standard output is a pipe whose reader has left, as `head` does."""
+    try:
+        try:
+            return main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        if not {"-h", "--help"} & set(sys.argv):
+            print("\nerror: stopped, since nothing reads standard output any more; go on with --resume",
+                  file=sys.stderr)
+        return 141  # the shell's code of a process that SIGPIPE ends
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(while_read(main))
