@@ -15,6 +15,7 @@ import typing
 import jax
 import jax.numpy as jnp
 import pytest
+import tyro
 
 import train
 from alst_jax import run as setup
@@ -133,7 +134,7 @@ def test_each_switch_changes_the_step(name, usual):
     """A switch that nothing reads leaves the program as it was."""
     assert EXAMPLES[name] != getattr(Profile(), name)
     if name in ("update_in_backward", "attention"):  # refused without what it needs
-        with pytest.raises(UserError):
+        with pytest.raises((UserError, ValueError), match="Use it with --offload-weights|attention kernel"):
             program(**{name: EXAMPLES[name]})
     else:
         assert program(**{name: EXAMPLES[name]}) != usual
@@ -166,7 +167,9 @@ def test_what_memory_auto_chooses():
 
 
 @pytest.mark.parametrize("name", ["beta1", "beta2", "eps", "weight_decay", "clip_norm", "seed"])
-def test_each_flag_of_adamw_reaches_the_optimizer(name):
+def test_each_flag_of_adamw_reaches_the_optimizer(name, monkeypatch):
+    keep = lambda self, model, mesh, profile, optimizer, *_: setattr(self, "optimizer", optimizer)
+    monkeypatch.setattr(setup.TrainStep, "__init__", keep)
     value = {"seed": 5, "clip_norm": 0.5}.get(name, 0.25)
     job = Job(MODEL, Profile(), 1, 128, states="int8")
     make = lambda **flags: setup.make_step(TrainConfig(**flags), None, jnp.dtype("float32"), job).optimizer
@@ -184,11 +187,11 @@ def test_each_flag_of_the_schedule_changes_it(changes):
 def test_help_into_head_prints_no_traceback():
     command = f"{sys.executable} {ROOT / 'train.py'} --help | head -1"
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True)
-    assert done.stdout.startswith("usage: train.py") and not done.stderr, done.stderr
+    assert done.stdout.startswith("usage: ") and not done.stderr, done.stderr
 
 
 def test_the_parser_runs_once(monkeypatch):
-    calls, real = [], train.parse_flags.__globals__["tyro"].cli
-    monkeypatch.setattr("tyro.cli", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
+    calls, real = [], tyro.cli
+    monkeypatch.setattr(tyro, "cli", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
     config = train.parse(["--model", "m", "--data", "d", "--random-weights", "--head-chunks", "2"])
     assert len(calls) == 1 and config.typed == ("head_chunks",) and config.export is False
