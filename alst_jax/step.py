@@ -82,7 +82,9 @@ class TrainStep:
 
     @program(lambda step: (step._trained_specs, step._frozen_specs, Batch.specs(), P()),
              lambda step: (P(), step._trained_specs), lambda step: (step._scalar, step._trained_shardings))
-    def loss_and_grad(self, trained: Params, frozen: Params, batch: Batch, scale: jax.Array) -> tuple[jax.Array, Params]:
+    def loss_and_grad(
+        self, trained: Params, frozen: Params, batch: Batch, scale: jax.Array
+    ) -> tuple[jax.Array, Params]:
         """(scale x the loss summed over all labels of all devices, its gradients).
 
         scale: float32 scalar; 1 / labels gives the mean. The loss is a float32 scalar, in nats. Gradients have the

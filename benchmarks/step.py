@@ -71,7 +71,8 @@ def main():
     in_backward = options.profile.update_in_backward
     if in_backward and not options.update:
         raise SystemExit("--update-in-backward with --no-update: leave one of them out")
-    optimizer = AdamW(states=options.optimizer_states, master=options.master_weights, clip_norm=0.0 if in_backward else 1.0)
+    optimizer = AdamW(states=options.optimizer_states, master=options.master_weights,
+                      clip_norm=0.0 if in_backward else 1.0)
     try:
         mesh = make_mesh(*choose_degrees(options.dp, options.sp, len(jax.devices())))
     except UserError as error:

@@ -68,7 +68,8 @@ def test_every_flag_is_parsed():
     config, given = parse_flags(words)
     assert {name: getattr(config, name) for name in FLAGS} == values and given == set(FLAGS)
     assert not any(values[name] == getattr(DEFAULT, name) for name in FLAGS)
-    assert parse_flags([])[0] == DEFAULT and parse_flags(["--head_chunks=2", "--no-remat"])[1] == {"head_chunks", "remat"}
+    assert parse_flags([])[0] == DEFAULT
+    assert parse_flags(["--head_chunks=2", "--no-remat"])[1] == {"head_chunks", "remat"}
 
 
 def read_names(sources):
@@ -76,7 +77,8 @@ def read_names(sources):
     found = set()
     for source in sources:
         for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("config", "self.config", "planner.config"):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) in (
+                    "config", "self.config", "planner.config"):
                 found.add(node.attr)
     return found
 
@@ -100,7 +102,7 @@ def test_every_flag_has_a_help_text(capsys):
         body = ast.parse(textwrap.dedent(inspect.getsource(group))).body[0].body
         for field, after in zip(body, body[1:] + [None], strict=True):
             if isinstance(field, ast.AnnAssign):
-                assert isinstance(after, ast.Expr) and len(after.value.value) > 10, f"{field.target.id} has no help text"
+                assert isinstance(after, ast.Expr) and len(after.value.value) > 10, field.target.id
     for name in FLAGS:
         assert re.search(rf"{flag(name)}\b", text), name
     assert "(default: None)" not in text and "(default: )" not in text
@@ -178,7 +180,8 @@ def test_each_flag_of_adamw_reaches_the_optimizer(name, monkeypatch):
     assert changed == [name] and getattr(make(**{name: value}), name) == value and make().states == "int8"
 
 
-@pytest.mark.parametrize("changes", [dict(schedule="constant"), dict(warmup_steps=7), dict(final_learning_rate_ratio=0.5)])
+@pytest.mark.parametrize("changes", [
+    dict(schedule="constant"), dict(warmup_steps=7), dict(final_learning_rate_ratio=0.5)])
 def test_each_flag_of_the_schedule_changes_it(changes):
     rates = lambda **flags: [learning_rate_schedule(TrainConfig(**flags), 20, 1.0)(step) for step in range(20)]
     assert rates(**changes) != rates()
