@@ -117,7 +117,7 @@ def run(config: TrainConfig) -> int:
 
     # ----------------------------------------------------------------------------------------------- on what: the data
     data, stats, fingerprint = read or run_data.read_data(config, source, job)
-    steps = config.steps or max(1, stats.sequences // (job.rows * config.grad_accum))
+    steps = config.steps or max(1, stats.sequences // (job.rows * job.grad_accum))
 
     # ------------------------------------------------------------------------------- from where: resume, load or draw
     geometry = setup.geometry(config, job, setup.choose_dtype(config), fingerprint)

@@ -72,6 +72,9 @@ class TrainConfig(DataFlags):
     """Sequences each data-parallel replica holds at a time."""
     grad_accum: int = 1
     """Batches whose gradients are summed for one optimizer step."""
+    samples_per_step: int | None = None
+    """Sequences of one optimizer step on all devices, instead of --grad-accum: it becomes N / (--dp x --batch-size). ALST's
+    loader takes dp x sp x accumulation."""
     seed: int = 0
     """Order of the data and random initial weights."""
 

@@ -20,7 +20,7 @@ def check_run(config: TrainConfig) -> None:
 
 AT_LEAST = dict(
     keep_attention_on_device=0, keep_attention_on_host=0, head_chunks=1, dp=1, sp=1, simulate_devices=1, steps=1,
-    batch_size=1, grad_accum=1, warmup_steps=0, save_every=1, keep_checkpoints=1, eval_every=1, weight_decay=0,
+    batch_size=1, grad_accum=1, samples_per_step=1, warmup_steps=0, save_every=1, keep_checkpoints=1, eval_every=1, weight_decay=0,
     clip_norm=0, seed=0, show_samples=1)
 
 
@@ -43,6 +43,27 @@ def _check_numbers(config: TrainConfig) -> None:
     for field in ("beta1", "beta2"):
         if not 0 <= getattr(config, field) < 1:
             raise UserError(f"{flag(field)} {getattr(config, field)}: must be at least 0 and below 1")
+
+
+def accumulation(config: TrainConfig, dp: int) -> int:
+    """Batches of one optimizer step: those of --grad-accum, or those that --samples-per-step needs on `dp` replicas."""
+    samples, at_once = config.samples_per_step, dp * config.batch_size
+    if samples is None:
+        return config.grad_accum
+    given = f"--samples-per-step {samples}"
+    if samples % at_once:
+        near = max(1, samples // at_once) * at_once
+        raise UserError(f"{given}: dp {dp} x --batch-size {config.batch_size} = {at_once} sequences are worked on at a time, "
+                        f"and must divide it; use {near}, {near + at_once} or another multiple, or change --dp or "
+                        "--batch-size")
+    batches = samples // at_once
+    if config.grad_accum not in (1, batches):
+        raise UserError(f"{given} is {batches} batches of dp {dp} x --batch-size {config.batch_size}, and --grad-accum "
+                        f"{config.grad_accum} says another number; leave one of them out (on --resume: --grad-accum 1)")
+    if config.update_in_backward and batches != 1:
+        raise UserError(f"{given} is {batches} batches, and --update-in-backward cannot sum the gradients of several; use "
+                        f"--samples-per-step {at_once}, or leave --update-in-backward out")
+    return batches
 
 
 def _check_update_in_backward(config: TrainConfig) -> None:

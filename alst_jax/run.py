@@ -16,6 +16,7 @@ from alst_jax.config import TrainConfig, UserError
 from alst_jax.data.documents import Stats
 from alst_jax.data.packing import room_for
 from alst_jax.data.report import print_sources
+from alst_jax.flag_checks import accumulation
 from alst_jax.hardware.machines import Cluster, parse_cluster
 from alst_jax.models.block import abstract_params
 from alst_jax.models.config import ModelConfig
@@ -57,7 +58,7 @@ def subject(config: TrainConfig) -> tuple[ModelSource, Planner, Job]:
         print(f"attention {profile.attention}: {attention_kernel(config, dtype, source.config).why}", file=sys.stderr)
     seq_len = ANY_LENGTH if config.find_max_seq_len else check_seq_len(config, source.config)
     job = Job(source.config, profile, dp * config.batch_size, padded_length(seq_len, sp, profile), dp, sp,
-              config.grad_accum, config.optimizer_states, config.master_weights, freeze=config.freeze)
+              accumulation(config, dp), config.optimizer_states, config.master_weights, freeze=config.freeze)
     if config.plan_only and config.pack and config.pack_attention == "documents":
         job = of_short_documents(job)
     cluster = with_room(cluster, job)
@@ -184,7 +185,7 @@ def padded_length(seq_len: int, sp: int, profile: Profile) -> int:
 
 def geometry(config: TrainConfig, job: Job, dtype: jnp.dtype, data: str) -> dict[str, Any]:
     """The settings that a resumed run must share with its checkpoint. data: hash of the sequences."""
-    return {"data": data, "seed": config.seed, "rows": job.rows, "grad_accum": config.grad_accum,
+    return {"data": data, "seed": config.seed, "samples_per_step": job.rows * job.grad_accum,
             "seq_len": config.seq_len, "dtype": str(dtype), "optimizer_states": job.states,
             "master_weights": job.master, "freeze": config.freeze}
 
@@ -256,7 +257,7 @@ def announce(
     print_sources(stats.sources)
     print_sources(stats.held_out, "eval")
     start = f", resumed at step {done}" if done else ""
-    a_step = dp * config.batch_size * config.grad_accum
+    a_step = job.rows * job.grad_accum
     for report in stats.sources if stats.sources and stats.sources[0].weight is not None else ():
         times = steps * a_step * report.weight / report.sequences
         print(f"weight  {report.weight:.3g} of the sequences from {report.name}: each {times:.1f} times")

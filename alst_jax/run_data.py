@@ -146,7 +146,7 @@ def read_data(config: TrainConfig, source: ModelSource, job: Job) -> tuple[Data,
     sequences, stats = packed(config, sources)
     check_length(stats, config.seq_len, "--data", config.pack)
     stats.packing = packing_of(config, sequences, stats, job)
-    per_step, pad = job.rows * config.grad_accum, pad_token(source.tokenizer)
+    per_step, pad = job.rows * job.grad_accum, pad_token(source.tokenizer)
     mixture = None
     if any(report.weight is not None for report in stats.sources):
         mixture = [(report.sequences, report.weight) for report in stats.sources]
@@ -154,10 +154,10 @@ def read_data(config: TrainConfig, source: ModelSource, job: Job) -> tuple[Data,
         if count < math.ceil(per_step * weight - 1e-9):
             part = f" and its weight {weight:.3g}" if mixture else ""
             raise UserError(f"--data gives {count} sequences, fewer than the {per_step} of one step (--dp x "
-                            f"--batch-size x --grad-accum){part}: the same would be repeated in it. Use more data or "
+                            f"--batch-size x --grad-accum, or --samples-per-step){part}: the same would be repeated in it. Use more data or "
                             "smaller steps")
     training = TrainingBatches(
-        sequences, job.length, job.rows, config.grad_accum, config.seed, pad, mixture, stats.packing)
+        sequences, job.length, job.rows, job.grad_accum, config.seed, pad, mixture, stats.packing)
     evaluation = {}
     # Held-out documents are never read across borders. Kernels that allow `across` may not keep packed documents apart.
     across = config.pack_attention == "across"

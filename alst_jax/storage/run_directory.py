@@ -178,9 +178,13 @@ def check_same_model(saved: ModelConfig, now: ModelConfig) -> None:
 def check_geometry(saved: dict[str, Any], now: dict[str, Any]) -> None:
     """UserError unless a resumed run sees the same data in the same order and trains the same parameters.
 
-    Checkpoints written before a flag existed lack it, which counts as None.
+    Checkpoints written before a flag existed lack it, which counts as None. Older ones have the two factors of
+    `samples_per_step`: "rows" and "grad_accum".
     """
-    meaning = {"data": "--data", "rows": "--dp x --batch-size", "grad_accum": "--grad-accum"}
+    if "rows" in saved and "grad_accum" in saved:
+        saved = saved | {"samples_per_step": saved["rows"] * saved["grad_accum"]}
+    meaning = {"data": "--data",
+               "samples_per_step": "--dp x --batch-size x --grad-accum, or --samples-per-step, the sequences of a step"}
     changed = [f"{meaning.get(name, flag(name))} ({saved.get(name)} -> {now[name]})" for name in now
                if saved.get(name) != now[name]]
     if changed:
