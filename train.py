@@ -125,7 +125,7 @@ def run(config: TrainConfig) -> int:
         environment.return_freed_memory()
         make_host_pool(choice.plan)
     checkpoints, state = setup.begin(config, source, step, data, geometry)
-    setup.announce(config, source, step, job, stats, steps, state.step)
+    setup.announce(config, source, step, job, stats, steps, state.step, data)
 
     # --------------------------------------------------------------------------------------------------------- the loop
     log = MetricsLog(out, state.step)

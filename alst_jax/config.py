@@ -58,6 +58,9 @@ class TrainConfig(DataFlags):
     """Output directory: checkpoints, metrics.jsonl, TensorBoard, and at the end hf/, a Hugging Face directory."""
     seq_len: _Length | None = None
     """Tokens per sequence: 32768, 32k (x1000) or 32Ki (x1024)."""
+    lengths: tuple[_Length, ...] = ()
+    """Lengths of sequences, as in 32k 128k; the longest is --seq-len. Each batch has the smallest that holds its sequences.
+    One program is compiled a length."""
 
     dp: int | None = None
     """Data-parallel replicas. Default: all devices divided by --sp."""
@@ -176,6 +179,10 @@ class TrainConfig(DataFlags):
     """Write OUT/hf at the end, which transformers loads."""
     typed: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
     """Which of MEMORY_FIELDS were typed: `--memory auto` leaves them as they are."""
+
+    def __post_init__(self):
+        if self.lengths and self.seq_len is None:
+            self.seq_len = max(self.lengths)
 
     @property
     def devices(self) -> int | None:

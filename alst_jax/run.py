@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import pathlib
 import re
 import sys
@@ -23,13 +22,13 @@ from alst_jax.models.config import ModelConfig
 from alst_jax.models.hf_config import record_dtype
 from alst_jax.models.hf_weights import save_params
 from alst_jax.models.tree import dotted
-from alst_jax.ops.attention import KERNELS, find_kernel, refusal
+from alst_jax.ops.attention import KERNELS, refusal
 from alst_jax.ops.attention.devices import Chosen, Gpu, choose_kernel
 from alst_jax.ops.rope import MAX_POSITION
 from alst_jax.optim.adamw import AdamW
 from alst_jax.parallel.mesh import choose_degrees, make_mesh
 from alst_jax.planning.compiled import absent_devices
-from alst_jax.planning.job import Job
+from alst_jax.planning.job import Job, padded_length
 from alst_jax.planning.planner import ANY_LENGTH, Planner, target
 from alst_jax.planning.process import with_room
 from alst_jax.profile import Profile
@@ -174,12 +173,6 @@ def check_seq_len(config: TrainConfig, model: ModelConfig) -> int:
     return config.seq_len
 
 
-def padded_length(seq_len: int, sp: int, profile: Profile) -> int:
-    """seq_len, rounded up to what the mesh and the attention kernel divide; the rest is padding without labels."""
-    multiple = math.lcm(sp, find_kernel(profile.attention).multiple)
-    return -(-seq_len // multiple) * multiple
-
-
 # ---------------------------------------------------------------------------------------------------------------- state
 
 
@@ -208,9 +201,13 @@ def begin(
     loop = checkpoints.restore_loop(at)
     run_directory.check_same_model(run_directory.saved_model(out), source.config)
     run_directory.check_geometry(loop["geometry"], settings)
+    if config.add_data and config.steps is not None and config.steps <= loop["step"]:
+        raise UserError(f"--add-data: the {config.steps} steps of the run are done, so that it would learn nothing of them; "
+                        "name more with --steps")
     trained, frozen = step.split(checkpoints.restore_params(at, step.params))
     optimizer = checkpoints.restore_optimizer(at, step.optimizer_state)
     data.training.set_state(loop["data"])
+    run_directory.record_added(out, data.added)
     return checkpoints, TrainState(trained, frozen, optimizer, loop["step"])
 
 
@@ -227,7 +224,7 @@ def export(out: pathlib.Path, source: ModelSource, params: Any, dtype: jnp.dtype
 
 
 def announce(
-    config: TrainConfig, source: ModelSource, step: TrainStep, job: Job, stats: Stats, steps: int, done: int
+    config: TrainConfig, source: ModelSource, step: TrainStep, job: Job, stats: Stats, steps: int, done: int, data: Data
 ) -> None:
     """Print the model, mesh, memory features, data and steps of a run. done: steps before it was resumed."""
     dp, sp = step.mesh.devices.shape
@@ -252,10 +249,14 @@ def announce(
         print(f"frozen  {count / 1e6:,.1f}M parameters match --freeze {config.freeze}")
     padded = f", padded to {job.length}" if job.length != config.seq_len else ""
     print(f"data    {stats.summary(config.seq_len)}{padded}")
+    if stats.lengths is not None:
+        print(f"lengths {stats.lengths}")
     if stats.fullness is not None:
         print(f"packs   {stats.fullness.summary()}")
     print_sources(stats.sources)
     print_sources(stats.held_out, "eval")
+    for addition in data.added:
+        print(f"added   after step {addition['step']}: {', '.join(addition['data'])}")
     start = f", resumed at step {done}" if done else ""
     a_step = job.rows * job.grad_accum
     for report in stats.sources if stats.sources and stats.sources[0].weight is not None else ():

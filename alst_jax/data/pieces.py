@@ -7,6 +7,7 @@ The tokens of all documents lie one behind the other in one array: in memory, or
 import collections.abc
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -79,9 +80,9 @@ class Pieces(collections.abc.Sequence):
 
 
 class Joined(collections.abc.Sequence):
-    """The sequences of several sources, one source behind the other."""
+    """The sequences of several sources, one source behind the other. parts: Pieces, or packs of them."""
 
-    def __init__(self, parts: list[Pieces]):
+    def __init__(self, parts: list[Any]):
         self.parts = parts
         self._ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
 

@@ -1,5 +1,7 @@
 # pytest tests/cli/test_steps_cli.py
-"""Which sequences a step takes, on any mesh: --samples-per-step."""
+"""Which sequences a step takes: --samples-per-step on any mesh, --lengths, --add-data."""
+
+import json
 
 import pytest
 
@@ -51,3 +53,51 @@ def test_batches_of_a_step():
 def test_numbers_that_cannot_be_met_are_refused(flags, message):
     with pytest.raises(UserError, match=message):
         accumulation(TrainConfig(**flags), 2)
+
+
+def test_lengths_change_the_padding_and_nothing_else(model, tmp_path, capfd):
+    """Two sequences a step, in batches of one: loss and gradient as in the longest length alone; one program a length."""
+    data = write_jsonl(tmp_path / "mixed.jsonl", ["x" * n for n in (100, 9, 30, 90, 12, 40)])
+    flags = ("--model", model, "--data", data, "--schedule", "constant", "--learning-rate", 1e-3, "--no-export", "--dp", 1,
+             "--sp", 2, "--samples-per-step", 2, "--eval-data", data)
+    one, several = tmp_path / "one", tmp_path / "several"
+    assert run_here(*flags, "--seq-len", 128, "--steps", 6, "--out", one) == 0
+    assert run_here(*flags, "--lengths", 32, 128, "--steps", 3, "--out", several) == 0
+    assert "lengths 3 of 32, 3 of 128 tokens: 40" in capfd.readouterr().out  # 289 tokens with their ends, in 480
+    assert run_here("--resume", "--out", several, "--dp", 2, "--sp", 2, "--steps", 6) == 0
+    wanted, lines = metrics(one), metrics(several)
+    for name in ("loss", "grad_norm"):
+        assert [line[name] for line in lines] == pytest.approx([line[name] for line in wanted], rel=1e-5)
+    assert lines[-1]["eval_loss"] == pytest.approx(wanted[-1]["eval_loss"], rel=1e-5)
+    assert sum(line["tokens"] for line in lines[:3]) == 480 < sum(line["tokens"] for line in wanted[:3]) == 6 * 128
+    compiled = [line["compilations"] for line in lines[:3]]
+    both = next(i for i in range(3) if {32, 128} <= seen_until(lines, i))
+    assert compiled[0] > 0 and not any(compiled[both + 1 :])
+    assert run_here("--resume", "--out", several, "--seq-len", 64, "--steps", 7) == 2
+
+
+def seen_until(lines, last):
+    """The lengths of the first steps of two sequences."""
+    return set().union(*({64: {32}, 160: {32, 128}, 256: {128}}[line["tokens"]] for line in lines[: last + 1]))
+
+
+def test_added_data_are_learned_from_then_on(flags, tmp_path, capfd):
+    """And in later resumes, without the flag. Other data, the same data twice and no steps left are refused."""
+    more = write_jsonl(tmp_path / "more.jsonl", [f"added {i} " * 12 for i in range(9)])
+    mesh, out = ("--dp", 2, "--sp", 2, "--samples-per-step", 4), tmp_path / "run"
+    assert run_here(*flags, *mesh, "--steps", 2, "--out", out) == 0
+    resume = ("--resume", "--out", out)
+    assert run_here(*resume, "--add-data", more) == 2
+    assert "--add-data: the 2 steps of the run are done" in capfd.readouterr().err
+    assert "added" not in json.loads((out / "run.json").read_text())
+    assert run_here(*resume, "--add-data", more, "--steps", 3) == 0
+    assert f"added   after step 2: {more}" in capfd.readouterr().out
+    (added,) = json.loads((out / "run.json").read_text())["added"]
+    assert (added["data"], added["step"]) == ([str(more)], 2)
+    assert run_here(*resume, "--add-data", more, "--steps", 4) == 2
+    assert "the run has these data since step 2" in capfd.readouterr().err
+    assert run_here(*resume, "--steps", 4) == 0 and metrics(out)[-1]["step"] == 4
+    assert f"added   after step 2: {more}" in capfd.readouterr().out
+    more.write_text('{"text": "other data"}\n' * 9)
+    assert run_here(*resume, "--steps", 5) == 2
+    assert "the data that were added at step 2 have changed since then" in capfd.readouterr().err
