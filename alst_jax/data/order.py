@@ -91,7 +91,7 @@ class Extended:
     def __len__(self) -> int:
         return ENDLESS // 2
 
-    def __getitem__(self, position: int) -> Sequence:
+    def __getitem__(self, position: int) -> Any:
         """The sequence at a position."""
         stage = next(stage for stage in reversed(self._stages) if stage.start <= position)
         return self._sequences[stage.index(int(position) - stage.start)]
