@@ -80,10 +80,16 @@ def show_samples(config: TrainConfig) -> None:
     print_samples(sources, tokenizer, labels_of(config), config.show_samples, config.skip_bad_records)
 
 
-def read_sequences(config: TrainConfig, source: ModelSource, flag: str, paths: tuple[str, ...]) -> BySource:
-    """The documents of each source of --data, --add-data or --eval-data (`flag`), tokenised and cut; by the names of the
-    sources."""
-    held_out = flag == "--eval-data"
+def read_sequences(
+    config: TrainConfig, source: ModelSource, held_out: bool = False, added: tuple[str, ...] = ()
+) -> BySource:
+    """The documents of each training (or --eval-data) source, tokenised and cut; by the names of the sources.
+
+    added: paths of --add-data, which are read instead of --data.
+    """
+    flag, paths = ("--eval-data", config.eval_data) if held_out else ("--data", config.data)
+    if added:
+        flag, paths = "--add-data", added
     cutting = Cutting(source.tokenizer, config.seq_len, source.config.vocab_size, labels_of(config),
                       config.skip_bad_records, config.long_documents == "drop")
     return cut_sources(paths, reading_of(config, held_out), flag, cutting, cache_of(config))
@@ -151,11 +157,11 @@ class Part:
     hash: str
 
 
-def read_part(config: TrainConfig, source: ModelSource, flag: str, paths: tuple[str, ...]) -> Part:
-    """The sequences of --data or of --add-data (`flag`)."""
-    sources = read_sequences(config, source, flag, paths)
+def read_part(config: TrainConfig, source: ModelSource, added: tuple[str, ...] = ()) -> Part:
+    """The sequences of --data, or those of --add-data: `added`."""
+    sources = read_sequences(config, source, added=added)
     sequences, stats = packed(config, sources)
-    check_length(stats, config.seq_len, flag, config.pack)
+    check_length(stats, config.seq_len, "--add-data" if added else "--data", config.pack)
     mixture = None
     if any(report.weight is not None for report in stats.sources):
         mixture = [(report.sequences, report.weight) for report in stats.sources]
@@ -168,7 +174,7 @@ def read_data(config: TrainConfig, source: ModelSource, job: Job) -> tuple[Data,
 
     UserError if one step would meet the same sequence twice.
     """
-    part, pad = read_part(config, source, "--data", config.data), pad_token(source.tokenizer)
+    part, pad = read_part(config, source), pad_token(source.tokenizer)
     per_step = job.rows * job.grad_accum
     for count, weight in part.mixture or [(len(part.sequences), 1.0)]:
         if count < math.ceil(per_step * weight - 1e-9):
@@ -186,7 +192,7 @@ def read_data(config: TrainConfig, source: ModelSource, job: Job) -> tuple[Data,
     across = config.pack_attention == "across"
     alone = dataclasses.replace(config, pack=False, pack_attention="documents") if across else config
     if config.eval_data or config.model is None and not config.data:
-        for name, (held_out, of_source) in read_sequences(config, source, "--eval-data", config.eval_data).items():
+        for name, (held_out, of_source) in read_sequences(config, source, held_out=True).items():
             check_targets(of_source, f"--eval-data {name}")
             stats.held_out += of_source.sources
             held_out, counts = packed(alone, {name: (held_out, of_source)})
@@ -204,7 +210,7 @@ def extended(
     if not added:
         return first.sequences, stats, first.mixture, ()
     for addition in added:
-        part = read_part(config, source, "--add-data", tuple(addition["data"]))
+        part = read_part(config, source, tuple(addition["data"]))
         if addition.setdefault("hash", part.hash) != part.hash:
             raise UserError(f"--resume: the data that were added at step {addition['step']} have changed since then "
                             f"({', '.join(addition['data'])}); set them back, or start a new run with --model on this run's "
@@ -230,11 +236,12 @@ def additions(config: TrainConfig) -> list[dict[str, Any]]:
     added = [dict(addition) for addition in run_directory.read_run_file(out).get("added", ())]
     if not config.add_data:
         return added
-    step, here = run_directory.find_checkpoint(out)[1], {pathlib.Path(path).absolute() for path in config.add_data}
+    paths_of = lambda given: {pathlib.Path(source.path).resolve() for source in parse_sources(given, "--add-data")}
     for when, paths in [("the beginning", config.data), *((f"step {old['step']}", old["data"]) for old in added)]:
-        if twice := here & {pathlib.Path(path).absolute() for path in paths}:
-            raise UserError(f"--add-data {', '.join(map(str, sorted(twice)))}: the run has these data since {when}, so that "
-                            "they would be met twice as often; leave them out")
+        if twice := paths_of(config.add_data) & paths_of(paths):
+            raise UserError(f"--add-data {', '.join(map(str, sorted(twice)))}: the run has these data since {when}, so "
+                            "that they would be met twice as often; leave them out")
+    step = run_directory.find_checkpoint(out)[1]
     return [*added, {"data": [str(path) for path in config.add_data], "step": step}]
 
 
