@@ -13,14 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from alst_jax.config import TrainConfig, UserError
+from alst_jax.config import DEFAULT_LEARNING_RATE, TrainConfig, UserError
 from alst_jax.data.batches import Arrays, TrainingBatches
 from alst_jax.hardware.environment import peak_flops
 from alst_jax.metrics import MetricsLog, ProgressDisplay, compilations, peak_memory
 from alst_jax.models.tree import dotted, is_stacked, names
 from alst_jax.step import TrainStep, count_labels
-
-DEFAULT_LEARNING_RATE = 1e-5
 
 
 @dataclasses.dataclass

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from alst_jax.config import TrainConfig, UserError
-from alst_jax.flag_checks import accumulation
+from alst_jax.run import accumulation
 from tests.cli.test_train_cli import make_hf, metrics, run_here, write_jsonl
 
 
