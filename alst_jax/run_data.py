@@ -149,7 +149,7 @@ def with_packs(job: Job, stats: Stats) -> Job:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Training sequences that a run has from one time on: those it began with, or an addition. hash: of the sequences."""
+    """Training sequences that a run has from one time on: the first ones, or an addition. hash: of the sequences."""
 
     sequences: Any
     stats: Stats
@@ -213,23 +213,23 @@ def extended(
         part = read_part(config, source, tuple(addition["data"]))
         if addition.setdefault("hash", part.hash) != part.hash:
             raise UserError(f"--resume: the data that were added at step {addition['step']} have changed since then "
-                            f"({', '.join(addition['data'])}); set them back, or start a new run with --model on this run's "
-                            "directory")
+                            f"({', '.join(addition['data'])}); set them back, or start a new run with --model on this "
+                            "run's directory")
         parts.append(part)
         stats.add(part.stats)
         if stats.fullness is not None:
             stats.fullness = stats.fullness.plus(part.stats.fullness)
     if any(part.mixture for part in parts):
-        raise UserError("--add-data and weights of sources (PATH:0.3): the weights say how often each source is met, and an "
-                        "addition would change them; leave the weights out, or start a new run with --model on this run's "
-                        "directory")
+        raise UserError("--add-data and weights of sources (PATH:0.3): the weights say how often each source is met, and "
+                        "an addition would change them; leave the weights out, or start a new run with --model on this "
+                        "run's directory")
     stages = Stages(tuple(len(part.sequences) for part in parts),
                     (0, *(per_step * addition["step"] for addition in added)))
     return Joined([part.sequences for part in parts]), stats, stages, tuple(added)
 
 
 def additions(config: TrainConfig) -> list[dict[str, Any]]:
-    """Each addition to the data of the run in --out, the new one of --add-data last: its paths and the step before it."""
+    """Each addition to the data of the run in --out, the one of --add-data last: its paths and the step before it."""
     if not config.resume:
         return []
     out = pathlib.Path(config.out)

@@ -46,8 +46,8 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """The batches of a run. evaluation: for each held-out source, by name, what makes an iterator over its batches. added:
-    what --add-data added to the run, as run_directory.record_added stores it."""
+    """The batches of a run. evaluation: for each held-out source, by name, what makes an iterator over its batches.
+    added: what --add-data added to the run, as run_directory.record_added stores it."""
 
     training: TrainingBatches
     evaluation: dict[str, Callable[[], Iterable[Arrays]]] = dataclasses.field(default_factory=dict)
@@ -102,8 +102,8 @@ def learning_rate_schedule(config: TrainConfig, steps: int, peak: float) -> Call
 def optimizer_step(
     step: TrainStep, state: TrainState, batches: Arrays | list[Arrays], learning_rate: float
 ) -> tuple[TrainState, dict[str, float]]:
-    """One step over `batches`: int32 arrays [accumulation, B, S], or a list of batches [B, S], each with its own S. The loss
-    is the mean over all their valid labels.
+    """One step over `batches`: int32 arrays [accumulation, B, S], or a list of batches [B, S], each with its own S. The
+    loss is the mean over all their valid labels.
 
     Raises NotFinite, with the state to go on from, if the loss or the norm of the gradient is not finite: `state`
     itself, or, where the profile updates in the backward pass and the buffers of `state` are gone, the new state (None
@@ -270,8 +270,8 @@ def _not_finite(step: TrainStep, done: int, problem: NotFinite, saved: int) -> s
 def _speed(
     step: TrainStep, batches: list[Arrays], padding: list[np.ndarray | None], seconds: float
 ) -> dict[str, Any]:
-    """Throughput over all positions that were computed, padding included. padding: for each batch, of its packed rows; then
-    over the tokens of documents, whose attention stays inside of them."""
+    """Throughput over all positions that were computed, padding included. padding: for each batch, of its packed rows.
+    Then it is over the tokens of documents, whose attention stays inside of them."""
     tokens, flops, packed = 0, 0, {}
     work = lambda lengths, counts: sum(
         n * step.model.flops_per_sequence(length) for length, n in zip(lengths.tolist(), counts.tolist()))

@@ -22,20 +22,20 @@ class TrainingBatches:
     Yields {"tokens", "labels", "positions"}, int32[grad_accum, rows, padded_len]; what is beyond a document's end is
     padding: pad token, label IGNORED. `get_state` / `set_state` save and restore the position exactly.
 
-    lengths: padded_len, or several, ascending. Then it yields a list of grad_accum batches {...}, int32[rows, length]: the
-    sequences of the step, the longest first, and each batch in the smallest length that holds its sequences. A step takes
-    the same sequences as with the last length alone.
+    lengths: padded_len, or several, ascending. Then it yields a list of grad_accum batches {...}, int32[rows, length]:
+    the sequences of the step, the longest first. Each batch has the smallest length that holds its sequences. A step
+    takes the same sequences as with the last length alone.
 
     order: see order.ordered.
 
     packing: for packed sequences, (data-parallel replicas, documents of a replica at most). Then there are also
-    "documents", int32[grad_accum, replicas, documents + 1] (see stack/batch.py), and "padding", int32[grad_accum, rows],
-    the tokens of padding in each row.
+    "documents", int32[grad_accum, replicas, documents + 1] (see stack/batch.py), and "padding", int32[grad_accum,
+    rows], the tokens of padding in each row.
     """
 
     def __init__(
-        self, sequences: Sequences, lengths: int | tuple[int, ...], rows: int, grad_accum: int, seed: int, pad_token: int,
-        order: list[tuple[int, float]] | Stages | None = None, packing: tuple[int, int] | None = None,
+        self, sequences: Sequences, lengths: int | tuple[int, ...], rows: int, grad_accum: int, seed: int,
+        pad_token: int, order: list[tuple[int, float]] | Stages | None = None, packing: tuple[int, int] | None = None,
     ):
         import grain
 
@@ -58,7 +58,9 @@ class TrainingBatches:
             rows = np.argsort(-arrays["size"], kind="stable")
         parts = [_fitted({name: array[chosen] for name, array in arrays.items()}, self._lengths, self._packing)
                  for chosen in rows.reshape(self._shape)]
-        return parts if len(self._lengths) > 1 else {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+        if len(self._lengths) > 1:
+            return parts
+        return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
 
     def get_state(self) -> dict[str, Any]:
         """The position, JSON-serialisable."""
@@ -81,7 +83,8 @@ def _fitted(arrays: Arrays, lengths: tuple[int, ...], packing: tuple[int, int] |
 
 
 def evaluation_batches(
-    sequences: Sequences, lengths: int | tuple[int, ...], rows: int, pad_token: int, packing: tuple[int, int] | None = None
+    sequences: Sequences, lengths: int | tuple[int, ...], rows: int, pad_token: int,
+    packing: tuple[int, int] | None = None,
 ) -> Iterator[Arrays]:
     """Every sequence once, in order: int32[rows, length]; the last batch is filled up with rows without labels.
 

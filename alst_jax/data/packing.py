@@ -151,13 +151,13 @@ class Fullness:
 
     def summary(self) -> str:
         """One line, and the lengths of the documents as bars: one a doubling."""
-        line = (f"{self.lengths.size:,} documents in {self.packs:,} packs of {self.capacity:,}, {self.part:.1%} full; at "
-                f"most {self.counts.max():,} in a pack")
+        line = (f"{self.lengths.size:,} documents in {self.packs:,} packs of {self.capacity:,}, {self.part:.1%} full; "
+                f"at most {self.counts.max():,} in a pack")
         edges = [0] + [2**i for i in range(4, int(self.capacity).bit_length())] + [self.capacity + 1]
         tokens = np.histogram(self.lengths, edges, weights=self.lengths)[0]
         counts = np.histogram(self.lengths, edges)[0]
-        bars = [f"  {low:>9,} {'#' * max(1, round(40 * n / tokens.max())):40} {count:,} documents, {n / tokens.sum():.0%} of "
-                "the tokens" for low, n, count in zip(edges, tokens, counts) if count]
+        bars = [f"  {low:>9,} {'#' * max(1, round(40 * n / tokens.max())):40} {count:,} documents, "
+                f"{n / tokens.sum():.0%} of the tokens" for low, n, count in zip(edges, tokens, counts) if count]
         return "\n".join([line, *bars])
 
 

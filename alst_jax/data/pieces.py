@@ -15,7 +15,7 @@ from alst_jax.config import IGNORED
 
 FLAGS_AT_ONCE = 1 << 20  # learned flags that are summed at a time: 8 MiB of sums
 RELEASE_AFTER = 1 << 26  # bytes of memory-mapped files that are read before their pages are released
-NEIGHBOURS = 1 << 22  # bytes around a piece that Linux (6.18) maps with it, at most: a large folio of 2 MiB in each of two files
+NEIGHBOURS = 1 << 22  # bytes around a piece that Linux (6.18) maps with it, at most: 2 MiB (a folio) in each of two files
 
 
 @dataclasses.dataclass(frozen=True)
