@@ -116,7 +116,7 @@ def run(config: TrainConfig) -> int:
 
     # ----------------------------------------------------------------------------------------------- on what: the data
     data, stats, fingerprint = read or run_data.read_data(config, source, job)
-    steps = config.steps or max(1, stats.sequences // (job.rows * config.grad_accum))
+    steps = config.steps or max(1, stats.sequences // (job.rows * job.grad_accum))
 
     # ------------------------------------------------------------------------------- from where: resume, load or draw
     geometry = setup.geometry(config, job, setup.choose_dtype(config), fingerprint)
@@ -124,7 +124,7 @@ def run(config: TrainConfig) -> int:
         environment.return_freed_memory()
         make_host_pool(choice.plan)
     checkpoints, state = setup.begin(config, source, step, data, geometry)
-    setup.announce(config, source, step, job, stats, steps, state.step)
+    setup.announce(config, source, step, job, stats, steps, state.step, data)
 
     # --------------------------------------------------------------------------------------------------------- the loop
     log = MetricsLog(out, state.step)

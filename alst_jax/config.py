@@ -33,6 +33,9 @@ class ModelFlags:
     """Output directory: checkpoints, metrics.jsonl, TensorBoard, and at the end hf/, a Hugging Face directory."""
     seq_len: Annotated[Length | None, default("none; without --model 2048")] = None
     """Tokens per sequence: 32768, 32k (x1000) or 32Ki (x1024)."""
+    lengths: Annotated[tuple[Length, ...], default("--seq-len alone")] = ()
+    """Lengths of sequences, as in 32k 128k; the longest is --seq-len. Each batch has the smallest that holds its
+    sequences. One program is compiled a length."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +60,9 @@ class TrainingFlags:
     """Sequences each data-parallel replica holds at a time."""
     grad_accum: Annotated[int, AtLeast(1)] = 1
     """Batches whose gradients are summed for one optimizer step."""
+    samples_per_step: Annotated[int | None, AtLeast(1), default("dp x --batch-size x --grad-accum")] = None
+    """Sequences of one optimizer step on all devices, instead of --grad-accum, which becomes N / (dp x --batch-size).
+    ALST's loader takes dp x sp x accumulation."""
     seed: Annotated[int, AtLeast(0)] = 0
     """Order of the data and random initial weights."""
 
@@ -152,6 +158,10 @@ class TrainConfig(PlanFlags, SavingFlags, NumberFlags, MemoryFlags, TrainingFlag
 
     typed: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
     """Which of the flags that --memory auto chooses were typed: it leaves them as they are."""
+
+    def __post_init__(self):
+        if self.lengths and self.seq_len is None:
+            object.__setattr__(self, "seq_len", max(self.lengths))  # of a frozen dataclass
 
     @property
     def devices(self) -> int | None:

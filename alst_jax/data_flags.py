@@ -18,6 +18,8 @@ class DataFlags:
     data: Annotated[tuple[str, ...], default("without --model the Python language reference")] = ()
     """JSONL, JSON, CSV, TSV, Parquet, Arrow or text files, compressed or not, directories of them, and names of data
     sets on the hub. `a.jsonl:0.3 b/:0.7`: the part of the sequences that comes from each."""
+    add_data: Annotated[tuple[str, ...], default("none")] = ()
+    """With --resume: files or directories as in --data, which the run learns from now on too, and in later resumes."""
     split: Annotated[str | None, default("train")] = None
     """The split to read in directories with splits."""
     include: Annotated[tuple[str, ...], default("all that are read")] = ()
@@ -72,6 +74,8 @@ def data_mistakes(config: Any) -> Iterator[tuple[Any, str]]:
            f"--eval-split {config.eval_split} says how --eval-data is read; name files with --eval-data")
     yield (config.eval_every is not None and not config.eval_data,
            "--eval-every needs --eval-data, the file to evaluate on")
+    yield (config.add_data and not config.resume,
+           "--add-data adds to the data of a run that is resumed: use --data, or name the run with --resume --out")
     yield (config.pack_attention == "across" and not config.pack,
            "--pack-attention across says what attention reads in a pack; it needs --pack")
     yield config.data_cache == "", "--data-cache '': name a directory, or `off`"

@@ -44,6 +44,11 @@ def _mistakes(config: TrainConfig) -> Iterator[tuple[Any, str]]:
     yield (config.steps is not None and config.warmup_steps is not None and config.warmup_steps > config.steps,
            f"--warmup-steps {config.warmup_steps} is more than --steps {config.steps}")
     yield from data_mistakes(config)
+    yield (config.find_max_seq_len and config.lengths,
+           "--find-max-seq-len with --lengths: memory is that of the longest; leave --lengths out")
+    yield (config.lengths and config.seq_len != max(config.lengths, default=None),
+           f"--lengths {' '.join(map(str, config.lengths))}: the longest of them is the length of a sequence, and --seq-len "
+           f"says {config.seq_len}; leave --seq-len out, or add it to --lengths")
     yield (config.find_max_seq_len and config.pack,
            "--find-max-seq-len with --pack: packed documents need the memory of one as long; leave --pack out")
     yield (config.random_weights and config.model is None and not config.resume,

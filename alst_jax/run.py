@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import pathlib
 import re
 import sys
@@ -22,13 +21,13 @@ from alst_jax.models.config import ModelConfig
 from alst_jax.models.hf_config import record_dtype
 from alst_jax.models.hf_weights import save_params
 from alst_jax.models.tree import dotted
-from alst_jax.ops.attention import KERNELS, find_kernel, refusal
+from alst_jax.ops.attention import KERNELS, refusal
 from alst_jax.ops.attention.devices import Chosen, Gpu, choose_kernel
 from alst_jax.ops.rope import MAX_POSITION
 from alst_jax.optim.adamw import AdamW
 from alst_jax.parallel.mesh import choose_degrees, make_mesh
 from alst_jax.planning.compiled import absent_devices
-from alst_jax.planning.job import Job
+from alst_jax.planning.job import Job, padded_length
 from alst_jax.planning.planner import ANY_LENGTH, Planner, target
 from alst_jax.planning.process import with_room
 from alst_jax.profile import Profile
@@ -57,7 +56,7 @@ def subject(config: TrainConfig) -> tuple[ModelSource, Planner, Job]:
         print(f"attention {profile.attention}: {attention_kernel(config, dtype, source.config).why}", file=sys.stderr)
     seq_len = ANY_LENGTH if config.find_max_seq_len else check_seq_len(config, source.config)
     job = Job(source.config, profile, dp * config.batch_size, padded_length(seq_len, sp, profile), dp, sp,
-              config.grad_accum, config.optimizer_states, config.master_weights, freeze=config.freeze)
+              accumulation(config, dp), config.optimizer_states, config.master_weights, freeze=config.freeze)
     if config.plan_only and config.pack and config.pack_attention == "documents":
         job = of_short_documents(job)
     cluster = with_room(cluster, job)
@@ -148,6 +147,27 @@ def gpu_of(config: TrainConfig) -> Gpu | None:
 # --------------------------------------------------------------------------------------------------------------- length
 
 
+def accumulation(config: TrainConfig, dp: int) -> int:
+    """Batches of one optimizer step: those of --grad-accum, or those that --samples-per-step needs on `dp` replicas."""
+    samples, at_once = config.samples_per_step, dp * config.batch_size
+    if samples is None:
+        return config.grad_accum
+    given = f"--samples-per-step {samples}"
+    if samples % at_once:
+        near = max(1, samples // at_once) * at_once
+        raise UserError(f"{given}: dp {dp} x --batch-size {config.batch_size} = {at_once} sequences are worked on at "
+                        f"a time, and must divide it; use {near}, {near + at_once} or another multiple, or change --dp "
+                        "or --batch-size")
+    batches = samples // at_once
+    if config.grad_accum not in (1, batches):
+        raise UserError(f"{given} is {batches} batches of dp {dp} x --batch-size {config.batch_size}, and --grad-accum "
+                        f"{config.grad_accum} says another number; leave one of them out (on --resume: --grad-accum 1)")
+    if config.update_in_backward and batches != 1:
+        raise UserError(f"{given} is {batches} batches, and --update-in-backward cannot sum the gradients of several; "
+                        f"use --samples-per-step {at_once}, or leave --update-in-backward out")
+    return batches
+
+
 def check_seq_len(config: TrainConfig, model: ModelConfig) -> int:
     """--seq-len, with a warning where the model was not made for it."""
     if config.seq_len is not None and config.seq_len > MAX_POSITION:
@@ -165,18 +185,12 @@ def check_seq_len(config: TrainConfig, model: ModelConfig) -> int:
     return config.seq_len
 
 
-def padded_length(seq_len: int, sp: int, profile: Profile) -> int:
-    """seq_len, rounded up to what the mesh and the attention kernel divide; the rest is padding without labels."""
-    multiple = math.lcm(sp, find_kernel(profile.attention).multiple)
-    return -(-seq_len // multiple) * multiple
-
-
 # ---------------------------------------------------------------------------------------------------------------- state
 
 
 def geometry(config: TrainConfig, job: Job, dtype: jnp.dtype, data: str) -> dict[str, Any]:
     """The settings that a resumed run must share with its checkpoint. data: hash of the sequences."""
-    return {"data": data, "seed": config.seed, "rows": job.rows, "grad_accum": config.grad_accum,
+    return {"data": data, "seed": config.seed, "samples_per_step": job.rows * job.grad_accum,
             "seq_len": config.seq_len, "dtype": str(dtype), "optimizer_states": job.states,
             "master_weights": job.master, "freeze": config.freeze}
 
@@ -199,9 +213,13 @@ def begin(
     loop = checkpoints.restore_loop(at)
     run_directory.check_same_model(run_directory.saved_model(out), source.config)
     run_directory.check_geometry(loop["geometry"], settings)
+    if config.add_data and config.steps is not None and config.steps <= loop["step"]:
+        raise UserError(f"--add-data: the {config.steps} steps of the run are done, so that it would learn nothing of them; "
+                        "name more with --steps")
     trained, frozen = step.split(checkpoints.restore_params(at, step.params))
     optimizer = checkpoints.restore_optimizer(at, step.optimizer_state)
     data.training.set_state(loop["data"])
+    run_directory.record_added(out, data.added)
     return checkpoints, TrainState(trained, frozen, optimizer, loop["step"])
 
 
@@ -218,7 +236,7 @@ def export(out: pathlib.Path, source: ModelSource, params: Any, dtype: jnp.dtype
 
 
 def announce(
-    config: TrainConfig, source: ModelSource, step: TrainStep, job: Job, stats: Stats, steps: int, done: int
+    config: TrainConfig, source: ModelSource, step: TrainStep, job: Job, stats: Stats, steps: int, done: int, data: Data
 ) -> None:
     """Print the model, mesh, memory features, data and steps of a run. done: steps before it was resumed."""
     dp, sp = step.mesh.devices.shape
@@ -234,12 +252,16 @@ def announce(
         print(f"frozen  {count / 1e6:,.1f}M parameters match --freeze {config.freeze}")
     padded = f", padded to {job.length}" if job.length != config.seq_len else ""
     print(f"data    {stats.summary(config.seq_len)}{padded}")
+    if stats.lengths is not None:
+        print(f"lengths {stats.lengths}")
     if stats.fullness is not None:
         print(f"packs   {stats.fullness.summary()}")
     print_sources(stats.sources)
     print_sources(stats.held_out, "eval")
+    for addition in data.added:
+        print(f"added   after step {addition['step']}: {', '.join(addition['data'])}")
     start = f", resumed at step {done}" if done else ""
-    a_step = dp * config.batch_size * config.grad_accum
+    a_step = job.rows * job.grad_accum
     for report in stats.sources if stats.sources and stats.sources[0].weight is not None else ():
         times = steps * a_step * report.weight / report.sequences
         print(f"weight  {report.weight:.3g} of the sequences from {report.name}: each {times:.1f} times")

@@ -44,7 +44,7 @@ def another(kind, value):
         other = next(choice for choice in typing.get_args(kind) if choice != value)
         return [other], other
     if typing.get_origin(kind) is tuple:
-        part = typing.get_args(kind)[0]
+        part = getattr(part := typing.get_args(kind)[0], "__origin__", part)
         return (["5", "7"], (5, 7)) if part is int else (["x", "y"], ("x", "y"))
     return {int: (["11"], 11), float: (["0.625"], 0.625), str: (["word"], "word")}[kind]
 
