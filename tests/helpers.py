@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alst_jax.config import IGNORED
+from alst_jax.data.packing import offsets_of
 from alst_jax.models.config import ModelConfig
 from alst_jax.models.tree import dotted
 from alst_jax.optim.adamw import AdamW
@@ -42,6 +43,24 @@ def random_batch(model=TINY, rows=4, length=64, seed=0, ignored=0.2) -> dict[str
     labels[:, -1] = IGNORED
     labels = np.where(rng.random((rows, length)) < ignored, IGNORED, labels).astype(np.int32)
     return {"tokens": tokens, "labels": labels, "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1))}
+
+
+def packed(rows, length, dp):
+    """(batch with the documents packed, batch of one document a row)."""
+    rng = np.random.default_rng(0)
+    make = lambda n: (np.zeros((n, length), np.int32), np.full((n, length), IGNORED, np.int32), np.zeros((n, length), np.int32))
+    together, alone, number = make(len(rows)), make(sum(map(len, rows))), 0
+    for row, lengths in enumerate(rows):
+        at = 0
+        for n in lengths:
+            tokens = rng.integers(0, TINY.vocab_size, n + 1)
+            one = tokens[:-1], np.where(rng.random(n) < 0.2, IGNORED, tokens[1:]), np.arange(n)
+            for place, other, values in zip(together, alone, one):
+                place[row, at : at + n] = other[number, :n] = values
+            at, number = at + n, number + 1
+    names = ("tokens", "labels", "positions")
+    documents = offsets_of(rows, length, dp, (max(map(len, rows)) + 1) * len(rows))  # one more a row: its padding
+    return dict(zip(names, together)) | {"documents": documents}, dict(zip(names, alone))
 
 
 def loss_and_grad(step: TrainStep, params, batch):

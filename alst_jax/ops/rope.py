@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-MAX_POSITION = 2**24  # the angles of positions are right to 0.003 radians below this (dynamic: 0.06 at 2**20)
+MAX_POSITION = 2**24  # below this, angles are right to 0.003 radians for the frequencies, which are float32
 STRIDE = 4096  # positions below this meet their frequency in one product, as in transformers
+TURN = 6.28125  # nearly 2 pi, with 8 significant bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +147,7 @@ def rope_tables(
     if rope.rope_type == "longrope":  # two sets of frequencies, of which the length chooses
         coarse = _by_length(rope, tuple(map(_coarse, _longrope(rope, head_dim))), length)
     else:
-        coarse = None if rope.rope_type == "dynamic" else _coarse(frequencies)
+        coarse = (_coarse_of_traced if rope.rope_type == "dynamic" else _coarse)(frequencies)
     cos, sin = _cos_sin(positions[:, :, None, None], frequencies, coarse)
     return cos * factor, sin * factor
 
@@ -156,13 +157,18 @@ def _coarse(frequencies: np.ndarray) -> np.ndarray:
     return np.remainder(STRIDE * frequencies.astype(np.float64), 2 * math.pi).astype(np.float32)
 
 
+def _coarse_of_traced(frequencies: jax.Array) -> jax.Array:
+    """`_coarse` in float32, of frequencies up to 1. Whole turns are taken away in two parts (Cody and Waite): STRIDE is a
+    power of two and TURN has few bits, so that all but the last product is exact."""
+    angles = STRIDE * frequencies
+    turns = jnp.round(angles / (2 * math.pi))
+    return (angles - turns * TURN) - turns * (2 * math.pi - TURN)
+
+
 def _cos_sin(positions, frequencies, coarse):
     """cos and sin of position x frequency. A product in float32 is off by whole radians at millions of tokens, so its
-    multiples of STRIDE positions are turned apart, by `coarse` (None: not known at compile time)."""
+    multiples of STRIDE positions are turned apart, by `coarse`."""
     angle = lambda whole, by: whole.astype(jnp.float32) * jnp.asarray(by)[None, None, None, :]
-    if coarse is None:
-        angles = angle(positions, frequencies)
-        return jnp.cos(angles), jnp.sin(angles)
     fine, far = angle(positions % STRIDE, frequencies), angle(positions // STRIDE, coarse)
     cos, sin, far_cos, far_sin = jnp.cos(fine), jnp.sin(fine), jnp.cos(far), jnp.sin(far)
     return cos * far_cos - sin * far_sin, sin * far_cos + cos * far_sin
