@@ -143,7 +143,8 @@ def test_rope_that_depends_on_the_length_is_that_of_transformers(rope):
 
 
 @pytest.mark.parametrize("rope", [
-    ROPES["legacy theta"], ROPES["legacy linear, key type"], ROPES["legacy llama3"], ROPES["yarn, betas"],
+    ROPES["legacy theta"], ROPES["legacy llama3"], ROPES["yarn, betas"],
+    dict(rope_parameters=dict(rope_type="linear", rope_theta=5e5, factor=3.0)),
     dict(rope_parameters=LENGTHS["dynamic"]), dict(rope_parameters=LENGTHS["longrope"])], ids=str)
 def test_positions_up_to_16_million_in_float64(rope):
     """Angles are right to 0.003 radians. Those of a product in float32, in the last line, are not."""
