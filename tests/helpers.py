@@ -48,7 +48,7 @@ def random_batch(model=TINY, rows=4, length=64, seed=0, ignored=0.2) -> dict[str
 def packed(rows, length, dp):
     """(batch with the documents packed, batch of one document a row)."""
     rng = np.random.default_rng(0)
-    make = lambda n: (np.zeros((n, length), np.int32), np.full((n, length), IGNORED, np.int32), np.zeros((n, length), np.int32))
+    make = lambda n: tuple(np.full((n, length), fill, np.int32) for fill in (0, IGNORED, 0))
     together, alone, number = make(len(rows)), make(sum(map(len, rows))), 0
     for row, lengths in enumerate(rows):
         at = 0

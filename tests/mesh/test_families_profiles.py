@@ -30,6 +30,8 @@ FIELDS = {
     "granite": dict(embedding_multiplier=3.0, attention_multiplier=0.3, residual_multiplier=0.4, logits_scaling=7.0),
     "olmo2": {}, "olmo3": TWO_ROPES,
     "gemma3_text": TWO_ROPES | dict(query_pre_attn_scalar=11, final_logit_softcapping=1.5),
+    "phi3": dict(partial_rotary_factor=0.5, original_max_position_embeddings=32, rope_scaling=dict(
+        type="longrope", short_factor=[1.0, 1.0], long_factor=[1.5, 4.0])),
 }
 EVERYTHING = dict(loss_tile=7, mlp_tile=5, remat=True, offload_activations=True, offload_weights=True, offload_optimizer=True,
                   keep_attention_on_host=1)
@@ -82,9 +84,8 @@ def test_every_feature_changes_nothing(plain, family, profile, documents):
 def test_norms_over_all_heads_in_groups_of_heads_without_the_own_backward_pass(plain, changes):
     """JAX differentiates the mean squares of all heads through each group of heads."""
     model = model_of("olmo2")
-    losses, gradients, _ = train(
-        make_step(model, 1, 2, profile=dataclasses.replace(PLAIN, head_chunks=4, **changes)), packed(ROWS, LENGTH, 1)[0],
-        steps=1)
+    step = make_step(model, 1, 2, profile=dataclasses.replace(PLAIN, head_chunks=4, **changes))
+    losses, gradients, _ = train(step, packed(ROWS, LENGTH, 1)[0], steps=1)
     np.testing.assert_allclose(losses, plain("olmo2")[0][:1], rtol=1e-5)
     assert_trees_close(gradients, plain("olmo2")[1], 1e-4)
 

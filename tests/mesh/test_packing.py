@@ -3,7 +3,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from alst_jax.data.packing import offsets_of
