@@ -30,6 +30,7 @@ from alst_jax.models.weight_files import (
     find_tensors,
     of_model,
     read_tensor,
+    transpose,
     write_file,
 )
 from alst_jax.xla.arrays import load_array
@@ -181,7 +182,11 @@ def read_part(
     index = tuple(slice(*b) for b in (reversed(inner) if is_transposed(path) else inner))
     for row, name in enumerate(leaf_names(path, config)[layers]):
         value = _read(tensors[name], name, index)
-        out[row if is_stacked(path) else ...] = value.T if is_transposed(path) else value
+        place = out[row if is_stacked(path) else ...]
+        if is_transposed(path):
+            transpose(value, place)
+        else:
+            place[...] = value
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -234,7 +239,7 @@ def _tensors_of(leaves, config: ModelConfig) -> Iterator[Unwritten]:
 
 def _tensor(path: tuple, leaf: jax.Array | np.ndarray | Stored, row: int | None) -> np.ndarray:
     value = _fetch(leaf, row)
-    return value.T if is_transposed(path) else value
+    return transpose(value) if is_transposed(path) else value
 
 
 def _fetch(leaf: jax.Array | np.ndarray | Stored, row: int | None) -> np.ndarray:

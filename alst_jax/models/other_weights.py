@@ -25,8 +25,8 @@ FORMS = {
 
 
 def has_others(model_dir: str | pathlib.Path) -> bool:
-    """Whether the config.json of this directory is of a model that holds more than a language model."""
-    return is_wrapped(read_config(model_dir))
+    """Whether the config.json of this directory, if it has one, is of a model that holds more than a language model."""
+    return (pathlib.Path(model_dir) / "config.json").is_file() and is_wrapped(read_config(model_dir))
 
 
 def auto_class(model_dir: str | pathlib.Path) -> str:

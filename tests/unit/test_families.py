@@ -41,7 +41,7 @@ def test_the_families():
 def test_what_is_supported_is_said():
     with pytest.raises(UserError, match=r"model_type 'gpt2', architectures \[None\] is not supported: it has learned "
                        r"positions, .*; the closest supported family is llama; these models are: LlamaForCausalLM "
-                       r"\(model_type 'llama'\), Qwen2ForCausalLM \(model_type 'qwen2'\), Phi3ForCausalLM \(model_type 'phi3'\)$"):
+                       r"\(model_type 'llama'\), Qwen2ForCausalLM \(model_type 'qwen2'\), .*Phi3ForCausalLM \(model_type 'phi3'\)$"):
         parse_config({"model_type": "gpt2"}, "config.json")
     with pytest.raises(UserError, match="model_type 'qwen2', architectures .*LlamaForCausalLM.* is not supported"):
         parse_config(BASE | {"architectures": ["LlamaForCausalLM"]}, "config.json")
@@ -107,7 +107,7 @@ def test_sliding_windows_are_those_of_transformers(fields, windows):
     (dict(model_type="olmo3", rope_parameters=dict(rope_type="default")), "must have full_attention and sliding_attention"),
     (dict(model_type="olmo3", rope_parameters=dict(full_attention="yarn")), "RoPE settings 'yarn' must be a JSON object"),
     (dict(model_type="phi3", rope_scaling=dict(type="linear", factor=2.0)), "RoPE type 'linear': transformers' Phi-3 has"),
-    (dict(model_type="phi3", partial_rotary_factor=0.3), "partial_rotary_factor=0.3 must make an even number of 2 or more"),
+    (dict(model_type="phi3", partial_rotary_factor=0.4), "partial_rotary_factor=0.4 must make an even number of 2 or more"),
     (dict(model_type="phi3", partial_rotary_factor=1.5), "partial_rotary_factor=1.5 must make"),
     (dict(model_type="phi3", resid_pdrop=0.1), "not implemented: resid_pdrop=0.1"),
     (dict(model_type="gemma3_text", use_bidirectional_attention=True), "not implemented: use_bidirectional_attention"),
