@@ -22,8 +22,8 @@ def split(
             whole, first = result.pop(name), 0
             expected = (sum(shapes[part][0] for part in parts), *shapes[parts[0]][1:])
             if whole.shape != expected:
-                raise UserError(f"{where}: the weights are not those config.json describes: {name} {list(whole.shape)}, not "
-                                f"{list(expected)}")
+                raise UserError(f"{where}: the weights are not those config.json describes: {name} "
+                                f"{list(whole.shape)}, not {list(expected)}")
             for part in parts:
                 result[part] = whole._replace(shape=shapes[part], first=first)
                 first += shapes[part][0]
@@ -44,7 +44,8 @@ def join(tensors: Iterable[Unwritten], fused: Fused, layers: int) -> Iterator[Un
         if all(part in held for part in parts):
             found = [held.pop(part) for part in parts]
             shape = (sum(part.shape[0] for part in found), *tensor.shape[1:])
-            yield Unwritten(name, shape, tensor.dtype, lambda found=found: np.concatenate([part.read() for part in found]))
+            read = lambda found=found: np.concatenate([part.read() for part in found])
+            yield Unwritten(name, shape, tensor.dtype, read)
 
 
 def _of_layer(fused: Fused, layer: int) -> dict[str, tuple[str, ...]]:

@@ -104,8 +104,8 @@ def _check_values(kind: str, fields: dict[str, Any], head_dim: int, where: str) 
         raise UserError(f"{start}beta_fast must not be below beta_slow")
     for name in LISTS:
         if name in fields and len(fields[name]) != head_dim // 2:
-            raise UserError(f"{start}{name} has {len(fields[name])} numbers, where the {head_dim} turned dims of a head need "
-                            f"{head_dim // 2}")
+            raise UserError(f"{start}{name} has {len(fields[name])} numbers, where a rotation of {head_dim} dims of a "
+                            f"head needs {head_dim // 2}")
 
 
 def rope_fields(rope: RopeConfig) -> dict[str, Any]:

@@ -44,8 +44,8 @@ class RopeConfig:
 def inverse_frequencies(
     rope: RopeConfig, head_dim: int, length: jax.Array | int | None = None
 ) -> tuple[np.ndarray | jax.Array, float]:
-    """Frequencies float32[R/2] in radians a token, for the R dims of a head that are turned, and the factor that multiplies
-    cos and sin (1 except for yarn and longrope).
+    """Frequencies float32[R/2] in radians a token, for the R dims of a head that are turned, and the factor that
+    multiplies cos and sin (1 except for yarn and longrope).
 
     length: the highest position + 1, of all tokens of a batch; only dynamic and longrope read it.
     """

@@ -1,5 +1,5 @@
-"""Phi-3 and Phi-4: a Llama whose files hold the projections fused, with a rotary embedding of a part of each head, and by
-two lists of factors (longrope) in long-context models."""
+"""Phi-3 and Phi-4: a Llama whose files hold projections fused. A part of each head is turned, in long-context models by
+two lists of factors (longrope)."""
 
 from typing import Any
 
@@ -30,7 +30,8 @@ def ropes(raw: dict[str, Any], where: str) -> list[tuple[Any, Any]]:
     given, theta = raw.get("rope_scaling") or raw.get("rope_parameters") or {}, raw.get("rope_theta") or 1e4
     if not isinstance(given, dict):
         return [(given, theta)]
-    given = {name: "longrope" if name in ("type", "rope_type") and x in ("su", "yarn") else x for name, x in given.items()}
+    renamed = lambda name, x: "longrope" if name in ("type", "rope_type") and x in ("su", "yarn") else x
+    given = {name: renamed(name, x) for name, x in given.items()}
     kind = given.get("rope_type") or given.get("type") or "default"
     if kind not in ("default", "longrope"):
         raise UserError(f"{where}: RoPE type {kind!r}: transformers' Phi-3 has default and longrope")
@@ -46,4 +47,5 @@ def fields(config: ModelConfig) -> dict[str, Any]:
         {} if original is None else {ORIGINAL: original})
 
 
-FAMILY = Family("phi3", "Phi3ForCausalLM", FIELDS, options, fields, llama.KEYS, DEFAULTS, ropes, FUSED, partial_rope=True)
+FAMILY = Family("phi3", "Phi3ForCausalLM", FIELDS, options, fields, llama.KEYS, DEFAULTS, ropes, FUSED,
+                partial_rope=True)
