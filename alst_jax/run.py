@@ -20,6 +20,7 @@ from alst_jax.models.block import abstract_params
 from alst_jax.models.config import ModelConfig
 from alst_jax.models.hf_config import record_dtype
 from alst_jax.models.hf_weights import save_params
+from alst_jax.models.other_weights import auto_class
 from alst_jax.models.tree import dotted
 from alst_jax.ops.attention import KERNELS, refusal
 from alst_jax.ops.attention.devices import Chosen, Gpu, choose_kernel
@@ -226,10 +227,12 @@ def begin(
 def export(out: pathlib.Path, source: ModelSource, params: Any, dtype: jnp.dtype) -> None:
     """Write OUT/hf, a Hugging Face directory with these weights."""
     target = out / run_directory.EXPORT
-    run_directory.copy_model_files(out / run_directory.MODEL, target)
-    save_params(jax.tree_util.tree_leaves_with_path(params), source.config, target, saving.EXPORT_FILE)
+    model_dir = out / run_directory.MODEL
+    run_directory.copy_model_files(model_dir, target)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    save_params(leaves, source.config, target, saving.EXPORT_FILE, model_dir=model_dir)
     record_dtype(target, str(dtype))
-    print(f"wrote {target}: transformers.AutoModelForCausalLM.from_pretrained({str(target)!r}) loads it")
+    print(f"wrote {target}: transformers.{auto_class(target)}.from_pretrained({str(target)!r}) loads it")
 
 
 # --------------------------------------------------------------------------------------------------------------- report

@@ -12,6 +12,7 @@ import tyro
 from alst_jax.models.block import abstract_params
 from alst_jax.models.hf_config import model_config
 from alst_jax.models.hf_weights import leaf_dtypes, model_tensors, read_part
+from alst_jax.models.other_weights import keep_others
 from alst_jax.storage import saving
 from alst_jax.storage.checkpoint import Checkpoints
 from alst_jax.storage.orbax_limits import Unread
@@ -35,6 +36,7 @@ def from_hf(
     dtypes = leaf_dtypes(tensors, config, str(hf_dir))
     with Unfinished(checkpoint) as out:
         copy_model_files(hf_dir, out / MODEL)
+        others, other_bytes = keep_others(hf_dir, out / MODEL)
         shapes = abstract_params(config, np.float32)
         total = sum(x.size * dtype.itemsize for x, dtype in zip(jax.tree.leaves(shapes), jax.tree.leaves(dtypes)))
         with Progress("reading and writing", total) as progress, Writing() as writing:
@@ -56,7 +58,7 @@ def from_hf(
         write_run_file(out, "converted", {"from": str(hf_dir)})
         if verify:
             verification.verify(out, 0, config, hf_dir)
-    return len(tensors), total
+    return len({(tensor.file, tensor.key) for tensor in tensors.values()}) + others, total + other_bytes
 
 
 class Writing:

@@ -25,7 +25,7 @@ install_import_hook("alst_jax", "beartype.beartype")
 # Cases whose kind has others in the same list. `pytest -n 2 -m slow` runs them; so does -m 'not gpu' all that needs no GPU.
 SLOW = re.compile("|".join((
     # mesh
-    r"test_every_feature_changes_nothing\[(?!smollm3|olmo3)",
+    r"test_every_feature_changes_nothing\[(?!qwen3.*alone|(smollm3|olmo3).*packed)",
     r"test_on_equals_off_on_one_device\[(?!loss_tile\]|mlp_tile\]|offload_activations\]|offload_weights\])",
     r"test_on_equals_off_on_four_devices\[(?!mlp_tile|.*offload_activations\+offload_weights\+offload_optimizer\])",
     r"test_frozen_parameters_stay_and_the_others_move_as_before\[(?!q_proj-\(1, 4\))",

@@ -19,6 +19,7 @@ from alst_jax.data.tokenizer import has_tokenizer
 from alst_jax.declare import flag
 from alst_jax.models.config import ModelConfig
 from alst_jax.models.hf_config import hf_config_dict, model_config, record_vocabulary
+from alst_jax.models.other_weights import keep_others
 
 CHECKPOINTS, MODEL, RUN_FILE, EXPORT = "checkpoints", "model", "run.json", "hf"
 TEMPLATES = "additional_chat_templates"  # the folder of named chat templates beside chat_template.jinja
@@ -101,6 +102,8 @@ def start_run_directory(
     """Write model/ and run.json: the first files of a run. hf_dir: copy its model files, else make them."""
     if hf_dir is not None:
         copy_model_files(hf_dir, out / MODEL)
+        if not config.random_weights:
+            keep_others(hf_dir, out / MODEL)
         if not has_tokenizer(out / MODEL):  # of random weights
             tokenizer.save_pretrained(out / MODEL)
         elif config.chat_template is not None:
