@@ -6,6 +6,7 @@ The tokens of all documents lie one behind the other in one array: in memory, or
 
 import collections.abc
 import dataclasses
+import mmap
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,8 @@ import numpy as np
 from alst_jax.config import IGNORED
 
 FLAGS_AT_ONCE = 1 << 20  # learned flags that are summed at a time: 8 MiB of sums
-RELEASE_AFTER = 1 << 26  # bytes of memory-mapped files that are read before their pages are released
-NEIGHBOURS = 1 << 22  # bytes around a piece that Linux (6.18) maps with it, at most: 2 MiB (a folio) in each of two files
+RELEASE_AFTER = 1 << 26  # bytes of memory-mapped files that become resident before their pages are released
+NEIGHBOURS = 1 << 24  # bytes around a piece that are mapped with it, at most: large folios of 8 MiB in two files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,14 +44,30 @@ class Tokenised:
     highs: list[tuple[int, str]]
     key: str | None = None
     release: Callable[[], None] | None = None
-    unreleased: int = 0  # bytes that were read since the last release, about
+    unreleased: int = 0  # bytes that were read since the last release, at most
+    resident: int | None = None  # bytes of mapped files after the last release
 
     def count_read(self, tokens: int) -> None:
         """Count the tokens that were read, and release the pages from time to time: resident memory stays small."""
+        if self.release is None:
+            return
         self.unreleased += 5 * tokens + NEIGHBOURS
-        if self.release is not None and self.unreleased >= RELEASE_AFTER:
+        now = mapped_bytes()
+        if self.resident is None:
+            self.resident = now
+        if (self.unreleased if now is None else now - self.resident) >= RELEASE_AFTER:
             self.release()
-            self.unreleased = 0
+            self.unreleased, self.resident = 0, mapped_bytes()
+
+
+def mapped_bytes() -> int | None:
+    """Bytes of mapped files in this process's resident memory; None where the system does not tell. A count of the bytes
+    read would be too low: Linux maps a whole large folio where one page is read."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[2]) * mmap.PAGESIZE
+    except FileNotFoundError:
+        return None
 
 
 class Pieces(collections.abc.Sequence):
@@ -63,15 +80,16 @@ class Pieces(collections.abc.Sequence):
         return self._spans.shape[1]
 
     def __getitem__(self, index: int | slice) -> "Sequence | Pieces":
-        """A sequence, or some of them. Its tokens are a view of the source's."""
+        """A sequence, or some of them. Its tokens are copied: a view would map the pages again after their release."""
         if isinstance(index, slice):
             return Pieces(self.source, self._spans[:, index])
         start, stop, end = self._spans[:, index].tolist()
         first, behind = min(start + 1, end), min(stop + 1, end)
         labels = np.full(stop - start, IGNORED, np.int32)
         np.copyto(labels[: behind - first], self.source.tokens[first:behind], where=self.source.learned[first:behind])
+        tokens = self.source.tokens[start:stop].copy()
         self.source.count_read(stop - start)
-        return Sequence(self.source.tokens[start:stop], labels)
+        return Sequence(tokens, labels)
 
     @property
     def lengths(self) -> np.ndarray:
