@@ -111,6 +111,12 @@ def test_a_layer_of_a_stack_is_read_at_a_time(hf, tmp_path, monkeypatch):
     assert_the_same_model(hf, tmp_path / "back")
 
 
+def test_conversions_are_not_compressed(hf, tmp_path):
+    from_hf(hf, tmp_path / "checkpoint")
+    arrays = Checkpoints(tmp_path / "checkpoint")._open(0, "params").values()
+    assert [array.spec().to_json()["metadata"]["compressor"] for array in arrays] == [None] * len(arrays)
+
+
 def test_the_progress_bar_counts_every_byte(hf, tmp_path, monkeypatch):
     bars = []
     original = cli.Progress.__init__
