@@ -33,7 +33,7 @@ from alst_jax.planning.planner import ANY_LENGTH, Planner, target
 from alst_jax.planning.process import with_room
 from alst_jax.profile import Profile
 from alst_jax.step import TrainStep
-from alst_jax.storage import run_directory, saving
+from alst_jax.storage import checksums, run_directory, saving
 from alst_jax.storage.checkpoint import Checkpoints
 from alst_jax.storage.source import ModelSource, find_model, load_weights
 from alst_jax.trainer import Data, TrainState
@@ -205,6 +205,7 @@ def begin(
     _, at = run_directory.find_checkpoint(out)
     checkpoints = Checkpoints(out, config.keep_checkpoints, clean=True)
     loop = checkpoints.restore_loop(at)
+    checkpoints.check_run_files(at)
     run_directory.check_same_model(run_directory.saved_model(out), source.config)
     run_directory.check_geometry(loop["geometry"], settings)
     trained, frozen = step.split(checkpoints.restore_params(at, step.params))
@@ -219,6 +220,7 @@ def export(out: pathlib.Path, source: ModelSource, params: Any, dtype: jnp.dtype
     run_directory.copy_model_files(out / run_directory.MODEL, target)
     save_params(jax.tree_util.tree_leaves_with_path(params), source.config, target, saving.EXPORT_FILE)
     record_dtype(target, str(dtype))
+    checksums.seal_weights(target)
     print(f"wrote {target}: transformers.AutoModelForCausalLM.from_pretrained({str(target)!r}) loads it")
 
 

@@ -14,6 +14,7 @@ from alst_jax.models.hf_config import model_config
 from alst_jax.models.hf_weights import leaf_dtypes, model_tensors, read_part
 from alst_jax.storage import saving
 from alst_jax.storage.checkpoint import Checkpoints
+from alst_jax.storage.checksums import verify_weights
 from alst_jax.storage.orbax_limits import Unread
 from alst_jax.storage.run_directory import MODEL, copy_model_files, write_run_file
 from convert import verify as verification
@@ -34,7 +35,9 @@ def from_hf(
     tensors = model_tensors(hf_dir, config)
     dtypes = leaf_dtypes(tensors, config, str(hf_dir))
     with Unfinished(checkpoint) as out:
+        verify_weights(hf_dir)
         copy_model_files(hf_dir, out / MODEL)
+        write_run_file(out, "converted", {"from": str(hf_dir)})
         shapes = abstract_params(config, np.float32)
         total = sum(x.size * dtype.itemsize for x, dtype in zip(jax.tree.leaves(shapes), jax.tree.leaves(dtypes)))
         with Progress("reading and writing", total) as progress, Writing() as writing:
@@ -53,7 +56,6 @@ def from_hf(
             checkpoints = Checkpoints(out)
             checkpoints.save(0, params, None, {"step": 0})
             checkpoints.close()
-        write_run_file(out, "converted", {"from": str(hf_dir)})
         if verify:
             verification.verify(out, 0, config, hf_dir)
     return len(tensors), total

@@ -11,6 +11,7 @@ from alst_jax.config import UserError
 from alst_jax.models.hf_config import model_config, record_dtype
 from alst_jax.models.hf_weights import save_params
 from alst_jax.storage.checkpoint import Checkpoints
+from alst_jax.storage.checksums import seal_weights
 from alst_jax.storage.run_directory import MODEL, copy_model_files, find_checkpoint, read_run_file
 from convert import verify as verification
 from convert.cli import Progress, Unfinished, run
@@ -36,12 +37,14 @@ def to_hf(
     with Unfinished(hf_dir) as out:
         copy_model_files(run_dir / MODEL, out)
         checkpoints = Checkpoints(run_dir)
+        checkpoints.check_run_files(step)
         leaves = list(checkpoints.open_params(step))
         with Progress("reading and writing", sum(leaf.nbytes for _, leaf in leaves)) as progress:
             result = save_params(leaves, config, out, most, progress.advance)
         if read_run_file(run_dir)["kind"] == "training":  # a conversion gives back the files it was given
             record_dtype(out, checkpoints.params_dtype(step))
         checkpoints.close()
+        seal_weights(out)
         if verify:
             verification.verify(run_dir, step, config, out)
     return result

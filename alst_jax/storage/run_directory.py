@@ -20,8 +20,8 @@ from alst_jax.models.hf_config import hf_config_dict, model_config, record_vocab
 
 CHECKPOINTS, MODEL, RUN_FILE, EXPORT = "checkpoints", "model", "run.json", "hf"
 TEMPLATES = "additional_chat_templates"  # the folder of named chat templates beside chat_template.jinja
-WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf",
-                "*.msgpack", "*.h5", "*.onnx", "*.ot")
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.safetensors.checksums.json", "*.bin",
+                "*.bin.index.json", "*.pt", "*.pth", "*.gguf", "*.msgpack", "*.h5", "*.onnx", "*.ot")
 
 # ------------------------------------------------------------------------------------------------------------- finding
 
