@@ -17,7 +17,7 @@ from alst_jax.storage.checkpoint import Checkpoints
 from alst_jax.storage.checksums import verify_weights
 from alst_jax.storage.orbax_limits import Unread
 from alst_jax.storage.run_directory import MODEL, copy_model_files, write_run_file
-from convert import verify as verification
+from convert import logits
 from convert.cli import Progress, Unfinished, run
 
 
@@ -30,7 +30,7 @@ def from_hf(
     compare the logits of a short input with those of transformers, which holds the model in float32.
     """
     if verify:
-        verification.check_possible()
+        logits.check_possible()
     config = model_config(hf_dir)
     tensors = model_tensors(hf_dir, config)
     dtypes = leaf_dtypes(tensors, config, str(hf_dir))
@@ -57,7 +57,7 @@ def from_hf(
             checkpoints.save(0, params, None, {"step": 0})
             checkpoints.close()
         if verify:
-            verification.verify(out, 0, config, hf_dir)
+            logits.verify(out, 0, config, hf_dir)
     return len(tensors), total
 
 

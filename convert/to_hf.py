@@ -13,7 +13,7 @@ from alst_jax.models.hf_weights import save_params
 from alst_jax.storage.checkpoint import Checkpoints
 from alst_jax.storage.checksums import seal_weights
 from alst_jax.storage.run_directory import MODEL, copy_model_files, find_checkpoint, read_run_file
-from convert import verify as verification
+from convert import logits
 from convert.cli import Progress, Unfinished, run
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -30,7 +30,7 @@ def to_hf(
     short input with those of transformers, which holds the model in float32.
     """
     if verify:
-        verification.check_possible()
+        logits.check_possible()
     most = parse_size(shard_size)
     run_dir, step = find_checkpoint(checkpoint)
     config = model_config(run_dir / MODEL)
@@ -46,7 +46,7 @@ def to_hf(
         checkpoints.close()
         seal_weights(out)
         if verify:
-            verification.verify(run_dir, step, config, out)
+            logits.verify(run_dir, step, config, out)
     return result
 
 
