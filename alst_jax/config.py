@@ -169,6 +169,9 @@ class TrainConfig(DataFlags):
     """With --plan-only or --find-max-seq-len: one JSON object instead of a table."""
     resume: bool = False
     """Continue the run in --out from its newest checkpoint."""
+    explain_run: str | None = None
+    """Print what is recorded beside the newest checkpoint of this run (or beside this checkpoint), and stop: flags,
+    versions, git revision, devices, plan, kernels."""
     export: bool = True
     """Write OUT/hf at the end, which transformers loads."""
     typed: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()

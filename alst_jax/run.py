@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import math
 import pathlib
 import re
@@ -29,11 +30,13 @@ from alst_jax.optim.adamw import AdamW
 from alst_jax.parallel.mesh import choose_degrees, make_mesh
 from alst_jax.planning.compiled import absent_devices
 from alst_jax.planning.job import Job
+from alst_jax.planning.plan import Plan
 from alst_jax.planning.planner import ANY_LENGTH, Planner, target
 from alst_jax.planning.process import with_room
 from alst_jax.profile import Profile
 from alst_jax.step import TrainStep
 from alst_jax.storage import checksums, run_directory, saving
+from alst_jax.storage.about import about
 from alst_jax.storage.checkpoint import Checkpoints
 from alst_jax.storage.source import ModelSource, find_model, load_weights
 from alst_jax.trainer import Data, TrainState
@@ -212,6 +215,16 @@ def begin(
     optimizer = checkpoints.restore_optimizer(at, step.optimizer_state)
     data.training.set_state(loop["data"])
     return checkpoints, TrainState(trained, frozen, optimizer, loop["step"])
+
+
+def about_run(
+    config: TrainConfig, step: TrainStep, job: Job, settings: dict[str, Any], plan: Plan | None
+) -> dict[str, Any]:
+    """What is written beside each checkpoint."""
+    shapes = {"rows": job.rows, "length": job.length, "grad_accum": job.grad_accum, "documents": job.documents}
+    planned = None if plan is None else json.loads(plan.to_json())
+    kernel = attention_kernel(config, choose_dtype(config), step.model)
+    return about(config, step, kernel, settings, shapes, planned)
 
 
 def export(out: pathlib.Path, source: ModelSource, params: Any, dtype: jnp.dtype) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import pathlib
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,7 +15,7 @@ import tensorstore as ts
 
 from alst_jax.config import UserError
 from alst_jax.models.tree import as_dict, names
-from alst_jax.storage import checksums, orbax_limits
+from alst_jax.storage import about, checksums, disk, orbax_limits
 from alst_jax.storage.commit import committing
 from alst_jax.storage.run_directory import CHECKPOINTS
 from alst_jax.xla.arrays import Bounds, load_array
@@ -31,10 +32,11 @@ class Checkpoints:
         orbax_limits.install()
         self.run_dir = pathlib.Path(run_dir).absolute()
         self.directory = self.run_dir / CHECKPOINTS
+        self.about: dict[str, Any] | None = None  # what is written beside each checkpoint (about.py)
         self._verified: set[tuple[int, str]] = set()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=False, create=True, cleanup_tmp_directories=clean,
-            temporary_path_class=committing(lambda folder, step: checksums.seal(folder, step, self.run_dir)))
+            temporary_path_class=committing(self._seal))
         # orbax copies arrays while it writes: nothing may change them before a save returns.
         handlers = {"params": orbax_limits.tree_handler(), "optimizer": orbax_limits.tree_handler(),
                     "loop": ocp.JsonCheckpointHandler()}
@@ -45,7 +47,25 @@ class Checkpoints:
         items = {"params": orbax_limits.tree_save(as_dict(params)), "loop": ocp.args.JsonSave(loop | CHECKED)}
         if optimizer is not None:
             items["optimizer"] = orbax_limits.tree_save(as_dict(optimizer))
-        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        try:
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        except Exception as error:  # orbax and tensorstore each have their own for a full disk
+            reason = disk.disk_error(error)
+            if reason is None:
+                raise
+            raise self._unsaved(step, reason) from error
+
+    def _seal(self, folder: pathlib.Path, step: int) -> None:
+        if self.about is not None:
+            about.write(folder, self.about)
+        checksums.seal(folder, step, self.run_dir)
+
+    def _unsaved(self, step: int, error: OSError) -> UserError:
+        """The error of a save that the disk refused. What was written of it is removed: it takes room."""
+        for part in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
+            shutil.rmtree(part, ignore_errors=True)
+        return UserError(f"the checkpoint of step {step} cannot be written: {disk.describe(error)}. Nothing of it is kept. "
+                         f"{disk.what_is_safe(self.run_dir)}")
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())

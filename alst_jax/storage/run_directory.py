@@ -96,7 +96,11 @@ def check_out(config: TrainConfig) -> pathlib.Path:
 def start_run_directory(
     out: pathlib.Path, config: TrainConfig, model: ModelConfig, tokenizer: Any, hf_dir: pathlib.Path | None
 ) -> None:
-    """Write model/ and run.json: the first files of a run. hf_dir: copy its model files, else make them."""
+    """Write run.json and model/: the first files of a run. hf_dir: copy its model files, else make them.
+
+    run.json is first: a run that was killed here can be started again in the same directory.
+    """
+    write_run_file(out, "training", {"flags": dataclasses.asdict(config) | {"resume": False}})
     if hf_dir is not None:
         copy_model_files(hf_dir, out / MODEL)
         if not has_tokenizer(out / MODEL):  # of random weights
@@ -109,7 +113,6 @@ def start_run_directory(
         special = ("bos_token_id", "eos_token_id", "pad_token_id")
         fields = hf_config_dict(model) | {name: getattr(tokenizer, name) for name in special}
         (out / MODEL / "config.json").write_text(json.dumps(fields, indent=2))
-    write_run_file(out, "training", {"flags": dataclasses.asdict(config) | {"resume": False}})
 
 
 def copy_model_files(hf_dir: str | pathlib.Path, out: str | pathlib.Path) -> None:
