@@ -39,7 +39,8 @@ def verify(run_dir: pathlib.Path, step: int, config: ModelConfig, hf_dir: pathli
     checkpoints = Checkpoints(run_dir)
     ours = _logits(config, dict(checkpoints.open_params(step)), tokens)
     checkpoints.close()
-    model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        hf_dir, dtype=torch.float32, trust_remote_code=False, use_safetensors=True).eval()
     with torch.no_grad():
         theirs = model(torch.tensor(tokens).long(), use_cache=False).logits.numpy()
     difference = float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))

@@ -6,7 +6,10 @@ and the exported file, bit for bit; and all its checksums must be right. Trials 
 results file gets a line a trial; a second call goes on where the first stopped.
 """
 
+import contextlib
 import datetime
+import hashlib
+import io
 import json
 import os
 import pathlib
@@ -119,29 +122,24 @@ class Bench:
 
 
 def outcome(out: pathlib.Path) -> dict:
-    """What must be equal: metrics, arrays of the last checkpoint, the export. Read in a process of its own."""
+    """What must be equal: metrics, arrays of the last checkpoint, the export; and whether all checksums are right."""
+    return kills.in_fork(lambda: _outcome(out))
+
+
+def _outcome(out: pathlib.Path) -> dict:
+    from alst_jax.storage.checkpoint import Checkpoints
+    from convert.verify import verify
+
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    done = subprocess.run([sys.executable, "-c", READ, str(out)], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise ValueError(done.stderr[-300:])
-    return {"metrics": [[line[name] for name in COMPARED] for line in lines], **json.loads(done.stdout.splitlines()[-1])}
+    with contextlib.redirect_stdout(io.StringIO()):
+        verified = verify(out)
+    checkpoints = Checkpoints(out)
+    steps, digest = checkpoints.steps(), lambda content: hashlib.sha256(content).hexdigest()
+    arrays = {f"{item}.{'.'.join(name)}": digest(array.read().result().tobytes()) for item in ("params", "optimizer")
+              for name, array in checkpoints._open(steps[-1], item).items()}
+    return {"metrics": [[line[name] for name in COMPARED] for line in lines], "verified": verified, "steps": steps,
+            "arrays": arrays, "export": digest((out / "hf" / "model.safetensors").read_bytes())}
 
-
-READ = """
-import contextlib, hashlib, io, json, pathlib, sys
-from alst_jax.storage.checkpoint import Checkpoints
-from convert.verify import verify
-out = pathlib.Path(sys.argv[1])
-with contextlib.redirect_stdout(io.StringIO()):
-    verified = verify(out)
-checkpoints, found = Checkpoints(out), {}
-steps = checkpoints.steps()
-for item in ("params", "optimizer"):
-    for name, array in checkpoints._open(steps[-1], item).items():
-        found[item + "." + ".".join(name)] = hashlib.sha256(array.read().result().tobytes()).hexdigest()
-weights = hashlib.sha256((out / "hf/model.safetensors").read_bytes()).hexdigest()
-print(json.dumps({"verified": verified, "steps": steps, "arrays": found, "export": weights}))
-"""
 
 MAKE_MODEL = """
 import json, pathlib, sys

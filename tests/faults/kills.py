@@ -4,11 +4,13 @@ Nothing in the program knows of this: the functions of a stage are replaced in t
 """
 
 import dataclasses
+import json
 import os
 import pathlib
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -130,6 +132,32 @@ def run(arguments: list[str], log: pathlib.Path, kill: Kill | None = None) -> tu
     return os.waitstatus_to_exitcode(status), time.monotonic() - started
 
 
+def in_fork(function: Callable[[], Any]) -> Any:
+    """The JSON value that a function returns in a forked process; ValueError with its traceback if it fails."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.close(reader)
+            with os.fdopen(writer, "w") as stream:
+                try:
+                    json.dump({"value": function()}, stream)
+                    code = 0
+                except Exception:
+                    json.dump({"error": traceback.format_exc()}, stream)
+        finally:
+            os._exit(code)
+    os.close(writer)
+    with os.fdopen(reader) as stream:
+        answer = stream.read()
+    os.waitpid(child, 0)
+    found = json.loads(answer) if answer else {"error": "the process died"}
+    if "value" not in found:
+        raise ValueError(found["error"])
+    return found["value"]
+
+
 def _in_child(arguments: list[str], log: pathlib.Path, kill: Kill | None) -> None:
     code = 70
     try:
@@ -149,8 +177,6 @@ def _in_child(arguments: list[str], log: pathlib.Path, kill: Kill | None) -> Non
     except SystemExit as stopped:
         code = stopped.code if isinstance(stopped.code, int) else 1
     except BaseException:
-        import traceback
-
         traceback.print_exc()
     finally:
         sys.stdout.flush()
