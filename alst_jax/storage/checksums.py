@@ -85,6 +85,9 @@ def compare(top: pathlib.Path, recorded: dict[str, Entry], others: Iterable[str]
 
     Sizes are compared before a file is read.
     """
+    outside = [name for name in recorded if pathlib.PurePosixPath(name).is_absolute() or ".." in name.split("/")]
+    if outside:
+        raise Damaged(f"its checksums name files outside of it: {', '.join(outside[:5])}")
     found = [f"{name} is not one of its files" for name in sorted(set(others) - set(recorded))]
     read = []
     for name, (size, _) in recorded.items():
