@@ -21,6 +21,7 @@ import tempfile
 
 import tyro
 
+from alst_jax.data.tokenizer import load_tokenizer
 from tests.faults import kills
 from tests.faults.kills import Kill
 
@@ -34,7 +35,7 @@ COMPARED = ("step", "loss", "grad_norm", "learning_rate", "labels")
 def campaign(kills_wanted: tyro.conf.Positional[int] = 200, results: pathlib.Path | None = None, first: int = 0,
              seconds: float = float("inf"), stages: tuple[str, ...] = ()) -> int:
     """Add trials to the results until they hold this many kills. seconds: begin no trial after so many. stages: kill
-    there alone, one trial each, in this order. Exit code 1 if a run was lost or a bit differs."""
+    there alone, one trial each, in this order; STAGE:NUMBER names the call. Exit code 1 if a run was lost or a bit differs."""
     done = [json.loads(line) for line in results.read_text().splitlines()] if results and results.exists() else []
     if done and not stages:
         first = max(line["trial"] for line in done) + 1
@@ -65,6 +66,7 @@ class Bench:
         made = subprocess.run([sys.executable, "-c", MAKE_MODEL, str(folder)], cwd=ROOT, capture_output=True, text=True)
         if made.returncode:
             raise RuntimeError(made.stderr)
+        load_tokenizer(folder / "model")  # its imports take longer than a run
         self.reference, self.seconds = folder / "reference", 0.0
         code, _ = kills.run(self.flags(self.reference), self.log)  # compiles
         if code:
@@ -110,8 +112,8 @@ class Bench:
     def _draw(self, rng: random.Random, stage: str | None) -> Kill:
         if stage is None and rng.random() < 0.3:
             return Kill(seconds=rng.uniform(0.05, 1.2) * self.seconds)
-        stage = stage or rng.choice(sorted(MOST))
-        return Kill(stage, rng.randint(1, MOST[stage]))
+        stage, _, number = (stage or rng.choice(sorted(MOST))).partition(":")
+        return Kill(stage, int(number or rng.randint(1, MOST[stage])))
 
     def _go(self, out: pathlib.Path, kill: Kill | None) -> tuple[int, float]:
         """Resume where there is a checkpoint. Without one there is nothing to lose: the same command again."""
