@@ -64,8 +64,8 @@ class Checkpoints:
         """The error of a save that the disk refused. What was written of it is removed: it takes room."""
         for part in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
             shutil.rmtree(part, ignore_errors=True)
-        return UserError(f"the checkpoint of step {step} cannot be written: {disk.describe(error)}. Nothing of it is kept. "
-                         f"{disk.what_is_safe(self.run_dir)}")
+        return UserError(f"the checkpoint of step {step} cannot be written: {disk.describe(error)}. Nothing of it is "
+                         f"kept. {disk.what_is_safe(self.run_dir)}")
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())

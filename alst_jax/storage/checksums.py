@@ -183,8 +183,8 @@ def verify_weights(hf_dir: pathlib.Path) -> bool:
         compare(hf_dir, recorded)
         return bool(names) and all(name in recorded for name in names if name.endswith(".safetensors"))
     except Damaged as error:
-        raise Damaged(f"{hf_dir}: {error}. Make or fetch it again; or, if you changed it yourself, accept it: python -m "
-                      f"convert.verify {hf_dir} --accept") from error
+        raise Damaged(f"{hf_dir}: {error}. Make or fetch it again; or, if you changed it yourself, accept it: python "
+                      f"-m convert.verify {hf_dir} --accept") from error
 
 
 def _weights(hf_dir: pathlib.Path) -> list[str]:

@@ -111,8 +111,8 @@ class CopyWhenWritten(SerializationStatusCallback):
 
 
 def _keep_record(record: logging.LogRecord) -> bool:
-    """A log filter without orbax's warning of arrays that are copied when they are written, and without the tracebacks of
-    its threads, whose error the save raises too."""
+    """A log filter without orbax's warning of arrays that are copied when they are written, and without the tracebacks
+    of its threads, whose error the save raises too."""
     return not any(text in str(record.msg) for text in (
         "No prioritized params found", "_SignalingThread.run() raised an exception"))
 

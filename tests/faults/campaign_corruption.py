@@ -88,9 +88,9 @@ def damage(run_dir: pathlib.Path, rng: random.Random) -> tuple[str, str]:
     if kind == "other step":
         other = sorted(f for f in (run_dir / "checkpoints" / "2").rglob("*") if f.is_file() and f.suffix == file.suffix)
         same = [f for f in other if f.name == file.name] or other
-        content = bytearray((rng.choice(same)).read_bytes())
+        content = bytearray(rng.choice(same).read_bytes()) if same else content
         if content == file.read_bytes():
-            kind = "bit"
+            kind, at = "bit", rng.randrange(len(content))
     if kind == "bit":
         content[at] ^= 1 << rng.randrange(8)
     elif kind == "byte":
