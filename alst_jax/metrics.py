@@ -1,5 +1,6 @@
 """What a run reports: metrics.jsonl, TensorBoard, and a progress bar or plain lines."""
 
+import functools
 import json
 import math
 import pathlib
@@ -13,6 +14,7 @@ import jax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboard.summary import Writer
 
+COMPILED = "/jax/core/compile/backend_compile_duration"  # the event of jax.monitoring
 QUIET_SECONDS = 5.0  # between plain lines, where there is no terminal
 
 
@@ -94,6 +96,20 @@ class ProgressDisplay:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+def compilations() -> int:
+    """Programs that XLA compiled, or read from its cache on disk, in this process since the first call."""
+    return len(_compiled())
+
+
+@functools.cache
+def _compiled() -> list[float]:
+    """The seconds of each compilation from now on; jax appends to it."""
+    seconds: list[float] = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, duration, **_: seconds.append(duration) if event == COMPILED else None)
+    return seconds
 
 
 def peak_memory() -> tuple[str, float]:

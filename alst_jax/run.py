@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import math
 import pathlib
 import re
 import sys
@@ -22,14 +21,15 @@ from alst_jax.models.block import abstract_params
 from alst_jax.models.config import ModelConfig
 from alst_jax.models.hf_config import record_dtype
 from alst_jax.models.hf_weights import save_params
+from alst_jax.models.other_weights import auto_class
 from alst_jax.models.tree import dotted
-from alst_jax.ops.attention import KERNELS, find_kernel, refusal
+from alst_jax.ops.attention import KERNELS, refusal
 from alst_jax.ops.attention.devices import Chosen, Gpu, choose_kernel
 from alst_jax.ops.rope import MAX_POSITION
 from alst_jax.optim.adamw import AdamW
 from alst_jax.parallel.mesh import choose_degrees, make_mesh
 from alst_jax.planning.compiled import absent_devices
-from alst_jax.planning.job import Job
+from alst_jax.planning.job import Job, padded_length
 from alst_jax.planning.plan import Plan
 from alst_jax.planning.planner import ANY_LENGTH, Planner, target
 from alst_jax.planning.process import with_room
@@ -60,7 +60,7 @@ def subject(config: TrainConfig) -> tuple[ModelSource, Planner, Job]:
         print(f"attention {profile.attention}: {attention_kernel(config, dtype, source.config).why}", file=sys.stderr)
     seq_len = ANY_LENGTH if config.find_max_seq_len else check_seq_len(config, source.config)
     job = Job(source.config, profile, dp * config.batch_size, padded_length(seq_len, sp, profile), dp, sp,
-              config.grad_accum, config.optimizer_states, config.master_weights, freeze=config.freeze)
+              accumulation(config, dp), config.optimizer_states, config.master_weights, freeze=config.freeze)
     if config.plan_only and config.pack and config.pack_attention == "documents":
         job = of_short_documents(job)
     cluster = with_room(cluster, job)
@@ -118,15 +118,7 @@ def make_profile(config: TrainConfig, dtype: jnp.dtype, model: ModelConfig) -> P
     if for_gpu(config) and jax.__version_info__ < OLDEST_JAX_ON_CUDA:
         raise UserError(f"jax {jax.__version__} gives wrong gradients for offloaded activations on CUDA without a "
                         f"word; install {'.'.join(map(str, OLDEST_JAX_ON_CUDA))} or newer")
-    return Profile(
-        loss_tile=(config.loss_tile or 0) if config.tiled_loss else None,
-        mlp_tile=(config.mlp_tile or 0) if config.tiled_mlp else None,
-        remat=config.remat, offload_activations=config.offload_activations, offload_weights=config.offload_weights,
-        offload_optimizer=config.offload_optimizer, update_in_backward=config.update_in_backward,
-        segment_layers=config.segment_layers,
-        keep_attention_on_device=config.keep_attention_on_device, keep_attention_on_host=config.keep_attention_on_host,
-        head_chunks=config.head_chunks, attention=attention_kernel(config, dtype, model).kernel.name, stack=config.stack,
-        compute_dtype=str(dtype), reduce_dtype=config.reduce_dtype)
+    return config.profile(attention_kernel(config, dtype, model).kernel.name, str(dtype))
 
 
 def attention_kernel(config: TrainConfig, dtype: jnp.dtype, model: ModelConfig) -> Chosen:
@@ -159,6 +151,27 @@ def gpu_of(config: TrainConfig) -> Gpu | None:
 # --------------------------------------------------------------------------------------------------------------- length
 
 
+def accumulation(config: TrainConfig, dp: int) -> int:
+    """Batches of one optimizer step: those of --grad-accum, or those that --samples-per-step needs on `dp` replicas."""
+    samples, at_once = config.samples_per_step, dp * config.batch_size
+    if samples is None:
+        return config.grad_accum
+    given = f"--samples-per-step {samples}"
+    if samples % at_once:
+        near = max(1, samples // at_once) * at_once
+        raise UserError(f"{given}: dp {dp} x --batch-size {config.batch_size} = {at_once} sequences are worked on at "
+                        f"a time, and must divide it; use {near}, {near + at_once} or another multiple, or change --dp "
+                        "or --batch-size")
+    batches = samples // at_once
+    if config.grad_accum not in (1, batches):
+        raise UserError(f"{given} is {batches} batches of dp {dp} x --batch-size {config.batch_size}, and --grad-accum "
+                        f"{config.grad_accum} says another number; leave one of them out (on --resume: --grad-accum 1)")
+    if config.update_in_backward and batches != 1:
+        raise UserError(f"{given} is {batches} batches, and --update-in-backward cannot sum the gradients of several; "
+                        f"use --samples-per-step {at_once}, or leave --update-in-backward out")
+    return batches
+
+
 def check_seq_len(config: TrainConfig, model: ModelConfig) -> int:
     """--seq-len, with a warning where the model was not made for it."""
     if config.seq_len is not None and config.seq_len > MAX_POSITION:
@@ -176,18 +189,12 @@ def check_seq_len(config: TrainConfig, model: ModelConfig) -> int:
     return config.seq_len
 
 
-def padded_length(seq_len: int, sp: int, profile: Profile) -> int:
-    """seq_len, rounded up to what the mesh and the attention kernel divide; the rest is padding without labels."""
-    multiple = math.lcm(sp, find_kernel(profile.attention).multiple)
-    return -(-seq_len // multiple) * multiple
-
-
 # ---------------------------------------------------------------------------------------------------------------- state
 
 
 def geometry(config: TrainConfig, job: Job, dtype: jnp.dtype, data: str) -> dict[str, Any]:
     """The settings that a resumed run must share with its checkpoint. data: hash of the sequences."""
-    return {"data": data, "seed": config.seed, "rows": job.rows, "grad_accum": config.grad_accum,
+    return {"data": data, "seed": config.seed, "samples_per_step": job.rows * job.grad_accum,
             "seq_len": config.seq_len, "dtype": str(dtype), "optimizer_states": job.states,
             "master_weights": job.master, "freeze": config.freeze}
 
@@ -211,9 +218,13 @@ def begin(
     checkpoints.check_run_files(at)
     run_directory.check_same_model(run_directory.saved_model(out), source.config)
     run_directory.check_geometry(loop["geometry"], settings)
+    if config.add_data and config.steps is not None and config.steps <= loop["step"]:
+        raise UserError(f"--add-data: the {config.steps} steps of the run are done, so that it would learn nothing of them; "
+                        "name more with --steps")
     trained, frozen = step.split(checkpoints.restore_params(at, step.params))
     optimizer = checkpoints.restore_optimizer(at, step.optimizer_state)
     data.training.set_state(loop["data"])
+    run_directory.record_added(out, data.added)
     return checkpoints, TrainState(trained, frozen, optimizer, loop["step"])
 
 
@@ -230,48 +241,45 @@ def about_run(
 def export(out: pathlib.Path, source: ModelSource, params: Any, dtype: jnp.dtype) -> None:
     """Write OUT/hf, a Hugging Face directory with these weights."""
     target = out / run_directory.EXPORT
-    run_directory.copy_model_files(out / run_directory.MODEL, target)
-    save_params(jax.tree_util.tree_leaves_with_path(params), source.config, target, saving.EXPORT_FILE)
+    model_dir = out / run_directory.MODEL
+    run_directory.copy_model_files(model_dir, target)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    save_params(leaves, source.config, target, saving.EXPORT_FILE, model_dir=model_dir)
     record_dtype(target, str(dtype))
     checksums.seal_weights(target)
-    print(f"wrote {target}: transformers.AutoModelForCausalLM.from_pretrained({str(target)!r}) loads it")
+    print(f"wrote {target}: transformers.{auto_class(target)}.from_pretrained({str(target)!r}) loads it")
 
 
 # --------------------------------------------------------------------------------------------------------------- report
 
 
 def announce(
-    config: TrainConfig, source: ModelSource, step: TrainStep, job: Job, stats: Stats, steps: int, done: int
+    config: TrainConfig, source: ModelSource, step: TrainStep, job: Job, stats: Stats, steps: int, done: int, data: Data
 ) -> None:
     """Print the model, mesh, memory features, data and steps of a run. done: steps before it was resumed."""
     dp, sp = step.mesh.devices.shape
     kind = step.mesh.devices.flat[0].device_kind
     profile, model = step.profile, step.model
-    on = [name for name, value in (
-          ("tiled loss", profile.loss_tile is not None), ("tiled MLP", profile.mlp_tile is not None),
-          ("remat", profile.remat), ("activations in host memory", profile.offload_activations),
-          ("weights in host memory", profile.offload_weights), ("optimizer in host memory", profile.offload_optimizer),
-          ("update in the backward pass", profile.update_in_backward),
-          (f"segments of {', '.join(map(str, profile.segment_layers))} layers", profile.segment_layers != (1,)),
-          (f"attention of {profile.keep_attention_on_device} layers kept", profile.keep_attention_on_device),
-          (f"of {profile.keep_attention_on_host} kept in host memory", profile.keep_attention_on_host),
-          (f"{profile.head_chunks} head chunks", profile.head_chunks > 1)) if value]
     idle = jax.device_count() - dp * sp
     print(f"model   {source.name}: {model.num_params / 1e6:,.1f}M parameters, {model.num_layers} layers, "
           f"{profile.compute_dtype}, attention {profile.attention}")
     print(f"mesh    dp {dp} x sp {sp} on {kind}{f'; {idle} devices stay idle' if idle else ''}")
-    print(f"memory  {', '.join(on) or 'no feature on'}")
+    print(f"memory  {', '.join(profile.words()) or 'no feature on'}")
     if config.freeze:
         count = sum(leaf.size for leaf in jax.tree.leaves(step.frozen))
         print(f"frozen  {count / 1e6:,.1f}M parameters match --freeze {config.freeze}")
     padded = f", padded to {job.length}" if job.length != config.seq_len else ""
     print(f"data    {stats.summary(config.seq_len)}{padded}")
+    if stats.lengths is not None:
+        print(f"lengths {stats.lengths}")
     if stats.fullness is not None:
         print(f"packs   {stats.fullness.summary()}")
     print_sources(stats.sources)
     print_sources(stats.held_out, "eval")
+    for addition in data.added:
+        print(f"added   after step {addition['step']}: {', '.join(addition['data'])}")
     start = f", resumed at step {done}" if done else ""
-    a_step = dp * config.batch_size * config.grad_accum
+    a_step = job.rows * job.grad_accum
     for report in stats.sources if stats.sources and stats.sources[0].weight is not None else ():
         times = steps * a_step * report.weight / report.sequences
         print(f"weight  {report.weight:.3g} of the sequences from {report.name}: each {times:.1f} times")

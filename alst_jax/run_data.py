@@ -15,13 +15,15 @@ from alst_jax.data.documents import Cutting, Stats, check_length, check_targets
 from alst_jax.data.files import Selection
 from alst_jax.data.labels import Labels
 from alst_jax.data.named import parse_sources
-from alst_jax.data.packing import Fullness, Packs, pack, room_for
+from alst_jax.data.order import Stages
+from alst_jax.data.packing import Fullness, Groups, Packs, pack, room_for
 from alst_jax.data.pieces import Joined, Pieces
 from alst_jax.data.prepare import BySource, cut_sources, read_sources
 from alst_jax.data.records import Fields
 from alst_jax.data.report import print_samples, warn_without_end
 from alst_jax.data.sources import Reading
-from alst_jax.planning.job import Job
+from alst_jax.planning.job import Job, padded_length
+from alst_jax.storage import run_directory
 from alst_jax.storage.source import ModelSource, find_model
 from alst_jax.trainer import Data
 
@@ -78,9 +80,16 @@ def show_samples(config: TrainConfig) -> None:
     print_samples(sources, tokenizer, labels_of(config), config.show_samples, config.skip_bad_records)
 
 
-def read_sequences(config: TrainConfig, source: ModelSource, held_out: bool = False) -> BySource:
-    """The documents of each training (or --eval-data) source, tokenised and cut; by the names of the sources."""
+def read_sequences(
+    config: TrainConfig, source: ModelSource, held_out: bool = False, added: tuple[str, ...] = ()
+) -> BySource:
+    """The documents of each training (or --eval-data) source, tokenised and cut; by the names of the sources.
+
+    added: paths of --add-data, which are read instead of --data.
+    """
     flag, paths = ("--eval-data", config.eval_data) if held_out else ("--data", config.data)
+    if added:
+        flag, paths = "--add-data", added
     cutting = Cutting(source.tokenizer, config.seq_len, source.config.vocab_size, labels_of(config),
                       config.skip_bad_records, config.long_documents == "drop")
     return cut_sources(paths, reading_of(config, held_out), flag, cutting, cache_of(config))
@@ -88,26 +97,27 @@ def read_sequences(config: TrainConfig, source: ModelSource, held_out: bool = Fa
 
 def packed(config: TrainConfig, sources: BySource) -> tuple[Any, Stats]:
     """The sequences of all sources, one source behind the other, in packs with --pack; and their counts."""
-    packs, stats, pieces = [], Stats(), Joined([sequences for sequences, _ in sources.values()])
+    packs, shifts, stats, pieces = [], [], Stats(), Joined([sequences for sequences, _ in sources.values()])
     before = 0
     for sequences, of_source in sources.values():
         if config.pack and sequences:
-            made = pack(sequences.lengths, config.seq_len, config.seed)
-            packs += [[before + i for i in members] for members in made]
-            of_source.sequences = of_source.sources[0].sequences = len(made)
+            packs.append(pack(sequences.lengths, config.seq_len, config.seed))
+            shifts.append(before)
+            of_source.sequences = of_source.sources[0].sequences = len(packs[-1])
         before += len(sequences)
         stats.add(of_source)
     if not packs:
         return pieces, stats
-    stats.fullness = Fullness(len(packs), config.seq_len, pieces.lengths, max(map(len, packs)))
-    return Packs(pieces, packs, together=config.pack_attention == "across"), stats
+    groups = Groups.joined(packs, shifts)
+    stats.fullness = Fullness.of(config.seq_len, pieces.lengths, groups)
+    return Packs(pieces, groups, together=config.pack_attention == "across"), stats
 
 
-def packing_of(config: TrainConfig, sequences: Any, stats: Stats, job: Job) -> tuple[int, int] | None:
+def packing_of(config: TrainConfig, stats: Stats, job: Job) -> tuple[int, int] | None:
     """(data-parallel replicas, documents of a replica at most); None where sequences are single documents."""
     if not config.pack or config.pack_attention == "across":
         return None
-    return job.dp, room_for(sequences.most_documents(job.length, stats.fullness.lengths), job.rows // job.dp)
+    return job.dp, room_for(stats.fullness.most_documents(job.length), job.rows // job.dp)
 
 
 def known_hash(config: TrainConfig, sequences: Any, parts: list[Pieces]) -> str | None:
@@ -137,27 +147,46 @@ def with_packs(job: Job, stats: Stats) -> Job:
     return dataclasses.replace(job, documents=stats.packing[1], attention_share=share)
 
 
-def read_data(config: TrainConfig, source: ModelSource, job: Job) -> tuple[Data, Stats, str]:
-    """The batches of a run, the training documents' statistics and a hash of their sequences.
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Training sequences that a run has from one time on: the first ones, or an addition. hash: of the sequences."""
 
-    UserError if one step would meet the same sequence twice.
-    """
-    sources = read_sequences(config, source)
+    sequences: Any
+    stats: Stats
+    mixture: list[tuple[int, float]] | None
+    hash: str
+
+
+def read_part(config: TrainConfig, source: ModelSource, added: tuple[str, ...] = ()) -> Part:
+    """The sequences of --data, or those of --add-data: `added`."""
+    sources = read_sequences(config, source, added=added)
     sequences, stats = packed(config, sources)
-    check_length(stats, config.seq_len, "--data", config.pack)
-    stats.packing = packing_of(config, sequences, stats, job)
-    per_step, pad = job.rows * config.grad_accum, pad_token(source.tokenizer)
+    check_length(stats, config.seq_len, "--add-data" if added else "--data", config.pack)
     mixture = None
     if any(report.weight is not None for report in stats.sources):
         mixture = [(report.sequences, report.weight) for report in stats.sources]
-    for count, weight in mixture or [(len(sequences), 1.0)]:
+    known = known_hash(config, sequences, [pieces for pieces, _ in sources.values()])
+    return Part(sequences, stats, mixture, fingerprint(sequences, mixture, known))
+
+
+def read_data(config: TrainConfig, source: ModelSource, job: Job) -> tuple[Data, Stats, str]:
+    """The batches of a run, the training documents' statistics and a hash of the sequences that it began with.
+
+    UserError if one step would meet the same sequence twice.
+    """
+    part, pad = read_part(config, source), pad_token(source.tokenizer)
+    per_step = job.rows * job.grad_accum
+    for count, weight in part.mixture or [(len(part.sequences), 1.0)]:
         if count < math.ceil(per_step * weight - 1e-9):
-            part = f" and its weight {weight:.3g}" if mixture else ""
+            of = f" and its weight {weight:.3g}" if part.mixture else ""
             raise UserError(f"--data gives {count} sequences, fewer than the {per_step} of one step (--dp x "
-                            f"--batch-size x --grad-accum){part}: the same would be repeated in it. Use more data or "
-                            "smaller steps")
+                            f"--batch-size x --grad-accum, or --samples-per-step){of}: the same would be repeated in "
+                            "it. Use more data or smaller steps")
+    sequences, stats, order, added = extended(config, source, part, per_step)
+    lengths, stats.packing = lengths_of(config, job), packing_of(config, stats, job)
+    stats.lengths = words_of(sequences, lengths) if config.lengths else None
     training = TrainingBatches(
-        sequences, job.length, job.rows, config.grad_accum, config.seed, pad, mixture, stats.packing)
+        sequences, lengths, job.rows, job.grad_accum, config.seed, pad, order, stats.packing)
     evaluation = {}
     # Held-out documents are never read across borders. Kernels that allow `across` may not keep packed documents apart.
     across = config.pack_attention == "across"
@@ -168,10 +197,67 @@ def read_data(config: TrainConfig, source: ModelSource, job: Job) -> tuple[Data,
             stats.held_out += of_source.sources
             held_out, counts = packed(alone, {name: (held_out, of_source)})
             evaluation[name] = functools.partial(
-                evaluation_batches, held_out, job.length, job.rows, pad, packing_of(alone, held_out, counts, job))
+                evaluation_batches, held_out, lengths, job.rows, pad, packing_of(alone, counts, job))
     warn_without_end(source.tokenizer, stats.sources)
-    known = known_hash(config, sequences, [pieces for pieces, _ in sources.values()])
-    return Data(training, evaluation), stats, fingerprint(sequences, mixture, known)
+    return Data(training, evaluation, added), stats, part.hash
+
+
+def extended(
+    config: TrainConfig, source: ModelSource, first: Part, per_step: int
+) -> tuple[Any, Stats, Any, tuple[dict[str, Any], ...]]:
+    """(all sequences, their statistics, their order, the additions) of a run with what --add-data added to it."""
+    added, parts, stats = additions(config), [first], first.stats
+    if not added:
+        return first.sequences, stats, first.mixture, ()
+    for addition in added:
+        part = read_part(config, source, tuple(addition["data"]))
+        if addition.setdefault("hash", part.hash) != part.hash:
+            raise UserError(f"--resume: the data that were added at step {addition['step']} have changed since then "
+                            f"({', '.join(addition['data'])}); set them back, or start a new run with --model on this "
+                            "run's directory")
+        parts.append(part)
+        stats.add(part.stats)
+        if stats.fullness is not None:
+            stats.fullness = stats.fullness.plus(part.stats.fullness)
+    if any(part.mixture for part in parts):
+        raise UserError("--add-data and weights of sources (PATH:0.3): the weights say how often each source is met, and "
+                        "an addition would change them; leave the weights out, or start a new run with --model on this "
+                        "run's directory")
+    stages = Stages(tuple(len(part.sequences) for part in parts),
+                    (0, *(per_step * addition["step"] for addition in added)))
+    return Joined([part.sequences for part in parts]), stats, stages, tuple(added)
+
+
+def additions(config: TrainConfig) -> list[dict[str, Any]]:
+    """Each addition to the data of the run in --out, the one of --add-data last: its paths and the step before it."""
+    if not config.resume:
+        return []
+    out = pathlib.Path(config.out)
+    added = [dict(addition) for addition in run_directory.read_run_file(out).get("added", ())]
+    if not config.add_data:
+        return added
+    paths_of = lambda given: {pathlib.Path(source.path).resolve() for source in parse_sources(given, "--add-data")}
+    for when, paths in [("the beginning", config.data), *((f"step {old['step']}", old["data"]) for old in added)]:
+        if twice := paths_of(config.add_data) & paths_of(paths):
+            raise UserError(f"--add-data {', '.join(map(str, sorted(twice)))}: the run has these data since {when}, so "
+                            "that they would be met twice as often; leave them out")
+    step = run_directory.find_checkpoint(out)[1]
+    return [*added, {"data": [str(path) for path in config.add_data], "step": step}]
+
+
+def lengths_of(config: TrainConfig, job: Job) -> tuple[int, ...]:
+    """The padded lengths of sequences, ascending; the last is the job's."""
+    shorter = {padded_length(length, job.sp, job.profile) for length in config.lengths}
+    return (*sorted(length for length in shorter if length < job.length), job.length)
+
+
+def words_of(sequences: Any, lengths: tuple[int, ...]) -> str:
+    """How many sequences go in each length, and the padding if each has its own."""
+    sizes = sequences.lengths
+    number = np.searchsorted(lengths, sizes)
+    counts = ", ".join(f"{np.count_nonzero(number == i):,} of {length:,}" for i, length in enumerate(lengths))
+    padding = 1 - sizes.sum() / np.asarray(lengths)[number].sum()
+    return f"{counts} tokens: {padding:.1%} padding, {1 - sizes.mean() / lengths[-1]:.1%} if all had the longest"
 
 
 def pad_token(tokenizer: Any) -> int:

@@ -13,14 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from alst_jax.config import TrainConfig, UserError
-from alst_jax.data.batches import TrainingBatches
+from alst_jax.config import DEFAULT_LEARNING_RATE, TrainConfig, UserError
+from alst_jax.data.batches import Arrays, TrainingBatches
 from alst_jax.hardware.environment import peak_flops
-from alst_jax.metrics import MetricsLog, ProgressDisplay, peak_memory
+from alst_jax.metrics import MetricsLog, ProgressDisplay, compilations, peak_memory
 from alst_jax.models.tree import dotted, is_stacked, names
 from alst_jax.step import TrainStep, count_labels
-
-DEFAULT_LEARNING_RATE = 1e-5
 
 
 @dataclasses.dataclass
@@ -48,10 +46,12 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """The batches of a run. evaluation: for each held-out source, by name, what makes an iterator over its batches."""
+    """The batches of a run. evaluation: for each held-out source, by name, what makes an iterator over its batches.
+    added: what --add-data added to the run, as run_directory.record_added stores it."""
 
     training: TrainingBatches
-    evaluation: dict[str, Callable[[], Iterable[dict[str, np.ndarray]]]] = dataclasses.field(default_factory=dict)
+    evaluation: dict[str, Callable[[], Iterable[Arrays]]] = dataclasses.field(default_factory=dict)
+    added: tuple[dict[str, Any], ...] = ()
 
 
 class NotFinite(Exception):
@@ -81,10 +81,9 @@ class StopSignal:
         if self.received is not None:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
-        left = "" if self.seconds is None else (
-            f", in about {max(0.0, self.began + self.seconds - time.perf_counter()):.0f} s")
-        # Not print(): a handler may run in the middle of one.
-        os.write(2, f"\n{self.received.name}: saving after this step{left}; once more stops at once\n".encode())
+        seconds = max(0.0, self.began + (self.seconds or 0) - time.perf_counter())
+        left = "" if self.seconds is None else f", in about {seconds:.0f} s"
+        os.write(2, f"\n{self.received.name}: saving after this step{left}; once more stops at once\n".encode())  # not print(): it may be in one
 
 
 def learning_rate_schedule(config: TrainConfig, steps: int, peak: float) -> Callable[[int], float]:
@@ -103,9 +102,10 @@ def learning_rate_schedule(config: TrainConfig, steps: int, peak: float) -> Call
 
 
 def optimizer_step(
-    step: TrainStep, state: TrainState, batches: dict[str, np.ndarray], learning_rate: float
+    step: TrainStep, state: TrainState, batches: Arrays | list[Arrays], learning_rate: float
 ) -> tuple[TrainState, dict[str, float]]:
-    """One step over `batches` (int32 arrays [accumulation, B, S]); the loss is the mean over all their valid labels.
+    """One step over `batches`: int32 arrays [accumulation, B, S], or a list of batches [B, S], each with its own S. The
+    loss is the mean over all their valid labels.
 
     Raises NotFinite, with the state to go on from, if the loss or the norm of the gradient is not finite: `state`
     itself, or, where the profile updates in the backward pass and the buffers of `state` are gone, the new state (None
@@ -113,14 +113,13 @@ def optimizer_step(
     """
     if step.profile.update_in_backward:
         return _step_in_backward(step, state, batches, learning_rate)
-    labels = count_labels(batches["labels"])
+    batches = one_by_one(batches)
+    labels = sum(count_labels(batch["labels"]) for batch in batches)
     scale = jnp.float32(1 / labels)
-    accumulation = batches["tokens"].shape[0]
-    loss, gradients = 0.0, step.zero_gradients() if accumulation > 1 else None
-    for i in range(accumulation):
-        batch = step.put_batch(**{name: array[i] for name, array in batches.items()})
-        part, new = step.loss_and_grad(state.trained, state.frozen, batch, scale)
-        gradients = new if accumulation == 1 else step.add_gradients(gradients, new)
+    loss, gradients = 0.0, step.zero_gradients() if len(batches) > 1 else None
+    for batch in batches:
+        part, new = step.loss_and_grad(state.trained, state.frozen, step.put_batch(**batch), scale)
+        gradients = new if len(batches) == 1 else step.add_gradients(gradients, new)
         loss += float(part)
     norm = step.gradient_norm(gradients)
     values = {"loss": loss, "grad_norm": float(norm), "labels": labels}
@@ -135,12 +134,18 @@ def optimizer_step(
     return state.after(trained, optimizer), values
 
 
+def one_by_one(batches: Arrays | list[Arrays]) -> list[Arrays]:
+    """The batches of a step, each of arrays [B, S]."""
+    if isinstance(batches, list):
+        return batches
+    return [{name: array[i] for name, array in batches.items()} for i in range(len(batches["tokens"]))]
+
+
 def _step_in_backward(step, state, batches, learning_rate):
-    labels, layers = count_labels(batches["labels"]), step.model.num_layers
-    if len(batches["tokens"]) != 1:
-        raise ValueError(f"{len(batches['tokens'])} batches: gradients that are used at once cannot be summed over "
-                         "several")
-    batch = step.put_batch(**{name: array[0] for name, array in batches.items()})
+    batches, layers = one_by_one(batches), step.model.num_layers
+    if len(batches) != 1:
+        raise ValueError(f"{len(batches)} batches: gradients that are used at once cannot be summed over several")
+    labels, batch = count_labels(batches[0]["labels"]), step.put_batch(**batches[0])
     loss, norm, finite, updated, trained, optimizer = step.update_in_backward(
         state.trained, state.frozen, state.optimizer, batch, jnp.float32(1 / labels), jnp.float32(learning_rate))
     values = {"loss": float(loss), "grad_norm": float(norm), "labels": labels}
@@ -210,7 +215,7 @@ def train(
     """
     schedule = learning_rate_schedule(config, steps, config.learning_rate or DEFAULT_LEARNING_RATE)
     display = ProgressDisplay(state.step, steps)
-    saved = state.step
+    saved, first = state.step, state.step + 1
 
     def check_and_save():
         nonlocal saved
@@ -223,8 +228,8 @@ def train(
         while state.step < steps and stop.received is None:
             stop.began = started = time.perf_counter()
             learning_rate, position = schedule(state.step), data.training.get_state()
-            batches = next(data.training)
-            padding = batches.pop("padding", None)
+            batches, compiled = one_by_one(next(data.training)), compilations()
+            padding = [batch.pop("padding", None) for batch in batches]
             try:
                 state, values = optimizer_step(step, state, batches, learning_rate)
             except NotFinite as problem:
@@ -236,7 +241,10 @@ def train(
                 raise UserError(_not_finite(step, at, problem, saved)) from problem
             stop.seconds = seconds = time.perf_counter() - started
             values = {"step": state.step, **values, **_speed(step, batches, padding, seconds),
-                      "learning_rate": learning_rate}
+                      "learning_rate": learning_rate, "compilations": compilations() - compiled}
+            if values["compilations"] and state.step > first:
+                lengths = " and ".join(map(str, sorted({batch["tokens"].shape[1] for batch in batches})))
+                display.say(f"step {state.step}: {values['compilations']} programs compiled, for {lengths} tokens")
             if data.evaluation and (state.step == steps or config.eval_every and state.step % config.eval_every == 0):
                 values |= evaluate_sources(step, state, data.evaluation, display.say)
             log.write(values)
@@ -262,25 +270,26 @@ def _not_finite(step: TrainStep, done: int, problem: NotFinite, saved: int) -> s
 
 
 def _speed(
-    step: TrainStep, batches: dict[str, np.ndarray], padding: np.ndarray | None, seconds: float
+    step: TrainStep, batches: list[Arrays], padding: list[np.ndarray | None], seconds: float
 ) -> dict[str, Any]:
-    """Throughput over all positions that were computed, padding included. padding: of packed rows; then over the tokens
-    of documents, whose attention stays inside of them."""
-    accumulation, rows, length = batches["tokens"].shape
-    tokens, packed = accumulation * rows * length, {}
-    devices = step.mesh.devices.reshape(-1)
-    peak = peak_flops(devices[0].device_kind)
-    flops = accumulation * rows * step.model.flops_per_sequence(length)
-    if padding is not None:
-        packed = {"padding": int(padding.sum())}
-        tokens -= packed["padding"]
-        lengths, counts = np.unique(np.diff(batches["documents"]), return_counts=True)
-        work = lambda lengths, counts: sum(
-            n * step.model.flops_per_sequence(length) for length, n in zip(lengths.tolist(), counts.tolist()))
-        flops = work(lengths, counts) - work(*np.unique(padding, return_counts=True))
-    place, gibibytes = peak_memory()
+    """Throughput over all positions that were computed, padding included. padding: for each batch, of its packed rows.
+    Then it is over the tokens of documents, whose attention stays inside of them."""
+    tokens, flops, packed = 0, 0, {}
+    work = lambda lengths, counts: sum(
+        n * step.model.flops_per_sequence(length) for length, n in zip(lengths.tolist(), counts.tolist()))
+    for batch, of_rows in zip(batches, padding):
+        rows, length = batch["tokens"].shape
+        tokens += rows * length
+        if of_rows is None:
+            flops += rows * step.model.flops_per_sequence(length)
+            continue
+        packed["padding"] = packed.get("padding", 0) + int(of_rows.sum())
+        flops += work(*np.unique(np.diff(batch["documents"]), return_counts=True))
+        flops -= work(*np.unique(of_rows, return_counts=True))
+    tokens -= packed.get("padding", 0)
+    peak, (place, gibibytes) = peak_flops(step.mesh.devices.flat[0].device_kind), peak_memory()
     return {"tokens": tokens, **packed, "seconds": seconds, "tokens_per_second": tokens / seconds,
-            "mfu": flops / seconds / (peak * len(devices)) if peak else None,
+            "mfu": flops / seconds / (peak * step.mesh.size) if peak else None,
             f"peak_{place.lower()}_gib": gibibytes}
 
 

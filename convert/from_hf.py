@@ -12,6 +12,7 @@ import tyro
 from alst_jax.models.block import abstract_params
 from alst_jax.models.hf_config import model_config
 from alst_jax.models.hf_weights import leaf_dtypes, model_tensors, read_part
+from alst_jax.models.other_weights import keep_others
 from alst_jax.storage import saving
 from alst_jax.storage.checkpoint import Checkpoints
 from alst_jax.storage.checksums import verify_weights
@@ -38,6 +39,7 @@ def from_hf(
         verify_weights(hf_dir)
         copy_model_files(hf_dir, out / MODEL)
         write_run_file(out, "converted", {"from": str(hf_dir)})
+        others, other_bytes = keep_others(hf_dir, out / MODEL)
         shapes = abstract_params(config, np.float32)
         total = sum(x.size * dtype.itemsize for x, dtype in zip(jax.tree.leaves(shapes), jax.tree.leaves(dtypes)))
         with Progress("reading and writing", total) as progress, Writing() as writing:
@@ -58,7 +60,7 @@ def from_hf(
             checkpoints.close()
         if verify:
             logits.verify(out, 0, config, hf_dir)
-    return len(tensors), total
+    return len({(tensor.file, tensor.key) for tensor in tensors.values()}) + others, total + other_bytes
 
 
 class Writing:

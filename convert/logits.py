@@ -10,6 +10,7 @@ import numpy as np
 from alst_jax.config import UserError
 from alst_jax.models.block import Tokens, abstract_params
 from alst_jax.models.config import LayerKind, ModelConfig
+from alst_jax.models.other_weights import auto_class
 from alst_jax.models.tree import names
 from alst_jax.ops.attention import attention
 from alst_jax.ops.cross_entropy import LogitScaling
@@ -33,13 +34,13 @@ def verify(run_dir: pathlib.Path, step: int, config: ModelConfig, hf_dir: pathli
     The checkpoint is read a layer at a time. transformers holds the whole model in float32: 4 bytes a parameter.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (1, LENGTH), dtype=np.int32)
     checkpoints = Checkpoints(run_dir)
     ours = _logits(config, dict(checkpoints.open_params(step)), tokens)
     checkpoints.close()
-    model = AutoModelForCausalLM.from_pretrained(
+    model = getattr(transformers, auto_class(hf_dir)).from_pretrained(
         hf_dir, dtype=torch.float32, trust_remote_code=False, use_safetensors=True).eval()
     with torch.no_grad():
         theirs = model(torch.tensor(tokens).long(), use_cache=False).logits.numpy()

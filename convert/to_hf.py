@@ -10,6 +10,7 @@ import tyro
 from alst_jax.config import UserError
 from alst_jax.models.hf_config import model_config, record_dtype
 from alst_jax.models.hf_weights import check_leaves, save_params
+from alst_jax.models.other_weights import other_sizes
 from alst_jax.storage.checkpoint import Checkpoints
 from alst_jax.storage.checksums import seal_weights
 from alst_jax.storage.run_directory import MODEL, copy_model_files, find_checkpoint, read_run_file
@@ -40,8 +41,9 @@ def to_hf(
         checkpoints.check_run_files(step)
         leaves = list(checkpoints.open_params(step))
         check_leaves(leaves, config, str(checkpoint))
-        with Progress("reading and writing", sum(leaf.nbytes for _, leaf in leaves)) as progress:
-            result = save_params(leaves, config, out, most, progress.advance)
+        total = sum(leaf.nbytes for _, leaf in leaves) + other_sizes(run_dir / MODEL)[1]
+        with Progress("reading and writing", total) as progress:
+            result = save_params(leaves, config, out, most, progress.advance, run_dir / MODEL)
         if read_run_file(run_dir)["kind"] == "training":  # a conversion gives back the files it was given
             record_dtype(out, checkpoints.params_dtype(step))
         checkpoints.close()

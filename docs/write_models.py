@@ -34,8 +34,8 @@ def row(family: str) -> list[str]:
     sliding = f"{sum(w is not None for w in windows)} of 12 layers, {max(w or 0 for w in windows):,}" if any(windows) else (
         "if switched on" if "sliding_window" in options else "-")
     ropes = [kind.rope for kind in config.layer_kinds]
-    rope = f"{len(config.ropes)}, by type of layer" if len(config.ropes) > 1 else "by type of layer" if FAMILIES[
-        family].ropes else f"not in {ropes.count(False)} of 12 layers" if False in ropes else "all layers"
+    rope = f"{len(config.ropes)}, by type of layer" if len(config.ropes) > 1 else "all layers, of a part of each head if set" if FAMILIES[
+        family].partial_rope else "by type of layer" if FAMILIES[family].ropes else f"not in {ropes.count(False)} of 12 layers" if False in ropes else "all layers"
     bias = [name for name in ("attention_bias", "attention_out_bias", "mlp_bias") if name in options]
     scalars = {"embeddings": config.embedding_multiplier != 1, "scores": config.attention_scale is not None,
                "residual": config.residual_multiplier != 1, "logits": config.logits_divisor != 1,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alst_jax.config import IGNORED
+from alst_jax.data.packing import offsets_of
 from alst_jax.models.block import init_params
 from alst_jax.models.config import ModelConfig
 from alst_jax.models.tree import dotted
@@ -55,6 +56,24 @@ def initial(step: TrainStep, seed=0):
     """`step.init_params`, whose numbers depend on model, type and seed alone: drawn once for all meshes and profiles."""
     drawn = _drawn(step.model, jax.tree.leaves(step.params)[0].dtype, seed)
     return jax.device_put(jax.tree.map(np.copy, drawn), step.param_shardings)  # copies: updates are in place
+
+
+def packed(rows, length, dp):
+    """(batch with the documents packed, batch of one document a row)."""
+    rng = np.random.default_rng(0)
+    make = lambda n: tuple(np.full((n, length), fill, np.int32) for fill in (0, IGNORED, 0))
+    together, alone, number = make(len(rows)), make(sum(map(len, rows))), 0
+    for row, lengths in enumerate(rows):
+        at = 0
+        for n in lengths:
+            tokens = rng.integers(0, TINY.vocab_size, n + 1)
+            one = tokens[:-1], np.where(rng.random(n) < 0.2, IGNORED, tokens[1:]), np.arange(n)
+            for place, other, values in zip(together, alone, one):
+                place[row, at : at + n] = other[number, :n] = values
+            at, number = at + n, number + 1
+    names = ("tokens", "labels", "positions")
+    documents = offsets_of(rows, length, dp, (max(map(len, rows)) + 1) * len(rows))  # one more a row: its padding
+    return dict(zip(names, together)) | {"documents": documents}, dict(zip(names, alone))
 
 
 def loss_and_grad(step: TrainStep, params, batch):

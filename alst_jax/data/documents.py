@@ -28,6 +28,7 @@ class Stats:
     sources: list[SourceReport] = dataclasses.field(default_factory=list)
     held_out: list[SourceReport] = dataclasses.field(default_factory=list)
     fullness: Any = None  # of packs: a packing.Fullness
+    lengths: str | None = None  # of sequences, in words, where there are several
     packing: tuple[int, int] | None = None  # (data-parallel replicas, documents of a replica at most)
 
     def add(self, other: "Stats") -> None:

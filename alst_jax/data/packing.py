@@ -11,8 +11,57 @@ import numpy as np
 
 from alst_jax.data import documents as cut
 
+AT_ONCE = 1 << 16  # documents that are packed at a time
 
-def pack(lengths: np.ndarray, capacity: int, seed: int) -> list[list[int]]:
+
+@dataclasses.dataclass(frozen=True)
+class Groups(Sequence):
+    """Groups of indices. members int64[indices]: one group behind the other; ends int64[groups]: where each ends."""
+
+    members: np.ndarray
+    ends: np.ndarray
+
+    def __len__(self) -> int:
+        return self.ends.size
+
+    def __getitem__(self, index: int | slice) -> "np.ndarray | Groups":
+        """The members of a group, or some neighbouring groups."""
+        if isinstance(index, slice):
+            start, stop, _ = index.indices(len(self))
+            first, ends = self._begin(start), self.ends[start:stop]
+            return Groups(self.members[first : ends[-1] if ends.size else first], ends - first)
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index = int(index) % len(self)
+        return self.members[self._begin(index) : self.ends[index]]
+
+    def _begin(self, index: int) -> int:
+        return int(self.ends[index - 1]) if index else 0
+
+    @property
+    def counts(self) -> np.ndarray:
+        """int64[groups]: how many members each has."""
+        return np.diff(self.ends, prepend=0)
+
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """int64[groups]: the sum over each group's members. values int64: by index."""
+        sums = np.cumsum(values[self.members])[self.ends - 1]
+        return np.diff(sums, prepend=0)
+
+    def lists(self) -> list[list[int]]:
+        """As lists."""
+        return [group.tolist() for group in self]
+
+    @staticmethod
+    def joined(parts: list["Groups"], shifts: list[int]) -> "Groups":
+        """The groups of several parts, with a number added to the members of each part."""
+        ends = np.cumsum([0, *(part.members.size for part in parts)]).tolist()
+        empty = np.zeros(0, np.int64)
+        return Groups(np.concatenate([empty, *(part.members + shift for part, shift in zip(parts, shifts))]),
+                      np.concatenate([empty, *(part.ends + end for part, end in zip(parts, ends))]))
+
+
+def pack(lengths: np.ndarray, capacity: int, seed: int) -> Groups:
     """Indices of documents, pack by pack, each of at most `capacity` tokens. Best fit, longest first; documents of one
     length are taken in an order drawn from the seed, so that neighbours in a file do not stay neighbours.
 
@@ -22,32 +71,33 @@ def pack(lengths: np.ndarray, capacity: int, seed: int) -> list[list[int]]:
         raise ValueError(f"a document of {lengths.max()} tokens and packs of {capacity}")
     drawn = np.random.default_rng(seed).permutation(len(lengths))
     order = drawn[np.argsort(-lengths[drawn], kind="stable")]
-    packs: list[list[int]] = []
     spaces: list[int] = []  # the different numbers of tokens that are left in some pack, ascending
     packs_of: dict[int, list[int]] = {}
-    for document, length in zip(order.tolist(), lengths[order].tolist()):
-        at = bisect.bisect_left(spaces, length)
-        if at == len(spaces):
-            number, left = len(packs), capacity - length
-            packs.append([document])
-        else:
-            space = spaces[at]
-            number, left = packs_of[space].pop(), space - length
-            if not packs_of[space]:
-                del spaces[at], packs_of[space]
-            packs[number].append(document)
-        if left:
-            if left not in packs_of:
-                bisect.insort(spaces, left)
-                packs_of[left] = []
-            packs_of[left].append(number)
-    return packs
+    numbers, count = np.empty(len(lengths), np.int64), 0  # of the pack of each document
+    for start in range(0, len(order), AT_ONCE):  # a part at a time: lists of numbers are large
+        for place, length in enumerate(lengths[order[start : start + AT_ONCE]].tolist(), start):
+            at = bisect.bisect_left(spaces, length)
+            if at == len(spaces):
+                number, left = count, capacity - length
+                count += 1
+            else:
+                space = spaces[at]
+                number, left = packs_of[space].pop(), space - length
+                if not packs_of[space]:
+                    del spaces[at], packs_of[space]
+            numbers[place] = number
+            if left:
+                if left not in packs_of:
+                    bisect.insort(spaces, left)
+                    packs_of[left] = []
+                packs_of[left].append(number)
+    return Groups(order[np.argsort(numbers, kind="stable")], np.cumsum(np.bincount(numbers, minlength=count)))
 
 
 class Packs(Sequence):
     """Packs of sequences as sequences. together: attention crosses the borders of documents, and positions go on."""
 
-    def __init__(self, pieces: Sequence[cut.Sequence], packs: list[list[int]], together: bool = False):
+    def __init__(self, pieces: Sequence[cut.Sequence], packs: Groups, together: bool = False):
         self._pieces, self._packs, self._together = pieces, packs, together
 
     def __len__(self) -> int:
@@ -57,38 +107,57 @@ class Packs(Sequence):
         """A pack, or some of them."""
         if isinstance(index, slice):
             return Packs(self._pieces, self._packs[index], self._together)
-        pieces = [self._pieces[i] for i in self._packs[index]]
+        pieces = [self._pieces[i] for i in self._packs[index].tolist()]
         tokens, labels = (np.concatenate([getattr(p, name) for p in pieces]) for name in ("tokens", "labels"))
         return cut.Sequence(tokens, labels, None if self._together else tuple(p.tokens.size for p in pieces))
 
-    def most_documents(self, padded_len: int, lengths: np.ndarray) -> int:
-        """Documents in a padded pack at most; the padding is one. lengths: those of all pieces."""
-        return max(len(pack) + (int(lengths[pack].sum()) < padded_len) for pack in self._packs)
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64[packs]: the tokens of each pack."""
+        return self._packs.sums(self._pieces.lengths)
 
 
 @dataclasses.dataclass(frozen=True)
 class Fullness:
-    """How full packs are. lengths: tokens of each packed document; most: documents in a pack at most."""
+    """How full packs are. lengths: tokens of each packed document; counts, tokens: of the documents of each pack."""
 
-    packs: int
     capacity: int
     lengths: np.ndarray
-    most: int
+    counts: np.ndarray
+    tokens: np.ndarray
+
+    @staticmethod
+    def of(capacity: int, lengths: np.ndarray, packs: Groups) -> "Fullness":
+        """The fullness of packs of documents with these lengths."""
+        return Fullness(capacity, lengths, packs.counts, packs.sums(lengths))
+
+    def plus(self, other: "Fullness") -> "Fullness":
+        """With the packs of other data."""
+        join = lambda name: np.concatenate([getattr(self, name), getattr(other, name)])
+        return Fullness(self.capacity, join("lengths"), join("counts"), join("tokens"))
+
+    @property
+    def packs(self) -> int:
+        return self.counts.size
 
     @property
     def part(self) -> float:
         """The part of all positions that holds a token."""
         return float(self.lengths.sum()) / (self.packs * self.capacity)
 
+    def most_documents(self, padded_len: int) -> int:
+        """Documents in a padded pack at most; the padding is one."""
+        return int((self.counts + (self.tokens < padded_len)).max())
+
     def summary(self) -> str:
         """One line, and the lengths of the documents as bars: one a doubling."""
-        line = (f"{self.lengths.size:,} documents in {self.packs:,} packs of {self.capacity:,}, {self.part:.1%} full; at "
-                f"most {self.most:,} in a pack")
+        line = (f"{self.lengths.size:,} documents in {self.packs:,} packs of {self.capacity:,}, {self.part:.1%} full; "
+                f"at most {self.counts.max():,} in a pack")
         edges = [0] + [2**i for i in range(4, int(self.capacity).bit_length())] + [self.capacity + 1]
         tokens = np.histogram(self.lengths, edges, weights=self.lengths)[0]
         counts = np.histogram(self.lengths, edges)[0]
-        bars = [f"  {low:>9,} {'#' * max(1, round(40 * n / tokens.max())):40} {count:,} documents, {n / tokens.sum():.0%} of the tokens"
-                for low, n, count in zip(edges, tokens, counts) if count]
+        bars = [f"  {low:>9,} {'#' * max(1, round(40 * n / tokens.max())):40} {count:,} documents, "
+                f"{n / tokens.sum():.0%} of the tokens" for low, n, count in zip(edges, tokens, counts) if count]
         return "\n".join([line, *bars])
 
 

@@ -7,14 +7,15 @@ The tokens of all documents lie one behind the other in one array: in memory, or
 import collections.abc
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from alst_jax.config import IGNORED
 
-FLAGS_AT_ONCE = 1 << 22  # learned flags that are summed at a time: 32 MiB of sums
+FLAGS_AT_ONCE = 1 << 20  # learned flags that are summed at a time: 8 MiB of sums
 RELEASE_AFTER = 1 << 26  # bytes of memory-mapped files that are read before their pages are released
-NEIGHBOURS = 1 << 18  # bytes around a piece that the operating system maps with it, in two files, at most
+NEIGHBOURS = 1 << 22  # bytes around a piece that Linux (6.18) maps with it, at most: 2 MiB (a folio) in each of two files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,9 +80,9 @@ class Pieces(collections.abc.Sequence):
 
 
 class Joined(collections.abc.Sequence):
-    """The sequences of several sources, one source behind the other."""
+    """The sequences of several sources, one source behind the other. parts: Pieces, or packs of them."""
 
-    def __init__(self, parts: list[Pieces]):
+    def __init__(self, parts: list[Any]):
         self.parts = parts
         self._ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
 

@@ -15,6 +15,7 @@ from alst_jax.models.families.family import Family
 from alst_jax.models.families.layer_types import FULL
 from alst_jax.models.families.unsupported import find_family
 from alst_jax.models.hf_rope import read_rope, rope_fields
+from alst_jax.models.text_config import text_fields, with_text_field
 from alst_jax.models.weight_files import refuse_adapter
 from alst_jax.ops.rope import RopeConfig
 
@@ -73,7 +74,7 @@ def read_config(hf_dir: str | pathlib.Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a Hugging Face model directory: it has no config.json (it has: {inside})")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise UserError(f"{file} holds no JSON object")
@@ -87,6 +88,7 @@ def model_config(hf_dir: str | pathlib.Path) -> ModelConfig:
 
 def parse_config(raw: dict[str, Any], where: str) -> ModelConfig:
     """A ModelConfig from the fields of a config.json; `where` names it in errors."""
+    raw = text_fields(raw, HARMLESS, where)
     family = find_family(raw, FAMILIES, where)
     _check_fields(raw, family, where)
     missing = [name for name in NEEDED if raw.get(name) is None]
@@ -155,7 +157,7 @@ def _check_fields(raw: dict[str, Any], family: Family, where: str) -> None:
 
 def _ropes(raw: dict[str, Any], family: Family, head_dim: int, max_positions: int, where: str) -> list[RopeConfig]:
     """The rotary embeddings, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
-    read = lambda given, theta: read_rope(given, theta, head_dim, max_positions, where)
+    read = lambda given, theta: read_rope(given, theta, head_dim, max_positions, where, family.partial_rope)
     if family.ropes is not None:
         return [read(given, theta) for given, theta in family.ropes(raw, where)]
     given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # the order in which transformers looks
@@ -182,9 +184,9 @@ def record_dtype(hf_dir: str | pathlib.Path, dtype: str) -> None:
 def record_vocabulary(hf_dir: str | pathlib.Path, size: int) -> None:
     """Write the number of rows of the embedding into config.json, if it has another one."""
     raw = read_config(hf_dir)
-    if raw.get("vocab_size") != size:
+    if text_fields(raw, HARMLESS, str(hf_dir)).get("vocab_size") != size:
         (pathlib.Path(hf_dir) / "config.json").write_text(
-            json.dumps(raw | {"vocab_size": size}, indent=2) + "\n", encoding="utf-8")
+            json.dumps(with_text_field(raw, "vocab_size", size), indent=2) + "\n", encoding="utf-8")
 
 
 def hf_config_dict(config: ModelConfig) -> dict[str, Any]:

@@ -20,10 +20,13 @@ LISTS = ("short_factor", "long_factor")
 TYPES = {ORIGINAL: int, "truncate": bool}  # the others are float
 
 
-def read_rope(given: Any, theta: Any, head_dim: int, max_positions: int, where: str) -> RopeConfig:
+def read_rope(
+    given: Any, theta: Any, head_dim: int, max_positions: int, where: str, partial_rope: bool = False
+) -> RopeConfig:
     """The settings of one rotary embedding.
 
     given: `rope_parameters` (transformers 5) or `rope_scaling` (before). theta: the base if `given` has none.
+    partial_rope: `partial_rotary_factor` is implemented.
     UserError, which begins with `where`, for a setting that is wrong or not implemented.
     """
     if not isinstance(given, dict):
@@ -40,17 +43,29 @@ def read_rope(given: Any, theta: Any, head_dim: int, max_positions: int, where: 
         raise UserError(f"{where}: rope_theta={theta!r} must be above 1")
     if not isinstance(kind, str) or kind not in FIELDS:
         raise UserError(f"{where}: RoPE type {kind!r} is not implemented; these are: {', '.join(FIELDS)}")
-    if given.pop("partial_rotary_factor", 1.0) not in (1.0, None):
-        raise UserError(f"{where}: partial_rotary_factor is not implemented")
+    partial = _partial(given.pop("partial_rotary_factor", None), head_dim, partial_rope, where)
     fields = _fields(kind, given, where)
     if ORIGINAL in FIELDS[kind][1]:
         fields.setdefault(ORIGINAL, max_positions)  # as transformers does
-    _check_values(kind, fields, head_dim, where)
+    _check_values(kind, fields, int(head_dim * partial), where)
     if kind == "longrope":
         fields.setdefault("factor", max_positions / fields[ORIGINAL])
     if kind == "dynamic":
         fields["max_position_embeddings"] = max_positions
-    return RopeConfig(rope_type=kind, theta=float(theta), **fields)
+    return RopeConfig(rope_type=kind, theta=float(theta), partial_rotary_factor=partial, **fields)
+
+
+def _partial(value: Any, head_dim: int, implemented: bool, where: str) -> float:
+    """The part of each head that is turned."""
+    if value in (1.0, None) and not isinstance(value, bool):
+        return 1.0
+    if not implemented:
+        raise UserError(f"{where}: partial_rotary_factor is not implemented")
+    whole = not isinstance(value, bool) and isinstance(value, (int, float)) and 0 < value <= 1
+    if not whole or int(head_dim * value) < 2 or int(head_dim * value) % 2:
+        raise UserError(f"{where}: partial_rotary_factor={value!r} must make an even number of 2 or more of "
+                        f"head_dim={head_dim}")
+    return float(value)
 
 
 def _fields(kind: str, given: dict[str, Any], where: str) -> dict[str, Any]:
@@ -89,13 +104,15 @@ def _check_values(kind: str, fields: dict[str, Any], head_dim: int, where: str) 
         raise UserError(f"{start}beta_fast must not be below beta_slow")
     for name in LISTS:
         if name in fields and len(fields[name]) != head_dim // 2:
-            raise UserError(f"{start}{name} has {len(fields[name])} numbers, where head_dim={head_dim} needs "
-                            f"{head_dim // 2}")
+            raise UserError(f"{start}{name} has {len(fields[name])} numbers, where a rotation of {head_dim} dims of a "
+                            f"head needs {head_dim // 2}")
 
 
 def rope_fields(rope: RopeConfig) -> dict[str, Any]:
     """`rope_parameters` of config.json. `read_rope` reads them back unchanged."""
     fields = {"rope_type": rope.rope_type, "rope_theta": rope.theta}
+    if rope.partial_rotary_factor != 1:
+        fields["partial_rotary_factor"] = rope.partial_rotary_factor
     for name in sum(FIELDS[rope.rope_type], ()):
         if getattr(rope, name) is not None:
             fields[name] = list(getattr(rope, name)) if name in LISTS else getattr(rope, name)

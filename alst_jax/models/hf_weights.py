@@ -14,7 +14,9 @@ from alst_jax.config import UserError
 from alst_jax.models.block import abstract_params
 from alst_jax.models.config import ModelConfig
 from alst_jax.models.families import FAMILIES
+from alst_jax.models.fused import join, split
 from alst_jax.models.hf_config import model_config
+from alst_jax.models.other_weights import text_tensors, with_others
 from alst_jax.models.tree import is_stacked, names
 from alst_jax.models.weight_files import (
     AT_ONCE,
@@ -28,6 +30,7 @@ from alst_jax.models.weight_files import (
     find_tensors,
     of_model,
     read_tensor,
+    transpose,
     write_file,
 )
 from alst_jax.xla.arrays import load_array
@@ -74,29 +77,37 @@ def model_tensors(hf_dir: str | pathlib.Path, config: ModelConfig, resize: bool 
 
     resize: the vocabulary of `config` may be larger than that of the files; the rows that are missing are added.
     """
-    tensors = of_model(find_tensors(hf_dir), config.tie_word_embeddings, str(hf_dir))
+    tensors = of_model(text_tensors(find_tensors(hf_dir), hf_dir), config.tie_word_embeddings, str(hf_dir))
     if resize:
         tensors = extended(tensors, model_config(hf_dir).vocab_size, config.vocab_size)
+    family = FAMILIES[config.family]
+    tensors = split(tensors, family.fused, config.num_layers, expected_shapes(config), str(hf_dir))
     check_tensors(tensors, config, str(hf_dir))
     if config.tie_word_embeddings:
         tensors.pop(HEAD, None)  # a copy of the embedding
     return tensors
 
 
-def check_tensors(tensors: dict[str, Tensor], config: ModelConfig, where: str) -> None:
-    """UserError that lists missing, extra and mis-shaped tensors, unless the files hold exactly this model."""
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the tensors of a model in Hugging Face's format."""
     expected = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config, np.float32)):
         shape = leaf.shape[1:] if is_stacked(path) else leaf.shape
         for name in leaf_names(path, config):
-            expected[name] = shape[::-1] if is_transposed(path) else shape
+            expected[name] = tuple(shape[::-1] if is_transposed(path) else shape)
+    return expected
+
+
+def check_tensors(tensors: dict[str, Tensor], config: ModelConfig, where: str) -> None:
+    """UserError that lists missing, extra and mis-shaped tensors, unless the files hold exactly this model."""
+    expected = expected_shapes(config)
     extra = [name for name in tensors if name not in expected]
     if config.tie_word_embeddings and HEAD in extra:
         extra.remove(HEAD)
         _check_tied(tensors, where)
     missing = [name for name in expected if name not in tensors]
     wrong = [f"{name} {list(tensors[name].shape)}, not {list(shape)}"
-             for name, shape in expected.items() if name in tensors and tensors[name].shape != tuple(shape)]
+             for name, shape in expected.items() if name in tensors and tensors[name].shape != shape]
     problems = [f"{kind} ({len(found)}): {', '.join(found[:10])}{', ...' * (len(found) > 10)}"
                 for kind, found in (("missing", missing), ("extra", extra), ("of another shape", wrong)) if found]
     if problems:
@@ -171,7 +182,11 @@ def read_part(
     index = tuple(slice(*b) for b in (reversed(inner) if is_transposed(path) else inner))
     for row, name in enumerate(leaf_names(path, config)[layers]):
         value = _read(tensors[name], name, index)
-        out[row if is_stacked(path) else ...] = value.T if is_transposed(path) else value
+        place = out[row if is_stacked(path) else ...]
+        if is_transposed(path):
+            transpose(value, place)
+        else:
+            place[...] = value
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -180,17 +195,20 @@ def read_part(
 def save_params(
     leaves: Iterable[tuple[tuple, jax.Array | np.ndarray | Stored]], config: ModelConfig, out_dir: str | pathlib.Path,
     max_shard_bytes: int = 5 * 2**30, written: Callable[[int], object] = lambda _: None,
+    model_dir: str | pathlib.Path | None = None,
 ) -> tuple[int, int]:
     """Write (path, leaf) pairs as safetensors with Hugging Face's names; returns the number of tensors and their bytes.
 
     One file if it fits into max_shard_bytes, else several and an index. One tensor, a layer of a stack, is copied to
     host memory at a time. Files get their final names once all are complete, and older weights are removed. written:
-    called with the bytes of each tensor that is written.
+    called with the bytes of each tensor that is written. model_dir: the model/ of a run, which may keep weights beside
+    those of the language model; they are written too.
     """
     out = pathlib.Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     files, weight_map, total = [], {}, 0
-    for tensors in _group(_tensors_of(leaves, config), max_shard_bytes):
+    tensors = join(_tensors_of(leaves, config), FAMILIES[config.family].fused, config.num_layers)
+    for tensors in _group(with_others(tensors, model_dir), max_shard_bytes):
         file = out / f".part-{len(files)}.safetensors"
         write_file(file, tensors, written)
         weight_map |= dict.fromkeys((tensor.name for tensor in tensors), len(files))
@@ -233,7 +251,7 @@ def _tensors_of(leaves, config: ModelConfig) -> Iterator[Unwritten]:
 
 def _tensor(path: tuple, leaf: jax.Array | np.ndarray | Stored, row: int | None) -> np.ndarray:
     value = _fetch(leaf, row)
-    return value.T if is_transposed(path) else value
+    return transpose(value) if is_transposed(path) else value
 
 
 def _fetch(leaf: jax.Array | np.ndarray | Stored, row: int | None) -> np.ndarray:

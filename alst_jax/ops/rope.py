@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-MAX_POSITION = 2**24  # the angles of positions are right to 0.003 radians below this (dynamic: 0.06 at 2**20)
+MAX_POSITION = 2**24  # below this, angles are right to 0.003 radians for the frequencies, which are float32
 STRIDE = 4096  # positions below this meet their frequency in one product, as in transformers
+TURN = 6.28125  # nearly 2 pi, with 8 significant bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +23,7 @@ class RopeConfig:
     factor: float = 1.0
     original_max_position_embeddings: int | None = None
     max_position_embeddings: int | None = None  # of the model; dynamic
+    partial_rotary_factor: float = 1.0  # the part of each head that is turned
     low_freq_factor: float | None = None  # llama3
     high_freq_factor: float | None = None  # llama3
     attention_factor: float | None = None  # yarn, longrope
@@ -42,8 +44,12 @@ class RopeConfig:
 def inverse_frequencies(
     rope: RopeConfig, head_dim: int, length: jax.Array | int | None = None
 ) -> tuple[np.ndarray | jax.Array, float]:
-    """Frequencies float32[H/2] in radians a token, and the factor that multiplies cos and sin (1 except for yarn and
-    longrope). length: the highest position + 1, of all tokens of a batch; only dynamic and longrope read it."""
+    """Frequencies float32[R/2] in radians a token, for the R dims of a head that are turned, and the factor that
+    multiplies cos and sin (1 except for yarn and longrope).
+
+    length: the highest position + 1, of all tokens of a batch; only dynamic and longrope read it.
+    """
+    head_dim = int(head_dim * rope.partial_rotary_factor)
     plain = _plain(rope, head_dim)
     if rope.rope_type == "default":
         return plain, 1.0
@@ -144,9 +150,10 @@ def rope_tables(
         length = jnp.max(positions) + 1
     frequencies, factor = inverse_frequencies(rope, head_dim, length)
     if rope.rope_type == "longrope":  # two sets of frequencies, of which the length chooses
-        coarse = _by_length(rope, tuple(map(_coarse, _longrope(rope, head_dim))), length)
+        turned = int(head_dim * rope.partial_rotary_factor)
+        coarse = _by_length(rope, tuple(map(_coarse, _longrope(rope, turned))), length)
     else:
-        coarse = None if rope.rope_type == "dynamic" else _coarse(frequencies)
+        coarse = (_coarse_of_traced if rope.rope_type == "dynamic" else _coarse)(frequencies)
     cos, sin = _cos_sin(positions[:, :, None, None], frequencies, coarse)
     return cos * factor, sin * factor
 
@@ -156,13 +163,20 @@ def _coarse(frequencies: np.ndarray) -> np.ndarray:
     return np.remainder(STRIDE * frequencies.astype(np.float64), 2 * math.pi).astype(np.float32)
 
 
+def _coarse_of_traced(frequencies: jax.Array) -> jax.Array:
+    """`_coarse` in float32, of frequencies up to 1. Whole turns are taken away in two parts (Cody and Waite).
+
+    STRIDE is a power of two and TURN has few bits, so that all products but the last are exact.
+    """
+    angles = STRIDE * frequencies
+    turns = jnp.round(angles / (2 * math.pi))
+    return (angles - turns * TURN) - turns * (2 * math.pi - TURN)
+
+
 def _cos_sin(positions, frequencies, coarse):
     """cos and sin of position x frequency. A product in float32 is off by whole radians at millions of tokens, so its
-    multiples of STRIDE positions are turned apart, by `coarse` (None: not known at compile time)."""
+    multiples of STRIDE positions are turned apart, by `coarse`."""
     angle = lambda whole, by: whole.astype(jnp.float32) * jnp.asarray(by)[None, None, None, :]
-    if coarse is None:
-        angles = angle(positions, frequencies)
-        return jnp.cos(angles), jnp.sin(angles)
     fine, far = angle(positions % STRIDE, frequencies), angle(positions // STRIDE, coarse)
     cos, sin, far_cos, far_sin = jnp.cos(fine), jnp.sin(fine), jnp.cos(far), jnp.sin(far)
     return cos * far_cos - sin * far_sin, sin * far_cos + cos * far_sin
@@ -171,6 +185,12 @@ def _cos_sin(positions, frequencies, coarse):
 def apply_rope(
     x: Float[Array, "*B N H"], cos: Float[Array, "*B 1 H2"], sin: Float[Array, "*B 1 H2"]
 ) -> Float[Array, "*B N H"]:
-    """Turn the pairs (x[i], x[i + H/2]) by the angles, in float32; returned in the dtype of x."""
+    """Turn the pairs (x[i], x[i + H/2]) by the angles, in float32; returned in the dtype of x.
+
+    Where the tables are narrower than H/2, the first dims of a head are turned, and the others stay.
+    """
+    turned = 2 * cos.shape[-1]
+    if turned < x.shape[-1]:
+        return jnp.concatenate([apply_rope(x[..., :turned], cos, sin), x[..., turned:]], axis=-1)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

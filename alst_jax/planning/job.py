@@ -6,6 +6,7 @@ heads, H head dim.
 
 import dataclasses
 import functools
+import math
 import re
 
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from alst_jax.models.block import abstract_params
 from alst_jax.models.config import ModelConfig
 from alst_jax.models.tree import dotted, is_stacked, names
+from alst_jax.ops.attention import find_kernel
 from alst_jax.parallel.costs import Shapes, Work
 from alst_jax.parallel.ulysses import Ulysses
 from alst_jax.profile import DEVICE, HOST, Profile, Segment, segment_inputs
@@ -219,3 +221,9 @@ def unremat_layer(job: Job) -> int:
     if job.profile.mlp_tile is None:
         kept += 4 * size.hidden // job.model.hidden_size * job.model.intermediate_size
     return kept
+
+
+def padded_length(seq_len: int, sp: int, profile: Profile) -> int:
+    """seq_len, rounded up to what the mesh and the attention kernel divide; the rest is padding without labels."""
+    multiple = math.lcm(sp, find_kernel(profile.attention).multiple)
+    return -(-seq_len // multiple) * multiple

@@ -151,6 +151,14 @@ def verify_run_files(folder: pathlib.Path, run_dir: pathlib.Path) -> None:
                       f"yourself, accept it: python -m convert.verify {run_dir} --accept") from error
 
 
+def renew_run_file(run_dir: pathlib.Path) -> None:
+    """Take run.json as it is now, which the program itself has changed, into the checksums of all checkpoints."""
+    now = hash_files(run_dir, ["run.json"])
+    for file in sorted((run_dir / "checkpoints").glob(f"*/{FILE}")):
+        if (record := read_record(file)) is not None:
+            write_record(file, record | {"run": record["run"] | now})
+
+
 def _promises(folder: pathlib.Path) -> bool:
     """Whether a checkpoint was saved with checksums, by its own words in `loop`."""
     try:

@@ -11,12 +11,16 @@ import importlib.metadata
 import json
 import pathlib
 import shutil
+from collections.abc import Iterable
 from typing import Any
 
-from alst_jax.config import TrainConfig, UserError, flag
+from alst_jax.config import TrainConfig, UserError
 from alst_jax.data.tokenizer import has_tokenizer
+from alst_jax.declare import flag
 from alst_jax.models.config import ModelConfig
 from alst_jax.models.hf_config import hf_config_dict, model_config, record_vocabulary
+from alst_jax.models.other_weights import keep_others
+from alst_jax.storage.checksums import renew_run_file
 
 CHECKPOINTS, MODEL, RUN_FILE, EXPORT = "checkpoints", "model", "run.json", "hf"
 TEMPLATES = "additional_chat_templates"  # the folder of named chat templates beside chat_template.jinja
@@ -103,6 +107,8 @@ def start_run_directory(
     write_run_file(out, "training", {"flags": dataclasses.asdict(config) | {"resume": False}})
     if hf_dir is not None:
         copy_model_files(hf_dir, out / MODEL)
+        if not config.random_weights:
+            keep_others(hf_dir, out / MODEL)
         if not has_tokenizer(out / MODEL):  # of random weights
             tokenizer.save_pretrained(out / MODEL)
         elif config.chat_template is not None:
@@ -141,9 +147,13 @@ def write_run_file(run_dir: pathlib.Path, kind: str, extra: dict[str, Any]) -> N
     """DIR/run.json; kind is "training" or "converted"."""
     versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")}
     run_dir.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"kind": kind, "versions": versions, **extra}, indent=2)
+    write_run_json(run_dir, {"kind": kind, "versions": versions, **extra})
+
+
+def write_run_json(run_dir: pathlib.Path, content: dict[str, Any]) -> None:
+    """Replace DIR/run.json, complete or not at all."""
     partial = run_dir / f".{RUN_FILE}"
-    partial.write_text(text)
+    partial.write_text(json.dumps(content, indent=2))
     partial.replace(run_dir / RUN_FILE)
 
 
@@ -181,12 +191,24 @@ def check_same_model(saved: ModelConfig, now: ModelConfig) -> None:
 def check_geometry(saved: dict[str, Any], now: dict[str, Any]) -> None:
     """UserError unless a resumed run sees the same data in the same order and trains the same parameters.
 
-    Checkpoints written before a flag existed lack it, which counts as None.
+    Checkpoints written before a flag existed lack it, which counts as None. Older ones have the two factors of
+    `samples_per_step`: "rows" and "grad_accum".
     """
-    meaning = {"data": "--data", "rows": "--dp x --batch-size", "grad_accum": "--grad-accum"}
+    if "rows" in saved and "grad_accum" in saved:
+        saved = saved | {"samples_per_step": saved["rows"] * saved["grad_accum"]}
+    meaning = {"data": "--data",
+               "samples_per_step": "--dp x --batch-size x --grad-accum, or --samples-per-step, the sequences of a step"}
     changed = [f"{meaning.get(name, flag(name))} ({saved.get(name)} -> {now[name]})" for name in now
                if saved.get(name) != now[name]]
     if changed:
         raise UserError(f"--resume: changed since the checkpoint: {', '.join(changed)}. The position in the data or "
                         "the state of the optimizer would mean something else; set it back, or start a new run with "
-                        "--model on this run's directory")
+                        "--model on this run's directory (--add-data adds files)")
+
+
+def record_added(run_dir: pathlib.Path, added: Iterable[dict[str, Any]]) -> None:
+    """Store the additions to the data of a run in run.json: "data", the paths; "step", the one before; "hash"."""
+    content = read_run_file(run_dir)
+    if list(added) != content.get("added", []):
+        write_run_json(run_dir, content | {"added": list(added)})
+        renew_run_file(run_dir)

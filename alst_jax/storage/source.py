@@ -14,6 +14,7 @@ from alst_jax.data.tokenizer import byte_tokenizer, has_tokenizer, load_tokenize
 from alst_jax.models.config import TINY_LLAMA, ModelConfig
 from alst_jax.models.hf_config import model_config
 from alst_jax.models.hf_weights import load_params
+from alst_jax.models.other_weights import has_others
 from alst_jax.models.weight_files import find_tensors
 from alst_jax.step import TrainStep
 from alst_jax.storage import checksums, run_directory
@@ -63,6 +64,9 @@ def _find(config: TrainConfig, tokenizer: bool) -> ModelSource:
         return ModelSource("the embedded tiny Llama", TINY_LLAMA, _tokenizer(None, config) if tokenizer else None, None)
     files = _model_files(config.model, weights=not (config.random_weights or config.planning))
     if config.random_weights:
+        if config.export and has_others(files):
+            raise UserError(f"--random-weights --export: {config.model} is more than a language model, and its other "
+                            "weights are not drawn; leave out --export, or give the config of the language model alone")
         own = files if has_tokenizer(files) else None
         made = _tokenizer(own, config) if tokenizer else None
         return ModelSource(f"{config.model}, random weights", model_config(files), made, files)

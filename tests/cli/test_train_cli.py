@@ -439,7 +439,7 @@ def test_resume_is_refused_where_it_would_be_another_run(call, saving, tmp_path)
             (["--model", other], "--resume: the model has changed since the checkpoint (hidden_size 64 -> 32"),
             (["--data", shorter], "--resume: changed since the checkpoint: --data ("),
             (["--seq-len", 64], "--seq-len (128 -> 64)"),
-            (["--dp", 4], "--dp x --batch-size (2 -> 4)")):
+            (["--dp", 4], "the sequences of a step (2 -> 4)")):
         code, error = call("--resume", "--out", saving, *changed)
         assert code == 2 and message in error, error
         assert files(saving) == before

@@ -178,3 +178,8 @@ def test_every_file_of_a_checkpoint_is_covered(intact):
             checksums.verify_step(folder)
         place.write_bytes(before)
     assert checksums.verify_step(folder)
+
+
+def test_the_programs_own_change_of_run_json_is_right(run_dir):
+    run_directory.record_added(run_dir, [{"data": ["more.jsonl"], "step": 4, "hash": "0a"}])
+    assert verify(run_dir) == 0

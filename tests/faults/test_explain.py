@@ -41,7 +41,7 @@ def test_all_of_it_is_printed(run_dir, capsys, monkeypatch):
     assert f"jax {jax.__version__}, " in line("versions") and "transformers 5." in line("versions")
     assert "4 x cpu, dp 2 x sp 2" in line("devices") and "cores" in line("host")
     assert about.git_revision() in line("program")
-    assert "rows 2, length 64, grad_accum 1" in line("shapes") and "data 0a1b, seed 0, rows 2" in line("settings")
+    assert "rows 2, length 64, grad_accum 1" in line("shapes") and "data 0a1b, seed 0, samples_per_step 2" in line("settings")
     assert "remat False" in line("profile") and line("plan").startswith("plan      none: the flags alone")
     assert line("  attention").split() == ["attention", "xla", "(the", "only", "one", "without", "a", "GPU)"]
     assert "  --learning-rate 0.0003" in lines and "  --beta1 0.9  (default)" in lines and "  --data d.jsonl" in lines
@@ -50,7 +50,7 @@ def test_all_of_it_is_printed(run_dir, capsys, monkeypatch):
 def test_every_flag_is_there(run_dir):
     record = json.loads((run_dir / "checkpoints/2/about.json").read_text())
     assert record["flags"].keys() == vars(TrainConfig()).keys()
-    assert record["settings"].keys() == {"data", "seed", "rows", "grad_accum", "seq_len", "dtype", "optimizer_states",
+    assert record["settings"].keys() == {"data", "seed", "samples_per_step", "seq_len", "dtype", "optimizer_states",
                                          "master_weights", "freeze"}
 
 

@@ -27,8 +27,7 @@ def settings(dtype="bfloat16", data="0a", job=None, **flags):
 COMPARED = {
     "data": (dict(data="0b"), r"--data \(0a -> 0b\)"),
     "seed": (dict(seed=4), r"--seed \(3 -> 4\)"),
-    "rows": (dict(job=dict(rows=8)), r"--dp x --batch-size \(4 -> 8\)"),
-    "grad_accum": (dict(grad_accum=1), r"--grad-accum \(2 -> 1\)"),
+    "samples_per_step": (dict(job=dict(rows=8)), r"--dp x .*sequences of a step \(8 -> 16\)"),
     "seq_len": (dict(seq_len=128), r"--seq-len \(64 -> 128\)"),
     "dtype": (dict(dtype="float32"), r"--dtype \(bfloat16 -> float32\)"),
     "optimizer_states": (dict(job=dict(states="int8")), r"--optimizer-states \(float32 -> int8\)"),

@@ -1,5 +1,8 @@
 # pytest tests/mesh/test_families_profiles.py
-"""Each family with every feature of a memory profile on meshes equals itself without any: loss, gradients, weights."""
+"""Each family with every feature of a memory profile on meshes equals itself without any: loss, gradients, weights.
+
+The reference trains on one document a row. The features meet the same rows, or the documents packed.
+"""
 
 import dataclasses
 
@@ -12,7 +15,7 @@ from alst_jax.models.block import init_params
 from alst_jax.models.families import FAMILIES
 from alst_jax.models.hf_config import parse_config
 from alst_jax.profile import Profile
-from tests.helpers import PLAIN, assert_trees_close, make_step, random_batch, tiny, train
+from tests.helpers import PLAIN, assert_trees_close, make_step, packed, random_batch, tiny, train
 
 SHAPE = dict(vocab_size=96, hidden_size=40, intermediate_size=56, num_hidden_layers=3, num_attention_heads=8,
              num_key_value_heads=2, head_dim=8, max_position_embeddings=64)
@@ -27,9 +30,14 @@ FIELDS = {
     "granite": dict(embedding_multiplier=3.0, attention_multiplier=0.3, residual_multiplier=0.4, logits_scaling=7.0),
     "olmo2": {}, "olmo3": TWO_ROPES,
     "gemma3_text": TWO_ROPES | dict(query_pre_attn_scalar=11, final_logit_softcapping=1.5),
+    "phi3": dict(partial_rotary_factor=0.5, original_max_position_embeddings=32, rope_scaling=dict(
+        type="longrope", short_factor=[1.0, 1.0], long_factor=[1.5, 4.0])),
 }
 EVERYTHING = dict(loss_tile=7, mlp_tile=5, remat=True, offload_activations=True, offload_weights=True, offload_optimizer=True,
                   keep_attention_on_host=1)
+# Lengths of the documents of each row: a whole row, documents of one token, over borders of shards, padding behind. One
+# document a row these are 8 rows.
+ROWS, LENGTH = [[64], [20, 1, 30], [33, 31], [40, 16]], 64
 PROFILES = {
     "dp 2, sp 2": ((2, 2), dict(segment_layers=(2, 1), head_chunks=4, **EVERYTHING)),
     "sp 4": ((1, 4), dict(segment_layers=(3,), head_chunks=2, **EVERYTHING)),
@@ -43,13 +51,12 @@ def model_of(family):
 
 @pytest.fixture(scope="module")
 def plain():
-    """family -> its training without features, computed once."""
+    """family -> its training without features on one document a row, computed once."""
     done = {}
 
     def of(family):
         if family not in done:
-            model = model_of(family)
-            done[family] = train(make_step(model, profile=PLAIN), random_batch(model), steps=2)
+            done[family] = train(make_step(model_of(family), profile=PLAIN), packed(ROWS, LENGTH, 1)[1], steps=2)
         return done[family]
 
     return of
@@ -60,12 +67,13 @@ def test_all_families_are_here():
 
 
 # Every family on one of the two meshes, each feature on both.
+@pytest.mark.parametrize("documents", ["packed", "alone"])
 @pytest.mark.parametrize("family,profile", [(family, list(PROFILES)[i % 2]) for i, family in enumerate(FIELDS)])
-def test_every_feature_changes_nothing(plain, family, profile):
+def test_every_feature_changes_nothing(plain, family, profile, documents):
     mesh, changes = PROFILES[profile]
-    model = model_of(family)
+    batch = packed(ROWS, LENGTH, mesh[0])[documents == "alone"]
     losses, gradients, weights = train(
-        make_step(model, *mesh, profile=dataclasses.replace(PLAIN, **changes)), random_batch(model), steps=2)
+        make_step(model_of(family), *mesh, profile=dataclasses.replace(PLAIN, **changes)), batch, steps=2)
     expected = plain(family)
     np.testing.assert_allclose(losses, expected[0], rtol=1e-5)
     assert_trees_close(gradients, expected[1], 1e-4)
@@ -76,8 +84,8 @@ def test_every_feature_changes_nothing(plain, family, profile):
 def test_norms_over_all_heads_in_groups_of_heads_without_the_own_backward_pass(plain, changes):
     """JAX differentiates the mean squares of all heads through each group of heads."""
     model = model_of("olmo2")
-    losses, gradients, _ = train(
-        make_step(model, 1, 2, profile=dataclasses.replace(PLAIN, head_chunks=4, **changes)), random_batch(model), steps=1)
+    step = make_step(model, 1, 2, profile=dataclasses.replace(PLAIN, head_chunks=4, **changes))
+    losses, gradients, _ = train(step, packed(ROWS, LENGTH, 1)[0], steps=1)
     np.testing.assert_allclose(losses, plain("olmo2")[0][:1], rtol=1e-5)
     assert_trees_close(gradients, plain("olmo2")[1], 1e-4)
 

@@ -2,15 +2,13 @@
 """Packed documents compute exactly what they would alone: loss and every gradient, on meshes, with all features."""
 
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from alst_jax.config import IGNORED
 from alst_jax.data.packing import offsets_of
 from alst_jax.models.config import LayerKind
 from alst_jax.optim.adamw import AdamW
 from alst_jax.profile import Profile
-from tests.helpers import assert_trees_close, initial, make_step, tiny, to_numpy
+from tests.helpers import assert_trees_close, initial, make_step, packed, tiny, to_numpy
 
 MODEL = tiny(num_layers=2, layer_kinds=(LayerKind(), LayerKind(window=5)))
 LENGTH = 64
@@ -19,24 +17,6 @@ LENGTH = 64
 ROWS = [[16, 16, 1, 1, 30], [64], [7, 40, 17], [1, 2, 3, 50]]
 HOST = dict(offload_activations=True, offload_weights=True, offload_optimizer=True)
 EVERYTHING = dict(segment_layers=(2,), keep_attention_on_host=1, head_chunks=2, loss_tile=7, mlp_tile=5, **HOST)
-
-
-def packed(rows, length, dp):
-    """(batch with the documents packed, batch of one document a row)."""
-    rng = np.random.default_rng(0)
-    make = lambda n: (np.zeros((n, length), np.int32), np.full((n, length), IGNORED, np.int32), np.zeros((n, length), np.int32))
-    together, alone, number = make(len(rows)), make(sum(map(len, rows))), 0
-    for row, lengths in enumerate(rows):
-        at = 0
-        for n in lengths:
-            tokens = rng.integers(0, MODEL.vocab_size, n + 1)
-            one = tokens[:-1], np.where(rng.random(n) < 0.2, IGNORED, tokens[1:]), np.arange(n)
-            for place, other, values in zip(together, alone, one):
-                place[row, at : at + n] = other[number, :n] = values
-            at, number = at + n, number + 1
-    names = ("tokens", "labels", "positions")
-    documents = offsets_of(rows, length, dp, (max(map(len, rows)) + 1) * len(rows))  # one more a row: its padding
-    return dict(zip(names, together)) | {"documents": documents}, dict(zip(names, alone))
 
 
 def summed(step, params, batch):

@@ -30,6 +30,9 @@ BASE = dict(vocab_size=101, hidden_size=60, intermediate_size=52, num_hidden_lay
 MHA = dict(num_attention_heads=5, num_key_value_heads=5, head_dim=12, tie_word_embeddings=True)
 SLIDING, FULL = "sliding_attention", "full_attention"
 WINDOW = LayerKind(window=7)
+LONGROPE = dict(head_dim=10, rope_parameters=dict(
+    rope_type="longrope", rope_theta=1e3, partial_rotary_factor=0.8, short_factor=[1.0, 1.1, 1.2, 1.3],
+    long_factor=[1.5, 2.5, 4.0, 8.0]))
 GRANITE = dict(embedding_multiplier=3.0, attention_multiplier=0.3, residual_multiplier=0.4, logits_scaling=7.0)
 # Name of transformers' classes, changes of BASE, options that ours must have.
 CASES = {
@@ -61,6 +64,11 @@ CASES = {
             layer_kinds=(WINDOW,) * 3 + (LayerKind(table=1),), qk_norm="all heads")),
     "olmo3, tied": ("Olmo3", MHA | dict(sliding_window=7, layer_types=[FULL, SLIDING, FULL]), dict(
         layer_kinds=(LayerKind(), WINDOW, LayerKind()), more_ropes=())),
+    "phi3": ("Phi3", MHA | dict(sliding_window=7, rope_parameters=dict(
+        rope_type="default", rope_theta=1e3, partial_rotary_factor=0.5)), dict(layer_kinds=(WINDOW,) * 3)),
+    "phi3, untied, longrope": ("Phi3", LONGROPE | dict(original_max_position_embeddings=32), dict(layer_kinds=())),
+    "phi3, untied, longrope of a short text": ("Phi3", LONGROPE | dict(original_max_position_embeddings=33), dict(
+        tie_word_embeddings=False)),
     "gemma3": ("Gemma3", dict(
         sliding_window=7, layer_types=[SLIDING, FULL, SLIDING], query_pre_attn_scalar=11, final_logit_softcapping=1.5,
         attn_logit_softcapping=2.0, rope_parameters={
@@ -102,6 +110,19 @@ def logits(config, params, tokens):
     return scale(token_rows(params["norm"](h) @ head.T)).reshape(*tokens.shape, -1)
 
 
+def unfused(gradients, config):
+    """Those of Phi-3's fused projections under the names of their parts."""
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    borders = {"self_attn.qkv_proj": (("q", "k", "v"), [queries, queries + keys]),
+               "mlp.gate_up_proj": (("gate", "up"), [config.intermediate_size])}
+    for name, (parts, at) in borders.items():
+        if (whole := gradients.pop(f"layers.{name}.kernel", None)) is not None:
+            module = name.split(".")[0]
+            gradients |= {f"layers.{module}.{part}_proj.kernel": x
+                          for part, x in zip(parts, np.split(whole, at, axis=-1), strict=True)}
+    return gradients
+
+
 def test_logits_loss_and_every_gradient(twins):
     model, _, config, params = twins
     tokens = np.random.default_rng(1).integers(0, config.vocab_size, (2, 33), dtype=np.int32)
@@ -117,7 +138,7 @@ def test_logits_loss_and_every_gradient(twins):
     loss, gradients = step.loss_and_grad(
         *step.split(params), step.put_batch(tokens, shifted, positions), jnp.float32(1 / (shifted != IGNORED).sum()))
     assert abs(float(loss) - out.loss.item()) < 1e-4 * abs(out.loss.item())
-    expected = torch_gradients(model)
+    expected = unfused(torch_gradients(model), config)
     assert expected.keys() == leaves(gradients).keys()
     assert_trees_close(gradients, expected, 1e-4)
 

@@ -31,7 +31,7 @@ BASE = dict(model_type="qwen2", architectures=["Qwen2ForCausalLM"], **SHAPE)
 
 def test_the_families():
     assert FAMILIES.keys() == {"llama", "qwen2", "qwen3", "mistral", "seed_oss", "smollm3", "granite", "olmo2", "olmo3",
-                               "gemma3_text"}
+                               "gemma3_text", "phi3"}
     for name, family in FAMILIES.items():
         assert family.model_type == name
         theirs = type(AutoConfig.for_model(name)).__name__.removesuffix("Config").removesuffix("Text")
@@ -41,7 +41,7 @@ def test_the_families():
 def test_what_is_supported_is_said():
     with pytest.raises(UserError, match=r"model_type 'gpt2', architectures \[None\] is not supported: it has learned "
                        r"positions, .*; the closest supported family is llama; these models are: LlamaForCausalLM "
-                       r"\(model_type 'llama'\), Qwen2ForCausalLM \(model_type 'qwen2'\), .*'gemma3_text'\)$"):
+                       r"\(model_type 'llama'\), Qwen2ForCausalLM \(model_type 'qwen2'\), .*Phi3ForCausalLM \(model_type 'phi3'\)$"):
         parse_config({"model_type": "gpt2"}, "config.json")
     with pytest.raises(UserError, match="model_type 'qwen2', architectures .*LlamaForCausalLM.* is not supported"):
         parse_config(BASE | {"architectures": ["LlamaForCausalLM"]}, "config.json")
@@ -106,6 +106,10 @@ def test_sliding_windows_are_those_of_transformers(fields, windows):
     (dict(model_type="seed_oss", residual_dropout=0.1), r"not implemented: residual_dropout=0.1.*\(a dropout: to train"),
     (dict(model_type="olmo3", rope_parameters=dict(rope_type="default")), "must have full_attention and sliding_attention"),
     (dict(model_type="olmo3", rope_parameters=dict(full_attention="yarn")), "RoPE settings 'yarn' must be a JSON object"),
+    (dict(model_type="phi3", rope_scaling=dict(type="linear", factor=2.0)), "RoPE type 'linear': transformers' Phi-3 has"),
+    (dict(model_type="phi3", partial_rotary_factor=0.4), "partial_rotary_factor=0.4 must make an even number of 2 or more"),
+    (dict(model_type="phi3", partial_rotary_factor=1.5), "partial_rotary_factor=1.5 must make"),
+    (dict(model_type="phi3", resid_pdrop=0.1), "not implemented: resid_pdrop=0.1"),
     (dict(model_type="gemma3_text", use_bidirectional_attention=True), "not implemented: use_bidirectional_attention"),
     (dict(model_type="gemma3_text", hidden_activation="relu"), "not implemented: hidden_activation='relu'"),
     (dict(model_type="gemma3_text", query_pre_attn_scalar=0), "query_pre_attn_scalar=0 must be a whole number above 0"),
@@ -159,7 +163,7 @@ def test_no_config_crashes():
     rng = random.Random(0)
     read = 0
     for _ in range(10_000):
-        family = rng.choice([*FAMILIES, *FAMILIES, "phi3", 3, None, ["llama"]])
+        family = rng.choice([*FAMILIES, *FAMILIES, "phi", 3, None, ["llama"]])
         architecture = FAMILIES[family].architecture if isinstance(family, str) and family in FAMILIES else "Other"
         names = sorted(FAMILIES[family].implemented if architecture != "Other" else ()) + [
             *SHAPE, "head_dim", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "architectures", "auto_map",

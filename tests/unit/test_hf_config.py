@@ -142,8 +142,10 @@ def test_rope_that_depends_on_the_length_is_that_of_transformers(rope):
                                   seen[2][None])
 
 
-@pytest.mark.parametrize("rope", [ROPES["legacy theta"], ROPES["legacy llama3"], ROPES["yarn, betas"],
-                                  dict(rope_parameters=LENGTHS["longrope"])], ids=str)
+@pytest.mark.parametrize("rope", [
+    ROPES["legacy theta"], ROPES["legacy llama3"], ROPES["yarn, betas"],
+    dict(rope_parameters=dict(rope_type="linear", rope_theta=5e5, factor=3.0)),
+    dict(rope_parameters=LENGTHS["dynamic"]), dict(rope_parameters=LENGTHS["longrope"])], ids=str)
 def test_positions_up_to_16_million_in_float64(rope):
     """Angles are right to 0.003 radians. Those of a product in float32, in the last line, are not."""
     config = parse(**rope)
@@ -187,8 +189,8 @@ def test_written_and_read_back_unchanged(rope):
 
 
 @pytest.mark.parametrize("fields, message", [
-    (dict(model_type="phi3", architectures=["Phi3ForCausalLM"]), "model_type 'phi3'.*Phi3ForCausalLM.*not supp.*: it has "
-     "fused projections and a partial rotary embedding; the closest supported family is llama; these models are"),
+    (dict(model_type="glm4", architectures=["Glm4ForCausalLM"]), "model_type 'glm4'.*Glm4ForCausalLM.*not supp.*: it has "
+     "a partial rotary embedding and fused projections; the closest supported family is gemma3_text; these models are"),
     (dict(model_type="qwen3_moe"), "it has routed experts; the closest supported family is qwen3;"),
     (dict(model_type="qwen3_next"), "it has linear attention and routed experts; the closest supported family is qwen3;"),
     (dict(model_type="mystery", n_routed_experts=64), r"routed experts \(n_routed_experts=64\)"),

@@ -16,6 +16,8 @@ class Family:
     fields(ModelConfig) -> these fields again. keys: names of a block's parameter -> pattern of its Hugging Face name,
     with {} for the layer. defaults: of fields that config.json may leave out, where they are not Llama's.
     ropes(config.json, where) -> (settings, base if they have none) of each rotary embedding, where layers have several.
+    fused: patterns of tensors in files -> patterns (as in `keys`) of the weights that lie in them, one below the other.
+    partial_rope: `partial_rotary_factor` is implemented.
     """
 
     model_type: str
@@ -26,3 +28,5 @@ class Family:
     keys: dict[tuple[str, ...], str]
     defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
     ropes: Callable[[dict[str, Any], str], list[tuple[Any, Any]]] | None = None
+    fused: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    partial_rope: bool = False

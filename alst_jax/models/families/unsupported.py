@@ -9,7 +9,6 @@ from alst_jax.models.families.family import Family
 # model_type -> the supported family whose blocks are most alike, or None, and the difference.
 CLOSEST = {
     "ministral": ("mistral", "windows in some of its layers"), "ministral3": ("mistral", "queries scaled by position"),
-    "phi3": ("llama", "fused projections and a partial rotary embedding"),
     "phi": ("llama", "parallel attention and MLP"),
     "gemma": ("gemma3_text", "one norm less for attention and MLP each"),
     "gemma2": ("gemma3_text", "soft caps of attention scores and no norms of queries and keys"),
@@ -40,9 +39,6 @@ LINEAR = re.compile(r"linear_.*|ssm_.*|mamba_.*|conv_kernel_size")
 def find_family(raw: dict[str, Any], families: dict[str, Family], where: str) -> Family:
     """The family of a config.json. UserError for one that is not supported, and for quantised weights."""
     kind = raw.get("model_type")
-    if isinstance(raw.get("text_config"), dict):
-        raise UserError(f"{where}: text_config: this checkpoint (model_type {kind!r}) holds more than a text model, "
-                        "which is not supported; save its language model alone, with transformers' class for it")
     family = families.get(kind) if isinstance(kind, str) else None
     architectures = raw.get("architectures") or [family.architecture if family else None]
     if family is None or not isinstance(architectures, list) or family.architecture not in architectures:

@@ -1,0 +1,103 @@
+# pytest tests/cli/test_steps_cli.py
+"""Which sequences a step takes: --samples-per-step on any mesh, --lengths, --add-data."""
+
+import json
+
+import pytest
+
+from alst_jax.config import TrainConfig, UserError
+from alst_jax.run import accumulation
+from tests.cli.test_train_cli import make_hf, metrics, run_here, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_hf(tmp_path_factory.mktemp("model") / "llama")
+
+
+@pytest.fixture(scope="module")
+def flags(model, tmp_path_factory):
+    texts = [" ".join(str(i * n) for n in range(2 + i % 23)) for i in range(1, 60)]
+    data = write_jsonl(tmp_path_factory.mktemp("data") / "short.jsonl", texts)
+    return ("--model", model, "--data", data, "--seq-len", 128, "--schedule", "constant", "--learning-rate", 1e-3,
+            "--no-export", "--pack")
+
+
+def test_a_step_takes_as_many_sequences_on_any_mesh(flags, tmp_path, capfd):
+    """Of dp 2 x accumulation 2, or of a batch of 4 and on after a resume: the same losses, labels and padding."""
+    step, whole, parts = ("--samples-per-step", 4), tmp_path / "whole", tmp_path / "parts"
+    assert run_here(*flags, *step, "--dp", 2, "--sp", 2, "--steps", 4, "--out", whole) == 0
+    assert "steps   4 of 4 sequences" in capfd.readouterr().out
+    assert run_here(*flags, "--dp", 1, "--sp", 2, "--batch-size", 4, "--steps", 2, "--out", parts) == 0
+    assert run_here("--resume", "--out", parts, *step, "--dp", 2, "--sp", 2, "--batch-size", 1, "--steps", 4) == 0
+    one, other = metrics(whole), metrics(parts)
+    for name in ("loss", "grad_norm"):
+        assert [line[name] for line in other] == pytest.approx([line[name] for line in one], rel=1e-5)
+    assert [(line["labels"], line["padding"]) for line in other] == [(line["labels"], line["padding"]) for line in one]
+    assert all(line["tokens"] + line["padding"] == 4 * 128 for line in one)
+    assert run_here("--resume", "--out", parts, "--samples-per-step", 8, "--steps", 5) == 2  # another order
+
+
+def test_batches_of_a_step():
+    assert accumulation(TrainConfig(grad_accum=3, batch_size=5), 2) == 3
+    assert accumulation(TrainConfig(samples_per_step=24, batch_size=3), 2) == 4
+    assert accumulation(TrainConfig(samples_per_step=24, batch_size=3, grad_accum=4), 2) == 4
+
+
+@pytest.mark.parametrize("flags, message", [
+    (dict(samples_per_step=10, batch_size=2),
+     r"--samples-per-step 10: dp 2 x --batch-size 2 = 4 .* must divide it; use 8, 12 or another multiple"),
+    (dict(samples_per_step=2, batch_size=3), r"use 6, 12 or another"),
+    (dict(samples_per_step=8, grad_accum=2), r"--samples-per-step 8 is 4 batches .* --grad-accum 2 says another"),
+    (dict(samples_per_step=8, update_in_backward=True), r"use --samples-per-step 2, or leave --update-in-backward")])
+def test_numbers_that_cannot_be_met_are_refused(flags, message):
+    with pytest.raises(UserError, match=message):
+        accumulation(TrainConfig(**flags), 2)
+
+
+def test_lengths_change_the_padding_and_nothing_else(model, tmp_path, capfd):
+    """Two sequences a step, in batches of one: loss and gradient as in the longest length alone; one program a length."""
+    data = write_jsonl(tmp_path / "mixed.jsonl", ["x" * n for n in (100, 9, 30, 90, 12, 40)])
+    flags = ("--model", model, "--data", data, "--schedule", "constant", "--learning-rate", 1e-3, "--no-export", "--dp", 1,
+             "--sp", 2, "--samples-per-step", 2, "--eval-data", data)
+    one, several = tmp_path / "one", tmp_path / "several"
+    assert run_here(*flags, "--seq-len", 128, "--steps", 6, "--out", one) == 0
+    assert run_here(*flags, "--lengths", 32, 128, "--steps", 3, "--out", several) == 0
+    assert "lengths 3 of 32, 3 of 128 tokens: 40" in capfd.readouterr().out  # 289 tokens with their ends, in 480
+    assert run_here("--resume", "--out", several, "--dp", 2, "--sp", 2, "--steps", 6) == 0
+    wanted, lines = metrics(one), metrics(several)
+    for name in ("loss", "grad_norm"):
+        assert [line[name] for line in lines] == pytest.approx([line[name] for line in wanted], rel=1e-5)
+    assert lines[-1]["eval_loss"] == pytest.approx(wanted[-1]["eval_loss"], rel=1e-5)
+    assert sum(line["tokens"] for line in lines[:3]) == 480 < sum(line["tokens"] for line in wanted[:3]) == 6 * 128
+    compiled = [line["compilations"] for line in lines[:3]]
+    both = next(i for i in range(3) if {32, 128} <= seen_until(lines, i))
+    assert compiled[0] > 0 and not any(compiled[both + 1 :])
+    assert run_here("--resume", "--out", several, "--seq-len", 64, "--steps", 7) == 2
+
+
+def seen_until(lines, last):
+    """The lengths of the first steps of two sequences."""
+    return set().union(*({64: {32}, 160: {32, 128}, 256: {128}}[line["tokens"]] for line in lines[: last + 1]))
+
+
+def test_added_data_are_learned_from_then_on(flags, tmp_path, capfd):
+    """And in later resumes, without the flag. Other data, the same data twice and no steps left are refused."""
+    more = write_jsonl(tmp_path / "more.jsonl", [f"added {i} " * 12 for i in range(9)])
+    mesh, out = ("--dp", 2, "--sp", 2, "--samples-per-step", 4), tmp_path / "run"
+    assert run_here(*flags, *mesh, "--steps", 2, "--out", out) == 0
+    resume = ("--resume", "--out", out)
+    assert run_here(*resume, "--add-data", more) == 2
+    assert "--add-data: the 2 steps of the run are done" in capfd.readouterr().err
+    assert "added" not in json.loads((out / "run.json").read_text())
+    assert run_here(*resume, "--add-data", more, "--steps", 3) == 0
+    assert f"added   after step 2: {more}" in capfd.readouterr().out
+    (added,) = json.loads((out / "run.json").read_text())["added"]
+    assert (added["data"], added["step"]) == ([str(more)], 2)
+    assert run_here(*resume, "--add-data", more, "--steps", 4) == 2
+    assert "the run has these data since step 2" in capfd.readouterr().err
+    assert run_here(*resume, "--steps", 4) == 0 and metrics(out)[-1]["step"] == 4
+    assert f"added   after step 2: {more}" in capfd.readouterr().out
+    more.write_text('{"text": "other data"}\n' * 9)
+    assert run_here(*resume, "--steps", 5) == 2
+    assert "the data that were added at step 2 have changed since then" in capfd.readouterr().err
