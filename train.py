@@ -14,8 +14,14 @@ from alst_jax.hardware import environment
 
 
 def main() -> int:
+    config = TrainConfig()
     try:
         config = parse(sys.argv[1:])
+        if config.explain_run is not None:
+            from alst_jax.storage.about import explain
+
+            print(explain(config.explain_run))
+            return 0
         check_run(config)
         environment.prepare(config.simulate_devices, config.plan_for is not None, config.host_memory, config.devices,
                             config.deterministic)
@@ -27,6 +33,11 @@ def main() -> int:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         print(f"\nerror: {out_of_memory(config, str(error))}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        from alst_jax.storage import disk
+
+        print(f"\nerror: {disk.stopped(disk.disk_error(error) or error, config.out)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped at once: nothing was saved since the last checkpoint", file=sys.stderr)
@@ -124,6 +135,7 @@ def run(config: TrainConfig) -> int:
         environment.return_freed_memory()
         make_host_pool(choice.plan)
     checkpoints, state = setup.begin(config, source, step, data, geometry)
+    checkpoints.about = setup.about_run(config, step, job, geometry, choice and choice.plan)
     setup.announce(config, source, step, job, stats, steps, state.step, data)
 
     # --------------------------------------------------------------------------------------------------------- the loop

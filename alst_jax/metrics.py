@@ -6,6 +6,7 @@ import math
 import pathlib
 import resource
 import sys
+import threading
 import time
 from typing import Any
 
@@ -27,6 +28,7 @@ class MetricsLog:
         kept = [line for line in self._lines() if _step(line) <= resume_step]
         self.path.write_text("".join(kept))
         self._file = self.path.open("a", buffering=1)
+        self._hook, threading.excepthook = threading.excepthook, _quiet_writer
         self._tensorboard = Writer(str(directory / "tensorboard"))
 
     def _lines(self) -> list[str]:
@@ -44,8 +46,17 @@ class MetricsLog:
                 self._tensorboard.add_scalar(name, value, step=values["step"])
 
     def close(self) -> None:
-        self._file.close()
-        self._tensorboard.close()
+        try:
+            self._file.close()
+            self._tensorboard.close()
+        finally:
+            threading.excepthook = self._hook
+
+
+def _quiet_writer(failed: threading.ExceptHookArgs) -> None:
+    """Print no traceback of TensorBoard's thread: its error is raised by the next call of the writer."""
+    if type(failed.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(failed)
 
 
 def _step(line: str) -> float:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import pathlib
 import re
 import sys
@@ -29,11 +30,13 @@ from alst_jax.optim.adamw import AdamW
 from alst_jax.parallel.mesh import choose_degrees, make_mesh
 from alst_jax.planning.compiled import absent_devices
 from alst_jax.planning.job import Job, padded_length
+from alst_jax.planning.plan import Plan
 from alst_jax.planning.planner import ANY_LENGTH, Planner, target
 from alst_jax.planning.process import with_room
 from alst_jax.profile import Profile
 from alst_jax.step import TrainStep
-from alst_jax.storage import run_directory, saving
+from alst_jax.storage import checksums, run_directory, saving
+from alst_jax.storage.about import about
 from alst_jax.storage.checkpoint import Checkpoints
 from alst_jax.storage.source import ModelSource, find_model, load_weights
 from alst_jax.trainer import Data, TrainState
@@ -212,6 +215,7 @@ def begin(
     _, at = run_directory.find_checkpoint(out)
     checkpoints = Checkpoints(out, config.keep_checkpoints, clean=True)
     loop = checkpoints.restore_loop(at)
+    checkpoints.check_run_files(at)
     run_directory.check_same_model(run_directory.saved_model(out), source.config)
     run_directory.check_geometry(loop["geometry"], settings)
     if config.add_data and config.steps is not None and config.steps <= loop["step"]:
@@ -224,6 +228,16 @@ def begin(
     return checkpoints, TrainState(trained, frozen, optimizer, loop["step"])
 
 
+def about_run(
+    config: TrainConfig, step: TrainStep, job: Job, settings: dict[str, Any], plan: Plan | None
+) -> dict[str, Any]:
+    """What is written beside each checkpoint."""
+    shapes = {"rows": job.rows, "length": job.length, "grad_accum": job.grad_accum, "documents": job.documents}
+    planned = None if plan is None else json.loads(plan.to_json())
+    kernel = attention_kernel(config, choose_dtype(config), step.model)
+    return about(config, step, kernel, settings, shapes, planned)
+
+
 def export(out: pathlib.Path, source: ModelSource, params: Any, dtype: jnp.dtype) -> None:
     """Write OUT/hf, a Hugging Face directory with these weights."""
     target = out / run_directory.EXPORT
@@ -232,6 +246,7 @@ def export(out: pathlib.Path, source: ModelSource, params: Any, dtype: jnp.dtype
     leaves = jax.tree_util.tree_leaves_with_path(params)
     save_params(leaves, source.config, target, saving.EXPORT_FILE, model_dir=model_dir)
     record_dtype(target, str(dtype))
+    checksums.seal_weights(target)
     print(f"wrote {target}: transformers.{auto_class(target)}.from_pretrained({str(target)!r}) loads it")
 
 

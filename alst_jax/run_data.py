@@ -130,8 +130,8 @@ def known_hash(config: TrainConfig, sequences: Any, parts: list[Pieces]) -> str 
         return None
     flags = [config.seq_len, config.long_documents, config.pack, config.pack_attention, config.seed]
     file = cache.fingerprint_file([[part.source.key or content_hash(part) for part in parts], flags])
-    if file.is_file():
-        return file.read_text()
+    if (known := cache.remembered(file)) is not None:
+        return known
     known = content_hash(sequences)
     cache.remember(file, known)
     return known

@@ -67,6 +67,7 @@ class StopSignal:
 
     def __init__(self):
         self.received: signal.Signals | None = None
+        self.began, self.seconds = 0.0, None  # when the step in progress began; seconds of the last one
 
     def __enter__(self):
         self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -80,8 +81,9 @@ class StopSignal:
         if self.received is not None:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
-        # Not print(): a handler may run in the middle of one.
-        os.write(2, f"\n{self.received.name}: saving after this step; once more stops at once\n".encode())
+        seconds = max(0.0, self.began + (self.seconds or 0) - time.perf_counter())
+        left = "" if self.seconds is None else f", in about {seconds:.0f} s"
+        os.write(2, f"\n{self.received.name}: saving after this step{left}; once more stops at once\n".encode())  # not print(): it may be in one
 
 
 def learning_rate_schedule(config: TrainConfig, steps: int, peak: float) -> Callable[[int], float]:
@@ -224,7 +226,7 @@ def train(
 
     try:
         while state.step < steps and stop.received is None:
-            started = time.perf_counter()
+            stop.began = started = time.perf_counter()
             learning_rate, position = schedule(state.step), data.training.get_state()
             batches, compiled = one_by_one(next(data.training)), compilations()
             padding = [batch.pop("padding", None) for batch in batches]
@@ -237,7 +239,7 @@ def train(
                     data.training.set_state(position)  # a resumed run meets the same batch again
                     check_and_save()
                 raise UserError(_not_finite(step, at, problem, saved)) from problem
-            seconds = time.perf_counter() - started
+            stop.seconds = seconds = time.perf_counter() - started
             values = {"step": state.step, **values, **_speed(step, batches, padding, seconds),
                       "learning_rate": learning_rate, "compilations": compilations() - compiled}
             if values["compilations"] and state.step > first:

@@ -1,6 +1,5 @@
 """What both converters share: the command line's errors, the output directory, the last line."""
 
-import errno
 import pathlib
 import shutil
 import sys
@@ -12,6 +11,7 @@ import rich.progress
 import tyro
 
 from alst_jax.config import UserError
+from alst_jax.storage.disk import describe, disk_error
 
 
 def run(convert: Callable[..., tuple[int, int]]) -> int:
@@ -23,10 +23,9 @@ def run(convert: Callable[..., tuple[int, int]]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if (reason := disk_error(error)) is None:
             raise
-        print(f"error: {error}: the disk is full. Nothing of the conversion is kept; free space and run it again",
-              file=sys.stderr)
+        print(f"error: {describe(reason)}. Nothing of the conversion is kept; run it again then", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; nothing of the conversion is kept", file=sys.stderr)

@@ -15,9 +15,10 @@ from alst_jax.models.hf_weights import leaf_dtypes, model_tensors, read_part
 from alst_jax.models.other_weights import keep_others
 from alst_jax.storage import saving
 from alst_jax.storage.checkpoint import Checkpoints
+from alst_jax.storage.checksums import verify_weights
 from alst_jax.storage.orbax_limits import Unread
 from alst_jax.storage.run_directory import MODEL, copy_model_files, write_run_file
-from convert import verify as verification
+from convert import logits
 from convert.cli import Progress, Unfinished, run
 
 
@@ -30,12 +31,14 @@ def from_hf(
     compare the logits of a short input with those of transformers, which holds the model in float32.
     """
     if verify:
-        verification.check_possible()
+        logits.check_possible()
     config = model_config(hf_dir)
     tensors = model_tensors(hf_dir, config)
     dtypes = leaf_dtypes(tensors, config, str(hf_dir))
     with Unfinished(checkpoint) as out:
+        verify_weights(hf_dir)
         copy_model_files(hf_dir, out / MODEL)
+        write_run_file(out, "converted", {"from": str(hf_dir)})
         others, other_bytes = keep_others(hf_dir, out / MODEL)
         shapes = abstract_params(config, np.float32)
         total = sum(x.size * dtype.itemsize for x, dtype in zip(jax.tree.leaves(shapes), jax.tree.leaves(dtypes)))
@@ -55,9 +58,8 @@ def from_hf(
             checkpoints = Checkpoints(out)
             checkpoints.save(0, params, None, {"step": 0})
             checkpoints.close()
-        write_run_file(out, "converted", {"from": str(hf_dir)})
         if verify:
-            verification.verify(out, 0, config, hf_dir)
+            logits.verify(out, 0, config, hf_dir)
     return len({(tensor.file, tensor.key) for tensor in tensors.values()}) + others, total + other_bytes
 
 

@@ -9,11 +9,12 @@ import tyro
 
 from alst_jax.config import UserError
 from alst_jax.models.hf_config import model_config, record_dtype
-from alst_jax.models.hf_weights import save_params
+from alst_jax.models.hf_weights import check_leaves, save_params
 from alst_jax.models.other_weights import other_sizes
 from alst_jax.storage.checkpoint import Checkpoints
+from alst_jax.storage.checksums import seal_weights
 from alst_jax.storage.run_directory import MODEL, copy_model_files, find_checkpoint, read_run_file
-from convert import verify as verification
+from convert import logits
 from convert.cli import Progress, Unfinished, run
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -30,22 +31,25 @@ def to_hf(
     short input with those of transformers, which holds the model in float32.
     """
     if verify:
-        verification.check_possible()
+        logits.check_possible()
     most = parse_size(shard_size)
     run_dir, step = find_checkpoint(checkpoint)
     config = model_config(run_dir / MODEL)
     with Unfinished(hf_dir) as out:
         copy_model_files(run_dir / MODEL, out)
         checkpoints = Checkpoints(run_dir)
+        checkpoints.check_run_files(step)
         leaves = list(checkpoints.open_params(step))
+        check_leaves(leaves, config, str(checkpoint))
         total = sum(leaf.nbytes for _, leaf in leaves) + other_sizes(run_dir / MODEL)[1]
         with Progress("reading and writing", total) as progress:
             result = save_params(leaves, config, out, most, progress.advance, run_dir / MODEL)
         if read_run_file(run_dir)["kind"] == "training":  # a conversion gives back the files it was given
             record_dtype(out, checkpoints.params_dtype(step))
         checkpoints.close()
+        seal_weights(out)
         if verify:
-            verification.verify(run_dir, step, config, out)
+            logits.verify(run_dir, step, config, out)
     return result
 
 

@@ -1,71 +1,93 @@
-"""--verify: the logits of a checkpoint against those of transformers on the Hugging Face directory, in float32."""
+"""python -m convert.verify DIR: compare a checkpoint, a run or a Hugging Face directory with its checksums."""
 
-import importlib.util
 import pathlib
+import sys
+from collections.abc import Callable
 
-import jax
-import jax.numpy as jnp
-import numpy as np
+import tyro
 
 from alst_jax.config import UserError
-from alst_jax.models.block import Tokens, abstract_params
-from alst_jax.models.config import LayerKind, ModelConfig
-from alst_jax.models.other_weights import auto_class
-from alst_jax.models.tree import names
-from alst_jax.ops.attention import attention
-from alst_jax.ops.cross_entropy import LogitScaling
-from alst_jax.ops.tiling import token_rows
-from alst_jax.storage.checkpoint import Checkpoints, Stored
+from alst_jax.models.weight_files import find_tensors
+from alst_jax.storage import checksums
+from alst_jax.storage.run_directory import CHECKPOINTS, EXPORT, find_checkpoint, is_checkpoint
 
-LENGTH = 32  # tokens
-TOLERANCE = 1e-3  # of the norm of the logits; the order of float32 sums gives about 1e-5
-ROWS = 2**14  # of the head, at a time
+UNKNOWN = 1  # exit code: nothing is wrong that could be seen, but some files have no checksums
 
 
-def check_possible() -> None:
-    """UserError where torch is not installed. Called before a long conversion."""
-    if importlib.util.find_spec("torch") is None:
-        raise UserError("--verify compares with transformers, which needs torch; install torch, or leave --verify out")
+def verify(directory: tyro.conf.Positional[pathlib.Path], accept: bool = False) -> int:
+    """Compare the files of DIRECTORY with the checksums that were written with them. Nothing is run or changed.
 
-
-def verify(run_dir: pathlib.Path, step: int, config: ModelConfig, hf_dir: pathlib.Path) -> float:
-    """The relative difference of the logits of both directories. UserError if it is above TOLERANCE.
-
-    The checkpoint is read a layer at a time. transformers holds the whole model in float32: 4 bytes a parameter.
+    DIRECTORY: a run with its checkpoints and its export, a converted model, one checkpoint (RUN/checkpoints/STEP), or a
+    Hugging Face directory. accept: take the files as they are now as the right ones, and write their checksums.
+    Exit code: 0 if all is as it was written, 1 if some files have no checksums, 2 if a file is damaged.
     """
-    import torch
-    import transformers
-
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (1, LENGTH), dtype=np.int32)
-    checkpoints = Checkpoints(run_dir)
-    ours = _logits(config, dict(checkpoints.open_params(step)), tokens)
-    checkpoints.close()
-    model = getattr(transformers, auto_class(hf_dir)).from_pretrained(hf_dir, dtype=torch.float32).eval()
-    with torch.no_grad():
-        theirs = model(torch.tensor(tokens).long(), use_cache=False).logits.numpy()
-    difference = float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
-    if not difference <= TOLERANCE:
-        raise UserError(f"--verify: the logits of {LENGTH} tokens differ from those of transformers by {difference:.2g} "
-                        f"of their norm, more than {TOLERANCE:.0e}; nothing of the conversion is kept")
-    print(f"verified: the logits of {LENGTH} tokens differ from those of transformers by {difference:.1e} of their "
-          "norm")
-    return difference
+    parts = _parts(directory)
+    problems, unknown = [], 0
+    for name, check, write in parts:
+        try:
+            if accept:
+                write()
+            verified = check()
+            unknown += not verified
+            print(f"{name}: {'verified' if verified else 'has no checksums: not verified'}", flush=True)
+        except UserError as error:
+            problems.append(f"{name}: {error}")
+            print(f"{name}: DAMAGED", flush=True)
+    if problems:
+        raise UserError("\nerror: ".join(problems) + _advice(directory))
+    return UNKNOWN if unknown else 0
 
 
-def _logits(config: ModelConfig, stored: dict[tuple[str, ...], Stored], tokens: np.ndarray) -> np.ndarray:
-    """The logits [1, T, V] in float32, with one layer in memory at a time."""
-    abstract = abstract_params(config, np.float32)
-    read = lambda name, index: jnp.asarray(stored[name][index], jnp.float32)
-    part = lambda key, index: jax.tree_util.tree_map_with_path(
-        lambda path, _: read((key, *names(path)), index), abstract[key])
-    table = ("embed_tokens", "embedding")
-    h = jnp.stack([read(table, int(token)) for token in tokens[0]])[None] * config.embedding_multiplier
-    extra = Tokens.of(config, jnp.arange(LENGTH)[None])
-    for layer, kind in enumerate(config.layer_kinds or (LayerKind(),) * config.num_layers):
-        attend = lambda *qkv, kind=kind: attention(*qkv, config.attention_spec(kind), kernel="xla")
-        h = part("layers", layer)(h, extra, attend, kind)
-    h = part("norm", ...)(h)
-    head = table if config.tie_word_embeddings else ("lm_head", "embedding")
-    scale = LogitScaling(config.logits_divisor, config.logits_soft_cap)
-    rows = (slice(start, min(start + ROWS, config.vocab_size)) for start in range(0, config.vocab_size, ROWS))
-    return np.concatenate([scale(token_rows(h @ read(head, each).T)) for each in rows], axis=-1).reshape(1, LENGTH, -1)
+def _parts(directory: pathlib.Path) -> list[tuple[pathlib.Path, Callable[[], bool], Callable[[], None]]]:
+    """(name, whether it is verified, what writes its checksums) of each part of a directory."""
+    if not is_checkpoint(directory):
+        return [_weights(directory)]
+    run_dir, newest = find_checkpoint(directory)
+    folder = run_dir / CHECKPOINTS
+    one = directory.absolute().parent == folder
+    steps = [newest] if one else sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+
+    def check(step: int) -> bool:
+        verified = checksums.verify_step(folder / str(step))
+        checksums.verify_run_files(folder / str(step), run_dir)
+        return verified
+
+    parts = [(folder / str(step), lambda step=step: check(step),
+              lambda step=step: checksums.seal(folder / str(step), step, run_dir)) for step in steps]
+    return parts + ([_weights(run_dir / EXPORT)] if (run_dir / EXPORT).is_dir() and not one else [])
+
+
+def _weights(hf_dir: pathlib.Path) -> tuple[pathlib.Path, Callable[[], bool], Callable[[], None]]:
+    def check() -> bool:
+        verified = checksums.verify_weights(hf_dir)
+        find_tensors(hf_dir)  # without checksums: whether the headers fit the files
+        return verified
+
+    return hf_dir, check, lambda: checksums.seal_weights(hf_dir)
+
+
+def _advice(directory: pathlib.Path) -> str:
+    """Which checkpoint is left, of a run whose newest is damaged."""
+    if not is_checkpoint(directory):
+        return ""
+    from alst_jax.storage.checkpoint import advice
+
+    run_dir, newest = find_checkpoint(directory)
+    bad = run_dir / CHECKPOINTS / str(newest)
+    try:
+        checksums.verify_step(bad)
+    except UserError:
+        return "\n" + advice(bad)
+    return ""
+
+
+def main() -> int:
+    try:
+        return tyro.cli(verify)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

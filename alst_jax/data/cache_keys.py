@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import tempfile
+import zlib
 from typing import Any
 
 from alst_jax.config import UserError
@@ -15,7 +16,7 @@ from alst_jax.data.files import FoundFile
 from alst_jax.data.labels import Labels
 from alst_jax.data.sources import OpenSource, Reading
 
-FORMAT = 1  # of the files of a store
+FORMAT = 2  # of the files of a store
 HEAD = 1 << 16  # bytes at both ends of a file that are part of its key
 
 
@@ -65,3 +66,17 @@ def tokenizer_hash(tokenizer: Any) -> str:
 def hash_of(*parts: Any) -> str:
     """A hash of values that JSON takes."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def checksum_of(value: Any) -> int:
+    """The crc32 of a value that JSON takes."""
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
+
+
+def file_checksum(file: pathlib.Path) -> int:
+    """The crc32 of a file, read a part at a time."""
+    value, buffer = 0, bytearray(1 << 20)
+    with file.open("rb", buffering=0) as stream:
+        while size := stream.readinto(buffer):
+            value = zlib.crc32(memoryview(buffer)[:size], value)
+    return value

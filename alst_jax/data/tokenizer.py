@@ -33,7 +33,7 @@ def load_tokenizer(directory: str | pathlib.Path) -> Any:
                         "the tokenizer the model was trained with into it")
     _check_readable(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         _check_same_tokens(tokenizer, path)
         return tokenizer
     except UserError:

@@ -229,6 +229,18 @@ def save_params(
     return len(weight_map), total
 
 
+def check_leaves(leaves: Iterable[tuple[tuple, Stored]], config: ModelConfig, where: str) -> None:
+    """UserError unless stored arrays have the names and shapes of the model: nothing is allocated before."""
+    expected = {names(path): tuple(leaf.shape) for path, leaf in
+                jax.tree_util.tree_leaves_with_path(abstract_params(config, np.float32))}
+    found = {names(path): tuple(leaf.shape) for path, leaf in leaves}
+    wrong = [f"{'.'.join(name)} is {found.get(name, 'missing')}, not {expected.get(name, 'there')}"
+             for name in {**found, **expected} if found.get(name) != expected.get(name)]
+    if wrong:
+        raise UserError(f"{where}: the weights are not those of its model/config.json: {'; '.join(wrong[:5])}"
+                        f"{', ...' * (len(wrong) > 5)}")
+
+
 def _tensors_of(leaves, config: ModelConfig) -> Iterator[Unwritten]:
     for path, leaf in leaves:
         for row, name in enumerate(leaf_names(path, config)):

@@ -3,6 +3,8 @@
 import contextlib
 import functools
 import pathlib
+import shutil
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,11 +15,13 @@ import tensorstore as ts
 
 from alst_jax.config import UserError
 from alst_jax.models.tree import as_dict, names
-from alst_jax.storage import orbax_limits
+from alst_jax.storage import about, checksums, disk, orbax_limits
+from alst_jax.storage.commit import committing
 from alst_jax.storage.run_directory import CHECKPOINTS
 from alst_jax.xla.arrays import Bounds, load_array
 
 Names = tuple[str, ...]
+CHECKED = {"checksums": True}  # in `loop`: without its checksums the checkpoint is not whole
 
 
 class Checkpoints:
@@ -26,9 +30,13 @@ class Checkpoints:
     def __init__(self, run_dir: str | pathlib.Path, keep: int | None = None, clean: bool = False):
         """keep: number of checkpoints that stay, None for all; clean: remove the remains of a save that was killed."""
         orbax_limits.install()
-        self.directory = pathlib.Path(run_dir).absolute() / CHECKPOINTS
+        self.run_dir = pathlib.Path(run_dir).absolute()
+        self.directory = self.run_dir / CHECKPOINTS
+        self.about: dict[str, Any] | None = None  # what is written beside each checkpoint (about.py)
+        self._verified: set[tuple[int, str]] = set()
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=False, create=True, cleanup_tmp_directories=clean)
+            max_to_keep=keep, enable_async_checkpointing=False, create=True, cleanup_tmp_directories=clean,
+            temporary_path_class=committing(self._seal))
         # orbax copies arrays while it writes: nothing may change them before a save returns.
         handlers = {"params": orbax_limits.tree_handler(), "optimizer": orbax_limits.tree_handler(),
                     "loop": ocp.JsonCheckpointHandler()}
@@ -36,18 +44,37 @@ class Checkpoints:
 
     def save(self, step: int, params: Any, optimizer: Any | None, loop: dict[str, Any]) -> None:
         """Write the state; `loop` is JSON. Returns when all is on disk. Host memory: see saving.py."""
-        items = {"params": orbax_limits.tree_save(as_dict(params)), "loop": ocp.args.JsonSave(loop)}
+        items = {"params": orbax_limits.tree_save(as_dict(params)), "loop": ocp.args.JsonSave(loop | CHECKED)}
         if optimizer is not None:
             items["optimizer"] = orbax_limits.tree_save(as_dict(optimizer))
-        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        try:
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        except Exception as error:  # orbax and tensorstore each have their own for a full disk
+            reason = disk.disk_error(error)
+            if reason is None:
+                raise
+            raise self._unsaved(step, reason) from error
+
+    def _seal(self, folder: pathlib.Path, step: int) -> None:
+        if self.about is not None:
+            about.write(folder, self.about)
+        checksums.seal(folder, step, self.run_dir)
+
+    def _unsaved(self, step: int, error: OSError) -> UserError:
+        """The error of a save that the disk refused. What was written of it is removed: it takes room."""
+        for part in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
+            shutil.rmtree(part, ignore_errors=True)
+        return UserError(f"the checkpoint of step {step} cannot be written: {disk.describe(error)}. Nothing of it is "
+                         f"kept. {disk.what_is_safe(self.run_dir)}")
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
 
     def restore_loop(self, step: int) -> dict[str, Any]:
         """The JSON part alone, which is checked before large arrays are read."""
-        with self._reading(step):
-            return self._manager.restore(step, args=ocp.args.Composite(loop=ocp.args.JsonRestore()))["loop"]
+        with self._reading(step, "loop"):
+            loop = self._manager.restore(step, args=ocp.args.Composite(loop=ocp.args.JsonRestore()))["loop"]
+        return {name: value for name, value in loop.items() if name not in CHECKED}
 
     def restore_params(self, step: int, abstract: Any) -> Any:
         """The weights as a tree like `abstract` (ShapeDtypeStructs), with its shardings and dtypes, from any mesh."""
@@ -63,20 +90,20 @@ class Checkpoints:
 
     def read_params(self, step: int) -> Iterator[tuple[Names, np.ndarray]]:
         """(names, array) of each saved weight, read one by one."""
-        with self._reading(step):
+        with self._reading(step, "params"):
             for name, array in self._open(step, "params").items():
                 yield name, array.read().result()
 
     def open_params(self, step: int) -> Iterator[tuple[Names, "Stored"]]:
         """(names, array) of each saved weight. An index of the array reads that part."""
-        with self._reading(step):
+        with self._reading(step, "params"):
             arrays = self._open(step, "params")
         for name, array in arrays.items():
             yield name, Stored(array, functools.partial(self._reading, step))
 
     def _restore_tree(self, step: int, item: str, abstract: Any) -> Any:
         wanted = {names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
-        with self._reading(step):
+        with self._reading(step, item):
             saved = self._open(step, item)
         kind = lambda arrays, name: _kind(arrays[name]) if name in arrays else "none"
         other = [f"{'.'.join(name)} is {kind(saved, name)} there and {kind(wanted, name)} here"
@@ -111,20 +138,33 @@ class Checkpoints:
                 for path, leaf in jax.tree_util.tree_leaves_with_path(dict(metadata.tree))}
 
     @contextlib.contextmanager
-    def _reading(self, step: int) -> Iterator[None]:
+    def _reading(self, step: int, item: str | None = None) -> Iterator[None]:
+        """Errors inside are those of the checkpoint. item: compare its files with their checksums first, once."""
         try:
+            if item is not None:
+                self._verify(step, item)
             yield
         except MemoryError:  # no fault of the checkpoint
             raise
         except Exception as error:  # orbax, tensorstore and json each raise their own
             raise self._unreadable(step, error) from error
 
+    def check_run_files(self, step: int) -> None:
+        """UserError unless run.json and model/ are those that the checkpoint was saved with."""
+        checksums.verify_run_files(self.directory / str(step), self.run_dir)
+
+    def _verify(self, step: int, item: str) -> None:
+        if (step, item) in self._verified:
+            return
+        if not checksums.verify_step(self.directory / str(step), item) and item == "params":
+            print(f"warning: {self.directory / str(step)} was saved without checksums: it is not verified",
+                  file=sys.stderr, flush=True)
+        self._verified.add((step, item))
+
     def _unreadable(self, step: int, error: Exception) -> UserError:
-        others = [s for s in self.steps() if s != step]
-        advice = (f"delete {self.directory / str(step)} to use step {others[-1]}" if others
-                  else "there is no other step in this directory")
+        bad = self.directory / str(step)
         reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-        return UserError(f"checkpoint {self.directory / str(step)} cannot be read: {reason}; {advice}")
+        return UserError(f"checkpoint {bad} cannot be read: {reason}; {advice(bad)}")
 
     def close(self) -> None:
         self._manager.close()
@@ -151,3 +191,24 @@ def _kind(array: ts.TensorStore | jax.ShapeDtypeStruct) -> str:
 
 def _read(array: ts.TensorStore, bounds: Bounds) -> np.ndarray:
     return array[tuple(slice(*b) for b in bounds)].read().result()
+
+
+def advice(bad: pathlib.Path) -> str:
+    """What to do without the checkpoint in `bad`: the newest of the others whose checksums are right, and the command
+    that makes a run go on from it."""
+    steps = sorted(int(p.name) for p in bad.parent.iterdir() if p.name.isdigit() and p != bad)
+    found = None
+    for step in reversed(steps):
+        try:
+            verified = checksums.verify_step(bad.parent / str(step))
+        except UserError:
+            continue
+        if verified or found is None and all((bad.parent / str(step) / item).is_dir() for item in ("loop", "params")):
+            found = step, "was verified" if verified else "has no checksums and was not verified"
+        if verified:
+            break
+    if found is None:
+        return f"no other step in {bad.parent} is whole" if steps else "there is no other step in this directory"
+    run_dir = bad.parent.parent
+    return (f"step {found[0]} {found[1]}. To go on from it: mv {bad} {run_dir}/damaged-{bad.name} && "
+            f"python train.py --resume --out {run_dir}")

@@ -29,7 +29,7 @@ from alst_jax.xla.arrays import AT_ONCE, Bounds
 
 
 def install() -> None:
-    """Patch orbax for this process: arrays are written in pieces, and one warning is not logged. Idempotent."""
+    """Patch orbax for this process: arrays are written in pieces, and two messages are not logged. Idempotent."""
     if not isinstance(serialization.async_serialize_from_host, _InPieces):
         serialization.async_serialize_from_host = _InPieces(serialization.async_serialize_from_host)
     logging.getLogger("absl").addFilter(_keep_record)
@@ -116,8 +116,10 @@ class CopyWhenWritten(SerializationStatusCallback):
 
 
 def _keep_record(record: logging.LogRecord) -> bool:
-    """A log filter without orbax's warning of arrays that are copied when they are written."""
-    return "No prioritized params found" not in str(record.msg)
+    """A log filter without orbax's warning of arrays that are copied when they are written, and without the tracebacks
+    of its threads, whose error the save raises too."""
+    return not any(text in str(record.msg) for text in (
+        "No prioritized params found", "_SignalingThread.run() raised an exception"))
 
 
 class _InPieces:

@@ -20,11 +20,12 @@ from alst_jax.declare import flag
 from alst_jax.models.config import ModelConfig
 from alst_jax.models.hf_config import hf_config_dict, model_config, record_vocabulary
 from alst_jax.models.other_weights import keep_others
+from alst_jax.storage.checksums import renew_run_file
 
 CHECKPOINTS, MODEL, RUN_FILE, EXPORT = "checkpoints", "model", "run.json", "hf"
 TEMPLATES = "additional_chat_templates"  # the folder of named chat templates beside chat_template.jinja
-WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf",
-                "*.msgpack", "*.h5", "*.onnx", "*.ot")
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.safetensors.checksums.json", "*.bin",
+                "*.bin.index.json", "*.pt", "*.pth", "*.gguf", "*.msgpack", "*.h5", "*.onnx", "*.ot")
 
 # ------------------------------------------------------------------------------------------------------------- finding
 
@@ -99,7 +100,11 @@ def check_out(config: TrainConfig) -> pathlib.Path:
 def start_run_directory(
     out: pathlib.Path, config: TrainConfig, model: ModelConfig, tokenizer: Any, hf_dir: pathlib.Path | None
 ) -> None:
-    """Write model/ and run.json: the first files of a run. hf_dir: copy its model files, else make them."""
+    """Write run.json and model/: the first files of a run. hf_dir: copy its model files, else make them.
+
+    run.json is first: a run that was killed here can be started again in the same directory.
+    """
+    write_run_file(out, "training", {"flags": dataclasses.asdict(config) | {"resume": False}})
     if hf_dir is not None:
         copy_model_files(hf_dir, out / MODEL)
         if not config.random_weights:
@@ -114,7 +119,6 @@ def start_run_directory(
         special = ("bos_token_id", "eos_token_id", "pad_token_id")
         fields = hf_config_dict(model) | {name: getattr(tokenizer, name) for name in special}
         (out / MODEL / "config.json").write_text(json.dumps(fields, indent=2))
-    write_run_file(out, "training", {"flags": dataclasses.asdict(config) | {"resume": False}})
 
 
 def copy_model_files(hf_dir: str | pathlib.Path, out: str | pathlib.Path) -> None:
@@ -207,3 +211,4 @@ def record_added(run_dir: pathlib.Path, added: Iterable[dict[str, Any]]) -> None
     content = read_run_file(run_dir)
     if list(added) != content.get("added", []):
         write_run_json(run_dir, content | {"added": list(added)})
+        renew_run_file(run_dir)

@@ -17,7 +17,7 @@ from alst_jax.models.hf_weights import load_params
 from alst_jax.models.other_weights import has_others
 from alst_jax.models.weight_files import find_tensors
 from alst_jax.step import TrainStep
-from alst_jax.storage import run_directory
+from alst_jax.storage import checksums, run_directory
 from alst_jax.storage.checkpoint import Checkpoints
 
 
@@ -110,6 +110,7 @@ def _hub_directory(model: str, weights: bool) -> pathlib.Path:
 def load_weights(source: ModelSource, step: TrainStep, dtype: jnp.dtype, seed: int) -> Any:
     """The weights, with the shardings and memory kinds of the step."""
     if source.hf_weights is not None:
+        checksums.verify_weights(source.hf_weights)
         if dtype == jnp.bfloat16 and any(t.dtype == np.float32 for t in find_tensors(source.hf_weights).values()):
             print(f"warning: the float32 weights of {source.name} are rounded to bfloat16; --dtype float32 keeps them",
                   file=sys.stderr, flush=True)
@@ -117,6 +118,7 @@ def load_weights(source: ModelSource, step: TrainStep, dtype: jnp.dtype, seed: i
     if source.checkpoint is not None:
         run_dir, at = source.checkpoint
         checkpoints = Checkpoints(run_dir)
+        checkpoints.check_run_files(at)
         params = checkpoints.restore_params(at, step.params)
         checkpoints.close()
         return params

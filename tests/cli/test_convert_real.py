@@ -185,8 +185,8 @@ def test_a_full_disk_is_one_line(monkeypatch, capsys):
 
     monkeypatch.setattr("sys.argv", ["convert"])
     assert cli.run(full) == 2
-    assert capsys.readouterr().err == ("error: [Errno 28] No space left on device: '/x/y': the disk is full. Nothing of the "
-                                       "conversion is kept; free space and run it again\n")
+    assert capsys.readouterr().err == ("error: /x/y: No space left on device; free space there, or inodes (df -h and df -i say "
+                                       "which is used up). Nothing of the conversion is kept; run it again then\n")
 
 
 # --------------------------------------------------------------------------------------------------------------- --verify

@@ -4,6 +4,7 @@
 import errno
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -276,8 +277,10 @@ def test_a_living_writer_is_left_alone(tmp_path):
     assert not folder.exists()
 
 
-@pytest.mark.parametrize("damage", ["shorter", "no counts", "broken counts", "of another key"])
-def test_a_damaged_store_is_written_again(damage, tmp_path):
+@pytest.mark.parametrize("damage", [
+    "shorter", "no counts", "broken counts", "of another key", "a bit of tokens", "a bit of learned", "a bit of lengths",
+    "another count"])
+def test_a_damaged_store_is_written_again(damage, tmp_path, capsys):
     file, top = write(tmp_path / "a.jsonl", TEXTS), tmp_path / "cache"
     wanted = plain(sources_of(top, [file]))
     (key,) = stores(top)
@@ -286,9 +289,18 @@ def test_a_damaged_store_is_written_again(damage, tmp_path):
         os.truncate(top / key / "tokens.bin", 8)
     elif damage == "no counts":
         counts.unlink()
+    elif damage.startswith("a bit of"):
+        content = bytearray((bits := top / key / f"{damage.split()[-1]}.bin").read_bytes())
+        content[len(content) // 2] ^= 1
+        bits.write_bytes(content)
+    elif damage == "another count":
+        counts.write_text(counts.read_text().replace('"records": ', '"records": 1'))
     else:
         counts.write_text("{" if damage == "broken counts" else counts.read_text().replace(key, "0" * 32))
+    capsys.readouterr()
     assert plain(sources_of(top, [file])) == wanted
+    if damage.startswith("a"):
+        assert re.search(r"(tokens.bin|learned.bin|lengths.bin|store.json) is damaged: tokenised again", capsys.readouterr().out)
     assert stores(top) == [key] and json.loads(counts.read_text())["key"] == key
 
 
@@ -341,6 +353,17 @@ def test_a_store_that_is_gone_after_it_was_written_is_an_error(tmp_path, monkeyp
     monkeypatch.setattr(Cache, "_publish", cleared)
     with pytest.raises(UserError, match=f"the tokens of --data {file} were written to .* and are no longer there"):
         sources_of(tmp_path / "cache", [file])
+
+
+def test_a_damaged_hash_is_computed_again(tmp_path):
+    cache = Cache(tmp_path)
+    file = cache.fingerprint_file(["a"])
+    assert cache.remembered(file) is None
+    cache.remember(file, "0123abcd")
+    assert cache.remembered(file) == "0123abcd"
+    for damaged in (file.read_text().replace("0123", "0133"), "", "0123abcd"):
+        file.write_text(damaged)
+        assert cache.remembered(file) is None
 
 
 def test_a_hash_that_cannot_be_kept_ends_no_run(tmp_path, capsys):

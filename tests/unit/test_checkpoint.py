@@ -317,11 +317,14 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, intact, item, damage)
 def test_the_refusal_says_how_to_go_on(tmp_path):
     saved(tmp_path, 2, 4, 6)
     halve(largest_file(tmp_path / run_directory.CHECKPOINTS / "6" / "params"))
-    with pytest.raises(UserError, match="cannot be read: .*; delete (.*) to use step 4$") as refusal:
+    halve(largest_file(tmp_path / run_directory.CHECKPOINTS / "4" / "optimizer"))
+    with pytest.raises(UserError, match="cannot be read: params/.* bytes and was written with .*; step 2 was verified. To "
+                                        "go on from it: mv .* && python train.py --resume --out ") as refusal:
         restore(tmp_path, 6, "params")
-    shutil.rmtree(re.search("delete (.*) to use", str(refusal.value))[1])
-    assert run_directory.find_checkpoint(tmp_path) == (tmp_path, 4)
-    restore(tmp_path, 4, "params")
+    subprocess.run(re.search("mv (.*?) &&", str(refusal.value))[0].removesuffix(" &&"), shell=True, check=True)
+    shutil.rmtree(tmp_path / run_directory.CHECKPOINTS / "4")
+    assert run_directory.find_checkpoint(tmp_path) == (tmp_path, 2)
+    restore(tmp_path, 2, "params")
 
 
 def test_a_checkpoint_is_not_to_blame_for_a_lack_of_memory(intact, monkeypatch):

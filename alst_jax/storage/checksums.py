@@ -1,0 +1,207 @@
+"""Checksums of files: of a checkpoint with the run's own files, and of the weights of a Hugging Face directory.
+
+    DIR/checkpoints/STEP/checksums.json      every file of the step; run.json and model/ of the run
+    HF_DIR/model.safetensors.checksums.json  the files of weights and their index
+
+orbax keeps no checksum of uncompressed chunks: a flipped bit would be loaded without a word. The files are hashed when
+all of them are written, in threads, before the checkpoint gets its final name.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+from alst_jax.config import UserError
+
+FILE = "checksums.json"
+WEIGHTS_FILE = "model.safetensors.checksums.json"
+ALGORITHM = "sha256"  # of those in hashlib one of the fastest, and the one that the hub names its files by
+THREADS = 16
+# Written by orbax after the checksums, or changed then. They hold times, and no number of the run.
+LATE = ("commit_success.txt", "_CHECKPOINT_METADATA")
+
+Entry = list[Any]  # [bytes, hash]
+
+
+class Damaged(UserError):
+    """Files are not what was written. The text names each."""
+
+
+def hash_files(top: pathlib.Path, names: Iterable[str]) -> dict[str, Entry]:
+    """Name -> [bytes, hash] of files below `top`. Threads read them: hashing leaves Python's lock."""
+    def entry(name: str) -> Entry:
+        with (top / name).open("rb") as stream:
+            return [os.fstat(stream.fileno()).st_size, hashlib.file_digest(stream, ALGORITHM).hexdigest()]
+
+    names = sorted(names)
+    with concurrent.futures.ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+        return dict(zip(names, pool.map(entry, names), strict=True))
+
+
+def files_below(top: pathlib.Path) -> list[str]:
+    """The files of a directory, by their paths below it, without hidden ones and LATE ones."""
+    found = (path.relative_to(top) for path in top.rglob("*") if path.is_file())
+    return sorted(path.as_posix() for path in found
+                  if not any(part.startswith(".") for part in path.parts) and str(path) not in (FILE, *LATE))
+
+
+def write_record(file: pathlib.Path, record: dict[str, Any]) -> None:
+    """Write a record of checksums, with a checksum of itself. On the disk when this returns; whole or not at all."""
+    text = json.dumps({"self": _of_record(record)} | record, indent=1)
+    partial = file.with_name(f".{file.name}")
+    with partial.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(file)
+
+
+def read_record(file: pathlib.Path) -> dict[str, Any] | None:
+    """The record in a file; None if there is no file. Damaged if it is not what was written."""
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        whole = record.pop("self") == _of_record(record)
+        if whole and record["algorithm"] != ALGORITHM:
+            raise UserError(f"{file}: made with {record['algorithm']}, and this version knows {ALGORITHM} only")
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise Damaged(f"{file.name} is damaged: it is not what was written") from error
+    if not whole:
+        raise Damaged(f"{file.name} is damaged: it is not what was written")
+    return record
+
+
+def _of_record(record: dict[str, Any]) -> str:
+    return hashlib.new(ALGORITHM, json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def compare(top: pathlib.Path, recorded: dict[str, Entry], others: Iterable[str] = ()) -> None:
+    """Damaged unless the files below `top` are the recorded ones. others: files that are there beside them.
+
+    Sizes are compared before a file is read.
+    """
+    outside = [name for name in recorded if pathlib.PurePosixPath(name).is_absolute() or ".." in name.split("/")]
+    if outside:
+        raise Damaged(f"its checksums name files outside of it: {', '.join(outside[:5])}")
+    found = [f"{name} is not one of its files" for name in sorted(set(others) - set(recorded))]
+    read = []
+    for name, (size, _) in recorded.items():
+        try:
+            now = (top / name).stat().st_size
+        except OSError as error:
+            found.append(f"{name} is missing" if isinstance(error, FileNotFoundError) else f"{name}: {error.strerror}")
+            continue
+        if now == size:
+            read.append(name)
+        else:
+            found.append(f"{name} has {now:,} bytes and was written with {size:,}")
+    try:
+        now = hash_files(top, read)
+    except OSError as error:
+        raise Damaged(f"{error.filename} cannot be read: {error.strerror}") from error
+    found += [f"{name} has other content than was written" for name in read if now[name] != recorded[name]]
+    if found:
+        raise Damaged("; ".join(found[:5]) + f"; and {len(found) - 5} more" * (len(found) > 5))
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def seal(folder: pathlib.Path, step: int, run_dir: pathlib.Path) -> None:
+    """Write the checksums of a step's folder, which may have a name that is not final, and of the run's own files."""
+    own = [name for name in files_below(run_dir / "model")] if (run_dir / "model").is_dir() else []
+    own = [f"model/{name}" for name in own] + ["run.json"] * (run_dir / "run.json").is_file()
+    write_record(folder / FILE, {
+        "format": 1, "algorithm": ALGORITHM, "step": step, "files": hash_files(folder, files_below(folder)),
+        "run": hash_files(run_dir, own)})
+
+
+def verify_step(folder: pathlib.Path, item: str | None = None) -> bool:
+    """Whether the checkpoint in a step's folder has checksums, which then are right. Damaged if one is wrong.
+
+    item: verify the files of this item alone (params, optimizer, loop), and those outside of items.
+    """
+    record = read_record(folder / FILE)
+    if record is None:
+        if _promises(folder):
+            raise Damaged(f"{FILE} is missing")
+        return False
+    if str(record["step"]) != folder.name:
+        raise Damaged(f"it is step {record['step']}, under another name")
+    others = files_below(folder)
+    if not any(name.startswith(f"{item}/") for name in others) and item is not None:
+        raise Damaged(f"{item} not found")
+    mine = lambda name: item is None or name.split("/")[0] == item or "/" not in name
+    compare(folder, {name: entry for name, entry in record["files"].items() if mine(name)}, filter(mine, others))
+    return True
+
+
+def verify_run_files(folder: pathlib.Path, run_dir: pathlib.Path) -> None:
+    """UserError unless run.json and model/ are those that the checkpoint in a step's folder was saved with."""
+    record = read_record(folder / FILE)
+    try:
+        compare(run_dir, record["run"] if record else {})
+    except Damaged as error:
+        raise Damaged(f"{run_dir}: {error}, since {folder} was saved. Put back what was there; or, if you changed it "
+                      f"yourself, accept it: python -m convert.verify {run_dir} --accept") from error
+
+
+def renew_run_file(run_dir: pathlib.Path) -> None:
+    """Take run.json as it is now, which the program itself has changed, into the checksums of all checkpoints."""
+    now = hash_files(run_dir, ["run.json"])
+    for file in sorted((run_dir / "checkpoints").glob(f"*/{FILE}")):
+        if (record := read_record(file)) is not None:
+            write_record(file, record | {"run": record["run"] | now})
+
+
+def _promises(folder: pathlib.Path) -> bool:
+    """Whether a checkpoint was saved with checksums, by its own words in `loop`."""
+    try:
+        return bool(json.loads((folder / "loop" / "metadata").read_text()).get("checksums"))
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False  # restoring `loop` says what is wrong with it
+
+
+# ----------------------------------------------------------------------------------------- Hugging Face directories
+
+
+def seal_weights(hf_dir: pathlib.Path) -> None:
+    """Write the checksums of the weight files of a Hugging Face directory."""
+    write_record(hf_dir / WEIGHTS_FILE, {
+        "format": 1, "algorithm": ALGORITHM, "files": hash_files(hf_dir, _weights(hf_dir))})
+
+
+def verify_weights(hf_dir: pathlib.Path) -> bool:
+    """Whether there are checksums of all weight files of a Hugging Face directory, which then are right.
+
+    They are ours, or those of the hub, whose cache names a file by its hash. UserError if one is wrong.
+    """
+    try:
+        record = read_record(hf_dir / WEIGHTS_FILE)
+        names = _weights(hf_dir)
+        if record is not None:
+            compare(hf_dir, record["files"], names)
+            return True
+        recorded = {name: hub for name in names if (hub := _of_hub(hf_dir / name))}
+        compare(hf_dir, recorded)
+        return bool(names) and all(name in recorded for name in names if name.endswith(".safetensors"))
+    except Damaged as error:
+        raise Damaged(f"{hf_dir}: {error}. Make or fetch it again; or, if you changed it yourself, accept it: python "
+                      f"-m convert.verify {hf_dir} --accept") from error
+
+
+def _weights(hf_dir: pathlib.Path) -> list[str]:
+    return sorted(file.name for pattern in ("*.safetensors", "*.safetensors.index.json") for file in
+                  hf_dir.glob(pattern) if file.is_file() and not file.name.startswith("."))
+
+
+def _of_hub(file: pathlib.Path) -> Entry | None:
+    """[bytes, hash] of a file in the hub's cache: a link to a file that has its SHA-256 as its name."""
+    target = file.resolve()
+    known = file.is_symlink() and len(target.name) == 64 and target.parent.name == "blobs"
+    return [target.stat().st_size, target.name] if known else None
