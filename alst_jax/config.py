@@ -34,6 +34,15 @@ def parse_length(text: str) -> int:
     return int(value)
 
 
+def parse_steps(text: str) -> tuple[int, int]:
+    """`3:5` -> (3, 5): the first and the last step, counted from 1; `3` is `3:3`."""
+    match = re.fullmatch(r"\s*(\d+)(?::(\d+))?\s*", text)
+    first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 1 <= first <= last:
+        raise UserError(f"--profile-steps {text}: write the first and the last step, counted from 1, as 3:5")
+    return first, last
+
+
 _Length = Annotated[int, tyro.constructors.PrimitiveConstructorSpec(
     nargs=1, metavar="TOKENS", instance_from_str=lambda args: parse_length(args[0]),
     is_instance=lambda x: isinstance(x, int), str_from_instance=lambda x: [str(x)])]
@@ -167,6 +176,13 @@ class TrainConfig(DataFlags):
     """With --plan-only: draw the plan into this file (PNG, SVG, PDF); needs the extra `plot`."""
     json: bool = False
     """With --plan-only or --find-max-seq-len: one JSON object instead of a table."""
+    explain: bool = False
+    """With --plan-only: list the terms of which the plan's bytes and seconds are the sums."""
+    debug_attention_layers: int | None = None
+    """Compute attention in the first N layers only, to measure the memory of a long run in minutes. The losses and weights
+    mean nothing: none is saved or exported."""
+    profile_steps: str | None = None
+    """Trace these steps (3:5, or 3 alone, counted from 1) into OUT/profile, and print where their time went."""
     resume: bool = False
     """Continue the run in --out from its newest checkpoint."""
     export: bool = True

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from alst_jax.config import TrainConfig, UserError, flag
+from alst_jax.config import TrainConfig, UserError, flag, parse_steps
 from alst_jax.data_flags import data_mistakes
 
 
@@ -21,7 +21,7 @@ def check_run(config: TrainConfig) -> None:
 AT_LEAST = dict(
     keep_attention_on_device=0, keep_attention_on_host=0, head_chunks=1, dp=1, sp=1, simulate_devices=1, steps=1,
     batch_size=1, grad_accum=1, warmup_steps=0, save_every=1, keep_checkpoints=1, eval_every=1, weight_decay=0,
-    clip_norm=0, seed=0, show_samples=1)
+    clip_norm=0, seed=0, show_samples=1, debug_attention_layers=1)
 
 
 def _check_numbers(config: TrainConfig) -> None:
@@ -78,7 +78,17 @@ def _mistakes(config: TrainConfig) -> Iterator[tuple[Any, str]]:
     yield config.resume and config.out is None, "--resume needs --out, the directory of the run to continue"
     yield (config.plan_for is not None and not config.plan_for.strip(),
            "--plan-for '': name a machine, as in H100-80 or 8xH100")
-    for field in ("json", "plan_for", "plan_picture"):
+    if config.profile_steps is not None:
+        last = parse_steps(config.profile_steps)[1]
+        yield (config.steps is not None and last > config.steps,
+               f"--profile-steps {config.profile_steps} is after the last of --steps {config.steps}")
+        yield (config.planning, "--profile-steps traces a run, and --plan-only and --find-max-seq-len make none; leave one out")
+    yield (config.debug_attention_layers is not None and config.resume,
+           f"--debug-attention-layers {config.debug_attention_layers} trains nothing that could be resumed; leave out "
+           "--resume, and give it an --out of its own")
+    yield (config.debug_attention_layers is not None and config.save_every is not None,
+           f"--save-every {config.save_every} with --debug-attention-layers, which never saves; leave one of them out")
+    for field in ("json", "plan_for", "plan_picture", "explain"):
         yield (getattr(config, field) and not config.planning,
                f"{flag(field)} is for --plan-only and --find-max-seq-len; a run has the machine it is on")
     yield (config.host_memory is not None and not config.host_memory > 0,

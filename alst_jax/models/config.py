@@ -12,12 +12,13 @@ from alst_jax.ops.rope import RopeConfig
 class LayerKind:
     """How one layer differs from others of its model, beside its weights.
 
-    rope: whether queries and keys are turned. table: by which of the model's `ropes`. window: see AttentionSpec.
+    rope: whether queries and keys are turned. table: by which of the model's `ropes`. window, skip: see AttentionSpec.
     """
 
     rope: bool = True
     window: int | None = None
     table: int = 0
+    skip: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +89,18 @@ class ModelConfig:
     def attention_spec(self, kind: LayerKind) -> AttentionSpec:
         """The attention of a layer of this kind."""
         scale = None if self.attention_scale == self.head_dim**-0.5 else self.attention_scale  # more kernels take None
-        return AttentionSpec(scale, kind.window, self.attention_soft_cap)
+        return AttentionSpec(scale, kind.window, self.attention_soft_cap, skip=kind.skip)
+
+    def skip_attention(self, after: int) -> "ModelConfig":
+        """The model with attention in its first `after` layers only, to measure memory: the others compute the rest."""
+        kinds = self.layer_kinds or (LayerKind(),) * self.num_layers
+        skipped = (dataclasses.replace(kind, skip=True) for kind in kinds[after:])
+        return dataclasses.replace(self, layer_kinds=(*kinds[:after], *skipped))
+
+    @property
+    def attention_layers(self) -> int:
+        """Layers whose attention is computed: all, unless `skip_attention` left some out."""
+        return self.num_layers - sum(kind.skip for kind in self.layer_kinds)
 
     @property
     def num_params(self) -> int:
@@ -108,7 +120,7 @@ class ModelConfig:
         """Pairs of a query and a key that attention reads, over all layers. S^2 / 2 in a layer without a window."""
         full = seq_len**2 / 2
         pairs = lambda window: full if window is None or window >= seq_len else window * (seq_len - window / 2)
-        return sum(pairs(kind.window) for kind in self.layer_kinds) if self.layer_kinds else self.num_layers * full
+        return sum(pairs(kind.window) * (not kind.skip) for kind in self.layer_kinds or (LayerKind(),) * self.num_layers)
 
     def flops_per_sequence(self, seq_len: int) -> float:
         """Model FLOPs of one forward and backward over one sequence, the measure behind MFU.

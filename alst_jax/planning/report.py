@@ -12,7 +12,7 @@ from alst_jax.planning.job import Job
 from alst_jax.planning.plan import ESTIMATED, Choice
 from alst_jax.planning.planner import Planner
 from alst_jax.planning.process import describe_process, host_outgrown, process_bytes
-from alst_jax.planning.words import describe
+from alst_jax.planning.words import describe, describe_debug
 
 MEASURED_ERROR = ("estimated by arithmetic, without a compiler: its measured error is in "
                   "benchmarks/results/2026-11-27-plan-accuracy.md; install the extra cuda12 or cuda13 to compile for "
@@ -37,6 +37,8 @@ def report(planner: Planner, job: Job) -> str:
         return json.dumps(json.loads(plan.to_json()) | {"flags": describe(choice.job), "seq_len": choice.job.length,
             "process_bytes": process, "host_memory": host_memory, "fits": fits} | found)
     lines = [plan.table()]
+    if config.debug_attention_layers is not None:
+        lines.insert(0, describe_debug(choice.job.model))
     if planner.cluster is not None:
         lines.append(describe_process(choice, planner.cluster))
         if outgrown := host_outgrown(choice, planner.cluster):
@@ -58,6 +60,8 @@ def announce_plan(planner: Planner, choice: Choice, seconds: float) -> None:
     if outgrown := host_outgrown(choice, planner.cluster):
         raise UserError(outgrown)
     print(f"plan    {choice.plan.line()}; made in {seconds:.0f} s\n        {describe_process(choice, planner.cluster)}")
+    if planner.config.debug_attention_layers is not None:
+        print(describe_debug(choice.job.model))
     if planner.config.memory == "auto":
         print(f"        {choice.explain()}", flush=True)
 

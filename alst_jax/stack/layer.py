@@ -18,6 +18,7 @@ from alst_jax.models.tree import combine, names, partition
 from alst_jax.ops.tiling import even_tile, stream, token_rows
 from alst_jax.parallel.sequence import SequenceParallel
 from alst_jax.parallel.sharding import gather, is_spec, scatter, whole
+from alst_jax.xla import scopes
 from alst_jax.xla.dtypes import accumulation_dtype
 from alst_jax.xla.order import zeros_after
 
@@ -77,7 +78,7 @@ class Layer:
         self, number: Array | int, h: Float[Array, "B T D"], weights: Weights, tokens: Tokens
     ) -> tuple[Float[Array, "B T N H"], Array]:
         """The output of attention and its log-sum-exps, from the layer's input. number: the layer's."""
-        with jax.named_scope("layer/attention"):
+        with jax.named_scope(scopes.ATTENTION):
             return self.by_kind(number)(lambda kind: self.sequence.attend(
                 self._projector(kind, h, weights, tokens), self.model.attention_spec(kind), h, tokens.documents))
 
@@ -90,7 +91,7 @@ class Layer:
         h      | input  | the next h
         """
         block = self._half(weights.block, "after")[0]
-        with jax.named_scope("layer/mlp"):
+        with jax.named_scope(scopes.MLP):
             _, (out,) = stream(lambda _, written, read: ((), (_widen(block).after(written[0], read[0]),)), (),
                                written=(token_rows(h),), read=(token_rows(o),), rows=self._rows(h))
         return out.reshape(h.shape)
@@ -111,7 +112,7 @@ class Layer:
         dafter, (dh_TD, do) = self._after_backward(weights, h, o_BTNH, dh)
 
         def rest(kind):
-            with jax.named_scope("layer/attention"):
+            with jax.named_scope(scopes.ATTENTION):
                 dqkv = self.sequence.attend_backward(
                     self._projector(kind, h, weights, tokens), self.model.attention_spec(kind), results,
                     do.reshape(o_BTNH.shape), tokens.documents)
@@ -172,7 +173,7 @@ class Layer:
         # The zeros are all overwritten: a place for the gradient of o.
         written = token_rows(dh_BTD), zeros_after(dh_BTD, token_rows(o_BTNH).shape, o_BTNH.dtype)
         read = token_rows(h_BTD), token_rows(o_BTNH)
-        with jax.named_scope("layer/mlp"):
+        with jax.named_scope(scopes.MLP):
             return stream(body, _zeros_after(dh_BTD, trained), written=written, read=read, rows=self._rows(h_BTD))
 
     def _before_backward(self, kind, weights, h_BTD, tokens, dqkv, dh_TD):
@@ -185,7 +186,7 @@ class Layer:
             return _add(sums, dweights), (written[0] + dx,)
 
         read = tuple(map(token_rows, (h_BTD, *dqkv, *tokens.rows)))
-        with jax.named_scope("layer/attention"):
+        with jax.named_scope(scopes.ATTENTION):
             return stream(body, _zeros_after(dqkv[0], trained), written=(dh_TD,), read=read, rows=self._rows(h_BTD))
 
     def _rows(self, h_BTD):

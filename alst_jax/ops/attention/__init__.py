@@ -7,12 +7,15 @@ these two are kept. A kernel that does not implement a part of a spec refuses it
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from alst_jax.config import UserError
 from alst_jax.ops.attention import cudnn, flash, xla
 from alst_jax.ops.attention.cudnn import head_groups
 from alst_jax.ops.attention.spec import AttentionSpec, Kernel
+from alst_jax.xla import scopes
+from alst_jax.xla.varying import vary_like
 
 __all__ = ["KERNELS", "AttentionSpec", "Kernel", "attention", "attention_backward", "attention_forward", "attention_from",
            "find_kernel", "head_groups", "refusal"]
@@ -41,6 +44,7 @@ def refusal(kernel: Kernel, spec: AttentionSpec, documents: bool = False) -> str
             f"--attention {' or '.join(able)}")
 
 
+@jax.named_scope(scopes.KERNEL)
 def attention_forward(
     q: Array, k: Array, v: Array, spec: AttentionSpec = CAUSAL, documents: Array | None = None, *, kernel: str | Kernel
 ) -> tuple[Array, Array]:
@@ -49,9 +53,13 @@ def attention_forward(
     kernel = find_kernel(kernel)
     if reason := refusal(kernel, spec, documents is not None):
         raise UserError(reason)
+    if spec.skip:
+        batch, length, heads, _ = q.shape
+        return _zeros(q.shape, q.dtype, q), _zeros((batch, heads, length), jnp.float32, q)
     return kernel.forward(q, k, v, spec, documents)
 
 
+@jax.named_scope(scopes.KERNEL)
 def attention_backward(
     q: Array, k: Array, v: Array, results: tuple[Array, Array], do: Array, spec: AttentionSpec = CAUSAL,
     documents: Array | None = None, *, kernel: str | Kernel,
@@ -60,7 +68,13 @@ def attention_backward(
     kernel = find_kernel(kernel)
     if reason := refusal(kernel, spec, documents is not None):
         raise UserError(reason)
+    if spec.skip:
+        return tuple(_zeros(x.shape, x.dtype, do) for x in (q, k, v))
     return kernel.backward(q, k, v, *results, do, spec, documents)
+
+
+def _zeros(shape, dtype, like):
+    return vary_like(jnp.zeros(shape, dtype), like)
 
 
 def attention(
