@@ -104,7 +104,10 @@ def debug_model(config: TrainConfig, model: ModelConfig) -> ModelConfig:
     if layers > model.num_layers:
         raise UserError(f"--debug-attention-layers {layers}: the model has {model.num_layers} layers; give fewer, to leave "
                         "attention out of the others")
-    return model.skip_attention(after=layers)
+    if config.stack == "plain" or not config.remat:
+        raise UserError("--debug-attention-layers leaves attention out of the layers whose backward pass is written by hand; "
+                        "it needs --stack segments and --remat")
+    return dataclasses.replace(model, attention_layers=layers)
 
 
 def for_gpu(config: TrainConfig) -> bool:

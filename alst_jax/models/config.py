@@ -12,13 +12,12 @@ from alst_jax.ops.rope import RopeConfig
 class LayerKind:
     """How one layer differs from others of its model, beside its weights.
 
-    rope: whether queries and keys are turned. table: by which of the model's `ropes`. window, skip: see AttentionSpec.
+    rope: whether queries and keys are turned. table: by which of the model's `ropes`. window: see AttentionSpec.
     """
 
     rope: bool = True
     window: int | None = None
     table: int = 0
-    skip: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +56,7 @@ class ModelConfig:
     residual_multiplier: float = 1.0  # of what attention and the MLP add to the residual stream
     logits_divisor: float = 1.0
     logits_soft_cap: float | None = None
+    attention_layers: int | None = None  # compute attention in the first layers only, to measure memory; None: in all
 
     def __post_init__(self):
         for field in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"):
@@ -89,18 +89,7 @@ class ModelConfig:
     def attention_spec(self, kind: LayerKind) -> AttentionSpec:
         """The attention of a layer of this kind."""
         scale = None if self.attention_scale == self.head_dim**-0.5 else self.attention_scale  # more kernels take None
-        return AttentionSpec(scale, kind.window, self.attention_soft_cap, skip=kind.skip)
-
-    def skip_attention(self, after: int) -> "ModelConfig":
-        """The model with attention in its first `after` layers only, to measure memory: the others compute the rest."""
-        kinds = self.layer_kinds or (LayerKind(),) * self.num_layers
-        skipped = (dataclasses.replace(kind, skip=True) for kind in kinds[after:])
-        return dataclasses.replace(self, layer_kinds=(*kinds[:after], *skipped))
-
-    @property
-    def attention_layers(self) -> int:
-        """Layers whose attention is computed: all, unless `skip_attention` left some out."""
-        return self.num_layers - sum(kind.skip for kind in self.layer_kinds)
+        return AttentionSpec(scale, kind.window, self.attention_soft_cap)
 
     @property
     def num_params(self) -> int:
@@ -117,10 +106,16 @@ class ModelConfig:
         return self.num_layers * (attention + mlp + norms) + embeddings + d
 
     def causal_pairs(self, seq_len: int) -> float:
-        """Pairs of a query and a key that attention reads, over all layers. S^2 / 2 in a layer without a window."""
+        """Pairs of a query and a key that attention reads, over all layers."""
+        return sum(self.layer_pairs(seq_len))
+
+    def layer_pairs(self, seq_len: int) -> list[float]:
+        """Pairs of a query and a key that attention reads in each layer: S^2 / 2 without a window."""
         full = seq_len**2 / 2
         pairs = lambda window: full if window is None or window >= seq_len else window * (seq_len - window / 2)
-        return sum(pairs(kind.window) * (not kind.skip) for kind in self.layer_kinds or (LayerKind(),) * self.num_layers)
+        kinds = self.layer_kinds or (LayerKind(),) * self.num_layers
+        return [pairs(kind.window) if layer < (self.attention_layers or self.num_layers) else 0.0
+                for layer, kind in enumerate(kinds)]
 
     def flops_per_sequence(self, seq_len: int) -> float:
         """Model FLOPs of one forward and backward over one sequence, the measure behind MFU.

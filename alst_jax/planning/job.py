@@ -7,6 +7,7 @@ heads, H head dim.
 import dataclasses
 import functools
 import re
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,19 @@ from alst_jax.models.tree import dotted, is_stacked, names
 from alst_jax.parallel.costs import Shapes, Work
 from alst_jax.parallel.ulysses import Ulysses
 from alst_jax.profile import DEVICE, HOST, Profile, Segment, segment_inputs
+
+
+class Term(NamedTuple):
+    """A line of a ledger: bytes or seconds, and the file, the program or the part of the machine that they come from."""
+
+    name: str
+    value: float
+    where: str
+
+
+def total(terms: list[Term]) -> float:
+    """The sum of a ledger."""
+    return sum(term.value for term in terms)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +136,12 @@ class Job:
         return self.profile.segments(self.model.num_layers)
 
     @functools.cached_property
+    def recomputed_attention(self) -> list[int]:
+        """Layers whose attention the backward pass computes again, in a rebuilt segment or in the layer's own turn."""
+        layers, profile = self.model.num_layers, self.profile
+        return [layer for layer in range(layers) if profile.remat and profile.attention_place(layer, layers) is None]
+
+    @functools.cached_property
     def kept(self) -> dict[str, int]:
         return kept_bytes(self)
 
@@ -169,12 +189,9 @@ class Passes:
         if not profile.remat:
             again = layers if profile.mlp_tile is not None else 0
             return Passes(layers, layers, layers + again, layers)
-        kept = rebuilt = 0
-        for segment in job.segments:
-            kept += sum(run.stop - run.start for run in segment.runs if run.place)
-            if not segment.all_inputs:
-                rebuilt += segment.runs[-1].stop - segment.runs[0].start - 1
-        again = layers - kept  # attention forwards, in a rebuilt segment or in the layer's own turn
+        rebuilt = sum(segment.runs[-1].stop - segment.runs[0].start - 1
+                      for segment in job.segments if not segment.all_inputs)
+        again = len(job.recomputed_attention)
         return Passes(layers + again, 3 * layers + again, 2 * layers + rebuilt, 2 * layers + rebuilt)
 
 

@@ -54,14 +54,15 @@ def seconds(job: Job, cluster: Cluster) -> dict[str, float]:
         squares = passes.attention_forward + model.num_layers
         products += squares * d * (model.num_heads + model.num_kv_heads) * h
     products += 2 * model.num_layers * (projections + others) + 3 * model.vocab_size * d
-    attention = 4.0 * model.causal_pairs(job.length) / model.num_layers * model.num_heads * h * rows / job.sp  # a layer
-    attention *= job.attention_share
+    pairs = model.layer_pairs(job.length)
+    again = sum(pairs[layer] for layer in job.recomputed_attention)
+    attention = 4.0 * model.num_heads * h * rows / job.sp * job.attention_share  # FLOPs of a pair, forward
     speed = lambda which: attention_speed(
         job.profile.attention, which, int(job.length * job.attention_share), machine.peak_flops, job.documents > 0)
     width = 1 if job.width == 2 else 16  # float32 products do not use the same units
     terms = {
-        "attention forward": passes.attention_forward * attention / speed("forward"),
-        "attention backward": model.num_layers * BACKWARD * attention / speed("backward"),
+        "attention forward": (sum(pairs) + again) * attention / speed("forward"),
+        "attention backward": sum(pairs) * BACKWARD * attention / speed("backward"),
         "matmuls": 2.0 * products * tokens * width / (MATMUL * machine.peak_flops),
     }
     terms["matmuls"] += tile_sum_bytes(job) / machine.bandwidth

@@ -28,7 +28,7 @@ def describe(job: Job) -> str:
             words.append(f"--{name} {value}")
     if job.freeze is not None:
         words.append(f"--freeze {shlex.quote(job.freeze)}")
-    if job.model.attention_layers < job.model.num_layers:
+    if job.model.attention_layers is not None:
         words.append(f"--debug-attention-layers {job.model.attention_layers}")
     return " ".join(words) or "nothing offloaded, every layer's input kept"
 

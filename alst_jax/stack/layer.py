@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from alst_jax.models.block import Block, Tokens, halves
 from alst_jax.models.config import ModelConfig
 from alst_jax.models.tree import combine, names, partition
+from alst_jax.ops.attention import find_kernel, runs_where
 from alst_jax.ops.tiling import even_tile, stream, token_rows
 from alst_jax.parallel.sequence import SequenceParallel
 from alst_jax.parallel.sharding import gather, is_spec, scatter, whole
@@ -79,7 +80,8 @@ class Layer:
     ) -> tuple[Float[Array, "B T N H"], Array]:
         """The output of attention and its log-sum-exps, from the layer's input. number: the layer's."""
         with jax.named_scope(scopes.ATTENTION):
-            return self.by_kind(number)(lambda kind: self.sequence.attend(
+            sequence = self._sequence(number)
+            return self.by_kind(number)(lambda kind: sequence.attend(
                 self._projector(kind, h, weights, tokens), self.model.attention_spec(kind), h, tokens.documents))
 
     def after(
@@ -113,7 +115,7 @@ class Layer:
 
         def rest(kind):
             with jax.named_scope(scopes.ATTENTION):
-                dqkv = self.sequence.attend_backward(
+                dqkv = self._sequence(number).attend_backward(
                     self._projector(kind, h, weights, tokens), self.model.attention_spec(kind), results,
                     do.reshape(o_BTNH.shape), tokens.documents)
             return self._before_backward(kind, weights, h, tokens, dqkv, dh_TD)
@@ -135,6 +137,13 @@ class Layer:
             return lambda fn: fn(kinds[0])
         index = jnp.asarray(self.model.kind_numbers)[number]
         return lambda fn: lax.switch(index, [lambda kind=kind: fn(kind) for kind in kinds])
+
+    def _sequence(self, number: Array | int) -> SequenceParallel:
+        """The sequence parallelism of a layer. Where the model computes attention in some layers only, its kernel asks."""
+        if self.model.attention_layers is None:
+            return self.sequence
+        kernel = runs_where(number < self.model.attention_layers, find_kernel(self.sequence.kernel))
+        return dataclasses.replace(self.sequence, kernel=kernel)
 
     def _half(self, block: Block, half: str) -> tuple[Block, Block]:
         """(the parameters that this half of the block reads, the others)"""

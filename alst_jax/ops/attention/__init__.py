@@ -4,11 +4,12 @@ A kernel gives the output and the log-sum-exp, from which its backward pass star
 these two are kept. A kernel that does not implement a part of a spec refuses it.
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from alst_jax.config import UserError
 from alst_jax.ops.attention import cudnn, flash, xla
@@ -18,7 +19,7 @@ from alst_jax.xla import scopes
 from alst_jax.xla.varying import vary_like
 
 __all__ = ["KERNELS", "AttentionSpec", "Kernel", "attention", "attention_backward", "attention_forward", "attention_from",
-           "find_kernel", "head_groups", "refusal"]
+           "find_kernel", "head_groups", "refusal", "runs_where"]
 
 KERNELS = {kernel.name: kernel for kernel in (xla.KERNEL, cudnn.KERNEL, flash.KERNEL, flash.DETERMINISTIC)}
 CAUSAL = AttentionSpec()
@@ -53,9 +54,6 @@ def attention_forward(
     kernel = find_kernel(kernel)
     if reason := refusal(kernel, spec, documents is not None):
         raise UserError(reason)
-    if spec.skip:
-        batch, length, heads, _ = q.shape
-        return _zeros(q.shape, q.dtype, q), _zeros((batch, heads, length), jnp.float32, q)
     return kernel.forward(q, k, v, spec, documents)
 
 
@@ -68,9 +66,22 @@ def attention_backward(
     kernel = find_kernel(kernel)
     if reason := refusal(kernel, spec, documents is not None):
         raise UserError(reason)
-    if spec.skip:
-        return tuple(_zeros(x.shape, x.dtype, do) for x in (q, k, v))
     return kernel.backward(q, k, v, *results, do, spec, documents)
+
+
+def runs_where(runs: Array, kernel: Kernel) -> Kernel:
+    """The kernel where `runs` is true, zeros instead of its results elsewhere (--debug-attention-layers): the same buffers.
+    Not to be differentiated."""
+    def forward(q, k, v, spec, documents=None):
+        batch, length, heads, _ = q.shape
+        nothing = lambda q, k, v: (_zeros(q.shape, q.dtype, q), _zeros((batch, heads, length), jnp.float32, q))
+        return lax.cond(runs, lambda *qkv: kernel.forward(*qkv, spec, documents), nothing, q, k, v)
+
+    def backward(q, k, v, o, lse, do, spec, documents=None):
+        nothing = lambda *arrays: tuple(_zeros(x.shape, x.dtype, do) for x in arrays[:3])
+        return lax.cond(runs, lambda *arrays: kernel.backward(*arrays, spec, documents), nothing, q, k, v, o, lse, do)
+
+    return dataclasses.replace(kernel, forward=forward, backward=backward)
 
 
 def _zeros(shape, dtype, like):

@@ -10,15 +10,13 @@ class AttentionSpec:
 
     scale: None is head_dim ** -0.5. window: a query reads the keys of itself and of window - 1 tokens
     before it and, if not causal, after it. soft_cap:
-    scores become soft_cap * tanh(scores / soft_cap). causal: a query reads no later key. skip: compute nothing; the output
-    and the gradients are zeros (--debug-attention-layers).
+    scores become soft_cap * tanh(scores / soft_cap). causal: a query reads no later key.
     """
 
     scale: float | None = None
     window: int | None = None
     soft_cap: float | None = None
     causal: bool = True
-    skip: bool = False
 
     def scale_of(self, head_dim: int) -> float:
         return head_dim**-0.5 if self.scale is None else self.scale
