@@ -91,6 +91,7 @@ def _mistakes(config: TrainConfig) -> Iterator[tuple[Any, str]]:
     for field in ("json", "plan_for", "plan_picture", "explain"):
         yield (getattr(config, field) and not config.planning,
                f"{flag(field)} is for --plan-only and --find-max-seq-len; a run has the machine it is on")
+    yield (config.explain and config.json, "--explain is for people, and --json for programs; leave one of them out")
     yield (config.host_memory is not None and not config.host_memory > 0,
            f"--host-memory {config.host_memory}: must be a positive number of GiB")
     yield (config.plan_for and config.simulate_devices,

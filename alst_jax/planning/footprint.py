@@ -21,12 +21,22 @@ STACK, LAYER, ENDS, LOSS, UPDATE = "stack/stack", "stack/layer", "stack/ends", "
 ATTENTION, MESH, XLA = "ops/attention", "parallel", "XLA"
 
 
-def state_bytes(job: Job) -> tuple[int, int, int]:
+def states(job: Job) -> dict[str, list[Term]]:
     """Weights, gradients and optimizer state: one device's shards."""
     weights, trained = (-(-sizes.total // job.devices) for sizes in (job.parameters, job.trained))
-    gradients = trained * (job.width + (4 if job.grad_accum > 1 else 0)) * (not job.profile.update_in_backward)
-    master = MASTER_BYTES[job.master] if job.width == 2 else 0
-    return weights * job.width, gradients, int(trained * (STATE_BYTES[job.states] + master))
+    stored = trained * (not job.profile.update_in_backward)
+    master = trained * MASTER_BYTES[job.master] * (job.width == 2)
+    return {
+        "weights": [Term("weights", weights * job.width, "models/block")],
+        "gradients": [Term("gradients", stored * job.width, STACK),
+                      Term("their float32 sums over batches", 4 * stored * (job.grad_accum > 1), UPDATE)],
+        "optimizer": [Term(f"moments, {job.states}", int(trained * STATE_BYTES[job.states]), "optim/formats"),
+                      Term(f"master weights, {job.master}", master, "optim/formats")]}
+
+
+def state_bytes(job: Job) -> tuple[int, int, int]:
+    """Weights, gradients and optimizer state: one device's shards."""
+    return tuple(map(total, states(job).values()))
 
 
 def trained_bytes(job: Job) -> int:

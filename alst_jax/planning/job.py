@@ -24,11 +24,11 @@ class Term(NamedTuple):
     """A line of a ledger: bytes or seconds, and the file, the program or the part of the machine that they come from."""
 
     name: str
-    value: float
+    value: int | float
     where: str
 
 
-def total(terms: list[Term]) -> float:
+def total(terms: list[Term]) -> int | float:
     """The sum of a ledger."""
     return sum(term.value for term in terms)
 

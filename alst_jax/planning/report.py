@@ -9,6 +9,7 @@ import jax
 from alst_jax.config import UserError
 from alst_jax.hardware.machines import GIB
 from alst_jax.planning.job import Job
+from alst_jax.planning.ledger import explain
 from alst_jax.planning.plan import ESTIMATED, Choice
 from alst_jax.planning.planner import Planner
 from alst_jax.planning.process import describe_process, host_outgrown, process_bytes
@@ -45,6 +46,8 @@ def report(planner: Planner, job: Job) -> str:
             lines.append(f"warning: {outgrown}")
     if config.find_max_seq_len:
         lines.insert(0, f"longest sequence: {choice.job.length:,} tokens, with {describe(choice.job)}")
+    if config.explain:
+        lines.append(explain(choice.job, planner.cluster, plan))
     if plan.source == ESTIMATED:
         lines.append(MEASURED_ERROR)
     if planner.cluster is not None and config.memory == "auto" and not config.find_max_seq_len:

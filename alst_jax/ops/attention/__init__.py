@@ -69,7 +69,7 @@ def attention_backward(
     return kernel.backward(q, k, v, *results, do, spec, documents)
 
 
-def runs_where(runs: Array, kernel: Kernel) -> Kernel:
+def runs_where(runs: Array | bool, kernel: Kernel) -> Kernel:
     """The kernel where `runs` is true, zeros instead of its results elsewhere (--debug-attention-layers): the same buffers.
     Not to be differentiated."""
     def forward(q, k, v, spec, documents=None):
