@@ -82,7 +82,8 @@ def _mistakes(config: TrainConfig) -> Iterator[tuple[Any, str]]:
         last = parse_steps(config.profile_steps)[1]
         yield (config.steps is not None and last > config.steps,
                f"--profile-steps {config.profile_steps} is after the last of --steps {config.steps}")
-        yield (config.planning, "--profile-steps traces a run, and --plan-only and --find-max-seq-len make none; leave one out")
+        yield (config.planning,
+               "--profile-steps traces a run, and --plan-only and --find-max-seq-len make none; leave one out")
     yield (config.debug_attention_layers is not None and config.resume,
            f"--debug-attention-layers {config.debug_attention_layers} trains nothing that could be resumed; leave out "
            "--resume, and give it an --out of its own")

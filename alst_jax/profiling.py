@@ -23,7 +23,7 @@ _LAST_SCOPE = re.compile(rf".*(?:^|[/(])({'|'.join(map(re.escape, SCOPES))})(?=[
 
 @dataclasses.dataclass
 class StepProfile:
-    """The trace of steps first, ..., last of a run, in a directory that TensorBoard and Perfetto read. None: no steps."""
+    """The trace of steps first, ..., last of a run, in a directory that TensorBoard and Perfetto read. None: no trace."""
 
     steps: tuple[int, int] | None
     directory: pathlib.Path
@@ -106,20 +106,21 @@ def _events(profile: jax.profiler.ProfileData) -> Iterator[tuple[str, str, str, 
                 continue
             for event in line.events:
                 stats = dict(event.stats)
-                if on_gpu:
-                    yield plane.name, str(stats.get("hlo_op", "")), str(stats.get("hlo_module", "")), event.duration_ns / 1e9
-                elif "hlo_op" in stats and "device_ordinal" in stats:  # the thread that runs a CPU device's program
-                    yield str(stats["device_ordinal"]), stats["hlo_op"], stats["hlo_module"], event.duration_ns / 1e9
+                # The threads of a CPU run other things besides; each device's operations name it.
+                device = plane.name if on_gpu else stats.get("device_ordinal")
+                if on_gpu or (device is not None and "hlo_op" in stats):
+                    names = (str(stats.get(name, "")) for name in ("hlo_op", "hlo_module"))
+                    yield str(device), *names, event.duration_ns / 1e9
 
 
-# ------------------------------------------------------------------------- the compiled programs that a trace has with it
+# ------------------------------------------------------------------------ the compiled programs that a trace has with it
 
 
 def _operations(raw: bytes) -> dict[tuple[str, str], tuple[str, str]]:
     """(program, operation) -> (opcode, path of named scopes), from the programs in the trace.
 
-    A trace is an XSpace (xplane.proto of the TSL profiler) and holds each program as an HloProto (hlo.proto of XLA). Fields
-    are read by their numbers: no package on PyPI has both messages.
+    A trace is an XSpace (xplane.proto of the TSL profiler) and holds each program as an HloProto (hlo.proto of XLA).
+    Their fields are read by number, without the messages' classes.
     """
     found = {}
     for plane in _fields(raw, 1):

@@ -257,8 +257,9 @@ def _not_finite(step: TrainStep, done: int, problem: NotFinite, saved: int) -> s
                 f"saved; go on from {last}. A smaller --learning-rate, --save-every, or a run without "
                 "--update-in-backward, which would not apply such a step, may help")
     kept = "is where the run began" if not done else "is saved" if saved == done else "is not saved"
-    return (f"step {done + 1}: {problem}. The step was not applied; the state before it, step {done}, {kept}. A smaller "
-            f"--learning-rate{'' if step.profile.update_in_backward else ' or --clip-norm'}, or --dtype float32, may help.")
+    return (f"step {done + 1}: {problem}. The step was not applied; the state before it, step {done}, {kept}. A "
+            f"smaller --learning-rate{'' if step.profile.update_in_backward else ' or --clip-norm'}, or --dtype float32, "
+            "may help.")
 
 
 def _speed(

@@ -19,6 +19,7 @@ MASTER_BYTES = {"float32": 4, "low-bits": 2, "none": 0}  # of a bfloat16 paramet
 UPDATE_CHUNK = 2**26  # elements, as xla/host.py
 STACK, LAYER, ENDS, LOSS, UPDATE = "stack/stack", "stack/layer", "stack/ends", "ops/cross_entropy", "optim/streamed"
 ATTENTION, MESH, XLA = "ops/attention", "parallel", "XLA"
+KEPT = "kept activations"
 
 
 def states(job: Job) -> dict[str, list[Term]]:
@@ -67,7 +68,7 @@ def at_loss(job: Job) -> list[Term]:
     """At the loss. A single tile of it takes the last hidden state as it is, and two hidden states are alive."""
     size, tile, tokens = job.sizes, loss_tokens(job), job.tokens
     return [
-        Term("kept activations", job.kept[DEVICE], STACK),
+        Term(KEPT, job.kept[DEVICE], STACK),
         Term("hidden states", (3 if tile < tokens else 2) * size.hidden, ENDS),
         Term("a tile of the hidden state", (tile < tokens) * tile * job.model.hidden_size * job.width, LOSS),
         Term("the head's table, logits, their gradients", head_work(job), LOSS),
@@ -134,7 +135,7 @@ def in_backward(job: Job) -> list[Term]:
     """In the backward pass of the layers, at the segment that needs most."""
     profile, size = job.profile, job.sizes
     if not profile.remat:
-        return [Term("kept activations", job.kept[DEVICE], "stack/plain"), *layer_work(job)]
+        return [Term(KEPT, job.kept[DEVICE], "stack/plain"), *layer_work(job)]
     inputs_on_device = 0 if profile.offload_activations else size.hidden
     kept = inputs_on_device * segment_inputs(job.segments, profile.offload_activations)  # one array, to the end
     (shard, places), most = unlooped(job), []
@@ -145,7 +146,7 @@ def in_backward(job: Job) -> list[Term]:
         lengths = [(run.place, run.stop - run.start) for run in segment.runs]
         here = sum(n for place, n in lengths if place and place_of(place, n) == DEVICE)
         kept += sum(outputs_bytes(job, n) for place, n in lengths if place and place_of(place, n) == DEVICE)
-        terms = [Term("kept activations", kept, STACK), Term("recomputed residuals", rebuilt_bytes(job, segment), STACK)]
+        terms = [Term(KEPT, kept, STACK), Term("recomputed residuals", rebuilt_bytes(job, segment), STACK)]
         if job.attention_work.output_copy:  # made before its swap, as soon as the outputs exist
             # The copy waits neither for the norm's gradient nor for the segment to be rebuilt.
             early = size.hidden * (2 - profile.offload_weights) if segment.all_inputs else 2 * size.hidden + size.heads

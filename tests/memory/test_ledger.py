@@ -11,12 +11,14 @@ from alst_jax.config import TrainConfig, UserError
 from alst_jax.flag_checks import check_run
 from alst_jax.hardware.machines import parse_cluster
 from alst_jax.optim.adamw import AdamW
+from alst_jax.planning import planner
 from alst_jax.planning.compiled import plan_step
-from alst_jax.planning.estimate import estimate
+from alst_jax.planning.estimate import estimate, ledger_of_bytes
 from alst_jax.planning.job import Job, total
-from alst_jax.planning.ledger import bytes_of, explain
+from alst_jax.planning.report import explain
 from alst_jax.planning.seconds import ledger
 from alst_jax.profile import DEVICE, HOST, Profile
+from alst_jax.step import TrainStep
 from benchmarks import plan_accuracy
 from benchmarks.shapes import LLAMA_8B
 from tests.helpers import leaf, make_step, random_batch, tiny
@@ -34,8 +36,9 @@ def job(**changes) -> Job:
 def test_ledgers_add_up_to_the_estimate():
     for combination in plan_accuracy.FITTED + plan_accuracy.HELD_OUT:
         one = plan_accuracy.bare_job(*combination)
-        plan, terms = estimate(one, H100), bytes_of(one)
-        assert (total(terms[DEVICE]), total(terms[HOST])) == (plan.device_bytes, plan.host_bytes), combination
+        plan, places = estimate(one, H100), ledger_of_bytes(one)
+        sums = {place: sum(map(total, parts.values())) for place, parts in places.items()}
+        assert sums == {DEVICE: plan.device_bytes, HOST: plan.host_bytes}, combination
         assert total(ledger(one, H100)) == pytest.approx(plan.step_seconds, rel=1e-12)
 
 
@@ -58,6 +61,19 @@ def test_seconds_count_the_layers_with_attention():
     assert part.seconds["attention backward"] == pytest.approx(whole.seconds["attention backward"] * 2 / 32)
     assert part.seconds["attention forward"] == pytest.approx(whole.seconds["attention forward"] * 4 / (32 + 29))
     assert part.seconds["matmuls"] == whole.seconds["matmuls"] and part.flops < whole.flops
+
+
+def test_a_debug_run_is_planned_as_the_whole_run(monkeypatch):
+    def make(job):
+        step = object.__new__(TrainStep)
+        step.model = job.model
+        return step
+
+    compiled, full = [], job()
+    some = dataclasses.replace(full, model=dataclasses.replace(LLAMA_8B, attention_layers=2))
+    monkeypatch.setattr(planner, "plan_step", lambda step, *_: compiled.append(step.model) or estimate(full))
+    plan = planner.Planner.of(TrainConfig(), None, make).compile(some)
+    assert compiled == [LLAMA_8B] and plan.device == estimate(full).device and plan.flops == some.flops < full.flops
 
 
 @pytest.mark.parametrize("changes", [dict(segment_layers=(2,), head_chunks=2, keep_attention_on_device=1)])
