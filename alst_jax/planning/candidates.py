@@ -175,7 +175,7 @@ def segments_within(job: Job, search: Search, part: float) -> tuple[int, ...] | 
     weights, gradients, optimizer = footprint.state_bytes(job)
     states = (0 if profile.offload_weights else weights + gradients) + (0 if profile.offload_optimizer else optimizer)
     room = search.cluster.machine.usable * (1 - search.margin) - states - search.correction((profile.head_chunks, 3))
-    room = room / footprint.FRAGMENTS - total(footprint.layer_work(job, 3))
+    room = room / footprint.FRAGMENTS - total(footprint.layer_work(job, rebuilt=True))
     room -= size.table * (job.devices > 1)  # the embedding, gathered to look up the first segment's input again
     room -= EARLY_LOADS * size.layer // job.devices * profile.offload_weights
     output = size.heads + size.statistics

@@ -25,14 +25,14 @@ def estimate(job: Job, cluster: Cluster | None = None, correction: int = 0) -> P
 
 def ledger_of_bytes(job: Job) -> dict[str, dict[str, list[Term]]]:
     """The terms of each part of a plan, of device and host memory."""
-    kept, profile, of_states, (moment, alive) = job.kept, job.profile, states(job), peak(job)
+    kept, profile, of_states, alive = job.kept, job.profile, states(job), peak(job)[1]
     places = {place: {"kept activations": [Term(KEPT, kept[place], "stack/stack")]} for place in (DEVICE, HOST)}
     for part, terms in of_states.items():
         offloaded = profile.offload_optimizer if part == "optimizer" else profile.offload_weights
         places[HOST if offloaded else DEVICE][part] = terms
     freed = total([term for term in alive if term.name == KEPT]) - kept[DEVICE]
-    others = [term._replace(where=f"{term.where}, at {moment}") for term in alive if term.name != KEPT]
-    places[DEVICE]["working set"] = [*others, Term(f"{KEPT}, freed by then", freed, "stack/stack")]
+    others = [term for term in alive if term.name != KEPT]
+    places[DEVICE]["working set"] = [*others, Term("kept activations that are freed before", freed, "stack/stack")]
     places[DEVICE]["batch"] = [Term("batch", 3 * 4 * job.tokens, "stack/batch")]
     in_step = kept[HOST] + total(of_states["gradients"]) * profile.offload_weights
     places[HOST]["saving"] = [Term("saving", saving_bytes(job, in_step), "storage/saving")]

@@ -53,7 +53,7 @@ def working_set(job: Job) -> int:
 
 def peak(job: Job) -> tuple[str, list[Term]]:
     """The moment with the most live bytes, and its ledger."""
-    moments = {"the loss": at_loss(job), "the backward pass of a layer": in_backward(job), "the end": at_end(job)}
+    moments = {"the loss": at_loss(job), "the backward pass of the layers": in_backward(job), "the end": at_end(job)}
     moment, terms = max(moments.items(), key=lambda item: total(item[1]))
     whole = total(terms)
     terms = [*terms, Term("fragments of the allocator", int(FRAGMENTS * whole) - whole, XLA)]
@@ -136,9 +136,9 @@ def in_backward(job: Job) -> list[Term]:
     profile, size = job.profile, job.sizes
     if not profile.remat:
         return [Term(KEPT, job.kept[DEVICE], "stack/plain"), *layer_work(job)]
-    inputs_on_device = 0 if profile.offload_activations else size.hidden
+    inputs_on_device, copied = 0 if profile.offload_activations else size.hidden, job.attention_work.output_copy
     kept = inputs_on_device * segment_inputs(job.segments, profile.offload_activations)  # one array, to the end
-    (shard, places), most = unlooped(job), []
+    (shard, places), most, work = unlooped(job), [], functools.cache(functools.partial(layer_work, job))
     for segment in job.segments:  # first to last: `kept` is alive when the backward pass reaches this segment
         count = segment.runs[-1].stop - segment.runs[0].start
         if segment.all_inputs:
@@ -147,12 +147,12 @@ def in_backward(job: Job) -> list[Term]:
         here = sum(n for place, n in lengths if place and place_of(place, n) == DEVICE)
         kept += sum(outputs_bytes(job, n) for place, n in lengths if place and place_of(place, n) == DEVICE)
         terms = [Term(KEPT, kept, STACK), Term("recomputed residuals", rebuilt_bytes(job, segment), STACK)]
-        if job.attention_work.output_copy:  # made before its swap, as soon as the outputs exist
+        if copied:  # made before its swap, as soon as the outputs exist
             # The copy waits neither for the norm's gradient nor for the segment to be rebuilt.
             early = size.hidden * (2 - profile.offload_weights) if segment.all_inputs else 2 * size.hidden + size.heads
             copies = [Term("early copies of outputs", here * size.heads, XLA), Term("h, dh, o", early, LAYER)]
             most = max(most, terms + copies, key=total)
-        terms += layer_work(job, 0 if segment.all_inputs else count)
+        terms += work(not segment.all_inputs and count > 2)
         if segment.all_inputs and count == 1:  # outside of a loop h and o are the kept arrays, not copies of a row
             terms.append(Term("h and o, kept already", -size.hidden - here * size.heads, STACK))
         if count == 2 and not (segment.all_inputs or here) and profile.head_chunks == 1:
@@ -199,15 +199,13 @@ def pair_bytes(job: Job, last: bool) -> int:
     return size.heads + size.kv + work.lone_output_copy + last * size.hidden * work.swaps
 
 
-def layer_work(job: Job, rebuilt: int = 0) -> list[Term]:
-    """One layer's backward pass beside kept and rebuilt activations: at the attention or in a tile of the MLP.
-
-    rebuilt: the number of layers of a segment that is rebuilt.
-    """
+def layer_work(job: Job, rebuilt: bool = False) -> list[Term]:
+    """One layer's backward pass beside kept and rebuilt activations: at the attention or in a tile of the MLP. rebuilt:
+    whether it is in a rebuilt segment of more than two layers."""
     size, profile, work = job.sizes, job.profile, job.attention_work
     attention = [Term("q, k, v and their gradients", work.peak, MESH), Term("workspace", workspace(job), ATTENTION)]
     mlp = [Term("weights, and a tile of the MLP", mlp_work(job), LAYER), Term("copy of o", work.output_copy, XLA)]
-    if rebuilt > 2 and (profile.head_chunks == 1 or not work.swaps):  # the old dh, until all its rows are read
+    if rebuilt and (profile.head_chunks == 1 or not work.swaps):  # the old dh, until all its rows are read
         attention.append(Term("the old dh", size.hidden * work.swaps, XLA))
         mlp.append(Term("the old dh", size.hidden, XLA))
     sums = size.layer * 4 // job.width if mlp_tokens(job) < job.tokens else 0

@@ -138,8 +138,8 @@ class Job:
     @functools.cached_property
     def recomputed_attention(self) -> list[int]:
         """Layers whose attention the backward pass computes again, in a rebuilt segment or in the layer's own turn."""
-        layers, profile = self.model.num_layers, self.profile
-        return [layer for layer in range(layers) if profile.remat and profile.attention_place(layer, layers) is None]
+        runs = [run for segment in self.segments for run in segment.runs if self.profile.remat and not run.place]
+        return [layer for run in runs for layer in range(run.start, run.stop)]
 
     @functools.cached_property
     def kept(self) -> dict[str, int]:

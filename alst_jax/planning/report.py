@@ -9,6 +9,7 @@ import jax
 from alst_jax.config import UserError
 from alst_jax.hardware.machines import GIB, Cluster
 from alst_jax.planning.estimate import ledger_of_bytes
+from alst_jax.planning.footprint import peak
 from alst_jax.planning.job import Job, Term, total
 from alst_jax.planning.plan import ESTIMATED, Choice, Plan
 from alst_jax.planning.planner import Planner
@@ -64,7 +65,8 @@ def explain(job: Job, cluster: Cluster | None, plan: Plan) -> str:
         terms = [term for part in parts.values() for term in part]
         planned = plan.device_bytes if place == DEVICE else plan.host_bytes
         rest = Term("not in the cost model", planned - total(terms), plan.source)
-        lines += ["", f"GiB of {'one device' if place == DEVICE else 'host memory for it'}", *_rows([*terms, rest], GIB)]
+        where = f"one device, whose peak is at {peak(job)[0]}" if place == DEVICE else "host memory for it"
+        lines += ["", f"GiB of {where}", *_rows([*terms, rest], GIB)]
     return "\n".join([*lines, "", "seconds of a step", *_rows(ledger(job, cluster), 1)] if cluster else lines)
 
 
