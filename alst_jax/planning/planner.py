@@ -13,6 +13,7 @@ from alst_jax.ops.rope import MAX_POSITION
 from alst_jax.planning import search as auto
 from alst_jax.planning.candidates import CONFIRMED, UNCONFIRMED, Search
 from alst_jax.planning.compiled import plan_step, this_cluster
+from alst_jax.planning.estimate import estimate
 from alst_jax.planning.job import Job
 from alst_jax.planning.plan import Choice, Plan
 from alst_jax.planning.words import PLACEMENTS
@@ -73,7 +74,7 @@ class Planner:
         if not self.compiles:
             return self.search.plan(job)
         if (other := self._of_same_bytes(job)) is not None:
-            own = self.search.plan(job)
+            own = estimate(job, self.cluster)
             return dataclasses.replace(self.compile(other), seconds=own.seconds, flops=own.flops)
         step, at_once = self.step(job), self.config.planning
         packing = (job.documents, job.attention_share)
