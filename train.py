@@ -145,15 +145,19 @@ def run(config: TrainConfig) -> int:
         loop = {"step": state.step, "data": data.training.get_state(), "seed": config.seed, "geometry": geometry}
         checkpoints.save(state.step, step.join(state.trained, state.frozen), state.optimizer, loop)
 
+    debug = config.debug_attention_layers is not None
     with StopSignal() as stop:  # until all is written: a first signal cuts nothing off
         try:
-            state = train(config, step, state, steps, data, log, save, stop)
+            state = train(config, step, state, steps, data, log, None if debug else save, stop)
         finally:
             checkpoints.close()
             log.close()
         if choice is not None and log.seconds:
             measured = peak_memory()[1], peak_host_memory(), log.seconds
             print(planned_against_measured(choice, *measured), flush=True)
+        if debug:
+            print("DEBUG   nothing was saved or exported (--debug-attention-layers)")
+            return 0 if stop.received is None else 128 + stop.received
         if stop.received is not None and state.step < steps:
             print(f"stopped by {stop.received.name}; step {state.step} is saved. Go on with: "
                   f"python train.py --resume --out {out}")

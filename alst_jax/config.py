@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Annotated, Literal
 
 import tyro
@@ -147,13 +148,28 @@ class PlanFlags:
     explain_run: str | None = None
     """Print what is recorded beside the newest checkpoint of this run (or beside this checkpoint), and stop: flags,
     versions, git revision, devices, plan, kernels."""
+    explain: bool = False
+    """With --plan-only: list the terms of which the plan's bytes and seconds are the sums."""
+
+
+@dataclasses.dataclass(frozen=True)
+class InspectionFlags:
+    """Where the time and the memory of a run go."""
+
+    debug_attention_layers: Annotated[int | None, AtLeast(1), default("all")] = None
+    """Compute attention in the first N layers only, to measure the memory of a long run in minutes. The losses and
+    weights mean nothing: none is saved or exported."""
+    profile_steps: Annotated[str | None, default("none")] = None
+    """Trace these steps (3:5, or 3 alone, counted from 1) into OUT/profile, and print where their time went."""
 
 
 # ----------------------------------------------------------------------------------------------------------------- run
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig(PlanFlags, SavingFlags, NumberFlags, MemoryFlags, TrainingFlags, DeviceFlags, DataFlags, ModelFlags):
+class TrainConfig(
+    InspectionFlags, PlanFlags, SavingFlags, NumberFlags, MemoryFlags, TrainingFlags, DeviceFlags, DataFlags, ModelFlags
+):
     """Train a Llama on long sequences.
 
     Without --model and --data a tiny Llama learns the Python language reference on four simulated devices.
@@ -198,3 +214,12 @@ def parse_flags(arguments: list[str]) -> tuple[TrainConfig, set[str]]:
 def chosen_fields() -> tuple[str, ...]:
     """The flags that `--memory auto` may choose."""
     return tuple(marked(TrainConfig, CHOSEN))
+
+
+def parse_steps(text: str) -> tuple[int, int]:
+    """`3:5` -> (3, 5): the first and the last step, counted from 1; `3` is `3:3`."""
+    match = re.fullmatch(r"\s*(\d+)(?::(\d+))?\s*", text)
+    first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 1 <= first <= last:
+        raise UserError(f"--profile-steps {text}: write the first and the last step, counted from 1, as 3:5")
+    return first, last

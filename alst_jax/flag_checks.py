@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from alst_jax.config import TrainConfig
+from alst_jax.config import TrainConfig, parse_steps
 from alst_jax.data_flags import data_mistakes
 from alst_jax.declare import UserError, flag, too_small
 from alst_jax.profile import TILES
@@ -58,9 +58,21 @@ def _mistakes(config: TrainConfig) -> Iterator[tuple[Any, str]]:
     yield config.resume and config.out is None, "--resume needs --out, the directory of the run to continue"
     yield (config.plan_for is not None and not config.plan_for.strip(),
            "--plan-for '': name a machine, as in H100-80 or 8xH100")
-    for field in ("json", "plan_for", "plan_picture"):
+    if config.profile_steps is not None:
+        last = parse_steps(config.profile_steps)[1]
+        yield (config.steps is not None and last > config.steps,
+               f"--profile-steps {config.profile_steps} is after the last of --steps {config.steps}")
+        yield (config.planning,
+               "--profile-steps traces a run, and --plan-only and --find-max-seq-len make none; leave one out")
+    yield (config.debug_attention_layers is not None and config.resume,
+           f"--debug-attention-layers {config.debug_attention_layers} trains nothing that could be resumed; leave out "
+           "--resume, and give it an --out of its own")
+    yield (config.debug_attention_layers is not None and config.save_every is not None,
+           f"--save-every {config.save_every} with --debug-attention-layers, which never saves; leave one of them out")
+    for field in ("json", "plan_for", "plan_picture", "explain"):
         yield (getattr(config, field) and not config.planning,
                f"{flag(field)} is for --plan-only and --find-max-seq-len; a run has the machine it is on")
+    yield (config.explain and config.json, "--explain is for people, and --json for programs; leave one of them out")
     yield (config.host_memory is not None and not config.host_memory > 0,
            f"--host-memory {config.host_memory}: must be a positive number of GiB")
     yield (config.plan_for and config.simulate_devices,

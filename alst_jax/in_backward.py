@@ -18,7 +18,7 @@ from alst_jax.optim.streamed import ParameterUpdate, join_updates, parameter_upd
 from alst_jax.stack.batch import Batch
 from alst_jax.stack.ends import Model
 from alst_jax.stack.layer import Weights
-from alst_jax.xla import host
+from alst_jax.xla import host, scopes
 
 
 class Result(NamedTuple):
@@ -62,6 +62,7 @@ class LayerUpdates:
         trained = self.structure.unflatten([host.row(arrays[0], i, self.on_host[0]) for arrays in store[0]])
         return Weights(trained, host.row(self.frozen, i, self.on_host[0]))
 
+    @jax.named_scope(scopes.UPDATE)
     def write(self, store: tuple, i: jax.Array, shards: Any, gradients: Any) -> tuple:
         """The store with layer i stepped."""
         arrays, progress = store
@@ -128,6 +129,7 @@ def _ends_of(model, trained):
     return ends["embed_tokens"], {name: ends[name] for name in ("norm", head)}
 
 
+@jax.named_scope(scopes.UPDATE)
 def _step_end(update, gradient, progress, on_host):
     """`update.written` of a parameter outside of the layers, stepped where all gradients are finite."""
     def step(chunk, written, read):

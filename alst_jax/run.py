@@ -33,6 +33,7 @@ from alst_jax.planning.job import Job, padded_length
 from alst_jax.planning.plan import Plan
 from alst_jax.planning.planner import ANY_LENGTH, Planner, target
 from alst_jax.planning.process import with_room
+from alst_jax.planning.words import describe_debug
 from alst_jax.profile import Profile
 from alst_jax.step import TrainStep
 from alst_jax.storage import checksums, run_directory, saving
@@ -59,8 +60,8 @@ def subject(config: TrainConfig) -> tuple[ModelSource, Planner, Job]:
     if config.attention == "auto" and for_gpu(config):
         print(f"attention {profile.attention}: {attention_kernel(config, dtype, source.config).why}", file=sys.stderr)
     seq_len = ANY_LENGTH if config.find_max_seq_len else check_seq_len(config, source.config)
-    job = Job(source.config, profile, dp * config.batch_size, padded_length(seq_len, sp, profile), dp, sp,
-              accumulation(config, dp), config.optimizer_states, config.master_weights, freeze=config.freeze)
+    job = Job(debug_model(config, source.config), profile, dp * config.batch_size, padded_length(seq_len, sp, profile), dp,
+              sp, accumulation(config, dp), config.optimizer_states, config.master_weights, freeze=config.freeze)
     if config.plan_only and config.pack and config.pack_attention == "documents":
         job = of_short_documents(job)
     cluster = with_room(cluster, job)
@@ -96,6 +97,20 @@ def check_freeze(pattern: str | None, model: ModelConfig) -> None:
         rule = "matches none of the {}, and must match at least one" if not frozen else (
             "matches all {}, and must leave at least one to train")
         raise UserError(f"--freeze {pattern!r} {rule.format(len(parameters))}. Names of parameters: {names}")
+
+
+def debug_model(config: TrainConfig, model: ModelConfig) -> ModelConfig:
+    """The model that the step computes: with --debug-attention-layers, one without attention in its later layers."""
+    layers = config.debug_attention_layers
+    if layers is None:
+        return model
+    if layers > model.num_layers:
+        raise UserError(f"--debug-attention-layers {layers}: the model has {model.num_layers} layers; give fewer, to leave "
+                        "attention out of the others")
+    if config.stack == "plain" or not config.remat:
+        raise UserError("--debug-attention-layers leaves attention out of the layers whose backward pass is written by hand; "
+                        "it needs --stack segments and --remat")
+    return dataclasses.replace(model, attention_layers=layers)
 
 
 def for_gpu(config: TrainConfig) -> bool:
@@ -265,6 +280,8 @@ def announce(
           f"{profile.compute_dtype}, attention {profile.attention}")
     print(f"mesh    dp {dp} x sp {sp} on {kind}{f'; {idle} devices stay idle' if idle else ''}")
     print(f"memory  {', '.join(profile.words()) or 'no feature on'}")
+    if config.debug_attention_layers is not None:
+        print(describe_debug(model))
     if config.freeze:
         count = sum(leaf.size for leaf in jax.tree.leaves(step.frozen))
         print(f"frozen  {count / 1e6:,.1f}M parameters match --freeze {config.freeze}")

@@ -18,6 +18,7 @@ from alst_jax.data.batches import Arrays, TrainingBatches
 from alst_jax.hardware.environment import peak_flops
 from alst_jax.metrics import MetricsLog, ProgressDisplay, compilations, peak_memory
 from alst_jax.models.tree import dotted, is_stacked, names
+from alst_jax.profiling import StepProfile
 from alst_jax.step import TrainStep, count_labels
 
 
@@ -83,7 +84,8 @@ class StopSignal:
         self.received = signal.Signals(number)
         seconds = max(0.0, self.began + (self.seconds or 0) - time.perf_counter())
         left = "" if self.seconds is None else f", in about {seconds:.0f} s"
-        os.write(2, f"\n{self.received.name}: saving after this step{left}; once more stops at once\n".encode())  # not print(): it may be in one
+        # Not print(): a handler may run in the middle of one.
+        os.write(2, f"\n{self.received.name}: saving after this step{left}; once more stops at once\n".encode())
 
 
 def learning_rate_schedule(config: TrainConfig, steps: int, peak: float) -> Callable[[int], float]:
@@ -206,20 +208,20 @@ def evaluate_sources(
 
 def train(
     config: TrainConfig, step: TrainStep, state: TrainState, steps: int, data: Data, log: MetricsLog,
-    save: Callable[[TrainState], None], stop: StopSignal,
+    save: Callable[[TrainState], None] | None, stop: StopSignal,
 ) -> TrainState:
     """Train until `steps` steps are done, or `stop` received a signal; returns the state then.
 
-    `save(state)` is called every --save-every steps, at the end, and before stopping early. UserError if the loss, the
-    gradient or the weights are not finite; such weights are never saved.
+    `save(state)` is called every --save-every steps, at the end, and before stopping early; None: nothing is saved.
+    UserError if the loss, the gradient or the weights are not finite; such weights are never saved.
     """
     schedule = learning_rate_schedule(config, steps, config.learning_rate or DEFAULT_LEARNING_RATE)
-    display = ProgressDisplay(state.step, steps)
+    display, profile = ProgressDisplay(state.step, steps), StepProfile.of(config.profile_steps, config.out)
     saved, first = state.step, state.step + 1
 
     def check_and_save():
         nonlocal saved
-        if state.step != saved:
+        if state.step != saved and save is not None:
             check_weights(step, state)
             save(state)
             saved = state.step
@@ -231,7 +233,8 @@ def train(
             batches, compiled = one_by_one(next(data.training)), compilations()
             padding = [batch.pop("padding", None) for batch in batches]
             try:
-                state, values = optimizer_step(step, state, batches, learning_rate)
+                with profile.step(state.step + 1, display.say):
+                    state, values = optimizer_step(step, state, batches, learning_rate)
             except NotFinite as problem:
                 at = state.step
                 if problem.state is not None:
@@ -254,6 +257,7 @@ def train(
         check_and_save()
         return state
     finally:
+        profile.close(display.say)
         display.close()
 
 
@@ -264,9 +268,10 @@ def _not_finite(step: TrainStep, done: int, problem: NotFinite, saved: int) -> s
         return (f"step {done + 1}: {problem}. Later layers were updated already (--update-in-backward), so nothing is "
                 f"saved; go on from {last}. A smaller --learning-rate, --save-every, or a run without "
                 "--update-in-backward, which would not apply such a step, may help")
-    return (f"step {done + 1}: {problem}. The step was not applied; the state before it, step {done}, "
-            f"{'is saved' if done else 'is where the run began'}. A smaller --learning-rate"
-            f"{'' if step.profile.update_in_backward else ' or --clip-norm'}, or --dtype float32, may help.")
+    kept = "is where the run began" if not done else "is saved" if saved == done else "is not saved"
+    return (f"step {done + 1}: {problem}. The step was not applied; the state before it, step {done}, {kept}. A "
+            f"smaller --learning-rate{'' if step.profile.update_in_backward else ' or --clip-norm'}, or --dtype float32, "
+            "may help.")
 
 
 def _speed(

@@ -56,6 +56,7 @@ class ModelConfig:
     residual_multiplier: float = 1.0  # of what attention and the MLP add to the residual stream
     logits_divisor: float = 1.0
     logits_soft_cap: float | None = None
+    attention_layers: int | None = None  # compute attention in the first layers only, to measure memory; None: in all
 
     def __post_init__(self):
         for field in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"):
@@ -105,10 +106,16 @@ class ModelConfig:
         return self.num_layers * (attention + mlp + norms) + embeddings + d
 
     def causal_pairs(self, seq_len: int) -> float:
-        """Pairs of a query and a key that attention reads, over all layers. S^2 / 2 in a layer without a window."""
+        """Pairs of a query and a key that attention reads, over all layers."""
+        return sum(self.layer_pairs(seq_len))
+
+    def layer_pairs(self, seq_len: int) -> list[float]:
+        """Pairs of a query and a key that attention reads in each layer: S^2 / 2 without a window."""
         full = seq_len**2 / 2
         pairs = lambda window: full if window is None or window >= seq_len else window * (seq_len - window / 2)
-        return sum(pairs(kind.window) for kind in self.layer_kinds) if self.layer_kinds else self.num_layers * full
+        kinds = self.layer_kinds or (LayerKind(),) * self.num_layers
+        return [pairs(kind.window) if layer < (self.attention_layers or self.num_layers) else 0.0
+                for layer, kind in enumerate(kinds)]
 
     def flops_per_sequence(self, seq_len: int) -> float:
         """Model FLOPs of one forward and backward over one sequence, the measure behind MFU.

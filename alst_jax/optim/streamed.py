@@ -16,11 +16,12 @@ from alst_jax.optim.adamw import AdamW, decays, needs_master
 from alst_jax.optim.formats import Log8, Plain
 from alst_jax.parallel.mesh import AXES
 from alst_jax.parallel.sharding import is_spec
-from alst_jax.xla import host
+from alst_jax.xla import host, scopes
 from alst_jax.xla.dtypes import accumulation_dtype
 from alst_jax.xla.varying import varying_axes
 
 
+@jax.named_scope(scopes.NORM)
 def global_norm(gradients: Any, on_host: bool) -> jax.Array:
     """Norm over all parameters and devices, float32. Runs inside the shard_map; host gradients are streamed."""
     total = jnp.zeros((), jnp.float32)
@@ -70,7 +71,7 @@ def _zero_like(leaf: jax.Array) -> jax.Array:
     return lax.pcast(zero, axes, to="varying") if axes else zero
 
 
-@jax.named_scope("update")
+@jax.named_scope(scopes.UPDATE)
 def apply_update(
     optimizer: AdamW, params: Any, gradients: Any, state: dict[str, Any], gradient_norm: jax.Array,
     learning_rate: jax.Array, specs: Any, on_host: tuple[bool, bool],

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 
 from alst_jax.models.tree import is_stacked
 from alst_jax.parallel.mesh import AXES
+from alst_jax.xla import scopes
 from alst_jax.xla.dtypes import accumulation_dtype
 
 
@@ -51,6 +52,7 @@ def shardings(specs: Any, mesh: Mesh, memory_kind: str) -> Any:
         lambda spec: NamedSharding(mesh, spec, memory_kind=memory_kind), specs, is_leaf=lambda x: isinstance(x, P))
 
 
+@jax.named_scope(scopes.GATHER)
 def whole(shard: jax.Array, spec: P) -> jax.Array:
     """A whole weight from its shards, w[D/(data x seq), F] -> all-gather -> w[D, F]. Runs inside the shard_map.
 
@@ -64,6 +66,7 @@ def whole(shard: jax.Array, spec: P) -> jax.Array:
     return lax.all_gather(shard, AXES, axis=dim, tiled=True)
 
 
+@jax.named_scope(scopes.SCATTER)
 def scatter(gradient: jax.Array, spec: P, reduce_dtype: DTypeLike, dtype: DTypeLike) -> jax.Array:
     """The shard's gradient, of `dtype`, from each device's gradient of the whole weight.
 

@@ -16,6 +16,7 @@ from alst_jax.config import UserError
 from alst_jax.models.config import ModelConfig
 from alst_jax.ops.attention import AttentionSpec, Kernel, attention_backward, attention_forward, attention_from
 from alst_jax.parallel import costs
+from alst_jax.xla import scopes
 from alst_jax.xla.dtypes import accumulation_dtype
 from alst_jax.xla.order import zeros_after
 
@@ -32,6 +33,7 @@ def qkv_to_heads(q_BlNH: Array, k_BlKH: Array, v_BlKH: Array, axis: str) -> tupl
     return tuple(to_heads(x, axis) for x in (q_BlNH, k_BlKH, v_BlKH))
 
 
+@jax.named_scope(scopes.ALL_TO_ALL)
 def to_heads(x_BlNH: Array, axis: str) -> Array:
     """[B, S/seq, N, H] -> [B, S, N/seq, H]"""
     if lax.axis_size(axis) == 1:
@@ -39,6 +41,7 @@ def to_heads(x_BlNH: Array, axis: str) -> Array:
     return lax.all_to_all(x_BlNH, axis, split_axis=2, concat_axis=1, tiled=True)
 
 
+@jax.named_scope(scopes.ALL_TO_ALL)
 def to_tokens(x_BSlH: Array, axis: str) -> Array:
     """[B, S, N/seq, H] -> [B, S/seq, N, H]"""
     if lax.axis_size(axis) == 1:

@@ -9,7 +9,7 @@ from alst_jax.models.tiles import usual_tiles
 from alst_jax.parallel.costs import head_groups
 from alst_jax.planning import footprint
 from alst_jax.planning.estimate import estimate
-from alst_jax.planning.job import Job
+from alst_jax.planning.job import Job, total
 from alst_jax.planning.plan import Plan
 from alst_jax.planning.process import host_bytes
 from alst_jax.planning.words import PLACEMENTS
@@ -175,7 +175,7 @@ def segments_within(job: Job, search: Search, part: float) -> tuple[int, ...] | 
     weights, gradients, optimizer = footprint.state_bytes(job)
     states = (0 if profile.offload_weights else weights + gradients) + (0 if profile.offload_optimizer else optimizer)
     room = search.cluster.machine.usable * (1 - search.margin) - states - search.correction((profile.head_chunks, 3))
-    room = room / footprint.FRAGMENTS - footprint.layer_work(job, 3)
+    room = room / footprint.FRAGMENTS - total(footprint.layer_work(job, rebuilt=True))
     room -= size.table * (job.devices > 1)  # the embedding, gathered to look up the first segment's input again
     room -= EARLY_LOADS * size.layer // job.devices * profile.offload_weights
     output = size.heads + size.statistics

@@ -1,7 +1,8 @@
-"""Bytes that a step needs on one device, from arithmetic alone: nothing is traced or compiled.
+"""Bytes that a step needs on one device: for each moment that may be the peak, a ledger of the arrays that are alive.
 
-The terms follow the program (step.py, stack/stack.py, stack/layer.py) and were checked against the compiler's bytes:
-`python -m benchmarks.plan_accuracy` prints the error of each combination. Letters as in job.py.
+From arithmetic alone: nothing is traced or compiled. The terms follow the program and were checked against the compiler's
+bytes: `python -m benchmarks.plan_accuracy` prints the error of each combination. `where` is the file whose arrays a term
+counts, or XLA where the compiler keeps them beside what the design says. Letters as in job.py.
 """
 
 import functools
@@ -9,21 +10,34 @@ import functools
 from alst_jax.models.tiles import tile_sizes
 from alst_jax.ops.attention.flash_tiles import workspace_bytes
 from alst_jax.ops.tiling import even_tile
-from alst_jax.planning.job import Job, outputs_bytes, place_of
+from alst_jax.planning.job import Job, Term, outputs_bytes, place_of, total
 from alst_jax.profile import DEVICE, Segment, segment_inputs
 
 FRAGMENTS = 1.015  # the allocator's peak over the sum of the live arrays
 STATE_BYTES = {"float32": 8, "bfloat16": 4, "int8": 2 + 2 * 4 / 256}  # of both moments of a parameter
 MASTER_BYTES = {"float32": 4, "low-bits": 2, "none": 0}  # of a bfloat16 parameter
 UPDATE_CHUNK = 2**26  # elements, as xla/host.py
+STACK, LAYER, ENDS, LOSS, UPDATE = "stack/stack", "stack/layer", "stack/ends", "ops/cross_entropy", "optim/streamed"
+ATTENTION, MESH, XLA = "ops/attention", "parallel", "XLA"
+KEPT = "kept activations"
+
+
+def states(job: Job) -> dict[str, list[Term]]:
+    """Weights, gradients and optimizer state: one device's shards."""
+    weights, trained = (-(-sizes.total // job.devices) for sizes in (job.parameters, job.trained))
+    stored = trained * (not job.profile.update_in_backward)
+    master = trained * MASTER_BYTES[job.master] * (job.width == 2)
+    return {
+        "weights": [Term("weights", weights * job.width, "models/block")],
+        "gradients": [Term("gradients", stored * job.width, STACK),
+                      Term("their float32 sums over batches", 4 * stored * (job.grad_accum > 1), UPDATE)],
+        "optimizer": [Term(f"moments, {job.states}", int(trained * STATE_BYTES[job.states]), "optim/formats"),
+                      Term(f"master weights, {job.master}", master, "optim/formats")]}
 
 
 def state_bytes(job: Job) -> tuple[int, int, int]:
     """Weights, gradients and optimizer state: one device's shards."""
-    weights, trained = (-(-sizes.total // job.devices) for sizes in (job.parameters, job.trained))
-    gradients = trained * (job.width + (4 if job.grad_accum > 1 else 0)) * (not job.profile.update_in_backward)
-    master = MASTER_BYTES[job.master] if job.width == 2 else 0
-    return weights * job.width, gradients, int(trained * (STATE_BYTES[job.states] + master))
+    return tuple(map(total, states(job).values()))
 
 
 def trained_bytes(job: Job) -> int:
@@ -34,51 +48,75 @@ def trained_bytes(job: Job) -> int:
 def working_set(job: Job) -> int:
     """The peak of live bytes beside weights, gradients, optimizer and batch. Includes the activations kept on the
     device."""
-    # Gradients that stay on the device are results. XLA puts temporary arrays in their buffers first, if these are
-    # large enough.
-    before, size = 0, job.sizes
-    if not job.profile.offload_weights:
-        largest = job.trained.largest_stack * job.width // job.devices
-        logits = 4 * loss_tokens(job) * job.model.vocab_size
-        if largest >= max(size.table, logits * (job.profile.loss_tile is None)):
-            before = state_bytes(job)[1] if largest >= size.table * 4 // job.width else size.table
-    wide = size.table * 4 // job.width
-    embedding = wide + (wide // job.devices if job.devices > 1 else 0)  # at the end: its gradient, and the shard's
-    return max(int(FRAGMENTS * max(loss_peak(job) - before, layers_peak(job), embedding)), update_work(job))
+    return total(peak(job)[1])
+
+
+def peak(job: Job) -> tuple[str, list[Term]]:
+    """The moment with the most live bytes, and its ledger."""
+    moments = {"the loss": at_loss(job), "the backward pass of the layers": in_backward(job), "the end": at_end(job)}
+    moment, terms = max(moments.items(), key=lambda item: total(item[1]))
+    whole = total(terms)
+    terms = [*terms, Term("fragments of the allocator", int(FRAGMENTS * whole) - whole, XLA)]
+    update = [Term("update of one layer", update_work(job), UPDATE)]
+    return max((moment, terms), ("the update", update), key=lambda item: total(item[1]))
 
 
 # ------------------------------------------------------------------------------------------------------------- the loss
 
 
-def loss_peak(job: Job) -> int:
-    """Live bytes at the loss.
+def at_loss(job: Job) -> list[Term]:
+    """At the loss. A single tile of it takes the last hidden state as it is, and two hidden states are alive."""
+    size, tile, tokens = job.sizes, loss_tokens(job), job.tokens
+    return [
+        Term(KEPT, job.kept[DEVICE], STACK),
+        Term("hidden states", (3 if tile < tokens else 2) * size.hidden, ENDS),
+        Term("a tile of the hidden state", (tile < tokens) * tile * job.model.hidden_size * job.width, LOSS),
+        Term("the head's table, logits, their gradients", head_work(job), LOSS),
+        Term("rotary embeddings", size.rope, "models/block"), gathered_embedding(job),
+        Term("arrays in the buffers of gradients", -in_results(job), XLA)]
 
-    All kept activations; three hidden states, or two with a single tile; the table and its float32 gradient; a tile's
-    logits, in float32 and as their gradient.
-    """
-    size, model, tile, tokens = job.sizes, job.model, loss_tokens(job), job.tokens
-    wide, logits = size.table * 4 // job.width, tile * model.vocab_size
+
+def head_work(job: Job) -> int:
+    """The head's table and its float32 gradient; a tile's logits, in float32 and as their gradient."""
+    size, tile = job.sizes, loss_tokens(job)
+    wide, logits = size.table * 4 // job.width, tile * job.model.vocab_size
     work = size.table + (4 + job.width) * logits
     if job.devices == 1:  # the table is not gathered
         work = max(size.table + 4 * logits, (4 + job.width) * logits)
-    if tokens % tile:  # a shorter last tile has logits of its own and, on a mesh, a gradient of its own, made early
-        work += (wide if job.devices > 1 else 0) + tokens % tile * model.vocab_size * job.width
-    work += wide
-    if job.profile.loss_tile is None:  # the logits' gradient is in float32 at first
-        work = max(work, 8 * logits)
-    hidden = 3 * size.hidden + tile * model.hidden_size * job.width if tile < tokens else 2 * size.hidden
-    return job.kept[DEVICE] + hidden + work + size.rope + gathered_embedding(job)
+    if job.tokens % tile:  # a shorter last tile has logits of its own and, on a mesh, a gradient of its own, made early
+        work += (wide if job.devices > 1 else 0) + job.tokens % tile * job.model.vocab_size * job.width
+    # Of a single tile the logits' gradient is in float32 at first.
+    return max(work + wide, 8 * logits * (job.profile.loss_tile is None))
 
 
-def gathered_embedding(job: Job) -> int:
+def in_results(job: Job) -> int:
+    """Gradients that stay on the device are results. XLA puts temporary arrays in their buffers first, if these are large
+    enough."""
+    if job.profile.offload_weights:
+        return 0
+    size, largest = job.sizes, job.trained.largest_stack * job.width // job.devices
+    logits = 4 * loss_tokens(job) * job.model.vocab_size * (job.profile.loss_tile is None)
+    if largest < max(size.table, logits):
+        return 0
+    return state_bytes(job)[1] if largest >= size.table * 4 // job.width else size.table
+
+
+def gathered_embedding(job: Job) -> Term:
     """The gathered table of the embedding. It stays until the first segment's input is looked up again."""
-    return 0 if job.devices == 1 or job.segments[0].all_inputs else job.sizes.table
+    return Term("gathered embedding", 0 if job.devices == 1 or job.segments[0].all_inputs else job.sizes.table, MESH)
 
 
 def loss_tokens(job: Job) -> int:
     """Tokens of a device, or of a tile of the loss."""
     tile = tile_sizes(job.profile, job.model).loss
     return job.tokens if tile is None else min(tile, job.tokens)
+
+
+def at_end(job: Job) -> list[Term]:
+    """After the layers."""
+    wide = job.sizes.table * 4 // job.width
+    return [Term("the embedding's gradient", wide, ENDS),
+            Term("its shard", wide // job.devices if job.devices > 1 else 0, MESH)]
 
 
 # ----------------------------------------------------------------------------------------------------------- the layers
@@ -93,15 +131,14 @@ def mlp_tokens(job: Job) -> int:
 _even_tile = functools.cache(even_tile)
 
 
-def layers_peak(job: Job) -> int:
-    """Live bytes in the backward pass: kept activations, the rebuilt residuals of a segment, one layer's work."""
-    profile, size, work = job.profile, job.sizes, job.attention_work
+def in_backward(job: Job) -> list[Term]:
+    """In the backward pass of the layers, at the segment that needs most."""
+    profile, size = job.profile, job.sizes
     if not profile.remat:
-        return job.kept[DEVICE] + layer_work(job)
-    inputs_on_device = 0 if profile.offload_activations else size.hidden
-    firsts = inputs_on_device * segment_inputs(job.segments, profile.offload_activations)  # one array, to the end
-    peak, kept = 0, firsts
-    shard, places = unlooped(job)
+        return [Term(KEPT, job.kept[DEVICE], "stack/plain"), *layer_work(job)]
+    inputs_on_device, copied = 0 if profile.offload_activations else size.hidden, job.attention_work.output_copy
+    kept = inputs_on_device * segment_inputs(job.segments, profile.offload_activations)  # one array, to the end
+    (shard, places), most, work = unlooped(job), [], functools.cache(functools.partial(layer_work, job))
     for segment in job.segments:  # first to last: `kept` is alive when the backward pass reaches this segment
         count = segment.runs[-1].stop - segment.runs[0].start
         if segment.all_inputs:
@@ -109,19 +146,21 @@ def layers_peak(job: Job) -> int:
         lengths = [(run.place, run.stop - run.start) for run in segment.runs]
         here = sum(n for place, n in lengths if place and place_of(place, n) == DEVICE)
         kept += sum(outputs_bytes(job, n) for place, n in lengths if place and place_of(place, n) == DEVICE)
-        rebuilt = rebuilt_bytes(job, segment)
-        if work.output_copy:  # made before its swap, as soon as the outputs exist
+        terms = [Term(KEPT, kept, STACK), Term("recomputed residuals", rebuilt_bytes(job, segment), STACK)]
+        if copied:  # made before its swap, as soon as the outputs exist
             # The copy waits neither for the norm's gradient nor for the segment to be rebuilt.
             early = size.hidden * (2 - profile.offload_weights) if segment.all_inputs else 2 * size.hidden + size.heads
-            peak = max(peak, kept + here * size.heads + rebuilt + early)
-        of_layer = layer_work(job, 0 if segment.all_inputs else count)
+            copies = [Term("early copies of outputs", here * size.heads, XLA), Term("h, dh, o", early, LAYER)]
+            most = max(most, terms + copies, key=total)
+        terms += work(not segment.all_inputs and count > 2)
         if segment.all_inputs and count == 1:  # outside of a loop h and o are the kept arrays, not copies of a row
-            of_layer -= size.hidden + here * size.heads
+            terms.append(Term("h and o, kept already", -size.hidden - here * size.heads, STACK))
         if count == 2 and not (segment.all_inputs or here) and profile.head_chunks == 1:
-            rebuilt += pair_bytes(job, segment is job.segments[-1])
-        waiting = (job.model.num_layers - segment.runs[-1].stop) * shard - places
-        peak = max(peak, kept + rebuilt + waiting + of_layer)
-    return peak + gathered_embedding(job)
+            terms.append(Term("early arrays of two layers", pair_bytes(job, segment is job.segments[-1]), XLA))
+        waiting = (job.model.num_layers - segment.runs[-1].stop) * shard
+        terms.append(Term("float32 gradients of later layers", waiting, XLA))
+        most = max(most, [*terms, Term("arrays in the buffers of gradients", -places, XLA)], key=total)
+    return [*most, gathered_embedding(job)]
 
 
 def rebuilt_bytes(job: Job, segment: Segment) -> int:
@@ -160,24 +199,23 @@ def pair_bytes(job: Job, last: bool) -> int:
     return size.heads + size.kv + work.lone_output_copy + last * size.hidden * work.swaps
 
 
-def layer_work(job: Job, rebuilt: int = 0) -> int:
-    """One layer's backward pass beside kept and rebuilt activations: at the attention or in a tile of the MLP.
-
-    rebuilt: the number of layers of a segment that is rebuilt.
-    """
+def layer_work(job: Job, rebuilt: bool = False) -> list[Term]:
+    """One layer's backward pass beside kept and rebuilt activations: at the attention or in a tile of the MLP. rebuilt:
+    whether it is in a rebuilt segment of more than two layers."""
     size, profile, work = job.sizes, job.profile, job.attention_work
-    attention, mlp = work.peak + workspace(job), mlp_work(job)
-    always = 2 * size.hidden + 2 * size.heads + size.rope + size.statistics  # h and dh, o and do
-    if mlp_tokens(job) < job.tokens:
-        always += size.layer * 4 // job.width  # float32 sums of the weights' gradients
-    if profile.offload_weights:
-        always += size.table // job.devices  # the head's gradient, until it is copied to the host
-    elif job.model.tie_word_embeddings:
-        always += size.table * 4 // job.width // job.devices  # the head's gradient, until the embedding's is added
-    mlp += work.output_copy
-    if rebuilt > 2 and (profile.head_chunks == 1 or not work.swaps):  # the old dh, until all its rows are read
-        mlp, attention = mlp + size.hidden, attention + size.hidden * work.swaps
-    return always + max(attention, mlp)
+    attention = [Term("q, k, v and their gradients", work.peak, MESH), Term("workspace", workspace(job), ATTENTION)]
+    mlp = [Term("weights, and a tile of the MLP", mlp_work(job), LAYER), Term("copy of o", work.output_copy, XLA)]
+    if rebuilt and (profile.head_chunks == 1 or not work.swaps):  # the old dh, until all its rows are read
+        attention.append(Term("the old dh", size.hidden * work.swaps, XLA))
+        mlp.append(Term("the old dh", size.hidden, XLA))
+    sums = size.layer * 4 // job.width if mlp_tokens(job) < job.tokens else 0
+    # The head's gradient waits to be copied to the host, or a tied one for that of the embedding.
+    waits = profile.offload_weights or job.model.tie_word_embeddings
+    head = size.table * (1 if profile.offload_weights else 4 // job.width) // job.devices if waits else 0
+    return [Term("h and dh", 2 * size.hidden, LAYER), Term("o and do", 2 * size.heads, LAYER),
+            Term("rotary embeddings", size.rope, "models/block"), Term("log-sum-exps", size.statistics, ATTENTION),
+            Term("float32 sums of weight gradients", sums, LAYER), Term("the head's gradient", head, ENDS),
+            *max(attention, mlp, key=total)]
 
 
 def workspace(job: Job) -> int:

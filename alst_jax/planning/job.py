@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import math
 import re
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,19 @@ from alst_jax.ops.attention import find_kernel
 from alst_jax.parallel.costs import Shapes, Work
 from alst_jax.parallel.ulysses import Ulysses
 from alst_jax.profile import DEVICE, HOST, Profile, Segment, segment_inputs
+
+
+class Term(NamedTuple):
+    """A line of a ledger: bytes or seconds, and the file, the program or the part of the machine that they come from."""
+
+    name: str
+    value: int | float
+    where: str
+
+
+def total(terms: list[Term]) -> int | float:
+    """The sum of a ledger."""
+    return sum(term.value for term in terms)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +138,12 @@ class Job:
         return self.profile.segments(self.model.num_layers)
 
     @functools.cached_property
+    def recomputed_attention(self) -> list[int]:
+        """Layers whose attention the backward pass computes again, in a rebuilt segment or in the layer's own turn."""
+        runs = [run for segment in self.segments for run in segment.runs if self.profile.remat and not run.place]
+        return [layer for run in runs for layer in range(run.start, run.stop)]
+
+    @functools.cached_property
     def kept(self) -> dict[str, int]:
         return kept_bytes(self)
 
@@ -171,12 +191,9 @@ class Passes:
         if not profile.remat:
             again = layers if profile.mlp_tile is not None else 0
             return Passes(layers, layers, layers + again, layers)
-        kept = rebuilt = 0
-        for segment in job.segments:
-            kept += sum(run.stop - run.start for run in segment.runs if run.place)
-            if not segment.all_inputs:
-                rebuilt += segment.runs[-1].stop - segment.runs[0].start - 1
-        again = layers - kept  # attention forwards, in a rebuilt segment or in the layer's own turn
+        rebuilt = sum(segment.runs[-1].stop - segment.runs[0].start - 1
+                      for segment in job.segments if not segment.all_inputs)
+        again = len(job.recomputed_attention)
         return Passes(layers + again, 3 * layers + again, 2 * layers + rebuilt, 2 * layers + rebuilt)
 
 

@@ -14,6 +14,7 @@ from alst_jax.parallel.costs import why_not
 from alst_jax.planning import search as auto
 from alst_jax.planning.candidates import CONFIRMED, UNCONFIRMED, Search
 from alst_jax.planning.compiled import plan_step, this_cluster
+from alst_jax.planning.estimate import estimate
 from alst_jax.planning.job import Job
 from alst_jax.planning.plan import Choice, Plan
 from alst_jax.step import TrainStep, check_profile
@@ -71,18 +72,25 @@ class Planner:
         """The plan of a job by the compiler, or by the cost model where there is none."""
         if not self.compiles:
             return self.search.plan(job)
-        if self.config.plan_for and job.profile.attention in ("flash", "flash-deterministic"):
-            # Its kernel compiles for this process's device only; cuDNN's forward pass needs the same bytes exactly, without
-            # the windows, soft caps and documents that it does not implement.
-            kinds = tuple(dataclasses.replace(kind, window=None) for kind in job.model.layer_kinds)
-            model = dataclasses.replace(job.model, layer_kinds=kinds, attention_soft_cap=None)
-            profile = dataclasses.replace(job.profile, attention="cudnn")
-            as_cudnn = self.compile(dataclasses.replace(job, model=model, profile=profile, documents=0))
-            own = self.search.plan(job)
-            return dataclasses.replace(as_cudnn, seconds=own.seconds, flops=own.flops)
+        if (other := self._of_same_bytes(job)) is not None:
+            own = estimate(job, self.cluster)
+            return dataclasses.replace(self.compile(other), seconds=own.seconds, flops=own.flops)
         step, at_once = self.step(job), self.config.planning
         packing = (job.documents, job.attention_share)
         return plan_step(step, job.rows, job.length, job.grad_accum, self.cluster, at_once, packing)
+
+    def _of_same_bytes(self, job: Job) -> Job | None:
+        """The job whose program is compiled for the bytes of this one; None: its own."""
+        if job.model.attention_layers is not None:  # a debug run is there to measure the bytes of the whole run
+            return dataclasses.replace(job, model=dataclasses.replace(job.model, attention_layers=None))
+        if not self.config.plan_for or job.profile.attention not in ("flash", "flash-deterministic"):
+            return None
+        # Its kernel compiles for this process's device only; cuDNN's forward pass needs the same bytes exactly, without
+        # the windows, soft caps and documents that it does not implement.
+        kinds = tuple(dataclasses.replace(kind, window=None) for kind in job.model.layer_kinds)
+        model = dataclasses.replace(job.model, layer_kinds=kinds, attention_soft_cap=None)
+        return dataclasses.replace(
+            job, model=model, profile=dataclasses.replace(job.profile, attention="cudnn"), documents=0)
 
     def choose(self, job: Job, say: Callable[[str], None] = print) -> Choice:
         """The job with the profile that --memory says, and its plan. UserError if it cannot fit."""

@@ -7,12 +7,16 @@ import statistics
 import jax
 
 from alst_jax.config import UserError
-from alst_jax.hardware.machines import GIB
-from alst_jax.planning.job import Job
-from alst_jax.planning.plan import ESTIMATED, Choice
+from alst_jax.hardware.machines import GIB, Cluster
+from alst_jax.planning.estimate import ledger_of_bytes
+from alst_jax.planning.footprint import peak
+from alst_jax.planning.job import Job, Term, total
+from alst_jax.planning.plan import ESTIMATED, Choice, Plan
 from alst_jax.planning.planner import Planner
 from alst_jax.planning.process import describe_process, host_outgrown, process_bytes
-from alst_jax.planning.words import describe
+from alst_jax.planning.seconds import ledger
+from alst_jax.planning.words import describe, describe_debug
+from alst_jax.profile import DEVICE
 
 MEASURED_ERROR = ("estimated by arithmetic, without a compiler: its measured error is in "
                   "benchmarks/results/2026-11-27-plan-accuracy.md; install the extra cuda12 or cuda13 to compile for "
@@ -37,17 +41,38 @@ def report(planner: Planner, job: Job) -> str:
         return json.dumps(json.loads(plan.to_json()) | {"flags": describe(choice.job), "seq_len": choice.job.length,
             "process_bytes": process, "host_memory": host_memory, "fits": fits} | found)
     lines = [plan.table()]
+    if config.debug_attention_layers is not None:
+        lines.insert(0, describe_debug(choice.job.model))
     if planner.cluster is not None:
         lines.append(describe_process(choice, planner.cluster))
         if outgrown := host_outgrown(choice, planner.cluster):
             lines.append(f"warning: {outgrown}")
     if config.find_max_seq_len:
         lines.insert(0, f"longest sequence: {choice.job.length:,} tokens, with {describe(choice.job)}")
+    if config.explain:
+        lines.append(explain(choice.job, planner.cluster, plan))
     if plan.source == ESTIMATED:
         lines.append(MEASURED_ERROR)
     if planner.cluster is not None and config.memory == "auto" and not config.find_max_seq_len:
         lines.append(dataclasses.replace(choice, plan=plan).explain())
     return "\n".join(lines)
+
+
+def explain(job: Job, cluster: Cluster | None, plan: Plan) -> str:
+    """The terms of which a plan's bytes and seconds are the sums. Bytes that only the compiler knows are one term."""
+    lines = []
+    for place, parts in ledger_of_bytes(job).items():
+        terms = [term for part in parts.values() for term in part]
+        planned = plan.device_bytes if place == DEVICE else plan.host_bytes
+        rest = Term("not in the cost model", planned - total(terms), plan.source)
+        where = f"one device, whose peak is at {peak(job)[0]}" if place == DEVICE else "host memory for it"
+        lines += ["", f"GiB of {where}", *_rows([*terms, rest], GIB)]
+    return "\n".join([*lines, "", "seconds of a step", *_rows(ledger(job, cluster), 1)] if cluster else lines)
+
+
+def _rows(terms: list[Term], unit: int) -> list[str]:
+    row = lambda value, name, where="": f"{value / unit:12.3f}  {name:42}{where}".rstrip()
+    return [*(row(term.value, term.name, term.where) for term in terms if term.value), row(total(terms), "sum")]
 
 
 def announce_plan(planner: Planner, choice: Choice, seconds: float) -> None:
@@ -58,6 +83,8 @@ def announce_plan(planner: Planner, choice: Choice, seconds: float) -> None:
     if outgrown := host_outgrown(choice, planner.cluster):
         raise UserError(outgrown)
     print(f"plan    {choice.plan.line()}; made in {seconds:.0f} s\n        {describe_process(choice, planner.cluster)}")
+    if planner.config.debug_attention_layers is not None:
+        print(describe_debug(choice.job.model))
     if planner.config.memory == "auto":
         print(f"        {choice.explain()}", flush=True)
 

@@ -6,7 +6,7 @@ from alst_jax.hardware.machines import Cluster
 from alst_jax.ops.attention import flash_rates
 from alst_jax.parallel.ulysses import Ulysses
 from alst_jax.planning.footprint import loss_tokens, mlp_tokens, state_bytes, trained_bytes
-from alst_jax.planning.job import Job
+from alst_jax.planning.job import Job, Term, total
 from alst_jax.profile import HOST
 
 # The part of the peak that is reached, measured on an H100 and an H200 at head dim 128 (docs/log.md,
@@ -40,8 +40,13 @@ def attention_speed(implementation: str, which: str, length: int, peak: float, p
 
 
 def seconds(job: Job, cluster: Cluster) -> dict[str, float]:
-    """Predicted seconds of one optimizer step, by term; they add up. Traffic that overlaps with arithmetic counts as
-    nothing."""
+    """Predicted seconds of one optimizer step: the ledger's terms by name; they add up."""
+    terms = ledger(job, cluster)
+    return {name: sum(term.value for term in terms if term.name == name) for name in dict.fromkeys(t.name for t in terms)}
+
+
+def ledger(job: Job, cluster: Cluster) -> list[Term]:
+    """Predicted seconds of one optimizer step. Traffic that overlaps with arithmetic counts as nothing."""
     model, machine, passes = job.model, cluster.machine, job.passes
     rows = job.rows / job.dp
     tokens = rows * job.length / job.sp
@@ -54,31 +59,32 @@ def seconds(job: Job, cluster: Cluster) -> dict[str, float]:
         squares = passes.attention_forward + model.num_layers
         products += squares * d * (model.num_heads + model.num_kv_heads) * h
     products += 2 * model.num_layers * (projections + others) + 3 * model.vocab_size * d
-    attention = 4.0 * model.causal_pairs(job.length) / model.num_layers * model.num_heads * h * rows / job.sp  # a layer
-    attention *= job.attention_share
+    pairs = model.layer_pairs(job.length)
+    again = sum(pairs[layer] for layer in job.recomputed_attention)
+    attention = 4.0 * model.num_heads * h * rows / job.sp * job.attention_share  # FLOPs of a pair, forward
     speed = lambda which: attention_speed(
         job.profile.attention, which, int(job.length * job.attention_share), machine.peak_flops, job.documents > 0)
     width = 1 if job.width == 2 else 16  # float32 products do not use the same units
-    terms = {
-        "attention forward": passes.attention_forward * attention / speed("forward"),
-        "attention backward": model.num_layers * BACKWARD * attention / speed("backward"),
-        "matmuls": 2.0 * products * tokens * width / (MATMUL * machine.peak_flops),
-    }
-    terms["matmuls"] += tile_sum_bytes(job) / machine.bandwidth
-    hidden = sum(terms.values())
+    terms = [
+        Term("attention forward", (sum(pairs) + again) * attention / speed("forward"), job.profile.attention),
+        Term("attention backward", sum(pairs) * BACKWARD * attention / speed("backward"), job.profile.attention),
+        Term("matmuls", 2.0 * products * tokens * width / (MATMUL * machine.peak_flops), "projections, MLP, logits"),
+        Term("matmuls", tile_sum_bytes(job) / machine.bandwidth, "device memory: float32 sums over tiles")]
+    hidden = total(terms)
     traffic = host_traffic(job)
     copies = traffic["step"] / machine.host_link
-    terms["host traffic"] = max(EXPOSED * copies, copies - hidden)
     wires = machine.interconnect if cluster.hosts == 1 else machine.network
     calls = collectives(job)
     wire = machine.interconnect if job.sp <= cluster.per_host else machine.network
     swapped = calls["all-to-all"]["bytes"] / batches / wire
     gathered = sum(call["bytes"] for name, call in calls.items() if name != "all-to-all") / batches / wires
-    terms["collectives"] = swapped + max(0.0, gathered - hidden)  # gathering weights overlaps with arithmetic
-    terms = {name: batches * value for name, value in terms.items()}
-    terms["host traffic"] += traffic["update"] / (UPDATE_BYTES_PER_SECOND * machine.host_link)
-    terms["optimizer"] = device_update_bytes(job) / machine.bandwidth
-    return terms
+    terms += [
+        Term("host traffic", max(EXPOSED * copies, copies - hidden), "host link: what arithmetic does not hide"),
+        Term("collectives", swapped, "all-to-all"),
+        Term("collectives", max(0.0, gathered - hidden), "gather and reduce-scatter, beyond arithmetic")]
+    return [*(term._replace(value=batches * term.value) for term in terms),
+            Term("host traffic", traffic["update"] / (UPDATE_BYTES_PER_SECOND * machine.host_link), "host link: the update"),
+            Term("optimizer", device_update_bytes(job) / machine.bandwidth, "device memory: the update")]
 
 
 def host_traffic(job: Job) -> dict[str, float]:

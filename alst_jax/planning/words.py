@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Iterator
 
+from alst_jax.models.config import ModelConfig
 from alst_jax.planning.job import Job
 
 PLACEMENTS = ("offload_activations", "offload_weights", "offload_optimizer")
@@ -17,7 +18,16 @@ def describe(job: Job) -> str:
               if value != "float32"]
     if job.freeze is not None:
         words.append(f"--freeze {shlex.quote(job.freeze)}")
+    if job.model.attention_layers is not None:
+        words.append(f"--debug-attention-layers {job.model.attention_layers}")
     return " ".join(words) or "nothing offloaded, every layer's input kept"
+
+
+def describe_debug(model: ModelConfig) -> str:
+    """The warning of a model whose later layers have no attention."""
+    return (f"DEBUG   attention runs in {model.attention_layers} of {model.num_layers} layers (--debug-attention-layers): "
+            "bytes are those of a full run, seconds are not; losses and weights mean nothing, and nothing is saved or "
+            "exported")
 
 
 def describe_changes(old: Job, new: Job) -> Iterator[str]:

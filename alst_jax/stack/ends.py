@@ -25,7 +25,7 @@ from alst_jax.stack.batch import Batch
 from alst_jax.stack.layer import Layer, Weights
 from alst_jax.stack.plain import plain_stack
 from alst_jax.stack.stack import Stack, run_stack
-from alst_jax.xla import host
+from alst_jax.xla import host, scopes
 from alst_jax.xla.order import gradient_first
 
 
@@ -75,7 +75,7 @@ class Model:
         """All layers, with the hand-written backward pass."""
         return Stack(self.layer, self.profile, lambda table, tokens: self.embed(self.on_device(table), tokens))
 
-    @jax.named_scope("embed")
+    @jax.named_scope(scopes.EMBED)
     def embed(self, table: jax.Array, tokens: jax.Array) -> jax.Array:
         """h[B, T, D], from the embedding's shards on the device and token numbers[B, T]."""
         table_VD = self._gather(table, self.specs["embed_tokens"]["embedding"])
@@ -90,7 +90,7 @@ class Model:
         documents = None if batch.documents is None else batch.documents[0]
         return Tokens.of(self.config, batch.positions, length)._replace(documents=documents)
 
-    @jax.named_scope("loss")
+    @jax.named_scope(scopes.LOSS)
     def head_loss(self, h_BTD: jax.Array, ends: Params, labels_BT: jax.Array, scale: jax.Array) -> jax.Array:
         """scale x the loss summed over all devices, from the output of the last layer and shards on the device."""
         norm = jax.tree.map(self._gather, ends["norm"], self.specs["norm"])

@@ -15,9 +15,11 @@ from jaxtyping import Array, Float
 from alst_jax.models.block import Block, Tokens, halves
 from alst_jax.models.config import ModelConfig
 from alst_jax.models.tree import combine, names, partition
+from alst_jax.ops.attention import find_kernel, runs_where
 from alst_jax.ops.tiling import even_tile, stream, token_rows
 from alst_jax.parallel.sequence import SequenceParallel
 from alst_jax.parallel.sharding import gather, is_spec, scatter, whole
+from alst_jax.xla import scopes
 from alst_jax.xla.dtypes import accumulation_dtype
 from alst_jax.xla.order import zeros_after
 
@@ -77,8 +79,9 @@ class Layer:
         self, number: Array | int, h: Float[Array, "B T D"], weights: Weights, tokens: Tokens
     ) -> tuple[Float[Array, "B T N H"], Array]:
         """The output of attention and its log-sum-exps, from the layer's input. number: the layer's."""
-        with jax.named_scope("layer/attention"):
-            return self.by_kind(number)(lambda kind: self.sequence.attend(
+        with jax.named_scope(scopes.ATTENTION):
+            sequence = self._sequence(number)
+            return self.by_kind(number)(lambda kind: sequence.attend(
                 self._projector(kind, h, weights, tokens), self.model.attention_spec(kind), h, tokens.documents))
 
     def after(
@@ -90,7 +93,7 @@ class Layer:
         h      | input  | the next h
         """
         block = self._half(weights.block, "after")[0]
-        with jax.named_scope("layer/mlp"):
+        with jax.named_scope(scopes.MLP):
             _, (out,) = stream(lambda _, written, read: ((), (_widen(block).after(written[0], read[0]),)), (),
                                written=(token_rows(h),), read=(token_rows(o),), rows=self._rows(h))
         return out.reshape(h.shape)
@@ -111,8 +114,8 @@ class Layer:
         dafter, (dh_TD, do) = self._after_backward(weights, h, o_BTNH, dh)
 
         def rest(kind):
-            with jax.named_scope("layer/attention"):
-                dqkv = self.sequence.attend_backward(
+            with jax.named_scope(scopes.ATTENTION):
+                dqkv = self._sequence(number).attend_backward(
                     self._projector(kind, h, weights, tokens), self.model.attention_spec(kind), results,
                     do.reshape(o_BTNH.shape), tokens.documents)
             return self._before_backward(kind, weights, h, tokens, dqkv, dh_TD)
@@ -134,6 +137,13 @@ class Layer:
             return lambda fn: fn(kinds[0])
         index = jnp.asarray(self.model.kind_numbers)[number]
         return lambda fn: lax.switch(index, [lambda kind=kind: fn(kind) for kind in kinds])
+
+    def _sequence(self, number: Array | int) -> SequenceParallel:
+        """The sequence parallelism of a layer. Where the model computes attention in some layers only, its kernel asks."""
+        if self.model.attention_layers is None:
+            return self.sequence
+        kernel = runs_where(number < self.model.attention_layers, find_kernel(self.sequence.kernel))
+        return dataclasses.replace(self.sequence, kernel=kernel)
 
     def _half(self, block: Block, half: str) -> tuple[Block, Block]:
         """(the parameters that this half of the block reads, the others)"""
@@ -172,7 +182,7 @@ class Layer:
         # The zeros are all overwritten: a place for the gradient of o.
         written = token_rows(dh_BTD), zeros_after(dh_BTD, token_rows(o_BTNH).shape, o_BTNH.dtype)
         read = token_rows(h_BTD), token_rows(o_BTNH)
-        with jax.named_scope("layer/mlp"):
+        with jax.named_scope(scopes.MLP):
             return stream(body, _zeros_after(dh_BTD, trained), written=written, read=read, rows=self._rows(h_BTD))
 
     def _before_backward(self, kind, weights, h_BTD, tokens, dqkv, dh_TD):
@@ -185,7 +195,7 @@ class Layer:
             return _add(sums, dweights), (written[0] + dx,)
 
         read = tuple(map(token_rows, (h_BTD, *dqkv, *tokens.rows)))
-        with jax.named_scope("layer/attention"):
+        with jax.named_scope(scopes.ATTENTION):
             return stream(body, _zeros_after(dqkv[0], trained), written=(dh_TD,), read=read, rows=self._rows(h_BTD))
 
     def _rows(self, h_BTD):

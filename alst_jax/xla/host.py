@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from alst_jax.profile import DEVICE, HOST
+from alst_jax.xla import scopes
 
 CHUNK_BYTES = 2**28  # of each array at a time, when there is no layer dim to walk along
 
@@ -18,11 +19,13 @@ def memory_kind(on_host: bool) -> str:
     return HOST if on_host else DEVICE
 
 
+@jax.named_scope(scopes.TO_DEVICE)
 def to_device(tree: Any) -> Any:
     """Inside jit: bring host arrays to the device. The gradient of this copy lands in host memory."""
     return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device), tree)
 
 
+@jax.named_scope(scopes.TO_HOST)
 def to_host(tree: Any) -> Any:
     """Inside jit: put arrays into pinned host memory."""
     return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Host), tree)

@@ -11,7 +11,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2] / "alst_jax"
 LAYERS = ("declare", "profile", "data_flags", "config", "flag_checks", "hardware", "xla", "ops", "data", "models", "parallel", "stack", "optim",
           "in_backward", "step",
-          "storage", "metrics", "trainer", "planning", "run_data", "run")  # docs/architecture.md
+          "storage", "metrics", "profiling", "trainer", "planning", "run_data", "run")  # docs/architecture.md
 ORDER = {name: number for number, name in enumerate(LAYERS)}
 
 

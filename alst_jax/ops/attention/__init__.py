@@ -4,18 +4,22 @@ A kernel gives the output and the log-sum-exp, from which its backward pass star
 these two are kept. A kernel that does not implement a part of a spec refuses it.
 """
 
+import dataclasses
 import functools
 
 import jax
-from jax import Array
+import jax.numpy as jnp
+from jax import Array, lax
 
 from alst_jax.config import UserError
 from alst_jax.ops.attention import cudnn, flash, xla
 from alst_jax.ops.attention.cudnn import head_groups
 from alst_jax.ops.attention.spec import AttentionSpec, Kernel
+from alst_jax.xla import scopes
+from alst_jax.xla.varying import vary_like
 
 __all__ = ["KERNELS", "AttentionSpec", "Kernel", "attention", "attention_backward", "attention_forward", "attention_from",
-           "find_kernel", "head_groups", "refusal"]
+           "find_kernel", "head_groups", "refusal", "runs_where"]
 
 KERNELS = {kernel.name: kernel for kernel in (xla.KERNEL, cudnn.KERNEL, flash.KERNEL, flash.DETERMINISTIC)}
 CAUSAL = AttentionSpec()
@@ -41,6 +45,7 @@ def refusal(kernel: Kernel, spec: AttentionSpec, documents: bool = False) -> str
             f"--attention {' or '.join(able)}")
 
 
+@jax.named_scope(scopes.KERNEL)
 def attention_forward(
     q: Array, k: Array, v: Array, spec: AttentionSpec = CAUSAL, documents: Array | None = None, *, kernel: str | Kernel
 ) -> tuple[Array, Array]:
@@ -52,6 +57,7 @@ def attention_forward(
     return kernel.forward(q, k, v, spec, documents)
 
 
+@jax.named_scope(scopes.KERNEL)
 def attention_backward(
     q: Array, k: Array, v: Array, results: tuple[Array, Array], do: Array, spec: AttentionSpec = CAUSAL,
     documents: Array | None = None, *, kernel: str | Kernel,
@@ -61,6 +67,25 @@ def attention_backward(
     if reason := refusal(kernel, spec, documents is not None):
         raise UserError(reason)
     return kernel.backward(q, k, v, *results, do, spec, documents)
+
+
+def runs_where(runs: Array | bool, kernel: Kernel) -> Kernel:
+    """The kernel where `runs` is true, zeros instead of its results elsewhere (--debug-attention-layers): the same buffers.
+    Not to be differentiated."""
+    def forward(q, k, v, spec, documents=None):
+        batch, length, heads, _ = q.shape
+        nothing = lambda q, k, v: (_zeros(q.shape, q.dtype, q), _zeros((batch, heads, length), jnp.float32, q))
+        return lax.cond(runs, lambda *qkv: kernel.forward(*qkv, spec, documents), nothing, q, k, v)
+
+    def backward(q, k, v, o, lse, do, spec, documents=None):
+        nothing = lambda *arrays: tuple(_zeros(x.shape, x.dtype, do) for x in arrays[:3])
+        return lax.cond(runs, lambda *arrays: kernel.backward(*arrays, spec, documents), nothing, q, k, v, o, lse, do)
+
+    return dataclasses.replace(kernel, forward=forward, backward=backward)
+
+
+def _zeros(shape, dtype, like):
+    return vary_like(jnp.zeros(shape, dtype), like)
 
 
 def attention(

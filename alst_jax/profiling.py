@@ -1,0 +1,143 @@
+"""Traces of a few steps (--profile-steps), and the time that each named scope of xla/scopes.py takes in them."""
+
+import collections
+import contextlib
+import dataclasses
+import pathlib
+import re
+import warnings
+from collections.abc import Callable, Iterator
+
+import jax
+from google.protobuf.empty_pb2 import Empty
+from google.protobuf.unknown_fields import UnknownFieldSet
+
+from alst_jax.config import parse_steps
+from alst_jax.xla.scopes import SCOPES
+
+ROWS = 16  # printed
+OTHER = "no scope"
+CONTAINERS = {"while", "conditional", "call"}  # operations whose time is that of the operations in them
+_LAST_SCOPE = re.compile(rf".*(?:^|[/(])({'|'.join(map(re.escape, SCOPES))})(?=[/)]|$)")
+
+
+@dataclasses.dataclass
+class StepProfile:
+    """The trace of steps first, ..., last of a run, in a directory that TensorBoard and Perfetto read. None: no trace."""
+
+    steps: tuple[int, int] | None
+    directory: pathlib.Path
+    traced: int = 0
+    tracing: bool = False
+
+    @staticmethod
+    def of(flag: str | None, out: str | pathlib.Path | None) -> "StepProfile":
+        """flag: --profile-steps. out: the run directory."""
+        return StepProfile(flag and parse_steps(flag), pathlib.Path(out or ".") / "profile")
+
+    @contextlib.contextmanager
+    def step(self, number: int, say: Callable[[str], None] = print) -> Iterator[None]:
+        """Around step `number`. After the last traced step the table is printed."""
+        if self.steps is None or not self.steps[0] <= number <= self.steps[1]:
+            yield
+            return
+        if not self.tracing:
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # calls of Python functions would be most of the file
+            jax.profiler.start_trace(str(self.directory), profiler_options=options)
+            self.tracing = True
+        with jax.profiler.StepTraceAnnotation("step", step_num=number):
+            yield
+        self.traced += 1
+        if number == self.steps[1]:
+            self.close(say)
+
+    def close(self, say: Callable[[str], None] = print) -> None:
+        """End the trace if it is not ended, and print its table."""
+        if self.tracing:
+            jax.profiler.stop_trace()
+            self.tracing = False
+            say(table(read(newest(self.directory)), self.traced) + f"\nthe trace is in {self.directory}")
+
+
+def newest(directory: pathlib.Path) -> pathlib.Path:
+    """The newest trace below a directory."""
+    return max(directory.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+
+
+def read(trace: pathlib.Path) -> dict[str, float]:
+    """Seconds of all operations of a trace by scope, a mean over devices."""
+    raw = trace.read_bytes()
+    operations, seconds, devices = _operations(raw), collections.Counter(), set()
+    with warnings.catch_warnings():  # as an error, this one of jaxlib's types ends the process on Python 3.12
+        warnings.filterwarnings("ignore", "builtin type .* has no __module__", DeprecationWarning)
+        events = list(_events(jax.profiler.ProfileData.from_serialized_xspace(raw)))
+    for device, name, module, duration in events:
+        opcode, path = operations.get((module, name), ("", ""))
+        if opcode not in CONTAINERS:
+            devices.add(device)
+            seconds[scope_of(path)] += duration
+    return {scope: total / len(devices) for scope, total in seconds.most_common()}
+
+
+def scope_of(path: str) -> str:
+    """The innermost scope in the path of an operation: `jit(f)/jvp(layer/mlp)/while/body/dot_general` -> `layer/mlp`."""
+    found = _LAST_SCOPE.match(path)
+    return found[1] if found else OTHER
+
+
+def table(seconds: dict[str, float], steps: int) -> str:
+    """Rows of name, milliseconds of a step and share, longest first. Operations of one device may overlap in time."""
+    total = sum(seconds.values()) or 1.0
+    rows = [f"{'scope':18}{'ms a step':>12}{'share':>8}   of the operations of one device, in {steps} steps"]
+    for scope, value in list(seconds.items())[:ROWS]:
+        rows.append(f"{scope:18}{value / max(1, steps) * 1e3:12.2f}{value / total:8.1%}   {SCOPES.get(scope, '')}".rstrip())
+    return "\n".join(rows)
+
+
+def _events(profile: jax.profiler.ProfileData) -> Iterator[tuple[str, str, str, float]]:
+    """(device, name of the operation, of its program, seconds) of each operation that ran."""
+    for plane in profile.planes:
+        on_gpu = plane.name.startswith("/device:GPU")
+        if not on_gpu and plane.name != "/host:CPU":
+            continue
+        for line in plane.lines:
+            if on_gpu and not line.name.startswith("Stream"):
+                continue
+            for event in line.events:
+                stats = dict(event.stats)
+                # The threads of a CPU run other things besides; each device's operations name it.
+                device = plane.name if on_gpu else stats.get("device_ordinal")
+                if on_gpu or (device is not None and "hlo_op" in stats):
+                    names = (str(stats.get(name, "")) for name in ("hlo_op", "hlo_module"))
+                    yield str(device), *names, event.duration_ns / 1e9
+
+
+# ------------------------------------------------------------------------ the compiled programs that a trace has with it
+
+
+def _operations(raw: bytes) -> dict[tuple[str, str], tuple[str, str]]:
+    """(program, operation) -> (opcode, path of named scopes), from the programs in the trace.
+
+    A trace is an XSpace (xplane.proto of the TSL profiler) and holds each program as an HloProto (hlo.proto of XLA).
+    Their fields are read by number, without the messages' classes.
+    """
+    found = {}
+    for plane in _fields(raw, 1):
+        if b"/host:metadata" not in _fields(plane, 2):
+            continue
+        for entry in _fields(plane, 4):  # of the map event_metadata
+            for stat in (stat for event in _fields(entry, 2) for stat in _fields(event, 5)):
+                for module in (module for program in _fields(stat, 6) for module in _fields(program, 1)):
+                    name = _fields(module, 1)[0].decode()
+                    for instruction in (i for computation in _fields(module, 3) for i in _fields(computation, 2)):
+                        opcode, path = (_fields(instruction, 2) or [b""])[0], b""
+                        for metadata in _fields(instruction, 7):
+                            path = (_fields(metadata, 2) or [b""])[0]
+                        found[name, _fields(instruction, 1)[0].decode()] = opcode.decode(), path.decode()
+    return found
+
+
+def _fields(message: bytes, number: int) -> list[bytes]:
+    """The values of a field of a serialized protobuf message."""
+    return [field.data for field in UnknownFieldSet(Empty.FromString(message)) if field.field_number == number]
