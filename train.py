@@ -96,7 +96,7 @@ def run(config: TrainConfig) -> int:
     from alst_jax.planning.process import make_host_pool
     from alst_jax.planning.report import announce_plan, planned_against_measured, report
     from alst_jax.storage import run_directory
-    from alst_jax.trainer import StopSignal, train
+    from alst_jax.trainer import Saves, StopSignal, train
 
     # ------------------------------------------------------------------------- what, where and how: the model, the plan
     out = None if config.planning else run_directory.check_out(config)
@@ -124,6 +124,8 @@ def run(config: TrainConfig) -> int:
     if choice is not None:
         environment.return_freed_memory()
         make_host_pool(choice.plan)
+    if config.check_numerics:
+        run_data.preflight(config, step, job, data)
     checkpoints, state = setup.begin(config, source, step, data, geometry)
     setup.announce(config, source, step, job, stats, steps, state.step)
 
@@ -134,9 +136,10 @@ def run(config: TrainConfig) -> int:
         loop = {"step": state.step, "data": data.training.get_state(), "seed": config.seed, "geometry": geometry}
         checkpoints.save(state.step, step.join(state.trained, state.frozen), state.optimizer, loop)
 
+    saves = Saves(save, lambda state: setup.go_back(step, data, checkpoints, state))
     with StopSignal() as stop:  # until all is written: a first signal cuts nothing off
         try:
-            state = train(config, step, state, steps, data, log, save, stop)
+            state = train(config, step, state, steps, data, log, saves, stop)
         finally:
             checkpoints.close()
             log.close()

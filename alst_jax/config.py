@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from alst_jax.data_flags import DataFlags
+from alst_jax.watch_flags import WatchFlags
 
 
 class UserError(Exception):
@@ -40,7 +41,7 @@ _Length = Annotated[int, tyro.constructors.PrimitiveConstructorSpec(
 
 
 @dataclasses.dataclass
-class TrainConfig(DataFlags):
+class TrainConfig(WatchFlags, DataFlags):
     """Train a Llama on long sequences.
 
     Without --model and --data a tiny Llama learns the Python language reference on four simulated devices.

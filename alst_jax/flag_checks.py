@@ -7,6 +7,7 @@ from typing import Any
 
 from alst_jax.config import TrainConfig, UserError, flag
 from alst_jax.data_flags import data_mistakes
+from alst_jax.watch_flags import watch_mistakes
 
 
 def check_run(config: TrainConfig) -> None:
@@ -69,6 +70,7 @@ def _mistakes(config: TrainConfig) -> Iterator[tuple[Any, str]]:
     yield (config.offload_activations and not config.remat,
            "--offload-activations offloads what rematerialisation keeps; it needs --remat, not --no-remat")
     yield from data_mistakes(config)
+    yield from watch_mistakes(config)
     yield (config.find_max_seq_len and config.pack,
            "--find-max-seq-len with --pack: packed documents need the memory of one as long; leave --pack out")
     yield (config.random_weights and config.model is None and not config.resume,

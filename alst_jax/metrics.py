@@ -5,12 +5,17 @@ import math
 import pathlib
 import resource
 import sys
+import threading
 import time
 from typing import Any
 
 import jax
+import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboard.summary import Writer
+
+from alst_jax.hardware.environment import peak_flops
+from alst_jax.step import TrainStep
 
 QUIET_SECONDS = 5.0  # between plain lines, where there is no terminal
 
@@ -22,10 +27,18 @@ class MetricsLog:
         self.path = directory / "metrics.jsonl"
         self.seconds: list[float] = []  # of the steps of this process
         # Steps after the checkpoint are run again: their old lines would stand there twice.
-        kept = [line for line in self._lines() if _step(line) <= resume_step]
-        self.path.write_text("".join(kept))
-        self._file = self.path.open("a", buffering=1)
+        self._lock = threading.Lock()  # events come from another thread
+        self._file = None
+        self.rewind(resume_step)
         self._tensorboard = Writer(str(directory / "tensorboard"))
+
+    def rewind(self, step: int) -> None:
+        """Leave out the lines of the steps after this one. Events stay: they have happened."""
+        with self._lock:
+            if self._file is not None:
+                self._file.close()
+            self.path.write_text("".join(line for line in self._lines() if _step(line) <= step or _is_event(line)))
+            self._file = self.path.open("a", buffering=1)
 
     def _lines(self) -> list[str]:
         if not self.path.exists():
@@ -36,10 +49,15 @@ class MetricsLog:
         """Append one step's values; not-finite numbers become null, which JSON can hold."""
         self.seconds.append(values["seconds"])
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self._file.write(json.dumps(finite) + "\n")
+        self.event(finite)
         for name, value in finite.items():
             if name != "step" and isinstance(value, int | float):
                 self._tensorboard.add_scalar(name, value, step=values["step"])
+
+    def event(self, record: dict[str, Any]) -> None:
+        """Append a line to metrics.jsonl alone."""
+        with self._lock:
+            self._file.write(json.dumps(record) + "\n")
 
     def close(self) -> None:
         self._file.close()
@@ -52,6 +70,13 @@ def _step(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError):
         return math.inf
+
+
+def _is_event(line: str) -> bool:
+    try:
+        return "event" in json.loads(line)
+    except ValueError:
+        return False
 
 
 class ProgressDisplay:
@@ -97,3 +122,34 @@ def peak_memory() -> tuple[str, float]:
 def peak_host_memory() -> float:
     """Peak GiB of host memory of this process: Python, libraries and what is pinned for the devices."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def speed(
+    step: TrainStep, batches: dict[str, np.ndarray], padding: np.ndarray | None, seconds: float
+) -> dict[str, Any]:
+    """Throughput over all positions that were computed, padding included. padding: of packed rows; then over the tokens
+    of documents, whose attention stays inside of them."""
+    accumulation, rows, length = batches["tokens"].shape
+    tokens, packed = accumulation * rows * length, {}
+    devices = step.mesh.devices.reshape(-1)
+    peak = peak_flops(devices[0].device_kind)
+    flops = accumulation * rows * step.model.flops_per_sequence(length)
+    if padding is not None:
+        packed = {"padding": int(padding.sum())}
+        tokens -= packed["padding"]
+        lengths, counts = np.unique(np.diff(batches["documents"]), return_counts=True)
+        work = lambda lengths, counts: sum(
+            n * step.model.flops_per_sequence(length) for length, n in zip(lengths.tolist(), counts.tolist()))
+        flops = work(lengths, counts) - work(*np.unique(padding, return_counts=True))
+    place, gibibytes = peak_memory()
+    return {"tokens": tokens, **packed, "seconds": seconds, "tokens_per_second": tokens / seconds,
+            "mfu": flops / seconds / (peak * len(devices)) if peak else None,
+            f"peak_{place.lower()}_gib": gibibytes}
+
+
+def summary(values: dict[str, Any]) -> str:
+    """One line of a step's values."""
+    memory = next(f"{k.split('_')[1].upper()} {v:.1f} GiB" for k, v in values.items() if k.startswith("peak_"))
+    mfu = f"  MFU {values['mfu']:.0%}" if values["mfu"] is not None else ""
+    return (f"loss {values['loss']:.4f}  grad {values['grad_norm']:.3f}  lr {values['learning_rate']:.2e}  "
+            f"{values['tokens_per_second']:,.0f} tok/s{mfu}  {memory}")

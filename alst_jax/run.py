@@ -207,10 +207,26 @@ def begin(
     loop = checkpoints.restore_loop(at)
     run_directory.check_same_model(run_directory.saved_model(out), source.config)
     run_directory.check_geometry(loop["geometry"], settings)
+    return checkpoints, restore(step, data, checkpoints, at)
+
+
+def restore(step: TrainStep, data: Data, checkpoints: Checkpoints, at: int) -> TrainState:
+    """The state of a checkpoint; the data are put back to where they were."""
+    loop = checkpoints.restore_loop(at)
     trained, frozen = step.split(checkpoints.restore_params(at, step.params))
     optimizer = checkpoints.restore_optimizer(at, step.optimizer_state)
     data.training.set_state(loop["data"])
-    return checkpoints, TrainState(trained, frozen, optimizer, loop["step"])
+    return TrainState(trained, frozen, optimizer, loop["step"])
+
+
+def go_back(step: TrainStep, data: Data, checkpoints: Checkpoints, state: TrainState) -> TrainState | None:
+    """The state of the last checkpoint, None if there is none. Frees the arrays of `state`: both would not fit."""
+    steps = checkpoints.steps()
+    if not steps:
+        return None
+    for leaf in jax.tree.leaves((state.trained, state.frozen, state.optimizer)):
+        leaf.delete()  # those that an update reused are deleted already
+    return restore(step, data, checkpoints, steps[-1])
 
 
 def export(out: pathlib.Path, source: ModelSource, params: Any, dtype: jnp.dtype) -> None:

@@ -21,7 +21,10 @@ from alst_jax.data.prepare import BySource, cut_sources, read_sources
 from alst_jax.data.records import Fields
 from alst_jax.data.report import print_samples, warn_without_end
 from alst_jax.data.sources import Reading
+from alst_jax.ops.attention import find_kernel
 from alst_jax.planning.job import Job
+from alst_jax.preflight.check import check_numerics
+from alst_jax.step import TrainStep
 from alst_jax.storage.source import ModelSource, find_model
 from alst_jax.trainer import Data
 
@@ -177,3 +180,13 @@ def read_data(config: TrainConfig, source: ModelSource, job: Job) -> tuple[Data,
 def pad_token(tokenizer: Any) -> int:
     """The token of padding. It has no label, so any token will do if the tokenizer names none."""
     return next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
+
+
+def preflight(config: TrainConfig, step: TrainStep, job: Job, data: Data) -> None:
+    """The checks of --check-numerics, on devices that hold nothing else. UserError if one fails."""
+    position = data.training.get_state()
+    batches = next(data.training)
+    data.training.set_state(position)
+    across = config.pack and config.pack_attention == "across"  # the last label of a document is not the next one's first
+    multiple = math.lcm(job.sp, find_kernel(job.profile.attention).multiple)
+    check_numerics(step, job, multiple, None if across else batches, config.seq_len)

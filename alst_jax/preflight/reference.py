@@ -4,6 +4,7 @@ models/block.py, stack/ and parallel/; it reads the weights by their names.
 R tokens, D hidden, N query heads, K kv heads, G = N / K, H head dim.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,6 +16,15 @@ from alst_jax.models.config import LayerKind, ModelConfig
 from alst_jax.ops.attention import AttentionSpec
 
 Dict = dict[str, Any]
+
+
+def independent(fn: Callable, **options: Any) -> Callable:
+    """fn compiled, with float32 products where GPUs would round the factors."""
+    def in_float32(*args):
+        with jax.default_matmul_precision("highest"):
+            return fn(*args)
+
+    return jax.jit(in_float32, **options)
 
 
 def norm(x: jax.Array, weights: Dict, model: ModelConfig) -> jax.Array:
@@ -91,7 +101,15 @@ def token_losses(model: ModelConfig, w: Dict, h: jax.Array, labels: jax.Array) -
 
 
 def logits(model: ModelConfig, w: Dict, h: jax.Array) -> jax.Array:
-    x = jnp.einsum("rd,vd->rv", norm(h, w["norm"], model), head(w)) / model.logits_divisor
+    return scaled(model, products(model, w, h))
+
+
+def products(model: ModelConfig, w: Dict, h: jax.Array) -> jax.Array:
+    return jnp.einsum("rd,vd->rv", norm(h, w["norm"], model), head(w))
+
+
+def scaled(model: ModelConfig, x: jax.Array) -> jax.Array:
+    x = x / model.logits_divisor
     return x if model.logits_soft_cap is None else model.logits_soft_cap * jnp.tanh(x / model.logits_soft_cap)
 
 

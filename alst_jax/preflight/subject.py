@@ -167,10 +167,15 @@ class Subject:
     def weights(self) -> dict[str, Any]:
         """The same as plain dicts of float32 arrays, sharded like the parameters, in device memory."""
         places = jax.tree.map(lambda s: NamedSharding(self.mesh, s.spec), self.few.param_shardings)
-        return as_dict(jax.tree.map(lambda w, place: jax.device_put(w, place).astype(jnp.float32), self.params, places))
+        on_device = jax.tree.map(jax.device_put, self.params, places)
+        return as_dict(jax.jit(lambda params: jax.tree.map(lambda w: w.astype(jnp.float32), params))(on_device))
 
     def layer_weights(self, number: int) -> dict[str, Any]:
-        return jax.tree.map(lambda w: w[number], self.weights["layers"])
+        return self._layer(self.weights["layers"], number)
+
+    @functools.cached_property
+    def _layer(self):
+        return jax.jit(lambda layers, number: jax.tree.map(lambda w: w[number], layers))
 
     def blocks(self, columns: int) -> tuple[np.ndarray, np.ndarray]:
         """(b, t) of all tokens, int32[blocks, rows of a block] each, sharded over all devices: about 64 MiB of `columns`

@@ -54,8 +54,8 @@ class Given:
 def check_tokenwise(subject: Subject) -> list[Row]:
     """Rows for each kind of layer: forward, backward, gradients of weights; and one for the float32 sums."""
     rows, kinds = [], subject.config.kinds
-    run, own, own_sums = _run(subject), jax.jit(functools.partial(_rows, subject), static_argnums=0), jax.jit(
-        functools.partial(_sums, subject), static_argnums=0)
+    run = _run(subject)
+    own, own_sums = (reference.independent(functools.partial(fn, subject), static_argnums=0) for fn in (_rows, _sums))
     turns, blocks = rotations(subject), subject.blocks(subject.config.intermediate_size)
     trained, frozen = subject.few.split(subject.params)
     arguments = trained["layers"], frozen["layers"], subject.batch["positions"]
