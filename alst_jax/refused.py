@@ -19,8 +19,8 @@ class NotFinite(Exception):
 
 
 class Spike(Exception):
-    """A step whose loss or gradient norm is a spike and is not to be applied. state: the state to go on from, None if the
-    step was applied."""
+    """A step whose loss or gradient norm is a spike and is not to be applied. state: the state to go on from, None if
+    the step was applied."""
 
     def __init__(self, cause: str, state: Any):
         super().__init__(cause)
@@ -29,8 +29,8 @@ class Spike(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Saves:
-    """write(state) saves a checkpoint. read(state) -> the state of the last one, None if there is none: it frees the arrays of
-    `state` first and puts the data back to where they were."""
+    """write(state) saves a checkpoint. read(state) -> the state of the last one, None if there is none: it frees the
+    arrays of `state` first and puts the data back to where they were."""
 
     write: Callable[[Any], None]
     read: Callable[[Any], Any]
@@ -40,8 +40,8 @@ class Saves:
 
 
 class Refused:
-    """What --on-nonfinite and --on-spike say of steps that are not applied. left_out: positions of batches that a run which
-    went back must pass over."""
+    """What --on-nonfinite and --on-spike say of steps that are not applied. left_out: positions of batches that a run
+    which went back must pass over."""
 
     def __init__(self, flags: WatchFlags, save: Callable[[Any], None], tell: Callable[[Event], None]):
         self._flags, self._save, self._tell = flags, save, tell
@@ -67,5 +67,6 @@ class Refused:
             self._tell(Event(kind, at + 1, str(problem), "no checkpoint was saved to go back to: the run ends"))
             return None
         self.left_out.append(position)
-        self._tell(Event(kind, at + 1, str(problem), f"back to the checkpoint of step {back.step}; its batch is left out ({words})"))
+        self._tell(Event(kind, at + 1, str(problem),
+                         f"back to the checkpoint of step {back.step}; its batch is left out ({words})"))
         return back

@@ -187,6 +187,6 @@ def preflight(config: TrainConfig, step: TrainStep, job: Job, data: Data) -> Non
     position = data.training.get_state()
     batches = next(data.training)
     data.training.set_state(position)
-    across = config.pack and config.pack_attention == "across"  # the last label of a document is not the next one's first
+    across = config.pack and config.pack_attention == "across"  # a document's last label is not the next one's first
     multiple = math.lcm(job.sp, find_kernel(job.profile.attention).multiple)
     check_numerics(step, job, multiple, None if across else batches, config.seq_len)

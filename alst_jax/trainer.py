@@ -100,8 +100,8 @@ def optimizer_step(
 
     Raises NotFinite, with the state to go on from, if the loss or the norm of the gradient is not finite: `state`
     itself, or, where the profile updates in the backward pass and the buffers of `state` are gone, the new state (None
-    if the step was applied in part). ValueError for more than one batch there. Raises Spike where judge(values) gives a reason
-    not to apply the step; where the profile updates in the backward pass, it has been applied.
+    if the step was applied in part). ValueError for more than one batch there. Raises Spike where judge(values) gives a
+    reason not to apply the step; where the profile updates in the backward pass, it has been applied.
     """
     if step.profile.update_in_backward:
         return _step_in_backward(step, state, batches, learning_rate, judge)
@@ -201,8 +201,8 @@ def train(
 ) -> TrainState:
     """Train until `steps` steps are done, or `stop` received a signal; returns the state then.
 
-    `save(state)` is called every --save-every steps, at the end, and before stopping early; `Saves` can also go back. UserError
-    if a step is refused and the flags say stop, or the weights are not finite; such weights are never saved.
+    `save(state)` is called every --save-every steps, at the end, and before stopping early; `Saves` can also go back.
+    UserError if a step is refused and the flags say stop, or the weights are not finite; such weights are never saved.
     """
     schedule = learning_rate_schedule(config, steps, config.learning_rate or DEFAULT_LEARNING_RATE)
     display = ProgressDisplay(state.step, steps)

@@ -1,8 +1,8 @@
 """Watches a run: numbers that look wrong, steps that take too long, memory that runs out, GPUs that slow down.
 
-An event is one line with its cause and the action, and a record of metrics.jsonl with the key "event". Losses and gradient
-norms are judged between a step's gradient and its update, so that a step can be left out. Times are judged only where a step
-takes a second and more: short ones vary with all else that a machine does.
+An event is one line with its cause and the action, and a record of metrics.jsonl with the key "event". Losses and
+gradient norms are judged between a step's gradient and its update, so that a step can be left out. Times are judged
+only where a step takes a second and more: short ones vary with all else that a machine does.
 """
 
 import collections
@@ -26,7 +26,7 @@ FLOORS = {"loss": 0.01, "grad_norm": 0.1}  # a standard deviation is no less tha
 SHORTEST = 1.0  # seconds of a step whose time is judged
 STALLED, LEAST_STALL = 5.0, 60.0  # times the usual seconds, and seconds, after which a step in progress has stalled
 SLOWER = 0.7  # of the best throughput
-LEFT, LEFT_AGAIN = 0.03, 0.06  # part of host memory below which there is a warning, and above which there may be another
+LEFT, LEFT_AGAIN = 0.03, 0.06  # part of host memory: less is an event, and after more than the second one again
 ASK_GPU = 60.0  # seconds between two looks at the GPUs' clocks
 REASONS = {  # of nvidia-smi: why a GPU's clock is held down. A power cap at full load is usual and not asked for.
     "clocks_throttle_reasons.hw_thermal_slowdown": "it is too hot",
@@ -36,7 +36,8 @@ REASONS = {  # of nvidia-smi: why a GPU's clock is held down. A power cap at ful
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """kind: "nonfinite", "spike", "stall", "memory", "throughput" or "throttled". step: the one in which it was seen."""
+    """kind: "nonfinite", "spike", "stall", "memory", "throughput" or "throttled". step: the one in which it was
+    seen."""
 
     kind: str
     step: int
@@ -51,8 +52,8 @@ class Event:
 
 
 class Watch:
-    """tell(event): what happens to an event; called from a thread of its own for a stalled step. on_gpu: whether nvidia-smi
-    is asked."""
+    """tell(event): what happens to an event; called from a thread of its own for a stalled step. on_gpu: whether
+    nvidia-smi is asked."""
 
     def __init__(self, flags: WatchFlags, tell: Callable[[Event], None], on_gpu: bool = False, clock=time.monotonic):
         self.flags, self.tell, self._clock = flags, tell, clock
@@ -81,11 +82,12 @@ class Watch:
             if len(usual) < ENOUGH:
                 continue
             median = statistics.median(usual)
-            spread = 1.4826 * statistics.median(abs(x - median) for x in usual)  # the deviation of a normal distribution
+            spread = 1.4826 * statistics.median(abs(x - median) for x in usual)  # of a normal distribution
             deviations = (values[name] - median) / max(spread, floor * abs(median), 1e-30)
             if deviations > self.flags.spike_deviations:
-                cause = (f"{'loss' if name == 'loss' else 'gradient norm'} {values[name]:.4g} is {deviations:.1f} standard "
-                         f"deviations above {median:.4g}, the median of {len(usual)} steps")
+                words = "loss" if name == "loss" else "gradient norm"
+                cause = (f"{words} {values[name]:.4g} is {deviations:.1f} standard deviations above {median:.4g}, the "
+                         f"median of {len(usual)} steps")
                 if self.flags.on_spike != "warn":
                     return cause
                 self.tell(Event("spike", step, cause, "the step is applied (--on-spike)"))
@@ -129,9 +131,9 @@ class Watch:
         left, total = memory_left(), host_memory()
         if left < LEFT * total and not self._memory_low:
             self._memory_low = True
-            self.tell(Event("memory", self._step, f"{left / 2**30:.1f} of {total / 2**30:.1f} GiB of host memory are left; the "
-                            "kernel ends processes when none is", "none; end other processes, or resume with a smaller plan "
-                            "(--host-memory)"))
+            self.tell(Event("memory", self._step, f"{left / 2**30:.1f} of {total / 2**30:.1f} GiB of host memory are "
+                            "left; the kernel ends processes when none is",
+                            "none; end other processes, or resume with a smaller plan (--host-memory)"))
         self._memory_low &= left < LEFT_AGAIN * total
 
     def _check_gpus(self):
@@ -139,7 +141,8 @@ class Watch:
             return
         self._asked = self._clock()
         for gpu, reason in throttled(self._nvidia_smi):
-            self.tell(Event("throttled", self._step, f"GPU {gpu} has slowed its clock: {reason}", "none; check its cooling"))
+            cause = f"GPU {gpu} has slowed its clock: {reason}"
+            self.tell(Event("throttled", self._step, cause, "none; check its cooling"))
 
     def _look(self):
         """The thread that sees a step in progress stall."""
@@ -151,8 +154,8 @@ class Watch:
             usual = statistics.median(self._seconds)
             if (seconds := self._clock() - began) > max(LEAST_STALL, STALLED * usual):
                 told = step
-                self.tell(Event("stall", step, f"it has run for {seconds:.0f} s, and {usual:.1f} s are usual: a device or a "
-                                "collective that hangs, or memory that is swapped",
+                self.tell(Event("stall", step, f"it has run for {seconds:.0f} s, and {usual:.1f} s are usual: a device "
+                                "or a collective that hangs, or memory that is swapped",
                                 "none; if it does not end, kill the process and go on with --resume"))
 
 
@@ -169,4 +172,5 @@ def throttled(nvidia_smi: str) -> list[tuple[str, str]]:
     except (OSError, subprocess.SubprocessError):  # no answer is no event
         return []
     found = [[part.strip() for part in line.split(",")] for line in lines]
-    return [(gpu, reason) for gpu, *states in found for state, reason in zip(states, REASONS.values()) if state == "Active"]
+    return [(gpu, reason) for gpu, *states in found
+            for state, reason in zip(states, REASONS.values()) if state == "Active"]

@@ -1,11 +1,11 @@
 """Attention as the run computes it, all-to-alls, groups of heads and kernel included, against float32 blocks of rows.
 
-The output and the gradient of queries are compared at sampled tokens, for all heads. The gradients of keys and values at
-sampled tokens, for the first and the last kv head: they need the softmax of every query, computed a block of queries at a
-time. Positions, borders of documents and windows are computed here, from the offsets alone.
+The output and the gradient of queries are compared at sampled tokens, for all heads. The gradients of keys and values
+at sampled tokens, for the first and the last kv head: they need the softmax of every query, computed a block of queries
+at a time. Positions, borders of documents and windows are computed here, from the offsets alone.
 
-B rows, S tokens, T local tokens, N query heads, K kv heads, G = N / K, H head dim, R sampled tokens, C queries of a block.
-"""
+B rows, S tokens, T local tokens, N query heads, K kv heads, G = N / K, H head dim, R sampled tokens, C queries of a
+block. """
 
 import functools
 import math
@@ -56,7 +56,8 @@ def _check(subject, spec):
 
 
 def _error(mine, theirs, size):
-    """The largest error of a vector, relative to its norm or, where terms cancel, to the root of the sum of their squares."""
+    """The largest error of a vector, relative to its norm or, where terms cancel, to the root of the sum of their
+    squares."""
     theirs, size = np.asarray(theirs, np.float64), np.asarray(size, np.float64)
     wide = np.maximum(np.linalg.norm(theirs, axis=-1), np.linalg.norm(size, axis=-1))
     return np.max(np.linalg.norm(mine - theirs, axis=-1) / np.maximum(wide, 1e-30))
@@ -68,7 +69,7 @@ def _loudness(subject, spec):
     return 2.0 ** round(-math.log2(scale * math.sqrt(subject.config.head_dim) * STD**2))
 
 
-# ------------------------------------------------------------------------------------------------------------- the run's
+# ------------------------------------------------------------------------------------------------------------ the run's
 
 
 def _run(subject, spec):
@@ -95,7 +96,7 @@ def _run(subject, spec):
     return subject.on_mesh(local, (DOCUMENTS_SPEC,), P())(subject.offsets)
 
 
-# ------------------------------------------------------------------------------------------------------- the independent
+# ------------------------------------------------------------------------------------------------------ the independent
 
 
 def _inputs(subject, spec, b, n):

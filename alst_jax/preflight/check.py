@@ -26,8 +26,8 @@ def check_numerics(
 ) -> list[Row]:
     """Run all checks and print a line for each. UserError if one fails.
 
-    multiple: of tokens, that a sequence must have. first_batch: arrays [accumulation, B, S] of the run's own data; None:
-    their labels are not checked.
+    multiple: of tokens, that a sequence must have. first_batch: arrays [accumulation, B, S] of the run's own data;
+    None: their labels are not checked.
     """
     started, rows = time.perf_counter(), []
     say(f"checks  at {job.length:,} tokens, dp {job.dp} x sp {job.sp}, {job.profile.compute_dtype}, attention "
@@ -38,9 +38,9 @@ def check_numerics(
         say(f"{'ok' if row.passed else 'FAIL':5}{row.error:9.1e}{row.limit:10.1e}  {row.name}: {row.reason}")
     seconds, failed = time.perf_counter() - started, [row for row in rows if not row.passed]
     if failed:
-        raise UserError(f"--check-numerics: {len(failed)} of {len(rows)} checks failed, so that the run does not start: "
-                        f"{'; '.join(f'{row.name} is off by {row.error:.1e}, allowed {row.limit:.1e}' for row in failed)}. "
-                        f"{advice(failed)}")
+        found = "; ".join(f"{row.name} is off by {row.error:.1e}, allowed {row.limit:.1e}" for row in failed)
+        raise UserError(f"--check-numerics: {len(failed)} of {len(rows)} checks failed, so that the run does not start:"
+                        f" {found}. {advice(failed)}")
     say(f"checks  {len(rows)} of {len(rows)} passed in {seconds:.0f} s")
     return rows
 
@@ -71,7 +71,8 @@ def advice(failed: list[Row]) -> str:
         "attention": "another --attention kernel or more --head-chunks", "rope": "a shorter --seq-len",
         "all-to-all": "--sp 1", "gather": "another jax or driver", "reduce-scatter": "--reduce-dtype float32",
         "batch": "a report to the project", "labels": "--show-samples, to see what is learned",
-        "sums": "--reduce-dtype float32 or other --mlp-tile", "update": "--optimizer-states float32 --master-weights float32"}
+        "sums": "--reduce-dtype float32 or another --mlp-tile",
+        "update": "--optimizer-states float32 --master-weights float32"}
     words = dict.fromkeys(word for row in failed for start, word in found.items() if row.name.startswith(start))
-    return f"Try {', '.join(words) or 'other tiles (--loss-tile, --mlp-tile) or --head-chunks'}; docs/preflight.md says " \
-           "what each line means"
+    words = ", ".join(words) or "other tiles (--loss-tile, --mlp-tile) or --head-chunks"
+    return f"Try {words}; docs/preflight.md says what each line means"

@@ -1,5 +1,5 @@
-"""Collectives, which move numbers or add them: all-to-alls with the run's groups of heads, gather and reduce-scatter with the
-run's shards. Each device checks its part of the result against its own indices."""
+"""Collectives, which move numbers or add them: all-to-alls with the run's groups of heads, gather and reduce-scatter
+with the run's shards. Each device checks its part of the result against its own indices."""
 
 import functools
 

@@ -1,7 +1,7 @@
 """The two ends of a model: rotary tables, the batch on the devices, embedding and loss, with their gradients.
 
-The loss and the gradient of the hidden state are compared at the run's length. The gradients of the tables are compared at
-sampled words of the vocabulary.
+The loss and the gradient of the hidden state are compared at the run's length. The gradients of the tables are compared
+at sampled words of the vocabulary.
 """
 
 import functools
@@ -24,17 +24,18 @@ from alst_jax.step import count_labels
 
 H, DH = 31, 32  # seeds
 WORDS = 64  # sampled rows of the tables
-TWO_PARTS = 4096  # positions: an angle is the sum of that of a multiple of so many and of the rest, each a float32 product
+TWO_PARTS = 4096  # positions: angles of multiples of so many and of the rest are made apart, each a float32 product
 
 
-# ------------------------------------------------------------------------------------------------------------------ rope
+# ----------------------------------------------------------------------------------------------------------------- rope
 
 
 def check_rope(subject: Subject) -> list[Row]:
     """Frequencies against their definition in float64; cos and sin of the last positions against float64."""
     model, rows = subject.config, []
     longest = int(subject.batch["positions"].max()) + 1
-    tokens = lambda positions: tuple(map(subject.pick, subject.model.tokens(Batch(positions, positions, positions)).rows))
+    tables = lambda positions: subject.model.tokens(Batch(positions, positions, positions)).rows
+    tokens = lambda positions: tuple(map(subject.pick, tables(positions)))
     cos, sin = (np.asarray(x) for x in subject.on_mesh(tokens, (BATCH_SPEC,), P())(subject.batch["positions"]))
     at = subject.batch["positions"][subject.sampled.b, subject.sampled.t]
     for number, rope in enumerate(model.ropes):
@@ -54,11 +55,12 @@ def check_rope(subject: Subject) -> list[Row]:
     return rows
 
 
-# ----------------------------------------------------------------------------------------------------------------- batch
+# ---------------------------------------------------------------------------------------------------------------- batch
 
 
 def check_batch(subject: Subject) -> list[Row]:
-    """The arrays that devices hold are those that the host gave; labels follow their tokens across borders of shards."""
+    """The arrays that devices hold are those that the host gave; labels follow their tokens across borders of
+    shards."""
     given = subject.batch
     batch, wrong = subject.few.put_batch(**given)._asdict(), 0
     for name, array in given.items():
@@ -81,7 +83,7 @@ def check_data(batches: dict[str, np.ndarray], seq_len: int) -> list[Row]:
     return [exact("labels of the first batch that are not the next token", int(np.sum(wrong)))]
 
 
-# ------------------------------------------------------------------------------------------------------ embedding and loss
+# --------------------------------------------------------------------------------------------------- embedding and loss
 
 
 def check_ends(subject: Subject) -> list[Row]:
@@ -95,7 +97,8 @@ def check_ends(subject: Subject) -> list[Row]:
     totals, own_dh = own(subject.weights, tokens, labels, words, subject.blocks(model.vocab_size))
     want_loss, want_head, want_embedding = (np.asarray(x, np.float64) * scale for x in totals)
     rows = subject.sampled
-    looked_up = np.asarray(subject.weights["embed_tokens"]["embedding"][tokens[rows.b, rows.t]]) * model.embedding_multiplier
+    looked_up = np.asarray(subject.weights["embed_tokens"]["embedding"][tokens[rows.b, rows.t]])
+    looked_up = looked_up * model.embedding_multiplier
     count, dtype = subject.rows * subject.length, subject.dtype
     result = [row("embedding", _relative(h, looked_up), dtype, 2, 1),
               row("loss", abs(float(loss) - want_loss) / abs(want_loss), dtype, 4, count),
@@ -157,7 +160,8 @@ def _own(subject, weights, tokens, labels, words, blocks):
         (dlogits,) = back(jnp.where((label != IGNORED)[:, None], dlogits, 0))
         of_head = jnp.einsum("rv,rd->vd", dlogits[:, words], reference.norm(h, weights["norm"], model))
         read = (jnp.asarray(tokens)[b, t][:, None] == words[None]) & counts[:, None]
-        of_embedding = jnp.einsum("rv,rd->vd", read.astype(jnp.float32), values(DH, (b, t), size)) * model.embedding_multiplier
+        dh = values(DH, (b, t), size) * model.embedding_multiplier
+        of_embedding = jnp.einsum("rv,rd->vd", read.astype(jnp.float32), dh)
         return jax.tree.map(jnp.add, sums, (jnp.sum(losses), of_head, of_embedding)), None
 
     zeros = jnp.zeros((len(words), model.hidden_size))

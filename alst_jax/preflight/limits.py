@@ -1,8 +1,8 @@
 """The limit of each error, from dtypes and lengths. No limit is fitted to a measurement.
 
-A result that passes n operations in a row is off by at most n unit roundoffs u, to first order; where n is large, by at most
-LAMBDA sqrt(n) of them, but for a chance of 2 exp(-LAMBDA^2 / 2), 7e-4 (Higham and Mary, SIAM J. Sci. Comput. 41, 2019). The
-same holds for the terms of a sum, whose unit is that of float32.
+A result that passes n operations in a row is off by at most n unit roundoffs u, to first order; where n is large, by at
+most LAMBDA sqrt(n) of them, but for a chance of 2 exp(-LAMBDA^2 / 2), 7e-4 (Higham and Mary, SIAM J. Sci. Comput. 41,
+2019). The same holds for the terms of a sum, whose unit is that of float32.
 """
 
 import dataclasses
@@ -39,7 +39,8 @@ def unit(dtype: str) -> float:
 
 
 def row(name: str, error: float, dtype: str, roundings: int, terms: int) -> Row:
-    """A row whose limit is that of `roundings` operations of this dtype, each a float32 sum of at most `terms` terms."""
+    """A row whose limit is that of `roundings` operations of this dtype, each a float32 sum of at most `terms`
+    terms."""
     many = lambda n: min(n, LAMBDA * math.sqrt(n))
     limit = many(roundings) * (unit(dtype) + many(terms) * FLOAT32)
     return Row(name, float(error), limit, f"{roundings} roundings to {dtype}, sums of {terms:,} terms in float32")

@@ -1,5 +1,5 @@
-"""The independent computation: a transformer in float32 jax.numpy, written from the definitions. It shares no code with ops/,
-models/block.py, stack/ and parallel/; it reads the weights by their names.
+"""The independent computation: a transformer in float32 jax.numpy, written from the definitions. It shares no code with
+ops/, models/block.py, stack/ and parallel/; it reads the weights by their names.
 
 R tokens, D hidden, N query heads, K kv heads, G = N / K, H head dim.
 """
@@ -79,8 +79,8 @@ def after(model: ModelConfig, w: Dict, h: jax.Array, o: jax.Array) -> jax.Array:
 
 
 def scores(q: jax.Array, k: jax.Array, t: jax.Array, s: jax.Array, start: jax.Array, spec: AttentionSpec):
-    """(scores float32[T, G, S], the slope of the soft cap) of q[T, G, H] at t[T], whose document begins at start[T], and
-    k[S, H] at s[S]; -inf where a query does not read a key."""
+    """(scores float32[T, G, S], the slope of the soft cap) of q[T, G, H] at t[T], whose document begins at start[T],
+    and k[S, H] at s[S]; -inf where a query does not read a key."""
     raw = jnp.einsum("tgh,sh->tgs", q, k) * (q.shape[-1] ** -0.5 if spec.scale is None else spec.scale)
     slope = jnp.ones_like(raw)
     if spec.soft_cap is not None:
@@ -117,18 +117,20 @@ def head(w: Dict) -> jax.Array:
     return (w["lm_head"] if "lm_head" in w else w["embed_tokens"])["embedding"]
 
 
-def loss(model: ModelConfig, w: Dict, tokens: jax.Array, labels: jax.Array, start: jax.Array, turns: tuple) -> jax.Array:
+def loss(
+    model: ModelConfig, w: Dict, tokens: jax.Array, labels: jax.Array, start: jax.Array, turns: tuple
+) -> jax.Array:
     """The summed loss of one short sequence tokens[S]; labels, start[S]; turns: (cos, sin)[S, H/2] of each rotary
     embedding."""
     h = w["embed_tokens"]["embedding"][tokens] * model.embedding_multiplier
-    t = jnp.arange(len(tokens))
+    t, heads = jnp.arange(len(tokens)), model.num_heads // model.num_kv_heads
     for number in range(model.num_layers):
         kind = model.layer_kinds[number] if model.layer_kinds else LayerKind()
         layer = jax.tree.map(lambda x, number=number: x[number], w["layers"])
         q, k, v = before(model, kind, layer, h, *turns[kind.table])
         spec, outputs = model.attention_spec(kind), []
         for n in range(model.num_kv_heads):
-            group = slice(n * (model.num_heads // model.num_kv_heads), (n + 1) * (model.num_heads // model.num_kv_heads))
+            group = slice(n * heads, (n + 1) * heads)
             x, _ = scores(q[:, group], k[:, n], t, t, start, spec)
             x = jnp.exp(x - jnp.max(x, axis=-1, keepdims=True))
             outputs.append(jnp.einsum("tgs,sh->tgh", x / jnp.sum(x, axis=-1, keepdims=True), v[:, n]))

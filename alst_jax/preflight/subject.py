@@ -47,8 +47,8 @@ class Subject:
     def few(self) -> TrainStep:
         """The step of the same model with two layers, or one of each kind: all else as in the run."""
         step = self.step
-        return TrainStep(few_layers(step.model), step.mesh, few_layers_of(step.profile), step.optimizer, self.weight_dtype,
-                         step.freeze)
+        return TrainStep(few_layers(step.model), step.mesh, few_layers_of(step.profile), step.optimizer,
+                         self.weight_dtype, step.freeze)
 
     @functools.cached_property
     def model(self) -> Model:
@@ -78,8 +78,8 @@ class Subject:
 
     @functools.cached_property
     def offsets(self) -> np.ndarray | None:
-        """int32[replicas, documents + 1]: borders in the middle of each sequence, off all powers of two, and documents of
-        a token and of a few. Each replica has the same."""
+        """int32[replicas, documents + 1]: borders in the middle of each sequence, off all powers of two, and documents
+        of a token and of a few. Each replica has the same."""
         if not self.documents:
             return None
         local, length = self.rows // self.replicas, self.length
@@ -102,7 +102,8 @@ class Subject:
 
     @functools.cached_property
     def batch(self) -> dict[str, np.ndarray]:
-        """Arrays for `put_batch`. Labels are tokens one later; fewer and fewer have one, so that no two tiles have as many."""
+        """Arrays for `put_batch`. Labels are tokens one later; fewer and fewer have one, so that no two tiles have as
+        many."""
         b, t = np.arange(self.rows), np.arange(self.length)
         tokens = numbers(1, self.config.vocab_size, b, np.arange(self.length + 1))
         has = (bits(2, b, t, xp=np) >> 24).astype(np.int64) * self.length >= np.minimum(t, self.length - 16)[None] * 256
@@ -112,12 +113,12 @@ class Subject:
         made = {"tokens": np.ascontiguousarray(tokens[:, :-1]), "labels": labels, "positions": positions}
         return made if self.offsets is None else made | {"documents": self.offsets}
 
-    # ---------------------------------------------------------------------------------------------------------- sampling
+    # --------------------------------------------------------------------------------------------------------- sampling
 
     @functools.cached_property
     def sampled(self) -> Rows:
-        """Tokens of the first and the last row: the ends, both sides of borders of shards and documents, both sides of the
-        indices at which 32 bits end, the middle, and others by chance."""
+        """Tokens of the first and the last row: the ends, both sides of borders of shards and documents, both sides of
+        the indices at which 32 bits end, the middle, and others by chance."""
         length, model = self.length, self.config
         width = max(model.num_heads * model.head_dim, model.hidden_size)
         interesting = [0, 1, length - 1, length - 2, length // 2]
@@ -178,8 +179,8 @@ class Subject:
         return jax.jit(lambda layers, number: jax.tree.map(lambda w: w[number], layers))
 
     def blocks(self, columns: int) -> tuple[np.ndarray, np.ndarray]:
-        """(b, t) of all tokens, int32[blocks, rows of a block] each, sharded over all devices: about 64 MiB of `columns`
-        float32 values a block and device. Past the last token t is -1."""
+        """(b, t) of all tokens, int32[blocks, rows of a block] each, sharded over all devices: about 64 MiB of
+        `columns` float32 values a block and device. Past the last token t is -1."""
         total, devices = self.rows * self.length, self.mesh.size
         size = devices * max(1, min(2**24 // columns, -(-total // devices)))
         index = np.arange(-(-total // size) * size).reshape(-1, size)

@@ -1,8 +1,9 @@
-"""The token-wise halves of a layer (norms, projections, rotary embedding, MLP), forward and backward, in the run's tiles.
+"""The token-wise halves of a layer (norms, projections, rotary embedding, MLP), forward and backward, in the run's
+tiles.
 
-Attention is replaced by given arrays. Outputs are compared at sampled tokens. Gradients of weights are sums over all tokens,
-which are computed here in float32 blocks of rows. With inputs of +-64 the gradient of the value projection has exact factors,
-whatever the dtype: its sums over tiles and devices must be right to float32.
+Attention is replaced by given arrays. Outputs are compared at sampled tokens. Gradients of weights are sums over all
+tokens, which are computed here in float32 blocks of rows. With inputs of +-64 the gradient of the value projection has
+exact factors, whatever the dtype: its sums over tiles and devices must be right to float32.
 """
 
 import dataclasses
@@ -35,7 +36,8 @@ DEEP = 10  # roundings on the longest way through a layer: two norms, six produc
 
 @dataclasses.dataclass(frozen=True)
 class Given:
-    """A `SequenceParallel` without attention: `attend` returns queries, keys and values, `attend_backward` given gradients."""
+    """A `SequenceParallel` without attention: `attend` returns queries, keys and values, `attend_backward` given
+    gradients."""
 
     chunks: int
     kv_heads: int
@@ -110,7 +112,7 @@ def _gradients(mine, theirs):
     return max(_relative(mine[name], theirs[name]) for name in mine)
 
 
-# ------------------------------------------------------------------------------------------------------------- the run's
+# ------------------------------------------------------------------------------------------------------------ the run's
 
 
 def _run(subject):
@@ -142,12 +144,12 @@ def _run(subject):
     return subject.on_mesh(local, (trained, frozen, BATCH_SPEC, P(), P()), (P(), one_layer))
 
 
-# ------------------------------------------------------------------------------------------------------- the independent
+# ------------------------------------------------------------------------------------------------------ the independent
 
 
 def rotations(subject: Subject) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(cos, sin) float32[S, H/2] of each rotary embedding at positions 0, 1, ..., computed in float64 from the run's own
-    frequencies, which `ends.check_rope` compares with theirs."""
+    """(cos, sin) float32[S, H/2] of each rotary embedding at positions 0, 1, ..., computed in float64 from the run's
+    own frequencies, which `ends.check_rope` compares with theirs."""
     made, longest = [], int(subject.batch["positions"].max()) + 1
     for rope in subject.config.ropes:
         angles, _ = inverse_frequencies(rope, subject.config.head_dim, jnp.int32(longest))

@@ -16,8 +16,8 @@ G = 51  # seed
 ELEMENTS = 32  # of each parameter
 RATE = 2.0**-4  # so large that the rounding of a bfloat16 weight does not hide the step
 
-# The largest error of an update of size one, from moments stored narrow: the gap between two codes of the first, half of that of
-# the second, which is under a root.
+# The largest error of an update of size one, from moments stored narrow: the gap between two codes of the first, half
+# of that of the second, which is under a root.
 GAPS = {"float32": 0.0, "bfloat16": 2.0**-7 * 1.5, "int8": 2 ** (1 / 6) - 1 + (2 ** (1 / 8) - 1) / 2}
 
 
@@ -49,7 +49,8 @@ def check_update(subject: Subject) -> list[Row]:
     narrow = unit(subject.weight_dtype) if subject.weight_dtype != "float32" else 0.0
     rows = [row("norm of the gradient", max(errors), "float32", 1, sum(leaf.size for leaf in jax.tree.leaves(trained)))]
     if masters is not None:
-        rows.append(Row("update: float32 weights, in learning rates", far(masters), limit, f"{optimizer.states} moments"))
+        name = "update: float32 weights, in learning rates"
+        rows.append(Row(name, far(masters), limit, f"{optimizer.states} moments"))
     # Rounded to the nearest once, or by chance in each of two steps.
     limit += size / RATE * narrow * (1 if masters is not None else 4)
     return [*rows, Row("update: weights, in learning rates", far(jax.tree.leaves(trained)), limit,
@@ -89,7 +90,8 @@ def _on_device(leaves):
 def _squares():
     """norm(tree): rows in float32, their sums in float64."""
     sums = jax.jit(lambda leaves: [jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1) for x in leaves])
-    return lambda tree: float(np.sqrt(sum(np.sum(np.asarray(x, np.float64)) for x in sums(_on_device(jax.tree.leaves(tree))))))
+    total = lambda rows: float(np.sqrt(sum(np.sum(np.asarray(x, np.float64)) for x in rows)))
+    return lambda tree: total(sums(_on_device(jax.tree.leaves(tree))))
 
 
 def _sample(shape, n):

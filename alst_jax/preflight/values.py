@@ -1,7 +1,7 @@
 """Inputs of the checks: a number is a function of its indices, so that any part of an array is made anywhere.
 
-No array has to be stored, sent or sliced for the independent computation. Values are odd multiples of 1/128 in (-2, 2): exact
-in bfloat16, mean 0, standard deviation 1.15.
+No array has to be stored, sent or sliced for the independent computation. Values are odd multiples of 1/128 in (-2, 2):
+exact in bfloat16, mean 0, standard deviation 1.15.
 """
 
 from typing import Any
@@ -14,8 +14,8 @@ STD = 1.1547  # of the values
 
 
 def bits(seed: int | jax.Array, *axes, xp: Any = jnp) -> Any:
-    """uint32[len(axis), ...]: the murmur3 finaliser over the indices. An axis is a 1-D array of indices, or a tuple of arrays
-    of one length, whose indices belong together. xp: jnp, or np for arrays that no trace may hold."""
+    """uint32[len(axis), ...]: the murmur3 finaliser over the indices. An axis is a 1-D array of indices, or a tuple of
+    arrays of one length, whose indices belong together. xp: jnp, or np for arrays that no trace may hold."""
     x = xp.asarray(seed, xp.uint32)
     for axis in axes:
         x = x[..., None]

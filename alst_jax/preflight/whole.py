@@ -1,5 +1,5 @@
-"""Loss and gradient of a few layers: at a short length against the independent model, at the run's length against the same
-step with other tiles and chunks."""
+"""Loss and gradient of a few layers: at a short length against the independent model, at the run's length against the
+same step with other tiles and chunks."""
 
 import dataclasses
 import functools
@@ -85,8 +85,8 @@ def _row(subject, name, error, length):
 
 
 def _error(mine, theirs):
-    """The largest error of a parameter's gradient, relative to its norm. One that is nothing but rounding (of a key's bias,
-    which shifts all scores alike) is measured against the largest norm."""
+    """The largest error of a parameter's gradient, relative to its norm. One that is nothing but rounding (of a key's
+    bias, which shifts all scores alike) is measured against the largest norm."""
     device = lambda tree: {name: jax.device_put(x, x.sharding.with_memory_kind("device")) for name, x in tree.items()}
     norm = lambda x: jnp.sqrt(jnp.sum(jnp.square(x)))
     wide = lambda tree: {name: x.astype(jnp.float32) for name, x in tree.items()}

@@ -1,5 +1,6 @@
 # python -m pytest tests/cli/test_watch_cli.py
-"""train.py --check-numerics refuses to start, and --on-nonfinite rewind goes back to a checkpoint on disk, bit for bit."""
+"""train.py --check-numerics refuses to start, and --on-nonfinite rewind goes back to a checkpoint on disk, bit for
+bit."""
 
 import json
 
@@ -21,8 +22,9 @@ BAD = 4  # of the batches, counted from 1
 def flags(tmp_path_factory):
     directory = tmp_path_factory.mktemp("watch")
     texts = [" ".join(f"{i} x {n} is {i * n}." for n in range(30)) for i in range(1, 12)]
-    return ("--model", make_hf(directory / "llama"), "--data", write_jsonl(directory / "train.jsonl", texts), "--seq-len", 128,
-            "--dp", 1, "--steps", 6, "--schedule", "constant", "--learning-rate", 1e-3, "--save-every", 2)
+    data = write_jsonl(directory / "train.jsonl", texts)
+    return ("--model", make_hf(directory / "llama"), "--data", data, "--seq-len", 128, "--dp", 1,
+            "--steps", 6, "--schedule", "constant", "--learning-rate", 1e-3, "--save-every", 2)
 
 
 def weights(out):
@@ -69,7 +71,8 @@ def test_a_run_whose_check_fails_does_not_start(error, flags, tmp_path, monkeypa
     out, err = capsys.readouterr()
     assert f"FAIL {error:9.1e}   1.0e-02  attention: dq: 4 roundings" in out
     (line,) = [line for line in err.splitlines() if line.startswith("error:")]
-    assert "1 of 2 checks failed, so that the run does not start: attention: dq is off by" in line and "--attention" in line
+    assert "1 of 2 checks failed, so that the run does not start: attention: dq is off by" in line
+    assert "another --attention kernel" in line
     assert not (tmp_path / "run").exists()
 
 

@@ -135,9 +135,10 @@ def test_kv_heads_that_are_repeated_in_the_wrong_order(monkeypatch):
 
 # ------------------------------------------------------------------------------------------------------- sound set-ups
 
-GEMMA = tiny(attention_bias=False, mlp_bias=False, qk_norm="head", norms="both", norm_offset=1.0, activation="gelu_tanh",
-             embedding_multiplier=8.0, attention_scale=0.2, logits_soft_cap=5.0, tie_word_embeddings=True,
-             layer_kinds=(LayerKind(window=9), LayerKind(window=9), LayerKind(table=1)), more_ropes=(RopeConfig(theta=1e6),))
+GEMMA = tiny(attention_bias=False, mlp_bias=False, qk_norm="head", norms="both", norm_offset=1.0,
+             activation="gelu_tanh", embedding_multiplier=8.0, attention_scale=0.2, logits_soft_cap=5.0,
+             tie_word_embeddings=True, layer_kinds=(LayerKind(window=9), LayerKind(window=9), LayerKind(table=1)),
+             more_ropes=(RopeConfig(theta=1e6),))
 OLMO = tiny(attention_bias=False, mlp_bias=False, qk_norm="all heads", norms="after",
             rope=RopeConfig("yarn", factor=4.0, original_max_position_embeddings=32))
 GRANITE = tiny(residual_multiplier=0.22, logits_divisor=8.0, attention_scale=0.05, tie_word_embeddings=True,
@@ -173,15 +174,18 @@ def test_a_sound_set_up_passes(name):
 
 
 @pytest.mark.parametrize("rope", [
-    RopeConfig("linear", factor=4.0), OLMO.rope, GRANITE.rope, RopeConfig("dynamic", factor=2.0, max_position_embeddings=32),
-    RopeConfig("longrope", factor=2.0, original_max_position_embeddings=32, short_factor=(1.0,) * 8, long_factor=(2.0,) * 8)],
+    RopeConfig("linear", factor=4.0), OLMO.rope, GRANITE.rope,
+    RopeConfig("dynamic", factor=2.0, max_position_embeddings=32),
+    RopeConfig("longrope", factor=2.0, original_max_position_embeddings=32, short_factor=(1.0,) * 8,
+               long_factor=(2.0,) * 8)],
     ids=lambda rope: rope.rope_type)
 def test_frequencies_of_the_check_are_those_of_transformers(rope):
     """A second independent witness: transformers computes them in float32."""
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    fields = {name: value for name, value in dataclasses.asdict(rope).items() if value is not None} | {"rope_theta": rope.theta}
+    fields = {name: value for name, value in dataclasses.asdict(rope).items() if value is not None}
+    fields["rope_theta"] = rope.theta
     for name in ("theta", "max_position_embeddings"):
         fields.pop(name, None)
     config = LlamaConfig(hidden_size=64, num_attention_heads=4, head_dim=16, rope_parameters=fields,

@@ -1,5 +1,6 @@
 # python -m pytest tests/unit/test_watch.py
-"""Watching a run: an event for each thing that goes wrong and none for what is usual; steps that are skipped or gone back from."""
+"""Watching a run: an event for each thing that goes wrong and none for what is usual; steps that are skipped or gone
+back from."""
 
 import itertools
 import json
@@ -93,7 +94,9 @@ def test_memory_left_is_within_what_the_process_may_have(monkeypatch):
 
 def test_a_throttled_gpu_is_told(events, monkeypatch, tmp_path):
     file = tmp_path / "nvidia-smi"
-    file.write_text("#!/bin/sh\necho '0, Not Active, Not Active, Not Active'\necho '1, Active, Not Active, Not Active'\n")
+    gpus = (0, "Not Active"), (1, "Active")
+    answer = "".join(f"echo '{gpu}, {hot}, Not Active, Not Active'\n" for gpu, hot in gpus)
+    file.write_text("#!/bin/sh\n" + answer)
     file.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     speeds(Watch(WatchFlags(), events.append, on_gpu=True), [100.0] * 3)  # asked once a minute
@@ -171,12 +174,14 @@ def run(monkeypatch, tmp_path, bad, problem, steps=12, save_every=5, **flags):
     write = lambda state: saved.update({state.step: (state.trained, data.get_state())})
     try:
         with trainer.StopSignal() as stop:
-            state = trainer.train(config, fake_step(), trainer.TrainState((), None, None, 0), steps, trainer.Data(data), log,
-                                  Saves(write, read), stop)
+            state = trainer.TrainState((), None, None, 0)
+            state = trainer.train(
+                config, fake_step(), state, steps, trainer.Data(data), log, Saves(write, read), stop)
     finally:
         log.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    return list(state.trained), [line for line in lines if "event" not in line], [line for line in lines if "event" in line]
+    of_kind = lambda event: [line for line in lines if ("event" in line) == event]
+    return list(state.trained), of_kind(False), of_kind(True)
 
 
 @pytest.mark.parametrize("problem,flag", [(NotFinite, "on_nonfinite"), (Spike, "on_spike")])
@@ -192,7 +197,8 @@ def test_a_refused_step_equals_data_without_its_batch(policy, problem, flag, mon
 
 
 def test_without_a_checkpoint_there_is_no_way_back(monkeypatch, tmp_path):
-    with pytest.raises(UserError, match="step 3: batch .* is bad. The step was not applied; the state before it, step 2, is saved"):
+    message = "step 3: batch .* is bad. The step was not applied; the state before it, step 2, is saved"
+    with pytest.raises(UserError, match=message):
         run(monkeypatch, tmp_path, numbers(3)[2:], NotFinite, on_nonfinite="rewind")
     assert "no checkpoint was saved to go back to" in (tmp_path / "metrics.jsonl").read_text()
 
@@ -212,7 +218,8 @@ def test_a_spike_stops_the_run_where_the_flag_says_so(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("flags,words", [
-    (dict(on_spike="rewind"), "--on-spike rewind goes back to a checkpoint; say how often one is saved with --save-every"),
+    (dict(on_spike="rewind"),
+     "--on-spike rewind goes back to a checkpoint; say how often one is saved with --save-every"),
     (dict(on_nonfinite="skip", update_in_backward=True, offload_weights=True, offload_optimizer=True, clip_norm=0.0),
      "--on-nonfinite skip: with --update-in-backward the step is applied"),
     (dict(spike_deviations=0.0), "--spike-deviations 0.0: must be above 0"),
