@@ -95,8 +95,9 @@ def run(config: TrainConfig) -> int:
     from alst_jax.metrics import MetricsLog, peak_host_memory, peak_memory
     from alst_jax.planning.process import make_host_pool
     from alst_jax.planning.report import announce_plan, planned_against_measured, report
+    from alst_jax.refused import Saves
     from alst_jax.storage import run_directory
-    from alst_jax.trainer import Saves, StopSignal, train
+    from alst_jax.trainer import StopSignal, train
 
     # ------------------------------------------------------------------------- what, where and how: the model, the plan
     out = None if config.planning else run_directory.check_out(config)

@@ -75,7 +75,7 @@ class Watch:
 
     # ---------------------------------------------------------------------------------------------- loss and gradient
 
-    def judge(self, step: int, values: dict[str, float]) -> str | None:
+    def judge(self, step: int, values: dict[str, Any]) -> str | None:
         """Why a step must not be applied; None if it may. values: "loss" and "grad_norm"."""
         for name, floor in FLOORS.items():
             usual = [value for _, value in self._values[name]]

@@ -43,7 +43,7 @@ def check_rope(subject: Subject) -> list[Row]:
         angles, _ = inverse_frequencies(rope, model.head_dim, jnp.int32(longest))
         angles, wanted = np.asarray(angles), rope64.frequencies(rope, model.head_dim, longest)
         # A power has the error of its exponent times the logarithm of its base.
-        limit = FLOAT32 * (8 + 4 * np.log(rope.theta))
+        limit = FLOAT32 * (8 + 4 * float(np.log(rope.theta)))
         rows.append(Row(f"rope{name}: frequencies", float(np.max(np.abs(angles / wanted - 1))), limit,
                         "a power of theta in float32"))
         mine = np.concatenate([cos[:, number], sin[:, number]], axis=-1)

@@ -7,6 +7,7 @@ most LAMBDA sqrt(n) of them, but for a chance of 2 exp(-LAMBDA^2 / 2), 7e-4 (Hig
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ class Row:
 
     @property
     def passed(self) -> bool:
-        return self.error <= self.limit  # not a number is no pass
+        return bool(self.error <= self.limit)  # not a number is no pass
 
 
 def unit(dtype: str) -> float:
@@ -38,7 +39,7 @@ def unit(dtype: str) -> float:
     return float(jnp.finfo(dtype).eps) / 2
 
 
-def row(name: str, error: float, dtype: str, roundings: int, terms: int) -> Row:
+def row(name: str, error: Any, dtype: str, roundings: int, terms: int) -> Row:
     """A row whose limit is that of `roundings` operations of this dtype, each a float32 sum of at most `terms`
     terms."""
     many = lambda n: min(n, LAMBDA * math.sqrt(n))
@@ -46,6 +47,6 @@ def row(name: str, error: float, dtype: str, roundings: int, terms: int) -> Row:
     return Row(name, float(error), limit, f"{roundings} roundings to {dtype}, sums of {terms:,} terms in float32")
 
 
-def exact(name: str, error: float) -> Row:
+def exact(name: str, error: Any) -> Row:
     """A row that allows no error: numbers are moved, not computed."""
     return Row(name, float(error), 0.0, "moved, not computed")

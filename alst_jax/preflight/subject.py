@@ -178,7 +178,7 @@ class Subject:
     def _layer(self):
         return jax.jit(lambda layers, number: jax.tree.map(lambda w: w[number], layers))
 
-    def blocks(self, columns: int) -> tuple[np.ndarray, np.ndarray]:
+    def blocks(self, columns: int) -> tuple[jax.Array, jax.Array]:
         """(b, t) of all tokens, int32[blocks, rows of a block] each, sharded over all devices: about 64 MiB of
         `columns` float32 values a block and device. Past the last token t is -1."""
         total, devices = self.rows * self.length, self.mesh.size

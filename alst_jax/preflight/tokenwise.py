@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from alst_jax.models.tree import as_dict
 from alst_jax.ops.rope import inverse_frequencies
 from alst_jax.parallel.sharding import drop_layer_dim, is_spec
+from alst_jax.parallel.ulysses import Ulysses
 from alst_jax.preflight import reference
 from alst_jax.preflight.limits import FLOAT32, LAMBDA, Row, row, unit
 from alst_jax.preflight.rope64 import cos_sin
@@ -42,6 +43,7 @@ class Given:
     chunks: int
     kv_heads: int
     gradients: Callable
+    check, traffic, work = map(staticmethod, (Ulysses.check, Ulysses.traffic, Ulysses.work))
 
     def attend(self, project, spec, ready, documents=None):
         parts = [project(i) for i in range(self.chunks)]
