@@ -2,12 +2,12 @@
 minute."""
 
 import dataclasses
+import os
 import sys
 import time
+from collections.abc import Callable
 
-import tyro
-
-from alst_jax.config import TrainConfig, UserError, typed_fields
+from alst_jax.config import TrainConfig, UserError, chosen_fields, parse_flags
 from alst_jax.data_flags import read_saved
 from alst_jax.flag_checks import check_run
 from alst_jax.hardware import environment
@@ -35,11 +35,8 @@ def main() -> int:
 
 def parse(arguments: list[str]) -> TrainConfig:
     """The flags. A resumed run starts from the flags it began with; what is typed now changes them."""
-    cli = lambda default: tyro.cli(TrainConfig, args=arguments, default=default)
-    config = cli(TrainConfig())
-    typed = typed_fields(cli, config)
-    if config.random_weights:  # the default leaves them out, a typed --export does not
-        config = cli(dataclasses.replace(config, export=False))
+    config, given = parse_flags(arguments)
+    typed = tuple(name for name in chosen_fields() if name in given)
     if config.resume and config.out is not None:
         from alst_jax.storage.run_directory import read_run_file
 
@@ -47,8 +44,10 @@ def parse(arguments: list[str]) -> TrainConfig:
         known = {field.name for field in dataclasses.fields(TrainConfig)}
         saved = {name: value for name, value in read_saved(saved).items() if name in known}
         # The run has its model with it; one that is typed must be the same.
-        config = cli(TrainConfig(**saved | {"model": None}))
-        return dataclasses.replace(config, typed=tuple(sorted({*saved.get("typed", ()), *typed})))
+        saved |= {"model": None, "typed": tuple(sorted({*saved.get("typed", ()), *typed}))}
+        return TrainConfig(**saved | {name: getattr(config, name) for name in given})
+    if config.random_weights and "export" not in given:
+        config = dataclasses.replace(config, export=False)
     # The date is one of the run's flags, so that a run resumed on another day renders the same chats.
     today = config.template_date or time.strftime("%Y-%m-%d")
     return with_demo_defaults(dataclasses.replace(config, typed=typed, template_date=today))
@@ -158,5 +157,20 @@ def run(config: TrainConfig) -> int:
     return 0
 
 
+def while_read(main: Callable[[], int]) -> int:
+    """main(), without a traceback where standard output is a pipe whose reader has left, as `head` does."""
+    try:
+        try:
+            return main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        if not {"-h", "--help"} & set(sys.argv):
+            print("\nerror: stopped, since nothing reads standard output any more; go on with --resume",
+                  file=sys.stderr)
+        return 141  # the shell's code of a process that SIGPIPE ends
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(while_read(main))

@@ -5,24 +5,27 @@ from __future__ import annotations
 import dataclasses
 import datetime
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from alst_jax.declare import AtLeast, default
+from alst_jax.profile import TILES
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class DataFlags:
     """The data of a run."""
 
-    data: tuple[str, ...] = ()
+    data: Annotated[tuple[str, ...], default("without --model the Python language reference")] = ()
     """JSONL, JSON, CSV, TSV, Parquet, Arrow or text files, compressed or not, directories of them, and names of data
     sets on the hub. `a.jsonl:0.3 b/:0.7`: the part of the sequences that comes from each."""
-    split: str | None = None
-    """The split to read in directories with splits. Default: train."""
-    include: tuple[str, ...] = ()
+    split: Annotated[str | None, default("train")] = None
+    """The split to read in directories with splits."""
+    include: Annotated[tuple[str, ...], default("all that are read")] = ()
     """Globs: in directories, read the files that match one of them, of any kind. A glob with a / is compared with the
     path below the directory."""
-    exclude: tuple[str, ...] = ()
+    exclude: Annotated[tuple[str, ...], default("none")] = ()
     """Globs: in directories, leave out the files and sub-directories that match one of them."""
-    document_per: Literal["file", "directory"] | None = None
+    document_per: Annotated[Literal["file", "directory"] | None, default("by suffix")] = None
     """Take files of directories as texts, whatever their suffix: one document a file, or one a sub-directory of the
     given directory, its files joined in the order of their paths."""
     skip_bad_records: bool = False
@@ -31,15 +34,15 @@ class DataFlags:
     """Field of a JSON, CSV, Parquet or Arrow record that holds a document."""
     messages_field: str = "messages"
     """Field of a JSON, Parquet or Arrow record that holds a chat."""
-    ignore_fields: tuple[str, ...] = ()
+    ignore_fields: Annotated[tuple[str, ...], default("none")] = ()
     """Fields of a record that are left out, as if the data lacked them."""
     learn: Literal["assistant", "last", "all"] = "assistant"
     """What is learned of a chat: all turns of the assistant, the last of them, or all tokens."""
-    chat_template: str | None = None
+    chat_template: Annotated[str | None, default("the model's own")] = None
     """File with a chat template (Jinja), used instead of the model's own and written to the export."""
-    template_date: str | None = None
-    """Date that chat templates print, as 2026-11-27. Default: the day on which the run began."""
-    show_samples: int | None = None
+    template_date: Annotated[str | None, default("the day on which the run began")] = None
+    """Date that chat templates print, as 2026-11-27."""
+    show_samples: Annotated[int | None, AtLeast(1), default("train")] = None
     """Print this many samples with their learned tokens marked, and stop: needs no --seq-len and no --out."""
     pack: bool = False
     """Put several documents into one sequence of --seq-len tokens. Each computes what it would alone."""
@@ -47,14 +50,13 @@ class DataFlags:
     """With --pack. documents: attention stays inside a document and positions restart. across: a pack is one text."""
     long_documents: Literal["cut", "drop"] = "cut"
     """Documents longer than --seq-len: cut them into consecutive pieces, or leave them out."""
-    data_cache: str | None = None
-    """Directory in which data of 5 MB and more are kept tokenised, for later runs; off: tokenise in memory each time.
-    Default: ~/.cache/alst_jax/data."""
-    eval_data: tuple[str, ...] = ()
+    data_cache: Annotated[str | None, default("~/.cache/alst_jax/data")] = None
+    """Directory in which data of 5 MB and more are kept tokenised, for later runs; off: tokenise in memory each time."""
+    eval_data: Annotated[tuple[str, ...], default("none; without --model the rest of the reference")] = ()
     """Held-out files, directories or hub data sets, each evaluated by itself: PATH or NAME=PATH."""
-    eval_split: str | None = None
-    """The split of --eval-data to read in directories with splits. Default: validation, else test."""
-    eval_every: int | None = None
+    eval_split: Annotated[str | None, default("validation, else test")] = None
+    """The split of --eval-data to read in directories with splits."""
+    eval_every: Annotated[int | None, AtLeast(1), default("at the end alone")] = None
     """Evaluate every so many steps, besides the end."""
 
 
@@ -95,4 +97,7 @@ def read_saved(flags: dict[str, Any]) -> dict[str, Any]:
     held_out = values.get("eval_data")
     if "eval_data" in values and not isinstance(held_out, tuple):
         values["eval_data"] = () if held_out is None else (held_out,)
+    for tile in TILES:  # once null for the usual size
+        if tile in values and values[tile] is None:
+            values[tile] = 0
     return values

@@ -5,33 +5,25 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from alst_jax.config import TrainConfig, UserError, flag
+from alst_jax.config import TrainConfig
 from alst_jax.data_flags import data_mistakes
+from alst_jax.declare import UserError, flag, too_small
+from alst_jax.profile import TILES
 from alst_jax.watch_flags import watch_mistakes
 
 
 def check_run(config: TrainConfig) -> None:
     """UserError for flags that are wrong with any model, data and machine."""
     _check_numbers(config)
-    _check_update_in_backward(config)
+    config.check(config.clip_norm, config.grad_accum)
     for wrong, message in _mistakes(config):
         if wrong:
             raise UserError(message)
 
 
-AT_LEAST = dict(
-    keep_attention_on_device=0, keep_attention_on_host=0, head_chunks=1, dp=1, sp=1, simulate_devices=1, steps=1,
-    batch_size=1, grad_accum=1, warmup_steps=0, save_every=1, keep_checkpoints=1, eval_every=1, weight_decay=0,
-    clip_norm=0, seed=0, show_samples=1)
-
-
 def _check_numbers(config: TrainConfig) -> None:
-    for field, least in AT_LEAST.items():
-        value = getattr(config, field)
-        if value is not None and not value >= least:
-            raise UserError(f"{flag(field)} {value}: must be at least {least}")
-    if not config.segment_layers or min(config.segment_layers) < 1:
-        raise UserError(f"--segment-layers {' '.join(map(str, config.segment_layers))}: must be at least 1 each")
+    for message in too_small(config):
+        raise UserError(message)
     if config.seed >= 2**32:
         raise UserError(f"--seed {config.seed}: must be below 2^32")
     for field in ("learning_rate", "eps"):
@@ -46,29 +38,12 @@ def _check_numbers(config: TrainConfig) -> None:
             raise UserError(f"{flag(field)} {getattr(config, field)}: must be at least 0 and below 1")
 
 
-def _check_update_in_backward(config: TrainConfig) -> None:
-    if not config.update_in_backward:
-        return
-    for given, wrong in (
-            ("--no-remat", not config.remat), (f"--grad-accum {config.grad_accum}", config.grad_accum != 1),
-            (f"--clip-norm {config.clip_norm:g}", config.clip_norm != 0)):
-        if wrong:
-            raise UserError(f"--update-in-backward with {given}: a layer is updated before the other gradients are "
-                            "known, so that they can be neither clipped by their common norm nor summed over batches; "
-                            "use --clip-norm 0, --grad-accum 1 and --remat with it")
-    if not (config.offload_weights and config.offload_optimizer):
-        raise UserError("--update-in-backward saves the host memory of gradients; on the device it would save none. "
-                        "Use it with --offload-weights and --offload-optimizer, or leave it out")
-
-
 def _mistakes(config: TrainConfig) -> Iterator[tuple[Any, str]]:
     """(whether the flags are wrong, message) for each rule."""
     yield (not 0 <= config.final_learning_rate_ratio <= 1,
            f"--final-learning-rate-ratio {config.final_learning_rate_ratio}: must be between 0 and 1")
     yield (config.steps is not None and config.warmup_steps is not None and config.warmup_steps > config.steps,
            f"--warmup-steps {config.warmup_steps} is more than --steps {config.steps}")
-    yield (config.offload_activations and not config.remat,
-           "--offload-activations offloads what rematerialisation keeps; it needs --remat, not --no-remat")
     yield from data_mistakes(config)
     yield from watch_mistakes(config)
     yield (config.find_max_seq_len and config.pack,
@@ -94,6 +69,6 @@ def _mistakes(config: TrainConfig) -> Iterator[tuple[Any, str]]:
     yield (config.planning and config.resume,
            "--plan-only or --find-max-seq-len with --resume: plan the run with its own flags and --model on its "
            "directory")
-    for tile, tiled in (("loss_tile", "tiled_loss"), ("mlp_tile", "tiled_mlp")):
-        yield (getattr(config, tile) is not None and not getattr(config, tiled),
+    for tile, tiled in TILES.items():
+        yield (getattr(config, tile) and not getattr(config, tiled),
                f"{flag(tile)} has no meaning with {flag('no_' + tiled)}; leave one of them out")

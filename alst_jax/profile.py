@@ -1,30 +1,126 @@
-"""A memory profile: where things live and how much is worked on at a time. Data, not code; every switch is
-independent."""
+"""The memory flags and the memory profile: where things live and how much is worked on at a time. Data, not code; every
+switch is independent."""
 
 import dataclasses
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from alst_jax.declare import CHOSEN, AtLeast, Length, UserError, Words, default, flag, in_words, marked, too_small
 
 DEVICE, HOST = "device", "pinned_host"  # jax's names of memory kinds
 
-@dataclasses.dataclass(frozen=True)
-class Profile:
-    """Each switch changes memory and speed, never the result. None for a tile means untiled; 0 the default size."""
 
-    loss_tile: int | None = 0
-    mlp_tile: int | None = 0
-    remat: bool = True
-    offload_activations: bool = False
-    offload_weights: bool = False
-    offload_optimizer: bool = False
-    segment_layers: tuple[int, ...] = (1,)  # layers between two kept inputs: of each segment, or one for all alike
-    keep_attention_on_device: int = 0  # last layers whose attention output and log-sum-exp are kept
-    keep_attention_on_host: int = 0  # layers before those that keep them in host memory
-    update_in_backward: bool = False  # each layer as soon as its gradient is there; gradients are never stored
-    head_chunks: int = 1  # groups of heads that are worked on one after the other
+@dataclasses.dataclass(frozen=True)
+class Switches:
+    """Each switch changes memory and speed, never the result. Each field is declared here alone: default, check, help
+    text, words. None for a tile means untiled; 0 the default size."""
+
+    loss_tile: Annotated[Length | None, AtLeast(0), Words("tiled loss", off=None), CHOSEN,
+                         default("about 1 GiB of float32 logits; --memory auto may take four times that")] = 0
+    """Tokens per tile of logits."""
+    mlp_tile: Annotated[Length | None, AtLeast(0), Words("tiled MLP", off=None), CHOSEN,
+                        default("the hidden size; --memory auto may take four times that")] = 0
+    """Tokens per MLP tile."""
+    remat: Annotated[bool, Words("remat")] = True
+    """Recompute each layer in the backward pass instead of keeping its intermediates."""
+    offload_activations: Annotated[bool, Words("activations in host memory"), CHOSEN] = False
+    """Keep each layer's input in host memory between forward and backward (needs --remat)."""
+    offload_weights: Annotated[bool, Words("weights in host memory"), CHOSEN] = False
+    """Keep weights and gradients in host memory, streamed one layer at a time."""
+    offload_optimizer: Annotated[bool, Words("optimizer in host memory"), CHOSEN] = False
+    """Keep optimizer state in host memory, streamed one layer at a time."""
+    update_in_backward: Annotated[bool, Words("update in the backward pass")] = False
+    """Update each layer as soon as its gradient is there: gradients are never stored. For weights and optimizer in host
+    memory (--offload-weights --offload-optimizer), with --clip-norm 0 and --grad-accum 1. A gradient that is no finite
+    number is met after later layers were updated: the run ends at its last checkpoint."""
+    segment_layers: Annotated[tuple[int, ...], AtLeast(1), Words("segments of {} layers", off=(1,)), CHOSEN] = (1,)
+    """Layers between two kept layer inputs; the inputs between them are computed again. One number, or one a
+    segment."""
+    keep_attention_on_device: Annotated[int, AtLeast(0), Words("attention of {} layers kept", off=0), CHOSEN] = 0
+    """Layers, the last ones, whose attention output is kept, so that attention is not run again for them."""
+    keep_attention_on_host: Annotated[int, AtLeast(0), Words("of {} kept in host memory", off=0), CHOSEN] = 0
+    """Layers, those before them, whose attention output is kept in host memory."""
+    head_chunks: Annotated[int, AtLeast(1), Words("{} head chunks", off=1), CHOSEN] = 1
+    """Groups of attention heads worked on one after the other, so that less memory is needed at a time."""
+    stack: Literal["segments", "plain"] = "segments"
+    """segments: layers with a hand-written backward pass. plain: by jax.checkpoint alone, to compare with; its plans
+    are those of segments of one layer."""
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype in which gradients are summed over devices."""
+
+    def check(self, clip_norm: float = 0.0, grad_accum: int = 1) -> None:
+        """UserError for switches that are wrong with any model and machine."""
+        for message in too_small(self):
+            raise UserError(message)
+        if self.update_in_backward:
+            self._check_update_in_backward(clip_norm, grad_accum)
+        by_hand = [name for name in ("segment_layers", "keep_attention_on_device", "keep_attention_on_host",
+                                     "update_in_backward") if getattr(self, name) != getattr(Switches, name)]
+        recomputing = by_hand + ["offload_activations"] * self.offload_activations
+        if recomputing and not self.remat:
+            several = len(recomputing) > 1
+            raise UserError(f"{', '.join(map(flag, recomputing))} {'are parts' if several else 'is a part'} of "
+                            f"rematerialisation; {'they need' if several else 'it needs'} --remat, not --no-remat")
+        if by_hand and self.stack == "plain":
+            raise UserError("--stack plain saves each layer's input and nothing else: "
+                            f"{', '.join(map(flag, by_hand))} needs --stack segments")
+
+    def _check_update_in_backward(self, clip_norm: float, grad_accum: int) -> None:
+        for given, wrong in (("--no-remat", not self.remat), (f"--grad-accum {grad_accum}", grad_accum != 1),
+                             (f"--clip-norm {clip_norm:g}", clip_norm != 0)):
+            if wrong:
+                raise UserError(f"--update-in-backward with {given}: a layer is updated before the other gradients are "
+                                "known, so that they can be neither clipped by their common norm nor summed over "
+                                "batches; use --clip-norm 0, --grad-accum 1 and --remat with it")
+        if not (self.offload_weights and self.offload_optimizer):  # stacks there would be copied once for each loop
+            raise UserError("--update-in-backward saves the host memory of gradients; on the device it would save "
+                            "none. Use it with --offload-weights and --offload-optimizer, or leave it out")
+
+    def flags(self, than: "Switches | None" = None) -> Iterator[str]:
+        """The flags by which these switches differ from others, by default from the usual ones."""
+        than = Switches() if than is None else than
+        for field in dataclasses.fields(Switches):
+            value = getattr(self, field.name)
+            if value == getattr(than, field.name):
+                continue
+            if field.name in TILES and not value:
+                yield flag(TILES[field.name] if value == 0 else "no_" + TILES[field.name])
+            elif isinstance(value, bool):
+                yield flag(field.name if value else "no_" + field.name)
+            else:
+                yield f"{flag(field.name)} {in_words(value)}"
+
+    def words(self) -> list[str]:
+        """The features that are on, in words."""
+        return [words.text.format(", ".join(map(str, value)) if isinstance(value, tuple) else value)
+                for name, words in marked(Switches, Words).items() if (value := getattr(self, name)) != words.off]
+
+
+TILES = {"loss_tile": "tiled_loss", "mlp_tile": "tiled_mlp"}  # the size of a tile, and the flag that switches it off
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryFlags(Switches):
+    """What lives where, and how much is worked on at a time."""
+
+    tiled_loss: bool = True
+    """Compute logits and loss in tiles of tokens instead of all at once."""
+    tiled_mlp: bool = True
+    """Compute the MLP in tiles of tokens."""
+
+    def profile(self, attention: Any, compute_dtype: str) -> "Profile":
+        """The profile of these flags, with the attention kernel and the dtype that were chosen."""
+        switches = {field.name: getattr(self, field.name) for field in dataclasses.fields(Switches)}
+        untiled = {size: None for size, tiled in TILES.items() if not getattr(self, tiled)}
+        return Profile(**switches | untiled, attention=attention, compute_dtype=compute_dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile(Switches):
+    """The memory flags of a step, and what they were joined with: the kernel and the dtype of computation."""
+
     attention: Any = "xla"  # a kernel's name, or a Kernel (ops/attention)
-    stack: Literal["segments", "plain"] = "segments"  # plain: the reference twin, stack/plain.py
     compute_dtype: str = "float32"
-    reduce_dtype: str = "float32"
 
     def attention_place(self, layer: int, num_layers: int) -> str | None:
         """Where the attention output of this layer (of 0, 1, ...) is kept for the backward pass; None: it is made

@@ -43,15 +43,16 @@ class Refused:
     """What --on-nonfinite and --on-spike say of steps that are not applied. left_out: positions of batches that a run
     which went back must pass over."""
 
-    def __init__(self, flags: WatchFlags, save: Callable[[Any], None], tell: Callable[[Event], None]):
-        self._flags, self._save, self._tell = flags, save, tell
+    def __init__(self, config: WatchFlags, save: Callable[[Any], None], tell: Callable[[Event], None]):
+        self.config, self._save, self._tell = config, save, tell
         self.left_out, self._at, self._count = [], -1, 0
 
     def go_on(self, problem: NotFinite | Spike, state: Any, position: Any) -> Any:
         """The state to go on from; None to stop. state: before the step. position: of its batch."""
-        kind, name = ("spike", "on_spike") if isinstance(problem, Spike) else ("nonfinite", "on_nonfinite")
-        policy = getattr(self._flags, name)
-        words = f"--{name.replace('_', '-')} {policy}"
+        kind, policy = "nonfinite", self.config.on_nonfinite
+        if isinstance(problem, Spike):
+            kind, policy = "spike", self.config.on_spike
+        words = f"--on-{kind} {policy}"
         at = state.step
         self._count = self._count + 1 if at <= self._at else 1
         self._at = max(at, self._at)

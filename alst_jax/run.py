@@ -115,15 +115,7 @@ def make_profile(config: TrainConfig, dtype: jnp.dtype, model: ModelConfig) -> P
     if for_gpu(config) and jax.__version_info__ < OLDEST_JAX_ON_CUDA:
         raise UserError(f"jax {jax.__version__} gives wrong gradients for offloaded activations on CUDA without a "
                         f"word; install {'.'.join(map(str, OLDEST_JAX_ON_CUDA))} or newer")
-    return Profile(
-        loss_tile=(config.loss_tile or 0) if config.tiled_loss else None,
-        mlp_tile=(config.mlp_tile or 0) if config.tiled_mlp else None,
-        remat=config.remat, offload_activations=config.offload_activations, offload_weights=config.offload_weights,
-        offload_optimizer=config.offload_optimizer, update_in_backward=config.update_in_backward,
-        segment_layers=config.segment_layers,
-        keep_attention_on_device=config.keep_attention_on_device, keep_attention_on_host=config.keep_attention_on_host,
-        head_chunks=config.head_chunks, attention=attention_kernel(config, dtype, model).kernel.name, stack=config.stack,
-        compute_dtype=str(dtype), reduce_dtype=config.reduce_dtype)
+    return config.profile(attention_kernel(config, dtype, model).kernel.name, str(dtype))
 
 
 def attention_kernel(config: TrainConfig, dtype: jnp.dtype, model: ModelConfig) -> Chosen:
@@ -248,20 +240,11 @@ def announce(
     dp, sp = step.mesh.devices.shape
     kind = step.mesh.devices.flat[0].device_kind
     profile, model = step.profile, step.model
-    on = [name for name, value in (
-          ("tiled loss", profile.loss_tile is not None), ("tiled MLP", profile.mlp_tile is not None),
-          ("remat", profile.remat), ("activations in host memory", profile.offload_activations),
-          ("weights in host memory", profile.offload_weights), ("optimizer in host memory", profile.offload_optimizer),
-          ("update in the backward pass", profile.update_in_backward),
-          (f"segments of {', '.join(map(str, profile.segment_layers))} layers", profile.segment_layers != (1,)),
-          (f"attention of {profile.keep_attention_on_device} layers kept", profile.keep_attention_on_device),
-          (f"of {profile.keep_attention_on_host} kept in host memory", profile.keep_attention_on_host),
-          (f"{profile.head_chunks} head chunks", profile.head_chunks > 1)) if value]
     idle = jax.device_count() - dp * sp
     print(f"model   {source.name}: {model.num_params / 1e6:,.1f}M parameters, {model.num_layers} layers, "
           f"{profile.compute_dtype}, attention {profile.attention}")
     print(f"mesh    dp {dp} x sp {sp} on {kind}{f'; {idle} devices stay idle' if idle else ''}")
-    print(f"memory  {', '.join(on) or 'no feature on'}")
+    print(f"memory  {', '.join(profile.words()) or 'no feature on'}")
     if config.freeze:
         count = sum(leaf.size for leaf in jax.tree.leaves(step.frozen))
         print(f"frozen  {count / 1e6:,.1f}M parameters match --freeze {config.freeze}")

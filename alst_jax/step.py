@@ -25,6 +25,7 @@ from alst_jax.ops.rope import MAX_POSITION
 from alst_jax.optim.adamw import AdamW
 from alst_jax.optim.streamed import add_gradients, apply_update, count_not_finite, global_norm
 from alst_jax.parallel.mesh import SEQ
+from alst_jax.parallel.program import program
 from alst_jax.parallel.sharding import is_spec, param_specs, shardings
 from alst_jax.parallel.ulysses import Ulysses
 from alst_jax.profile import Profile
@@ -50,7 +51,7 @@ class TrainStep:
         freeze: str | None = None,
     ):
         check_profile(profile, model, mesh.shape[SEQ])
-        check_update_in_backward(profile, optimizer)
+        profile.check(optimizer.clip_norm)
         find_kernel(profile.attention).prepare()
         self.model, self.mesh, self.profile, self.optimizer, self.freeze = model, mesh, profile, optimizer, freeze
         params = abstract_params(model, dtype)
@@ -68,8 +69,8 @@ class TrainStep:
         state = jax.eval_shape(lambda params: optimizer.init(params, self._trained_specs), self.trained)
         self.optimizer_state = _with_shardings(state, state_shardings)
         self._optimizer_shardings, self._state_specs = state_shardings, state_specs
-        self._build_gradient()
-        self._build_update()
+        self._scalar = NamedSharding(mesh, P())
+        self._local = Model(model, profile, self.specs)  # what a device computes
 
     def split(self, params: Any) -> tuple[Any, Any]:
         """(trained, frozen) of a tree over all parameters; `join` undoes it."""
@@ -79,54 +80,74 @@ class TrainStep:
         """The tree over all parameters."""
         return combine(trained, frozen)
 
-    def _build_gradient(self):
-        scalar, on_mesh = NamedSharding(self.mesh, P()), functools.partial(jax.shard_map, mesh=self.mesh)
-        loss = Model(self.model, self.profile, self.specs).loss
-        arguments = dict(in_specs=(self._trained_specs, self._frozen_specs, Batch.specs(), P()))
-        self.loss_and_grad = jax.jit(
-            on_mesh(jax.value_and_grad(loss), **arguments, out_specs=(P(), self._trained_specs)),
-            out_shardings=(scalar, self._trained_shardings))
-        """(trained, frozen, batch, scale) -> (scale x summed loss over all devices, gradients of trained, placed like it)."""
-        self.loss = jax.jit(on_mesh(loss, **arguments, out_specs=P()), out_shardings=scalar)
-        """(trained, frozen, batch, scale) -> scale x summed loss, without gradients."""
-        on_host = self.profile.offload_weights
-        self.gradient_norm = jax.jit(on_mesh(
-            functools.partial(global_norm, on_host=on_host), in_specs=(self._trained_specs,), out_specs=P()),
-            out_shardings=scalar)
-        """gradients -> their global norm, float32."""
-        self.count_not_finite = jax.jit(on_mesh(
-            functools.partial(count_not_finite, on_host=on_host), in_specs=(self._trained_specs,), out_specs=P()))
-        """gradients -> for each parameter, its elements that are not finite: int32[layers], int32[1] if not stacked."""
-        self.zero_gradients = jax.jit(
-            lambda: jax.tree.map(lambda p: jnp.zeros(p.shape, accumulation_dtype(p.dtype)), self.trained),
-            out_shardings=self._trained_shardings)
-        """() -> zeros to sum the gradients of several batches in: float32, placed like trained."""
-        self.add_gradients = jax.jit(on_mesh(
-            functools.partial(add_gradients, on_host=on_host),
-            in_specs=(self._trained_specs, self._trained_specs), out_specs=self._trained_specs),
-            donate_argnums=(0,), out_shardings=self._trained_shardings)
-        """(sums, gradients) -> sums + gradients, in place."""
+    @program(lambda step: (step._trained_specs, step._frozen_specs, Batch.specs(), P()),
+             lambda step: (P(), step._trained_specs), lambda step: (step._scalar, step._trained_shardings))
+    def loss_and_grad(self, trained: Params, frozen: Params, batch: Batch, scale: jax.Array) -> tuple[jax.Array, Params]:
+        """(scale x the loss summed over all labels of all devices, its gradients).
 
-    def _build_update(self):
-        scalar, on_mesh = NamedSharding(self.mesh, P()), functools.partial(jax.shard_map, mesh=self.mesh)
-        places = (self.profile.offload_weights, self.profile.offload_optimizer)
-        results = (self._trained_shardings, self._optimizer_shardings)
-        update = functools.partial(apply_update, self.optimizer, specs=self._trained_specs, on_host=places)
-        self.update = jax.jit(
-            on_mesh(update, in_specs=(self._trained_specs, self._trained_specs, self._state_specs, P(), P()),
-                    out_specs=(self._trained_specs, self._state_specs)),
-            donate_argnums=(0, 2), out_shardings=results)
-        """(trained, gradients, optimizer state, gradient norm, learning rate) -> (trained, optimizer state), in place."""
-        model = Model(self.model, self.profile, self.specs)
-        in_backward = lambda trained, frozen, state, batch, scale, learning_rate: tuple(update_in_backward(
-            model, self.optimizer, self._trained_specs, trained, frozen, state, batch, (scale, learning_rate)))
-        self.update_in_backward = jax.jit(
-            on_mesh(in_backward,
-                    in_specs=(self._trained_specs, self._frozen_specs, self._state_specs, Batch.specs(), P(), P()),
-                    out_specs=(P(), P(), P(), P(), self._trained_specs, self._state_specs)),
-            donate_argnums=(0, 2), out_shardings=(scalar,) * 4 + results)
-        """(trained, frozen, optimizer state, batch, scale, learning rate) -> the fields of `in_backward.Result`, in place: a
-        whole step in which each layer's gradient is used as soon as it is complete and never stored."""
+        scale: float32 scalar; 1 / labels gives the mean. The loss is a float32 scalar, in nats. Gradients have the
+        shapes, dtypes, shardings and memory of `trained`. No argument is donated.
+        """
+        return jax.value_and_grad(self._local.loss)(trained, frozen, batch, scale)
+
+    @program(lambda step: (step._trained_specs, step._frozen_specs, Batch.specs(), P()), lambda step: P(),
+             lambda step: step._scalar)
+    def loss(self, trained: Params, frozen: Params, batch: Batch, scale: jax.Array) -> jax.Array:
+        """scale x the loss summed over all labels of all devices, in nats, float32; without gradients."""
+        return self._local.loss(trained, frozen, batch, scale)
+
+    @program(lambda step: (step._trained_specs,), lambda step: P(), lambda step: step._scalar)
+    def gradient_norm(self, gradients: Params) -> jax.Array:
+        """The Euclidean norm over all gradients and devices, a float32 scalar."""
+        return global_norm(gradients, on_host=self.profile.offload_weights)
+
+    @program(lambda step: (step._trained_specs,), lambda step: P())
+    def count_not_finite(self, gradients: Params) -> Params:
+        """For each parameter, the number of elements that are not finite: int32[layers], int32[1] if not stacked."""
+        return count_not_finite(gradients, on_host=self.profile.offload_weights)
+
+    @program(places=lambda step: step._trained_shardings)
+    def zero_gradients(self) -> Params:
+        """Zeros in which gradients of several batches are summed: float32, shaped and placed like `trained`."""
+        return jax.tree.map(lambda p: jnp.zeros(p.shape, accumulation_dtype(p.dtype)), self.trained)
+
+    @program(lambda step: (step._trained_specs, step._trained_specs), lambda step: step._trained_specs,
+             lambda step: step._trained_shardings, donate=(0,))
+    def add_gradients(self, sums: Params, gradients: Params) -> Params:
+        """sums + gradients, in place: `sums` is donated."""
+        return add_gradients(sums, gradients, on_host=self.profile.offload_weights)
+
+    @program(lambda step: (step._trained_specs, step._trained_specs, step._state_specs, P(), P()),
+             lambda step: (step._trained_specs, step._state_specs), lambda step: step._results, donate=(0, 2))
+    def update(
+        self, trained: Params, gradients: Params, state: dict[str, Any], norm: jax.Array, learning_rate: jax.Array
+    ) -> tuple[Params, dict[str, Any]]:
+        """(trained, optimizer state) after one AdamW step, in place: `trained` and `state` are donated.
+
+        norm: of the gradients, a float32 scalar; they are scaled down where it is above the optimizer's clip_norm.
+        learning_rate: float32 scalar.
+        """
+        return apply_update(self.optimizer, trained, gradients, state, norm, learning_rate, specs=self._trained_specs,
+                            on_host=(self.profile.offload_weights, self.profile.offload_optimizer))
+
+    @program(lambda step: (step._trained_specs, step._frozen_specs, step._state_specs, Batch.specs(), P(), P()),
+             lambda step: (P(),) * 4 + (step._trained_specs, step._state_specs),
+             lambda step: (step._scalar,) * 4 + step._results, donate=(0, 2))
+    def update_in_backward(
+        self, trained: Params, frozen: Params, state: dict[str, Any], batch: Batch, scale: jax.Array,
+        learning_rate: jax.Array,
+    ) -> tuple[Any, ...]:
+        """The fields of `in_backward.Result`: a whole step in which each layer's gradient is used as soon as it is
+        complete and never stored. In place: `trained` and `state` are donated.
+
+        UserError, when the step is made, unless the profile and the optimizer allow it.
+        """
+        return tuple(update_in_backward(self._local, self.optimizer, self._trained_specs, trained, frozen, state, batch,
+                                        (scale, learning_rate)))
+
+    @property
+    def _results(self):
+        return self._trained_shardings, self._optimizer_shardings
 
     def init_params(self, key: jax.Array, dtype: DTypeLike) -> Params:
         """Random weights of all parameters, made where they will live: of weights in host memory, one at a time."""
@@ -170,37 +191,18 @@ class TrainStep:
 
 def check_profile(profile: Profile, model: ModelConfig, sp: int) -> None:
     """UserError if the profile does not go with this model on this mesh."""
+    profile.check()
     Ulysses.check(model, sp, profile.head_chunks)
     for kind in model.kinds:
         if reason := refusal(find_kernel(profile.attention), model.attention_spec(kind)):
             raise UserError(reason)
     segments, layers = profile.segment_layers, model.num_layers
-    if min(segments, default=0) < 1:
-        raise UserError(f"--segment-layers {' '.join(map(str, segments))}: must be at least 1 each")
-    if min(profile.keep_attention_on_device, profile.keep_attention_on_host) < 0:
-        raise UserError("--keep-attention-on-device and --keep-attention-on-host must be at least 0")
     if len(segments) != 1 and sum(segments) != layers:
         raise UserError(f"--segment-layers {' '.join(map(str, segments))}: {sum(segments)} layers in all, where the model has "
                         f"{layers}; give one number for all segments alike, or one each that add up to {layers}")
     kept = profile.keep_attention_on_device + profile.keep_attention_on_host
     if kept > layers:
         raise UserError(f"--keep-attention-on-device + --keep-attention-on-host = {kept} layers, where the model has {layers}")
-    by_hand = kept or segments != (1,) or profile.update_in_backward
-    if not profile.remat and (by_hand or profile.offload_activations):
-        raise UserError("--segment-layers, --keep-attention-on-device, --keep-attention-on-host, --offload-activations and "
-                        "--update-in-backward are parts of rematerialisation; they need --remat, not --no-remat")
-    if profile.stack == "plain" and by_hand:
-        raise UserError("--stack plain saves each layer's input and nothing else: --segment-layers, "
-                        "--keep-attention-on-device, --keep-attention-on-host and --update-in-backward need --stack segments")
-
-
-def check_update_in_backward(profile: Profile, optimizer: AdamW) -> None:
-    """UserError where the update cannot run in the backward pass."""
-    if profile.update_in_backward and optimizer.clip_norm > 0:
-        raise UserError("--update-in-backward: gradients cannot be clipped by a norm that is not known yet (--clip-norm 0)")
-    if profile.update_in_backward and not (profile.offload_weights and profile.offload_optimizer):
-        raise UserError("--update-in-backward is for weights and optimizer in host memory (--offload-weights, "
-                        "--offload-optimizer)")  # stacks on the device would be copied once for each loop
 
 
 def _with_shardings(tree: Any, shardings: Any) -> Any:

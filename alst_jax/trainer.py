@@ -13,15 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from alst_jax.config import TrainConfig, UserError
+from alst_jax.config import DEFAULT_LEARNING_RATE, TrainConfig, UserError
 from alst_jax.data.batches import TrainingBatches
 from alst_jax.metrics import MetricsLog, ProgressDisplay, speed, summary
 from alst_jax.models.tree import dotted, is_stacked, names
 from alst_jax.refused import NotFinite, Refused, Spike
 from alst_jax.step import TrainStep, count_labels
 from alst_jax.watch import Event, Watch
-
-DEFAULT_LEARNING_RATE = 1e-5
 
 
 @dataclasses.dataclass

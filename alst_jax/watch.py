@@ -55,8 +55,8 @@ class Watch:
     """tell(event): what happens to an event; called from a thread of its own for a stalled step. on_gpu: whether
     nvidia-smi is asked."""
 
-    def __init__(self, flags: WatchFlags, tell: Callable[[Event], None], on_gpu: bool = False, clock=time.monotonic):
-        self.flags, self.tell, self._clock = flags, tell, clock
+    def __init__(self, config: WatchFlags, tell: Callable[[Event], None], on_gpu: bool = False, clock=time.monotonic):
+        self.config, self.tell, self._clock = config, tell, clock
         self._values = {name: collections.deque(maxlen=WINDOW) for name in FLOORS}
         self._seconds, self._rates = (collections.deque(maxlen=ENOUGH) for _ in range(2))
         self._best, self._memory_low, self._asked = 0.0, False, -math.inf
@@ -84,11 +84,11 @@ class Watch:
             median = statistics.median(usual)
             spread = 1.4826 * statistics.median(abs(x - median) for x in usual)  # of a normal distribution
             deviations = (values[name] - median) / max(spread, floor * abs(median), 1e-30)
-            if deviations > self.flags.spike_deviations:
+            if deviations > self.config.spike_deviations:
                 words = "loss" if name == "loss" else "gradient norm"
                 cause = (f"{words} {values[name]:.4g} is {deviations:.1f} standard deviations above {median:.4g}, the "
                          f"median of {len(usual)} steps")
-                if self.flags.on_spike != "warn":
+                if self.config.on_spike != "warn":
                     return cause
                 self.tell(Event("spike", step, cause, "the step is applied (--on-spike)"))
                 break

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class WatchFlags:
     """What is checked before a run, and what happens when a step looks wrong."""
 

@@ -19,6 +19,7 @@ from typing import Literal
 import tyro
 
 from alst_jax.hardware import environment
+from alst_jax.profile import MemoryFlags
 from benchmarks.shapes import llama_8b
 
 
@@ -30,10 +31,8 @@ class Options:
     sides: tuple[str, ...] = ("ours", "ours, all recomputed", "hf+liger")
     attention: Literal["cudnn", "flash"] = "flash"
     """Kernel of our sides."""
-    mlp_tile: int = 0
-    """Tokens a tile of our sides; 0: the hidden size."""
-    loss_tile: int = 0
-    """Tokens a tile of logits of our sides; 0: 1 GiB of logits."""
+    memory: tyro.conf.OmitArgPrefixes[MemoryFlags] = MemoryFlags()
+    """Of our sides; --keep-attention-on-device is set by each side."""
     side: str | None = None
     """Run one side in this process and print JSON (what the parent process does for each)."""
 
@@ -51,7 +50,7 @@ def main():
         for side in options.sides:
             command = [sys.executable, "-m", "benchmarks.hf_liger", "--side", side, "--layers", str(options.layers),
                        "--seq-lens", str(seq_len), "--steps", str(options.steps), "--attention", options.attention,
-                       "--mlp-tile", str(options.mlp_tile), "--loss-tile", str(options.loss_tile)]
+                       *" ".join(options.memory.profile("", "").flags()).split()]
             done = subprocess.run(command, capture_output=True, text=True)
             line = next((x for x in done.stdout.splitlines() if x.startswith("RESULT ")), None)
             if line is None:
@@ -76,11 +75,10 @@ def ours(options: Options, seq_len: int, keep: int) -> dict:
 
     from alst_jax.optim.adamw import AdamW
     from alst_jax.parallel.mesh import make_mesh
-    from alst_jax.profile import Profile
     from alst_jax.step import TrainStep
 
-    profile = Profile(attention=options.attention, compute_dtype="bfloat16", keep_attention_on_device=keep,
-                      mlp_tile=options.mlp_tile, loss_tile=options.loss_tile)
+    profile = dataclasses.replace(
+        options.memory.profile(options.attention, "bfloat16"), keep_attention_on_device=keep)
     step = TrainStep(llama_8b(options.layers), make_mesh(1, 1), profile, AdamW(), jnp.bfloat16)
     params = step.init_params(jax.random.key(0), jnp.bfloat16)
     tokens = np.random.default_rng(0).integers(0, 128256, (1, seq_len), dtype=np.int32)

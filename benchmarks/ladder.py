@@ -116,15 +116,10 @@ def longest(profile: Profile, options: Options) -> str:
 
 def measured(profile: Profile, options: Options) -> str:
     """The last of some steps, in a process of its own."""
-    flags = []
-    for field in dataclasses.fields(profile):
-        value, flag = getattr(profile, field.name), f"--profile.{field.name.replace('_', '-')}"
-        if isinstance(value, bool):
-            flags += [flag] if value else [f"--profile.no-{field.name.replace('_', '-')}"]
-        else:
-            flags += [flag, *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    flags = " ".join([*profile.flags(), "--attention", profile.attention]).split()
     command = [sys.executable, "-m", "benchmarks.step", "--layers", str(options.layers), "--seq-len",
-               str(options.seq_len), "--steps", str(options.steps), "--states", "int8", "--master", "none", *flags]
+               str(options.seq_len), "--steps", str(options.steps), "--optimizer-states", "int8",
+               "--master-weights", "none", *flags]
     done = subprocess.run(command, capture_output=True, text=True)
     return cells_of(done.stdout) or f"failed: {(done.stderr or done.stdout).strip()[-200:]} | | | "
 

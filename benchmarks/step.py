@@ -1,11 +1,11 @@
 """One training step of a Llama-8B shape: planned and measured bytes of a GPU, seconds, tokens a second, MFU.
 
-    python -m benchmarks.step --layers 4 --seq-len 65536 --profile.keep-attention-on-device 1
-    python -m benchmarks.step --layers 32 --seq-len 524288 --compile-only --profile.offload-weights ...
-    python -m benchmarks.step --layers 32 --seq-len 131072 --sp 2 --states int8 --master none
+    python -m benchmarks.step --layers 4 --seq-len 65536 --keep-attention-on-device 1
+    python -m benchmarks.step --layers 32 --seq-len 524288 --compile-only --offload-weights ...
+    python -m benchmarks.step --layers 32 --seq-len 131072 --sp 2 --optimizer-states int8 --master-weights none
 
-Random weights and tokens, bfloat16, cuDNN attention, a sequence for each of --dp groups of --sp GPUs. Prints one line a
-step, so that a long run can be watched.
+Random weights and tokens, bfloat16, a sequence for each of --dp groups of --sp GPUs. The memory flags are those of
+train.py. Prints one line a step, so that a long run can be watched.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ import psutil
 import tyro
 
 from alst_jax.hardware import environment
-from alst_jax.profile import Profile
+from alst_jax.profile import MemoryFlags, Profile
 from benchmarks.shapes import llama_8b
 
 GIB = 2**30
@@ -35,15 +35,21 @@ class Options:
     steps: int = 4
     update: bool = True
     """With the optimizer step, or forward and backward only."""
-    states: Literal["float32", "bfloat16", "int8"] = "float32"
+    optimizer_states: Literal["float32", "bfloat16", "int8"] = "float32"
     """Of AdamW's moments."""
-    master: Literal["float32", "low-bits", "none"] = "float32"
+    master_weights: Literal["float32", "low-bits", "none"] = "float32"
     """Of the bfloat16 weights."""
+    attention: str = "cudnn"
+    """A kernel's name."""
     compile_only: bool = False
     reserve: int = 0
     """GiB of pinned host memory to make in one piece first, for each GPU; needed where a step's activations take tens of
     GiB of it."""
-    profile: Profile = dataclasses.field(default_factory=lambda: Profile(attention="cudnn", compute_dtype="bfloat16"))
+    memory: tyro.conf.OmitArgPrefixes[MemoryFlags] = MemoryFlags()
+
+    @property
+    def profile(self) -> Profile:
+        return self.memory.profile(self.attention, "bfloat16")
 
 
 def main():
@@ -64,8 +70,8 @@ def main():
     model, length = llama_8b(options.layers), options.seq_len
     in_backward = options.profile.update_in_backward
     if in_backward and not options.update:
-        raise SystemExit("--profile.update-in-backward with --no-update: leave one of them out")
-    optimizer = AdamW(states=options.states, master=options.master, clip_norm=0.0 if in_backward else 1.0)
+        raise SystemExit("--update-in-backward with --no-update: leave one of them out")
+    optimizer = AdamW(states=options.optimizer_states, master=options.master_weights, clip_norm=0.0 if in_backward else 1.0)
     try:
         mesh = make_mesh(*choose_degrees(options.dp, options.sp, len(jax.devices())))
     except UserError as error:

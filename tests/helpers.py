@@ -1,12 +1,14 @@
 """What tests share: a tiny model, a batch, the comparison of two trees, and a Hugging Face twin."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from alst_jax.config import IGNORED
+from alst_jax.models.block import init_params
 from alst_jax.models.config import ModelConfig
 from alst_jax.models.tree import dotted
 from alst_jax.optim.adamw import AdamW
@@ -44,6 +46,17 @@ def random_batch(model=TINY, rows=4, length=64, seed=0, ignored=0.2) -> dict[str
     return {"tokens": tokens, "labels": labels, "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1))}
 
 
+@functools.cache
+def _drawn(model, dtype, seed):
+    return to_numpy(jax.jit(functools.partial(init_params, model, dtype))(jax.random.key(seed)))
+
+
+def initial(step: TrainStep, seed=0):
+    """`step.init_params`, whose numbers depend on model, type and seed alone: drawn once for all meshes and profiles."""
+    drawn = _drawn(step.model, jax.tree.leaves(step.params)[0].dtype, seed)
+    return jax.device_put(jax.tree.map(np.copy, drawn), step.param_shardings)  # copies: updates are in place
+
+
 def loss_and_grad(step: TrainStep, params, batch):
     """Mean loss over the valid labels, and its gradients as numpy arrays."""
     scale = jnp.float32(1 / count_labels(batch["labels"]))
@@ -53,7 +66,7 @@ def loss_and_grad(step: TrainStep, params, batch):
 
 def train(step: TrainStep, batch, steps=3, learning_rate=1e-2, seed=0):
     """(losses, gradients of the first step, final weights) of some optimizer steps on one batch."""
-    trained, frozen = step.split(step.init_params(jax.random.key(seed), jax.tree.leaves(step.params)[0].dtype))
+    trained, frozen = step.split(initial(step, seed))
     state = step.init_optimizer(trained)
     device_batch, scale = step.put_batch(**batch), jnp.float32(1 / count_labels(batch["labels"]))
     losses, first = [], None
@@ -69,7 +82,7 @@ def train(step: TrainStep, batch, steps=3, learning_rate=1e-2, seed=0):
 def float32_masters(master: str, model: ModelConfig, profile: Profile):
     """The float32 weights behind bfloat16 ones after four updates with fixed gradients, however they are kept."""
     step = make_step(model, profile=profile, dtype=jnp.bfloat16, optimizer=AdamW(master=master))
-    params = step.init_params(jax.random.key(0), jnp.bfloat16)
+    params = initial(step)
     state = step.init_optimizer(params)
     for seed in range(4):
         gradients = jax.tree.map(lambda p: jax.random.normal(jax.random.key(seed), p.shape, p.dtype), step.params)

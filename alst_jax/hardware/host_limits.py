@@ -2,8 +2,6 @@
 
 import pathlib
 
-import psutil
-
 from alst_jax.hardware.machines import GIB
 
 # Where the controllers are mounted, and what they call their limit: version 2 alone, beside version 1, version 1.
@@ -15,6 +13,8 @@ def host_memory(cap_gib: float | int | None = None, root: pathlib.Path = pathlib
     """Bytes: the machine's memory, the limits of the process's control groups, or `cap_gib` (--host-memory), whichever
     is least. root: of the file system, for tests."""
     cap = [] if cap_gib is None else [int(cap_gib * GIB)]
+    import psutil  # not for --help
+
     return min([psutil.virtual_memory().total, *cgroup_limits(root), *cap])
 
 

@@ -56,10 +56,27 @@ class Work:
         return max(self.before, self.during)
 
 
+def why_not(heads: int, kv_heads: int, degree: int, chunks: int) -> str | None:
+    """Why these degrees (--sp, --head-chunks) do not suit the heads, and which do; None if they suit. The only rule."""
+    if chunks < 1 or heads % chunks:
+        return f"--head-chunks {chunks} must divide {heads} query heads; use {_divisors(heads)}"
+    if heads // chunks % degree:
+        of_chunk = f" of each of {chunks} chunks (--head-chunks)" if chunks > 1 else ""
+        return (f"sp={degree} must divide {heads // chunks} query heads{of_chunk}; use "
+                f"{_divisors(heads // chunks)} (--sp)")
+    if chunks % kv_heads and kv_heads % chunks:
+        return f"--head-chunks {chunks}: must divide the {kv_heads} kv heads or be a multiple of them"
+    return None
+
+
+def _divisors(number: int) -> str:
+    works = [str(d) for d in range(1, number + 1) if number % d == 0]
+    return works[0] if len(works) == 1 else ", ".join(works[:-1]) + " or " + works[-1]
+
+
 def head_groups(heads: int, kv_heads: int, degree: int, most: int) -> list[int]:
     """The numbers of head groups, up to `most`, that the heads and the degree allow."""
-    return [n for n in range(1, most + 1)
-            if heads % n == 0 and heads // n % degree == 0 and (n % kv_heads == 0 or kv_heads % n == 0)]
+    return [n for n in range(1, most + 1) if why_not(heads, kv_heads, degree, n) is None]
 
 
 def traffic(shapes: Shapes) -> Traffic:

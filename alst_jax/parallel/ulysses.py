@@ -24,7 +24,8 @@ def qkv_to_heads(q_BlNH: Array, k_BlKH: Array, v_BlKH: Array, axis: str) -> tupl
     """q[B, S/seq, N, H], k and v[B, S/seq, K, H] -> q[B, S, N/seq, H], k and v[B, S, K/seq, H]. kv heads that do not
     divide over the axis are repeated just as often as needed."""
     degree = lax.axis_size(axis)
-    check_degree(degree, q_BlNH.shape[2])
+    if reason := costs.why_not(q_BlNH.shape[2], k_BlKH.shape[2], degree, chunks=1):
+        raise UserError(reason)
     repeats = degree // math.gcd(degree, k_BlKH.shape[2])
     if repeats > 1:
         k_BlKH, v_BlKH = jnp.repeat(k_BlKH, repeats, axis=2), jnp.repeat(v_BlKH, repeats, axis=2)
@@ -43,21 +44,6 @@ def to_tokens(x_BSlH: Array, axis: str) -> Array:
     if lax.axis_size(axis) == 1:
         return x_BSlH
     return lax.all_to_all(x_BSlH, axis, split_axis=1, concat_axis=2, tiled=True)
-
-
-def check_degree(degree: int, heads: int, chunks: int = 1) -> None:
-    """UserError, with the degrees that would work, unless `degree` divides the query heads of each of the chunks."""
-    if heads % chunks:
-        raise UserError(f"--head-chunks {chunks} must divide {heads} query heads; use {_divisors(heads)}")
-    if heads // chunks % degree:
-        of_chunk = f" of each of {chunks} chunks (--head-chunks)" if chunks > 1 else ""
-        raise UserError(f"sp={degree} must divide {heads // chunks} query heads{of_chunk}; use "
-                        f"{_divisors(heads // chunks)} (--sp)")
-
-
-def _divisors(number: int) -> str:
-    works = [str(d) for d in range(1, number + 1) if number % d == 0]
-    return works[0] if len(works) == 1 else ", ".join(works[:-1]) + " or " + works[-1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,11 +123,8 @@ class Ulysses:
     @staticmethod
     def check(model: ModelConfig, degree: int, chunks: int) -> None:
         """UserError unless the degree divides each chunk's query heads, and chunks share kv heads evenly."""
-        if chunks < 1:
-            raise UserError(f"--head-chunks {chunks}: must be at least 1")
-        check_degree(degree, model.num_heads, chunks)
-        if chunks % model.num_kv_heads and model.num_kv_heads % chunks:
-            raise UserError(f"--head-chunks {chunks}: must divide the {model.num_kv_heads} kv heads or be a multiple of them")
+        if reason := costs.why_not(model.num_heads, model.num_kv_heads, degree, chunks):
+            raise UserError(reason)
 
 
 def _write(buffer, heads, at):

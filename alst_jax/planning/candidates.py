@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 
 from alst_jax.hardware.machines import GIB, Cluster
-from alst_jax.ops.cross_entropy import default_tile
+from alst_jax.models.tiles import usual_tiles
 from alst_jax.parallel.costs import head_groups
 from alst_jax.planning import footprint
 from alst_jax.planning.estimate import estimate
@@ -108,14 +108,14 @@ def with_tiles(job: Job, asked: Profile, search: Search, larger: bool) -> Profil
     """The job's profile with usual or larger tiles where `asked` leaves them open. If possible, the loss tile divides
     a device's tokens."""
     tokens, changes = job.tokens, {}
-    times = LARGER_TILES if larger else 1
+    times, usual = LARGER_TILES if larger else 1, usual_tiles(job.model)
     if "mlp_tile" not in search.fixed and asked.mlp_tile == 0:
-        changes["mlp_tile"] = times * job.model.hidden_size if larger and tokens > job.model.hidden_size else 0
+        changes["mlp_tile"] = times * usual.mlp if larger and tokens > usual.mlp else 0
     if "loss_tile" not in search.fixed and asked.loss_tile == 0:
-        usual = default_tile(job.model.vocab_size)
-        even = next((n for n in range(times * usual, times * usual // 2, -128) if tokens % n == 0), 0)
-        tile = even or (times * usual if larger else 0)
-        changes["loss_tile"] = 0 if tokens <= usual or tile == usual else tile
+        most = times * usual.loss
+        even = next((n for n in range(most, most // 2, -128) if tokens % n == 0), 0)
+        tile = even or (most if larger else 0)
+        changes["loss_tile"] = 0 if tokens <= usual.loss or tile == usual.loss else tile
     return dataclasses.replace(job.profile, **changes)
 
 

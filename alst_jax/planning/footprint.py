@@ -6,8 +6,8 @@ The terms follow the program (step.py, stack/stack.py, stack/layer.py) and were 
 
 import functools
 
+from alst_jax.models.tiles import tile_sizes
 from alst_jax.ops.attention.flash_tiles import workspace_bytes
-from alst_jax.ops.cross_entropy import default_tile
 from alst_jax.ops.tiling import even_tile
 from alst_jax.planning.job import Job, outputs_bytes, place_of
 from alst_jax.profile import DEVICE, Segment, segment_inputs
@@ -77,8 +77,8 @@ def gathered_embedding(job: Job) -> int:
 
 def loss_tokens(job: Job) -> int:
     """Tokens of a device, or of a tile of the loss."""
-    tile = job.profile.loss_tile
-    return job.tokens if tile is None else min(tile or default_tile(job.model.vocab_size), job.tokens)
+    tile = tile_sizes(job.profile, job.model).loss
+    return job.tokens if tile is None else min(tile, job.tokens)
 
 
 # ----------------------------------------------------------------------------------------------------------- the layers
@@ -86,8 +86,8 @@ def loss_tokens(job: Job) -> int:
 
 def mlp_tokens(job: Job) -> int:
     """Tokens of a device, or of a tile of a layer's token-wise parts."""
-    tile = job.profile.mlp_tile
-    return job.tokens if tile is None else min(job.tokens, _even_tile(job.tokens, tile or job.model.hidden_size))
+    tile = tile_sizes(job.profile, job.model).mlp
+    return job.tokens if tile is None else min(job.tokens, _even_tile(job.tokens, tile))
 
 
 _even_tile = functools.cache(even_tile)

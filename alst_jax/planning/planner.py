@@ -6,16 +6,16 @@ import itertools
 import operator
 from collections.abc import Callable
 
-from alst_jax.config import TrainConfig, UserError
+from alst_jax.config import TrainConfig, UserError, chosen_fields
 from alst_jax.hardware.environment import has_cuda_compiler
 from alst_jax.hardware.machines import GIB, Cluster, parse_cluster
 from alst_jax.ops.rope import MAX_POSITION
+from alst_jax.parallel.costs import why_not
 from alst_jax.planning import search as auto
 from alst_jax.planning.candidates import CONFIRMED, UNCONFIRMED, Search
 from alst_jax.planning.compiled import plan_step, this_cluster
 from alst_jax.planning.job import Job
 from alst_jax.planning.plan import Choice, Plan
-from alst_jax.planning.words import PLACEMENTS
 from alst_jax.step import TrainStep, check_profile
 
 ANY_LENGTH = 1024  # the length of a job whose length is searched
@@ -53,10 +53,9 @@ class Planner:
     @property
     def search(self) -> Search:
         """The choices that --memory auto has; with manual, none."""
-        profile_fields = {"segment_layers", "keep_attention_on_device", "keep_attention_on_host", "head_chunks",
-                          "optimizer_states", "master_weights", "loss_tile", "mlp_tile", *PLACEMENTS}
+        chosen = set(chosen_fields())
         segments = {"segment_layers", "keep_attention_on_device", "keep_attention_on_host"}
-        fixed = profile_fields if self.config.memory == "manual" else profile_fields & set(self.config.typed)
+        fixed = chosen if self.config.memory == "manual" else chosen & set(self.config.typed)
         fixed |= segments if self.config.stack == "plain" else set()  # it has no others
         return Search(self.cluster, frozenset(fixed), self.config.allow_narrow_optimizer,
                       CONFIRMED if self.compiles else UNCONFIRMED)
@@ -158,7 +157,8 @@ class Planner:
             found.append("leave the memory flags to --memory auto")
         if not search.narrow and auto.fits_somehow(job, dataclasses.replace(wider, narrow=True)):
             found.append("--allow-narrow-optimizer (or --optimizer-states int8 --master-weights none)")
-        if job.devices > job.sp and job.model.num_heads % job.devices == 0:
+        model = job.model
+        if job.devices > job.sp and why_not(model.num_heads, model.num_kv_heads, job.devices, 1) is None:
             found.append(f"--sp {job.devices}")
         return f". What would help: {'; '.join(found) or 'more devices (--sp) or host memory'}"
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from alst_jax.config import UserError
-from alst_jax.ops.cross_entropy import default_tile
+from alst_jax.models.tiles import usual_tiles
 from alst_jax.parallel.mesh import SEQ
 from alst_jax.parallel.ulysses import Ulysses
 from alst_jax.preflight import reference
@@ -57,13 +57,13 @@ def check_tiles(subject: Subject) -> list[Row]:
 
 def other_tiles(profile: Profile, subject: Subject) -> Profile:
     """Smaller tiles and more groups of heads, where the model has them; so no more memory."""
-    model, sp = subject.config, subject.mesh.shape[SEQ]
+    model, sp, usual = subject.config, subject.mesh.shape[SEQ], usual_tiles(subject.config)
     local = subject.rows * subject.length // subject.mesh.size
     smaller = lambda tile: max(1, min(tile, local) * 5 // 8)
     more = [chunks for chunks in range(profile.head_chunks + 1, model.num_heads + 1) if _divides(model, sp, chunks)]
     return dataclasses.replace(
-        profile, loss_tile=smaller(profile.loss_tile or default_tile(model.vocab_size)),
-        mlp_tile=smaller(profile.mlp_tile or model.hidden_size), head_chunks=(more or [profile.head_chunks])[0],
+        profile, loss_tile=smaller(profile.loss_tile or usual.loss),
+        mlp_tile=smaller(profile.mlp_tile or usual.mlp), head_chunks=(more or [profile.head_chunks])[0],
         segment_layers=(1,), keep_attention_on_device=0, keep_attention_on_host=0)
 
 

@@ -13,8 +13,9 @@ from jax import lax
 
 from alst_jax.models.block import Params, Tokens
 from alst_jax.models.config import ModelConfig
+from alst_jax.models.tiles import tile_sizes
 from alst_jax.models.tree import combine
-from alst_jax.ops.cross_entropy import LogitScaling, cross_entropy, default_tile, tiled_cross_entropy
+from alst_jax.ops.cross_entropy import LogitScaling, cross_entropy, tiled_cross_entropy
 from alst_jax.ops.linear import embed
 from alst_jax.parallel.mesh import AXES, SEQ
 from alst_jax.parallel.sharding import drop_layer_dim, gather, is_spec
@@ -67,8 +68,7 @@ class Model:
         config, profile = self.config, self.profile
         specs = jax.tree.map(drop_layer_dim, self.specs["layers"], is_leaf=is_spec)
         ulysses = Ulysses(config.num_heads, config.num_kv_heads, profile.attention, SEQ, profile.head_chunks)
-        tile = config.hidden_size if profile.mlp_tile == 0 else profile.mlp_tile
-        return Layer(config, ulysses, specs, profile.reduce_dtype, tile)
+        return Layer(config, ulysses, specs, profile.reduce_dtype, tile_sizes(profile, config).mlp)
 
     @functools.cached_property
     def stack(self) -> Stack:
@@ -100,10 +100,10 @@ class Model:
         table_VD = self._gather(table, self.specs[head]["embedding"])
         h_TD, labels_T = h_BTD.reshape(-1, h_BTD.shape[-1]), labels_BT.reshape(-1)
         scaling = LogitScaling(self.config.logits_divisor, self.config.logits_soft_cap)
-        if self.profile.loss_tile is None:
+        tile = tile_sizes(self.profile, self.config).loss
+        if tile is None:
             total = cross_entropy(h_TD, table_VD, labels_T, scaling)
         else:
-            tile = self.profile.loss_tile or default_tile(self.config.vocab_size)
             total = tiled_cross_entropy(h_TD, table_VD, labels_T, tile, scaling)
         return lax.psum(total * scale, AXES)
 

@@ -13,8 +13,9 @@ import pathlib
 import shutil
 from typing import Any
 
-from alst_jax.config import TrainConfig, UserError, flag
+from alst_jax.config import TrainConfig, UserError
 from alst_jax.data.tokenizer import has_tokenizer
+from alst_jax.declare import flag
 from alst_jax.models.config import ModelConfig
 from alst_jax.models.hf_config import hf_config_dict, model_config, record_vocabulary
 

@@ -33,7 +33,7 @@ from alst_jax.storage import saving
 from alst_jax.trainer import TrainState, optimizer_step
 from alst_jax.xla import host
 from benchmarks.shapes import LLAMA_8B, LLAMA_70B, QWEN3_32B
-from tests.helpers import TINY, make_step, random_batch
+from tests.helpers import TINY, initial, make_step, random_batch
 
 H100 = parse_cluster("H100-80", 125)
 TILED = Profile(loss_tile=32, mlp_tile=32)
@@ -77,7 +77,7 @@ def test_gradient_and_update_are_compiled_as_a_run_calls_them(compiled, accumula
     programs = plan._compile(step, *batches["tokens"].shape[1:], accumulation, False, False, at_once)
     assert [program.memory_analysis().temp_size_in_bytes > 0 for program in programs] == [True, True]
     assert compiled["jit(loss)"] == compiled["jit(apply_update)"] == 1, compiled
-    params = step.init_params(jax.random.key(0), jnp.bfloat16)
+    params = initial(step)
     optimizer_step(step, TrainState.begin(step, params), jax.device_get(batches), 1e-3)
     assert compiled["jit(loss)"] == compiled["jit(apply_update)"] == 1, compiled
 

@@ -66,7 +66,7 @@ def variables(monkeypatch):
     """environment.prepare on a machine with 100 GiB, of which a control group leaves 40; what it sets is taken back."""
     monkeypatch.setattr(environment, "_visible_gpus", lambda: 0)
     monkeypatch.setattr(limits, "cgroup_limits", lambda root: [40 * GIB])
-    monkeypatch.setattr(limits.psutil, "virtual_memory", lambda: type("Memory", (), {"total": 100 * GIB}))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"total": 100 * GIB}))
     monkeypatch.setattr(os, "environ", {})
     return os.environ
 

@@ -21,7 +21,7 @@ from alst_jax.planning.plan import PARTS, Choice
 from alst_jax.planning.report import planned_against_measured
 from alst_jax.profile import Profile
 from benchmarks.shapes import LLAMA_8B
-from tests.helpers import make_step, tiny
+from tests.helpers import initial, make_step, tiny
 
 MODEL = tiny(num_heads=8, num_kv_heads=8, attention_bias=False, mlp_bias=False)
 TILED = dict(loss_tile=32, mlp_tile=32)
@@ -44,7 +44,7 @@ def base():
 
 def test_parts_are_those_of_the_arrays(base):
     step = make_step(MODEL)
-    params = step.init_params(jax.random.key(0), jnp.float32)
+    params = initial(step)
     size = sum(x.nbytes for x in jax.tree.leaves(params))
     assert size == 4 * MODEL.num_params
     assert (base.device["weights"], base.device["gradients"]) == (size, size)

@@ -10,7 +10,7 @@ import pytest
 
 from alst_jax.config import IGNORED
 from alst_jax.profile import Profile
-from tests.helpers import PLAIN, assert_trees_close, make_step, random_batch, tiny, train
+from tests.helpers import PLAIN, assert_trees_close, initial, make_step, random_batch, tiny, train
 
 MODEL = tiny(num_layers=2, attention_bias=False, mlp_bias=False)
 FEATURES = {
@@ -69,7 +69,7 @@ def test_offloaded_carry_is_a_host_residual():
 def test_offloaded_weights_and_gradients_live_on_the_host():
     for on in (True, False):
         step = make_step(MODEL, profile=profile("offload_weights") if on else PLAIN)
-        params = step.init_params(jax.random.key(0), jnp.float32)
+        params = initial(step)
         _, gradients = step.loss_and_grad(*step.split(params), step.put_batch(**random_batch(MODEL)), jnp.float32(1))
         norm = step.gradient_norm(gradients)
         new, state = step.update(params, gradients, step.init_optimizer(params), norm, jnp.float32(1e-3))
@@ -80,7 +80,7 @@ def test_offloaded_weights_and_gradients_live_on_the_host():
 
 def test_offloaded_optimizer_lives_on_the_host():
     step = make_step(MODEL, profile=profile("offload_optimizer"))
-    params = step.init_params(jax.random.key(0), jnp.float32)
+    params = initial(step)
     state = step.init_optimizer(params)
     _, gradients = step.loss_and_grad(*step.split(params), step.put_batch(**random_batch(MODEL)), jnp.float32(1))
     for _ in range(2):  # and stays there
@@ -94,7 +94,7 @@ def test_accumulated_gradients_sum_in_float32():
     for features in ((), ("offload_weights",)):
         step = make_step(MODEL, sp=2, profile=dataclasses.replace(profile(*features), compute_dtype="bfloat16"),
                          dtype=jnp.bfloat16)
-        params = step.init_params(jax.random.key(0), jnp.bfloat16)
+        params = initial(step)
         parts, sums = [], step.zero_gradients()
         for seed in range(3):
             _, new = step.loss_and_grad(*step.split(params), step.put_batch(**random_batch(MODEL, seed=seed)), jnp.float32(1))

@@ -23,6 +23,7 @@ from tests.helpers import (
     QUIET_ADAMW,
     TINY,
     assert_trees_close,
+    initial,
     leaves,
     make_step,
     random_batch,
@@ -187,7 +188,7 @@ def test_frozen_parameters_stay_and_the_others_move_as_before(freeze, mesh, chan
     frozen = leaves(step.frozen).keys()
     assert frozen and frozen | leaves(gradients).keys() == leaves(weights).keys() and not frozen & leaves(gradients).keys()
     assert_trees_close(gradients, {n: x for n, x in leaves(all_gradients).items() if n not in frozen}, 1e-5)
-    start = leaves(to_numpy(step.init_params(jax.random.key(0), jnp.float32)))
+    start = leaves(to_numpy(initial(step)))
     for name, value in leaves(weights).items():
         assert np.array_equal(value, start[name]) == (name in frozen), name
     for moment in ("mu", "nu"):
@@ -199,7 +200,7 @@ def test_frozen_parameters_with_the_update_in_the_backward_pass(freeze):
     profile = dataclasses.replace(PLAIN, remat=True, **HOST)
     unclipped = dataclasses.replace(QUIET_ADAMW, clip_norm=0.0)
     step = make_step(TINY, 1, 2, profile=profile, freeze=freeze, optimizer=unclipped)
-    trained, frozen = step.split(step.init_params(jax.random.key(0), jnp.float32))
+    trained, frozen = step.split(initial(step))
     batch, scale, rate = step.put_batch(**random_batch()), jnp.float32(1 / 200), jnp.float32(1e-2)
     state = step.init_optimizer(trained)
     loss, gradients = step.loss_and_grad(trained, frozen, batch, scale)

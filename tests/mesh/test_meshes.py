@@ -15,6 +15,7 @@ from tests.helpers import (
     PLAIN,
     TINY,
     assert_trees_close,
+    initial,
     loss_and_grad,
     make_step,
     random_batch,
@@ -49,7 +50,7 @@ def test_kv_heads_are_repeated_as_needed(heads, kv_heads, sp):
     results = []
     for degree in (1, sp):
         step = make_step(model, sp=degree)
-        results.append(loss_and_grad(step, step.init_params(jax.random.key(0), jnp.float32), batch))
+        results.append(loss_and_grad(step, initial(step), batch))
     assert abs(results[1][0] - results[0][0]) < 1e-5 * results[0][0]
     assert_trees_close(results[1][1], results[0][1], 1e-5)
 
@@ -61,7 +62,7 @@ def test_a_rank_whose_labels_are_all_ignored():
     results = []
     for sp, profile in ((1, PLAIN), (4, PROFILE)):
         step = make_step(sp=sp, profile=profile)
-        results.append(loss_and_grad(step, step.init_params(jax.random.key(0), jnp.float32), batch))
+        results.append(loss_and_grad(step, initial(step), batch))
     assert np.isfinite(results[1][0]) and abs(results[1][0] - results[0][0]) < 1e-5 * results[0][0]
     assert_trees_close(results[1][1], results[0][1], 1e-5)
 
@@ -82,7 +83,7 @@ def test_parameters_that_no_device_count_divides_are_replicated_and_exact():
 def test_everything_is_sharded_over_both_axes():
     """ZeRO-3: weights, gradients and optimizer state are an eighth each on every device."""
     step = make_step(dp=2, sp=4, profile=PROFILE)
-    params = step.init_params(jax.random.key(0), jnp.float32)
+    params = initial(step)
     state = step.init_optimizer(params)
     _, gradients = step.loss_and_grad(*step.split(params), step.put_batch(**random_batch()), jnp.float32(1))
     for leaf in jax.tree.leaves((params, gradients, state["mu"], state["nu"])):
@@ -134,7 +135,7 @@ def test_reduce_dtype_is_used():
     batch, results = random_batch(), {}
     for dtype in ("float32", "bfloat16"):
         step = make_step(sp=8, profile=Profile(reduce_dtype=dtype))
-        results[dtype] = loss_and_grad(step, step.init_params(jax.random.key(0), jnp.float32), batch)[1]
+        results[dtype] = loss_and_grad(step, initial(step), batch)[1]
     errors = [relative_error(a, b) for a, b in zip(*(jax.tree.leaves(results[d]) for d in ("bfloat16", "float32")))]
     assert 1e-4 < max(errors) < 2e-2
 
@@ -144,7 +145,7 @@ def test_two_rows_a_device_equal_one():
     results = []
     for dp in (2, 4):
         step = make_step(dp=dp, sp=2, profile=PROFILE)
-        results.append(loss_and_grad(step, step.init_params(jax.random.key(0), jnp.float32), batch))
+        results.append(loss_and_grad(step, initial(step), batch))
     assert_trees_close(results[0][1], results[1][1], 1e-5)
 
 

@@ -1,7 +1,6 @@
 # pytest tests/mesh/test_packing.py
 """Packed documents compute exactly what they would alone: loss and every gradient, on meshes, with all features."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ from alst_jax.data.packing import offsets_of
 from alst_jax.models.config import LayerKind
 from alst_jax.optim.adamw import AdamW
 from alst_jax.profile import Profile
-from tests.helpers import assert_trees_close, make_step, tiny, to_numpy
+from tests.helpers import assert_trees_close, initial, make_step, tiny, to_numpy
 
 MODEL = tiny(num_layers=2, layer_kinds=(LayerKind(), LayerKind(window=5)))
 LENGTH = 64
@@ -50,7 +49,7 @@ def summed(step, params, batch):
 def one_by_one():
     """Loss and gradients of the documents of ROWS, each in a row of its own, plain."""
     step = make_step(MODEL)
-    return summed(step, step.init_params(jax.random.key(0), jnp.float32), packed(ROWS, LENGTH, 1)[1])
+    return summed(step, initial(step), packed(ROWS, LENGTH, 1)[1])
 
 
 @pytest.mark.parametrize("mesh,changes", [
@@ -58,7 +57,7 @@ def one_by_one():
     ((4, 2), dict(stack="plain", head_chunks=2, mlp_tile=5))], ids=str)
 def test_packed_documents_equal_documents_one_by_one(mesh, changes, one_by_one):
     step = make_step(MODEL, *mesh, Profile(**{"loss_tile": None, "mlp_tile": None} | changes))
-    params = step.init_params(jax.random.key(0), jnp.float32)
+    params = initial(step)
     loss, gradients = summed(step, params, packed(ROWS, LENGTH, mesh[0])[0])
     assert loss == pytest.approx(one_by_one[0], rel=1e-5)
     assert_trees_close(gradients, one_by_one[1], 1e-5)
@@ -68,7 +67,7 @@ def test_borders_count(one_by_one):
     """The negative control: without the documents, loss and gradients differ."""
     step = make_step(MODEL)
     batch = packed(ROWS, LENGTH, 1)[0] | {"documents": None}
-    loss, gradients = summed(step, step.init_params(jax.random.key(0), jnp.float32), batch)
+    loss, gradients = summed(step, initial(step), batch)
     assert abs(loss / one_by_one[0] - 1) > 1e-4
     with pytest.raises(AssertionError):
         assert_trees_close(gradients, one_by_one[1], 1e-3)
@@ -77,7 +76,7 @@ def test_borders_count(one_by_one):
 def test_257_documents_in_one_sequence():
     rows = [[1] * 128 + [2] * 129]
     step = make_step(MODEL)
-    params = step.init_params(jax.random.key(0), jnp.float32)
+    params = initial(step)
     together, alone = packed(rows, 512, 1)
     results = summed(step, params, together)
     expected = summed(step, params, {name: x[:, :2] for name, x in alone.items()})
@@ -87,7 +86,7 @@ def test_257_documents_in_one_sequence():
 
 def test_one_program_serves_any_number_of_documents():
     step = make_step(MODEL)
-    params = step.split(step.init_params(jax.random.key(0), jnp.float32))
+    params = step.split(initial(step))
     for rows in ([[64], [10]], [[1] * 20, [30, 30]], [[5, 5, 5], [64]]):
         batch = packed(rows, LENGTH, 1)[0]
         documents = offsets_of(rows, LENGTH, 1, 64)
@@ -100,7 +99,7 @@ def test_an_update_in_the_backward_pass_on_packed_documents():
     results, batch = [], packed(ROWS, LENGTH, 1)[0]
     for changes in (HOST | dict(update_in_backward=True), {}):
         step = make_step(MODEL, profile=Profile(**changes), optimizer=AdamW(eps=1e-4, clip_norm=0.0))
-        trained, frozen = step.split(step.init_params(jax.random.key(0), jnp.float32))
+        trained, frozen = step.split(initial(step))
         state, put, rate, scale = step.init_optimizer(trained), step.put_batch(**batch), jnp.float32(1e-2), jnp.float32(0.01)
         if changes:
             trained = step.update_in_backward(trained, frozen, state, put, scale, rate)[4]

@@ -2,21 +2,19 @@
 """ALST's own validation, small: 8-way data parallel without features against 8-way sequence parallel with all of them,
 accumulating over the same 8 samples: the loss curves coincide."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from alst_jax.profile import Profile
 from alst_jax.step import count_labels
 from alst_jax.trainer import TrainState, optimizer_step
-from tests.helpers import PLAIN, make_step, random_batch, tiny
+from tests.helpers import PLAIN, initial, make_step, random_batch, tiny
 
 STEPS = 30
 MODEL = tiny(num_layers=2, attention_bias=False, mlp_bias=False)
 
 
 def curve(step, arrange):
-    params = step.init_params(jax.random.key(0), jnp.float32)
+    params = initial(step)
     state, losses = TrainState.begin(step, params), []
     for seed in range(STEPS):
         # A small vocabulary's worth of structure, so that there is something to learn.

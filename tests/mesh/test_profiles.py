@@ -140,7 +140,8 @@ def test_the_input_of_the_first_segment_is_looked_up_again(monkeypatch):
 @pytest.mark.parametrize("changes,message", [
     (dict(segment_layers=(3, 2)), "--segment-layers 3 2: 5 layers in all, where the model has 4"),
     (dict(keep_attention_on_device=2, keep_attention_on_host=3), "= 5 layers, where the model has 4"),
-    (dict(keep_attention_on_host=1, remat=False), "they need --remat"),
+    (dict(keep_attention_on_host=1, remat=False),
+     "--keep-attention-on-host is a part of rematerialisation; it needs --remat"),
     (dict(head_chunks=3), "--head-chunks 3 must divide 8 query heads; use 1, 2, 4 or 8")], ids=name)
 def test_impossible_profiles_are_refused(changes, message):
     with pytest.raises(UserError, match=message):

@@ -15,7 +15,7 @@ from alst_jax.data.documents import Sequence
 from alst_jax.metrics import MetricsLog
 from alst_jax.optim.adamw import AdamW
 from alst_jax.run import make_profile
-from tests.helpers import PLAIN, QUIET_ADAMW, assert_trees_close, leaf, make_step, random_batch, tiny, to_numpy
+from tests.helpers import PLAIN, QUIET_ADAMW, assert_trees_close, initial, leaf, make_step, random_batch, tiny, to_numpy
 from tests.mesh.test_profiles import HOST, TILES, name
 
 MODEL = tiny(num_layers=4)
@@ -25,7 +25,7 @@ UNCLIPPED = dataclasses.replace(QUIET_ADAMW, clip_norm=0.0)
 
 def run(step, in_backward, steps=3):
     """(losses, norms, weights, optimizer state) of some steps on one batch."""
-    params = step.init_params(jax.random.key(0), jax.tree.leaves(step.params)[0].dtype)
+    params = initial(step)
     state, batch = step.init_optimizer(params), step.put_batch(**random_batch(step.model))
     scale, rate, losses, norms = jnp.float32(1 / 200), jnp.float32(1e-2), [], []
     for _ in range(steps):
@@ -77,7 +77,7 @@ def test_the_flag_reaches_the_profile():
 def poisoned(scale, spoil=lambda params: params):
     """(finite, layers updated, indices of the layers that changed, whether anything else did) of one step."""
     step = make_step(MODEL, profile=dataclasses.replace(REMAT, segment_layers=(2,)), optimizer=UNCLIPPED)
-    params = spoil(step.init_params(jax.random.key(0), jnp.float32))
+    params = spoil(initial(step))
     before, state = to_numpy(params), step.init_optimizer(params)
     _, _, finite, layers, params, state = step.update_in_backward(
         *step.split(params), state, step.put_batch(**random_batch(MODEL)), jnp.float32(scale), jnp.float32(1e-2))
@@ -97,7 +97,7 @@ def test_nothing_is_updated_where_the_loss_is_not_finite():
 
 def test_update_stops_at_the_layer_where_the_norm_overflows():
     step = make_step(MODEL, profile=REMAT, optimizer=UNCLIPPED)
-    params = step.init_params(jax.random.key(0), jnp.float32)
+    params = initial(step)
     _, gradients = step.loss_and_grad(*step.split(params), step.put_batch(**random_batch(MODEL)), jnp.float32(1))
     squares = lambda tree: sum(float(np.sum(np.square(x.astype(np.float64)))) for x in jax.tree.leaves(to_numpy(tree)))
     head = squares((gradients["norm"], gradients["lm_head"]))
@@ -110,7 +110,7 @@ def test_update_stops_at_the_layer_where_the_norm_overflows():
 def train_until_it_is_not_finite(monkeypatch, tmp_path, updated):
     """(error, steps that were saved) of a run whose second step meets what is not finite after so many updated layers."""
     step = make_step(MODEL, profile=dataclasses.replace(REMAT, update_in_backward=True), optimizer=UNCLIPPED)
-    params = step.init_params(jax.random.key(0), jnp.float32)
+    params = initial(step)
     state, real, calls, saved = trainer.TrainState.begin(step, params), step.update_in_backward, [], []
 
     def second_is_not(*args):

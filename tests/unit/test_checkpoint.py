@@ -30,7 +30,7 @@ from alst_jax.profile import Profile
 from alst_jax.storage import checkpoint as ckpt
 from alst_jax.storage import run_directory
 from alst_jax.xla import arrays as loading
-from tests.helpers import PLAIN, TINY, leaf, make_step, tiny, to_numpy
+from tests.helpers import PLAIN, TINY, initial, leaf, make_step, tiny, to_numpy
 
 ON_HOST = Profile(offload_activations=True, offload_weights=True, offload_optimizer=True)
 LOOP = {"step": 3, "data": {"next_index": 2**40 - 1, "nested": [1, None, "é"]}, "seed": 0, "geometry": {"rows": 2}}
@@ -178,7 +178,7 @@ def test_a_save_is_not_reached_by_the_updates_that_follow(tmp_path, profile):
     """The next update reuses the very buffers that were saved."""
     model = tiny(vocab_size=4096, hidden_size=128, intermediate_size=1024)
     step = make_step(model, dp=2, sp=4, profile=profile)
-    params = step.init_params(jax.random.key(0), jnp.float32)
+    params = initial(step)
     state = step.init_optimizer(params)
     gradients = jax.device_put(jax.tree.map(lambda p: p + 0.01, params), step.param_shardings)
     update = lambda params, state: step.update(params, gradients, state, jnp.float32(1), jnp.float32(1e-2))

@@ -9,7 +9,7 @@ import pytest
 from alst_jax.optim.adamw import AdamW
 from alst_jax.optim.formats import Log8, Plain, block_of, join_float32, round_to_bfloat16, split_float32
 from alst_jax.profile import Profile
-from tests.helpers import PLAIN, float32_masters, leaf, make_step, random_batch, tiny, to_numpy, train
+from tests.helpers import PLAIN, float32_masters, initial, leaf, make_step, random_batch, tiny, to_numpy, train
 
 DRAWS = 4000
 
@@ -105,7 +105,7 @@ def test_narrow_state_trains_like_float32(settings, reference):
 def test_weights_rounded_to_nearest_would_not_move():
     """Why a master or stochastic rounding: updates below half a unit in the last place are all lost otherwise."""
     step = make_step(MODEL, dtype=jnp.bfloat16, optimizer=AdamW(master="none", weight_decay=0.0))
-    params = step.init_params(jax.random.key(0), jnp.bfloat16)
+    params = initial(step)
     start, state = to_numpy(params), step.init_optimizer(params)
     gradients = jax.device_put(jax.tree.map(lambda p: np.ones(p.shape, p.dtype), start), step.param_shardings)
     for _ in range(8):

@@ -17,7 +17,18 @@ from alst_jax.optim.adamw import AdamW, decays
 from alst_jax.profile import Profile
 from alst_jax.trainer import TrainState, learning_rate_schedule, optimizer_step, where_not_finite
 from alst_jax.xla import host
-from tests.helpers import PLAIN, TINY, assert_trees_close, leaf, make_step, random_batch, relative_error, tiny, to_numpy
+from tests.helpers import (
+    PLAIN,
+    TINY,
+    assert_trees_close,
+    initial,
+    leaf,
+    make_step,
+    random_batch,
+    relative_error,
+    tiny,
+    to_numpy,
+)
 
 MODEL = tiny(num_layers=2)
 SETTINGS = dict(beta1=0.8, beta2=0.95, eps=1e-6, weight_decay=0.1, clip_norm=1.0)
@@ -31,7 +42,7 @@ def gradients_like(params, seed, size=1.0):
 
 def run(profile, dtype=jnp.float32, steps=5, sp=1, size=1.0, **settings):
     step = make_step(MODEL, sp=sp, profile=profile, optimizer=AdamW(**SETTINGS | settings), dtype=dtype)
-    params = step.init_params(jax.random.key(0), dtype)
+    params = initial(step)
     start, state = to_numpy(params), step.init_optimizer(params)
     for seed in range(steps):
         gradients = jax.device_put(gradients_like(start, seed, size), step.param_shardings)
@@ -148,7 +159,7 @@ def test_an_update_is_in_place_and_works_a_layer_at_a_time(states, master):
     (step, few), (_, many) = compiled(3), compiled(24)
     copied = (2 + 4 + 4 + 4 + 2) * TINY.hidden_size * TINY.intermediate_size
     assert many - few <= 21 * copied  # all layers at once: 2.8 times that with low bits, 13.8 times with 8-bit states
-    params = step.init_params(jax.random.key(0), jnp.bfloat16)
+    params = initial(step)
     state = TrainState.begin(step, params)
     optimizer_step(step, state, {name: x[None] for name, x in random_batch().items()}, 1e-3)
     assert all(x.is_deleted() for x in jax.tree.leaves((state.trained, state.optimizer)))
@@ -158,7 +169,7 @@ def test_an_update_is_in_place_and_works_a_layer_at_a_time(states, master):
 def test_a_gradient_that_is_not_finite_is_named(mesh, on_host):
     """Its layer and its parameter, from whole, sharded and host-resident gradients."""
     step = make_step(TINY, *mesh, profile=dataclasses.replace(PLAIN, offload_weights=on_host))
-    gradients = step.init_params(jax.random.key(0), jnp.float32)
+    gradients = initial(step)
     assert where_not_finite(step, gradients) is None
 
     def spoil(gradients, wanted, *places):

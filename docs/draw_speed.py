@@ -1,0 +1,51 @@
+"""Draw docs/speed.png: tokens a second against length, Llama-8B, beside other trainers. `uv run --extra plot docs/draw_speed.py`"""
+
+import pathlib
+
+# Full fine-tuning of Llama-8B on one H100, optimizer step included: (tokens in a sequence, tokens a second, note).
+OURS = [(131072, 3365, "125 GiB host"), (524288, 1027, "125 GiB host")]  # benchmarks/results/2026-11-27-flash.md
+# ml_dataflow's recorded runs of 2025-09: its smallest and largest host memory at each length.
+ML_DATAFLOW = [(131072, 3253, "112 GiB"), (262144, 1810, "160 GiB"), (524288, 928, "256 GiB"), (1048576, 481, "464 GiB")]
+ML_DATAFLOW_MORE = [(131072, 3385, "128 GiB"), (262144, 2070, "224 GiB"), (524288, 1128, "356 GiB"), (1048576, 505, "496 GiB")]
+ALST = [(500_000, 495, "1.9 TB node")]  # arXiv 2506.13996, 1,010 s a step
+# Four layers, forward and backward, one script: benchmarks/results/2026-11-27-flash.md
+FOUR_LAYERS = {"alst_jax": 24448, "transformers\n+ Liger": 19499}
+
+
+def curve(axes, points, label, away, **style) -> None:
+    """away: distance of the notes from their points, in points of type."""
+    tokens, speed, notes = zip(*points)
+    axes.plot(tokens, speed, label=label, **style)
+    for x, y, note in points:
+        axes.annotate(note, (x, y), textcoords="offset points", xytext=away, fontsize=7)
+
+
+def main() -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (lengths, layers) = plt.subplots(1, 2, figsize=(10, 3.8), width_ratios=(3, 1))
+    curve(lengths, OURS, "alst_jax", (8, -3), marker="o", color="tab:blue", linestyle="")
+    curve(lengths, ML_DATAFLOW_MORE, "ml_dataflow, most host memory", (6, 7), marker="^", color="tab:orange", linestyle="--")
+    curve(lengths, ML_DATAFLOW, "ml_dataflow, least host memory", (-14, -13), marker="v", color="tab:orange", linestyle=":")
+    curve(lengths, ALST, "ALST", (8, -3), marker="s", color="tab:red", linestyle="")
+    lengths.set(xscale="log", yscale="log", xlabel="tokens in a sequence", ylabel="tokens a second",
+                title="Llama-8B, full step, one H100 80 GB (host memory at each point)", xlim=(1e5, 1.6e6), ylim=(380, 4600))
+    ticks = [131072, 262144, 524288, 1048576]
+    lengths.set_xticks(ticks, [f"{n:,}" for n in ticks])
+    lengths.set_yticks([500, 1000, 2000, 3000], ["500", "1,000", "2,000", "3,000"])
+    lengths.minorticks_off()
+    lengths.legend(fontsize=8, loc="lower left")
+    bars = layers.bar(list(FOUR_LAYERS), list(FOUR_LAYERS.values()), color=["tab:blue", "tab:gray"])
+    layers.bar_label(bars, fmt="{:,.0f}")
+    layers.set(title="4 layers, 131,072 tokens", ylabel="tokens a second", ylim=(0, 28000))
+    figure.tight_layout()
+    path = pathlib.Path(__file__).with_name("speed.png")
+    figure.savefig(path, dpi=110)
+    print(f"{path.name}: {len(OURS)} lengths of ours, {len(ML_DATAFLOW) + len(ML_DATAFLOW_MORE) + len(ALST)} of others")
+
+
+if __name__ == "__main__":
+    main()
