@@ -37,7 +37,7 @@ DEEP = 10  # roundings on the longest way through a layer: two norms, six produc
 
 @dataclasses.dataclass(frozen=True)
 class Given:
-    """A `SequenceParallel` without attention: `attend` returns queries, keys and values, `attend_backward` given
+    """A `SequenceParallel` without attention: `attend` returns queries, and keys with values, `attend_backward` given
     gradients."""
 
     chunks: int
@@ -49,7 +49,7 @@ class Given:
         parts = [project(i) for i in range(self.chunks)]
         q = jnp.concatenate([q for q, _, _ in parts], axis=2)
         every = max(1, self.chunks // self.kv_heads)  # chunks that read the same kv head
-        return q, *(jnp.concatenate([part[n] for part in parts[::every]], axis=2) for n in (1, 2))
+        return q, jnp.concatenate([part[n] for n in (1, 2) for part in parts[::every]], axis=2)
 
     def attend_backward(self, project, spec, results, do, documents=None):
         return self.gradients()
@@ -135,10 +135,10 @@ def _run(subject):
         weights = one.load(shards)
         plain = made(H, sizes[0])
         h, o = jnp.where(signs > 0, LOUD * jnp.sign(plain), plain), made(O, heads, sizes[1])
-        qkv, out = one.attend(number, h, weights, tokens), one.after(h, o, weights)
+        (q, kv), out = one.attend(number, h, weights, tokens), one.after(h, o, weights)
         dh, gradients = one.backward(number, h, weights, tokens, (o, None), made(DH, sizes[0]))
         wide = jax.tree.map(lambda w: w.astype(jnp.float32), shards.trained)
-        return tuple(map(subject.pick, (*qkv, out, dh))), one.scatter(gradients, wide)
+        return tuple(map(subject.pick, (q, *jnp.split(kv, 2, axis=2), out, dh))), one.scatter(gradients, wide)
 
     split = step.split(step.specs)
     trained, frozen = (part["layers"] for part in split)
