@@ -105,6 +105,7 @@ def run(config: TrainConfig) -> int:
     from alst_jax.metrics import MetricsLog, peak_host_memory, peak_memory
     from alst_jax.planning.process import make_host_pool
     from alst_jax.planning.report import announce_plan, planned_against_measured, report
+    from alst_jax.refused import Saves
     from alst_jax.storage import run_directory
     from alst_jax.trainer import StopSignal, train
 
@@ -134,6 +135,8 @@ def run(config: TrainConfig) -> int:
     if choice is not None:
         environment.return_freed_memory()
         make_host_pool(choice.plan)
+    if config.check_numerics:
+        run_data.preflight(config, step, job, data)
     checkpoints, state = setup.begin(config, source, step, data, geometry)
     checkpoints.about = setup.about_run(config, step, job, geometry, choice and choice.plan)
     setup.announce(config, source, step, job, stats, steps, state.step, data)
@@ -145,10 +148,11 @@ def run(config: TrainConfig) -> int:
         loop = {"step": state.step, "data": data.training.get_state(), "seed": config.seed, "geometry": geometry}
         checkpoints.save(state.step, step.join(state.trained, state.frozen), state.optimizer, loop)
 
+    saves = Saves(save, lambda state: setup.go_back(step, data, checkpoints, state))
     debug = config.debug_attention_layers is not None
     with StopSignal() as stop:  # until all is written: a first signal cuts nothing off
         try:
-            state = train(config, step, state, steps, data, log, None if debug else save, stop)
+            state = train(config, step, state, steps, data, log, None if debug else saves, stop)
         finally:
             checkpoints.close()
             log.close()

@@ -11,6 +11,7 @@ import tyro
 from alst_jax.data_flags import DataFlags
 from alst_jax.declare import CHOSEN, AtLeast, Length, UserError, default, marked, parse_length  # noqa: F401
 from alst_jax.profile import MemoryFlags
+from alst_jax.watch_flags import WatchFlags
 
 IGNORED = -100  # the label of tokens without loss, as in Hugging Face
 DEFAULT_LEARNING_RATE = 1e-5  # of a run with --model; the demo has its own
@@ -168,7 +169,8 @@ class InspectionFlags:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(
-    InspectionFlags, PlanFlags, SavingFlags, NumberFlags, MemoryFlags, TrainingFlags, DeviceFlags, DataFlags, ModelFlags
+    InspectionFlags, PlanFlags, WatchFlags, SavingFlags, NumberFlags, MemoryFlags, TrainingFlags, DeviceFlags, DataFlags,
+    ModelFlags
 ):
     """Train a Llama on long sequences.
 

@@ -11,8 +11,13 @@ import time
 from typing import Any
 
 import jax
+import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboard.summary import Writer
+
+from alst_jax.data.batches import Arrays
+from alst_jax.hardware.environment import peak_flops
+from alst_jax.step import TrainStep
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # the event of jax.monitoring
 QUIET_SECONDS = 5.0  # between plain lines, where there is no terminal
@@ -25,11 +30,19 @@ class MetricsLog:
         self.path = directory / "metrics.jsonl"
         self.seconds: list[float] = []  # of the steps of this process
         # Steps after the checkpoint are run again: their old lines would stand there twice.
-        kept = [line for line in self._lines() if _step(line) <= resume_step]
-        self.path.write_text("".join(kept))
-        self._file = self.path.open("a", buffering=1)
+        self._lock = threading.Lock()  # events come from another thread
+        self._file = None
+        self.rewind(resume_step)
         self._hook, threading.excepthook = threading.excepthook, _quiet_writer
         self._tensorboard = Writer(str(directory / "tensorboard"))
+
+    def rewind(self, step: int) -> None:
+        """Leave out the lines of the steps after this one. Events stay: they have happened."""
+        with self._lock:
+            if self._file is not None:
+                self._file.close()
+            self.path.write_text("".join(line for line in self._lines() if _step(line) <= step or _is_event(line)))
+            self._file = self.path.open("a", buffering=1)
 
     def _lines(self) -> list[str]:
         if not self.path.exists():
@@ -40,10 +53,15 @@ class MetricsLog:
         """Append one step's values; not-finite numbers become null, which JSON can hold."""
         self.seconds.append(values["seconds"])
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self._file.write(json.dumps(finite) + "\n")
+        self.event(finite)
         for name, value in finite.items():
             if name != "step" and isinstance(value, int | float):
                 self._tensorboard.add_scalar(name, value, step=values["step"])
+
+    def event(self, record: dict[str, Any]) -> None:
+        """Append a line to metrics.jsonl alone."""
+        with self._lock:
+            self._file.write(json.dumps(record) + "\n")
 
     def close(self) -> None:
         try:
@@ -65,6 +83,13 @@ def _step(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError):
         return math.inf
+
+
+def _is_event(line: str) -> bool:
+    try:
+        return "event" in json.loads(line)
+    except ValueError:
+        return False
 
 
 class ProgressDisplay:
@@ -124,3 +149,35 @@ def peak_memory() -> tuple[str, float]:
 def peak_host_memory() -> float:
     """Peak GiB of host memory of this process: Python, libraries and what is pinned for the devices."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def speed(
+    step: TrainStep, batches: list[Arrays], padding: list[np.ndarray | None], seconds: float
+) -> dict[str, Any]:
+    """Throughput over all positions that were computed, padding included. padding: for each batch, of its packed rows.
+    Then it is over the tokens of documents, whose attention stays inside of them."""
+    tokens, flops, packed = 0, 0, {}
+    work = lambda lengths, counts: sum(
+        n * step.model.flops_per_sequence(length) for length, n in zip(lengths.tolist(), counts.tolist()))
+    for batch, of_rows in zip(batches, padding):
+        rows, length = batch["tokens"].shape
+        tokens += rows * length
+        if of_rows is None:
+            flops += rows * step.model.flops_per_sequence(length)
+            continue
+        packed["padding"] = packed.get("padding", 0) + int(of_rows.sum())
+        flops += work(*np.unique(np.diff(batch["documents"]), return_counts=True))
+        flops -= work(*np.unique(of_rows, return_counts=True))
+    tokens -= packed.get("padding", 0)
+    peak, (place, gibibytes) = peak_flops(step.mesh.devices.flat[0].device_kind), peak_memory()
+    return {"tokens": tokens, **packed, "seconds": seconds, "tokens_per_second": tokens / seconds,
+            "mfu": flops / seconds / (peak * step.mesh.size) if peak else None,
+            f"peak_{place.lower()}_gib": gibibytes}
+
+
+def summary(values: dict[str, Any]) -> str:
+    """One line of a step's values."""
+    memory = next(f"{k.split('_')[1].upper()} {v:.1f} GiB" for k, v in values.items() if k.startswith("peak_"))
+    mfu = f"  MFU {values['mfu']:.0%}" if values["mfu"] is not None else ""
+    return (f"loss {values['loss']:.4f}  grad {values['grad_norm']:.3f}  lr {values['learning_rate']:.2e}  "
+            f"{values['tokens_per_second']:,.0f} tok/s{mfu}  {memory}")

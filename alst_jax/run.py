@@ -236,11 +236,28 @@ def begin(
     if config.add_data and config.steps is not None and config.steps <= loop["step"]:
         raise UserError(f"--add-data: the {config.steps} steps of the run are done, so that it would learn nothing of them; "
                         "name more with --steps")
+    state = restore(step, data, checkpoints, at)
+    run_directory.record_added(out, data.added)
+    return checkpoints, state
+
+
+def restore(step: TrainStep, data: Data, checkpoints: Checkpoints, at: int) -> TrainState:
+    """The state of a checkpoint; the data are put back to where they were."""
+    loop = checkpoints.restore_loop(at)
     trained, frozen = step.split(checkpoints.restore_params(at, step.params))
     optimizer = checkpoints.restore_optimizer(at, step.optimizer_state)
     data.training.set_state(loop["data"])
-    run_directory.record_added(out, data.added)
-    return checkpoints, TrainState(trained, frozen, optimizer, loop["step"])
+    return TrainState(trained, frozen, optimizer, loop["step"])
+
+
+def go_back(step: TrainStep, data: Data, checkpoints: Checkpoints, state: TrainState) -> TrainState | None:
+    """The state of the last checkpoint, None if there is none. Frees the arrays of `state`: both would not fit."""
+    steps = checkpoints.steps()
+    if not steps:
+        return None
+    for leaf in jax.tree.leaves((state.trained, state.frozen, state.optimizer)):
+        leaf.delete()  # those that an update reused are deleted already
+    return restore(step, data, checkpoints, steps[-1])
 
 
 def about_run(

@@ -22,7 +22,10 @@ from alst_jax.data.prepare import BySource, cut_sources, read_sources
 from alst_jax.data.records import Fields
 from alst_jax.data.report import print_samples, warn_without_end
 from alst_jax.data.sources import Reading
+from alst_jax.ops.attention import find_kernel
 from alst_jax.planning.job import Job, padded_length
+from alst_jax.preflight.check import check_numerics
+from alst_jax.step import TrainStep
 from alst_jax.storage import run_directory
 from alst_jax.storage.source import ModelSource, find_model
 from alst_jax.trainer import Data
@@ -263,3 +266,15 @@ def words_of(sequences: Any, lengths: tuple[int, ...]) -> str:
 def pad_token(tokenizer: Any) -> int:
     """The token of padding. It has no label, so any token will do if the tokenizer names none."""
     return next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
+
+
+def preflight(config: TrainConfig, step: TrainStep, job: Job, data: Data) -> None:
+    """The checks of --check-numerics, on devices that hold nothing else. UserError if one fails."""
+    position = data.training.get_state()
+    batches = next(data.training)
+    if isinstance(batches, list):  # of several lengths: the first of them
+        batches = {name: array[None] for name, array in batches[0].items()}
+    data.training.set_state(position)
+    across = config.pack and config.pack_attention == "across"  # a document's last label is not the next one's first
+    multiple = math.lcm(job.sp, find_kernel(job.profile.attention).multiple)
+    check_numerics(step, job, multiple, None if across else batches, config.seq_len)

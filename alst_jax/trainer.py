@@ -15,11 +15,12 @@ import optax
 
 from alst_jax.config import DEFAULT_LEARNING_RATE, TrainConfig, UserError
 from alst_jax.data.batches import Arrays, TrainingBatches
-from alst_jax.hardware.environment import peak_flops
-from alst_jax.metrics import MetricsLog, ProgressDisplay, compilations, peak_memory
+from alst_jax.metrics import MetricsLog, ProgressDisplay, compilations, speed, summary
 from alst_jax.models.tree import dotted, is_stacked, names
 from alst_jax.profiling import StepProfile
+from alst_jax.refused import NotFinite, Refused, Spike
 from alst_jax.step import TrainStep, count_labels
+from alst_jax.watch import Event, Watch
 
 
 @dataclasses.dataclass
@@ -53,14 +54,6 @@ class Data:
     training: TrainingBatches
     evaluation: dict[str, Callable[[], Iterable[Arrays]]] = dataclasses.field(default_factory=dict)
     added: tuple[dict[str, Any], ...] = ()
-
-
-class NotFinite(Exception):
-    """Loss or gradient is not a finite number. state: the state to go on from, None if the step was applied in part."""
-
-    def __init__(self, reason: str, state: TrainState | None):
-        super().__init__(reason)
-        self.state = state
 
 
 class StopSignal:
@@ -104,17 +97,19 @@ def learning_rate_schedule(config: TrainConfig, steps: int, peak: float) -> Call
 
 
 def optimizer_step(
-    step: TrainStep, state: TrainState, batches: Arrays | list[Arrays], learning_rate: float
+    step: TrainStep, state: TrainState, batches: Arrays | list[Arrays], learning_rate: float,
+    judge: Callable[[dict[str, float]], str | None] = lambda values: None,
 ) -> tuple[TrainState, dict[str, float]]:
     """One step over `batches`: int32 arrays [accumulation, B, S], or a list of batches [B, S], each with its own S. The
     loss is the mean over all their valid labels.
 
     Raises NotFinite, with the state to go on from, if the loss or the norm of the gradient is not finite: `state`
     itself, or, where the profile updates in the backward pass and the buffers of `state` are gone, the new state (None
-    if the step was applied in part). ValueError for more than one batch there.
+    if the step was applied in part). ValueError for more than one batch there. Raises Spike where judge(values) gives a
+    reason not to apply the step; where the profile updates in the backward pass, it has been applied.
     """
     if step.profile.update_in_backward:
-        return _step_in_backward(step, state, batches, learning_rate)
+        return _step_in_backward(step, state, batches, learning_rate, judge)
     batches = one_by_one(batches)
     labels = sum(count_labels(batch["labels"]) for batch in batches)
     scale = jnp.float32(1 / labels)
@@ -131,6 +126,8 @@ def optimizer_step(
             where = "every gradient finite: only the loss is not" if math.isfinite(values["grad_norm"]) else (
                 "every gradient finite: only their norm is not")
         raise NotFinite(f"loss {loss}, gradient norm {values['grad_norm']}, {where}", state)
+    if cause := judge(values):
+        raise Spike(cause, state)
     trained, optimizer = step.update(state.trained, gradients, state.optimizer, norm, jnp.float32(learning_rate))
     jax.block_until_ready(trained)
     return state.after(trained, optimizer), values
@@ -143,7 +140,7 @@ def one_by_one(batches: Arrays | list[Arrays]) -> list[Arrays]:
     return [{name: array[i] for name, array in batches.items()} for i in range(len(batches["tokens"]))]
 
 
-def _step_in_backward(step, state, batches, learning_rate):
+def _step_in_backward(step, state, batches, learning_rate, judge):
     batches, layers = one_by_one(batches), step.model.num_layers
     if len(batches) != 1:
         raise ValueError(f"{len(batches)} batches: gradients that are used at once cannot be summed over several")
@@ -156,6 +153,8 @@ def _step_in_backward(step, state, batches, learning_rate):
         where = f"first met in {where}, going back" if updated else "first met in the loss, the head or the last layer"
         raise NotFinite(f"loss {values['loss']}, gradient norm {values['grad_norm']}, {where}",
                         None if updated else state.after(trained, optimizer, steps=0))
+    if cause := judge(values):
+        raise Spike(cause, None)
     jax.block_until_ready(trained)
     return state.after(trained, optimizer), values
 
@@ -212,12 +211,19 @@ def train(
 ) -> TrainState:
     """Train until `steps` steps are done, or `stop` received a signal; returns the state then.
 
-    `save(state)` is called every --save-every steps, at the end, and before stopping early; None: nothing is saved.
-    UserError if the loss, the gradient or the weights are not finite; such weights are never saved.
+    `save(state)` is called every --save-every steps, at the end, and before stopping early; `Saves` can also go back;
+    None: nothing is saved. UserError if a step is refused and the flags say stop, or the weights are not finite; such
+    weights are never saved.
     """
     schedule = learning_rate_schedule(config, steps, config.learning_rate or DEFAULT_LEARNING_RATE)
     display, profile = ProgressDisplay(state.step, steps), StepProfile.of(config.profile_steps, config.out)
     saved, first = state.step, state.step + 1
+
+    def tell(event: Event) -> None:
+        display.say(f"warning: {event}")
+        log.event(event.record())
+
+    refused = Refused(config, save, tell)
 
     def check_and_save():
         nonlocal saved
@@ -226,43 +232,58 @@ def train(
             save(state)
             saved = state.step
 
+    watch = Watch(config, tell, jax.default_backend() == "gpu")
     try:
+        watch.start()
         while state.step < steps and stop.received is None:
             stop.began = started = time.perf_counter()
-            learning_rate, position = schedule(state.step), data.training.get_state()
+            learning_rate, position, problem = schedule(state.step), data.training.get_state(), None
             batches, compiled = one_by_one(next(data.training)), compilations()
+            if position in refused.left_out:
+                continue
             padding = [batch.pop("padding", None) for batch in batches]
+            watch.begin(state.step + 1)
             try:
                 with profile.step(state.step + 1, display.say):
-                    state, values = optimizer_step(step, state, batches, learning_rate)
-            except NotFinite as problem:
-                at = state.step
+                    state, values = optimizer_step(
+                        step, state, batches, learning_rate, lambda values: watch.judge(state.step + 1, values))
+            except (NotFinite, Spike) as error:
+                problem = error.with_traceback(None)  # whose frames hold arrays
+            if problem is not None:
+                at, back = state.step, refused.go_on(problem, state, position)
+                if back is not None:
+                    watch.rewind(back.step)
+                    log.rewind(back.step)
+                    state = back
+                    continue
                 if problem.state is not None:
                     state = problem.state
                     data.training.set_state(position)  # a resumed run meets the same batch again
                     check_and_save()
                 raise UserError(_not_finite(step, at, problem, saved)) from problem
             stop.seconds = seconds = time.perf_counter() - started
-            values = {"step": state.step, **values, **_speed(step, batches, padding, seconds),
+            values = {"step": state.step, **values, **speed(step, batches, padding, seconds),
                       "learning_rate": learning_rate, "compilations": compilations() - compiled}
+            watch.end(values)
             if values["compilations"] and state.step > first:
                 lengths = " and ".join(map(str, sorted({batch["tokens"].shape[1] for batch in batches})))
                 display.say(f"step {state.step}: {values['compilations']} programs compiled, for {lengths} tokens")
             if data.evaluation and (state.step == steps or config.eval_every and state.step % config.eval_every == 0):
                 values |= evaluate_sources(step, state, data.evaluation, display.say)
             log.write(values)
-            display.show(state.step, _summary(values))
+            display.show(state.step, summary(values))
             if config.save_every and state.step % config.save_every == 0:
                 check_and_save()
         check_and_save()
         return state
     finally:
+        watch.close()
         profile.close(display.say)
         display.close()
 
 
-def _not_finite(step: TrainStep, done: int, problem: NotFinite, saved: int) -> str:
-    """The message of a step that met a number that is not finite."""
+def _not_finite(step: TrainStep, done: int, problem: NotFinite | Spike, saved: int) -> str:
+    """The message of a step that was refused."""
     if problem.state is None:
         last = f"the last checkpoint, step {saved}, with --resume" if saved else "the beginning: none was saved"
         return (f"step {done + 1}: {problem}. Later layers were updated already (--update-in-backward), so nothing is "
@@ -273,33 +294,3 @@ def _not_finite(step: TrainStep, done: int, problem: NotFinite, saved: int) -> s
             f"smaller --learning-rate{'' if step.profile.update_in_backward else ' or --clip-norm'}, or --dtype float32, "
             "may help.")
 
-
-def _speed(
-    step: TrainStep, batches: list[Arrays], padding: list[np.ndarray | None], seconds: float
-) -> dict[str, Any]:
-    """Throughput over all positions that were computed, padding included. padding: for each batch, of its packed rows.
-    Then it is over the tokens of documents, whose attention stays inside of them."""
-    tokens, flops, packed = 0, 0, {}
-    work = lambda lengths, counts: sum(
-        n * step.model.flops_per_sequence(length) for length, n in zip(lengths.tolist(), counts.tolist()))
-    for batch, of_rows in zip(batches, padding):
-        rows, length = batch["tokens"].shape
-        tokens += rows * length
-        if of_rows is None:
-            flops += rows * step.model.flops_per_sequence(length)
-            continue
-        packed["padding"] = packed.get("padding", 0) + int(of_rows.sum())
-        flops += work(*np.unique(np.diff(batch["documents"]), return_counts=True))
-        flops -= work(*np.unique(of_rows, return_counts=True))
-    tokens -= packed.get("padding", 0)
-    peak, (place, gibibytes) = peak_flops(step.mesh.devices.flat[0].device_kind), peak_memory()
-    return {"tokens": tokens, **packed, "seconds": seconds, "tokens_per_second": tokens / seconds,
-            "mfu": flops / seconds / (peak * step.mesh.size) if peak else None,
-            f"peak_{place.lower()}_gib": gibibytes}
-
-
-def _summary(values: dict[str, Any]) -> str:
-    memory = next(f"{k.split('_')[1].upper()} {v:.1f} GiB" for k, v in values.items() if k.startswith("peak_"))
-    mfu = f"  MFU {values['mfu']:.0%}" if values["mfu"] is not None else ""
-    return (f"loss {values['loss']:.4f}  grad {values['grad_norm']:.3f}  lr {values['learning_rate']:.2e}  "
-            f"{values['tokens_per_second']:,.0f} tok/s{mfu}  {memory}")

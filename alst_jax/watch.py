@@ -1,0 +1,176 @@
+"""Watches a run: numbers that look wrong, steps that take too long, memory that runs out, GPUs that slow down.
+
+An event is one line with its cause and the action, and a record of metrics.jsonl with the key "event". Losses and
+gradient norms are judged between a step's gradient and its update, so that a step can be left out. Times are judged
+only where a step takes a second and more: short ones vary with all else that a machine does.
+"""
+
+import collections
+import dataclasses
+import math
+import shutil
+import statistics
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+
+from alst_jax.hardware.host_limits import host_memory
+from alst_jax.watch_flags import WatchFlags
+
+WINDOW, ENOUGH = 50, 10  # steps whose median is usual, and how many of them must be there
+FLOORS = {"loss": 0.01, "grad_norm": 0.1}  # a standard deviation is no less than this part of the median
+SHORTEST = 1.0  # seconds of a step whose time is judged
+STALLED, LEAST_STALL = 5.0, 60.0  # times the usual seconds, and seconds, after which a step in progress has stalled
+SLOWER = 0.7  # of the best throughput
+LEFT, LEFT_AGAIN = 0.03, 0.06  # part of host memory: less is an event, and after more than the second one again
+ASK_GPU = 60.0  # seconds between two looks at the GPUs' clocks
+REASONS = {  # of nvidia-smi: why a GPU's clock is held down. A power cap at full load is usual and not asked for.
+    "clocks_throttle_reasons.hw_thermal_slowdown": "it is too hot",
+    "clocks_throttle_reasons.sw_thermal_slowdown": "it is hot",
+    "clocks_throttle_reasons.hw_power_brake_slowdown": "its power supply is short"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """kind: "nonfinite", "spike", "stall", "memory", "throughput" or "throttled". step: the one in which it was
+    seen."""
+
+    kind: str
+    step: int
+    cause: str
+    action: str
+
+    def __str__(self) -> str:
+        return f"step {self.step}: {self.kind}: {self.cause}; {self.action}"
+
+    def record(self) -> dict[str, Any]:
+        return {"step": self.step, "event": self.kind, "cause": self.cause, "action": self.action}
+
+
+class Watch:
+    """tell(event): what happens to an event; called from a thread of its own for a stalled step. on_gpu: whether
+    nvidia-smi is asked."""
+
+    def __init__(self, config: WatchFlags, tell: Callable[[Event], None], on_gpu: bool = False, clock=time.monotonic):
+        self.config, self.tell, self._clock = config, tell, clock
+        self._values = {name: collections.deque(maxlen=WINDOW) for name in FLOORS}
+        self._seconds, self._rates = (collections.deque(maxlen=ENOUGH) for _ in range(2))
+        self._best, self._memory_low, self._asked = 0.0, False, -math.inf
+        self._nvidia_smi = shutil.which("nvidia-smi") if on_gpu else None
+        self._began, self._step = None, 0  # of the step in progress
+        self._done, self._thread = threading.Event(), None
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._done.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    # ---------------------------------------------------------------------------------------------- loss and gradient
+
+    def judge(self, step: int, values: dict[str, Any]) -> str | None:
+        """Why a step must not be applied; None if it may. values: "loss" and "grad_norm"."""
+        for name, floor in FLOORS.items():
+            usual = [value for _, value in self._values[name]]
+            if len(usual) < ENOUGH:
+                continue
+            median = statistics.median(usual)
+            spread = 1.4826 * statistics.median(abs(x - median) for x in usual)  # of a normal distribution
+            deviations = (values[name] - median) / max(spread, floor * abs(median), 1e-30)
+            if deviations > self.config.spike_deviations:
+                words = "loss" if name == "loss" else "gradient norm"
+                cause = (f"{words} {values[name]:.4g} is {deviations:.1f} standard deviations above {median:.4g}, the "
+                         f"median of {len(usual)} steps")
+                if self.config.on_spike != "warn":
+                    return cause
+                self.tell(Event("spike", step, cause, "the step is applied (--on-spike)"))
+                break
+        for name, usual in self._values.items():
+            usual.append((step, values[name]))
+        return None
+
+    def rewind(self, step: int) -> None:
+        """Forget the values of the steps after this one."""
+        self._began = None
+        for name, usual in self._values.items():
+            self._values[name] = collections.deque((pair for pair in usual if pair[0] <= step), maxlen=WINDOW)
+
+    # ------------------------------------------------------------------------------------------------ time and machine
+
+    def begin(self, step: int) -> None:
+        """A step begins."""
+        self._step, self._began = step, self._clock()
+
+    def end(self, values: dict[str, Any]) -> None:
+        """A step is done. values: its "seconds" and "tokens_per_second"."""
+        self._began = None
+        self._check_throughput(values)
+        self._seconds.append(values["seconds"])
+        self._check_memory()
+        self._check_gpus()
+
+    def _check_throughput(self, values):
+        self._rates.append(values["tokens_per_second"])
+        if values["seconds"] < SHORTEST or len(self._rates) < ENOUGH:
+            return
+        now = statistics.median(self._rates)
+        if now < SLOWER * self._best:
+            self.tell(Event("throughput", self._step, f"{now:,.0f} tokens/s, the median of {ENOUGH} steps, after "
+                            f"{self._best:,.0f}: another process, a hot GPU or a slow disk", "none"))
+            self._best = now  # one line for each fall
+        self._best = max(self._best, now)
+
+    def _check_memory(self):
+        left, total = memory_left(), host_memory()
+        if left < LEFT * total and not self._memory_low:
+            self._memory_low = True
+            self.tell(Event("memory", self._step, f"{left / 2**30:.1f} of {total / 2**30:.1f} GiB of host memory are "
+                            "left; the kernel ends processes when none is",
+                            "none; end other processes, or resume with a smaller plan (--host-memory)"))
+        self._memory_low &= left < LEFT_AGAIN * total
+
+    def _check_gpus(self):
+        if self._nvidia_smi is None or self._clock() - self._asked < ASK_GPU:
+            return
+        self._asked = self._clock()
+        for gpu, reason in throttled(self._nvidia_smi):
+            cause = f"GPU {gpu} has slowed its clock: {reason}"
+            self.tell(Event("throttled", self._step, cause, "none; check its cooling"))
+
+    def _look(self):
+        """The thread that sees a step in progress stall."""
+        told = None
+        while not self._done.wait(1.0):
+            began, step = self._began, self._step
+            if began is None or step == told or len(self._seconds) < 2:
+                continue
+            usual = statistics.median(self._seconds)
+            if (seconds := self._clock() - began) > max(LEAST_STALL, STALLED * usual):
+                told = step
+                self.tell(Event("stall", step, f"it has run for {seconds:.0f} s, and {usual:.1f} s are usual: a device "
+                                "or a collective that hangs, or memory that is swapped",
+                                "none; if it does not end, kill the process and go on with --resume"))
+
+
+def memory_left() -> int:
+    """Bytes of host memory that this process may still take."""
+    return min(psutil.virtual_memory().available, host_memory() - psutil.Process().memory_info().rss)
+
+
+def throttled(nvidia_smi: str) -> list[tuple[str, str]]:
+    """(GPU, reason) for each GPU whose clock is held down."""
+    command = [nvidia_smi, f"--query-gpu=index,{','.join(REASONS)}", "--format=csv,noheader"]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):  # no answer is no event
+        return []
+    found = [[part.strip() for part in line.split(",")] for line in lines]
+    return [(gpu, reason) for gpu, *states in found
+            for state, reason in zip(states, REASONS.values()) if state == "Active"]
