@@ -13,7 +13,8 @@ from typing import Any
 
 import jax
 
-from alst_jax.config import TrainConfig, UserError, flag
+from alst_jax.config import TrainConfig, UserError
+from alst_jax.declare import flag
 from alst_jax.ops.attention import refusal
 from alst_jax.ops.attention.devices import Chosen
 from alst_jax.step import TrainStep

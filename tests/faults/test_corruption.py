@@ -82,7 +82,7 @@ DAMAGES = {
     "cut short": (lambda run: os.truncate(f := data_file(run, "params"), f.stat().st_size - 1), "bytes and was written with"),
     "longer": (lambda run: data_file(run, "params").open("ab").write(b"\0"), "bytes and was written with"),
     "missing": (lambda run: (run / "checkpoints/4/params/_METADATA").unlink(), "params/_METADATA is missing"),
-    "of another step": (lambda run: shutil.copy(data_file(run, "params", 2), data_file(run, "params")), "has other content"),
+    "of another step": (lambda run: shutil.copy(data_file(run, "params", 2), data_file(run, "params")), r"params/\S+ has "),
     "an item of another step": (lambda run: shutil.copytree(
         run / "checkpoints/2/optimizer", run / "checkpoints/4/optimizer", dirs_exist_ok=True), "optimizer/"),
     "a file too many": (lambda run: (run / "checkpoints/4/params/d").mkdir(exist_ok=True)
