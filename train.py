@@ -3,6 +3,7 @@ minute."""
 
 import dataclasses
 import os
+import pathlib
 import sys
 import time
 from collections.abc import Callable
@@ -34,6 +35,8 @@ def main() -> int:
             raise
         print(f"\nerror: {out_of_memory(config, str(error))}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        raise  # while_read knows what it means
     except OSError as error:
         from alst_jax.storage import disk
 
@@ -149,27 +152,32 @@ def run(config: TrainConfig) -> int:
         checkpoints.save(state.step, step.join(state.trained, state.frozen), state.optimizer, loop)
 
     saves = Saves(save, lambda state: setup.go_back(step, data, checkpoints, state))
-    debug = config.debug_attention_layers is not None
+    saves = None if config.debug_attention_layers is not None else saves
     with StopSignal() as stop:  # until all is written: a first signal cuts nothing off
         try:
-            state = train(config, step, state, steps, data, log, None if debug else saves, stop)
+            state = train(config, step, state, steps, data, log, saves, stop)
         finally:
             checkpoints.close()
             log.close()
         if choice is not None and log.seconds:
             measured = peak_memory()[1], peak_host_memory(), log.seconds
             print(planned_against_measured(choice, *measured), flush=True)
-        if debug:
-            print("DEBUG   nothing was saved or exported (--debug-attention-layers)")
-            return 0 if stop.received is None else 128 + stop.received
-        if stop.received is not None and state.step < steps:
-            print(f"stopped by {stop.received.name}; step {state.step} is saved. Go on with: "
-                  f"python train.py --resume --out {out}")
-            return 128 + stop.received
+        return end(config, source, step, state, steps, stop)
 
-        # --------------------------------------------------------------------------------------------------- the export
-        if config.export:
-            setup.export(out, source, step.join(state.trained, state.frozen), setup.choose_dtype(config))
+
+def end(config: TrainConfig, source, step, state, steps: int, stop) -> int:
+    """Export the weights, or say why not. Returns the exit code."""
+    from alst_jax import run as setup
+
+    if config.debug_attention_layers is not None:
+        print("DEBUG   nothing was saved or exported (--debug-attention-layers)")
+        return 0 if stop.received is None else 128 + stop.received
+    if stop.received is not None and state.step < steps:
+        print(f"stopped by {stop.received.name}; step {state.step} is saved. Go on with: "
+              f"python train.py --resume --out {config.out}")
+        return 128 + stop.received
+    if config.export:
+        setup.export(pathlib.Path(config.out), source, step.join(state.trained, state.frozen), setup.choose_dtype(config))
     return 0
 
 

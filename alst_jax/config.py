@@ -146,7 +146,7 @@ class PlanFlags:
     """With --plan-only: draw the plan into this file (PNG, SVG, PDF); needs the extra `plot`."""
     json: bool = False
     """With --plan-only or --find-max-seq-len: one JSON object instead of a table."""
-    explain_run: str | None = None
+    explain_run: Annotated[str | None, default("none")] = None
     """Print what is recorded beside the newest checkpoint of this run (or beside this checkpoint), and stop: flags,
     versions, git revision, devices, plan, kernels."""
     explain: bool = False

@@ -156,7 +156,7 @@ def run(monkeypatch, tmp_path, bad, problem, steps=12, save_every=5, **flags):
     log, saved, data = MetricsLog(tmp_path, 0), {}, batches()
 
     def optimizer_step(step, state, arrays, learning_rate, judge):
-        number = int(arrays["tokens"][0, 0, 0])
+        number = int(arrays[0]["tokens"][0, 0])
         if number in bad:
             raise problem(f"batch {number} is bad", state)
         assert judge({"loss": 3.0, "grad_norm": 1.0}) is None
