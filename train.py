@@ -104,7 +104,7 @@ def run(config: TrainConfig) -> int:
     """The story of a run, from flags to a Hugging Face directory. Returns the exit code."""
     # jax reads its environment when it is imported: not before main() has prepared it.
     from alst_jax import run as setup
-    from alst_jax import run_data
+    from alst_jax import run_data, run_state
     from alst_jax.metrics import MetricsLog, peak_host_memory, peak_memory
     from alst_jax.planning.process import make_host_pool
     from alst_jax.planning.report import announce_plan, planned_against_measured, report
@@ -134,13 +134,13 @@ def run(config: TrainConfig) -> int:
     steps = config.steps or max(1, stats.sequences // (job.rows * job.grad_accum))
 
     # ------------------------------------------------------------------------------- from where: resume, load or draw
-    geometry = setup.geometry(config, job, setup.choose_dtype(config), fingerprint)
+    geometry = run_state.geometry(config, job, setup.choose_dtype(config), fingerprint)
     if choice is not None:
         environment.return_freed_memory()
         make_host_pool(choice.plan)
     if config.check_numerics:
         run_data.preflight(config, step, job, data)
-    checkpoints, state = setup.begin(config, source, step, data, geometry)
+    checkpoints, state = run_state.begin(config, source, step, data, geometry)
     checkpoints.about = setup.about_run(config, step, job, geometry, choice and choice.plan)
     setup.announce(config, source, step, job, stats, steps, state.step, data)
 
@@ -151,8 +151,8 @@ def run(config: TrainConfig) -> int:
         loop = {"step": state.step, "data": data.training.get_state(), "seed": config.seed, "geometry": geometry}
         checkpoints.save(state.step, step.join(state.trained, state.frozen), state.optimizer, loop)
 
-    saves = Saves(save, lambda state: setup.go_back(step, data, checkpoints, state))
-    saves = None if config.debug_attention_layers is not None else saves
+    saves = None if config.debug_attention_layers is not None else Saves(
+        save, lambda state: run_state.go_back(step, data, checkpoints, state))
     with StopSignal() as stop:  # until all is written: a first signal cuts nothing off
         try:
             state = train(config, step, state, steps, data, log, saves, stop)
@@ -168,6 +168,7 @@ def run(config: TrainConfig) -> int:
 def end(config: TrainConfig, source, step, state, steps: int, stop) -> int:
     """Export the weights, or say why not. Returns the exit code."""
     from alst_jax import run as setup
+    from alst_jax import run_state
 
     if config.debug_attention_layers is not None:
         print("DEBUG   nothing was saved or exported (--debug-attention-layers)")
@@ -177,7 +178,7 @@ def end(config: TrainConfig, source, step, state, steps: int, stop) -> int:
               f"python train.py --resume --out {config.out}")
         return 128 + stop.received
     if config.export:
-        setup.export(pathlib.Path(config.out), source, step.join(state.trained, state.frozen), setup.choose_dtype(config))
+        run_state.export(pathlib.Path(config.out), source, step.join(state.trained, state.frozen), setup.choose_dtype(config))
     return 0
 
 

@@ -175,6 +175,12 @@ def speed(
             f"peak_{place.lower()}_gib": gibibytes}
 
 
+def compiled(values: dict[str, Any], batches: list[Arrays]) -> str:
+    """A line about the programs that a step compiled."""
+    lengths = " and ".join(map(str, sorted({batch["tokens"].shape[1] for batch in batches})))
+    return f"step {values['step']}: {values['compilations']} programs compiled, for {lengths} tokens"
+
+
 def summary(values: dict[str, Any]) -> str:
     """One line of a step's values."""
     memory = next(f"{k.split('_')[1].upper()} {v:.1f} GiB" for k, v in values.items() if k.startswith("peak_"))

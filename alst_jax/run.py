@@ -19,9 +19,6 @@ from alst_jax.data.report import print_sources
 from alst_jax.hardware.machines import Cluster, parse_cluster
 from alst_jax.models.block import abstract_params
 from alst_jax.models.config import ModelConfig
-from alst_jax.models.hf_config import record_dtype
-from alst_jax.models.hf_weights import save_params
-from alst_jax.models.other_weights import auto_class
 from alst_jax.models.tree import dotted
 from alst_jax.ops.attention import KERNELS, refusal
 from alst_jax.ops.attention.devices import Chosen, Gpu, choose_kernel
@@ -36,11 +33,9 @@ from alst_jax.planning.process import with_room
 from alst_jax.planning.words import describe_debug
 from alst_jax.profile import Profile
 from alst_jax.step import TrainStep
-from alst_jax.storage import checksums, run_directory, saving
 from alst_jax.storage.about import about
-from alst_jax.storage.checkpoint import Checkpoints
-from alst_jax.storage.source import ModelSource, find_model, load_weights
-from alst_jax.trainer import Data, TrainState
+from alst_jax.storage.source import ModelSource, find_model
+from alst_jax.trainer import Data
 
 SHORT_DOCUMENT = 1024  # tokens
 OLDEST_JAX_ON_CUDA = (0, 11, 1)  # openxla/xla#46231
@@ -204,60 +199,7 @@ def check_seq_len(config: TrainConfig, model: ModelConfig) -> int:
     return config.seq_len
 
 
-# ---------------------------------------------------------------------------------------------------------------- state
-
-
-def geometry(config: TrainConfig, job: Job, dtype: jnp.dtype, data: str) -> dict[str, Any]:
-    """The settings that a resumed run must share with its checkpoint. data: hash of the sequences."""
-    return {"data": data, "seed": config.seed, "samples_per_step": job.rows * job.grad_accum,
-            "seq_len": config.seq_len, "dtype": str(dtype), "optimizer_states": job.states,
-            "master_weights": job.master, "freeze": config.freeze}
-
-
-def begin(
-    config: TrainConfig, source: ModelSource, step: TrainStep, data: Data, settings: dict[str, Any]
-) -> tuple[Checkpoints, TrainState]:
-    """Resume the newest checkpoint of --out, or load or draw weights and start the run directory.
-
-    settings: the `geometry`.
-    """
-    out = pathlib.Path(config.out)
-    if not config.resume:
-        # Weights first: a run that is refused has written no file.
-        params = load_weights(source, step, jnp.dtype(settings["dtype"]), config.seed)
-        run_directory.start_run_directory(out, config, source.config, source.tokenizer, source.files)
-        return Checkpoints(out, config.keep_checkpoints, clean=True), TrainState.begin(step, params)
-    _, at = run_directory.find_checkpoint(out)
-    checkpoints = Checkpoints(out, config.keep_checkpoints, clean=True)
-    loop = checkpoints.restore_loop(at)
-    checkpoints.check_run_files(at)
-    run_directory.check_same_model(run_directory.saved_model(out), source.config)
-    run_directory.check_geometry(loop["geometry"], settings)
-    if config.add_data and config.steps is not None and config.steps <= loop["step"]:
-        raise UserError(f"--add-data: the {config.steps} steps of the run are done, so that it would learn nothing of them; "
-                        "name more with --steps")
-    state = restore(step, data, checkpoints, at)
-    run_directory.record_added(out, data.added)
-    return checkpoints, state
-
-
-def restore(step: TrainStep, data: Data, checkpoints: Checkpoints, at: int) -> TrainState:
-    """The state of a checkpoint; the data are put back to where they were."""
-    loop = checkpoints.restore_loop(at)
-    trained, frozen = step.split(checkpoints.restore_params(at, step.params))
-    optimizer = checkpoints.restore_optimizer(at, step.optimizer_state)
-    data.training.set_state(loop["data"])
-    return TrainState(trained, frozen, optimizer, loop["step"])
-
-
-def go_back(step: TrainStep, data: Data, checkpoints: Checkpoints, state: TrainState) -> TrainState | None:
-    """The state of the last checkpoint, None if there is none. Frees the arrays of `state`: both would not fit."""
-    steps = checkpoints.steps()
-    if not steps:
-        return None
-    for leaf in jax.tree.leaves((state.trained, state.frozen, state.optimizer)):
-        leaf.delete()  # those that an update reused are deleted already
-    return restore(step, data, checkpoints, steps[-1])
+# --------------------------------------------------------------------------------------------------------------- report
 
 
 def about_run(
@@ -268,21 +210,6 @@ def about_run(
     planned = None if plan is None else json.loads(plan.to_json())
     kernel = attention_kernel(config, choose_dtype(config), step.model)
     return about(config, step, kernel, settings, shapes, planned)
-
-
-def export(out: pathlib.Path, source: ModelSource, params: Any, dtype: jnp.dtype) -> None:
-    """Write OUT/hf, a Hugging Face directory with these weights."""
-    target = out / run_directory.EXPORT
-    model_dir = out / run_directory.MODEL
-    run_directory.copy_model_files(model_dir, target)
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    save_params(leaves, source.config, target, saving.EXPORT_FILE, model_dir=model_dir)
-    record_dtype(target, str(dtype))
-    checksums.seal_weights(target)
-    print(f"wrote {target}: transformers.{auto_class(target)}.from_pretrained({str(target)!r}) loads it")
-
-
-# --------------------------------------------------------------------------------------------------------------- report
 
 
 def announce(

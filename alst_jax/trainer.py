@@ -1,6 +1,7 @@
 """The loop: accumulate, step, log, evaluate, save, stop."""
 
 import dataclasses
+import functools
 import math
 import os
 import signal
@@ -11,12 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from alst_jax.config import DEFAULT_LEARNING_RATE, TrainConfig, UserError
 from alst_jax.data.batches import Arrays, TrainingBatches
-from alst_jax.metrics import MetricsLog, ProgressDisplay, compilations, speed, summary
+from alst_jax.metrics import MetricsLog, ProgressDisplay, compilations, compiled, speed, summary
 from alst_jax.models.tree import dotted, is_stacked, names
+from alst_jax.optim.schedule import learning_rate_schedule
 from alst_jax.profiling import StepProfile
 from alst_jax.refused import NotFinite, Refused, Spike
 from alst_jax.step import TrainStep, count_labels
@@ -79,21 +80,6 @@ class StopSignal:
         left = "" if self.seconds is None else f", in about {seconds:.0f} s"
         # Not print(): a handler may run in the middle of one.
         os.write(2, f"\n{self.received.name}: saving after this step{left}; once more stops at once\n".encode())
-
-
-def learning_rate_schedule(config: TrainConfig, steps: int, peak: float) -> Callable[[int], float]:
-    """Linear warm-up from 0 to `peak`, then cosine, linear or no decay to the final ratio at `steps`."""
-    warmup = config.warmup_steps if config.warmup_steps is not None else steps // 20
-    decay_steps = max(1, steps - warmup)
-    final = peak * config.final_learning_rate_ratio
-    decay = {
-        "cosine": optax.cosine_decay_schedule(peak, decay_steps, config.final_learning_rate_ratio),
-        "linear": optax.linear_schedule(peak, final, decay_steps),
-        "constant": optax.constant_schedule(peak),
-    }[config.schedule]
-    # Step 0 of a warm-up has rate 0 and would be wasted: count from 1.
-    ramp = optax.linear_schedule(0.0, peak, max(1, warmup))
-    return lambda step: float(ramp(step + 1) if step < warmup else decay(step - warmup))
 
 
 def optimizer_step(
@@ -217,38 +203,20 @@ def train(
     """
     schedule = learning_rate_schedule(config, steps, config.learning_rate or DEFAULT_LEARNING_RATE)
     display, profile = ProgressDisplay(state.step, steps), StepProfile.of(config.profile_steps, config.out)
-    saved, first = state.step, state.step + 1
-
-    def tell(event: Event) -> None:
-        display.say(f"warning: {event}")
-        log.event(event.record())
-
-    refused = Refused(config, save, tell)
-
-    def check_and_save():
-        nonlocal saved
-        if state.step != saved and save is not None:
-            check_weights(step, state)
-            save(state)
-            saved = state.step
-
-    watch = Watch(config, tell, jax.default_backend() == "gpu")
+    first, saver, tell = state.step + 1, _Saver(step, save, state.step), _teller(display, log)
+    refused, watch = Refused(config, save, tell), Watch(config, tell, jax.default_backend() == "gpu")
     try:
         watch.start()
         while state.step < steps and stop.received is None:
             stop.began = started = time.perf_counter()
-            learning_rate, position, problem = schedule(state.step), data.training.get_state(), None
-            batches, compiled = one_by_one(next(data.training)), compilations()
+            learning_rate, position = schedule(state.step), data.training.get_state()
+            batches, before = one_by_one(next(data.training)), compilations()
             if position in refused.left_out:
                 continue
             padding = [batch.pop("padding", None) for batch in batches]
             watch.begin(state.step + 1)
-            try:
-                with profile.step(state.step + 1, display.say):
-                    state, values = optimizer_step(
-                        step, state, batches, learning_rate, lambda values: watch.judge(state.step + 1, values))
-            except (NotFinite, Spike) as error:
-                problem = error.with_traceback(None)  # whose frames hold arrays
+            with profile.step(state.step + 1, display.say):
+                state, values, problem = _attempt(step, state, batches, learning_rate, watch)
             if problem is not None:
                 at, back = state.step, refused.go_on(problem, state, position)
                 if back is not None:
@@ -259,27 +227,56 @@ def train(
                 if problem.state is not None:
                     state = problem.state
                     data.training.set_state(position)  # a resumed run meets the same batch again
-                    check_and_save()
-                raise UserError(_not_finite(step, at, problem, saved)) from problem
+                    saver(state)
+                raise UserError(_not_finite(step, at, problem, saver.saved)) from problem
             stop.seconds = seconds = time.perf_counter() - started
             values = {"step": state.step, **values, **speed(step, batches, padding, seconds),
-                      "learning_rate": learning_rate, "compilations": compilations() - compiled}
+                      "learning_rate": learning_rate, "compilations": compilations() - before}
             watch.end(values)
             if values["compilations"] and state.step > first:
-                lengths = " and ".join(map(str, sorted({batch["tokens"].shape[1] for batch in batches})))
-                display.say(f"step {state.step}: {values['compilations']} programs compiled, for {lengths} tokens")
+                display.say(compiled(values, batches))
             if data.evaluation and (state.step == steps or config.eval_every and state.step % config.eval_every == 0):
                 values |= evaluate_sources(step, state, data.evaluation, display.say)
             log.write(values)
             display.show(state.step, summary(values))
             if config.save_every and state.step % config.save_every == 0:
-                check_and_save()
-        check_and_save()
+                saver(state)
+        saver(state)
         return state
     finally:
         watch.close()
         profile.close(display.say)
         display.close()
+
+
+def _teller(display: ProgressDisplay, log: MetricsLog) -> Callable[[Event], None]:
+    def tell(event: Event) -> None:
+        display.say(f"warning: {event}")
+        log.event(event.record())
+
+    return tell
+
+
+class _Saver:
+    """Saves a state unless it is saved already. saved: the step of the newest checkpoint."""
+
+    def __init__(self, step: TrainStep, save: Callable[[TrainState], None] | None, saved: int):
+        self._step, self._save, self.saved = step, save, saved
+
+    def __call__(self, state: TrainState) -> None:
+        if state.step != self.saved and self._save is not None:
+            check_weights(self._step, state)
+            self._save(state)
+            self.saved = state.step
+
+
+def _attempt(step, state, batches, learning_rate, watch):
+    """(the next state, its values, None), or (`state`, {}, why the step was refused)."""
+    try:
+        judge = functools.partial(watch.judge, state.step + 1)
+        return *optimizer_step(step, state, batches, learning_rate, judge), None
+    except (NotFinite, Spike) as error:
+        return state, {}, error.with_traceback(None)  # the frames of a traceback hold arrays
 
 
 def _not_finite(step: TrainStep, done: int, problem: NotFinite | Spike, saved: int) -> str:

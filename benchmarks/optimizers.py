@@ -47,10 +47,11 @@ def main():
     from alst_jax.data.tokenizer import byte_tokenizer
     from alst_jax.models.config import TINY_LLAMA
     from alst_jax.optim.adamw import AdamW
+    from alst_jax.optim.schedule import learning_rate_schedule
     from alst_jax.parallel.mesh import make_mesh
     from alst_jax.profile import Profile
     from alst_jax.step import TrainStep
-    from alst_jax.trainer import TrainState, evaluate, learning_rate_schedule, optimizer_step
+    from alst_jax.trainer import TrainState, evaluate, optimizer_step
 
     tokenizer = byte_tokenizer()
     read = lambda held_out: make_sequences(python_reference(held_out), tokenizer, options.seq_len, TINY_LLAMA.vocab_size)[0]

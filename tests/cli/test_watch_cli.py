@@ -41,10 +41,10 @@ def test_a_run_that_goes_back_equals_one_whose_data_lack_the_batch(flags, tmp_pa
     with monkeypatch.context() as patch:
         patch.setattr(TrainingBatches, "__next__", without)
         assert run_here(*flags, "--out", tmp_path / "without") == 0
-    bad = drawn[BAD - 1]["tokens"]
+    bad = drawn[BAD - 1]["tokens"][0]
 
     def refuse_it(step, state, batches, *rest):
-        if np.array_equal(batches["tokens"], bad):
+        if np.array_equal(batches[0]["tokens"], bad):
             raise NotFinite("loss nan", state)
         return real_step(step, state, batches, *rest)
 

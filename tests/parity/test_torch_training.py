@@ -18,6 +18,7 @@ from alst_jax.data.tokenizer import byte_tokenizer
 from alst_jax.models.hf_config import model_config
 from alst_jax.models.hf_weights import load_params
 from alst_jax.optim.adamw import AdamW
+from alst_jax.optim.schedule import learning_rate_schedule
 from alst_jax.profile import Profile
 from tests.helpers import PLAIN, make_step, relative_error
 
@@ -94,7 +95,7 @@ def train(directory, batches, dp=1, sp=1, profile=PLAIN, **changes):
     """(losses, gradient norms, final weights) of our training, from the weights in `directory`."""
     config = TrainConfig(warmup_steps=WARMUP, final_learning_rate_ratio=FINAL)
     optimizer = AdamW(**dict(weight_decay=DECAY, clip_norm=1.0) | changes)
-    schedule = trainer.learning_rate_schedule(config, STEPS, PEAK)
+    schedule = learning_rate_schedule(config, STEPS, PEAK)
     step = make_step(model_config(directory), dp, sp, profile, optimizer)
     params = load_params(directory, step.model, step.params)
     state = trainer.TrainState.begin(step, params)

@@ -19,13 +19,13 @@ import tyro
 
 import train
 from alst_jax import run as setup
-from alst_jax.config import GROUPS, TrainConfig, UserError, chosen_fields, parse_flags
+from alst_jax.config import DEFAULT_LEARNING_RATE, GROUPS, TrainConfig, UserError, chosen_fields, parse_flags
 from alst_jax.declare import AtLeast, Words, flag, marked
+from alst_jax.optim.schedule import learning_rate_schedule
 from alst_jax.planning.job import Job
 from alst_jax.planning.words import describe
 from alst_jax.profile import TILES, Profile, Switches
 from alst_jax.stack.batch import Batch
-from alst_jax.trainer import DEFAULT_LEARNING_RATE, learning_rate_schedule
 from tests.helpers import make_step, tiny
 
 ROOT = pathlib.Path(__file__).parents[2]

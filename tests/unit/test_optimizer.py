@@ -14,8 +14,9 @@ from alst_jax.config import TrainConfig
 from alst_jax.models.tree import dotted, names
 from alst_jax.ops.tiling import stream
 from alst_jax.optim.adamw import AdamW, decays
+from alst_jax.optim.schedule import learning_rate_schedule
 from alst_jax.profile import Profile
-from alst_jax.trainer import TrainState, learning_rate_schedule, optimizer_step, where_not_finite
+from alst_jax.trainer import TrainState, optimizer_step, where_not_finite
 from alst_jax.xla import host
 from tests.helpers import (
     PLAIN,
