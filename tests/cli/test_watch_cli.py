@@ -3,6 +3,7 @@
 bit."""
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from alst_jax.preflight.limits import Row, exact
 from alst_jax.refused import NotFinite
 from tests.cli.test_train_cli import make_hf, metrics, run_here, write_jsonl
 
+ROOT = pathlib.Path(__file__).parents[2]
 BAD = 4  # of the batches, counted from 1
 
 
@@ -59,6 +61,8 @@ def test_a_run_that_goes_back_equals_one_whose_data_lack_the_batch(flags, tmp_pa
     lines = metrics(tmp_path / "back")
     assert [line["step"] for line in lines if "event" not in line] == [1, 2, 3, 4, 5, 6]
     assert [line["event"] for line in lines if "event" in line] == ["nonfinite"]
+    page = (ROOT / "docs" / "metrics.md").read_text()
+    assert all(f"`{key}`" in page for line in lines for key in line)
     losses = lambda out: [line["loss"] for line in metrics(out) if "event" not in line]
     assert losses(tmp_path / "without") == losses(tmp_path / "back")
 
