@@ -53,7 +53,8 @@ class DataFlags:
     long_documents: Literal["cut", "drop"] = "cut"
     """Documents longer than --seq-len: cut them into consecutive pieces, or leave them out."""
     data_cache: Annotated[str | None, default("~/.cache/alst_jax/data")] = None
-    """Directory in which data of 5 MB and more are kept tokenised, for later runs; off: tokenise in memory each time."""
+    """Directory in which data of 5 MB and more are kept tokenised, for later runs; off: tokenise in memory each
+    time."""
     eval_data: Annotated[tuple[str, ...], default("none; without --model the rest of the reference")] = ()
     """Held-out files, directories or hub data sets, each evaluated by itself: PATH or NAME=PATH."""
     eval_split: Annotated[str | None, default("validation, else test")] = None

@@ -23,8 +23,8 @@ from alst_jax.xla import host, scopes
 
 class Result(NamedTuple):
     """loss: scale x summed loss. norm: of all gradients. finite: whether all gradients were finite. layers: updated.
-    Where a gradient is not finite, nothing is updated from there on: layers that the backward pass had reached before have
-    been."""
+    Where a gradient is not finite, nothing is updated from there on: layers that the backward pass had reached before
+    have been."""
 
     loss: jax.Array
     norm: jax.Array
@@ -35,8 +35,8 @@ class Result(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """Of the backward pass so far: the sum of the squares of its gradients, whether all were finite, and how many layers
-    were updated."""
+    """Of the backward pass so far: the sum of the squares of its gradients, whether all were finite, and how many
+    layers were updated."""
 
     square: jax.Array
     finite: jax.Array

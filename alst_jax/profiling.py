@@ -23,7 +23,8 @@ _LAST_SCOPE = re.compile(rf".*(?:^|[/(])({'|'.join(map(re.escape, SCOPES))})(?=[
 
 @dataclasses.dataclass
 class StepProfile:
-    """The trace of steps first, ..., last of a run, in a directory that TensorBoard and Perfetto read. None: no trace."""
+    """The trace of steps first, ..., last of a run, in a directory that TensorBoard and Perfetto read. None: no
+    trace."""
 
     steps: tuple[int, int] | None
     directory: pathlib.Path
@@ -81,7 +82,8 @@ def read(trace: pathlib.Path) -> dict[str, float]:
 
 
 def scope_of(path: str) -> str:
-    """The innermost scope in the path of an operation: `jit(f)/jvp(layer/mlp)/while/body/dot_general` -> `layer/mlp`."""
+    """The innermost scope in the path of an operation: `jit(f)/jvp(layer/mlp)/while/body/dot_general` ->
+    `layer/mlp`."""
     found = _LAST_SCOPE.match(path)
     return found[1] if found else OTHER
 

@@ -38,12 +38,12 @@ from alst_jax.xla.dtypes import accumulation_dtype
 class TrainStep:
     """Compiled functions of one model on one mesh under one memory profile, and where their arrays live.
 
-    Parameters are two trees of the whole structure, `trained` and `frozen`, with None where a leaf belongs to the other.
-    freeze: a regular expression; a parameter is frozen if it is found in its dotted name. None: all are trained.
+    Parameters are two trees of the whole structure, `trained` and `frozen`, with None where a leaf belongs to the
+    other. freeze: a regular expression; a parameter is frozen if it is found in its dotted name. None: all are trained.
 
     UserError if the profile does not go with the model and the mesh. Compose a step from `loss_and_grad` (one or more
-    batches; `add_gradients` sums them), `gradient_norm` and `update`. Arguments that an update replaces are donated: their
-    buffers are reused and must not be read again.
+    batches; `add_gradients` sums them), `gradient_norm` and `update`. Arguments that an update replaces are donated:
+    their buffers are reused and must not be read again.
     """
 
     def __init__(
@@ -162,7 +162,8 @@ class TrainStep:
                                   for n, (place, target) in enumerate(zip(jax.tree.leaves(places), targets, strict=True))])
 
     def init_optimizer(self, trained: Params) -> dict[str, Any]:
-        """Zero moments and, for narrow weights, their float32 master, made where they will live, a parameter at a time."""
+        """Zero moments and, for narrow weights, their float32 master, made where they will live, a parameter at a
+        time."""
         leaves, treedef = jax.tree.flatten(trained)
         specs = jax.tree.leaves(self._trained_specs, is_leaf=is_spec)
         names = self.optimizer.state_names(leaves)
@@ -181,8 +182,8 @@ class TrainStep:
     def put_batch(
         self, tokens: np.ndarray, labels: np.ndarray, positions: np.ndarray, documents: np.ndarray | None = None
     ) -> Batch:
-        """numpy int32 -> a Batch on the mesh, with the shapes given there. B divides over data, S over seq: ValueError if
-        not."""
+        """numpy int32 -> a Batch on the mesh, with the shapes given there. B divides over data, S over seq: ValueError
+        if not."""
         if positions.max(initial=0) >= MAX_POSITION:
             raise UserError(f"position {positions.max()}: rotary embedding is exact below {MAX_POSITION} tokens; "
                             "use a shorter --seq-len")

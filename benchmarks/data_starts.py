@@ -2,8 +2,9 @@
 
     python -m benchmarks.data_starts --megabytes 10 500 --folder /tmp/data-starts
 
-Texts of web-like lengths (log-normal, median 1,800 characters) are made of random letters. A byte is a token, without the
-tokenizer, so that a megabyte gives as many tokens as four megabytes of English do. Each start is a process of its own.
+Texts of web-like lengths (log-normal, median 1,800 characters) are made of random letters. A byte is a token, without
+the tokenizer, so that a megabyte gives as many tokens as four megabytes of English do. Each start is a process of its
+own.
 """
 
 import dataclasses

@@ -4,7 +4,8 @@
 
 Each side runs in a process of its own, one after the other, with gradient checkpointing per layer, bf16 weights and
 batch 1; the median of the steps after the first two is reported. "ours" keeps the attention outputs on the device,
-"ours, all recomputed" runs every attention forward twice, as the other side does. Needs a CUDA GPU, torch, liger-kernel.
+"ours, all recomputed" runs every attention forward twice, as the other side does. Needs a CUDA GPU, torch,
+liger-kernel.
 """
 
 import dataclasses

@@ -1,4 +1,5 @@
-"""A Hugging Face directory of a Llama-8B shape with random weights and a byte tokenizer, to run train.py on at real width.
+"""A Hugging Face directory of a Llama-8B shape with random weights and a byte tokenizer, to run train.py on at real
+width.
 
     python -m benchmarks.make_model DIR --layers 4
 """

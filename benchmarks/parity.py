@@ -6,21 +6,23 @@
 
 Each mesh is compared with one device: losses and gradient norms of the steps; the first moments, which are sums of the
 gradients; and the updates, final weights less those of the beginning. In float32 the limit is 1e-4 for all of them. In
-bfloat16 a second run of one device with other tiles, the control, says how much is rounding: the limit is 1.5 times that,
-and no less than FLOORS. What says how much is rounding has limits itself, CEILINGS, and widens none of others if it passes
-one. "data parallel without features" (weights sharded, each layer's input kept, nothing tiled) is compared with one device
-without tiles, for these round in another place: a tile's gradient of its logits is bfloat16, that of all logits float32.
-"sequence parallel with all" is compared with one device and, which is the loss-parity experiment of ALST (arXiv 2506.13996),
-with the former itself; in bfloat16 the limits of that are the sum of those which the control and one device without tiles
-make, for the two differ by both.
+bfloat16 a second run of one device with other tiles, the control, says how much is rounding: the limit is 1.5 times
+that, and no less than FLOORS. What says how much is rounding has limits itself, CEILINGS, and widens none of others if
+it passes one. "data parallel without features" (weights sharded, each layer's input kept, nothing tiled) is compared
+with one device without tiles, for these round in another place: a tile's gradient of its logits is bfloat16, that of
+all logits float32. "sequence parallel with all" is compared with one device and, which is the loss-parity experiment of
+ALST (arXiv 2506.13996), with the former itself; in bfloat16 the limits of that are the sum of those which the control
+and one device without tiles make, for the two differ by both.
 
-The last case must fail: there each device numbers its tokens from 0. With --only it may not run, and then nothing shows that
-the comparison notices anything; the last line says so, as it says if the two of ALST's experiment did not meet. A step takes
-as many sequences as there are devices. Exits with 1 if a case passes a limit, or the last one none, or a number is not finite.
+The last case must fail: there each device numbers its tokens from 0. With --only it may not run, and then nothing shows
+that the comparison notices anything; the last line says so, as it says if the two of ALST's experiment did not meet. A
+step takes as many sequences as there are devices. Exits with 1 if a case passes a limit, or the last one none, or a
+number is not finite.
 
-Host memory: a result is the moments and the updates, 8 bytes a parameter: 15 GB for 4 layers of the real width. Two are kept
-beside that of the case that runs (one device, and one device without tiles or, later, data parallel), which holds three of
-its own halves when it ends (start, end, updates) and whatever it offloads. Comparing takes THREADS pieces more.
+Host memory: a result is the moments and the updates, 8 bytes a parameter: 15 GB for 4 layers of the real width. Two are
+kept beside that of the case that runs (one device, and one device without tiles or, later, data parallel), which holds
+three of its own halves when it ends (start, end, updates) and whatever it offloads. Comparing takes THREADS pieces
+more.
 """
 
 import concurrent.futures
@@ -71,8 +73,8 @@ class Options:
     meshes: bool = True
     """Sequence parallel without other features, too."""
     only: tuple[str, ...] = ()
-    """Cases whose names begin so, and the one-device ones that they are compared with; none: all. "wrong positions", the case
-    that must fail, runs only if it is named."""
+    """Cases whose names begin so, and the one-device ones that they are compared with; none: all. "wrong positions",
+    the case that must fail, runs only if it is named."""
 
 
 class Case(NamedTuple):
@@ -192,8 +194,9 @@ def narrowed(options: Options) -> ModelConfig:
 
 
 def limits(case: Case, other: str, rounding: dict[str, dict[str, float]], dtype: str) -> dict[str, float]:
-    """What each error of a case beside another may be; rounding: the errors of the cases that say how much rounding does and
-    are within CEILINGS, by name. One that is not is not here, so that it widens no limit: FLOORS are what is left."""
+    """What each error of a case beside another may be; rounding: the errors of the cases that say how much rounding
+    does and are within CEILINGS, by name. One that is not is not here, so that it widens no limit: FLOORS are what is
+    left."""
     if dtype == "float32":
         return dict.fromkeys(PARTS, EXACT)  # of two meshes beside each other, too
     if case.rounding:
@@ -249,8 +252,8 @@ def train(model: ModelConfig, case: Case, dtype, tokens, learning_rate: float) -
 
 
 def compare(result: dict[str, Any], reference: dict[str, Any]) -> dict[str, float]:
-    """Relative errors, PARTS: the largest of the steps, of the norm of the whole difference, and of the worst parameter.
-    ValueError if the two have not as many steps and the same parameters."""
+    """Relative errors, PARTS: the largest of the steps, of the norm of the whole difference, and of the worst
+    parameter. ValueError if the two have not as many steps and the same parameters."""
     import numpy as np
 
     for name in ("losses", "norms", "moments", "updates"):

@@ -3,11 +3,11 @@
     python -m benchmarks.scaling --layers 4 --cases 2 1 65536 1 2 131072
     python -m benchmarks.scaling --layers 4 --cases 1 2 131072 --flags xla_gpu_enable_while_loop_double_buffering=true
 
-A case is dp, sp and the length of a sequence. Weights are sharded over all of its GPUs and gathered layer by layer. After
-the timed steps one more is traced. Of each GPU's span in that trace the table gives, in the mean over GPUs, the share in
-which a computing kernel ran; in which NCCL ran (which waits for the slower GPU, too), by kind; and how much of that no
-computing kernel covered. Each of the flags, given to the compiler alone, is compared with none on the last case. "measured"
-is the peak of the process, so it is given only where it rose: begin with the case that needs least.
+A case is dp, sp and the length of a sequence. Weights are sharded over all of its GPUs and gathered layer by layer.
+After the timed steps one more is traced. Of each GPU's span in that trace the table gives, in the mean over GPUs, the
+share in which a computing kernel ran; in which NCCL ran (which waits for the slower GPU, too), by kind; and how much of
+that no computing kernel covered. Each of the flags, given to the compiler alone, is compared with none on the last
+case. "measured" is the peak of the process, so it is given only where it rose: begin with the case that needs least.
 """
 
 import dataclasses

@@ -43,8 +43,8 @@ class Options:
     """A kernel's name."""
     compile_only: bool = False
     reserve: int = 0
-    """GiB of pinned host memory to make in one piece first, for each GPU; needed where a step's activations take tens of
-    GiB of it."""
+    """GiB of pinned host memory to make in one piece first, for each GPU; needed where a step's activations take tens
+    of GiB of it."""
     memory: tyro.conf.OmitArgPrefixes[MemoryFlags] = MemoryFlags()
 
     @property

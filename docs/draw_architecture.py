@@ -1,4 +1,5 @@
-"""Draws docs/architecture.svg from the imports of alst_jax: its layers from bottom to top, their files, and who uses whom.
+"""Draws docs/architecture.svg from the imports of alst_jax: its layers from bottom to top, their files, and who uses
+whom.
 
     python docs/draw_architecture.py
 """

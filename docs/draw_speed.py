@@ -1,4 +1,5 @@
-"""Draw docs/speed.png: tokens a second against length, Llama-8B, beside other trainers. `uv run --extra plot docs/draw_speed.py`"""
+"""Draw docs/speed.png: tokens a second against length, Llama-8B, beside other trainers. `uv run --extra plot
+docs/draw_speed.py`"""
 
 import pathlib
 

@@ -53,7 +53,8 @@ def _drawn(model, dtype, seed):
 
 
 def initial(step: TrainStep, seed=0):
-    """`step.init_params`, whose numbers depend on model, type and seed alone: drawn once for all meshes and profiles."""
+    """`step.init_params`, whose numbers depend on model, type and seed alone: drawn once for all meshes and
+    profiles."""
     drawn = _drawn(step.model, jax.tree.leaves(step.params)[0].dtype, seed)
     return jax.device_put(jax.tree.map(np.copy, drawn), step.param_shardings)  # copies: updates are in place
 

@@ -1,4 +1,5 @@
-"""A stand-in for the GPU kernels that runs on any device: like them, its backward pass lives on q, k, v, o and log-sum-exp."""
+"""A stand-in for the GPU kernels that runs on any device: like them, its backward pass lives on q, k, v, o and
+log-sum-exp."""
 
 import jax
 import jax.numpy as jnp

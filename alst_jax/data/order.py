@@ -25,9 +25,9 @@ def ordered(
 ) -> Any:
     """An endless grain data set over the sequences.
 
-    order: None: every sequence once an epoch, each epoch in another order. (number of sequences, weight) of each source,
-    in the order of `sequences`, the weights summing to 1: each source has its own endless order, and the sources take
-    turns by a fixed pattern. Stages: see `Extended`.
+    order: None: every sequence once an epoch, each epoch in another order. (number of sequences, weight) of each
+    source, in the order of `sequences`, the weights summing to 1: each source has its own endless order, and the
+    sources take turns by a fixed pattern. Stages: see `Extended`.
     """
     import grain
 
@@ -72,9 +72,9 @@ class Mixed:
 
 
 class Extended:
-    """Sequences of which some were added later. Before an addition the order is the one without it. From there on, first
-    come the sequences that the epoch had left and all added ones, in an order drawn from the seed. Then come epochs over
-    all. An addition costs 0.1 ms for each sequence that the epoch had left."""
+    """Sequences of which some were added later. Before an addition the order is the one without it. From there on,
+    first come the sequences that the epoch had left and all added ones, in an order drawn from the seed. Then come
+    epochs over all. An addition costs 0.1 ms for each sequence that the epoch had left."""
 
     def __init__(self, sequences: collections.abc.Sequence, stages: Stages, seed: int):
         self._sequences = sequences

@@ -21,8 +21,8 @@ NEIGHBOURS = 1 << 24  # bytes around a piece that are mapped with it, at most: l
 
 @dataclasses.dataclass(frozen=True)
 class Sequence:
-    """tokens int32[n] and labels int32[n], n <= seq_len; labels[t] is what follows tokens[t], or IGNORED. lengths: those
-    of packed documents; None: it is one document."""
+    """tokens int32[n] and labels int32[n], n <= seq_len; labels[t] is what follows tokens[t], or IGNORED. lengths:
+    those of packed documents; None: it is one document."""
 
     tokens: np.ndarray
     labels: np.ndarray
@@ -61,8 +61,8 @@ class Tokenised:
 
 
 def mapped_bytes() -> int | None:
-    """Bytes of mapped files in this process's resident memory; None where the system does not tell. A count of the bytes
-    read would be too low: Linux maps a whole large folio where one page is read."""
+    """Bytes of mapped files in this process's resident memory; None where the system does not tell. A count of the
+    bytes read would be too low: Linux maps a whole large folio where one page is read."""
     try:
         with open("/proc/self/statm", "rb") as file:
             return int(file.read().split()[2]) * mmap.PAGESIZE

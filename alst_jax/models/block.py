@@ -1,8 +1,8 @@
 """The transformer block and the parameters of a model, as Flax NNX modules, which are pytrees.
 
-B batch, T local tokens, D hidden, F ffn, N query heads, K kv heads, H head dim, V vocabulary, L layers. Modules see whole
-weights and local tokens; sharding, gathering and placement are decided outside (step.py, stack/). One layer's block is a
-slice of the stacked one: `jax.tree.map(lambda w: w[i], params["layers"])`, and so are its gradients.
+B batch, T local tokens, D hidden, F ffn, N query heads, K kv heads, H head dim, V vocabulary, L layers. Modules see
+whole weights and local tokens; sharding, gathering and placement are decided outside (step.py, stack/). One layer's
+block is a slice of the stacked one: `jax.tree.map(lambda w: w[i], params["layers"])`, and so are its gradients.
 """
 
 import functools
@@ -29,8 +29,8 @@ Params = dict[str, Any]
 class Tokens(NamedTuple):
     """What tokens bring to a block besides their hidden states; leading dims are those of the hidden states.
 
-    documents: offsets of the packed documents into the B S tokens of this device's sequences (see `Kernel`), the same on
-    all devices that share them; None: each sequence is one document.
+    documents: offsets of the packed documents into the B S tokens of this device's sequences (see `Kernel`), the same
+    on all devices that share them; None: each sequence is one document.
     """
 
     cos: Float[Array, "*B R H2"]  # R rotary embeddings
@@ -207,7 +207,8 @@ class Halves(NamedTuple):
 
 @functools.cache
 def halves(config: ModelConfig) -> Halves:
-    """Which parameters `Block.before` reads and which `Block.after`. ValueError if a parameter is read by both or none."""
+    """Which parameters `Block.before` reads and which `Block.after`. ValueError if a parameter is read by both or
+    none."""
     block = jax.eval_shape(lambda: Block(config, jnp.float32, nnx.Rngs(0)))
     h, tokens = jnp.zeros((2, config.hidden_size)), Tokens.of(config, jnp.zeros((2, 1), jnp.int32))
     tokens = Tokens(*(x[:, 0] for x in tokens.rows))

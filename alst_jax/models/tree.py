@@ -1,7 +1,7 @@
 """The parameter tree: names of its leaves, which leaves are stacked, and its division into parts.
 
-A tree is a dict of arrays and Flax modules, which are pytrees. A part of a tree has the whole structure, with None where a
-leaf belongs to the other part.
+A tree is a dict of arrays and Flax modules, which are pytrees. A part of a tree has the whole structure, with None
+where a leaf belongs to the other part.
 """
 
 from collections.abc import Callable

@@ -220,7 +220,8 @@ def of_model(tensors: dict[str, Tensor], tied: bool, where: str) -> dict[str, Te
 
 
 def extended(tensors: dict[str, Tensor], before: int, rows: int) -> dict[str, Tensor]:
-    """The tensors with an embedding and a head of `rows` rows instead of `before`; new rows are the mean of the others."""
+    """The tensors with an embedding and a head of `rows` rows instead of `before`; new rows are the mean of the
+    others."""
     longer = {name: tensor._replace(shape=(rows, *tensor.shape[1:]), added=rows - tensor.shape[0])
               for name, tensor in tensors.items()
               if name in (EMBEDDING, HEAD) and len(tensor.shape) == 2 and tensor.shape[0] == before < rows}

@@ -1,4 +1,5 @@
-"""Next-token loss. The logits of a long sequence are never made at once: 128k tokens of Llama-3 would be 61 GiB of float32."""
+"""Next-token loss. The logits of a long sequence are never made at once: 128k tokens of Llama-3 would be 61 GiB of
+float32."""
 
 import functools
 from typing import NamedTuple

@@ -1,10 +1,10 @@
 """Work on a few rows of dim 0 at a time: the only tiling code, for the MLP, projections, loss, attention and optimizer.
 
-A token-wise function needs no whole sequence (ALST, arXiv 2506.13996, sequence tiling): its intermediates have the size of
-one tile, whatever the length. Tiles are cut from local arrays, never from an array that is sharded over devices.
+A token-wise function needs no whole sequence (ALST, arXiv 2506.13996, sequence tiling): its intermediates have the size
+of one tile, whatever the length. Tiles are cut from local arrays, never from an array that is sharded over devices.
 
-`stream` is the loop: it overwrites arrays in place, on the device or in host memory. `tiled` is a differentiable function
-built on it.
+`stream` is the loop: it overwrites arrays in place, on the device or in host memory. `tiled` is a differentiable
+function built on it.
 """
 
 import functools
@@ -27,15 +27,16 @@ def stream(
 ) -> tuple[PyTree, tuple]:
     """Overwrite arrays, `rows` rows of dim 0 at a time. Runs inside jit. Returns the last carry and the new `written`.
 
-    body(carry, written_rows, read_rows) -> (carry, new_written_rows) sees device arrays; a shorter last tile is a call of
-    its own, not padded. on_host: for each array of written + read, whether it lives in host memory; None: none does.
+    body(carry, written_rows, read_rows) -> (carry, new_written_rows) sees device arrays; a shorter last tile is a call
+    of its own, not padded. on_host: for each array of written + read, whether it lives in host memory; None: none does.
 
     buffer  | before            | after
     written | the old values    | the new values, in the same memory
     read    | the values        | unchanged
 
     The arrays are the carry of a fori_loop and are updated with dynamic_update_slice, which XLA does in place, in host
-    memory at the speed of the bus. A scan with stacked outputs makes a second copy at a quarter of the speed (measured).
+    memory at the speed of the bus. A scan with stacked outputs makes a second copy at a quarter of the speed
+    (measured).
     """
     length = (written + read)[0].shape[0]
     rows = min(rows, length)
@@ -125,8 +126,8 @@ def _map_tiles(body, carry, read, like, tile, others):
 
 
 def even_tile(rows: int, at_most: int) -> int:
-    """The largest tile of at most `at_most` rows that divides `rows`, because a ragged tile costs copies; `at_most` if all
-    divisors are below half of it."""
+    """The largest tile of at most `at_most` rows that divides `rows`, because a ragged tile costs copies; `at_most` if
+    all divisors are below half of it."""
     return next((tile for tile in range(at_most, at_most // 2, -1) if rows % tile == 0), at_most)
 
 

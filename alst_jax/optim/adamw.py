@@ -20,12 +20,12 @@ from alst_jax.xla.dtypes import accumulation_dtype
 class AdamW:
     """Decoupled weight decay (arXiv 1711.05101) and global-norm clipping.
 
-    State of a parameter: first and second moment and, for a parameter narrower than float32, what makes it float32 again
-    (an update of 1e-5 would vanish in bfloat16's 8 bits):
+    State of a parameter: first and second moment and, for a parameter narrower than float32, what makes it float32
+    again (an update of 1e-5 would vanish in bfloat16's 8 bits):
 
-    states: dtype of the moments. bfloat16 and int8 (see `formats.Log8`) are rounded stochastically; vectors stay float32.
-    master: "float32" keeps a copy; "low-bits" keeps the 16 bits that a bfloat16 weight lacks, which is the same to the
-    last bit in 2 bytes less; "none" keeps nothing and rounds the updated weight stochastically.
+    states: dtype of the moments. bfloat16 and int8 (see `formats.Log8`) are rounded stochastically; vectors stay
+    float32. master: "float32" keeps a copy; "low-bits" keeps the 16 bits that a bfloat16 weight lacks, which is the
+    same to the last bit in 2 bytes less; "none" keeps nothing and rounds the updated weight stochastically.
     """
 
     beta1: float = 0.9

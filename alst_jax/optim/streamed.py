@@ -32,7 +32,8 @@ def global_norm(gradients: Any, on_host: bool) -> jax.Array:
 
 
 def square_sum(leaf: jax.Array, rows: int | None = None) -> jax.Array:
-    """Sum of squares over all devices, float32. rows: the array is in host memory, and so many are brought at a time."""
+    """Sum of squares over all devices, float32. rows: the array is in host memory, and so many are brought at a
+    time."""
     add = lambda total, _, chunk: (total + jnp.sum(jnp.square(chunk[0].astype(jnp.float32))), ())
     zero = _zero_like(leaf)
     if rows is None:
@@ -44,8 +45,8 @@ def square_sum(leaf: jax.Array, rows: int | None = None) -> jax.Array:
 
 
 def count_not_finite(gradients: Any, on_host: bool) -> Any:
-    """For each parameter int32[layers] (int32[1] where it is not stacked): its elements that are no finite numbers, over
-    all devices. Runs inside the shard_map; host gradients are streamed."""
+    """For each parameter int32[layers] (int32[1] where it is not stacked): its elements that are no finite numbers,
+    over all devices. Runs inside the shard_map; host gradients are streamed."""
     def count(path, leaf):
         rows = host.chunk_rows(leaf.shape, is_stacked(path))
         layers = leaf.shape[0] if is_stacked(path) else 1
@@ -76,8 +77,8 @@ def apply_update(
     optimizer: AdamW, params: Any, gradients: Any, state: dict[str, Any], gradient_norm: jax.Array,
     learning_rate: jax.Array, specs: Any, on_host: tuple[bool, bool],
 ) -> tuple[Any, dict[str, Any]]:
-    """Clip, then step every parameter. on_host: whether parameters (and their gradients), and optimizer state, live in host
-    memory."""
+    """Clip, then step every parameter. on_host: whether parameters (and their gradients), and optimizer state, live in
+    host memory."""
     scale = jnp.ones((), jnp.float32)
     if optimizer.clip_norm > 0:
         scale = jnp.minimum(scale, optimizer.clip_norm / jnp.maximum(gradient_norm, 1e-30))
@@ -116,8 +117,8 @@ class ParameterUpdate:
         return accumulation_dtype(self.param.dtype)
 
     def step(self, chunk: jax.Array | int, written: tuple, gradient: jax.Array) -> tuple:
-        """New values of `written`, or of some rows of it, from the (clipped) gradient in `wide`. chunk: number of the rows,
-        which draws the random bits of stochastic rounding."""
+        """New values of `written`, or of some rows of it, from the (clipped) gradient in `wide`. chunk: number of the
+        rows, which draws the random bits of stochastic rounding."""
         keys = jax.random.split(jax.random.fold_in(self.key, chunk), 3)
         old = self.structure.unflatten(written[1:])
         mu, nu = (self.formats[name].decode(old[name], self.wide) for name in ("mu", "nu"))
@@ -134,8 +135,8 @@ class ParameterUpdate:
 def parameter_updates(
     optimizer: AdamW, params: Any, state: dict[str, Any], specs: Any, learning_rate: jax.Array
 ) -> list[ParameterUpdate]:
-    """One for each parameter, in the order of the tree's leaves, of local shards. Runs inside the shard_map. state, specs: as
-    `AdamW.init` and `AdamW.state_specs` give them."""
+    """One for each parameter, in the order of the tree's leaves, of local shards. Runs inside the shard_map. state,
+    specs: as `AdamW.init` and `AdamW.state_specs` give them."""
     count = state["count"]
     flat, treedef = jax.tree_util.tree_flatten_with_path(params)
     columns = {name: treedef.flatten_up_to(tree) for name, tree in state.items() if name != "count"}

@@ -1,4 +1,5 @@
-"""The device mesh: axes `data` (replicas) and `seq` (Ulysses). On one device both have size 1; there is no second code path."""
+"""The device mesh: axes `data` (replicas) and `seq` (Ulysses). On one device both have size 1; there is no second code
+path."""
 
 import jax
 import numpy as np

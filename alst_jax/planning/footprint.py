@@ -1,8 +1,8 @@
 """Bytes that a step needs on one device: for each moment that may be the peak, a ledger of the arrays that are alive.
 
-From arithmetic alone: nothing is traced or compiled. The terms follow the program and were checked against the compiler's
-bytes: `python -m benchmarks.plan_accuracy` prints the error of each combination. `where` is the file whose arrays a term
-counts, or XLA where the compiler keeps them beside what the design says. Letters as in job.py.
+From arithmetic alone: nothing is traced or compiled. The terms follow the program and were checked against the
+compiler's bytes: `python -m benchmarks.plan_accuracy` prints the error of each combination. `where` is the file whose
+arrays a term counts, or XLA where the compiler keeps them beside what the design says. Letters as in job.py.
 """
 
 import functools
@@ -90,8 +90,8 @@ def head_work(job: Job) -> int:
 
 
 def in_results(job: Job) -> int:
-    """Gradients that stay on the device are results. XLA puts temporary arrays in their buffers first, if these are large
-    enough."""
+    """Gradients that stay on the device are results. XLA puts temporary arrays in their buffers first, if these are
+    large enough."""
     if job.profile.offload_weights:
         return 0
     size, largest = job.sizes, job.trained.largest_stack * job.width // job.devices
@@ -219,7 +219,8 @@ def layer_work(job: Job, rebuilt: bool = False) -> list[Term]:
 
 
 def workspace(job: Job) -> int:
-    """The kernel's workspace in the backward pass. cuDNN's: float32 dq, and dk and dv of each query head of one call."""
+    """The kernel's workspace in the backward pass. cuDNN's: float32 dq, and dk and dv of each query head of one
+    call."""
     if job.profile.attention == "xla" or not job.count_workspace:
         return 0
     head_dim, heads, rows = job.model.head_dim, job.attention.local_heads, job.rows // job.dp

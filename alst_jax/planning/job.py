@@ -23,7 +23,8 @@ from alst_jax.profile import DEVICE, HOST, Profile, Segment, segment_inputs
 
 
 class Term(NamedTuple):
-    """A line of a ledger: bytes or seconds, and the file, the program or the part of the machine that they come from."""
+    """A line of a ledger: bytes or seconds, and the file, the program or the part of the machine that they come
+    from."""
 
     name: str
     value: int | float
@@ -70,8 +71,8 @@ class Job:
     """One optimizer step: `grad_accum` batches of `rows` sequences of `length` tokens over dp x sp devices.
 
     freeze: a regular expression; parameters whose dotted name (`layers.mlp.up_proj.kernel`) it matches are not trained.
-    documents: packed documents of a data-parallel replica at most; 0: not packed. attention_share: the pairs of a query and
-    a key in the documents, as a part of those in whole sequences.
+    documents: packed documents of a data-parallel replica at most; 0: not packed. attention_share: the pairs of a query
+    and a key in the documents, as a part of those in whole sequences.
     """
 
     model: ModelConfig

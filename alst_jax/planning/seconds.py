@@ -25,8 +25,8 @@ BACKWARD = 2.5  # FLOPs of attention's backward pass, in forwards
 
 
 def attention_speed(implementation: str, which: str, length: int, peak: float, packed: bool = False) -> float:
-    """FLOP/s of causal FLOPs at sequences of `length`, between the measured lengths by the logarithm. packed: of documents,
-    by the sum of their squares over the sum of their lengths."""
+    """FLOP/s of causal FLOPs at sequences of `length`, between the measured lengths by the logarithm. packed: of
+    documents, by the sum of their squares over the sum of their lengths."""
     if implementation not in ATTENTION:
         return SLOW_ATTENTION * peak
     rates = flash_rates.DOCUMENT_RATES if packed and implementation == "flash" else ATTENTION[implementation]

@@ -44,8 +44,8 @@ class Layer:
     specs: shardings of one layer's parameters. reduce_dtype: in which gradients are summed over devices. tile: tokens
     worked on at a time in all that is token-wise (None: all).
 
-    Weights keep their own dtype outside the loops over tiles and are widened to float32 inside (see ops/linear.py), where
-    the compiler sees the conversion there and back and drops it: not one conversion of each weight for each tile.
+    Weights keep their own dtype outside the loops over tiles and are widened to float32 inside (see ops/linear.py),
+    where the compiler sees the conversion there and back and drops it: not one conversion of each weight for each tile.
     """
 
     model: ModelConfig
@@ -131,7 +131,8 @@ class Layer:
         return self.sequence.chunks > 1 and self.model.qk_norm == "all heads"
 
     def by_kind(self, number: Array | int) -> Callable:
-        """apply(fn) = fn(kind of the layer `number`). Where layers differ, the compiled program has one branch a kind."""
+        """apply(fn) = fn(kind of the layer `number`). Where layers differ, the compiled program has one branch a
+        kind."""
         kinds = self.model.kinds
         if len(kinds) == 1:
             return lambda fn: fn(kinds[0])
@@ -139,7 +140,8 @@ class Layer:
         return lambda fn: lax.switch(index, [lambda kind=kind: fn(kind) for kind in kinds])
 
     def _sequence(self, number: Array | int) -> SequenceParallel:
-        """The sequence parallelism of a layer. Where the model computes attention in some layers only, its kernel asks."""
+        """The sequence parallelism of a layer. Where the model computes attention in some layers only, its kernel
+        asks."""
         if self.model.attention_layers is None:
             return self.sequence
         kernel = runs_where(number < self.model.attention_layers, find_kernel(self.sequence.kernel))

@@ -1,6 +1,8 @@
-"""All layers, as JAX differentiates them: the reference twin of `stack/stack.py`, and the stack without rematerialisation.
+"""All layers, as JAX differentiates them: the reference twin of `stack/stack.py`, and the stack without
+rematerialisation.
 
-`lax.scan` over blocks under `jax.checkpoint`, with a policy that keeps each layer's input, on the device or in host memory.
+`lax.scan` over blocks under `jax.checkpoint`, with a policy that keeps each layer's input, on the device or in host
+memory.
 """
 
 import jax

@@ -27,8 +27,8 @@ PyTree = Any
 
 
 class Saved(NamedTuple):
-    """The residuals that the forward pass saves. segments: for each, its inputs (or the row of `firsts`) and the results
-    of attention that are saved, by run."""
+    """The residuals that the forward pass saves. segments: for each, its inputs (or the row of `firsts`) and the
+    results of attention that are saved, by run."""
 
     segments: list
     firsts: jax.Array | None
@@ -45,10 +45,10 @@ class Stack:
     weights, stacked on dim 0, on the device or in host memory, from where one layer at a time is copied to the device;
     their gradients go the same way back.
 
-    Each of `profile.segments` saves the input of its first layer (or of all its layers), on the device or, offloaded, in
-    host memory, and the attention outputs that the profile names. The backward pass recomputes the other inputs of a
-    segment one after the other (matrix products alone, where attention was saved), then goes back through one layer at a
-    time. Where several layers make the first segment, its input is not saved: `embed` recomputes it.
+    Each of `profile.segments` saves the input of its first layer (or of all its layers), on the device or, offloaded,
+    in host memory, and the attention outputs that the profile names. The backward pass recomputes the other inputs of a
+    segment one after the other (matrix products alone, where attention was saved), then goes back through one layer at
+    a time. Where several layers make the first segment, its input is not saved: `embed` recomputes it.
     """
 
     layer: Layer
@@ -189,7 +189,8 @@ class _Backward:
         return h, rebuilt
 
     def _first_input(self, dh, row):
-        """The input of a segment: its row among the saved inputs, or None for the first segment, which is embedded again."""
+        """The input of a segment: its row among the saved inputs, or None for the first segment, which is embedded
+        again."""
         if row is None:
             table, numbers = self.saved.source
             return self.stack.embed(table, after(dh, numbers))

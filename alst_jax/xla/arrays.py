@@ -35,7 +35,8 @@ def load_array(wanted: jax.ShapeDtypeStruct, read: Callable[[Bounds], np.ndarray
 def _load_part(
     read: Callable[[Bounds], np.ndarray], bounds: Bounds, dtype: np.dtype, places: list[jax.sharding.SingleDeviceSharding]
 ) -> list[jax.Array]:
-    """What read(bounds) gives, at each of the places; of a large part, only some rows at a time are in numpy's hands."""
+    """What read(bounds) gives, at each of the places; of a large part, only some rows at a time are in numpy's
+    hands."""
     shape = [stop - start for start, stop in bounds]
     rows = max(1, AT_ONCE // max(1, math.prod(shape[1:]) * dtype.itemsize))
     if not shape or rows >= shape[0]:

@@ -33,8 +33,8 @@ def index_after(array: jax.Array, index: ArrayLike) -> jax.Array:
 
 
 def read_after(array: jax.Array, read: Callable, index: ArrayLike) -> Any:
-    """read(index), a tree of arrays, but not before `array` is there; what is the same on all devices is read at once, for
-    an index that waits may differ between devices."""
+    """read(index), a tree of arrays, but not before `array` is there; what is the same on all devices is read at once,
+    for an index that waits may differ between devices."""
     soon, late = read(index), read(index_after(array, index))
     return jax.tree.map(lambda s, l: l if varying_axes(s) == varying_axes(l) else s, soon, late)
 

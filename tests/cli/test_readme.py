@@ -44,7 +44,8 @@ def test_modules_of_commands_exist(command):
 
 
 def test_without_flags_a_model_learns(tmp_path):
-    """The first command, a few steps of it: sequence parallelism is on, the loss falls, a Hugging Face directory is left."""
+    """The first command, a few steps of it: sequence parallelism is on, the loss falls, a Hugging Face directory is
+    left."""
     done = subprocess.run([sys.executable, ROOT / "train.py", "--steps", "12"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "mesh    dp 1 x sp 4 on cpu" in done.stdout and "eval loss" in done.stdout

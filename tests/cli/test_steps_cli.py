@@ -56,7 +56,8 @@ def test_numbers_that_cannot_be_met_are_refused(flags, message):
 
 
 def test_lengths_change_the_padding_and_nothing_else(model, tmp_path, capfd):
-    """Two sequences a step, in batches of one: loss and gradient as in the longest length alone; one program a length."""
+    """Two sequences a step, in batches of one: loss and gradient as in the longest length alone; one program a
+    length."""
     data = write_jsonl(tmp_path / "mixed.jsonl", ["x" * n for n in (100, 9, 30, 90, 12, 40)])
     flags = ("--model", model, "--data", data, "--schedule", "constant", "--learning-rate", 1e-3, "--no-export", "--dp", 1,
              "--sp", 2, "--samples-per-step", 2, "--eval-data", data)

@@ -1,9 +1,9 @@
 """python -m tests.faults.campaign_corruption 100 --results FILE: corrupt one file of a run, read all, expect a refusal.
 
-A case damages one file of a copy of a small run: a bit flipped, a byte set, cut short, made longer, zeroed in part, taken
-away, taken from another step, or a file put beside. It is refused if resuming (the loop, the run's own files, weights,
-optimizer), loading the export, and `convert.verify` each refuse what they read, with a UserError that names the file.
-Cases are numbered: the number is the seed. The results file gets a line a case; a second call goes on.
+A case damages one file of a copy of a small run: a bit flipped, a byte set, cut short, made longer, zeroed in part,
+taken away, taken from another step, or a file put beside. It is refused if resuming (the loop, the run's own files,
+weights, optimizer), loading the export, and `convert.verify` each refuse what they read, with a UserError that names
+the file. Cases are numbered: the number is the seed. The results file gets a line a case; a second call goes on.
 """
 
 import contextlib

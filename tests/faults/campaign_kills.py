@@ -2,8 +2,8 @@
 
 A trial starts a run of a tiny model and kills it one to three times, each time in the run that goes on. Then the run
 ends without a kill. It must equal the run that was never killed: each line of the metrics, the last checkpoint's arrays
-and the exported file, bit for bit; and all its checksums must be right. Trials are numbered: the number is the seed. The
-results file gets a line a trial; a second call goes on where the first stopped.
+and the exported file, bit for bit; and all its checksums must be right. Trials are numbered: the number is the seed.
+The results file gets a line a trial; a second call goes on where the first stopped.
 """
 
 import contextlib
@@ -35,7 +35,8 @@ COMPARED = ("step", "loss", "grad_norm", "learning_rate", "labels")
 def campaign(kills_wanted: tyro.conf.Positional[int] = 200, results: pathlib.Path | None = None, first: int = 0,
              seconds: float = float("inf"), stages: tuple[str, ...] = ()) -> int:
     """Add trials to the results until they hold this many kills. seconds: begin no trial after so many. stages: kill
-    there alone, one trial each, in this order; STAGE:NUMBER names the call. Exit code 1 if a run was lost or a bit differs."""
+    there alone, one trial each, in this order; STAGE:NUMBER names the call. Exit code 1 if a run was lost or a bit
+    differs."""
     done = [json.loads(line) for line in results.read_text().splitlines()] if results and results.exists() else []
     if done and not stages:
         first = max(line["trial"] for line in done) + 1

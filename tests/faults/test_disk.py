@@ -1,5 +1,6 @@
 # python -m pytest tests/faults/test_disk.py
-"""A disk that is full, has no inodes, is read-only or gone: one line that says what is safe; the last checkpoint loads."""
+"""A disk that is full, has no inodes, is read-only or gone: one line that says what is safe; the last checkpoint
+loads."""
 
 import errno
 import os
@@ -25,7 +26,8 @@ def weights(size: int):
 
 
 def refused(run_dir, change, caplog) -> str:
-    """The words of a save that fails after `change`. The checkpoint before it is whole, nothing of the new one is left."""
+    """The words of a save that fails after `change`. The checkpoint before it is whole, nothing of the new one is
+    left."""
     run_directory.write_run_file(run_dir, "training", {"flags": {}})
     checkpoints = Checkpoints(run_dir)
     checkpoints.save(1, weights(1000), weights(1000), {"step": 1})

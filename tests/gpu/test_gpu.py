@@ -1,5 +1,6 @@
 # pytest -m gpu tests/gpu
-"""What only a CUDA GPU can show: the kernel, its limit, offloading to real host memory, planned against measured bytes."""
+"""What only a CUDA GPU can show: the kernel, its limit, offloading to real host memory, planned against measured
+bytes."""
 
 import dataclasses
 import gc
@@ -53,7 +54,8 @@ def test_cudnn_equals_xla():
 
 
 def past_the_wall(gradients):
-    """dq[1, 589824, 32, 128] in one call, against calls a quarter of the heads at a time: relative error of the last ninth."""
+    """dq[1, 589824, 32, 128] in one call, against calls a quarter of the heads at a time: relative error of the last
+    ninth."""
     q, k, v, do = qkvd(589_824, 32, 8, 128)
     whole = np.asarray(jax.jit(gradients)(q, k, v, do)[1][0, -65_536:], np.float32)
     for i in range(4):
@@ -175,8 +177,9 @@ def test_update_in_backward_equals_the_update_behind_it(changes):
 
 
 def test_kept_attention_is_not_run_twice():
-    """Dynamic slice fusion may run an opaque kernel once for each use of its output; environment.XLA_GPU_FLAGS switch it
-    off. The forward kernel, once in the loop forward; preprocess, main and three postprocess kernels in the loop back."""
+    """Dynamic slice fusion may run an opaque kernel once for each use of its output; environment.XLA_GPU_FLAGS switch
+    it off. The forward kernel, once in the loop forward; preprocess, main and three postprocess kernels in the loop
+    back."""
     pytest.importorskip("flash_attn.cute")
     profile = dataclasses.replace(CUDNN, attention="flash", keep_attention_on_device=4)
     step = make_step(dataclasses.replace(MODEL, head_dim=128), profile=profile, dtype=jnp.bfloat16)
@@ -203,7 +206,8 @@ def test_low_bits_are_a_float32_master_to_the_last_bit(on_host):
      "--offload-activations", "--offload-optimizer", "--segment-layers", "3", "1",
      "--keep-attention-on-host", "1", "--keep-attention-on-device", "1", "--head-chunks", "8"]], ids=lambda flags: f"{len(flags)} flags")
 def test_planned_device_bytes_are_those_measured(flags):
-    """In a process of its own, whose peak is that of the step. Needs XLA_PYTHON_CLIENT_PREALLOCATE=false in this one."""
+    """In a process of its own, whose peak is that of the step. Needs XLA_PYTHON_CLIENT_PREALLOCATE=false in this
+    one."""
     command = [sys.executable, "-m", "benchmarks.step", "--layers", "2", "--seq-len", "131072", "--steps", "2", "--no-update"]
     done = subprocess.run([*command, *flags], capture_output=True, text=True, check=True)
     planned = float(re.search(r"= ([\d.]+); host temp", done.stdout)[1])

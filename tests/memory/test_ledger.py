@@ -54,7 +54,8 @@ def test_explanation_names_its_terms():
 
 
 def test_seconds_count_the_layers_with_attention():
-    """The first 2 of 32 layers compute attention; their outputs are not kept, so that each computes it twice forward."""
+    """The first 2 of 32 layers compute attention; their outputs are not kept, so that each computes it twice
+    forward."""
     full = job(**KEPT)
     some = dataclasses.replace(full, model=dataclasses.replace(LLAMA_8B, attention_layers=2))
     whole, part = estimate(full, H100), estimate(some, H100)
@@ -78,8 +79,8 @@ def test_a_debug_run_is_planned_as_the_whole_run(monkeypatch):
 
 
 def test_attention_in_some_layers_needs_the_bytes_of_all():
-    """Compiled for a CPU, on one device, layers in loops; of other programs docs/log.md. Without the kernel, its buffers
-    would be missing."""
+    """Compiled for a CPU, on one device, layers in loops; of other programs docs/log.md. Without the kernel, its
+    buffers would be missing."""
     profile = Profile(loss_tile=128, mlp_tile=128, offload_activations=True)
     model = tiny(vocab_size=256, hidden_size=256, intermediate_size=512, num_heads=8, num_kv_heads=2, head_dim=32,
                  num_layers=6, attention_bias=False, mlp_bias=False)

@@ -98,7 +98,8 @@ def test_eight_sequence_ranks_need_an_eighth(length):
 
 
 def test_weights_of_segments_of_two_are_gathered_in_their_turn(monkeypatch):
-    """No loop goes over their layers, so that nothing but order keeps the compiler from gathering all of them at once."""
+    """No loop goes over their layers, so that nothing but order keeps the compiler from gathering all of them at
+    once."""
     wide = dict(hidden_size=256, intermediate_size=1024, vocab_size=64)
 
     def bytes_of(layers):

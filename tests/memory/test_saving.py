@@ -372,7 +372,8 @@ print((kilobytes("VmHWM") - before) * 1024)
 
 
 def test_the_writer_of_many_cores_stays_within_its_part(tmp_path):
-    """A save of 8B weights and 8-bit states on 16 cores took 5.4 GiB where 2 were planned, and 8.5 with small chunks alone."""
+    """A save of 8B weights and 8-bit states on 16 cores took 5.4 GiB where 2 were planned, and 8.5 with small chunks
+    alone."""
     done = subprocess.run([sys.executable, "-c", ON_16_CORES, str(tmp_path)], capture_output=True, text=True,
                           cwd=pathlib.Path(__file__).parents[2], timeout=300)
     assert done.returncode == 0, done.stderr

@@ -1,5 +1,6 @@
 # pytest tests/mesh/test_features.py
-"""Every feature on equals the feature off, alone and with the others, on one device and on four; and it is really on."""
+"""Every feature on equals the feature off, alone and with the others, on one device and on four; and it is really
+on."""
 
 import dataclasses
 

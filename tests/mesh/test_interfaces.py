@@ -1,5 +1,6 @@
 # pytest tests/mesh/test_interfaces.py
-"""The five interfaces by their users: layer kinds, a user's own attention, frozen parameters, the reference twin, the block."""
+"""The five interfaces by their users: layer kinds, a user's own attention, frozen parameters, the reference twin, the
+block."""
 
 import dataclasses
 import inspect
@@ -213,8 +214,8 @@ def test_frozen_parameters_with_the_update_in_the_backward_pass(freeze):
 
 
 def test_no_gradient_buffer_for_frozen_parameters():
-    """The compiled results are smaller by the frozen parameters; and so is all memory, by the head's sum over tiles at least
-    (results that are gradients serve as temporary memory before)."""
+    """The compiled results are smaller by the frozen parameters; and so is all memory, by the head's sum over tiles at
+    least (results that are gradients serve as temporary memory before)."""
     def memory(freeze):
         step = make_step(tiny(vocab_size=4096), profile=Profile(loss_tile=16), freeze=freeze)
         lowered = step.loss_and_grad.lower(step.trained, step.frozen, step.put_batch(**random_batch()), jnp.float32(1))

@@ -1,5 +1,6 @@
 # pytest tests/mesh/test_meshes.py
-"""One device against simulated meshes: loss, every gradient, updated weights, placement, and the collectives themselves."""
+"""One device against simulated meshes: loss, every gradient, updated weights, placement, and the collectives
+themselves."""
 
 import re
 

@@ -156,7 +156,8 @@ def test_nonsense_is_refused_in_the_library_too(nonsense):
 
 
 def test_tied_embeddings_are_summed_on_the_device():
-    """The gradients of the two uses of one table, each of which would go to host memory by itself; and they are right."""
+    """The gradients of the two uses of one table, each of which would go to host memory by itself; and they are
+    right."""
     model = tiny(num_layers=2, tie_word_embeddings=True)
     profile = Profile(loss_tile=7, mlp_tile=5, offload_weights=True)
     step = make_step(model, profile=profile)

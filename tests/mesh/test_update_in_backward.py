@@ -59,7 +59,8 @@ def test_equals_the_update_behind_it(mesh, changes, tied):
 
 @pytest.mark.parametrize("states", ["int8", "bfloat16"])
 def test_draws_the_same_random_bits(states):
-    """Streamed layer by layer, narrow states are rounded alike; with other bits about half of the codes would differ."""
+    """Streamed layer by layer, narrow states are rounded alike; with other bits about half of the codes would
+    differ."""
     profile = dataclasses.replace(REMAT, segment_layers=(2,), **HOST)
     step = make_step(tiny(num_layers=4, intermediate_size=128), profile=profile, optimizer=AdamW(clip_norm=0.0, states=states))
     ours, same = (run(step, in_backward, steps=1)[3] for in_backward in (True, False))
@@ -108,7 +109,8 @@ def test_update_stops_at_the_layer_where_the_norm_overflows():
 
 
 def train_until_it_is_not_finite(monkeypatch, tmp_path, updated):
-    """(error, steps that were saved) of a run whose second step meets what is not finite after so many updated layers."""
+    """(error, steps that were saved) of a run whose second step meets what is not finite after so many updated
+    layers."""
     step = make_step(MODEL, profile=dataclasses.replace(REMAT, update_in_backward=True), optimizer=UNCLIPPED)
     params = initial(step)
     state, real, calls, saved = trainer.TrainState.begin(step, params), step.update_in_backward, [], []

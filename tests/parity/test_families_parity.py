@@ -1,5 +1,6 @@
 # pytest tests/parity/test_families_parity.py
-"""Each family against transformers, from random configs of odd shape: logits, loss, every gradient, files there and back.
+"""Each family against transformers, from random configs of odd shape: logits, loss, every gradient, files there and
+back.
 
 Windows are 7 tokens at length 33, so that each window has a border inside of the sequence. `test_a_window_has_a_border`
 finds the border itself.

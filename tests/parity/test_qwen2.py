@@ -88,7 +88,8 @@ def test_files_come_back_bit_for_bit(twins, tmp_path):
 
 
 def test_training_one_step_equals_torch_with_frozen_parameters(twins):
-    """`--freeze` is `requires_grad=False`: the same AdamW step of the parameters that are left, the others unchanged."""
+    """`--freeze` is `requires_grad=False`: the same AdamW step of the parameters that are left, the others
+    unchanged."""
     model, _, config, params = twins
     tokens = np.random.default_rng(3).integers(0, config.vocab_size, (1, 32), dtype=np.int32)
     pattern = "embed_tokens|mlp"

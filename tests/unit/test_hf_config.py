@@ -1,5 +1,6 @@
 # python -m pytest tests/unit/test_hf_config.py
-"""config.json <-> ModelConfig: read as transformers reads it, and every field that is not implemented is refused by name."""
+"""config.json <-> ModelConfig: read as transformers reads it, and every field that is not implemented is refused by
+name."""
 
 import json
 

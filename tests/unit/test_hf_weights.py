@@ -1,5 +1,6 @@
 # python -m pytest tests/unit/test_hf_weights.py
-"""safetensors <-> the tree: every tensor, by target shard, within the memory of about one shard; broken files refused."""
+"""safetensors <-> the tree: every tensor, by target shard, within the memory of about one shard; broken files
+refused."""
 
 import json
 import pathlib

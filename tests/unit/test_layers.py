@@ -1,5 +1,6 @@
 # pytest tests/unit/test_layers.py
-"""The packages of alst_jax are layers: a file imports only from the layers above its own, and nothing acts when imported."""
+"""The packages of alst_jax are layers: a file imports only from the layers above its own, and nothing acts when
+imported."""
 
 import ast
 import pathlib

@@ -147,8 +147,8 @@ def test_learning_rate(schedule, middle, last):
 @pytest.mark.parametrize("states, master", [
     ("float32", "float32"), ("float32", "low-bits"), ("bfloat16", "none"), ("int8", "none")])
 def test_an_update_is_in_place_and_works_a_layer_at_a_time(states, master):
-    """What it replaces is gone afterwards, bfloat16 weights that their master makes anew included; and of what is worked
-    on, little grows with the layers: a loop on a CPU begins with a copy of one parameter's arrays."""
+    """What it replaces is gone afterwards, bfloat16 weights that their master makes anew included; and of what is
+    worked on, little grows with the layers: a loop on a CPU begins with a copy of one parameter's arrays."""
     def compiled(layers):
         step = make_step(tiny(num_layers=layers), dtype=jnp.bfloat16, optimizer=AdamW(states=states, master=master))
         scalar = jax.ShapeDtypeStruct((), jnp.float32)

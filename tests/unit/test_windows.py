@@ -1,5 +1,6 @@
 # pytest tests/unit/test_windows.py
-"""Windows of attention: their border is transformers'. Windows and documents: the kernel in XLA reads no keys outside."""
+"""Windows of attention: their border is transformers'. Windows and documents: the kernel in XLA reads no keys
+outside."""
 
 import jax
 import jax.numpy as jnp
@@ -122,7 +123,8 @@ def test_the_border_is_transformers(name):
 
 
 def test_operations_of_a_step_know_windows():
-    """4 x N x H operations for each pair of a query and a key that it reads; three times that with the backward pass."""
+    """4 x N x H operations for each pair of a query and a key that it reads; three times that with the backward
+    pass."""
     full, windowed = tiny(num_layers=2), tiny(num_layers=2, layer_kinds=(LayerKind(), LayerKind(window=16)))
     pairs = sum(min(i + 0.5, 16) for i in range(1024))  # half of a token's pair with itself, as in the causal half of S^2
     saved = 1024**2 / 2 - pairs
@@ -132,7 +134,8 @@ def test_operations_of_a_step_know_windows():
 
 
 def test_plans_know_windows():
-    """A layer of 4,096 tokens' window among 131,072 reads a sixteenth of the pairs: 2 x 4,096 / 131,072, less a corner."""
+    """A layer of 4,096 tokens' window among 131,072 reads a sixteenth of the pairs: 2 x 4,096 / 131,072, less a
+    corner."""
     kinds = (LayerKind(), LayerKind(window=4096))
     terms = [seconds(Job(tiny(num_layers=2, layer_kinds=k), Profile(attention="flash", compute_dtype="bfloat16"), 1, 131072),
                      parse_cluster("H100-80", 125)) for k in ((), kinds)]

@@ -1,7 +1,7 @@
 """Causal attention over whole sequences, for the heads of this device: one file a kernel, one table that chooses.
 
-A kernel gives the output and the log-sum-exp, from which its backward pass starts: no forward pass is computed twice where
-these two are kept. A kernel that does not implement a part of a spec refuses it.
+A kernel gives the output and the log-sum-exp, from which its backward pass starts: no forward pass is computed twice
+where these two are kept. A kernel that does not implement a part of a spec refuses it.
 """
 
 import dataclasses
@@ -70,8 +70,8 @@ def attention_backward(
 
 
 def runs_where(runs: Array | bool, kernel: Kernel) -> Kernel:
-    """The kernel where `runs` is true, zeros instead of its results elsewhere (--debug-attention-layers): the same buffers.
-    Not to be differentiated."""
+    """The kernel where `runs` is true, zeros instead of its results elsewhere (--debug-attention-layers): the same
+    buffers. Not to be differentiated."""
     def forward(q, k, v, spec, documents=None):
         batch, length, heads, _ = q.shape
         nothing = lambda q, k, v: (_zeros(q.shape, q.dtype, q), _zeros((batch, heads, length), jnp.float32, q))
@@ -93,9 +93,9 @@ def attention(
 ) -> Array:
     """o[B, S, N, H] of q[B, S, N, H], k and v[B, S, K, H], differentiable.
 
-    kernel: "xla" (any device and dtype), "cudnn" (GPU, bfloat16 or float16, S a multiple of 128), "flash" (Hopper, bfloat16
-    or float16, any S), "flash-deterministic" (the same, gradients summed in a fixed order), or a `Kernel` of one's own.
-    documents: see `Kernel`.
+    kernel: "xla" (any device and dtype), "cudnn" (GPU, bfloat16 or float16, S a multiple of 128), "flash" (Hopper,
+    bfloat16 or float16, any S), "flash-deterministic" (the same, gradients summed in a fixed order), or a `Kernel` of
+    one's own. documents: see `Kernel`.
     """
     results = attention_forward(*jax.lax.stop_gradient((q, k, v)), spec, documents, kernel=kernel)
     return attention_from(q, k, v, results, spec, documents, kernel=kernel)

@@ -13,7 +13,8 @@ FALLBACK = "cudnn"  # of `--attention auto` on other GPUs
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """A GPU, here or in a plan. capability: "9.0" is Hopper. present: whether kernels run here and must be installed."""
+    """A GPU, here or in a plan. capability: "9.0" is Hopper. present: whether kernels run here and must be
+    installed."""
 
     name: str
     capability: str

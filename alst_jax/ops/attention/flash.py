@@ -27,7 +27,8 @@ OTHER = "or use --attention cudnn"
 
 
 def prepare() -> None:
-    """Import flash-attn-4 before anything is traced. UserError names the package that is missing, too old or incomplete."""
+    """Import flash-attn-4 before anything is traced. UserError names the package that is missing, too old or
+    incomplete."""
     check_packages()
     _launchers()
 

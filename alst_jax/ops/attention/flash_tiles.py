@@ -69,8 +69,8 @@ HEAD_DIMS = tuple(FORWARD)
 class Call:
     """Everything a compiled kernel depends on besides the shapes of its arrays. Static, a cache key.
 
-    group: query heads of a kv head. window: tokens read before and behind the query. deterministic: gradients are summed
-    in a fixed order.
+    group: query heads of a kv head. window: tokens read before and behind the query. deterministic: gradients are
+    summed in a fixed order.
     """
 
     dtype: str

@@ -22,7 +22,8 @@ class AttentionSpec:
         return head_dim**-0.5 if self.scale is None else self.scale
 
     def features(self, documents: bool) -> frozenset[str]:
-        """What a kernel must be able to do beside causal attention: "scale", "window", "soft cap", "full", "documents"."""
+        """What a kernel must be able to do beside causal attention: "scale", "window", "soft cap", "full",
+        "documents"."""
         wanted = {"scale": self.scale is not None, "window": self.window is not None,
                   "soft cap": self.soft_cap is not None, "full": not self.causal, "documents": documents}
         return frozenset(name for name, value in wanted.items() if value)
@@ -32,13 +33,13 @@ class AttentionSpec:
 class Kernel:
     """An implementation of attention over whole sequences, for the heads of one device. Yours may be passed by hand.
 
-    forward(q[B, S, N, H], k[B, S, K, H], v, spec, documents) -> (o[B, S, N, H], log-sum-exp[B, N, S] float32);
-    query head n reads kv head n // (N / K). backward(q, k, v, o, lse, do, spec, documents) -> (dq, dk, dv).
-    documents: None (each sequence is one), or int32[D + 1] offsets into the B S tokens. Attention stays inside a document,
-    no document crosses the border of a sequence, and repeated last offsets are empty documents.
+    forward(q[B, S, N, H], k[B, S, K, H], v, spec, documents) -> (o[B, S, N, H], log-sum-exp[B, N, S] float32); query
+    head n reads kv head n // (N / K). backward(q, k, v, o, lse, do, spec, documents) -> (dq, dk, dv). documents: None
+    (each sequence is one), or int32[D + 1] offsets into the B S tokens. Attention stays inside a document, no document
+    crosses the border of a sequence, and repeated last offsets are empty documents.
 
-    serves: the features of a spec that it implements; a spec with others is refused. prepare(): called before anything is
-    traced. needs_gpu, dtypes, multiple (of tokens a sequence must have), head_dims (a description and a test) and
+    serves: the features of a spec that it implements; a spec with others is refused. prepare(): called before anything
+    is traced. needs_gpu, dtypes, multiple (of tokens a sequence must have), head_dims (a description and a test) and
     capabilities (of GPUs, None: all) say where it runs.
     """
 

@@ -132,7 +132,8 @@ class _Tiles:
         return lax.fori_loop(low, high, one, carry)
 
     def scores(self, q_TKGH, start, keys, first, last):
-        """(scores [K, G, T, R], -inf where a query does not read a key; the factor of their gradient before the cap)."""
+        """(scores [K, G, T, R], -inf where a query does not read a key; the factor of their gradient before the
+        cap)."""
         k = lax.dynamic_slice_in_dim(self.k, start, self.tile)
         wide = accumulation_dtype(q_TKGH.dtype)
         raw = jnp.einsum("tkgh,rkh->kgtr", q_TKGH, k, preferred_element_type=wide) * self.spec.scale_of(self.head_dim)
