@@ -67,7 +67,7 @@ def test_a_run_compiles_nothing_that_its_plan_has_compiled(tmp_path, monkeypatch
     assert train.run(config) == 0
     printed = capsys.readouterr().out
     assert "plan    compiled: device" in printed and "the whole process: about" in printed
-    assert compiled["jit(loss)"] == compiled["jit(apply_update)"] == 1, compiled
+    assert compiled["jit(loss_and_grad)"] == compiled["jit(update)"] == 1, compiled
 
 
 @pytest.mark.parametrize("accumulation, at_once", [(1, False), (1, True), (2, False)])
@@ -76,10 +76,10 @@ def test_gradient_and_update_are_compiled_as_a_run_calls_them(compiled, accumula
     batches = {name: jnp.stack([array] * accumulation) for name, array in random_batch().items()}
     programs = plan._compile(step, *batches["tokens"].shape[1:], accumulation, False, False, at_once)
     assert [program.memory_analysis().temp_size_in_bytes > 0 for program in programs] == [True, True]
-    assert compiled["jit(loss)"] == compiled["jit(apply_update)"] == 1, compiled
+    assert compiled["jit(loss_and_grad)"] == compiled["jit(update)"] == 1, compiled
     params = initial(step)
     optimizer_step(step, TrainState.begin(step, params), jax.device_get(batches), 1e-3)
-    assert compiled["jit(loss)"] == compiled["jit(apply_update)"] == 1, compiled
+    assert compiled["jit(loss_and_grad)"] == compiled["jit(update)"] == 1, compiled
 
 
 LAUNCHERS = """
@@ -100,7 +100,7 @@ def test_a_kernel_whose_package_adds_options_to_jax_is_compiled_once(tmp_path, m
         step = make_step(TINY, 1, 1, dataclasses.replace(TILED, attention="flash"), AdamW(), jnp.float32)
         for _ in range(2):
             plan._compile(step, 1, 64, 1, False, True, False)
-        assert compiled["jit(loss)"] == 1
+        assert compiled["jit(loss_and_grad)"] == 1
     finally:
         sys.modules.pop("planted_launchers", None)
 
