@@ -139,13 +139,13 @@ def check_saved(flags: type, saved: dict[str, Any], where: str) -> None:
     """UserError for a saved flag that does not exist or has a value of another type. `where` names the file."""
     types = typing.get_type_hints(flags)
     if unknown := sorted(saved.keys() - types.keys()):
-        raise UserError(f"{where} has flags that do not exist here ({', '.join(unknown)}): another version wrote it. Resume "
-                        "with that version, or start a new run with --model on its directory")
+        raise UserError(f"{where} has flags that do not exist here ({', '.join(unknown)}): another version wrote it. "
+                        "Resume with that version, or start a new run with --model on its directory")
     for name, value in saved.items():
         if not _fits(value, types[name]):
             given = list(value) if isinstance(value, tuple) else value
-            raise UserError(f"{where}: {flag(name)} {shortened(repr(given))} is no value of this flag, and no run writes it. "
-                            f"Set it right, or start a new run with --model on its directory")
+            raise UserError(f"{where}: {flag(name)} {shortened(repr(given))} is no value of this flag, and no run writes "
+                            f"it. Set it right, or start a new run with --model on its directory")
 
 
 def _fits(value: Any, kind: Any) -> bool:

@@ -111,12 +111,12 @@ def to_document(record: Any, origin: str, fields: Fields) -> Document:
 
 
 def _check_texts(content: Any, origin: str, levels: int = DEEPEST) -> None:
-    """UserError for half a surrogate pair, which JSON may hold and no tokenizer takes, in a text, chat or schema; and for
-    objects in so many others that programs which follow them would end."""
+    """UserError for half a surrogate pair, which JSON may hold and no tokenizer takes, in a text, chat or schema; and
+    for lists and objects nested deeper than DEEPEST levels, at which programs that follow them would end."""
     if isinstance(content, dict | list):
         if not levels:
-            raise UserError(f"{origin}: lists and objects are nested deeper than {DEEPEST} levels; write them flatter, or "
-                            "leave the record out")
+            raise UserError(f"{origin}: lists and objects are nested deeper than {DEEPEST} levels; write them flatter, "
+                            "or leave the record out")
         for part in (*content, *content.values()) if isinstance(content, dict) else content:
             _check_texts(part, origin, levels - 1)
     elif isinstance(content, str) and not content.isascii():

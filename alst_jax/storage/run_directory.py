@@ -172,7 +172,8 @@ def read_run_file(run_dir: str | pathlib.Path) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("kind") not in ("training", "converted") or not all(
             isinstance(content.get(name, {}), dict) for name in ("flags", "versions")) or not _are_additions(
             content.get("added", [])):
-        raise UserError(f"{file} is not what a run writes: an object with kind (training or converted), versions and flags")
+        raise UserError(f"{file} is not what a run writes: an object with kind (training or converted), versions and "
+                        "flags")
     return content
 
 

@@ -24,7 +24,8 @@ def config(**changes):
 
 def flags(**changes):
     """Change flags in run.json."""
-    return lambda folder: edit("run.json", flags=json.loads((folder / "run.json").read_text())["flags"] | changes)(folder)
+    return lambda folder: edit("run.json", flags=json.loads((folder / "run.json").read_text())["flags"] | changes)(
+        folder)
 
 
 def write(file: str, content: str | bytes):
@@ -263,7 +264,7 @@ RUNS = {
     "no optimizer": (remove("checkpoints/2/optimizer"), "", "checkpoints/2 cannot be read: optimizer not found"),
     "no position": (remove("checkpoints/2/loop"), "", "checkpoints/2 cannot be read"),
     "a position that is no JSON": (write("checkpoints/2/loop/metadata", "{"), "", "checkpoints/2 cannot be read"),
-    "a position of nothing": (write("checkpoints/2/loop/metadata", "{}"), "", "checkpoints/2", "does not say step, data, geometry"),
+    "a position of nothing": (write("checkpoints/2/loop/metadata", "{}"), "", "does not say step, data, geometry"),
     "a position in a list": (write("checkpoints/2/loop/metadata", "[]"), "", "checkpoints/2 cannot be read"),
     "no list of weights": (remove("checkpoints/2/params/_METADATA"), "", "checkpoints/2 cannot be read"),
     "no config.json": (remove("model/config.json"), "", "model is not a Hugging Face model directory"),
