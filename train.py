@@ -141,6 +141,9 @@ def run(config: TrainConfig) -> int:
     if config.check_numerics:
         run_data.preflight(config, step, job, data)
     checkpoints, state = run_state.begin(config, source, step, data, geometry)
+    if state.step > steps:
+        raise UserError(f"--resume: the newest checkpoint is of step {state.step}, beyond --steps {steps}; type --steps "
+                        "with the number to go on to")
     checkpoints.about = setup.about_run(config, step, job, geometry, choice and choice.plan)
     setup.announce(config, source, step, job, stats, steps, state.step, data)
 
@@ -169,13 +172,17 @@ def end(config: TrainConfig, source, step, state, steps: int, stop) -> int:
     """Export the weights, or say why not. Returns the exit code."""
     from alst_jax import run as setup
     from alst_jax import run_state
+    from alst_jax.storage import run_directory
 
     if config.debug_attention_layers is not None:
         print("DEBUG   nothing was saved or exported (--debug-attention-layers)")
         return 0 if stop.received is None else 128 + stop.received
     if stop.received is not None and state.step < steps:
-        print(f"stopped by {stop.received.name}; step {state.step} is saved. Go on with: "
-              f"python train.py --resume --out {config.out}")
+        begun = run_directory.read_run_file(config.out).get("flags", {}).get("steps")
+        steps_flag = "" if config.steps == begun else f" --steps {config.steps}"
+        print(f"stopped by {stop.received.name} before a step was applied; nothing is saved" if not state.step else
+              f"stopped by {stop.received.name}; step {state.step} is saved. Go on with: "
+              f"python train.py --resume --out {config.out}{steps_flag}")
         return 128 + stop.received
     if config.export:
         run_state.export(pathlib.Path(config.out), source, step.join(state.trained, state.frozen), setup.choose_dtype(config))

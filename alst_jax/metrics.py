@@ -41,7 +41,9 @@ class MetricsLog:
         with self._lock:
             if self._file is not None:
                 self._file.close()
-            self.path.write_text("".join(line for line in self._lines() if _step(line) <= step or _is_event(line)))
+            partial = self.path.with_name(f".{self.path.name}")  # a kill here loses no line
+            partial.write_text("".join(line for line in self._lines() if _step(line) <= step or _is_event(line)))
+            partial.replace(self.path)
             self._file = self.path.open("a", buffering=1)
 
     def _lines(self) -> list[str]:
@@ -88,7 +90,7 @@ def _step(line: str) -> float:
 def _is_event(line: str) -> bool:
     try:
         return "event" in json.loads(line)
-    except ValueError:
+    except (ValueError, TypeError):
         return False
 
 

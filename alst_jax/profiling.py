@@ -58,12 +58,19 @@ class StepProfile:
         if self.tracing:
             jax.profiler.stop_trace()
             self.tracing = False
-            say(table(read(newest(self.directory)), self.traced) + f"\nthe trace is in {self.directory}")
+            try:
+                text = table(read(newest(self.directory)), self.traced)
+            except (OSError, ValueError) as error:  # a run does not end because of its trace
+                text = f"warning: no table of the profiled steps: {error}"
+            say(f"{text}\nthe trace is in {self.directory}")
 
 
 def newest(directory: pathlib.Path) -> pathlib.Path:
     """The newest trace below a directory."""
-    return max(directory.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+    found = sorted(directory.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise FileNotFoundError(f"{directory} holds no trace")
+    return found[-1]
 
 
 def read(trace: pathlib.Path) -> dict[str, float]:

@@ -63,7 +63,8 @@ class Refused:
         if policy == "skip":
             self._tell(Event(kind, at + 1, str(problem), f"its batch is left out ({words})"))
             return problem.state
-        back = self._save.read(state) if isinstance(self._save, Saves) else None
+        # An update in the backward pass gave a new state: `state` has no arrays any more.
+        back = self._save.read(problem.state or state) if isinstance(self._save, Saves) else None
         if back is None:
             self._tell(Event(kind, at + 1, str(problem), "no checkpoint was saved to go back to: the run ends"))
             return None

@@ -141,6 +141,9 @@ def attention_kernel(config: TrainConfig, dtype: jnp.dtype, model: ModelConfig) 
         raise UserError("--pack: this model's rotary embedding (dynamic or longrope) depends on the length of the batch, so "
                         "that a packed document would not compute what it does alone; use --pack-attention across, or leave "
                         "--pack out")
+    if config.lengths and any(rope.needs_length for rope in model.ropes):
+        raise UserError("--lengths: this model's rotary embedding (dynamic or longrope) depends on the length of the batch, "
+                        "so that a document would compute something else in a shorter one; leave --lengths out")
     for kind in model.kinds:
         if reason := refusal(chosen.kernel, model.attention_spec(kind), documents):
             raise UserError(f"{reason} (attention {chosen.kernel.name}: {chosen.why})")

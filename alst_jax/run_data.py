@@ -27,6 +27,7 @@ from alst_jax.planning.job import Job, padded_length
 from alst_jax.preflight.check import check_numerics
 from alst_jax.step import TrainStep
 from alst_jax.storage import run_directory
+from alst_jax.storage.checkpoint import Checkpoints
 from alst_jax.storage.source import ModelSource, find_model
 from alst_jax.trainer import Data
 
@@ -42,7 +43,8 @@ def reading_of(config: TrainConfig, held_out: bool = False) -> Reading:
 
 def _check_directories(config: TrainConfig) -> None:
     """UserError for a flag that chooses among the files of directories, if all that it could choose from are files."""
-    data, held_out = parse_sources(config.data, "--data"), parse_sources(config.eval_data, "--eval-data", held_out=True)
+    data = parse_sources(config.data, "--data") + parse_sources(config.add_data, "--add-data")
+    held_out = parse_sources(config.eval_data, "--eval-data", held_out=True)
     flags = {"split": data, "eval_split": held_out} | dict.fromkeys(
         ("include", "exclude", "document_per"), data + held_out)
     for flag, sources in flags.items():
@@ -164,7 +166,10 @@ def read_part(config: TrainConfig, source: ModelSource, added: tuple[str, ...] =
     """The sequences of --data, or those of --add-data: `added`."""
     sources = read_sequences(config, source, added=added)
     sequences, stats = packed(config, sources)
-    check_length(stats, config.seq_len, "--add-data" if added else "--data", config.pack)
+    if added:  # few and short documents are all right beside those of the run
+        check_targets(stats, "--add-data")
+    else:
+        check_length(stats, config.seq_len, "--data", config.pack)
     mixture = None
     if any(report.weight is not None for report in stats.sources):
         mixture = [(report.sequences, report.weight) for report in stats.sources]
@@ -216,8 +221,9 @@ def extended(
         part = read_part(config, source, tuple(addition["data"]))
         if addition.setdefault("hash", part.hash) != part.hash:
             raise UserError(f"--resume: the data that were added at step {addition['step']} have changed since then "
-                            f"({', '.join(addition['data'])}); set them back, or start a new run with --model on this "
-                            "run's directory")
+                            f"({', '.join(addition['data'])}), or are read with other flags; set them back, type the "
+                            "--include, --text-field and other flags that --add-data was typed with, or start a new "
+                            "run with --model on this run's directory")
         parts.append(part)
         stats.add(part.stats)
         if stats.fullness is not None:
@@ -227,25 +233,33 @@ def extended(
                         "an addition would change them; leave the weights out, or start a new run with --model on this "
                         "run's directory")
     stages = Stages(tuple(len(part.sequences) for part in parts),
-                    (0, *(per_step * addition["step"] for addition in added)))
+                    (0, *(per_step * addition["batches"] for addition in added)))
     return Joined([part.sequences for part in parts]), stats, stages, tuple(added)
 
 
 def additions(config: TrainConfig) -> list[dict[str, Any]]:
-    """Each addition to the data of the run in --out, the one of --add-data last: its paths and the step before it."""
+    """Each addition to the data of the run in --out, the one of --add-data last, as run_directory.record_added has it."""
     if not config.resume:
         return []
     out = pathlib.Path(config.out)
-    added = [dict(addition) for addition in run_directory.read_run_file(out).get("added", ())]
+    added = [dict(addition) for addition in run_directory.read_added(out)]
     if not config.add_data:
         return added
     paths_of = lambda given: {pathlib.Path(source.path).resolve() for source in parse_sources(given, "--add-data")}
     for when, paths in [("the beginning", config.data), *((f"step {old['step']}", old["data"]) for old in added)]:
-        if twice := paths_of(config.add_data) & paths_of(paths):
+        known = paths_of(paths)
+        within = lambda path: any(path == old or old in path.parents or path in old.parents for old in known)
+        if twice := [path for path in paths_of(config.add_data) if within(path)]:
             raise UserError(f"--add-data {', '.join(map(str, sorted(twice)))}: the run has these data since {when}, so "
                             "that they would be met twice as often; leave them out")
     step = run_directory.find_checkpoint(out)[1]
-    return [*added, {"data": [str(path) for path in config.add_data], "step": step}]
+    checkpoints = Checkpoints(out)
+    batches = checkpoints.restore_loop(step)["data"]["next_index"]  # more than the steps where batches were left out
+    checkpoints.close()
+    if added and added[-1]["batches"] > batches:
+        raise UserError(f"--add-data: data were added at step {added[-1]['step']} already, and the newest checkpoint is "
+                        f"of step {step}; resume without --add-data to there, then add")
+    return [*added, {"data": [str(path) for path in config.add_data], "step": step, "batches": batches}]
 
 
 def lengths_of(config: TrainConfig, job: Job) -> tuple[int, ...]:

@@ -48,6 +48,7 @@ def begin(
         raise UserError(f"--add-data: the {config.steps} steps of the run are done, so that it would learn nothing of them; "
                         "name more with --steps")
     state = restore(step, data, checkpoints, at)
+    checkpoints.remove_remains()  # after the newest one was found to be whole
     run_directory.record_added(out, data.added)
     return checkpoints, state
 

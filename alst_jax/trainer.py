@@ -242,6 +242,8 @@ def train(
             if config.save_every and state.step % config.save_every == 0:
                 saver(state)
         saver(state)
+        if profile.steps is not None and not profile.traced:
+            display.say(f"warning: --profile-steps {config.profile_steps}: the run made no such step")
         return state
     finally:
         watch.close()

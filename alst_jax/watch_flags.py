@@ -29,6 +29,8 @@ def watch_mistakes(config: Any) -> Iterator[tuple[Any, str]]:
     yield (config.check_numerics and config.planning,
            "--check-numerics computes on the devices of a run, and --plan-only and --find-max-seq-len run nothing; "
            "leave one of them out")
+    yield (config.show_samples is not None and (config.check_numerics or config.debug_attention_layers is not None),
+           "--show-samples prints samples and ends: leave out --check-numerics and --debug-attention-layers")
     yield (not config.spike_deviations > 0, f"--spike-deviations {config.spike_deviations}: must be above 0")
     for field in ("on_nonfinite", "on_spike"):
         name, value = f"--{field.replace('_', '-')}", getattr(config, field)

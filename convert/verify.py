@@ -8,7 +8,7 @@ import tyro
 
 from alst_jax.declare import UserError, command_line
 from alst_jax.models.weight_files import find_tensors
-from alst_jax.storage import checksums
+from alst_jax.storage import checksums, disk
 from alst_jax.storage.run_directory import CHECKPOINTS, EXPORT, find_checkpoint, is_checkpoint
 
 UNKNOWN = 1  # exit code: nothing is wrong that could be seen, but some files have no checksums
@@ -66,7 +66,11 @@ def _weights(hf_dir: pathlib.Path) -> tuple[pathlib.Path, Callable[[], bool], Ca
         find_tensors(hf_dir)  # without checksums: whether the headers fit the files
         return verified
 
-    return hf_dir, check, lambda: checksums.seal_weights(hf_dir)
+    def write() -> None:
+        find_tensors(hf_dir)  # UserError where there are no weights
+        checksums.seal_weights(hf_dir)
+
+    return hf_dir, check, write
 
 
 def _advice(directory: pathlib.Path) -> str:
@@ -89,6 +93,9 @@ def main() -> int:
         return command_line(verify)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {disk.describe(error)}", file=sys.stderr)
         return 2
 
 

@@ -20,7 +20,10 @@ jax.config.update("jax_platforms", PLATFORM)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-install_import_hook("alst_jax", "beartype.beartype")
+# Where arrays have shapes. Checks of every call are slow in the loops of plain Python, above all in planning/.
+install_import_hook([f"alst_jax.{name}" for name in (
+    "in_backward", "models.block", "ops", "optim", "parallel", "preflight", "stack", "step", "storage", "trainer", "xla")],
+    "beartype.beartype")
 
 # Cases whose kind has others in the same list. `pytest -n 2 -m slow` runs them; so does -m 'not gpu' all that needs no GPU.
 SLOW = re.compile("|".join((

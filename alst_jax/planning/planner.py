@@ -33,6 +33,11 @@ def target(config: TrainConfig) -> Cluster | None:
     return cluster
 
 
+def with_attention(job: Job, layers: int | None) -> Job:
+    """The job with attention in so many layers; None: in all."""
+    return dataclasses.replace(job, model=dataclasses.replace(job.model, attention_layers=layers))
+
+
 @dataclasses.dataclass(frozen=True)
 class Planner:
     """Plans of one command line, for the devices of this process or for the machine that it names.
@@ -82,7 +87,7 @@ class Planner:
     def _of_same_bytes(self, job: Job) -> Job | None:
         """The job whose program is compiled for the bytes of this one; None: its own."""
         if job.model.attention_layers is not None:  # a debug run is there to measure the bytes of the whole run
-            return dataclasses.replace(job, model=dataclasses.replace(job.model, attention_layers=None))
+            return with_attention(job, None)
         if not self.config.plan_for or job.profile.attention not in ("flash", "flash-deterministic"):
             return None
         # Its kernel compiles for this process's device only; cuDNN's forward pass needs the same bytes exactly, without
@@ -97,6 +102,10 @@ class Planner:
         check_profile(job.profile, job.model, job.sp)
         if self.cluster is None:
             return Choice(job, self.compile(job))
+        if job.model.attention_layers is not None:  # a debug run has the profile of the whole run
+            chosen = self.choose(with_attention(job, None), say).job
+            debug = with_attention(chosen, job.model.attention_layers)
+            return Choice(debug, self.compile(debug))
         search = self.search
         if self.config.memory == "manual":
             choice = Choice(job, self.compile(job))

@@ -26,8 +26,8 @@ def describe(job: Job) -> str:
 def describe_debug(model: ModelConfig) -> str:
     """The warning of a model whose later layers have no attention."""
     return (f"DEBUG   attention runs in {model.attention_layers} of {model.num_layers} layers (--debug-attention-layers): "
-            "bytes are those of a full run, seconds are not; losses and weights mean nothing, and nothing is saved or "
-            "exported")
+            "planned bytes are those of a full run (docs/log.md has the differences of measured ones), seconds are not; "
+            "losses and weights mean nothing, and nothing is saved or exported")
 
 
 def describe_changes(old: Job, new: Job) -> Iterator[str]:

@@ -39,10 +39,10 @@ def dense(x: jax.Array, weights: Dict) -> jax.Array:
 
 
 def turn(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """x[R, N, H] as complex numbers x[i] + x[i + H/2] j, times cos + sin j [R, H/2]."""
-    half = x.shape[-1] // 2
-    a, b, cos, sin = x[..., :half], x[..., half:], cos[:, None], sin[:, None]
-    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+    """The first P dims of x[R, N, H] as complex numbers x[i] + x[i + P/2] j, times cos + sin j [R, P/2]."""
+    half = cos.shape[-1]
+    a, b, rest, cos, sin = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :], cos[:, None], sin[:, None]
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos, rest], axis=-1)
 
 
 def before(model: ModelConfig, kind: LayerKind, w: Dict, h: jax.Array, cos: jax.Array, sin: jax.Array):

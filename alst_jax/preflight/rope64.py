@@ -6,7 +6,8 @@ from alst_jax.ops.rope import RopeConfig
 
 
 def frequencies(rope: RopeConfig, head_dim: int, length: int) -> np.ndarray:
-    """Radians a token, float64[H/2]. length: the highest position + 1."""
+    """Radians a token, float64[R/2], R the dims of a head that turn. length: the highest position + 1."""
+    head_dim = int(head_dim * rope.partial_rotary_factor)
     power = np.arange(head_dim // 2, dtype=np.float64) * 2 / head_dim
     base = np.float64(rope.theta) ** -power
     match rope.rope_type:

@@ -191,7 +191,8 @@ class Subject:
 def few_layers(model: ModelConfig) -> ModelConfig:
     """The model with one layer of each kind, two at least."""
     kinds = model.kinds if len(model.kinds) > 1 else model.kinds * 2
-    return dataclasses.replace(model, num_layers=len(kinds), layer_kinds=kinds if model.layer_kinds else ())
+    return dataclasses.replace(model, num_layers=len(kinds), layer_kinds=kinds if model.layer_kinds else (),
+                               attention_layers=None)
 
 
 def few_layers_of(profile: Profile) -> Profile:

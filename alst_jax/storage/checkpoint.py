@@ -34,6 +34,7 @@ class Checkpoints:
         self.run_dir = pathlib.Path(run_dir).absolute()
         self.directory = self.run_dir / CHECKPOINTS
         self.about: dict[str, Any] | None = None  # what is written beside each checkpoint (about.py)
+        self._keep = keep
         self._verified: set[tuple[int, str]] = set()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=False, create=True, cleanup_tmp_directories=clean,
@@ -65,8 +66,18 @@ class Checkpoints:
         """The error of a save that the disk refused. What was written of it is removed: it takes room."""
         for part in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
             shutil.rmtree(part, ignore_errors=True)
+        if (self.directory / str(step)).is_dir():  # orbax deletes the oldest one in the same call
+            return UserError(f"the checkpoint of step {step} is saved, and an older one cannot be deleted: "
+                             f"{disk.describe(error)}. {disk.what_is_safe(self.run_dir)}")
         return UserError(f"the checkpoint of step {step} cannot be written: {disk.describe(error)}. Nothing of it is "
                          f"kept. {disk.what_is_safe(self.run_dir)}")
+
+    def remove_remains(self) -> None:
+        """Remove what is left of checkpoints that a killed rotation has half deleted: those beyond the newest `keep`."""
+        steps = sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())
+        for step in steps[: -self._keep] if self._keep else []:
+            shutil.rmtree(self.directory / str(step))
+        self._manager.reload()
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())

@@ -143,20 +143,12 @@ def verify_step(folder: pathlib.Path, item: str | None = None) -> bool:
 
 def verify_run_files(folder: pathlib.Path, run_dir: pathlib.Path) -> None:
     """UserError unless run.json and model/ are those that the checkpoint in a step's folder was saved with."""
-    record = read_record(folder / FILE)
     try:
+        record = read_record(folder / FILE)
         compare(run_dir, record["run"] if record else {})
     except Damaged as error:
         raise Damaged(f"{run_dir}: {error}, since {folder} was saved. Put back what was there; or, if you changed it "
                       f"yourself, accept it: python -m convert.verify {run_dir} --accept") from error
-
-
-def renew_run_file(run_dir: pathlib.Path) -> None:
-    """Take run.json as it is now, which the program itself has changed, into the checksums of all checkpoints."""
-    now = hash_files(run_dir, ["run.json"])
-    for file in sorted((run_dir / "checkpoints").glob(f"*/{FILE}")):
-        if (record := read_record(file)) is not None:
-            write_record(file, record | {"run": record["run"] | now})
 
 
 def _promises(folder: pathlib.Path) -> bool:

@@ -20,9 +20,9 @@ from alst_jax.declare import flag
 from alst_jax.models.config import ModelConfig
 from alst_jax.models.hf_config import hf_config_dict, model_config, record_vocabulary
 from alst_jax.models.other_weights import keep_others
-from alst_jax.storage.checksums import renew_run_file
 
 CHECKPOINTS, MODEL, RUN_FILE, EXPORT = "checkpoints", "model", "run.json", "hf"
+ADDED_FILE = "added.json"  # additions to the data, by --add-data
 TEMPLATES = "additional_chat_templates"  # the folder of named chat templates beside chat_template.jinja
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.safetensors.checksums.json", "*.bin",
                 "*.bin.index.json", "*.pt", "*.pth", "*.gguf", "*.msgpack", "*.h5", "*.onnx", "*.ot")
@@ -90,7 +90,7 @@ def check_out(config: TrainConfig) -> pathlib.Path:
         raise UserError(f"--out {out}: {blocked} is a file, not a directory")
     if is_run_directory(out) and not has_results(out):
         return out  # a run that ended before it saved anything: start it again
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and any(path.name != f".{RUN_FILE}" for path in out.iterdir()):  # the remains of a killed start
         what = "holds another run" if is_run_directory(out) else "is not empty"
         raise UserError(f"--out {out} {what}; choose another directory" +
                         (", or continue that run with --resume" if is_run_directory(out) else ""))
@@ -216,9 +216,23 @@ def check_geometry(saved: dict[str, Any], now: dict[str, Any]) -> None:
                         "--model on this run's directory (--add-data adds files)")
 
 
+def read_added(run_dir: str | pathlib.Path) -> list[dict[str, Any]]:
+    """The additions to the data of a run, the oldest first: see `record_added`. UserError if the file is damaged."""
+    file = pathlib.Path(run_dir) / ADDED_FILE
+    try:
+        added = json.loads(file.read_text()) if file.exists() else []
+        return [{name: addition[name] for name in ("data", "step", "batches", "hash")} for addition in added]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{file} is not what --add-data wrote ({error!r}); put back the file that was there") from error
+
+
 def record_added(run_dir: pathlib.Path, added: Iterable[dict[str, Any]]) -> None:
-    """Store the additions to the data of a run in run.json: "data", the paths; "step", the one before; "hash"."""
-    content = read_run_file(run_dir)
-    if list(added) != content.get("added", []):
-        write_run_json(run_dir, content | {"added": list(added)})
-        renew_run_file(run_dir)
+    """Store the additions to the data of a run in DIR/added.json, complete or not at all.
+
+    "data": the paths; "step": the step before the addition; "batches": batches of a step that were read before it, those
+    left out included; "hash": of its sequences.
+    """
+    if list(added) != read_added(run_dir):
+        partial = run_dir / f".{ADDED_FILE}"
+        partial.write_text(json.dumps(list(added), indent=2))
+        partial.replace(run_dir / ADDED_FILE)

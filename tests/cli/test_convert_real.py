@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from alst_jax.config import UserError
 from alst_jax.models import hf_weights
 from alst_jax.storage.checkpoint import Checkpoints
-from convert import cli, verify
+from convert import cli, logits
 from convert import from_hf as from_hf_module
 from convert import to_hf as to_hf_module
 from convert.from_hf import from_hf
@@ -197,8 +197,8 @@ def test_verify_compares_logits_with_transformers(tmp_path, capsys, monkeypatch)
     from_hf(hf, tmp_path / "checkpoint", verify=True)
     to_hf(tmp_path / "checkpoint", tmp_path / "back", verify=True)
     assert capsys.readouterr().out.count("verified: the logits of 32 tokens differ") == 2
-    original = verify._logits
-    monkeypatch.setattr(verify, "_logits", lambda config, stored, tokens: original(
+    original = logits._logits
+    monkeypatch.setattr(logits, "_logits", lambda config, stored, tokens: original(
         config, stored | {("norm", "scale"): 1.01 * stored["norm", "scale"][...]}, tokens))
     with pytest.raises(UserError, match="--verify: the logits of 32 tokens differ from those of transformers by 0.01 of"):
         from_hf(hf, tmp_path / "wrong", verify=True)
@@ -207,6 +207,6 @@ def test_verify_compares_logits_with_transformers(tmp_path, capsys, monkeypatch)
 
 @pytest.mark.parametrize("convert", [from_hf, to_hf])
 def test_verify_without_torch_is_refused_before_the_conversion(tmp_path, monkeypatch, convert):
-    monkeypatch.setattr(verify.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(logits.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UserError, match="--verify compares with transformers, which needs torch; install torch"):
         convert(tmp_path / "nowhere", tmp_path / "out", verify=True)

@@ -90,11 +90,11 @@ def test_added_data_are_learned_from_then_on(flags, tmp_path, capfd):
     resume = ("--resume", "--out", out)
     assert run_here(*resume, "--add-data", more) == 2
     assert "--add-data: the 2 steps of the run are done" in capfd.readouterr().err
-    assert "added" not in json.loads((out / "run.json").read_text())
+    assert not (out / "added.json").exists()
     assert run_here(*resume, "--add-data", more, "--steps", 3) == 0
     assert f"added   after step 2: {more}" in capfd.readouterr().out
-    (added,) = json.loads((out / "run.json").read_text())["added"]
-    assert (added["data"], added["step"]) == ([str(more)], 2)
+    (added,) = json.loads((out / "added.json").read_text())
+    assert (added["data"], added["step"], added["batches"]) == ([str(more)], 2, 2)
     assert run_here(*resume, "--add-data", more, "--steps", 4) == 2
     assert "the run has these data since step 2" in capfd.readouterr().err
     assert run_here(*resume, "--steps", 4) == 0 and metrics(out)[-1]["step"] == 4

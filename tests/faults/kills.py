@@ -31,7 +31,7 @@ def stages() -> dict[str, list[tuple[Any, str]]]:
     """The functions of each stage: (module or class, name). A call is killed before it runs and after it ran."""
     from orbax.checkpoint import path as orbax_path
 
-    from alst_jax import run, trainer
+    from alst_jax import run_state, trainer
     from alst_jax.data.cache import Cache, _Output
     from alst_jax.metrics import MetricsLog
     from alst_jax.models import hf_weights
@@ -48,7 +48,7 @@ def stages() -> dict[str, list[tuple[Any, str]]]:
         "committing": [(checksums, "hash_files"), (checksums, "write_record"),
                        (orbax_path.atomicity.AtomicRenameTemporaryPath, "finalize")],
         "rotating": [(os, "unlink")],
-        "exporting": [(hf_weights, "_tensor"), (run, "record_dtype"), (checksums, "seal_weights"), (run, "save_params")],
+        "exporting": [(hf_weights, "_tensor"), (run_state, "record_dtype"), (checksums, "seal_weights"), (run_state, "save_params")],
     }
 
 

@@ -180,6 +180,8 @@ def test_every_file_of_a_checkpoint_is_covered(intact):
     assert checksums.verify_step(folder)
 
 
-def test_the_programs_own_change_of_run_json_is_right(run_dir):
-    run_directory.record_added(run_dir, [{"data": ["more.jsonl"], "step": 4, "hash": "0a"}])
+def test_an_addition_to_the_data_changes_no_file_that_is_checked(run_dir):
+    added = [{"data": ["more.jsonl"], "step": 4, "batches": 5, "hash": "0a"}]
+    run_directory.record_added(run_dir, added)
+    assert run_directory.read_added(run_dir) == added
     assert verify(run_dir) == 0

@@ -6,7 +6,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from alst_jax import run as setup
+from alst_jax import run_state
 from alst_jax.config import TrainConfig, UserError
 from alst_jax.models.config import ModelConfig
 from alst_jax.ops.rope import RopeConfig
@@ -20,7 +20,7 @@ JOB = Job(TINY, Profile(), 4, 64, 2, 1, 2, "float32", "float32")
 
 
 def settings(dtype="bfloat16", data="0a", job=None, **flags):
-    return setup.geometry(dataclasses.replace(CONFIG, **flags), dataclasses.replace(JOB, **(job or {})), np.dtype(dtype), data)
+    return run_state.geometry(dataclasses.replace(CONFIG, **flags), dataclasses.replace(JOB, **(job or {})), np.dtype(dtype), data)
 
 
 # What a resumed run compares -> (the change, the words of the refusal).
