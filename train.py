@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from alst_jax.config import TrainConfig, UserError, chosen_fields, parse_flags
 from alst_jax.data_flags import read_saved
+from alst_jax.declare import check_saved
 from alst_jax.flag_checks import check_run
 from alst_jax.hardware import environment
 
@@ -54,9 +55,8 @@ def parse(arguments: list[str]) -> TrainConfig:
     if config.resume and config.out is not None:
         from alst_jax.storage.run_directory import read_run_file
 
-        saved = read_run_file(config.out).get("flags", {})
-        known = {field.name for field in dataclasses.fields(TrainConfig)}
-        saved = {name: value for name, value in read_saved(saved).items() if name in known}
+        saved = read_saved(read_run_file(config.out).get("flags", {}))
+        check_saved(TrainConfig, saved, f"{config.out}/run.json")
         # The run has its model with it; one that is typed must be the same.
         saved |= {"model": None, "typed": tuple(sorted({*saved.get("typed", ()), *typed}))}
         return TrainConfig(**saved | {name: getattr(config, name) for name in given})

@@ -9,7 +9,16 @@ from typing import Annotated, Literal
 import tyro
 
 from alst_jax.data_flags import DataFlags
-from alst_jax.declare import CHOSEN, AtLeast, Length, UserError, default, marked, parse_length  # noqa: F401
+from alst_jax.declare import (  # noqa: F401
+    CHOSEN,
+    AtLeast,
+    Length,
+    UserError,
+    command_line,
+    default,
+    marked,
+    parse_length,
+)
 from alst_jax.profile import MemoryFlags
 from alst_jax.watch_flags import WatchFlags
 
@@ -205,7 +214,7 @@ def parse_flags(arguments: list[str]) -> tuple[TrainConfig, set[str]]:
     grouped = dataclasses.make_dataclass("Flags", [
         (name, tyro.conf.OmitArgPrefixes[group], dataclasses.field(default_factory=group))
         for name, group in GROUPS.items()])
-    parsed = tyro.cli(grouped, args=arguments, description=TrainConfig.__doc__)
+    parsed = command_line(grouped, args=arguments, description=TrainConfig.__doc__)
     values = {name: value for group in GROUPS for name, value in vars(getattr(parsed, group)).items()}
     fields = {field.name: field.name for field in dataclasses.fields(TrainConfig)}
     fields |= {f"no_{name}": name for name in fields}

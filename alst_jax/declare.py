@@ -7,12 +7,15 @@ Imports no jax, so that `--help` is instant.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-import math
+import io
+import pathlib
 import re
+import sys
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import tyro
@@ -53,14 +56,63 @@ def parse_length(text: str) -> int:
         raise ValueError(f"length {text!r}: write tokens as 32768, 32k (x1000), 32Ki (x1024), 1M or 1Mi")
     scale = {None: 1, "k": 10**3, "K": 10**3, "Ki": 2**10, "M": 10**6, "Mi": 2**20}[match[2]]
     value = float(match[1]) * scale
-    if value < 1 or value != math.floor(value):
+    if not value < LONGEST:
+        raise ValueError(f"length {shortened(text)!r}: a length is below 2^63 tokens")
+    if value < 1 or value != int(value):
         raise ValueError(f"length {text!r} is {value:g} tokens: a length is a whole number of at least 1")
     return int(value)
+
+
+LONGEST = 2**63  # tokens: more has no place in an array's index
+
+
+def shortened(text: str, most: int = 60) -> str:
+    """A text as messages show it: its beginning, if it is long."""
+    return text if len(text) <= most else text[:most] + "..."
 
 
 Length = Annotated[int, tyro.constructors.PrimitiveConstructorSpec(
     nargs=1, metavar="TOKENS", instance_from_str=lambda args: parse_length(args[0]),
     is_instance=lambda x: isinstance(x, int), str_from_instance=lambda x: [str(x)])]
+
+
+# What Python and tyro say of values -> plain words.
+_PLAIN = ((re.compile(r"invalid literal for int\(\) with base 10: (.*)"), r"\1 is not a whole number"),
+          (re.compile(r"could not convert string to float: (.*)"), r"\1 is not a number"),
+          (re.compile(r"Could not find valid parse for arguments: (.*)"), r"\1 are not all values of this flag"))
+
+
+def command_line(target: Callable[..., Any], **options: Any) -> Any:
+    """tyro.cli(target). A command line that is refused is one UserError, not a box of lines with the parser's types."""
+    refused = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(refused):
+            return tyro.cli(target, **options)
+    except SystemExit as stopped:
+        if stopped.code != 2:
+            raise
+        raise UserError(_refusal(refused.getvalue())) from stopped
+
+
+def _refusal(box: str) -> str:
+    """One line of the box that tyro prints: the flag, the reason, what the flag takes."""
+    rows = [row.strip("│ ") for row in re.sub(r"\x1b\[[\d;]*m", "", box).splitlines() if row.startswith("│")]
+    parts = [" ".join(part.split()) for part in re.split("─{9,}", "\n".join(rows))]
+    text, more = parts[0], parts[1] if len(parts) > 2 else ""
+    wrong, _, reason = text.removeprefix("Error parsing ").partition(": ")
+    help_text = f"see {pathlib.PurePath(sys.argv[0]).name} --help"
+    if text.startswith("Unrecognized options: "):
+        meant = ", ".join(row.split()[0] for row in rows if row.startswith("--"))
+        what = "no such flag" if reason.startswith("-") else "neither a flag nor a value of one"
+        return f"{shortened(reason)}: {what}; {f'perhaps you meant {meant}; ' if meant else ''}{help_text}"
+    if not text.startswith("Error parsing "):
+        return f"{text.rstrip('.')}; {help_text}"
+    # Of a flag that may be None the last error is the one of its own type.
+    reason = re.split(r" - (?:<class '\w+'>|typing\..*?_action=None\)\]): ", reason)[-1]
+    for pattern, plain in _PLAIN:
+        reason = pattern.sub(plain, reason)
+    takes = more.removeprefix("Argument helptext: ").partition(" (default: ")[0].rstrip(".")
+    return f"{wrong}: {reason} ({takes}); {help_text}"
 
 
 def flag(field: str) -> str:
@@ -81,6 +133,34 @@ def marked(flags: type, mark: type | str) -> dict[str, Any]:
     for name, marks in declared(flags).items():
         found |= {name: m for m in marks if (isinstance(m, mark) if isinstance(mark, type) else m is mark)}
     return found
+
+
+def check_saved(flags: type, saved: dict[str, Any], where: str) -> None:
+    """UserError for a saved flag that does not exist or has a value of another type. `where` names the file."""
+    types = typing.get_type_hints(flags)
+    if unknown := sorted(saved.keys() - types.keys()):
+        raise UserError(f"{where} has flags that do not exist here ({', '.join(unknown)}): another version wrote it. "
+                        "Resume with that version, or start a new run with --model on its directory")
+    for name, value in saved.items():
+        if not _fits(value, types[name]):
+            given = list(value) if isinstance(value, tuple) else value
+            raise UserError(f"{where}: {flag(name)} {shortened(repr(given))} is no value of this flag, and no run writes "
+                            f"it. Set it right, or start a new run with --model on its directory")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of the type of a flag. A whole number is a fraction too; True is no number."""
+    parts = typing.get_args(kind)
+    match typing.get_origin(kind):
+        case None:
+            kinds = (int, float) if kind is float else kind
+            return isinstance(value, kinds) and (kind is bool or not isinstance(value, bool))
+        case typing.Literal:
+            return isinstance(value, str) and value in parts
+        case origin if origin is tuple:
+            return isinstance(value, tuple) and all(_fits(each, parts[0]) for each in value)
+        case _:  # a union
+            return any(_fits(value, part) for part in parts)
 
 
 def too_small(flags: Any) -> Iterator[str]:

@@ -40,7 +40,7 @@ def begin(
         return Checkpoints(out, config.keep_checkpoints, clean=True), TrainState.begin(step, params)
     _, at = run_directory.find_checkpoint(out)
     checkpoints = Checkpoints(out, config.keep_checkpoints, clean=True)
-    loop = checkpoints.restore_loop(at)
+    loop = checkpoints.restore_run(at)
     checkpoints.check_run_files(at)
     run_directory.check_same_model(run_directory.saved_model(out), source.config)
     run_directory.check_geometry(loop["geometry"], settings)
@@ -55,7 +55,7 @@ def begin(
 
 def restore(step: TrainStep, data: Data, checkpoints: Checkpoints, at: int) -> TrainState:
     """The state of a checkpoint; the data are put back to where they were."""
-    loop = checkpoints.restore_loop(at)
+    loop = checkpoints.restore_run(at)
     trained, frozen = step.split(checkpoints.restore_params(at, step.params))
     optimizer = checkpoints.restore_optimizer(at, step.optimizer_state)
     data.training.set_state(loop["data"])

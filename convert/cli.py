@@ -8,9 +8,8 @@ from collections.abc import Callable
 
 import rich.console
 import rich.progress
-import tyro
 
-from alst_jax.config import UserError
+from alst_jax.declare import UserError, command_line
 from alst_jax.storage.disk import describe, disk_error
 
 
@@ -18,7 +17,7 @@ def run(convert: Callable[..., tuple[int, int]]) -> int:
     """Parse the arguments of `convert(source, target)`, call it, report; exit code 2 for what the user got wrong."""
     started = time.perf_counter()
     try:
-        tensors, total = tyro.cli(convert)
+        tensors, total = command_line(convert)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -65,6 +64,9 @@ def check_target(target: pathlib.Path) -> None:
     """UserError unless `target` does not exist or is an empty directory."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists and is not empty; choose another output directory or delete it first")
+    blocked = next((p for p in target.absolute().parents if p.exists() and not p.is_dir()), None)
+    if blocked is not None:
+        raise UserError(f"{target}: {blocked} is a file, not a directory; choose another output directory")
     target.parent.mkdir(parents=True, exist_ok=True)
 
 

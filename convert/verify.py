@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import tyro
 
-from alst_jax.config import UserError
+from alst_jax.declare import UserError, command_line
 from alst_jax.models.weight_files import find_tensors
 from alst_jax.storage import checksums, disk
 from alst_jax.storage.run_directory import CHECKPOINTS, EXPORT, find_checkpoint, is_checkpoint
@@ -40,6 +40,9 @@ def verify(directory: tyro.conf.Positional[pathlib.Path], accept: bool = False) 
 
 def _parts(directory: pathlib.Path) -> list[tuple[pathlib.Path, Callable[[], bool], Callable[[], None]]]:
     """(name, whether it is verified, what writes its checksums) of each part of a directory."""
+    if not directory.is_dir():
+        raise UserError(f"{directory}: {'it is a file' if directory.is_file() else 'no such directory'}; name a run, a "
+                        "checkpoint, a converted model or a Hugging Face directory")
     if not is_checkpoint(directory):
         return [_weights(directory)]
     run_dir, newest = find_checkpoint(directory)
@@ -87,7 +90,7 @@ def _advice(directory: pathlib.Path) -> str:
 
 def main() -> int:
     try:
-        return tyro.cli(verify)
+        return command_line(verify)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -112,7 +112,7 @@ def _tokenize_chat(document: Document, tokenizer: Any, labels: Labels) -> tuple[
     template, rendered, messages = _render(document, tokenizer, labels)
     turns = _learned_turns(document, labels)
     try:
-        if document.tools and template.render(messages).text == rendered.text:
+        if document.tools and _same_without_tools(template, rendered, messages):
             raise UserError("the chat template does not write the tools, so the model would not see them; use a "
                             "template with tools (--chat-template FILE)")
         document = dataclasses.replace(document, content=messages)
@@ -127,6 +127,16 @@ def _tokenize_chat(document: Document, tokenizer: Any, labels: Labels) -> tuple[
         raise UserError(f"{document.origin}: {error}") from error
     ids, offsets = _encode(rendered.text, tokenizer, document.origin, special=False)
     return ids, _tokens_in(offsets, spans, len(rendered.text))
+
+
+def _same_without_tools(template: ChatTemplate, rendered: Rendered, messages: list[dict[str, Any]]) -> bool:
+    """Whether the template writes the same without the tools. One that needs them writes something of them."""
+    try:
+        return template.render(messages).text == rendered.text
+    except UserError:
+        raise
+    except Exception:  # templates raise what they like
+        return False
 
 
 def _learned_turns(document: Document, labels: Labels) -> list[int]:

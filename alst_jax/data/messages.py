@@ -200,7 +200,7 @@ def _parsed(text: str, place: str, what: str) -> Any:
 def _from_sharegpt(message: dict[str, Any], place: str) -> dict[str, Any]:
     """{from, value} -> {role, content}."""
     role = message.get("from")
-    if role not in ROLES or not isinstance(message.get("value"), str):
+    if not isinstance(role, str) or role not in ROLES or not isinstance(message.get("value"), str):
         rule = f"'from' is one of {', '.join(ROLES)}; 'value' is text"
         raise UserError(f"{place}: from {role!r} with a value of {type(message.get('value')).__name__}; {rule}")
     rest = {name: item for name, item in message.items() if name not in ("from", "value")}

@@ -26,6 +26,7 @@ HARMLESS = frozenset("""
     metadata model name num_turns original_id path prompt_id repo repo_name repository row_id sha1 sha256 size
     source split subset tags task timestamp title token_count topic url uuid version warc_record_id""".split())
 SHAREGPT = ("conversations", "conversation")
+DEEPEST = 100  # levels of lists and objects
 OUTPUTS, INPUTS = ("output", "response"), ("input", "context")
 
 
@@ -96,8 +97,8 @@ def to_document(record: Any, origin: str, fields: Fields) -> Document:
         filled = [n for n, value in record.items() if value is not None or n not in (fields.text, fields.messages)]
         raise UserError(no_format(origin, filled, fields))
     document = _CONVERT[keys.formats[0]](_Record(present, origin, fields, keys))
-    _check_unicode(document.content, origin)
-    _check_unicode(document.tools, origin)
+    _check_texts(document.content, origin)
+    _check_texts(document.tools, origin)
     if not keys.unknown:
         return document
     # The first question of a chat is often repeated as `prompt`.
@@ -109,11 +110,15 @@ def to_document(record: Any, origin: str, fields: Fields) -> Document:
     return dataclasses.replace(document, ignored=keys.harmless + keys.unknown)
 
 
-def _check_unicode(content: Any, origin: str) -> None:
-    """UserError for half a surrogate pair, which JSON may hold and no tokenizer takes, in a text, chat or schema."""
+def _check_texts(content: Any, origin: str, levels: int = DEEPEST) -> None:
+    """UserError for half a surrogate pair, which JSON may hold and no tokenizer takes, in a text, chat or schema; and
+    for lists and objects nested deeper than DEEPEST levels, at which programs that follow them would end."""
     if isinstance(content, dict | list):
+        if not levels:
+            raise UserError(f"{origin}: lists and objects are nested deeper than {DEEPEST} levels; write them flatter, "
+                            "or leave the record out")
         for part in (*content, *content.values()) if isinstance(content, dict) else content:
-            _check_unicode(part, origin)
+            _check_texts(part, origin, levels - 1)
     elif isinstance(content, str) and not content.isascii():
         try:
             content.encode("utf-8")

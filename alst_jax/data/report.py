@@ -53,7 +53,8 @@ class SourceReport:
     def count_bad(self, error: UserError, document: Document | None = None) -> None:
         """Count a bad record, and keep the error of the first one. document: the record's, if it was counted."""
         self.records_left_out["bad"] += 1
-        self.first_bad = self.first_bad or str(error)
+        # It is printed: a key of the record may hold half a surrogate pair.
+        self.first_bad = self.first_bad or str(error).encode("utf-8", "backslashreplace").decode()
         if document is not None:
             self.documents -= 1
             self.formats -= collections.Counter([document.format])  # a format of no document is removed

@@ -39,7 +39,8 @@ def load_tokenizer(directory: str | pathlib.Path) -> Any:
     except UserError:
         raise
     except Exception as error:  # transformers raises whatever its parsers raise
-        raise UserError(f"{path}: the tokenizer cannot be read: {error}") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: the tokenizer cannot be read: {reason}") from error
 
 
 def _check_readable(path: pathlib.Path) -> None:
@@ -55,9 +56,11 @@ def _check_readable(path: pathlib.Path) -> None:
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         try:
             read = json.loads((path / name).read_text(encoding="utf-8")) if (path / name).is_file() else {}
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path / name} is not valid JSON: {error}") from error
-        settings |= {(name, key): value for key, value in read.items()} if isinstance(read, dict) else {}
+        if not isinstance(read, dict):
+            raise UserError(f"{path / name} holds no JSON object")
+        settings |= {(name, key): value for key, value in read.items()}
     for (name, key), value in settings.items():
         if key in SPECIAL and (value.get("content") if isinstance(value, dict) else value) == "":
             raise UserError(f"{path / name}: {key} is \"\", which is no token. Early conversions of LLaMA have this "

@@ -21,6 +21,7 @@ from alst_jax.storage.run_directory import CHECKPOINTS
 from alst_jax.xla.arrays import Bounds, load_array
 
 Names = tuple[str, ...]
+RUN = {"step": int, "data": dict, "geometry": dict}  # in `loop` of a training run
 CHECKED = {"checksums": True}  # in `loop`: without its checksums the checkpoint is not whole
 
 
@@ -85,7 +86,15 @@ class Checkpoints:
         """The JSON part alone, which is checked before large arrays are read."""
         with self._reading(step, "loop"):
             loop = self._manager.restore(step, args=ocp.args.Composite(loop=ocp.args.JsonRestore()))["loop"]
-        return {name: value for name, value in loop.items() if name not in CHECKED}
+            return {name: value for name, value in loop.items() if name not in CHECKED}
+
+    def restore_run(self, step: int) -> dict[str, Any]:
+        """The JSON part of a training run's checkpoint: its step, its position in the data, its geometry."""
+        loop = self.restore_loop(step)
+        lacking = [name for name, kind in RUN.items() if not isinstance(loop.get(name), kind)]
+        if lacking:
+            raise self._unreadable(step, ValueError(f"its loop does not say {', '.join(lacking)}"))
+        return loop
 
     def restore_params(self, step: int, abstract: Any) -> Any:
         """The weights as a tree like `abstract` (ShapeDtypeStructs), with its shardings and dtypes, from any mesh."""

@@ -167,11 +167,21 @@ def read_run_file(run_dir: str | pathlib.Path) -> dict[str, Any]:
         raise UserError(f"{run_dir}: no run to resume there: it has no {RUN_FILE}; leave out --resume to start one")
     try:
         content = json.loads(file.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("flags", {}), dict):
-        raise UserError(f"{file} is not what a run writes: an object with kind, versions and flags")
+    if not isinstance(content, dict) or content.get("kind") not in ("training", "converted") or not all(
+            isinstance(content.get(name, {}), dict) for name in ("flags", "versions")) or not _are_additions(
+            content.get("added", [])):
+        raise UserError(f"{file} is not what a run writes: an object with kind (training or converted), versions and "
+                        "flags")
     return content
+
+
+def _are_additions(added: Any) -> bool:
+    """Whether this is a list of additions to the data of a run, each with paths and the step before it."""
+    return isinstance(added, list) and all(
+        isinstance(each, dict) and isinstance(each.get("step"), int) and isinstance(each.get("data"), list)
+        and all(isinstance(path, str) for path in each["data"]) for each in added)
 
 
 def saved_model(out: pathlib.Path) -> ModelConfig:
