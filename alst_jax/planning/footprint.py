@@ -203,7 +203,8 @@ def layer_work(job: Job, rebuilt: bool = False) -> list[Term]:
     """One layer's backward pass beside kept and rebuilt activations: at the attention or in a tile of the MLP. rebuilt:
     whether it is in a rebuilt segment of more than two layers."""
     size, profile, work = job.sizes, job.profile, job.attention_work
-    attention = [Term("q, k, v and their gradients", work.peak, MESH), Term("workspace", workspace(job), ATTENTION)]
+    attention = [Term("q, k, v and their gradients", work.peak, MESH), Term("workspace", workspace(job), ATTENTION),
+                 Term("slices of documents", document_slices(job), ATTENTION)]
     mlp = [Term("weights, and a tile of the MLP", mlp_work(job), LAYER), Term("copy of o", work.output_copy, XLA)]
     if rebuilt and (profile.head_chunks == 1 or not work.swaps):  # the old dh, until all its rows are read
         attention.append(Term("the old dh", size.hidden * work.swaps, XLA))
@@ -227,9 +228,21 @@ def workspace(job: Job) -> int:
     if str(job.profile.attention).startswith("flash"):
         kv_heads = max(1, job.model.num_kv_heads // job.profile.head_chunks * job.attention.repeats // job.sp)
         return workspace_bytes(rows, job.length, heads, kv_heads, head_dim, documents=job.documents)
+    if job.documents:  # the largest call is on one slice of a sequence's length
+        rows = 1
     while rows * job.length * heads * head_dim > 2**31 and heads % 2 == 0:  # as ops/attention.py splits them
         heads //= 2
     return rows * job.length * heads * head_dim * 8
+
+
+def document_slices(job: Job) -> int:
+    """Copies of q, k, v, o and do, and the slices of dq, dk and dv, of the longest document's call in ops/attention's
+    buckets.py."""
+    if job.profile.attention != "cudnn" or not job.documents:
+        return 0
+    heads, model = job.attention.local_heads, job.model
+    kv_heads = max(1, model.num_kv_heads // job.profile.head_chunks * job.attention.repeats // job.sp)
+    return 4 * job.length * (heads + kv_heads) * model.head_dim * job.width
 
 
 def mlp_work(job: Job) -> int:

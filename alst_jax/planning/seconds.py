@@ -3,7 +3,7 @@
 import math
 
 from alst_jax.hardware.machines import Cluster
-from alst_jax.ops.attention import flash_rates
+from alst_jax.ops.attention import buckets, flash_rates
 from alst_jax.parallel.ulysses import Ulysses
 from alst_jax.planning.footprint import loss_tokens, mlp_tokens, state_bytes, trained_bytes
 from alst_jax.planning.job import Job, Term, total
@@ -16,6 +16,9 @@ MATMUL = 650 / 989
 ATTENTION = {
     "cudnn": {"forward": {32768: 647, 131072: 590, 524288: 481}, "backward": {32768: 529, 131072: 513, 524288: 550}},
 } | flash_rates.RATES
+# Packed documents: TFLOP/s of useful work by the sum of the documents' squares over the sum of their lengths.
+DOCUMENTS = {"flash": flash_rates.DOCUMENT_RATES,
+             "cudnn": {"forward": buckets.DOCUMENT_RATES, "backward": buckets.DOCUMENT_RATES}}
 MEASURED_PEAK = 989  # TFLOP/s of the measured device
 SLOW_ATTENTION = 0.05  # part of the peak, for kernels that are not in the table
 UPDATE_BYTES_PER_SECOND = 0.94  # of the host link's, reached by the streamed update
@@ -26,10 +29,10 @@ BACKWARD = 2.5  # FLOPs of attention's backward pass, in forwards
 
 def attention_speed(implementation: str, which: str, length: int, peak: float, packed: bool = False) -> float:
     """FLOP/s of causal FLOPs at sequences of `length`, between the measured lengths by the logarithm. packed: of
-    documents, by the sum of their squares over the sum of their lengths."""
+    documents, where `length` is the sum of their squares over the sum of their lengths."""
     if implementation not in ATTENTION:
         return SLOW_ATTENTION * peak
-    rates = flash_rates.DOCUMENT_RATES if packed and implementation == "flash" else ATTENTION[implementation]
+    rates = DOCUMENTS.get(implementation, ATTENTION[implementation]) if packed else ATTENTION[implementation]
     points = sorted(rates[which].items())
     length = min(max(length, points[0][0]), points[-1][0])
     for (low, slow), (high, fast) in zip(points, points[1:]):

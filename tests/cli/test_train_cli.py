@@ -27,6 +27,7 @@ from alst_jax.config import TrainConfig, UserError
 from alst_jax.data.tokenizer import byte_tokenizer
 from alst_jax.hardware import environment
 from alst_jax.models.config import TINY_LLAMA
+from alst_jax.ops.attention import KERNELS
 from alst_jax.ops.rope import RopeConfig
 from alst_jax.storage.checkpoint import Checkpoints
 from convert.from_hf import from_hf
@@ -575,8 +576,10 @@ def test_random_weights_are_exported_where_that_is_typed():
     assert not train.parse(flags).export and train.parse([*flags, "--export"]).export and train.parse(flags[:2]).export
 
 
-def test_a_kernel_that_cannot_keep_documents_apart_is_refused_before_anything_is_loaded():
+def test_a_kernel_that_cannot_keep_documents_apart_is_refused_before_anything_is_loaded(monkeypatch):
     flags = dict(model="any", plan_for="H100", attention="cudnn", pack=True)
+    setup.make_profile(TrainConfig(**flags), np.dtype("bfloat16"), TINY_LLAMA)
+    monkeypatch.setitem(KERNELS, "cudnn", dataclasses.replace(KERNELS["cudnn"], serves=frozenset()))
     with pytest.raises(UserError, match="--attention cudnn does not implement documents, .*use --attention xla or flash"):
         setup.make_profile(TrainConfig(**flags), np.dtype("bfloat16"), TINY_LLAMA)
     setup.make_profile(TrainConfig(**flags, pack_attention="across"), np.dtype("bfloat16"), TINY_LLAMA)

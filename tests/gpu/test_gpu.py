@@ -3,6 +3,7 @@
 bytes."""
 
 import dataclasses
+import functools
 import gc
 import re
 import subprocess
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from alst_jax.hardware.environment import XLA_GPU_FLAGS
-from alst_jax.ops.attention import attention, cudnn
+from alst_jax.ops.attention import attention, attention_backward, attention_forward, cudnn
 from alst_jax.ops.cross_entropy import cross_entropy, tiled_cross_entropy
 from alst_jax.ops.linear import embed
 from alst_jax.optim.adamw import AdamW
@@ -51,6 +52,25 @@ def test_cudnn_equals_xla():
     exact = jax.jit(gradients, static_argnums=4)(*(x.astype(jnp.float32) for x in (q, k, v, do)), "xla")
     for ours, true in zip(jax.jit(gradients, static_argnums=4)(q, k, v, do, "cudnn"), exact):
         assert relative_error(ours.astype(jnp.float32), true) < 1e-2  # bfloat16: 2^-8 an element
+
+
+@pytest.mark.parametrize("lengths", [
+    [1500, 1, 513, 34, 2048, 0, 0], [4096], [512] * 8, [16] * 128 + [300, 700, 1048],
+    [1024, 1, 1023, 2047, 1]], ids=str)
+def test_cudnn_documents_equal_xla(lengths):
+    """Packed documents as a loop of dense calls, bfloat16, against XLA's documents in float32."""
+    batch = 1 if lengths == [4096] else 2
+    arrays = [x.reshape(batch, 4096 // batch, *x.shape[2:]) for x in qkvd(4096, 8, 2, 128)]
+    offsets = jnp.asarray(np.cumsum([0, *lengths]), jnp.int32)
+
+    @functools.partial(jax.jit, static_argnames="kernel")
+    def both(q, k, v, do, kernel):
+        results = attention_forward(q, k, v, documents=offsets, kernel=kernel)
+        return *results, *attention_backward(q, k, v, results, do, documents=offsets, kernel=kernel)
+
+    exact = both(*(x.astype(jnp.float32) for x in arrays), kernel="xla")
+    for ours, true in zip(both(*arrays, kernel="cudnn"), exact, strict=True):
+        assert relative_error(ours.astype(jnp.float32), true) < 1e-2
 
 
 def past_the_wall(gradients):

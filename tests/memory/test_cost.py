@@ -12,9 +12,9 @@ from alst_jax.hardware.machines import parse_cluster
 from alst_jax.optim.adamw import AdamW
 from alst_jax.planning.compiled import job_of, plan_step
 from alst_jax.planning.estimate import estimate
-from alst_jax.planning.footprint import state_bytes, working_set
+from alst_jax.planning.footprint import document_slices, state_bytes, working_set
 from alst_jax.planning.job import Job, Passes, kept_bytes
-from alst_jax.planning.seconds import ATTENTION, collectives
+from alst_jax.planning.seconds import ATTENTION, collectives, seconds
 from alst_jax.profile import DEVICE, HOST, Profile
 from benchmarks import plan_accuracy
 from benchmarks.shapes import LLAMA_8B, LLAMA_70B, llama_8b
@@ -136,6 +136,15 @@ def test_the_kernels_workspace():
     without = working_set(dataclasses.replace(job(length=524288, head_chunks=8, **OFFLOADED), count_workspace=False))
     assert with_it - without == pytest.approx(2 * 2**30, rel=0.1)  # 8 bytes x 524,288 tokens x 4 heads x 128
     assert working_set(job(attention="xla")) < working_set(job())
+
+
+def test_packed_documents_with_cudnn_have_rates_and_bytes_of_their_own():
+    """64 documents of 2,048 tokens: 148 TFLOPS of useful work, and copies of a sequence's q, k, v, o, do, dq, dk, dv."""
+    packed = dataclasses.replace(job(), documents=64, attention_share=1 / 64)
+    useful = 4 * 32 * 128 * packed.model.causal_pairs(131072) / 64  # of all layers' forward passes
+    assert seconds(packed, H100)["attention backward"] == pytest.approx(2.5 * useful / 148e12, rel=0.01)
+    assert document_slices(packed) == 4 * 131072 * (32 + 8) * 128 * 2 and document_slices(job()) == 0
+    assert working_set(packed) > working_set(job())
 
 
 def test_passes_by_hand():

@@ -6,8 +6,10 @@ import pytest
 
 from alst_jax.data.packing import offsets_of
 from alst_jax.models.config import LayerKind
+from alst_jax.ops.attention import buckets
 from alst_jax.optim.adamw import AdamW
 from alst_jax.profile import Profile
+from tests import stand_in
 from tests.helpers import assert_trees_close, initial, make_step, packed, tiny, to_numpy
 
 MODEL = tiny(num_layers=2, layer_kinds=(LayerKind(), LayerKind(window=5)))
@@ -41,6 +43,20 @@ def test_packed_documents_equal_documents_one_by_one(mesh, changes, one_by_one):
     loss, gradients = summed(step, params, packed(ROWS, LENGTH, mesh[0])[0])
     assert loss == pytest.approx(one_by_one[0], rel=1e-5)
     assert_trees_close(gradients, one_by_one[1], 1e-5)
+
+
+def test_a_loop_of_dense_calls_on_four_devices(monkeypatch):
+    """The kernel cudnn, with a stand-in for cuDNN, against XLA's documents on one device."""
+    plain, batch = make_step(tiny(num_layers=1)), packed(ROWS, LENGTH, 1)[0]
+    expected = summed(plain, initial(plain), batch)
+    monkeypatch.setattr(buckets, "SMALLEST", 16)
+    calls = stand_in.install(monkeypatch)
+    changes = dict(attention="cudnn", head_chunks=2, segment_layers=(1,), keep_attention_on_device=1)
+    step = make_step(tiny(num_layers=1), 1, 4, Profile(**changes))
+    loss, gradients = summed(step, initial(step), batch)
+    assert {shape[1] for shape in calls} == {16, 24, 32, 48, 64}
+    assert loss == pytest.approx(expected[0], rel=1e-5)
+    assert_trees_close(gradients, expected[1], 1e-5)
 
 
 def test_borders_count(one_by_one):

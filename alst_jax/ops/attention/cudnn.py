@@ -1,6 +1,7 @@
 """cuDNN's attention, through jax.nn: bfloat16 or float16 on NVIDIA GPUs, causal, S a multiple of 128.
 
-No call is made past the length where its gradients are right.
+No call is made past the length where its gradients are right. Packed documents are a loop of dense calls on slices
+(buckets.py): cuDNN's own packed layout returns a wrong dq with many documents, and needs a quadratic workspace.
 """
 
 import functools
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from alst_jax.config import UserError
+from alst_jax.ops.attention import buckets
 from alst_jax.ops.attention.spec import AttentionSpec, Kernel
 
 # cuDNN's backward indexes q with 32-bit integers: above 2^31 elements its dQ is wrong without an error (measured, jax
@@ -18,9 +20,12 @@ CUDNN_MAX_ELEMENTS = 2**31
 CUDNN_MAX_HEAD_DIM = 128  # of the backward pass on every generation
 
 
-def forward(q: Array, k: Array, v: Array, spec: AttentionSpec, documents: None = None) -> tuple[Array, Array]:
+def forward(
+    q: Array, k: Array, v: Array, spec: AttentionSpec, documents: Array | None = None
+) -> tuple[Array, Array]:
     """The output[B, S, N, H] and the log-sum-exp[B, N, S]."""
-    return in_head_groups(functools.partial(_forward, spec=spec), q, k, v)
+    dense = functools.partial(in_head_groups, functools.partial(_forward, spec=spec))
+    return dense(q, k, v) if documents is None else buckets.forward(dense, q, k, v, documents)
 
 
 def in_head_groups(call, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
@@ -30,9 +35,11 @@ def in_head_groups(call, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
 
 
 def backward(
-    q: Array, k: Array, v: Array, o: Array, lse: Array, do: Array, spec: AttentionSpec, documents: None = None
+    q: Array, k: Array, v: Array, o: Array, lse: Array, do: Array, spec: AttentionSpec, documents: Array | None = None
 ) -> tuple[Array, Array, Array]:
     """(dq, dk, dv); the forward pass is not computed again."""
+    if documents is not None:
+        return buckets.backward(functools.partial(backward, spec=spec), q, k, v, o, lse, do, documents)
     pieces = _split_heads(q, k, v)
     split = lambda x, axis: jnp.split(x, len(pieces), axis=axis)
     grads = [_backward(*piece, o_i, lse_i, do_i, spec)
@@ -108,5 +115,5 @@ def head_groups(q_shape: tuple[int, int, int, int], kv_heads: int) -> int:
 
 
 HEAD_DIMS = (f"a multiple of 8 up to {CUDNN_MAX_HEAD_DIM}", lambda h: h % 8 == 0 and h <= CUDNN_MAX_HEAD_DIM)
-KERNEL = Kernel("cudnn", forward, backward, serves=frozenset({"scale"}), needs_gpu=True, dtypes=("bfloat16", "float16"), multiple=128,
-                head_dims=HEAD_DIMS)
+KERNEL = Kernel("cudnn", forward, backward, serves=frozenset({"scale", "documents"}), needs_gpu=True,
+                dtypes=("bfloat16", "float16"), multiple=128, head_dims=HEAD_DIMS)

@@ -1,0 +1,170 @@
+"""Packed documents for a kernel that serves single sequences only: a loop of dense causal calls on slices.
+
+Slices have a few fixed sizes. A document runs in a slice of the smallest size that holds it, from the slice's first row
+on. The tokens behind the document in the slice change nothing: causal attention hides them from its queries, and their
+own rows are not written. Small documents of one size run several at a time, as the rows of one call. Each size has a
+loop of its own, so that one compiled program serves any number of documents.
+
+B rows, S tokens, P = B S packed tokens, D documents at most, G documents in a call, L tokens of a slice, N query heads,
+K kv heads, H head dim.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from alst_jax.xla.varying import vary_like
+
+SMALLEST = 512  # tokens of the smallest slice
+TOGETHER = 4096  # tokens of the slices of one call at most, where it holds several
+UNREACHABLE = 1e30  # log-sum-exp of rows behind a document: their softmax weights become exactly 0
+# TFLOP/s of useful work, both directions together, by the sum of the documents' squares over the sum of their lengths.
+# Measured with cuDNN on an H100 (32 query heads, 8 kv heads, 131,072 tokens), with the only sizes 4k, 16k, 64k and S:
+# for 64 equal documents, 8 mixed ones, two and one. This loop has finer sizes. It is not measured yet.
+# 256: the rate of 2,048 over 4, since a slice of SMALLEST tokens has 4 times the pairs.
+DOCUMENT_RATES = {256: 37, 2048: 148, 25360: 339, 65536: 428, 131072: 520}
+
+
+class Bucket(NamedTuple):
+    """Slices of `size` tokens, `together` of them in a call."""
+
+    size: int
+    together: int
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of a query and a key in the causal half of one call."""
+        return self.together * (self.size * (self.size + 1) // 2)
+
+
+def buckets_of(length: int, documents: int) -> list[Bucket]:
+    """The buckets for sequences of `length` tokens and at most so many documents.
+
+    Sizes: SMALLEST times 1, 1.5, 2, 3, 4, 6, ... below `length`, and `length`.
+    """
+    sizes, power = [], SMALLEST
+    while power < length:
+        sizes += [size for size in (power, power * 3 // 2) if size < length]
+        power *= 2
+    return [Bucket(size, max(1, min(TOGETHER // size, documents))) for size in (*sizes, length)]
+
+
+def calls_of(lengths: Sequence[int], length: int, documents: int | None = None) -> dict[Bucket, int]:
+    """Dense calls of each bucket for documents of these lengths; empty documents need none.
+
+    documents: the number that the program is compiled for; None: as many as there are.
+    """
+    buckets = buckets_of(length, len(lengths) if documents is None else documents)
+    members = [0] * len(buckets)
+    for n in lengths:
+        if n:
+            members[next(i for i, bucket in enumerate(buckets) if bucket.size >= n)] += 1
+    return {bucket: -(-count // bucket.together) for bucket, count in zip(buckets, members) if count}
+
+
+def computed_pairs(lengths: Sequence[int], length: int, documents: int | None = None) -> int:
+    """Pairs of a query and a key that the dense calls compute for documents of these lengths."""
+    return sum(calls * bucket.pairs for bucket, calls in calls_of(lengths, length, documents).items())
+
+
+def forward(
+    dense: Callable, q: Float[Array, "B S N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"],
+    documents: Int[Array, "D1"],
+) -> tuple[Float[Array, "B S N H"], Float[Array, "B N S"]]:
+    """(o, log-sum-exp) of causal attention inside of each document; both are 0 behind the last document.
+
+    dense(q[G, L, N, H], k, v) -> (o, log-sum-exp[G, N, L]).
+    """
+    arrays = tuple(map(_packed, (q, k, v)))
+
+    def call(slices, is_inside):
+        o, lse = dense(*slices)
+        return o, jnp.moveaxis(lse, 1, 2)
+
+    statistics = jnp.zeros(arrays[0].shape[:2], jnp.float32)
+    o, lse = _over_documents(call, arrays, (jnp.zeros_like(arrays[0]), statistics), documents, q.shape[1])
+    return o.reshape(q.shape), jnp.moveaxis(lse.reshape(q.shape[:3]), 1, 2)
+
+
+def backward(
+    dense: Callable, q: Array, k: Array, v: Array, o: Array, lse: Array, do: Array, documents: Int[Array, "D1"]
+) -> tuple[Array, Array, Array]:
+    """(dq, dk, dv), 0 behind the last document.
+
+    dense(q[G, L, N, H], k, v, o, log-sum-exp[G, N, L], do) -> (dq, dk, dv).
+    """
+    arrays = (*map(_packed, (q, k, v, o)), _packed(jnp.moveaxis(lse, 1, 2)), _packed(do))
+
+    def call(slices, is_inside):
+        q, k, v, o, lse, do = slices
+        # A row behind the document adds nothing to dk and dv: its softmax weights and its do are 0. Its log-sum-exp is
+        # of another document, so that without UNREACHABLE a weight could overflow.
+        lse = jnp.where(is_inside[..., None], lse, UNREACHABLE)
+        do = jnp.where(is_inside[..., None, None], do, jnp.zeros((), do.dtype))
+        return dense(q, k, v, o, jnp.moveaxis(lse, 2, 1), do)
+
+    gradients = _over_documents(call, arrays, tuple(map(jnp.zeros_like, arrays[:3])), documents, q.shape[1])
+    return tuple(dx.reshape(x.shape) for dx, x in zip(gradients, (q, k, v)))
+
+
+def _packed(x: Array) -> Array:
+    """x[B, S, ...] -> x[P, ...]."""
+    return x.reshape(-1, *x.shape[2:])
+
+
+class _Plan(NamedTuple):
+    """Documents in the order of their buckets, empty ones last. Bucket i has order[first[i]], ..., order[first[i + 1] -
+    1]."""
+
+    starts: Int[Array, "D"]
+    lengths: Int[Array, "D"]
+    order: Int[Array, "D"]
+    first: Int[Array, "buckets+1"]
+
+    @classmethod
+    def of(cls, documents: Int[Array, "D1"], buckets: list[Bucket]) -> "_Plan":
+        documents = documents.astype(jnp.int32)
+        lengths = jnp.diff(documents)
+        sizes = jnp.array([bucket.size for bucket in buckets], jnp.int32)
+        number = jnp.where(lengths > 0, jnp.searchsorted(sizes, lengths), len(buckets))
+        order = jnp.argsort(number, stable=True).astype(jnp.int32)
+        first = jnp.searchsorted(number[order], jnp.arange(len(buckets) + 1), side="left").astype(jnp.int32)
+        return cls(documents[:-1], lengths, order, first)
+
+    def rows(self, bucket: Bucket, at: Array, end: Array) -> tuple[Int[Array, "G L"], Bool[Array, "G L"]]:
+        """Rows of the slices of the documents order[at], ..., and whether each is inside of its document. `end`: of the
+        bucket's documents; slices from there on are empty."""
+        member = at + jnp.arange(bucket.together, dtype=jnp.int32)
+        document = self.order[jnp.minimum(member, self.order.shape[0] - 1)]
+        length = jnp.where(member < end, self.lengths[document], 0)
+        row = jnp.arange(bucket.size, dtype=jnp.int32)[None]
+        return self.starts[document][:, None] + row, row < length[:, None]
+
+
+def _over_documents(call: Callable, arrays: tuple, outputs: tuple, documents: Array, length: int) -> tuple:
+    """The outputs[P, ...] with call's results in the rows of documents.
+
+    call(slices[G, L, ...] of the arrays, is_inside[G, L]) -> results[G, L, ...].
+    """
+    buckets, tokens = buckets_of(length, documents.shape[0] - 1), arrays[0].shape[0]
+    plan = _Plan.of(documents, buckets)
+    outputs = tuple(vary_like(x, *arrays, plan.starts) for x in outputs)
+    for i, bucket in enumerate(buckets):
+        start, end = plan.first[i], plan.first[i + 1]
+
+        def one(turn, outputs, bucket=bucket, start=start, end=end):
+            rows, is_inside = plan.rows(bucket, start + turn * bucket.together, end)
+            # Rows behind the last token repeat it: they are outside of all documents.
+            results = call(tuple(x.at[rows].get(mode="clip") for x in arrays), is_inside)
+            # All rows that are not written have indices of their own behind the end, so that all indices are unique.
+            slots = jnp.arange(rows.size, dtype=jnp.int32).reshape(rows.shape)
+            target = jnp.where(is_inside, rows, tokens + slots)
+            return tuple(out.at[target].set(x.astype(out.dtype), mode="drop", unique_indices=True)
+                         for out, x in zip(outputs, results))
+
+        turns = (end - start + bucket.together - 1) // bucket.together
+        outputs = lax.fori_loop(0, turns, one, outputs)
+    return outputs
