@@ -117,7 +117,7 @@ def test_a_plan_for_a_machine_by_arithmetic(llama_8b):
     for part in ("estimated, for 1 x H100", "weights", "optimizer", "kept activations", "working set", "headroom",
         "there is", "the whole process: about 120 of 125 GiB of host memory: 109 in jax's pools",
                  "collectives a step", "model FLOPs", "tok/s, limited by attention backward", "measured error",
-                 "memory: --offload",
+                 "memory: --loss-tile", "--offload-activations",
                  "lacks"):
         assert part in done.stdout, part
 
