@@ -96,13 +96,17 @@ def command_line(target: Callable[..., Any], **options: Any) -> Any:
 
 def _refusal(box: str) -> str:
     """One line of the box that tyro prints: the flag, the reason, what the flag takes."""
-    rows = [row.strip("│ ") for row in re.sub(r"\x1b\[[\d;]*m", "", box).splitlines() if row.startswith("│")]
-    parts = [" ".join(part.split()) for part in re.split("─{9,}", "\n".join(rows))]
+    lines = re.sub(r"\x1b\[[\d;]*m", "", box).splitlines()
+    if any(line.startswith("│") for line in lines):
+        rows = [line.strip("│ ") for line in lines if line.startswith("│")]
+    else:  # in ASCII: a title above a line of dashes
+        rows = [line.strip() for line in lines[2:]]
+    parts = [" ".join(part.split()) for part in re.split("[─-]{9,}", "\n".join(rows))]
     text, more = parts[0], parts[1] if len(parts) > 2 else ""
     wrong, _, reason = text.removeprefix("Error parsing ").partition(": ")
     help_text = f"see {pathlib.PurePath(sys.argv[0]).name} --help"
     if text.startswith("Unrecognized options: "):
-        meant = ", ".join(row.split()[0] for row in rows if row.startswith("--"))
+        meant = ", ".join(row.split()[0] for row in rows if re.match("--[a-z]", row))
         what = "no such flag" if reason.startswith("-") else "neither a flag nor a value of one"
         return f"{shortened(reason)}: {what}; {f'perhaps you meant {meant}; ' if meant else ''}{help_text}"
     if not text.startswith("Error parsing "):
