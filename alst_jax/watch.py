@@ -22,7 +22,9 @@ from alst_jax.hardware.host_limits import host_memory
 from alst_jax.watch_flags import WatchFlags
 
 WINDOW, ENOUGH = 50, 10  # steps whose median is usual, and how many of them must be there
-FLOORS = {"loss": 0.01, "grad_norm": 0.1}  # a standard deviation is no less than this part of the median
+# A standard deviation is no less than this part of the median loss, and than this in the logarithm of the norm.
+FLOORS = {"loss": 0.01, "grad_norm": 0.1}
+TINY = 1e-30
 SHORTEST = 1.0  # seconds of a step whose time is judged
 STALLED, LEAST_STALL = 5.0, 60.0  # times the usual seconds, and seconds, after which a step in progress has stalled
 SLOWER = 0.7  # of the best throughput
@@ -78,14 +80,19 @@ class Watch:
     def judge(self, step: int, values: dict[str, Any]) -> str | None:
         """Why a step must not be applied; None if it may. values: "loss" and "grad_norm"."""
         for name, floor in FLOORS.items():
-            usual = [value for _, value in self._values[name]]
+            value, usual = values[name], [old for _, old in self._values[name]]
             if len(usual) < ENOUGH:
                 continue
+            if name == "grad_norm":  # norms vary by factors: a short batch has several times the usual one
+                value, usual, least = math.log(max(value, TINY)), [math.log(max(x, TINY)) for x in usual], floor
+            else:
+                least = floor * abs(statistics.median(usual))
             median = statistics.median(usual)
             spread = 1.4826 * statistics.median(abs(x - median) for x in usual)  # of a normal distribution
-            deviations = (values[name] - median) / max(spread, floor * abs(median), 1e-30)
+            deviations = (value - median) / max(spread, least, TINY)
             if deviations > self.config.spike_deviations:
                 words = "loss" if name == "loss" else "gradient norm"
+                median = math.exp(median) if name == "grad_norm" else median
                 cause = (f"{words} {values[name]:.4g} is {deviations:.1f} standard deviations above {median:.4g}, the "
                          f"median of {len(usual)} steps")
                 if self.config.on_spike != "warn":

@@ -20,8 +20,8 @@ class WatchFlags:
     on_spike: Literal["warn", "stop", "skip", "rewind"] = "warn"
     """A loss or gradient norm far above those of the last 50 steps. warn: print a line. The others as for
     --on-nonfinite."""
-    spike_deviations: float = 6.0
-    """How far above their median, in standard deviations, a loss or gradient norm is a spike."""
+    spike_deviations: float = 8.0
+    """How far above their median, in standard deviations, a loss or the logarithm of a gradient norm is a spike."""
 
 
 def watch_mistakes(config: Any) -> Iterator[tuple[Any, str]]:

@@ -249,3 +249,15 @@ def test_enough_steps_make_what_is_usual(events):
     usual(watched, ENOUGH)
     watched.rewind(ENOUGH - 1)  # one too few
     assert watched.judge(ENOUGH, {"loss": 9.0, "grad_norm": 1.0}) is None
+
+
+def test_a_norm_of_a_few_times_the_usual_one_is_no_spike():
+    """As batches that are mostly padding have. Norms vary by factors, so that their logarithm is judged."""
+    events = []
+    watch = Watch(WatchFlags(), events.append)
+    norms = [0.7, 1.1, 0.9, 1.3, 0.8, 1.0, 1.2, 0.75, 0.95, 1.05, 1.4, 0.85]
+    for step, norm in enumerate([*norms, 4.6], 1):
+        assert watch.judge(step, {"loss": 2.0, "grad_norm": norm}) is None
+    assert not events
+    watch.judge(14, {"loss": 2.0, "grad_norm": 100.0})
+    assert [event.kind for event in events] == ["spike"] and "gradient norm 100 is" in events[0].cause
