@@ -254,7 +254,7 @@ def additions(config: TrainConfig) -> list[dict[str, Any]]:
                             "that they would be met twice as often; leave them out")
     step = run_directory.find_checkpoint(out)[1]
     checkpoints = Checkpoints(out)
-    batches = checkpoints.restore_loop(step)["data"]["next_index"]  # more than the steps where batches were left out
+    batches = checkpoints.restore_run(step)["data"]["next_index"]  # more than the steps where batches were left out
     checkpoints.close()
     if added and added[-1]["batches"] > batches:
         raise UserError(f"--add-data: data were added at step {added[-1]['step']} already, and the newest checkpoint is "

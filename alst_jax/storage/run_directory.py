@@ -170,17 +170,17 @@ def read_run_file(run_dir: str | pathlib.Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(content, dict) or content.get("kind") not in ("training", "converted") or not all(
-            isinstance(content.get(name, {}), dict) for name in ("flags", "versions")) or not _are_additions(
-            content.get("added", [])):
+            isinstance(content.get(name, {}), dict) for name in ("flags", "versions")):
         raise UserError(f"{file} is not what a run writes: an object with kind (training or converted), versions and "
                         "flags")
     return content
 
 
 def _are_additions(added: Any) -> bool:
-    """Whether this is a list of additions to the data of a run, each with paths and the step before it."""
+    """Whether this is a list of additions to the data of a run, as `record_added` stores them."""
     return isinstance(added, list) and all(
-        isinstance(each, dict) and isinstance(each.get("step"), int) and isinstance(each.get("data"), list)
+        isinstance(each, dict) and isinstance(each.get("step"), int) and isinstance(each.get("batches"), int)
+        and isinstance(each.get("hash"), str) and isinstance(each.get("data"), list)
         and all(isinstance(path, str) for path in each["data"]) for each in added)
 
 
@@ -221,9 +221,11 @@ def read_added(run_dir: str | pathlib.Path) -> list[dict[str, Any]]:
     file = pathlib.Path(run_dir) / ADDED_FILE
     try:
         added = json.loads(file.read_text()) if file.exists() else []
-        return [{name: addition[name] for name in ("data", "step", "batches", "hash")} for addition in added]
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{file} is not what --add-data wrote ({error!r}); put back the file that was there") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is not valid JSON: {error}") from error
+    if not _are_additions(added):
+        raise UserError(f"{file} is not what --add-data writes; put back the file that was there")
+    return added
 
 
 def record_added(run_dir: pathlib.Path, added: Iterable[dict[str, Any]]) -> None:

@@ -16,7 +16,17 @@ from alst_jax.flag_checks import check_run
 
 ROOT = pathlib.Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+
+
+def commands(page: str) -> list[str]:
+    """The lines of a page's shell blocks."""
+    blocks = re.findall(r"```(?:sh)?\n(.*?)```", page, re.S)
+    return [line.partition("  #")[0] for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+
+
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.replace("\\\n", " ").splitlines()]
+PAGES = sorted({line for page in (ROOT / "docs").glob("*.md") for line in commands(page.read_text())
+                if re.match(r"(uv run |python )(--extra \w+ )*train\.py", line) and " ... " not in line})
 
 
 def test_readme_has_commands_and_ci_runs_its_test_command():
@@ -26,7 +36,7 @@ def test_readme_has_commands_and_ci_runs_its_test_command():
     assert "uv run train.py" in COMMANDS and len(COMMANDS) >= 6
 
 
-@pytest.mark.parametrize("command", [line for line in COMMANDS if "train.py" in line])
+@pytest.mark.parametrize("command", dict.fromkeys([line for line in COMMANDS if "train.py" in line] + PAGES))
 def test_training_commands_have_flags_that_exist(command):
     arguments = shlex.split(command.partition("train.py")[2])
     if "--resume" in arguments:

@@ -1,12 +1,17 @@
 # pytest tests/cli/test_steps_cli.py
 """Which sequences a step takes: --samples-per-step on any mesh, --lengths, --add-data."""
 
+import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from alst_jax.config import TrainConfig, UserError
 from alst_jax.run import accumulation
+from alst_jax.run_data import additions
+from alst_jax.storage import run_directory
+from alst_jax.storage.checkpoint import Checkpoints
 from tests.cli.test_train_cli import make_hf, metrics, run_here, write_jsonl
 
 
@@ -102,3 +107,23 @@ def test_added_data_are_learned_from_then_on(flags, tmp_path, capfd):
     more.write_text('{"text": "other data"}\n' * 9)
     assert run_here(*resume, "--steps", 5) == 2
     assert "the data that were added at step 2 have changed since then" in capfd.readouterr().err
+
+
+def test_an_addition_begins_behind_all_batches_that_were_read(tmp_path):
+    """Those left out by --on-nonfinite skip included, which count in no step: else sequences are met twice and lost."""
+    for folder in ("old", "new"):
+        (tmp_path / folder).mkdir()
+    old, more = (write_jsonl(tmp_path / folder / "a.jsonl", ["a text"]) for folder in ("old", "new"))
+    out = tmp_path / "run"
+    run_directory.write_run_file(out, "training", {"flags": {}})
+    checkpoints = Checkpoints(out)
+    loop = {"step": 2, "data": {"next_index": 5}, "geometry": {}}
+    checkpoints.save(2, {"a": np.zeros(4, np.float32)}, None, loop)
+    checkpoints.close()
+    config = TrainConfig(data=(str(old),), add_data=(str(more),), out=str(out), resume=True)
+    assert additions(config) == [{"data": [str(more)], "step": 2, "batches": 5}]
+    with pytest.raises(UserError, match="the run has these data since the beginning"):
+        additions(dataclasses.replace(config, add_data=(str(old.parent),)))  # the folder of a file that it has
+    run_directory.record_added(out, [{"data": ["x.jsonl"], "step": 4, "batches": 9, "hash": "0a"}])
+    with pytest.raises(UserError, match="data were added at step 4 already, and the newest checkpoint is of step 2"):
+        additions(config)

@@ -590,6 +590,9 @@ def test_ropes_that_depend_on_the_length_are_not_packed():
     with pytest.raises(UserError, match="--pack: this model's rotary embedding .dynamic or longrope."):
         setup.make_profile(TrainConfig(pack=True), np.dtype("float32"), model)
     setup.make_profile(TrainConfig(pack=True, pack_attention="across"), np.dtype("float32"), model)
+    with pytest.raises(UserError, match="--lengths: this model's rotary embedding .dynamic or longrope."):
+        setup.make_profile(TrainConfig(lengths=(32, 64)), np.dtype("float32"), model)
+    setup.make_profile(TrainConfig(lengths=(32, 64)), np.dtype("float32"), TINY_LLAMA)
 
 
 def test_a_jax_with_wrong_gradients_is_refused(monkeypatch):

@@ -250,7 +250,7 @@ RUNS = {
     "flags in a list": (edit("run.json", flags=[]), "", "run.json is not what a run writes"),
     "no kind": (edit("run.json", kind=...), "", "run.json is not what a run writes"),
     "a converted model": (edit("run.json", kind="converted"), "", "a converted model, not a run"),
-    "additions of numbers": (edit("run.json", added=[1]), "", "run.json is not what a run writes"),
+    "additions of numbers": (write("added.json", "[1]"), "", "added.json is not what --add-data writes"),
     "a text as number of steps": (flags(batch_size="3"), "", "run.json", "--batch-size '3'"),
     "a list as length": (flags(seq_len=[1]), "", "run.json", "--seq-len"),
     "a switch as a number": (flags(sp=True), "", "run.json", "--sp True"),

@@ -78,6 +78,18 @@ def test_a_debug_run_is_planned_as_the_whole_run(monkeypatch):
     assert compiled == [LLAMA_8B] and plan.device == estimate(full).device and plan.flops == some.flops < full.flops
 
 
+def test_a_debug_run_has_the_profile_of_the_whole_run():
+    """Chosen by its own seconds it would keep no attention outputs: layers without attention spare nothing by it."""
+    plans = planner.Planner(TrainConfig(), parse_cluster("H100-80", 125), False, lambda job: None)
+    full = job(offload_activations=True)
+    chosen = plans.choose(full).job.profile
+    some = dataclasses.replace(full, model=dataclasses.replace(LLAMA_8B, attention_layers=2))
+    choice = plans.choose(some)
+    assert choice.job.profile == chosen and choice.job.model.attention_layers == 2
+    assert chosen.keep_attention_on_device + chosen.keep_attention_on_host > 0
+    assert choice.plan.step_seconds < plans.choose(full).plan.step_seconds
+
+
 def test_attention_in_some_layers_needs_the_bytes_of_all():
     """Compiled for a CPU, on one device, layers in loops; of other programs docs/log.md. Without the kernel, its
     buffers would be missing."""

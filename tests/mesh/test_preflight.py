@@ -194,3 +194,17 @@ def test_frequencies_of_the_check_are_those_of_transformers(rope):
     frequencies, factor = ROPE_INIT_FUNCTIONS[rope.rope_type](config, "cpu", seq_len=64)
     np.testing.assert_allclose(rope64.frequencies(rope, 16, 64), frequencies.numpy(), rtol=2e-6)
     assert rope64.factor(rope) == pytest.approx(factor)
+
+
+def test_a_part_of_each_head_is_turned():
+    """Partial rotary embedding (Phi): frequencies and rotation of the check against the program's own."""
+    from alst_jax.ops.rope import inverse_frequencies
+    from alst_jax.preflight import reference
+
+    rope = RopeConfig(partial_rotary_factor=0.75)
+    frequencies, _ = inverse_frequencies(rope, 16, jnp.int32(64))
+    np.testing.assert_allclose(rope64.frequencies(rope, 16, 64), np.asarray(frequencies), rtol=2e-6)
+    x = jnp.arange(32, dtype=jnp.float32).reshape(2, 1, 16)
+    cos, sin = jnp.zeros((2, 6)), jnp.ones((2, 6))  # a quarter turn
+    turned = np.asarray(reference.turn(x, cos, sin))
+    np.testing.assert_array_equal(turned, np.concatenate([-x[..., 6:12], x[..., :6], x[..., 12:]], axis=-1))
