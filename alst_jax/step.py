@@ -18,7 +18,7 @@ from alst_jax.config import IGNORED, UserError
 from alst_jax.in_backward import update_in_backward
 from alst_jax.models.block import Params, abstract_params, init_params
 from alst_jax.models.config import ModelConfig
-from alst_jax.models.lora import is_trained
+from alst_jax.models.lora import adapters_of, is_trained
 from alst_jax.models.tree import combine, partition
 from alst_jax.ops.attention import find_kernel, refusal
 from alst_jax.ops.rope import MAX_POSITION
@@ -161,6 +161,13 @@ class TrainStep:
         one = lambda n, place: jax.jit(lambda key: jax.tree.leaves(draw(key))[n], out_shardings=place)(key)
         return treedef.unflatten([jax.device_put(one(n, place), target)
                                   for n, (place, target) in enumerate(zip(jax.tree.leaves(places), targets, strict=True))])
+
+    def init_adapters(self, key: jax.Array, dtype: DTypeLike) -> Params:
+        """The adapters that `init_params` draws, with None in the places of the other parameters."""
+        targets, treedef = jax.tree.flatten(adapters_of(self.param_shardings)[0])
+        places = jax.tree.leaves(adapters_of(shardings(self.specs, self.mesh, host.DEVICE))[0])
+        draw = lambda key: jax.tree.leaves(adapters_of(init_params(self.model, dtype, key))[0])
+        return treedef.unflatten(jax.device_put(jax.jit(draw, out_shardings=places)(key), targets))
 
     def init_optimizer(self, trained: Params) -> dict[str, Any]:
         """Zero moments and, for narrow weights, their float32 master, made where they will live, a parameter at a

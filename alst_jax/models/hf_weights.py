@@ -260,11 +260,11 @@ def tensors_of(leaves, config: ModelConfig) -> Iterator[Unwritten]:
 
 
 def _tensor(path: tuple, leaf: jax.Array | np.ndarray | Stored, row: int | None) -> np.ndarray:
-    value = _fetch(leaf, row)
+    value = fetch(leaf, row)
     return transpose(value) if is_transposed(path) else value
 
 
-def _fetch(leaf: jax.Array | np.ndarray | Stored, row: int | None) -> np.ndarray:
+def fetch(leaf: jax.Array | np.ndarray | Stored, row: int | None) -> np.ndarray:
     """One layer of a stacked leaf, or a whole leaf, put together from its shards on the host."""
     if not isinstance(leaf, jax.Array):
         return leaf[...] if row is None else leaf[row]

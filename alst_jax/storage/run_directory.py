@@ -98,13 +98,16 @@ def check_out(config: TrainConfig) -> pathlib.Path:
 
 
 def start_run_directory(
-    out: pathlib.Path, config: TrainConfig, model: ModelConfig, tokenizer: Any, hf_dir: pathlib.Path | None
+    out: pathlib.Path, config: TrainConfig, model: ModelConfig, tokenizer: Any, hf_dir: pathlib.Path | None,
+    base: dict[str, Any] | None = None,
 ) -> None:
-    """Write run.json and model/: the first files of a run. hf_dir: copy its model files, else make them.
+    """Write run.json and model/: the first files of a run. hf_dir: copy its model files, else make them. base: of a run
+    with adapters, whose checkpoints hold no base model: its name and hash.
 
     run.json is first: a run that was killed here can be started again in the same directory.
     """
-    write_run_file(out, "training", {"flags": dataclasses.asdict(config) | {"resume": False}})
+    write_run_file(out, "training", {"flags": dataclasses.asdict(config) | {"resume": False}} | (
+        {} if base is None else {"base": base}))
     if hf_dir is not None:
         copy_model_files(hf_dir, out / MODEL)
         if not config.random_weights:

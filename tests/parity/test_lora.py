@@ -14,13 +14,13 @@ import transformers
 
 from alst_jax.config import IGNORED
 from alst_jax.models.hf_config import model_config
-from alst_jax.models.hf_weights import load_params
+from alst_jax.models.hf_weights import load_params, save_params
 from alst_jax.models.lora import LINEARS, adapters_of
+from alst_jax.models.merging import merged
 from alst_jax.models.peft_files import load_adapter, read_lora, save_adapter
-from alst_jax.models.tree import combine
 from alst_jax.optim.adamw import AdamW
-from alst_jax.profile import Profile
-from tests.helpers import PLAIN, assert_trees_close, leaves, make_step, random_batch, to_numpy
+from alst_jax.storage import run_directory
+from tests.helpers import PLAIN, assert_trees_close, leaves, make_step, random_batch, relative_error, to_numpy
 
 BASE = dict(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=8,
             num_key_value_heads=2, head_dim=16, pad_token_id=None, bos_token_id=None, eos_token_id=None)
@@ -52,19 +52,28 @@ def twins(request, tmp_path_factory):
     return model, base, adapter
 
 
-def ours(base, adapter, *mesh, profile=PLAIN, **changes):
-    """(step, trained, frozen) of the directories."""
-    config = model_config(base)
-    config = dataclasses.replace(config, lora=read_lora(adapter))
-    step = make_step(config, *mesh, profile=profile, **changes)
-    _, abstract = adapters_of(step.params)
-    params = combine(load_params(base, model_config(base), abstract), load_adapter(adapter, config, step.trained))
-    return step, *step.split(params)
+def load(base, adapter, *mesh, profile=PLAIN, freeze=None):
+    """(step, trained, frozen) of the two directories."""
+    config = dataclasses.replace(model_config(base), lora=read_lora(adapter))
+    optimizer = AdamW(weight_decay=DECAY, clip_norm=0.0, eps=1e-6)
+    step = make_step(config, *mesh, profile=profile, optimizer=optimizer, freeze=freeze)
+    weights = load_params(base, model_config(base), adapters_of(step.params)[1])
+    trained = load_adapter(adapter, config, step.trained)
+    return step, trained, step.split(weights)[1]
+
+
+@pytest.fixture(scope="module")
+def ours(twins):
+    return load(*twins[1:])
+
+
+def their_logits(model, tokens):
+    return model(torch.tensor(tokens, dtype=torch.long)).logits
 
 
 def their_loss(model, batch):
     labels = torch.tensor(batch["labels"], dtype=torch.long)
-    logits = model(torch.tensor(batch["tokens"], dtype=torch.long)).logits
+    logits = their_logits(model, batch["tokens"])
     return torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=IGNORED)
 
 
@@ -72,20 +81,71 @@ def their_leaves(model, of):
     """of(parameter) of the adapters of a PEFT model by our names."""
     found = {}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        if ".lora_" in name:
             _, _, _, _, layer, part, linear, which, _, _ = name.split(".")
             found.setdefault(f"layers.{part}.{linear}.{which}", {})[int(layer)] = of(parameter).detach().numpy().T
     return {name: np.stack([rows[i] for i in sorted(rows)]) for name, rows in found.items()}
 
 
-def test_loss_and_every_gradient(twins):
-    model, *directories = twins
-    batch = random_batch(rows=2)
-    step, trained, frozen = ours(*directories)
+def gradients_of(step, trained, frozen, batch):
     scale = jnp.float32(1 / np.count_nonzero(batch["labels"] != IGNORED))
-    loss, gradients = step.loss_and_grad(trained, frozen, step.put_batch(**batch), scale)
+    return step.loss_and_grad(trained, frozen, step.put_batch(**batch), scale)
+
+
+def test_loss_and_every_gradient(twins, ours):
+    model, batch = twins[0], random_batch(rows=2)
+    loss, gradients = gradients_of(*ours, batch)
     model.zero_grad()
     want = their_loss(model, batch)
     want.backward()
     np.testing.assert_allclose(float(loss), want.item(), rtol=1e-5)
     assert_trees_close(leaves(to_numpy(gradients)), their_leaves(model, lambda p: p.grad), 1e-4)
+
+
+def test_files_come_back_byte_for_byte(twins, ours, tmp_path):
+    """A PEFT file, loaded and saved, is the same file; PEFT loads the directory and computes the same logits."""
+    model, base, adapter = twins
+    save_adapter(tmp_path, ours[1], ours[0].model, str(base))
+    name = "adapter_model.safetensors"
+    assert (tmp_path / name).read_bytes() == (adapter / name).read_bytes()
+    mine, theirs = (json.loads((path / "adapter_config.json").read_text()) for path in (tmp_path, adapter))
+    compared = ("r", "lora_alpha", "use_rslora", "peft_type", "task_type", "bias", "modules_to_save")
+    assert {name: mine[name] for name in compared} == {name: theirs[name] for name in compared}
+    assert set(mine["target_modules"]) == set(theirs["target_modules"])
+    again = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path).eval()
+    tokens = random_batch(rows=1)["tokens"]
+    assert torch.equal(their_logits(again, tokens), their_logits(model.eval(), tokens))
+
+
+def test_merged_weights_compute_the_same_logits(twins, ours, tmp_path):
+    model, base, _ = twins
+    step, trained, frozen = ours
+    run_directory.copy_model_files(base, tmp_path)
+    tree = merged(step.join(trained, frozen), step.model.lora)
+    save_params(jax.tree_util.tree_leaves_with_path(tree), step.model, tmp_path)
+    alone = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    tokens = random_batch(rows=2)["tokens"]
+    got, want = (their_logits(each, tokens).detach().numpy() for each in (alone, model.eval()))
+    assert relative_error(got, want) < 1e-5
+    without = their_logits(transformers.AutoModelForCausalLM.from_pretrained(base).eval(), tokens)
+    assert relative_error(without.detach().numpy(), want) > 1e-2
+
+
+def test_training_is_that_of_torch(twins, ours):
+    """20 steps of AdamW: every loss and the adapters after them; the base model stays as it was."""
+    model, base, adapter = twins
+    theirs = peft.PeftModel.from_pretrained(
+        transformers.AutoModelForCausalLM.from_pretrained(base), adapter, is_trainable=True)
+    optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=RATE, weight_decay=DECAY, eps=1e-6)
+    step, trained, frozen = ours
+    trained, state = jax.tree.map(jnp.copy, trained), step.init_optimizer(trained)
+    for seed in range(STEPS):
+        batch = random_batch(rows=2, seed=seed)
+        loss, gradients = gradients_of(step, trained, frozen, batch)
+        trained, state = step.update(trained, gradients, state, step.gradient_norm(gradients), jnp.float32(RATE))
+        optimizer.zero_grad()
+        want = their_loss(theirs, batch)
+        want.backward()
+        optimizer.step()
+        np.testing.assert_allclose(float(loss), want.item(), rtol=2e-5)
+    assert_trees_close(leaves(to_numpy(trained)), their_leaves(theirs, lambda p: p), 1e-4)
