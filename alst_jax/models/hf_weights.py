@@ -213,11 +213,19 @@ def save_params(
     called with the bytes of each tensor that is written. model_dir: the model/ of a run, which may keep weights beside
     those of the language model; they are written too.
     """
+    tensors = join(tensors_of(leaves, config), FAMILIES[config.family].fused, config.num_layers)
+    return write_tensors(with_others(tensors, model_dir), out_dir, max_shard_bytes, written)
+
+
+def write_tensors(
+    tensors: Iterator[Unwritten], out_dir: str | pathlib.Path, max_shard_bytes: int,
+    written: Callable[[int], object] = lambda _: None,
+) -> tuple[int, int]:
+    """Write tensors as `save_params` says; returns their number and their bytes."""
     out = pathlib.Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     files, weight_map, total = [], {}, 0
-    tensors = join(tensors_of(leaves, config), FAMILIES[config.family].fused, config.num_layers)
-    for tensors in _group(with_others(tensors, model_dir), max_shard_bytes):
+    for tensors in _group(tensors, max_shard_bytes):
         file = out / f".part-{len(files)}.safetensors"
         write_file(file, tensors, written)
         weight_map |= dict.fromkeys((tensor.name for tensor in tensors), len(files))

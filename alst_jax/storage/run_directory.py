@@ -75,6 +75,16 @@ def is_checkpoint(path: str | pathlib.Path) -> bool:
     return _locate(pathlib.Path(path).absolute()) is not None
 
 
+def refuse_adapters(run_dir: str | pathlib.Path) -> None:
+    """UserError for a run with adapters: its checkpoints are no whole model."""
+    base = read_run_file(run_dir).get("base")
+    if base is not None:
+        raise UserError(f"{run_dir} is a run with adapters: its checkpoints do not hold the base model, "
+                        f"{base.get('name') or 'drawn at random'}. Go on with --resume, or train from its export with "
+                        f"--model BASE --adapter {run_dir}/adapter; python -m convert.merge {run_dir}/adapter BASE DIR makes "
+                        "a whole model")
+
+
 # ------------------------------------------------------------------------------------------------- starting a directory
 
 

@@ -93,7 +93,9 @@ def _model_files(model: str, weights: bool = True) -> pathlib.Path:
     if not model:
         raise UserError("--model '': name a Hugging Face directory, a hub name or a checkpoint")
     if run_directory.is_checkpoint(model):
-        return run_directory.find_checkpoint(model)[0] / run_directory.MODEL
+        run_dir = run_directory.find_checkpoint(model)[0]
+        run_directory.refuse_adapters(run_dir)
+        return run_dir / run_directory.MODEL
     return _hub_directory(model, weights)
 
 
