@@ -20,8 +20,6 @@ class LoraFlags:
     """The adapters' output is scaled by this / rank."""
     lora_targets: str = "all"
     """Linear layers that get adapters: all, or names as in q_proj,v_proj."""
-    lora_dropout: Annotated[float | None, default("0, or that of --adapter")] = None
-    """Part of the adapters' inputs that is set to zero in training."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead."""
     adapter: Annotated[str | None, default("new adapters")] = None
@@ -33,11 +31,10 @@ class LoraFlags:
 def lora_mistakes(config: Any) -> Iterator[tuple[Any, str]]:
     """(whether the flags are wrong, message) for each rule. config: all flags of the run."""
     adapters = config.lora_rank is not None or config.adapter is not None
-    for field in ("lora_alpha", "lora_targets", "lora_dropout", "rslora", "merge_adapter"):
+    for field in ("lora_alpha", "lora_targets", "rslora", "merge_adapter"):
         yield (not adapters and getattr(config, field) != getattr(LoraFlags, field),
                f"--{field.replace('_', '-')} is about adapters, and the run has none; add --lora-rank or --adapter")
-    dropout, alpha = config.lora_dropout or 0.0, config.lora_alpha
-    yield not 0 <= dropout < 1, f"--lora-dropout {dropout}: must be at least 0 and below 1"
+    alpha = config.lora_alpha
     yield alpha is not None and not alpha > 0, f"--lora-alpha {alpha}: must be a positive number"
     yield (config.merge_adapter and not config.export and not config.random_weights,
            "--merge-adapter with --no-export: merged weights are an export; leave one of them out")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import sys
 from typing import Any
 
 import jax
@@ -28,7 +29,7 @@ def with_adapter(config: TrainConfig) -> TrainConfig:
     """The flags with those that --adapter says. A resumed run has them already."""
     if config.adapter is None or config.resume:
         return config
-    found = read_lora(config.adapter)
+    found, dropout = read_lora(config.adapter)
     said = {"lora_rank": found.rank, "lora_alpha": found.alpha, "rslora": found.rslora,
             "lora_targets": ",".join(found.targets)}
     for name, value in said.items():
@@ -36,8 +37,10 @@ def with_adapter(config: TrainConfig) -> TrainConfig:
         typed = given != getattr(TrainConfig, name) and not (name == "lora_targets" and _targets(config) == found.targets)
         if typed and given != value:
             raise UserError(f"{flag(name)} {given}: the adapter in {config.adapter} has {value}; leave {flag(name)} out")
-    dropout = found.dropout if config.lora_dropout is None else config.lora_dropout
-    return dataclasses.replace(config, **said, lora_dropout=dropout)
+    if dropout:
+        print(f"warning: the adapter in {config.adapter} was made with lora_dropout {dropout:g}; it is trained without "
+              "dropout here", file=sys.stderr, flush=True)
+    return dataclasses.replace(config, **said)
 
 
 def with_lora(config: TrainConfig, source: ModelSource) -> ModelConfig:
@@ -58,8 +61,7 @@ def with_lora(config: TrainConfig, source: ModelSource) -> ModelConfig:
         raise UserError(f"--lora-rank: {source.name} holds more than a language model, and PEFT names its layers otherwise; "
                         "adapters are implemented for language models alone")
     alpha = float(config.lora_rank if config.lora_alpha is None else config.lora_alpha)
-    model = dataclasses.replace(model, lora=Lora(config.lora_rank, alpha, targets, config.lora_dropout or 0.0,
-                                                 config.rslora))
+    model = dataclasses.replace(model, lora=Lora(config.lora_rank, alpha, targets, config.rslora))
     _check_others(config.freeze, model)
     return model
 
@@ -89,6 +91,13 @@ def _check_others(freeze: str | None, model: ModelConfig) -> None:
     if model.tie_word_embeddings and True in modules["embed_tokens",]:
         raise UserError(f"--freeze {freeze!r} with adapters: embedding and head are one table here, which PEFT cannot save as "
                         "one; let --freeze match embed_tokens")
+
+
+def settings(lora: Lora | None) -> dict[str, Any]:
+    """What a resumed run must share with its checkpoint, by the names of its flags."""
+    if lora is None:
+        return {}
+    return {"lora_rank": lora.rank, "lora_alpha": lora.alpha, "lora_targets": ",".join(lora.targets), "rslora": lora.rslora}
 
 
 # ------------------------------------------------------------------------------------------------------------- weights

@@ -1,6 +1,5 @@
 """The state of a run: begun, restored, exported."""
 
-import dataclasses
 import pathlib
 from typing import Any
 
@@ -25,7 +24,7 @@ def geometry(config: TrainConfig, job: Job, dtype: jnp.dtype, data: str) -> dict
     return {"data": data, "seed": config.seed, "samples_per_step": job.rows * job.grad_accum,
             "seq_len": config.seq_len, "dtype": str(dtype), "optimizer_states": job.states,
             "master_weights": job.master, "freeze": config.freeze,
-            **({} if job.model.lora is None else dataclasses.asdict(job.model.lora))}
+            **run_lora.settings(job.model.lora)}
 
 
 def begin(

@@ -31,7 +31,7 @@ def merge_adapter(
     Returns the number of tensors and their bytes.
     """
     most = parse_size(shard_size)
-    lora, parts = read_lora(adapter), adapter_tensors(adapter)
+    lora, parts = read_lora(adapter).lora, adapter_tensors(adapter)
     model_config(base)  # refuses what is no model
     tensors = find_tensors(base)
     kernels = {name.replace(f".{DOWN}.", "."): name for name in parts if f".{DOWN}." in name}

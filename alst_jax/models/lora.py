@@ -19,13 +19,12 @@ DOWN, UP = "lora_A", "lora_B"
 class Lora:
     """The adapters of a model: which linear layers have one, and how their output is scaled.
 
-    targets: of LINEARS. dropout: of the adapter's input. rslora: scale is alpha / sqrt(rank) (arXiv 2312.03732).
+    targets: of LINEARS. rslora: scale is alpha / sqrt(rank) (arXiv 2312.03732).
     """
 
     rank: int
     alpha: float
     targets: tuple[str, ...] = LINEARS
-    dropout: float = 0.0
     rslora: bool = False
 
     @property

@@ -6,7 +6,7 @@ Parameters that are trained beside the adapters are PEFT's `modules_to_save`.
 import json
 import math
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -46,7 +46,7 @@ def save_adapter(
     number = lambda x: int(x) if x == int(x) else x  # PEFT's type is int
     fields = FIXED | {
         "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True, "r": lora.rank,
-        "lora_alpha": number(lora.alpha), "lora_dropout": lora.dropout, "use_rslora": lora.rslora,
+        "lora_alpha": number(lora.alpha), "lora_dropout": 0.0, "use_rslora": lora.rslora,
         "target_modules": list(lora.targets), "modules_to_save": kept or None, "fan_in_fan_out": False,
         "init_lora_weights": True}
     (out / CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True), encoding="utf-8")
@@ -66,7 +66,14 @@ def modules_to_save(leaves: list[tuple[tuple, Any]], config: ModelConfig) -> lis
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def read_lora(directory: str | pathlib.Path) -> Lora:
+class Found(NamedTuple):
+    """The adapters that a directory holds, and the dropout that they were trained with."""
+
+    lora: Lora
+    dropout: float
+
+
+def read_lora(directory: str | pathlib.Path) -> Found:
     """The adapters that a directory holds. UserError for what is not implemented."""
     path = pathlib.Path(directory)
     if not (path / CONFIG).is_file():
@@ -89,7 +96,7 @@ def read_lora(directory: str | pathlib.Path) -> Lora:
         number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if not number or value < least or name == "r" and not isinstance(value, int):
             raise UserError(f"{path / CONFIG}: {name}={value!r} is no value of this field")
-    return Lora(rank, float(alpha), _targets(path), float(dropout), bool(raw.get("use_rslora")))
+    return Found(Lora(rank, float(alpha), _targets(path), bool(raw.get("use_rslora"))), float(dropout))
 
 
 def _targets(path: pathlib.Path) -> tuple[str, ...]:

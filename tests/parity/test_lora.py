@@ -54,7 +54,7 @@ def twins(request, tmp_path_factory):
 
 def load(base, adapter, *mesh, profile=PLAIN, freeze=None):
     """(step, trained, frozen) of the two directories."""
-    config = dataclasses.replace(model_config(base), lora=read_lora(adapter))
+    config = dataclasses.replace(model_config(base), lora=read_lora(adapter).lora)
     optimizer = AdamW(weight_decay=DECAY, clip_norm=0.0, eps=1e-6)
     step = make_step(config, *mesh, profile=profile, optimizer=optimizer, freeze=freeze)
     weights = load_params(base, model_config(base), adapters_of(step.params)[1])
