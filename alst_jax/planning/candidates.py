@@ -12,7 +12,6 @@ from alst_jax.planning.estimate import estimate
 from alst_jax.planning.job import Job, total
 from alst_jax.planning.plan import Plan
 from alst_jax.planning.process import host_bytes
-from alst_jax.planning.words import PLACEMENTS
 from alst_jax.profile import Profile
 
 UNCONFIRMED = 0.05  # of the memory, left free where no compiler confirms: the model's error (plan_accuracy.py)
@@ -22,6 +21,7 @@ MOST_CHUNKS = 8
 BUDGETS = (0.0, 0.25, 0.5, 1.0)  # parts of the free device memory that rebuilding a segment may take
 NARROWER = (("bfloat16", "float32"), ("int8", "float32"), ("int8", "none"))  # moments, master
 LARGER_TILES = 4  # times the usual: fewer sums of weight gradients, more memory
+PLACEMENTS = ("offload_activations", "offload_weights", "offload_optimizer")
 EARLY_LOADS = 4  # layers whose weights XLA loads from the host before their turn; segments leave room for them
 
 
@@ -51,10 +51,7 @@ class Search:
 
     def missing(self, plan: Plan) -> dict[str, int]:
         """Bytes that a plan lacks of "device" and "host" memory, with the margin left free."""
-        spare = {
-            "device": int(plan.device_limit * (1 - self.margin)) - plan.device_bytes,
-            "host": int(plan.host_limit * (1 - self.margin)) - plan.host_bytes - self.host_correction}
-        return {place: -bytes for place, bytes in spare.items() if bytes < 0}
+        return plan.missing(self.margin, self.host_correction)
 
     def corrected(self, profile: Profile, estimated: Plan, compiled: Plan) -> tuple["Search", dict[str, int]]:
         """The search after the compiler refused a profile; and the compiler's excess over the estimate, by memory that
@@ -81,9 +78,6 @@ def kind_of(profile: Profile) -> tuple[int, int]:
     return profile.head_chunks, min(3, max(profile.segment_layers))
 
 
-# ----------------------------------------------------------------------------------------------------------- candidates
-
-
 def bases(job: Job, search: Search, larger: bool) -> Iterator[Job]:
     """Jobs with all placements, formats and head chunks, largest memory first. larger: with larger tiles than usual."""
     free = [name for name in PLACEMENTS if name not in search.fixed]
@@ -97,11 +91,10 @@ def bases(job: Job, search: Search, larger: bool) -> Iterator[Job]:
     chunks = [job.profile.head_chunks]
     if "head_chunks" not in search.fixed:
         chunks = head_groups(job.model.num_heads, job.model.num_kv_heads, job.sp, MOST_CHUNKS)
-    for (states, master), values, n in itertools.product(
-            formats, sorted(itertools.product((False, True), repeat=len(free)), key=sum), chunks):
-        profile = with_tiles(job, job.profile, search, larger)
-        profile = dataclasses.replace(profile, head_chunks=n, **dict(zip(free, values)))
-        yield dataclasses.replace(job, profile=profile, states=states, master=master)
+    placements = sorted(itertools.product((False, True), repeat=len(free)), key=sum)
+    tiled = dataclasses.replace(job, profile=with_tiles(job, job.profile, search, larger))
+    for (states, master), values, n in itertools.product(formats, placements, chunks):
+        yield dataclasses.replace(tiled.changed(head_chunks=n, **dict(zip(free, values))), states=states, master=master)
 
 
 def with_tiles(job: Job, asked: Profile, search: Search, larger: bool) -> Profile:
@@ -130,11 +123,11 @@ def with_kept(job: Job, search: Search, on_device: Iterable[int], least: bool = 
     for kept in [profile.keep_attention_on_device] if "keep_attention_on_device" in fixed else on_device:
         for budget in BUDGETS:
             def make(on_host, kept=kept, budget=budget):
-                part = dataclasses.replace(profile, keep_attention_on_device=kept, keep_attention_on_host=on_host)
-                if "segment_layers" not in fixed:
-                    lengths = segments_within(dataclasses.replace(job, profile=part), search, budget)
-                    part = lengths and dataclasses.replace(part, segment_layers=lengths)
-                return part and dataclasses.replace(job, profile=part)
+                made = job.changed(keep_attention_on_device=kept, keep_attention_on_host=on_host)
+                if "segment_layers" in fixed:
+                    return made
+                lengths = segments_within(made, search, budget)
+                return lengths and made.changed(segment_layers=lengths)
 
             if "keep_attention_on_host" in fixed or least:
                 candidate = make(profile.keep_attention_on_host if "keep_attention_on_host" in fixed else 0)
@@ -173,7 +166,7 @@ def segments_within(job: Job, search: Search, part: float) -> tuple[int, ...] | 
     if part == 0.0:
         return (1,)
     weights, gradients, optimizer = footprint.state_bytes(job)
-    states = (0 if profile.offload_weights else weights + gradients) + (0 if profile.offload_optimizer else optimizer)
+    states = (weights + gradients) * (not profile.offload_weights) + optimizer * (not profile.offload_optimizer)
     room = search.cluster.machine.usable * (1 - search.margin) - states - search.correction((profile.head_chunks, 3))
     room = room / footprint.FRAGMENTS - total(footprint.layer_work(job, rebuilt=True))
     room -= size.table * (job.devices > 1)  # the embedding, gathered to look up the first segment's input again

@@ -7,16 +7,17 @@ import operator
 from collections.abc import Callable
 
 from alst_jax.config import TrainConfig, UserError, chosen_fields
+from alst_jax.hardware.devices import this_cluster
 from alst_jax.hardware.environment import has_cuda_compiler
-from alst_jax.hardware.machines import GIB, Cluster, parse_cluster
+from alst_jax.hardware.machines import Cluster, parse_cluster
 from alst_jax.ops.rope import MAX_POSITION
 from alst_jax.parallel.costs import why_not
 from alst_jax.planning import search as auto
 from alst_jax.planning.candidates import CONFIRMED, UNCONFIRMED, Search
-from alst_jax.planning.compiled import plan_step, this_cluster
+from alst_jax.planning.compiled import plan_step
 from alst_jax.planning.estimate import estimate
 from alst_jax.planning.job import Job
-from alst_jax.planning.plan import Choice, Plan
+from alst_jax.planning.plan import Choice, Plan, in_gib
 from alst_jax.step import TrainStep, check_profile
 
 ANY_LENGTH = 1024  # the length of a job whose length is searched
@@ -94,8 +95,7 @@ class Planner:
         # the windows, soft caps and documents that it does not implement.
         kinds = tuple(dataclasses.replace(kind, window=None) for kind in job.model.layer_kinds)
         model = dataclasses.replace(job.model, layer_kinds=kinds, attention_soft_cap=None)
-        return dataclasses.replace(
-            job, model=model, profile=dataclasses.replace(job.profile, attention="cudnn"), documents=0)
+        return dataclasses.replace(job.changed(attention="cudnn"), model=model, documents=0)
 
     def choose(self, job: Job, say: Callable[[str], None] = print) -> Choice:
         """The job with the profile that --memory says, and its plan. UserError if it cannot fit."""
@@ -149,7 +149,7 @@ class Planner:
         longest = auto.longest(job, search, job.length - 1)
         if not longest:
             return self.never_fits(job, search)
-        return (f"--seq-len {job.length}: does not fit {self.cluster}: {_lacks(missing)} missing. The longest that "
+        return (f"--seq-len {job.length}: does not fit {self.cluster}: {in_gib(missing)} missing. The longest that "
                 f"fits with these flags is about {longest}" + self._help(job, search))
 
     def never_fits(self, job: Job, search: Search) -> str:
@@ -157,7 +157,7 @@ class Planner:
         short = dataclasses.replace(job, length=auto.length_step(job))
         least = self._least_missing(short, search)
         return (f"the model ({job.parameters.total / 1e9:.1f} billion parameters) does not fit {self.cluster} at any "
-                f"length: at {short.length} tokens {_lacks(least)} missing" + self._help(short, search))
+                f"length: at {short.length} tokens {in_gib(least)} missing" + self._help(short, search))
 
     def _least_missing(self, job: Job, search: Search) -> dict[str, int]:
         found = (search.missing(search.plan(candidate)) for candidate in auto.candidates(job, search))
@@ -190,11 +190,6 @@ def _switches_that_cost(job: Job, search: Search) -> str | None:
         ("--no-tiled-mlp", profile.mlp_tile is None, {"mlp_tile": 0})) if is_off]
     for some in (some for n in range(1, len(off) + 1) for some in itertools.combinations(off, n)):
         changes = functools.reduce(operator.or_, (change for _, change in some))
-        changed = dataclasses.replace(job, profile=dataclasses.replace(profile, **changes))
-        if auto.fits_somehow(changed, search):
+        if auto.fits_somehow(job.changed(**changes), search):
             return " and ".join(name for name, _ in some)
     return None
-
-
-def _lacks(missing: dict[str, int]) -> str:
-    return " and ".join(f"{value / GIB:.1f} GiB of {place} memory" for place, value in missing.items())

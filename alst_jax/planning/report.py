@@ -10,12 +10,11 @@ from alst_jax.config import UserError
 from alst_jax.hardware.machines import GIB, Cluster
 from alst_jax.planning.estimate import ledger_of_bytes
 from alst_jax.planning.footprint import peak
-from alst_jax.planning.job import Job, Term, total
+from alst_jax.planning.job import Job, Term, describe, describe_debug, total
 from alst_jax.planning.plan import ESTIMATED, Choice, Plan
 from alst_jax.planning.planner import Planner
 from alst_jax.planning.process import describe_process, host_outgrown, process_bytes
 from alst_jax.planning.seconds import ledger
-from alst_jax.planning.words import describe, describe_debug
 from alst_jax.profile import DEVICE
 
 MEASURED_ERROR = ("estimated by arithmetic, without a compiler: its measured error is in "

@@ -6,11 +6,9 @@ import math
 from collections.abc import Callable, Iterator
 
 from alst_jax.config import UserError
-from alst_jax.hardware.machines import GIB
-from alst_jax.planning.candidates import CONFIRMED, Search, bases, with_kept, with_tiles
+from alst_jax.planning.candidates import CONFIRMED, PLACEMENTS, Search, bases, with_kept, with_tiles
 from alst_jax.planning.job import Job
-from alst_jax.planning.plan import Choice, Plan
-from alst_jax.planning.words import PLACEMENTS
+from alst_jax.planning.plan import Choice, Plan, in_gib
 from alst_jax.profile import Profile
 
 KEPT_STEPS = 12  # numbers of layers, with outputs kept on the device, that are tried
@@ -70,8 +68,7 @@ def confirm(
         if not compiled.lacks:
             return dataclasses.replace(choice, plan=compiled)
         search, more = search.corrected(choice.job.profile, choice.plan, compiled)
-        needs = " and ".join(f"{value / GIB:+.1f} GiB of {place} memory" for place, value in more.items())
-        say(f"the compiler needs {needs} against the estimate: choosing again")
+        say(f"the compiler needs {in_gib(more, '+')} against the estimate: choosing again")
     raise UserError(f"--memory auto: no profile was found that the compiler says fits {search.cluster}; "
                     "use a shorter --seq-len, a larger --sp, or choose by hand with --memory manual")
 
@@ -108,7 +105,7 @@ def _fastest_possible(job: Job, search: Search) -> float:
         changes = dict(keep_attention_on_device=job.model.num_layers, keep_attention_on_host=0)
     if profile.remat and "segment_layers" not in search.fixed:
         changes["segment_layers"] = (1,)
-    return search.plan(dataclasses.replace(job, profile=dataclasses.replace(profile, **changes))).step_seconds
+    return search.plan(job.changed(**changes)).step_seconds
 
 
 def _next_faster(best: Choice, search: Search, larger: Profile) -> tuple[Job, Plan, dict[str, int]] | None:
@@ -126,7 +123,7 @@ def _next_faster(best: Choice, search: Search, larger: Profile) -> tuple[Job, Pl
     for change in changes:
         if any(name in search.fixed and value != getattr(profile, name) for name, value in change.items()):
             continue
-        job = dataclasses.replace(best.job, profile=dataclasses.replace(profile, **change))
+        job = best.job.changed(**change)
         plan = search.plan(job)
         if plan.step_seconds < best.plan.step_seconds and search.missing(plan):
             found.append((job, plan, search.missing(plan)))

@@ -5,7 +5,7 @@ import math
 from alst_jax.hardware.machines import Cluster
 from alst_jax.ops.attention import buckets, flash_rates
 from alst_jax.parallel.ulysses import Ulysses
-from alst_jax.planning.footprint import loss_tokens, mlp_tokens, state_bytes, trained_bytes
+from alst_jax.planning.footprint import state_bytes, trained_bytes
 from alst_jax.planning.job import Job, Term, total
 from alst_jax.profile import HOST
 
@@ -109,8 +109,8 @@ def tile_sum_bytes(job: Job) -> float:
     """Bytes read and written to sum the weights' float32 gradients over tiles. Each tile's gradient is written, then
     read with the sum, which is written back."""
     tiles = lambda tile: 0 if tile >= job.tokens else -(-job.tokens // tile)
-    layers = job.model.num_layers * job.trained.layer * tiles(mlp_tokens(job))
-    return 16.0 * (layers + job.trained.head * tiles(loss_tokens(job)))
+    layers = job.model.num_layers * job.trained.layer * tiles(job.tiles.mlp)
+    return 16.0 * (layers + job.trained.head * tiles(job.tiles.loss))
 
 
 def device_update_bytes(job: Job) -> float:

@@ -13,7 +13,7 @@ from alst_jax.optim.adamw import AdamW
 from alst_jax.planning.compiled import job_of, plan_step
 from alst_jax.planning.estimate import estimate
 from alst_jax.planning.footprint import document_slices, state_bytes, working_set
-from alst_jax.planning.job import Job, Passes, kept_bytes
+from alst_jax.planning.job import Job, Passes
 from alst_jax.planning.seconds import ATTENTION, collectives, seconds
 from alst_jax.profile import DEVICE, HOST, Profile
 from benchmarks import plan_accuracy
@@ -78,9 +78,9 @@ def test_what_is_kept_is_what_the_compiler_keeps():
 
 def test_kept_bytes_by_hand():
     hidden, output = 131072 * 4096 * 2, 131072 * (4096 * 2 + 32 * 4)
-    assert kept_bytes(job()) == {DEVICE: 32 * hidden, HOST: 0}
-    assert kept_bytes(job(offload_activations=True)) == {DEVICE: 0, HOST: 32 * hidden}
-    assert kept_bytes(job(segment_layers=(4,), keep_attention_on_device=3, keep_attention_on_host=5)) == {
+    assert job().kept == {DEVICE: 32 * hidden, HOST: 0}
+    assert job(offload_activations=True).kept == {DEVICE: 0, HOST: 32 * hidden}
+    assert job(segment_layers=(4,), keep_attention_on_device=3, keep_attention_on_host=5).kept == {
         # a run of a single layer is no loop, and stays on the device; the first segment's input is looked up again
         DEVICE: 7 * hidden + 4 * output, HOST: 4 * output}
 
@@ -148,7 +148,7 @@ def test_packed_documents_with_cudnn_have_rates_and_bytes_of_their_own():
 
 
 def test_passes_by_hand():
-    passes = lambda **changes: Passes.of(job(**changes))
+    passes = lambda **changes: job(**changes).passes
     assert passes() == Passes(64, 32 * 4, 64, 64)  # attention again for each layer
     assert passes(keep_attention_on_device=32) == Passes(32, 32 * 3, 64, 64)
     assert passes(segment_layers=(4,)) == Passes(64, 32 * 4, 64 + 24, 64 + 24)  # three of four layers rebuilt
