@@ -26,7 +26,8 @@ from alst_jax.ops.attention.devices import Chosen, Gpu, choose_kernel
 from alst_jax.ops.rope import MAX_POSITION
 from alst_jax.optim.adamw import AdamW
 from alst_jax.parallel.mesh import choose_degrees, make_mesh
-from alst_jax.planning.job import Job, describe_debug, padded_length
+from alst_jax.parallel.sequence import padded_length
+from alst_jax.planning.job import Job, describe_debug
 from alst_jax.planning.plan import Plan
 from alst_jax.planning.planner import ANY_LENGTH, Planner, target
 from alst_jax.planning.process import with_room

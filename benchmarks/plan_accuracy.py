@@ -117,6 +117,7 @@ def main():
     import jax
     import jax.numpy as jnp
 
+    from alst_jax.hardware.devices import absent_devices
     from alst_jax.optim.adamw import AdamW
     from alst_jax.parallel.mesh import make_mesh
     from alst_jax.planning.compiled import plan_step

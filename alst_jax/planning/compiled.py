@@ -40,33 +40,31 @@ def plan_step(
     copies that a GPU would not make.
     """
     cluster = this_cluster() if cluster is None else cluster
-    documents, share = packing
-    job = dataclasses.replace(job_of(step, rows, length, grad_accum), documents=documents, attention_share=share)
+    job = job_of(step, rows, length, grad_accum, *packing)
     first = step.mesh.devices.flat[0]
     absent, on_cpu = is_absent(first), first.platform == "cpu"
     device, on_host = _state_bytes(step, grad_accum)
-    compiled, update = _compile(step, rows, length, grad_accum, absent, on_cpu, at_once, documents)
+    compiled, update = _compile(step, rows, length, grad_accum, absent, on_cpu, at_once, job.documents)
     memory = compiled.memory_analysis()
     need = memory.temp_size_in_bytes
-    if absent:  # the compiler does not know the workspace that the attention kernel allocates
+    if absent:  # the compiler does not know the kernel's workspace, and cannot compile an update that streams
         need += working_set(job) - working_set(dataclasses.replace(job, count_workspace=False))
-    if absent or on_cpu:  # where the update streams, it cannot be compiled without the memories it streams through
-        need = max(need, update_work(job) if absent else 0)
+        need = max(need, update_work(job))
     elif update is not None:
         need = max(need, update.memory_analysis().temp_size_in_bytes)
     kept_here = min(need, sum(job.kept.values()) if on_cpu else job.kept[host.DEVICE])
     device |= {"kept activations": kept_here, "working set": need - kept_here}
     device["batch"] = 3 * math.prod(NamedSharding(step.mesh, BATCH_SPEC).shard_shape((rows, length))) * 4
-    on_host["kept activations"] = memory.host_temp_size_in_bytes
-    if absent and step.profile.offload_weights:  # there, layers and their gradients are temporary arrays
-        layers = sum(map(shard_bytes, jax.tree.leaves((step.params["layers"], step.trained["layers"]))))
-        on_host["kept activations"] = max(0, memory.host_temp_size_in_bytes - layers)
+    # Where devices are absent, layers and their gradients in host memory are temporary arrays.
+    layers = (step.params["layers"], step.trained["layers"]) if absent and step.profile.offload_weights else ()
+    at_rest = sum(map(shard_bytes, jax.tree.leaves(layers)))
+    on_host["kept activations"] = max(0, memory.host_temp_size_in_bytes - at_rest)
     on_host["saving"] = saving_bytes(job, on_host["kept activations"] + on_host.get("gradients", 0))
     text, plan = compiled.as_text(), estimate(job, cluster)
     calls = {name: numbers | {"instructions": len(re.findall(rf"= [^=]*\b{name}(?:-start)?\(", text))}
              for name, numbers in plan.collectives.items()}
-    return dataclasses.replace(plan, source=ABSENT if absent else COMPILED, device_kind=first.device_kind, device=device,
-                               host=on_host, collectives=calls)
+    return dataclasses.replace(plan, source=ABSENT if absent else COMPILED, device_kind=first.device_kind,
+                               device=device, host=on_host, collectives=calls)
 
 
 def _state_bytes(step: TrainStep, grad_accum: int) -> tuple[dict[str, int], dict[str, int]]:
@@ -84,10 +82,12 @@ def _state_bytes(step: TrainStep, grad_accum: int) -> tuple[dict[str, int], dict
     return device, on_host
 
 
-def job_of(step: TrainStep, rows: int, length: int, grad_accum: int = 1) -> Job:
+def job_of(
+    step: TrainStep, rows: int, length: int, grad_accum: int = 1, documents: int = 0, attention_share: float = 1.0
+) -> Job:
     """The job of a step."""
     return Job(step.model, step.profile, rows, length, step.mesh.shape[DATA], step.mesh.shape[SEQ], grad_accum,
-               step.optimizer.states, step.optimizer.master, freeze=step.freeze)
+               step.optimizer.states, step.optimizer.master, True, step.freeze, documents, attention_share)
 
 
 def shard_bytes(leaf: Any) -> int:
@@ -96,10 +96,10 @@ def shard_bytes(leaf: Any) -> int:
 
 
 def _compile(
-    step: TrainStep, rows: int, length: int, grad_accum: int, absent: bool, on_cpu: bool, at_once: bool, documents: int = 0
+    step: TrainStep, rows: int, length: int, grad_accum: int, absent: bool, on_cpu: bool, at_once: bool,
+    documents: int = 0,
 ) -> tuple[Any, Any]:
-    """The compiled gradient, or the whole step if the profile updates in the backward pass; and the separate update, on
-    GPUs of this process."""
+    """The compiled gradient, or whole step where the backward pass updates; on GPUs that are here also the update."""
     batch = Batch.abstract(rows, length, step.mesh, documents)
     scalar, params = jax.ShapeDtypeStruct((), jnp.float32), (step.trained, step.frozen)
     if step.profile.update_in_backward and not absent:
@@ -137,8 +137,7 @@ def _with_weights_on_host(step: TrainStep, trained: Any, frozen: Any, batch: Bat
 def _lower_update(step: TrainStep, grad_accum: int) -> Any:
     # As a run calls it, which then compiles nothing again: the norm comes from the mesh, the rate from the host.
     norm = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(step.mesh, P()))
-    rate = jax.ShapeDtypeStruct((), jnp.float32)
     widen = accumulation_dtype if grad_accum > 1 else lambda dtype: dtype
-    gradients = jax.tree.map(
-        lambda p: jax.ShapeDtypeStruct(p.shape, widen(p.dtype), sharding=p.sharding), step.trained)
-    return step.update.lower(step.trained, gradients, step.optimizer_state, norm, rate)
+    wide = lambda p: jax.ShapeDtypeStruct(p.shape, widen(p.dtype), sharding=p.sharding)
+    gradients = jax.tree.map(wide, step.trained)
+    return step.update.lower(step.trained, gradients, step.optimizer_state, norm, jax.ShapeDtypeStruct((), jnp.float32))

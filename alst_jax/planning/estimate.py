@@ -11,9 +11,7 @@ from alst_jax.profile import DEVICE, HOST
 
 def estimate(job: Job, cluster: Cluster | None = None, correction: int = 0) -> Plan:
     """The plan of a job by the cost model. cluster: the devices' limits and speeds; None: a CPU, without either.
-
-    correction: bytes that the compiler needed beyond the cost model, added to the working set.
-    """
+    correction: bytes that the compiler needed beyond the cost model, added to the working set."""
     places = {place: {part: total(terms) for part, terms in parts.items()}
               for place, parts in ledger_of_bytes(job).items()}
     places[DEVICE]["working set"] = max(0, places[DEVICE]["working set"] + correction)

@@ -1,13 +1,12 @@
 """Bytes that a step needs on one device: for each moment that may be the peak, a ledger of the arrays that are alive.
 
-From arithmetic alone: nothing is traced or compiled. The terms follow the program and were checked against the
-compiler's bytes: `python -m benchmarks.plan_accuracy` prints the error of each combination. `where` is the file whose
-arrays a term counts, or XLA where the compiler keeps them beside what the design says. Letters as in job.py.
+From arithmetic alone: nothing is traced or compiled. `python -m benchmarks.plan_accuracy` prints the errors against the
+compiler's bytes. A term names the file whose arrays it counts, or XLA for arrays that the compiler keeps besides.
 """
 
 import functools
 
-from alst_jax.ops.attention.flash_tiles import workspace_bytes
+from alst_jax.ops.attention import costs
 from alst_jax.planning.job import Job, Term, total
 from alst_jax.profile import DEVICE, Segment, segment_inputs
 
@@ -45,8 +44,7 @@ def trained_bytes(job: Job) -> int:
 
 
 def working_set(job: Job) -> int:
-    """The peak of live bytes beside weights, gradients, optimizer and batch. Includes the activations kept on the
-    device."""
+    """The peak of live bytes beside the states and the batch, with the activations kept on the device."""
     return total(peak(job)[1])
 
 
@@ -58,9 +56,6 @@ def peak(job: Job) -> tuple[str, list[Term]]:
     terms = [*terms, Term("fragments of the allocator", int(FRAGMENTS * whole) - whole, XLA)]
     update = [Term("update of one layer", update_work(job), UPDATE)]
     return max((moment, terms), ("the update", update), key=lambda item: total(item[1]))
-
-
-# ------------------------------------------------------------------------------------------------------------- the loss
 
 
 def at_loss(job: Job) -> list[Term]:
@@ -89,8 +84,7 @@ def head_work(job: Job) -> int:
 
 
 def in_results(job: Job) -> int:
-    """Gradients that stay on the device are results. XLA puts temporary arrays in their buffers first, if these are
-    large enough."""
+    """Bytes of temporary arrays that XLA puts in the buffers of gradients on the device, if these are large enough."""
     if job.profile.offload_weights:
         return 0
     size, largest = job.sizes, job.trained.largest_stack * job.width // job.devices
@@ -108,11 +102,7 @@ def gathered_embedding(job: Job) -> Term:
 def at_end(job: Job) -> list[Term]:
     """After the layers."""
     wide = job.sizes.table * 4 // job.width
-    return [Term("the embedding's gradient", wide, ENDS),
-            Term("its shard", wide // job.devices if job.devices > 1 else 0, MESH)]
-
-
-# ----------------------------------------------------------------------------------------------------------- the layers
+    return [Term("the embedding's gradient", wide, ENDS), Term("its shard", wide // job.devices * (job.devices > 1), MESH)]
 
 
 def in_backward(job: Job) -> list[Term]:
@@ -120,7 +110,7 @@ def in_backward(job: Job) -> list[Term]:
     profile, size = job.profile, job.sizes
     if not profile.remat:
         return [Term(KEPT, job.kept[DEVICE], "stack/plain"), *layer_work(job)]
-    inputs_on_device, copied = 0 if profile.offload_activations else size.hidden, job.attention_work.output_copy
+    inputs_on_device, swap = 0 if profile.offload_activations else size.hidden, job.attention_work
     kept = inputs_on_device * segment_inputs(job.segments, profile.offload_activations)  # one array, to the end
     (shard, places), most, work = unlooped(job), [], functools.cache(functools.partial(layer_work, job))
     for segment in job.segments:  # first to last: `kept` is alive when the backward pass reaches this segment
@@ -131,7 +121,7 @@ def in_backward(job: Job) -> list[Term]:
             if run.memory == DEVICE:
                 here, kept = here + run.layers, kept + job.outputs_bytes(run.layers)
         terms = [Term(KEPT, kept, STACK), Term("recomputed residuals", rebuilt_bytes(job, segment), STACK)]
-        if copied:  # made before its swap, as soon as the outputs exist
+        if swap.output_copy:  # made before its swap, as soon as the outputs exist
             # The copy waits neither for the norm's gradient nor for the segment to be rebuilt.
             early = size.hidden * (2 - profile.offload_weights) if segment.all_inputs else 2 * size.hidden + size.heads
             copies = [Term("early copies of outputs", here * size.heads, XLA), Term("h, dh, o", early, LAYER)]
@@ -140,7 +130,11 @@ def in_backward(job: Job) -> list[Term]:
         if segment.all_inputs and count == 1:  # outside of a loop h and o are the kept arrays, not copies of a row
             terms.append(Term("h and o, kept already", -size.hidden - here * size.heads, STACK))
         if count == 2 and not (segment.all_inputs or here) and profile.head_chunks == 1:
-            terms.append(Term("early arrays of two layers", pair_bytes(job, segment is job.segments[-1]), XLA))
+            # Buffers for queries and keys of the first layer. Where attention swaps over devices, its output exists
+            # twice, and the last segment is rebuilt before the gradient of the last norm, whose inputs wait.
+            waits = size.hidden * swap.swaps * (segment is job.segments[-1])
+            early = size.heads + size.kv + swap.lone_output_copy + waits
+            terms.append(Term("early arrays of two layers", early, XLA))
         waiting = (job.model.num_layers - segment.stop) * shard
         terms.append(Term("float32 gradients of later layers", waiting, XLA))
         most = max(most, [*terms, Term("arrays in the buffers of gradients", -places, XLA)], key=total)
@@ -172,22 +166,16 @@ def unlooped(job: Job) -> tuple[int, int]:
     return job.trained.layer * 4 // job.devices, 0 if job.freeze else places  # frozen parameters have no such buffers
 
 
-def pair_bytes(job: Job, last: bool) -> int:
-    """Arrays of a segment of two layers, over which no loop goes.
-
-    Buffers for queries and keys of the first layer are made early. Where attention swaps over devices, its output
-    exists twice, and the last segment is rebuilt before the gradient of the last norm, whose inputs wait.
-    """
-    size, work = job.sizes, job.attention_work
-    return size.heads + size.kv + work.lone_output_copy + last * size.hidden * work.swaps
-
-
 def layer_work(job: Job, rebuilt: bool = False) -> list[Term]:
     """One layer's backward pass beside kept and rebuilt activations: at the attention or in a tile of the MLP. rebuilt:
     whether it is in a rebuilt segment of more than two layers."""
     size, profile, work = job.sizes, job.profile, job.attention_work
-    attention = [Term("q, k, v and their gradients", work.peak, MESH), Term("workspace", workspace(job), ATTENTION),
-                 Term("slices of documents", document_slices(job), ATTENTION)]
+    heads = (job.attention.local_heads, job.attention.local_kv_heads, job.model.head_dim)
+    workspace = costs.workspace(profile.attention, job.rows // job.dp, job.length, *heads, job.documents)
+    slices = costs.document_slices(profile.attention, job.length, *heads, job.width) * (job.documents > 0)
+    attention = [Term("q, k, v and their gradients", work.peak, MESH),
+                 Term("workspace", workspace * job.count_workspace, ATTENTION),
+                 Term("slices of documents", slices, ATTENTION)]
     mlp = [Term("weights, and a tile of the MLP", mlp_work(job), LAYER), Term("copy of o", work.output_copy, XLA)]
     if rebuilt and (profile.head_chunks == 1 or not work.swaps):  # the old dh, until all its rows are read
         attention.append(Term("the old dh", size.hidden * work.swaps, XLA))
@@ -202,30 +190,6 @@ def layer_work(job: Job, rebuilt: bool = False) -> list[Term]:
             *max(attention, mlp, key=total)]
 
 
-def workspace(job: Job) -> int:
-    """The kernel's workspace in the backward pass. cuDNN's: float32 dq, and dk and dv of each query head of one
-    call."""
-    if job.profile.attention == "xla" or not job.count_workspace:
-        return 0
-    head_dim, heads, rows = job.model.head_dim, job.attention.local_heads, job.rows // job.dp
-    if str(job.profile.attention).startswith("flash"):
-        return workspace_bytes(rows, job.length, heads, job.attention.local_kv_heads, head_dim, documents=job.documents)
-    if job.documents:  # the largest call is on one slice of a sequence's length
-        rows = 1
-    while rows * job.length * heads * head_dim > 2**31 and heads % 2 == 0:  # as ops/attention.py splits them
-        heads //= 2
-    return rows * job.length * heads * head_dim * 8
-
-
-def document_slices(job: Job) -> int:
-    """Copies of q, k, v, o and do, and the slices of dq, dk and dv, of the longest document's call in ops/attention's
-    buckets.py."""
-    if job.profile.attention != "cudnn" or not job.documents:
-        return 0
-    heads = job.attention.local_heads + job.attention.local_kv_heads
-    return 4 * job.length * heads * job.model.head_dim * job.width
-
-
 def mlp_work(job: Job) -> int:
     """The layer's weights, and a tile's intermediates and weight gradients.
 
@@ -235,9 +199,6 @@ def mlp_work(job: Job) -> int:
     if tile < job.tokens:
         return size.layer + int(4.75 * tile * model.intermediate_size * job.width)
     return size.layer * (job.devices > 1) + 4 * tile * (model.intermediate_size + model.hidden_size) * job.width
-
-
-# ----------------------------------------------------------------------------------------------------------- the update
 
 
 def update_work(job: Job) -> int:

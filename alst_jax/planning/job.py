@@ -6,14 +6,12 @@ heads, H head dim.
 
 import dataclasses
 import functools
-import math
 import shlex
 from typing import NamedTuple
 
 from alst_jax.models.config import ModelConfig
 from alst_jax.models.sizes import ParameterSizes, parameter_sizes
 from alst_jax.models.tiles import Tiles, tile_sizes
-from alst_jax.ops.attention import find_kernel
 from alst_jax.ops.tiling import even_tile
 from alst_jax.parallel.costs import Shapes, Work
 from alst_jax.parallel.ulysses import Ulysses
@@ -23,8 +21,7 @@ _even_tile = functools.cache(even_tile)
 
 
 class Term(NamedTuple):
-    """A line of a ledger: bytes or seconds, and the file, the program or the part of the machine that they come
-    from."""
+    """A line of a ledger: bytes or seconds, and their origin: a file, a program or a part of the machine."""
 
     name: str
     value: int | float
@@ -152,8 +149,7 @@ class Job:
     def passes(self) -> Passes:
         layers, profile = self.model.num_layers, self.profile
         if not profile.remat:
-            again = layers if profile.mlp_tile is not None else 0
-            return Passes(layers, layers, layers + again, layers)
+            return Passes(layers, layers, layers * (1 if profile.mlp_tile is None else 2), layers)
         rebuilt = sum(segment.layers - 1 for segment in self.segments if not segment.all_inputs)
         again = len(self.recomputed_attention)
         return Passes(layers + again, 3 * layers + again, 2 * layers + rebuilt, 2 * layers + rebuilt)
@@ -175,10 +171,9 @@ class Job:
         return kept
 
     def outputs_bytes(self, layers: int) -> int:
-        """The attention outputs that a run of layers saves; a single layer's also transposed for its swap over
-        devices."""
-        one = self.sizes.heads + self.sizes.statistics
-        return layers * one + (layers == 1) * self.attention_work.lone_output_copy
+        """The attention outputs that a run of layers saves; a single layer's also transposed for its swap."""
+        copy = self.attention_work.lone_output_copy * (layers == 1)
+        return layers * (self.sizes.heads + self.sizes.statistics) + copy
 
     def _unremat_layer(self) -> int:
         """Bytes that differentiation saves of a layer without remat; a tiled MLP and the norms are recomputed."""
@@ -189,12 +184,6 @@ class Job:
     def changed(self, **changes) -> "Job":
         """The job with other fields of its profile."""
         return dataclasses.replace(self, profile=dataclasses.replace(self.profile, **changes))
-
-
-def padded_length(seq_len: int, sp: int, profile: Profile) -> int:
-    """seq_len, rounded up to what the mesh and the attention kernel divide; the rest is padding without labels."""
-    multiple = math.lcm(sp, find_kernel(profile.attention).multiple)
-    return -(-seq_len // multiple) * multiple
 
 
 def describe(job: Job) -> str:
@@ -213,6 +202,6 @@ def describe(job: Job) -> str:
 
 def describe_debug(model: ModelConfig) -> str:
     """The warning of a model whose later layers have no attention."""
-    return (f"DEBUG   attention runs in {model.attention_layers} of {model.num_layers} layers (--debug-attention-layers): "
-            "planned bytes are those of a full run (docs/log.md has the differences of measured ones), seconds are not; "
-            "losses and weights mean nothing, and nothing is saved or exported")
+    return (f"DEBUG   attention runs in {model.attention_layers} of {model.num_layers} layers "
+            "(--debug-attention-layers): planned bytes are those of a full run (docs/log.md has the differences of "
+            "measured ones), seconds are not; losses and weights mean nothing, and nothing is saved or exported")

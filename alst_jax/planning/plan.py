@@ -55,25 +55,25 @@ class Plan:
         return self.missing()
 
     def missing(self, margin: float = 0.0, more_on_host: int = 0) -> dict[str, int]:
-        """Bytes that are missing of "device" and "host" memory; empty if the plan fits or limits are not known. margin: the
-        part of each memory that stays free."""
-        pairs = (("device", self.device_bytes, self.device_limit),
-                 ("host", self.host_bytes + more_on_host, self.host_limit))
-        over = {place: need - int(limit * (1 - margin)) for place, need, limit in pairs if limit is not None}
+        """Bytes that are missing of "device" and "host" memory, where a part of each, `margin`, must stay free."""
+        places = {"device": (self.device_bytes, self.device_limit),
+                  "host": (self.host_bytes + more_on_host, self.host_limit)}
+        over = {place: need - int(limit * (1 - margin)) for place, (need, limit) in places.items() if limit is not None}
         return {place: bytes for place, bytes in over.items() if bytes > 0}
 
     def to_json(self) -> str:
         """One JSON object: the fields, and what follows from them. Bytes are integers."""
-        headroom = None if self.device_limit is None else self.device_limit - self.device_bytes
-        speed = self.tokens / self.step_seconds if self.step_seconds else None
         return json.dumps(dataclasses.asdict(self) | {
-            "device_bytes": self.device_bytes, "host_bytes": self.host_bytes, "headroom": headroom,
-            "step_seconds": self.step_seconds, "tokens_per_second": speed, "limiting_term": self.limiting_term,
-            "fits": not self.lacks})
+            "device_bytes": self.device_bytes, "host_bytes": self.host_bytes,
+            "headroom": None if self.device_limit is None else self.device_limit - self.device_bytes,
+            "step_seconds": self.step_seconds,
+            "tokens_per_second": self.tokens / self.step_seconds if self.step_seconds else None,
+            "limiting_term": self.limiting_term, "fits": not self.lacks})
 
     def table(self) -> str:
         """For people, in GiB."""
-        row = lambda name, *pair: f"{name:24}" + "".join(f"{'' if x is None else format(x / GIB, '.2f'):>12}" for x in pair)
+        cell = lambda bytes: f"{'':12}" if bytes is None else f"{bytes / GIB:12.2f}"
+        row = lambda name, *pair: f"{name:24}" + "".join(map(cell, pair))
         rows = [f"{self.source}, for {self.devices} x {self.device_kind}", f"{'':24}{'device GiB':>12}{'host GiB':>12}"]
         rows += [row(part, *pair) for part, pair in self._parts()]
         needs, limits = (self.device_bytes, self.host_bytes), (self.device_limit, self.host_limit)
@@ -87,7 +87,8 @@ class Plan:
             for name, calls in self.collectives.items() if calls["calls"]) or "none"))
         rows.append(f"model FLOPs a step: {self.flops:.3e}; tokens {self.tokens:,}")
         if self.step_seconds:
-            terms = ", ".join(f"{name} {self.seconds[name]:.1f}" for name in sorted(self.seconds, key=lambda n: -self.seconds[n]))
+            longest_first = sorted(self.seconds, key=self.seconds.get, reverse=True)
+            terms = ", ".join(f"{name} {self.seconds[name]:.1f}" for name in longest_first)
             rows.append(f"predicted: {self.speed_line()} ({terms} s)")
         return "\n".join(rows)
 
@@ -98,15 +99,14 @@ class Plan:
 
     def speed_line(self) -> str:
         """Seconds, tokens a second and what limits them, on one line."""
-        return (f"{self.step_seconds:.1f} s a step, {self.tokens / self.step_seconds:,.0f} tok/s, limited by "
-                f"{self.limiting_term}")
+        speed = self.tokens / self.step_seconds
+        return f"{self.step_seconds:.1f} s a step, {speed:,.0f} tok/s, limited by {self.limiting_term}"
 
     def line(self) -> str:
         """The plan in one line."""
-        of = lambda need, limit: f"{need / GIB:.1f}" + (f" of {limit / GIB:.1f}" if limit is not None else "")
-        speed = f"; {self.speed_line()}" if self.step_seconds else ""
-        return (f"{self.source}: device {of(self.device_bytes, self.device_limit)} GiB, host "
-                f"{of(self.host_bytes, self.host_limit)} GiB{speed}")
+        of = lambda need, limit: f"{need / GIB:.1f}" + (f" of {limit / GIB:.1f}" if limit is not None else "") + " GiB"
+        device, host = of(self.device_bytes, self.device_limit), of(self.host_bytes, self.host_limit)
+        return f"{self.source}: device {device}, host {host}" + (f"; {self.speed_line()}" if self.step_seconds else "")
 
     def picture(self, file: str) -> None:
         """A stacked bar each for device and host memory, with their limits. UserError without matplotlib."""

@@ -3,9 +3,6 @@
 import dataclasses
 import math
 
-import jax
-
-from alst_jax.config import UserError
 from alst_jax.hardware import environment
 from alst_jax.hardware.machines import GIB, LARGEST_HOST, Cluster
 from alst_jax.planning.footprint import KEPT, STACK, WIDTHS, states
@@ -13,7 +10,6 @@ from alst_jax.planning.job import Job, Term, total
 from alst_jax.planning.plan import Choice, Plan
 from alst_jax.profile import HOST
 from alst_jax.storage import saving
-from alst_jax.xla import host
 
 POOL_SLACK, POOL_MATTERS = 2, 16  # GiB
 # Memory of a process beside pinned memory and a save's writers: Python, CUDA's libraries, the compiler; and more for
@@ -69,34 +65,10 @@ def pool_bytes(plan: Plan) -> int:
     return pool if plan.host_limit is None else max(need * GIB, min(pool, plan.host_limit))
 
 
-def make_host_pool(plan: Plan) -> None:
-    """Pin the host memory of a plan in one piece a device (see `host.reserve`), if it is large enough to matter.
-
-    Adds slack, but never exceeds the limit that jax may pin. UserError if the host refuses.
-    """
-    devices = jax.local_devices()[: plan.devices]
-    need = pinned_gibibytes(plan)
-    if need < POOL_MATTERS:
-        return
-    most = environment.pinned_limit()
-    gibibytes = need + POOL_SLACK if most is None else max(need, min(need + POOL_SLACK, most // GIB))
-    times = f"{len(devices)} times " if len(devices) > 1 else ""
-    print(f"pinning {times}{gibibytes} GiB of host memory, about a second each", flush=True)
-    try:
-        host.reserve(gibibytes, devices)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        reason = str(error).splitlines()[0][:200]
-        raise UserError(f"{times}{gibibytes} GiB of host memory could not be pinned: {reason}. Free some, raise "
-                        "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB where it is set, or keep less there "
-                        "(--keep-attention-on-host, --optimizer-states int8, a shorter --seq-len)") from error
-
-
 def beside_pools(job: Job, per_host: int) -> int:
     """Host memory of a process beside its pools, on hosts of `per_host` devices."""
-    # Arrays seem to be copied through pinned memory that all devices share: a device's part of the largest array, rounded
-    # up to a power of two (4.0 GiB came within two seconds when an 8B model was loaded; docs/log.md).
+    # Arrays seem to be copied through pinned memory that all devices share: a device's part of the largest array,
+    # rounded up to a power of two (4.0 GiB came within two seconds when an 8B model was loaded; docs/log.md).
     staging = 2 ** math.ceil(math.log2(job.parameters.largest * job.width // job.devices))
     return staging + saving.BUFFERS + PROCESS + (min(job.devices, per_host) - 1) * PROCESS_DEVICE
 
