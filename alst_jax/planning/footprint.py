@@ -101,8 +101,8 @@ def gathered_embedding(job: Job) -> Term:
 
 def at_end(job: Job) -> list[Term]:
     """After the layers."""
-    wide = job.sizes.table * 4 // job.width
-    return [Term("the embedding's gradient", wide, ENDS), Term("its shard", wide // job.devices * (job.devices > 1), MESH)]
+    wide, n = job.sizes.table * 4 // job.width, job.devices
+    return [Term("the embedding's gradient", wide, ENDS), Term("its shard", wide // n * (n > 1), MESH)]
 
 
 def in_backward(job: Job) -> list[Term]:
