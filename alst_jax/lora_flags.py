@@ -39,8 +39,8 @@ def lora_mistakes(config: Any) -> Iterator[tuple[Any, str]]:
     yield (config.merge_adapter and not config.export and not config.random_weights,
            "--merge-adapter with --no-export: merged weights are an export; leave one of them out")
     yield (adapters and config.resize_vocabulary,
-           "--resize-vocabulary with adapters: they would have no rows for the new tokens; add the rows in a run without "
-           "--lora-rank first, or leave --resize-vocabulary out")
+           "--resize-vocabulary with adapters: they would have no rows for the new tokens; add the rows in a run "
+           "without --lora-rank first, or leave --resize-vocabulary out")
     yield (adapters and config.check_numerics,
-           "--check-numerics compares the layers without adapters; check the base model in a run without --lora-rank and "
-           "--adapter")
+           "--check-numerics compares the layers without adapters; check the base model in a run without --lora-rank "
+           "and --adapter")

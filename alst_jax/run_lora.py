@@ -34,12 +34,15 @@ def with_adapter(config: TrainConfig) -> TrainConfig:
             "lora_targets": ",".join(found.targets)}
     for name, value in said.items():
         given = getattr(config, name)
-        typed = given != getattr(TrainConfig, name) and not (name == "lora_targets" and _targets(config) == found.targets)
+        typed = given != getattr(TrainConfig, name)
+        if name == "lora_targets" and _targets(config) == found.targets:  # in another order
+            continue
         if typed and given != value:
-            raise UserError(f"{flag(name)} {given}: the adapter in {config.adapter} has {value}; leave {flag(name)} out")
+            raise UserError(f"{flag(name)} {given}: the adapter in {config.adapter} has {value}; leave {flag(name)} "
+                            "out")
     if dropout:
-        print(f"warning: the adapter in {config.adapter} was made with lora_dropout {dropout:g}; it is trained without "
-              "dropout here", file=sys.stderr, flush=True)
+        print(f"warning: the adapter in {config.adapter} was made with lora_dropout {dropout:g}; it is trained "
+              "without dropout here", file=sys.stderr, flush=True)
     return dataclasses.replace(config, **said)
 
 
@@ -58,8 +61,8 @@ def with_lora(config: TrainConfig, source: ModelSource) -> ModelConfig:
                         f"{', '.join(dict.fromkeys(fused[name] for name in wrong))}, whose adapters are not implemented; "
                         f"use --lora-targets {rest}")
     if source.files is not None and has_others(source.files):
-        raise UserError(f"--lora-rank: {source.name} holds more than a language model, and PEFT names its layers otherwise; "
-                        "adapters are implemented for language models alone")
+        raise UserError(f"--lora-rank: {source.name} holds more than a language model, and PEFT names its layers "
+                        "otherwise; adapters are implemented for language models alone")
     alpha = float(config.lora_rank if config.lora_alpha is None else config.lora_alpha)
     model = dataclasses.replace(model, lora=Lora(config.lora_rank, alpha, targets, config.rslora))
     _check_others(config.freeze, model)
@@ -72,8 +75,8 @@ def _targets(config: TrainConfig) -> tuple[str, ...]:
     asked = [name.strip() for name in config.lora_targets.split(",")]
     unknown = [name for name in asked if name not in LINEARS]
     if unknown:
-        raise UserError(f"--lora-targets {config.lora_targets}: {', '.join(map(repr, unknown))} matches no linear layer; use "
-                        f"all, or some of {','.join(LINEARS)}")
+        raise UserError(f"--lora-targets {config.lora_targets}: {', '.join(map(repr, unknown))} matches no linear layer; "
+                        f"use all, or some of {','.join(LINEARS)}")
     return tuple(name for name in LINEARS if name in asked)
 
 
@@ -85,19 +88,20 @@ def _check_others(freeze: str | None, model: ModelConfig) -> None:
             modules.setdefault(names(path)[:-1], set()).add(is_trained(path, freeze, model.lora))
     for module, trained in modules.items():
         if True in trained and (module[-1] in model.lora.targets or len(trained) > 1):
-            raise UserError(f"--freeze {freeze!r} with adapters: {'.'.join(module)} has an adapter or is trained in part, and "
-                            "PEFT saves whole modules without adapters; let --freeze match it, as in "
+            raise UserError(f"--freeze {freeze!r} with adapters: {'.'.join(module)} has an adapter or is trained in part, "
+                            "and PEFT saves whole modules without adapters; let --freeze match it, as in "
                             "--freeze 'proj|embed_tokens|lm_head', which trains the norms")
     if model.tie_word_embeddings and True in modules["embed_tokens",]:
-        raise UserError(f"--freeze {freeze!r} with adapters: embedding and head are one table here, which PEFT cannot save as "
-                        "one; let --freeze match embed_tokens")
+        raise UserError(f"--freeze {freeze!r} with adapters: embedding and head are one table here, which PEFT cannot "
+                        "save as one; let --freeze match embed_tokens")
 
 
 def settings(lora: Lora | None) -> dict[str, Any]:
     """What a resumed run must share with its checkpoint, by the names of its flags."""
     if lora is None:
         return {}
-    return {"lora_rank": lora.rank, "lora_alpha": lora.alpha, "lora_targets": ",".join(lora.targets), "rslora": lora.rslora}
+    return {"lora_rank": lora.rank, "lora_alpha": lora.alpha, "lora_targets": ",".join(lora.targets),
+            "rslora": lora.rslora}
 
 
 # ------------------------------------------------------------------------------------------------------------- weights
@@ -128,8 +132,8 @@ def export(config: TrainConfig, step: TrainStep, trained: Any) -> None:
     out = pathlib.Path(config.out)
     base = run_directory.read_run_file(out)["base"]["name"]
     save_adapter(out / ADAPTER, trained, step.model, base)
-    print(f"wrote {out / ADAPTER}: peft.AutoPeftModelForCausalLM.from_pretrained({str(out / ADAPTER)!r}) loads it beside "
-          f"{base or 'its base model'}")
+    load = f"peft.AutoPeftModelForCausalLM.from_pretrained({str(out / ADAPTER)!r})"
+    print(f"wrote {out / ADAPTER}: {load} loads it beside {base or 'its base model'}")
 
 
 def merged_params(step: TrainStep, params: Any) -> Any:

@@ -16,8 +16,8 @@ from alst_jax.models.config import ModelConfig
 from alst_jax.models.families import FAMILIES
 from alst_jax.models.fused import join, split
 from alst_jax.models.hf_config import model_config
-from alst_jax.models.other_weights import text_tensors, with_others
 from alst_jax.models.lora import is_adapter
+from alst_jax.models.other_weights import text_tensors, with_others
 from alst_jax.models.tree import is_stacked, names
 from alst_jax.models.weight_files import (
     AT_ONCE,

@@ -86,7 +86,8 @@ def read_lora(directory: str | pathlib.Path) -> Found:
         raise UserError(f"{path / CONFIG} is not valid JSON: {error}") from error
     wrong = [f"{name}={raw.get(name)!r} ({value!r} is)" for name, value in FIXED.items()
              if raw.get(name, value) != value]
-    wrong += [f"{name}={value!r}" for name, value in fields.items() if value and name not in READ | HARMLESS | FIXED.keys()]
+    known = READ | HARMLESS | FIXED.keys()
+    wrong += [f"{name}={value!r}" for name, value in fields.items() if value and name not in known]
     if raw.get("init_lora_weights", True) not in BEGINNINGS:
         wrong.append(f"init_lora_weights={raw['init_lora_weights']!r}, which changes the base model too")
     if wrong:

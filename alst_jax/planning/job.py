@@ -109,12 +109,14 @@ class Job:
 
     @functools.cached_property
     def sizes(self) -> Sizes:
-        model, per_token = self.model, lambda columns: self.tokens * columns * self.width
+        model, parameters = self.model, self.parameters
+        per_token = lambda columns: self.tokens * columns * self.width
         return Sizes(
             hidden=per_token(model.hidden_size), heads=per_token(model.num_heads * model.head_dim),
             kv=per_token(model.num_kv_heads * model.head_dim),
             statistics=self.tokens * model.num_heads * 4 if self.profile.attention != "xla" else 0,
-            layer=self.parameters.layer * self.width + self.parameters.adapters // model.num_layers * (4 - self.width), table=self.parameters.head * self.width,
+            layer=parameters.layer * self.width + parameters.adapters // model.num_layers * (4 - self.width),
+            table=parameters.head * self.width,
             rope=self.tokens * model.head_dim * 4 * len(model.ropes))
 
     @functools.cached_property
