@@ -58,8 +58,8 @@ def with_lora(config: TrainConfig, source: ModelSource) -> ModelConfig:
     if wrong := [name for name in targets if name in fused]:
         rest = ",".join(name for name in LINEARS if name not in fused)
         raise UserError(f"--lora-targets {config.lora_targets}: in {model.family} {', '.join(wrong)} are parts of "
-                        f"{', '.join(dict.fromkeys(fused[name] for name in wrong))}, whose adapters are not implemented; "
-                        f"use --lora-targets {rest}")
+                        f"{', '.join(dict.fromkeys(fused[name] for name in wrong))}, whose adapters are not "
+                        f"implemented; use --lora-targets {rest}")
     if source.files is not None and has_others(source.files):
         raise UserError(f"--lora-rank: {source.name} holds more than a language model, and PEFT names its layers "
                         "otherwise; adapters are implemented for language models alone")
@@ -118,7 +118,7 @@ def begin(config: TrainConfig, source: ModelSource, step: TrainStep, dtype: jnp.
 def resume_base(config: TrainConfig, step: TrainStep, dtype: jnp.dtype) -> Any:
     """The frozen parameters of a resumed run, from its base model. UserError if that is another one now."""
     run = run_directory.read_run_file(config.out)
-    name = config.model or run["flags"]["model"]
+    name = config.model or run["base"]["name"] or run["flags"]["model"]
     source = find_model(dataclasses.replace(config, resume=False, model=name), tokenizer=False)
     now, saved = identity(source, config.seed), run["base"]
     if now["hash"] != saved["hash"]:

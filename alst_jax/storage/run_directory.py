@@ -81,8 +81,8 @@ def refuse_adapters(run_dir: str | pathlib.Path) -> None:
     if base is not None:
         raise UserError(f"{run_dir} is a run with adapters: its checkpoints do not hold the base model, "
                         f"{base.get('name') or 'drawn at random'}. Go on with --resume, or train from its export with "
-                        f"--model BASE --adapter {run_dir}/adapter; python -m convert.merge {run_dir}/adapter BASE DIR makes "
-                        "a whole model")
+                        f"--model BASE --adapter {run_dir}/adapter; python -m convert.merge {run_dir}/adapter BASE DIR "
+                        "makes a whole model")
 
 
 # ------------------------------------------------------------------------------------------------- starting a directory

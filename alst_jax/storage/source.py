@@ -15,8 +15,8 @@ from alst_jax.data.tokenizer import byte_tokenizer, has_tokenizer, load_tokenize
 from alst_jax.models.config import TINY_LLAMA, ModelConfig
 from alst_jax.models.hf_config import model_config
 from alst_jax.models.hf_weights import load_params
-from alst_jax.models.other_weights import has_others
 from alst_jax.models.lora import adapters_of
+from alst_jax.models.other_weights import has_others
 from alst_jax.models.tree import combine
 from alst_jax.models.weight_files import find_tensors, read_tensor
 from alst_jax.step import TrainStep
@@ -116,18 +116,19 @@ def _hub_directory(model: str, weights: bool) -> pathlib.Path:
 
 def load_weights(source: ModelSource, step: TrainStep, dtype: jnp.dtype, seed: int) -> Any:
     """The weights, with the shardings and memory kinds of the step. Adapters are new ones."""
-    if step.model.lora is not None and (source.hf_weights or source.checkpoint):
-        return combine(step.init_adapters(jax.random.key(seed), dtype), _load(source, step, adapters_of(step.params)[1]))
     if source.hf_weights is None and source.checkpoint is None:
         return step.init_params(jax.random.key(seed), dtype)
-    return _load(source, step, step.params)
+    if step.model.lora is None:
+        return _load(source, step, step.params)
+    return combine(step.init_adapters(jax.random.key(seed), dtype), _load(source, step, adapters_of(step.params)[1]))
 
 
 def _load(source: ModelSource, step: TrainStep, abstract: Any) -> Any:
     """The weights that `abstract` describes, from the files of the source."""
     if source.hf_weights is not None:
         checksums.verify_weights(source.hf_weights)
-        if step.profile.compute_dtype == "bfloat16" and any(t.dtype == np.float32 for t in find_tensors(source.hf_weights).values()):
+        wide = any(tensor.dtype == np.float32 for tensor in find_tensors(source.hf_weights).values())
+        if wide and step.profile.compute_dtype == "bfloat16":
             print(f"warning: the float32 weights of {source.name} are rounded to bfloat16; --dtype float32 keeps them",
                   file=sys.stderr, flush=True)
         return load_params(source.hf_weights, source.config, abstract, source.resize)
@@ -140,7 +141,8 @@ def _load(source: ModelSource, step: TrainStep, abstract: Any) -> Any:
 
 
 def identity(source: ModelSource, seed: int) -> dict[str, str | None]:
-    """The name and a hash of the weights of a base model: of the names, types, shapes and first bytes of all tensors."""
+    """The name of a base model and a hash of its weights: of the names, types, shapes and first bytes of all
+    tensors."""
     if source.hf_weights is None and source.checkpoint is None:
         return {"name": None, "hash": f"drawn with --seed {seed}"}
     found = hashlib.sha256()
@@ -156,4 +158,4 @@ def identity(source: ModelSource, seed: int) -> dict[str, str | None]:
         found.update(repr((key, array.shape, str(array.dtype))).encode())
         found.update(array[(slice(0, 1),) * (len(array.shape) - 1)].tobytes()[:SAMPLE])
     checkpoints.close()
-    return {"name": str(run_dir), "hash": found.hexdigest()}
+    return {"name": str(run_dir / run_directory.CHECKPOINTS / str(at)), "hash": found.hexdigest()}

@@ -30,7 +30,8 @@ HOST = dict(offload_activations=True, offload_weights=True, offload_optimizer=Tr
 TILES = dict(loss_tile=24, mlp_tile=24)
 CASES = {
     "one device, in host memory": ((1, 1), dict(segment_layers=(2, 1), keep_attention_on_host=1, **TILES, **HOST)),
-    "ulysses, head chunks": ((1, 4), dict(segment_layers=(3,), head_chunks=2, keep_attention_on_device=1, **TILES, **HOST)),
+    "ulysses, head chunks": ((1, 4), dict(
+        segment_layers=(3,), head_chunks=2, keep_attention_on_device=1, **TILES, **HOST)),
     "plain stack, tiles, head chunks": ((2, 2), dict(stack="plain", head_chunks=2, **TILES)),
 }
 UNCLIPPED = dataclasses.replace(QUIET_ADAMW, clip_norm=0.0)
@@ -79,6 +80,7 @@ def test_the_update_in_the_backward_pass():
     assert_trees_close(to_numpy(step.update_in_backward(trained, frozen, state, batch, scale, rate)[4]), want, 1e-5)
 
 
+@pytest.mark.slow
 def test_packed_documents_compute_what_they_would_alone():
     step = make_step(MODEL, profile=PLAIN, optimizer=UNCLIPPED)
     together, alone = packed([[20, 30, 14], [64]], 64, 1)
@@ -109,8 +111,9 @@ def weight_gradients(model, profile, freeze=None):
             if equation.primitive.name in ("dot_general", "scatter-add")} & weights
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(remat=True, segment_layers=(2,), **TILES),
-                                     dict(remat=True, stack="plain", **TILES)], ids=["plain", "segments", "plain stack"])
+@pytest.mark.parametrize("changes", [
+    dict(), dict(remat=True, segment_layers=(2,), **TILES), dict(remat=True, stack="plain", **TILES)],
+    ids=["plain", "segments", "plain stack"])
 def test_the_program_has_no_gradient_of_a_frozen_weight(changes):
     profile = dataclasses.replace(PLAIN, **changes)
     kernels = {(64, 128), (64, 32), (128, 64), (64, 96), (96, 64)}  # (96, 64) is also the shape of the tables

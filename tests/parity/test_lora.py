@@ -74,7 +74,8 @@ def their_logits(model, tokens):
 def their_loss(model, batch):
     labels = torch.tensor(batch["labels"], dtype=torch.long)
     logits = their_logits(model, batch["tokens"])
-    return torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=IGNORED)
+    logits = logits.reshape(-1, logits.shape[-1])
+    return torch.nn.functional.cross_entropy(logits, labels.reshape(-1), ignore_index=IGNORED)
 
 
 def their_leaves(model, of):
@@ -136,7 +137,8 @@ def test_training_is_that_of_torch(twins, ours):
     model, base, adapter = twins
     theirs = peft.PeftModel.from_pretrained(
         transformers.AutoModelForCausalLM.from_pretrained(base), adapter, is_trainable=True)
-    optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=RATE, weight_decay=DECAY, eps=1e-6)
+    adapters = [p for p in theirs.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(adapters, lr=RATE, weight_decay=DECAY, eps=1e-6)
     step, trained, frozen = ours
     trained, state = jax.tree.map(jnp.copy, trained), step.init_optimizer(trained)
     for seed in range(STEPS):
