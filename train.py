@@ -1,12 +1,13 @@
 """Train a Llama on very long sequences: `python train.py --help`. Without flags, a tiny one learns in about a
 minute."""
 
+import contextlib
 import dataclasses
 import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from alst_jax.config import TrainConfig, UserError, chosen_fields, parse_flags
 from alst_jax.data_flags import read_saved
@@ -67,17 +68,36 @@ def parse(arguments: list[str]) -> TrainConfig:
     return with_demo_defaults(dataclasses.replace(config, typed=typed, template_date=today))
 
 
-def out_of_memory(config: TrainConfig, reason: str) -> str:
-    """What did not fit, and the flags that are left to try, cheapest first."""
+def out_of_memory(config: TrainConfig, reason: str, job=None) -> str:
+    """What did not fit, and the flags that are left to try, cheapest first. job: with the profile that ran, which
+    --memory auto may have chosen; None: that of the flags."""
+    profile = config.profile("xla", "float32") if job is None else job.profile
     off = [f"--{name.replace('_', '-')}" for name in ("offload_optimizer", "offload_activations", "offload_weights")
-           if not getattr(config, name)]
+           if not getattr(profile, name)]
     off += [flag for flag, on in (
-        ("--remat", config.remat), ("--tiled-loss", config.tiled_loss), ("--tiled-mlp", config.tiled_mlp),
-        ("--optimizer-states int8", config.optimizer_states == "int8"), ("--head-chunks", config.head_chunks > 1),
-        ("--segment-layers", config.segment_layers != (1,))) if not on]
+        ("--remat", profile.remat), ("--tiled-loss", profile.loss_tile is not None),
+        ("--tiled-mlp", profile.mlp_tile is not None),
+        ("--optimizer-states int8", (config.optimizer_states if job is None else job.states) == "int8"),
+        ("--head-chunks", profile.head_chunks > 1), ("--segment-layers", profile.segment_layers != (1,))) if not on]
     less = ", ".join([*off, "a larger --sp"])
-    return (f"out of memory: {reason.strip().splitlines()[0][:300]}. These need less: {less}, or a shorter --seq-len. "
-            "Checkpoints saved before are complete; go on from them with --resume")
+    words = f"out of memory: {reason.strip().splitlines()[0][:300]}. "
+    if job is not None and config.memory == "auto":
+        from alst_jax.planning.job import describe
+
+        words += f"The step ran with {describe(job)} (--memory auto keeps what is typed). "
+    return (f"{words}These need less: {less}, or a shorter --seq-len. Checkpoints saved before are complete; go on "
+            "from them with --resume")
+
+
+@contextlib.contextmanager
+def naming_the_profile(config: TrainConfig, job) -> Iterator[None]:
+    """An out of memory inside is a UserError that knows the profile of the job."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(out_of_memory(config, str(error), job)) from error
 
 
 def with_demo_defaults(config: TrainConfig) -> TrainConfig:
@@ -118,6 +138,7 @@ def run(config: TrainConfig) -> int:
         print(report(planner, job))
         return 0
     choice, read = None, None
+    run_state.check_before_data(config, job, setup.choose_dtype(config))
     if config.pack:  # the packs say how much of attention there is to compute
         read = run_data.read_data(config, source, job)
         job = run_data.with_packs(job, read[1])
@@ -155,7 +176,7 @@ def run(config: TrainConfig) -> int:
 
     saves = None if config.debug_attention_layers is not None else Saves(
         save, lambda state: run_state.go_back(step, data, checkpoints, state))
-    with StopSignal() as stop:  # until all is written: a first signal cuts nothing off
+    with StopSignal() as stop, naming_the_profile(config, job):  # until all is written: a first signal cuts nothing off
         try:
             state = train(config, step, state, steps, data, log, saves, stop)
         finally:
@@ -184,7 +205,8 @@ def end(config: TrainConfig, source, step, state, steps: int, stop) -> int:
               f"python train.py --resume --out {config.out}{steps_flag}")
         return 128 + stop.received
     if config.export:
-        run_state.export(pathlib.Path(config.out), source, step.join(state.trained, state.frozen), setup.choose_dtype(config))
+        params = step.join(state.trained, state.frozen)
+        run_state.export(pathlib.Path(config.out), source, params, setup.choose_dtype(config))
     return 0
 
 

@@ -30,6 +30,23 @@ def geometry(config: TrainConfig, job: Job, dtype: jnp.dtype, data: str) -> dict
             "master_weights": job.master, "freeze": config.freeze}
 
 
+KNOWN_BEFORE_DATA = ("seed", "samples_per_step", "seq_len", "dtype", "freeze")
+
+
+def check_before_data(config: TrainConfig, job: Job, dtype: jnp.dtype) -> None:
+    """UserError for a resumed run with other settings than its checkpoint, as far as they are known before the data are
+    read. Data that are cut to another length would otherwise be refused as data that have changed."""
+    if not config.resume:
+        return
+    out = pathlib.Path(config.out)
+    step = run_directory.find_checkpoint(out)[1]
+    checkpoints = Checkpoints(out)
+    saved = checkpoints.restore_run(step)["geometry"]
+    checkpoints.close()
+    now = geometry(config, job, dtype, data="")
+    run_directory.check_geometry(saved, {name: now[name] for name in KNOWN_BEFORE_DATA})
+
+
 def begin(
     config: TrainConfig, source: ModelSource, step: TrainStep, data: Data, settings: dict[str, Any]
 ) -> tuple[Checkpoints, TrainState]:

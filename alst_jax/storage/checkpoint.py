@@ -73,10 +73,15 @@ class Checkpoints:
                          f"kept. {disk.what_is_safe(self.run_dir)}")
 
     def remove_remains(self) -> None:
-        """Remove what is left of checkpoints that a killed rotation has half deleted: those beyond the newest `keep`."""
+        """Remove what is left of checkpoints that a killed rotation has half deleted: those beyond the newest `keep`.
+        A warning where that fails: the run needs none of them."""
         steps = sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())
         for step in steps[: -self._keep] if self._keep else []:
-            shutil.rmtree(self.directory / str(step))
+            try:
+                shutil.rmtree(self.directory / str(step))
+            except OSError as error:
+                print(f"warning: {self.directory / str(step)}, older than --keep-checkpoints {self._keep}, cannot be "
+                      f"deleted: {disk.describe(error)}", file=sys.stderr, flush=True)
         self._manager.reload()
 
     def steps(self) -> list[int]:

@@ -606,10 +606,13 @@ def test_out_of_memory_names_what_is_left_to_try(call, model, data, tmp_path, mo
     def too_much(*_):
         jax.block_until_ready(jax.numpy.zeros((2**46,)))
 
+    words, jobs = train.out_of_memory, []
+    monkeypatch.setattr(train, "out_of_memory", lambda config, reason, job=None: jobs.append(job) or words(config, reason, job))
     monkeypatch.setattr(trainer, "optimizer_step", too_much)
     code, stderr = call("--model", model, "--data", data, "--seq-len", 128, "--dp", 1, "--offload-optimizer", "--out",
                         tmp_path / "run")
     assert code == 2 and "error: out of memory: RESOURCE_EXHAUSTED" in stderr
+    assert [job.profile.offload_optimizer for job in jobs] == [True]  # of the profile that ran
     assert "These need less: --offload-activations, --offload-weights, --optimizer-states int8, --head-chunks" in stderr
 
 
