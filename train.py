@@ -129,6 +129,7 @@ def run(config: TrainConfig) -> int:
     from alst_jax.planning.report import announce_plan, planned_against_measured, report
     from alst_jax.refused import Saves
     from alst_jax.storage import run_directory
+    from alst_jax.storage.parts import Loop
     from alst_jax.trainer import StopSignal, train
 
     # ------------------------------------------------------------------------- what, where and how: the model, the plan
@@ -171,7 +172,7 @@ def run(config: TrainConfig) -> int:
     log = MetricsLog(out, state.step)
 
     def save(state) -> None:
-        loop = {"step": state.step, "data": data.training.get_state(), "seed": config.seed, "geometry": geometry}
+        loop = Loop(state.step, data.training.get_state(), config.seed, geometry).to_json()
         checkpoints.save(state.step, step.join(state.trained, state.frozen), state.optimizer, loop)
 
     saves = None if config.debug_attention_layers is not None else Saves(

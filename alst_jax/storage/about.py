@@ -18,9 +18,10 @@ from alst_jax.declare import flag
 from alst_jax.ops.attention import refusal
 from alst_jax.ops.attention.devices import Chosen
 from alst_jax.step import TrainStep
+from alst_jax.storage import parts
 from alst_jax.storage.run_directory import CHECKPOINTS, find_checkpoint, has_results, read_run_file
 
-FILE = "about.json"
+FILE = parts.ABOUT.name
 PACKAGES = ("alst-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy", "transformers",
             "tokenizers", "safetensors", "flash-attn-4", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
 
@@ -96,7 +97,8 @@ def explain(path: str) -> str:
     run_dir, step = find_checkpoint(path)
     folder = run_dir / CHECKPOINTS / str(step)
     run = read_run_file(run_dir)
-    lines = [f"{folder}", f"kind      {run.get('kind')}" + (f" from {run['from']}" if "from" in run else "")]
+    lines = [f"{folder}", f"kind      {run.get('kind')}" + (f" from {run['from']}" if "from" in run else ""),
+             f"holds     {'; '.join(f'{part.name}: {part.holds}' for part in parts.present(folder))}"]
     if not (folder / FILE).is_file():
         words = [f"{name} {version}" for name, version in run.get("versions", {}).items()]
         lines += [f"versions  {', '.join(words)}", *_flags(run.get("flags", {}))]
