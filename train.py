@@ -50,7 +50,7 @@ def main() -> int:
 
 
 def parse(arguments: list[str]) -> TrainConfig:
-    """The flags. A resumed run starts from the flags it began with; what is typed now changes them."""
+    """The flags. A resumed run starts from the flags it began with; flags typed now change them."""
     config, given = parse_flags(arguments)
     typed = tuple(name for name in chosen_fields() if name in given)
     if config.resume and config.out is not None:
@@ -69,8 +69,8 @@ def parse(arguments: list[str]) -> TrainConfig:
 
 
 def out_of_memory(config: TrainConfig, reason: str, job=None) -> str:
-    """What did not fit, and the flags that are left to try, cheapest first. job: with the profile that ran, which
-    --memory auto may have chosen; None: that of the flags."""
+    """The allocation that did not fit, and the flags that are left to try, cheapest first. job: with the profile that ran, which
+    --memory auto may have chosen; None: the flags' profile."""
     profile = config.profile("xla", "float32") if job is None else job.profile
     off = [f"--{name.replace('_', '-')}" for name in ("offload_optimizer", "offload_activations", "offload_weights")
            if not getattr(profile, name)]
@@ -101,7 +101,7 @@ def naming_the_profile(config: TrainConfig, job) -> Iterator[None]:
 
 
 def with_demo_defaults(config: TrainConfig) -> TrainConfig:
-    """Without --model: a tiny Llama, simulated devices, sequence parallelism on; what was typed is kept."""
+    """Without --model: a tiny Llama, simulated devices, sequence parallelism on; typed flags are kept."""
     if config.model is not None or config.resume or config.plan_for:
         return config
     sp = config.sp or 4
@@ -113,7 +113,7 @@ def with_demo_defaults(config: TrainConfig) -> TrainConfig:
 
 
 def show_samples(config: TrainConfig) -> int:
-    """Print samples of the data with what is learned of them. Returns the exit code."""
+    """Print samples of the data with their learned tokens marked. Returns the exit code."""
     from alst_jax import run_data
 
     run_data.show_samples(config)
@@ -140,7 +140,7 @@ def run(config: TrainConfig) -> int:
         return 0
     choice, read = None, None
     run_state.check_before_data(config, job, setup.choose_dtype(config))
-    if config.pack:  # the packs say how much of attention there is to compute
+    if config.pack:  # the packs say how much attention is to compute
         read = run_data.read_data(config, source, job)
         job = run_data.with_packs(job, read[1])
     if planner.cluster is not None:  # a run that does not fit is refused here, before it allocates memory

@@ -135,7 +135,7 @@ class SavingFlags:
 
 @dataclasses.dataclass(frozen=True)
 class PlanFlags:
-    """What a step needs, before it runs."""
+    """The needs of a step, before it runs."""
 
     memory: Literal["auto", "manual"] = "auto"
     """auto: on a GPU the fastest of the memory profiles that fit is chosen; flags that are typed are kept.
@@ -200,7 +200,7 @@ class TrainConfig(
 
     @property
     def planning(self) -> bool:
-        """Whether there is a plan to print and nothing to run."""
+        """Whether the command prints a plan and runs nothing."""
         return self.plan_only or self.find_max_seq_len
 
 

@@ -1,4 +1,4 @@
-"""The flags that say what is learned from and evaluated on."""
+"""The flags of the data that are learned and evaluated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, TensorBoard, and a progress bar or plain lines."""
+"""The reports of a run: metrics.jsonl, TensorBoard, and a progress bar or plain lines."""
 
 import functools
 import json
@@ -20,7 +20,7 @@ from alst_jax.hardware.environment import peak_flops
 from alst_jax.step import TrainStep
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # the event of jax.monitoring
-QUIET_SECONDS = 5.0  # between plain lines, where there is no terminal
+QUIET_SECONDS = 5.0  # between plain lines, without a terminal
 
 
 class MetricsLog:
@@ -149,7 +149,7 @@ def peak_memory() -> tuple[str, float]:
 
 
 def peak_host_memory() -> float:
-    """Peak GiB of host memory of this process: Python, libraries and what is pinned for the devices."""
+    """Peak GiB of host memory of this process: Python, libraries and memory pinned for the devices."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 

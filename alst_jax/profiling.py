@@ -17,7 +17,7 @@ from alst_jax.xla.scopes import SCOPES
 
 ROWS = 16  # printed
 OTHER = "no scope"
-CONTAINERS = {"while", "conditional", "call"}  # operations whose time is that of the operations in them
+CONTAINERS = {"while", "conditional", "call"}  # operations whose time is spent in the operations inside
 _LAST_SCOPE = re.compile(rf".*(?:^|[/(])({'|'.join(map(re.escape, SCOPES))})(?=[/)]|$)")
 
 

@@ -165,7 +165,7 @@ def gpu_of(config: TrainConfig) -> Gpu | None:
 
 
 def accumulation(config: TrainConfig, dp: int) -> int:
-    """Batches of one optimizer step: those of --grad-accum, or those that --samples-per-step needs on `dp` replicas."""
+    """Batches of one optimizer step: --grad-accum, or the number that --samples-per-step needs on `dp` replicas."""
     samples, at_once = config.samples_per_step, dp * config.batch_size
     if samples is None:
         return config.grad_accum
@@ -208,7 +208,7 @@ def check_seq_len(config: TrainConfig, model: ModelConfig) -> int:
 def about_run(
     config: TrainConfig, step: TrainStep, job: Job, settings: dict[str, Any], plan: Plan | None
 ) -> dict[str, Any]:
-    """What is written beside each checkpoint."""
+    """The record beside each checkpoint."""
     shapes = {"rows": job.rows, "length": job.length, "grad_accum": job.grad_accum, "documents": job.documents}
     planned = None if plan is None else json.loads(plan.to_json())
     kernel = attention_kernel(config, choose_dtype(config), step.model)

@@ -56,12 +56,12 @@ def _check_directories(config: TrainConfig) -> None:
 
 
 def labels_of(config: TrainConfig) -> Labels:
-    """The flags that say what is learned of a chat."""
+    """The flags of the learned parts of a chat."""
     return Labels(config.learn, config.template_date)
 
 
 def cache_of(config: TrainConfig) -> Cache | None:
-    """The cache of --data-cache; None if it is off, or not given and there is no home directory."""
+    """The cache of --data-cache; None if it is off, or not given and no home directory exists."""
     if config.data_cache == "off":
         return None
     if config.data_cache:
@@ -144,7 +144,7 @@ def known_hash(config: TrainConfig, sequences: Any, parts: list[Pieces]) -> str 
 
 
 def with_packs(job: Job, stats: Stats) -> Job:
-    """The job, with what is known of the packs: room for documents, and the share of attention that they need."""
+    """The job, with the numbers of the packs: room for documents, and the share of attention that they need."""
     if stats.packing is None:
         return job
     lengths, counts = np.unique(stats.fullness.lengths, return_counts=True)
@@ -164,10 +164,10 @@ class Part:
 
 
 def read_part(config: TrainConfig, source: ModelSource, added: tuple[str, ...] = ()) -> Part:
-    """The sequences of --data, or those of --add-data: `added`."""
+    """The sequences of --data, or of --add-data: `added`."""
     sources = read_sequences(config, source, added=added)
     sequences, stats = packed(config, sources)
-    if added:  # few and short documents are all right beside those of the run
+    if added:  # few and short documents are all right beside the run's
         check_targets(stats, "--add-data")
     else:
         check_length(stats, config.seq_len, "--data", config.pack)

@@ -85,7 +85,7 @@ def restore(step: TrainStep, data: Data, checkpoints: Checkpoints, at: int) -> T
 
 
 def go_back(step: TrainStep, data: Data, checkpoints: Checkpoints, state: TrainState) -> TrainState | None:
-    """The state of the last checkpoint, None if there is none. Frees the arrays of `state`: both would not fit."""
+    """The state of the last checkpoint, or None. Frees the arrays of `state`: both would not fit."""
     steps = checkpoints.steps()
     if not steps:
         return None

@@ -179,7 +179,7 @@ def evaluate_sources(
     step: TrainStep, state: TrainState, sources: dict[str, Callable[[], Iterable[dict[str, np.ndarray]]]],
     say: Callable[[str], None],
 ) -> dict[str, float]:
-    """Loss and perplexity over the labels of all held-out sources, and of each by its name if there are several."""
+    """Loss and perplexity over the labels of all held-out sources, and of each of several by its name."""
     values, results = {}, {name: evaluate(step, state, batches()) for name, batches in sources.items()}
     labels = sum(count for _, count in results.values())
     loss = sum(loss * count for loss, count in results.values()) / max(labels, 1)

@@ -5,7 +5,7 @@
     python -m benchmarks.parity --layers 3 --seq-len 256 --dtype float32 --attention xla --width 4 --simulate-devices 4
 
 Each mesh is compared with one device: losses and gradient norms of the steps; the first moments, which are sums of the
-gradients; and the updates, final weights less those of the beginning. In float32 the limit is 1e-4 for all of them. In
+gradients; and the updates, final weights less initial weights. In float32 the limit is 1e-4 for all of them. In
 bfloat16 a second run of one device with other tiles, the control, says how much is rounding: the limit is 1.5 times
 that, and no less than FLOORS. What says how much is rounding has limits itself, CEILINGS, and widens none of others if
 it passes one. "data parallel without features" (weights sharded, each layer's input kept, nothing tiled) is compared
@@ -16,7 +16,7 @@ and one device without tiles make, for the two differ by both.
 
 The last case must fail: there each device numbers its tokens from 0. With --only it may not run, and then nothing shows
 that the comparison notices anything; the last line says so, as it says if the two of ALST's experiment did not meet. A
-step takes as many sequences as there are devices. Exits with 1 if a case passes a limit, or the last one none, or a
+step takes a sequence a device. Exits with 1 if a case passes a limit, or the last one none, or a
 number is not finite.
 
 Host memory: a result is the moments and the updates, 8 bytes a parameter: 15 GB for 4 layers of the real width. Two are
@@ -89,7 +89,7 @@ class Case(NamedTuple):
 
 
 def cases(options: Options, devices: int) -> list[Case]:
-    """What is compared. UserError if --only names nothing."""
+    """The compared parts. UserError if --only names nothing."""
     plain = Profile(attention=options.attention, compute_dtype=options.dtype)
     untiled = dataclasses.replace(plain, loss_tile=None, mlp_tile=None)
     everything = dataclasses.replace(

@@ -1,4 +1,4 @@
-"""What a save takes: seconds, host memory beside the arrays, bytes on disk. Random bits, which do not compress.
+"""Costs of a save: seconds, host memory beside the arrays, bytes on disk. Random bits, which do not compress.
 
     python -m benchmarks.saves                          # needs 5 GB of memory and 2 GB in /tmp
     python -m benchmarks.saves --slow 300 --cores 16    # a disk of 300 MB/s in all (slow_disk.c; needs cc), 16 writers
@@ -56,7 +56,7 @@ def _slow_disk(folder: str, megabytes: int) -> dict[str, str]:
 
 
 def _measure(shape: tuple[int, ...], itemsize: int, devices: int, dim: int, cores: int | None) -> tuple[float, ...]:
-    """(bytes of the array, seconds, bytes of memory at the peak beside what was there before, bytes on disk)"""
+    """(bytes of the array, seconds, bytes of memory at the peak beside those before, bytes on disk)"""
     import jax
     import ml_dtypes
     import numpy as np

@@ -1,4 +1,4 @@
-"""--verify: the logits of a checkpoint against those of transformers on the Hugging Face directory, in float32."""
+"""--verify: the logits of a checkpoint against transformers' on the Hugging Face directory, in float32."""
 
 import importlib.util
 import pathlib

@@ -46,14 +46,14 @@ class ModelConfig:
     o_bias: bool = False  # on the output projection
     layer_kinds: tuple[LayerKind, ...] = ()  # one a layer; none: all alike
     more_ropes: tuple[RopeConfig, ...] = ()  # of layers whose kind has a `table` above 0
-    qk_norm: Literal["none", "head", "all heads"] = "none"  # what an RMS norm of queries and keys goes over
+    qk_norm: Literal["none", "head", "all heads"] = "none"  # extent of the RMS norm of queries and keys
     norms: Literal["before", "after", "both"] = "before"  # of attention and of the MLP
     norm_offset: float = 0.0  # norms multiply by scale + norm_offset
     activation: Literal["silu", "gelu_tanh"] = "silu"
     attention_scale: float | None = None  # None: head_dim ** -0.5
     attention_soft_cap: float | None = None
     embedding_multiplier: float = 1.0
-    residual_multiplier: float = 1.0  # of what attention and the MLP add to the residual stream
+    residual_multiplier: float = 1.0  # of the outputs of attention and the MLP
     logits_divisor: float = 1.0
     logits_soft_cap: float | None = None
     attention_layers: int | None = None  # compute attention in the first layers only, to measure memory; None: in all

@@ -57,7 +57,7 @@ WHOLE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", 
          "num_key_value_heads", "head_dim", "max_position_embeddings")
 NUMBERS = ("rms_norm_eps", "initializer_range", "rope_theta")
 FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
-MOST = {"num_hidden_layers": 10_000}  # numbers far from those of any model are mistakes, and some would fill the memory
+MOST = {"num_hidden_layers": 10_000}  # larger numbers are mistakes, and some would fill the memory
 NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 

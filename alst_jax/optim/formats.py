@@ -1,6 +1,6 @@
 """How optimizer state is stored: float32, bfloat16, or 8 bits with a scale a block; and how float32 becomes bfloat16.
 
-What is stored narrow is rounded stochastically: to one of the two neighbours, with the probabilities that make the mean
+Narrow formats are rounded stochastically: to one of the two neighbours, with the probabilities that make the mean
 exact. Rounding to the nearest would lose what an exponential average with beta2 = 0.999 adds in a step.
 """
 
@@ -51,7 +51,7 @@ class Log8:
         return (127, 6) if self.signed else (255, 8)
 
     def zeros(self, shape: tuple[int, ...]) -> dict[str, Array]:
-        """What `encode` makes of zeros, which a compiler would spend a minute on."""
+        """Encoded zeros; a compiler would spend a minute on `encode`."""
         scale = jnp.zeros((*shape[:-1], shape[-1] // self.block), jnp.float32)
         return {"code": jnp.zeros(shape, jnp.int8 if self.signed else jnp.uint8), "scale": scale}
 

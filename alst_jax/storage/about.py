@@ -30,9 +30,9 @@ def about(
     config: TrainConfig, step: TrainStep, attention: Chosen, settings: dict[str, Any], shapes: dict[str, Any],
     plan: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """What `--explain-run` prints, as JSON: the run as it is now, a resumed one too.
+    """The record that `--explain-run` prints, as JSON: the run as it is now, a resumed one too.
 
-    settings: what a resumed run must share. shapes: of the step. plan: of --memory auto, None without one.
+    settings: those that a resumed run must share. shapes: of the step. plan: of --memory auto, None without one.
     """
     return {
         "command": [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]], "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),

@@ -36,7 +36,7 @@ class Checkpoints:
         orbax_limits.install()
         self.run_dir = pathlib.Path(run_dir).absolute()
         self.directory = self.run_dir / CHECKPOINTS
-        self.about: dict[str, Any] | None = None  # what is written beside each checkpoint (about.py)
+        self.about: dict[str, Any] | None = None  # the record beside each checkpoint (about.py)
         self._keep = keep
         self._verified: set[tuple[int, str]] = set()
         options = ocp.CheckpointManagerOptions(
@@ -66,7 +66,7 @@ class Checkpoints:
         checksums.seal(folder, step, self.run_dir)
 
     def _unsaved(self, step: int, error: OSError) -> UserError:
-        """The error of a save that the disk refused. What was written of it is removed: it takes room."""
+        """The error of a save that the disk refused. Its files are removed: they take room."""
         for part in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
             shutil.rmtree(part, ignore_errors=True)
         if (self.directory / str(step)).is_dir():  # orbax deletes the oldest one in the same call
@@ -76,7 +76,7 @@ class Checkpoints:
                          f"kept. {disk.what_is_safe(self.run_dir)}")
 
     def remove_remains(self) -> None:
-        """Remove what is left of checkpoints that a killed rotation has half deleted: those beyond the newest `keep`.
+        """Remove the remains of checkpoints that a killed rotation has half deleted: those beyond the newest `keep`.
         A warning where that fails: the run needs none of them."""
         steps = sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())
         for step in steps[: -self._keep] if self._keep else []:
@@ -168,7 +168,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _reading(self, step: int, item: str | None = None) -> Iterator[None]:
-        """Errors inside are those of the checkpoint. item: compare its files with their checksums first, once."""
+        """Errors inside are the checkpoint's. item: compare its files with their checksums first, once."""
         try:
             if item is not None:
                 self._verify(step, item)

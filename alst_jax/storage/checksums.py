@@ -28,7 +28,7 @@ Entry = list[Any]  # [bytes, hash]
 
 
 class Damaged(UserError):
-    """Files are not what was written. The text names each."""
+    """Files were changed. The text names each."""
 
 
 def hash_files(top: pathlib.Path, names: Iterable[str]) -> dict[str, Entry]:
@@ -61,7 +61,7 @@ def write_record(file: pathlib.Path, record: dict[str, Any]) -> None:
 
 
 def read_record(file: pathlib.Path) -> dict[str, Any] | None:
-    """The record in a file; None if there is no file. Damaged if it is not what was written."""
+    """The record in a file; None without a file. Damaged if it was changed."""
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         whole = record.pop("self") == _of_record(record)
@@ -81,7 +81,7 @@ def _of_record(record: dict[str, Any]) -> str:
 
 
 def compare(top: pathlib.Path, recorded: dict[str, Entry], others: Iterable[str] = ()) -> None:
-    """Damaged unless the files below `top` are the recorded ones. others: files that are there beside them.
+    """Damaged unless the files below `top` are the recorded ones. others: files found beside them.
 
     Sizes are compared before a file is read.
     """
@@ -172,9 +172,9 @@ def seal_weights(hf_dir: pathlib.Path) -> None:
 
 
 def verify_weights(hf_dir: pathlib.Path) -> bool:
-    """Whether there are checksums of all weight files of a Hugging Face directory, which then are right.
+    """Whether all weight files of a Hugging Face directory have checksums, which then are right.
 
-    They are ours, or those of the hub, whose cache names a file by its hash. UserError if one is wrong.
+    They are ours, or the hub's, whose cache names a file by its hash. UserError if one is wrong.
     """
     try:
         record = read_record(hf_dir / WEIGHTS_FILE)

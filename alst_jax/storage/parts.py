@@ -1,4 +1,4 @@
-"""What a save holds. Saving, restoring, `--explain-run` and `convert.verify` all read this table.
+"""The parts of a save. Saving, restoring, `--explain-run` and `convert.verify` all read this table.
 
     DIR/checkpoints/STEP/params/         arrays: all weights, frozen ones too
                          optimizer/      arrays: moments, master weights, the count of updates; not in a conversion

@@ -11,7 +11,7 @@ from jax import lax
 from alst_jax.profile import DEVICE, HOST
 from alst_jax.xla import scopes
 
-CHUNK_BYTES = 2**28  # of each array at a time, when there is no layer dim to walk along
+CHUNK_BYTES = 2**28  # of each array at a time, without a layer dim to walk along
 
 
 def memory_kind(on_host: bool) -> str:

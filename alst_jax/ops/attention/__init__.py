@@ -102,7 +102,7 @@ def attention(
 
     kernel: "xla" (any device and dtype), "cudnn" (GPU, bfloat16 or float16, S a multiple of 128), "flash" (Hopper,
     bfloat16 or float16, any S), "flash-deterministic" (the same, gradients summed in a fixed order), or a `Kernel` of
-    one's own. documents: see `Kernel`. sinks[N]: with spec.sinks, a score of each head beside those of its keys.
+    one's own. documents: see `Kernel`. sinks[N]: with spec.sinks, a score of each head beside the scores of its keys.
     """
     q_, k_, v_, sinks_ = jax.lax.stop_gradient((q, k, v, sinks))
     results = attention_forward(q_, k_, v_, spec, documents, sinks_, kernel=kernel)
@@ -113,7 +113,7 @@ def attention_from(
     q: Array, k: Array, v: Array, results: tuple[Array, Array], spec: AttentionSpec = CAUSAL,
     documents: Array | None = None, sinks: Array | None = None, *, kernel: str | Kernel,
 ) -> Array:
-    """o, where (o, lse) = results are those of `attention_forward` for the same inputs: only the gradient is
+    """o, where (o, lse) = results come from `attention_forward` with the same inputs: only the gradient is
     computed."""
     return _attention_from(spec, find_kernel(kernel), q, k, v, results, documents, sinks)
 

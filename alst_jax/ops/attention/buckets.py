@@ -55,7 +55,7 @@ def buckets_of(length: int, documents: int) -> list[Bucket]:
 def calls_of(lengths: Sequence[int], length: int, documents: int | None = None) -> dict[Bucket, int]:
     """Dense calls of each bucket for documents of these lengths; empty documents need none.
 
-    documents: the number that the program is compiled for; None: as many as there are.
+    documents: the number that the program is compiled for; None: the number of documents.
     """
     buckets = buckets_of(length, len(lengths) if documents is None else documents)
     members = [0] * len(buckets)

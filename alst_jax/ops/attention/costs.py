@@ -1,4 +1,4 @@
-"""What the attention kernels cost: their speed, and bytes of a device in the backward pass. Plain numbers for plans."""
+"""Costs of the attention kernels: their speed, and bytes of a device in the backward pass. Plain numbers for plans."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What a kernel of attention computes, and what a kernel is."""
+"""The specification of attention, and the interface of a kernel."""
 
 import dataclasses
 from collections.abc import Callable
