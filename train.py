@@ -69,8 +69,8 @@ def parse(arguments: list[str]) -> TrainConfig:
 
 
 def out_of_memory(config: TrainConfig, reason: str, job=None) -> str:
-    """The allocation that did not fit, and the flags that are left to try, cheapest first. job: with the profile that ran, which
-    --memory auto may have chosen; None: the flags' profile."""
+    """The allocation that did not fit, and the flags that are left to try, cheapest first. job: with the profile that
+    ran, which --memory auto may have chosen; None: the flags' profile."""
     profile = config.profile("xla", "float32") if job is None else job.profile
     off = [f"--{name.replace('_', '-')}" for name in ("offload_optimizer", "offload_activations", "offload_weights")
            if not getattr(profile, name)]
@@ -163,8 +163,8 @@ def run(config: TrainConfig) -> int:
         run_data.preflight(config, step, job, data)
     checkpoints, state = run_state.begin(config, source, step, data, geometry)
     if state.step > steps:
-        raise UserError(f"--resume: the newest checkpoint is of step {state.step}, beyond --steps {steps}; type --steps "
-                        "with the number to go on to")
+        raise UserError(f"--resume: the newest checkpoint is of step {state.step}, beyond --steps {steps}; type "
+                        "--steps with the number to go on to")
     checkpoints.about = setup.about_run(config, step, job, geometry, choice and choice.plan)
     setup.announce(config, source, step, job, stats, steps, state.step, data)
 

@@ -178,8 +178,8 @@ class InspectionFlags:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(
-    InspectionFlags, PlanFlags, WatchFlags, SavingFlags, NumberFlags, MemoryFlags, TrainingFlags, DeviceFlags, DataFlags,
-    ModelFlags
+    InspectionFlags, PlanFlags, WatchFlags, SavingFlags, NumberFlags, MemoryFlags, TrainingFlags, DeviceFlags,
+    DataFlags, ModelFlags
 ):
     """Train a Llama on long sequences.
 

@@ -163,8 +163,8 @@ def check_saved(flags: type, saved: dict[str, Any], where: str) -> None:
     for name, value in saved.items():
         if not _fits(value, types[name]):
             given = list(value) if isinstance(value, tuple) else value
-            raise UserError(f"{where}: {flag(name)} {shortened(repr(given))} is no value of this flag, and no run writes "
-                            f"it. Set it right, or start a new run with --model on its directory")
+            raise UserError(f"{where}: {flag(name)} {shortened(repr(given))} is no value of this flag, and no run "
+                            f"writes it. Set it right, or start a new run with --model on its directory")
 
 
 def _fits(value: Any, kind: Any) -> bool:

@@ -48,8 +48,8 @@ def _mistakes(config: TrainConfig) -> Iterator[tuple[Any, str]]:
     yield (config.find_max_seq_len and config.lengths,
            "--find-max-seq-len with --lengths: memory is that of the longest; leave --lengths out")
     yield (config.lengths and config.seq_len != max(config.lengths, default=None),
-           f"--lengths {' '.join(map(str, config.lengths))}: the longest of them is the length of a sequence, and --seq-len "
-           f"says {config.seq_len}; leave --seq-len out, or add it to --lengths")
+           f"--lengths {' '.join(map(str, config.lengths))}: the longest of them is the length of a sequence, and "
+           f"--seq-len says {config.seq_len}; leave --seq-len out, or add it to --lengths")
     yield from watch_mistakes(config)
     yield (config.find_max_seq_len and config.pack,
            "--find-max-seq-len with --pack: packed documents need the memory of one as long; leave --pack out")

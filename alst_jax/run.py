@@ -55,8 +55,8 @@ def subject(config: TrainConfig) -> tuple[ModelSource, Planner, Job]:
     if config.attention == "auto" and for_gpu(config):
         print(f"attention {profile.attention}: {attention_kernel(config, dtype, source.config).why}", file=sys.stderr)
     seq_len = ANY_LENGTH if config.find_max_seq_len else check_seq_len(config, source.config)
-    job = Job(debug_model(config, source.config), profile, dp * config.batch_size, padded_length(seq_len, sp, profile), dp,
-              sp, accumulation(config, dp), config.optimizer_states, config.master_weights, freeze=config.freeze)
+    job = Job(debug_model(config, source.config), profile, dp * config.batch_size, padded_length(seq_len, sp, profile),
+              dp, sp, accumulation(config, dp), config.optimizer_states, config.master_weights, freeze=config.freeze)
     if config.plan_only and config.pack and config.pack_attention == "documents":
         job = of_short_documents(job)
     cluster = with_room(cluster, job)
@@ -100,11 +100,11 @@ def debug_model(config: TrainConfig, model: ModelConfig) -> ModelConfig:
     if layers is None:
         return model
     if layers > model.num_layers:
-        raise UserError(f"--debug-attention-layers {layers}: the model has {model.num_layers} layers; give fewer, to leave "
-                        "attention out of the others")
+        raise UserError(f"--debug-attention-layers {layers}: the model has {model.num_layers} layers; give fewer, to "
+                        "leave attention out of the others")
     if config.stack == "plain" or not config.remat:
-        raise UserError("--debug-attention-layers leaves attention out of the layers whose backward pass is written by hand; "
-                        "it needs --stack segments and --remat")
+        raise UserError("--debug-attention-layers leaves attention out of the layers whose backward pass is written by "
+                        "hand; it needs --stack segments and --remat")
     return dataclasses.replace(model, attention_layers=layers)
 
 
@@ -138,12 +138,12 @@ def attention_kernel(config: TrainConfig, dtype: jnp.dtype, model: ModelConfig) 
         config.attention, KERNELS, gpu_of(config), str(dtype), model.head_dim, config.deterministic)
     documents = config.pack and config.pack_attention == "documents"
     if documents and any(rope.needs_length for rope in model.ropes):
-        raise UserError("--pack: this model's rotary embedding (dynamic or longrope) depends on the length of the batch, so "
-                        "that a packed document would not compute what it does alone; use --pack-attention across, or leave "
-                        "--pack out")
+        raise UserError("--pack: this model's rotary embedding (dynamic or longrope) depends on the length of the "
+                        "batch, so that a packed document would not compute what it does alone; use --pack-attention "
+                        "across, or leave --pack out")
     if config.lengths and any(rope.needs_length for rope in model.ropes):
-        raise UserError("--lengths: this model's rotary embedding (dynamic or longrope) depends on the length of the batch, "
-                        "so that a document would compute something else in a shorter one; leave --lengths out")
+        raise UserError("--lengths: this model's rotary embedding (dynamic or longrope) depends on the length of the "
+                        "batch, so that a document would compute something else in a shorter one; leave --lengths out")
     for kind in model.kinds:
         if reason := refusal(chosen.kernel, model.attention_spec(kind), documents):
             raise UserError(f"{reason} (attention {chosen.kernel.name}: {chosen.why})")

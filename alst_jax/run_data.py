@@ -230,16 +230,17 @@ def extended(
         if stats.fullness is not None:
             stats.fullness = stats.fullness.plus(part.stats.fullness)
     if any(part.mixture for part in parts):
-        raise UserError("--add-data and weights of sources (PATH:0.3): the weights say how often each source is met, and "
-                        "an addition would change them; leave the weights out, or start a new run with --model on this "
-                        "run's directory")
+        raise UserError("--add-data and weights of sources (PATH:0.3): the weights say how often each source is met, "
+                        "and an addition would change them; leave the weights out, or start a new run with --model on "
+                        "this run's directory")
     stages = Stages(tuple(len(part.sequences) for part in parts),
                     (0, *(per_step * addition["batches"] for addition in added)))
     return Joined([part.sequences for part in parts]), stats, stages, tuple(added)
 
 
 def additions(config: TrainConfig) -> list[dict[str, Any]]:
-    """Each addition to the data of the run in --out, the one of --add-data last, as run_directory.record_added has it."""
+    """Each addition to the data of the run in --out, the one of --add-data last, as run_directory.record_added has
+    it."""
     if not config.resume:
         return []
     out = pathlib.Path(config.out)
@@ -258,8 +259,8 @@ def additions(config: TrainConfig) -> list[dict[str, Any]]:
     batches = checkpoints.restore_run(step)["data"]["next_index"]  # more than the steps where batches were left out
     checkpoints.close()
     if added and added[-1]["batches"] > batches:
-        raise UserError(f"--add-data: data were added at step {added[-1]['step']} already, and the newest checkpoint is "
-                        f"of step {step}; resume without --add-data to there, then add")
+        raise UserError(f"--add-data: data were added at step {added[-1]['step']} already, and the newest checkpoint "
+                        f"is of step {step}; resume without --add-data to there, then add")
     return [*added, {"data": [str(path) for path in config.add_data], "step": step, "batches": batches}]
 
 

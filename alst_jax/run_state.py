@@ -67,8 +67,8 @@ def begin(
     run_directory.check_same_model(run_directory.saved_model(out), source.config)
     run_directory.check_geometry(loop["geometry"], settings)
     if config.add_data and config.steps is not None and config.steps <= loop["step"]:
-        raise UserError(f"--add-data: the {config.steps} steps of the run are done, so that it would learn nothing of them; "
-                        "name more with --steps")
+        raise UserError(f"--add-data: the {config.steps} steps of the run are done, so that it would learn nothing of "
+                        "them; name more with --steps")
     state = restore(step, data, checkpoints, at)
     checkpoints.remove_remains()  # after the newest one was found to be whole
     run_directory.record_added(out, data.added)

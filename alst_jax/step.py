@@ -158,8 +158,8 @@ class TrainStep:
             return jax.jit(draw, out_shardings=places)(key)
         targets, treedef = jax.tree.flatten(self.param_shardings)
         one = lambda n, place: jax.jit(lambda key: jax.tree.leaves(draw(key))[n], out_shardings=place)(key)
-        return treedef.unflatten([jax.device_put(one(n, place), target)
-                                  for n, (place, target) in enumerate(zip(jax.tree.leaves(places), targets, strict=True))])
+        pairs = enumerate(zip(jax.tree.leaves(places), targets, strict=True))
+        return treedef.unflatten([jax.device_put(one(n, place), target) for n, (place, target) in pairs])
 
     def init_optimizer(self, trained: Params) -> dict[str, Any]:
         """Zero moments and, for narrow weights, their float32 master, made where they will live, a parameter at a
@@ -173,7 +173,8 @@ class TrainStep:
         for n, (leaf, spec) in enumerate(zip(leaves, specs, strict=True)):
             made = jax.shard_map(
                 lambda p, spec=spec: {k: v for k, v in self.optimizer.init_one(fetch(p), spec).items() if k in names},
-                mesh=self.mesh, in_specs=(spec,), out_specs={name: column(self._state_specs, name, n) for name in names})
+                mesh=self.mesh, in_specs=(spec,),
+                out_specs={name: column(self._state_specs, name, n) for name in names})
             places = {name: column(self._optimizer_shardings, name, n) for name in names}
             states.append(jax.jit(made, out_shardings=places)(leaf))
         trees = {name: treedef.unflatten([state[name] for state in states]) for name in names}
@@ -201,11 +202,13 @@ def check_profile(profile: Profile, model: ModelConfig, sp: int) -> None:
             raise UserError(reason)
     segments, layers = profile.segment_layers, model.num_layers
     if len(segments) != 1 and sum(segments) != layers:
-        raise UserError(f"--segment-layers {' '.join(map(str, segments))}: {sum(segments)} layers in all, where the model has "
-                        f"{layers}; give one number for all segments alike, or one each that add up to {layers}")
+        raise UserError(f"--segment-layers {' '.join(map(str, segments))}: {sum(segments)} layers in all, where the "
+                        f"model has {layers}; give one number for all segments alike, or one each that add up to "
+                        f"{layers}")
     kept = profile.keep_attention_on_device + profile.keep_attention_on_host
     if kept > layers:
-        raise UserError(f"--keep-attention-on-device + --keep-attention-on-host = {kept} layers, where the model has {layers}")
+        raise UserError(f"--keep-attention-on-device + --keep-attention-on-host = {kept} layers, where the model has "
+                        f"{layers}")
 
 
 def _with_shardings(tree: Any, shardings: Any) -> Any:

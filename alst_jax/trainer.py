@@ -290,6 +290,6 @@ def _not_finite(step: TrainStep, done: int, problem: NotFinite | Spike, saved: i
                 "--update-in-backward, which would not apply such a step, may help")
     kept = "is where the run began" if not done else "is saved" if saved == done else "is not saved"
     return (f"step {done + 1}: {problem}. The step was not applied; the state before it, step {done}, {kept}. A "
-            f"smaller --learning-rate{'' if step.profile.update_in_backward else ' or --clip-norm'}, or --dtype float32, "
-            "may help.")
+            f"smaller --learning-rate{'' if step.profile.update_in_backward else ' or --clip-norm'}, or --dtype "
+            "float32, may help.")
 

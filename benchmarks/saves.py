@@ -80,7 +80,8 @@ def _measure(shape: tuple[int, ...], itemsize: int, devices: int, dim: int, core
         before, start = _kilobytes("VmRSS"), time.perf_counter()
         checkpoints.save(2, {"large": array}, None, {})
         seconds, memory = time.perf_counter() - start, (_kilobytes("VmHWM") - before) * 1024
-        saved = sum(file.stat().st_size for file in pathlib.Path(folder, "checkpoints", "2").rglob("*") if file.is_file())
+        files = pathlib.Path(folder, "checkpoints", "2").rglob("*")
+        saved = sum(file.stat().st_size for file in files if file.is_file())
     return array.nbytes, seconds, memory, saved
 
 

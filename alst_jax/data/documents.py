@@ -144,9 +144,9 @@ def check_length(stats: Stats, seq_len: int, flag: str, pack: bool = False) -> N
     sequence."""
     check_targets(stats, flag)
     if pack and stats.tokens * 2 < seq_len:
-        raise UserError(f"{flag} is shorter than asked for: {stats.documents} documents have {stats.tokens} tokens in all, "
-                        f"so that more than half of a sequence of {seq_len} would be padding. Use a shorter --seq-len, or "
-                        "more data")
+        raise UserError(f"{flag} is shorter than asked for: {stats.documents} documents have {stats.tokens} tokens in "
+                        f"all, so that more than half of a sequence of {seq_len} would be padding. Use a shorter "
+                        "--seq-len, or more data")
     if not pack and stats.longest * 2 < seq_len:
         fitting = min(-(-stats.longest // 128) * 128, 2 * stats.longest)
         raise UserError(

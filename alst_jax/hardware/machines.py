@@ -13,8 +13,8 @@ from alst_jax.config import UserError
 
 GIB = 2**30
 MEMORY_FRACTION = 0.95  # of a device's memory that jax is given: XLA_CLIENT_MEM_FRACTION, set by environment.py
-# Of a host's memory, left to the operating system, the data and the program; beyond jax's pools 12 GiB were in use at the
-# peak of a run of an 8B model on one H100, save included, 17 on two, and 21 in another before its first step
+# Of a host's memory, left to the operating system, the data and the program; beyond jax's pools 12 GiB were in use at
+# the peak of a run of an 8B model on one H100, save included, 17 on two, and 21 in another before its first step
 # (benchmarks/results). Of a host with less than four thirds of that, a fourth may be pinned all the same.
 HOST_RESERVE = 0.13
 LEAST_RESERVED, MOST_RESERVED = 13 * GIB, 16 * GIB
@@ -134,7 +134,8 @@ class Cluster:
         return f"{self.hosts}x1x{self.per_host}"
 
     def __str__(self) -> str:
-        hosts = f"{self.hosts} hosts of " if self.hosts > 1 else f"{self.used} of " if self.sharing < self.per_host else ""
+        some = f"{self.used} of " if self.sharing < self.per_host else ""
+        hosts = f"{self.hosts} hosts of " if self.hosts > 1 else some
         return f"{hosts}{self.per_host} x {self.machine.name}, {self.host_memory / GIB:.0f} GiB of host memory" + (
             " each" if self.hosts > 1 else "")
 

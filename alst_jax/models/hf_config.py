@@ -65,8 +65,8 @@ def read_config(hf_dir: str | pathlib.Path) -> dict[str, Any]:
     """config.json of a Hugging Face directory. UserError without such a directory, a config.json, or JSON in it."""
     path = pathlib.Path(hf_dir)
     if not path.is_dir():
-        raise UserError(f"{path}: {'it is a file' if path.is_file() else 'no such directory'}; --model takes a Hugging Face model directory, a hub name that can "
-                        "be reached, or a checkpoint")
+        raise UserError(f"{path}: {'it is a file' if path.is_file() else 'no such directory'}; --model takes a Hugging "
+                        "Face model directory, a hub name that can be reached, or a checkpoint")
     file = path / "config.json"
     if not file.is_file():
         refuse_adapter(path)

@@ -53,7 +53,8 @@ class AdamW:
 
     def state_specs(self, specs: Any, params: Any) -> dict[str, Any]:
         """PartitionSpecs of `init`'s result: moments and master are sharded as their parameter."""
-        one = lambda p, spec: {name: form.specs(spec) for name, form in self.formats(p, spec).items()} | {"master": spec}
+        moments = lambda p, spec: {name: form.specs(spec) for name, form in self.formats(p, spec).items()}
+        one = lambda p, spec: moments(p, spec) | {"master": spec}
         return self._per_parameter(one, params, specs) | {"count": P()}
 
     def _per_parameter(self, one: Callable, params: Any, specs: Any) -> dict[str, Any]:

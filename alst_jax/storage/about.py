@@ -71,7 +71,8 @@ def _devices(step: TrainStep) -> dict[str, Any]:
     dp, sp = step.mesh.devices.shape
     device = step.mesh.devices.flat[0]
     return {"kind": device.device_kind, "count": dp * sp, "dp": dp, "sp": sp,
-            "platform": device.client.platform_version, "host": platform.node(), "system": platform.platform(), "cores": os.cpu_count(),
+            "platform": device.client.platform_version, "host": platform.node(), "system": platform.platform(),
+            "cores": os.cpu_count(),
             "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""), "processes": jax.process_count()}
 
 
@@ -107,8 +108,8 @@ def explain(path: str) -> str:
         record = json.loads((folder / FILE).read_text(encoding="utf-8"))
         return "\n".join([*lines, *_lines(record)])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{folder / FILE} is not what a run writes ({error!r}); python -m convert.verify {run_dir} says "
-                        "which files are damaged") from error
+        raise UserError(f"{folder / FILE} is not what a run writes ({error!r}); python -m convert.verify {run_dir} "
+                        "says which files are damaged") from error
 
 
 def _lines(record: dict[str, Any]) -> list[str]:

@@ -231,8 +231,8 @@ def read_added(run_dir: str | pathlib.Path) -> list[dict[str, Any]]:
 def record_added(run_dir: pathlib.Path, added: Iterable[dict[str, Any]]) -> None:
     """Store the additions to the data of a run in DIR/added.json, complete or not at all.
 
-    "data": the paths; "step": the step before the addition; "batches": batches of a step that were read before it, those
-    left out included; "hash": of its sequences.
+    "data": the paths; "step": the step before the addition; "batches": batches of a step that were read before it,
+    those left out included; "hash": of its sequences.
     """
     if list(added) != read_added(run_dir):
         partial = run_dir / f".{ADDED_FILE}"

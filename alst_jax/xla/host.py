@@ -66,7 +66,8 @@ def reserve(gibibytes: int, devices: list[jax.Device]) -> None:
 
     with concurrent.futures.ThreadPoolExecutor(len(devices)) as threads:
         used = list(threads.map(use, devices))
-    # Read when the pieces are free again: the few bytes of pinned memory that this takes would be a new piece beside them.
+    # Read when the pieces are free again: the few bytes of pinned memory that this takes would be a new piece beside
+    # them.
     for number in used:
         float(number)
 

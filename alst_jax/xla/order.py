@@ -1,8 +1,8 @@
 """Order without a barrier: values that the compiler cannot know before an array is computed.
 
-An optimization barrier does not order anything on GPUs, where it is removed before instructions are scheduled; and zeros
-that several loops start from become one operation that makes all of them at once, long before they are needed (measured at
-524,288 tokens: 242 GiB of temporary memory instead of 66).
+An optimization barrier does not order anything on GPUs, where it is removed before instructions are scheduled; and
+zeros that several loops start from become one operation that makes all of them at once, long before they are needed
+(measured at 524,288 tokens: 242 GiB of temporary memory instead of 66).
 """
 
 from collections.abc import Callable

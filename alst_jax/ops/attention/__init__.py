@@ -19,8 +19,8 @@ from alst_jax.ops.attention.spec import AttentionSpec, Kernel
 from alst_jax.xla import scopes
 from alst_jax.xla.varying import vary_like
 
-__all__ = ["KERNELS", "AttentionSpec", "Kernel", "attention", "attention_backward", "attention_forward", "attention_from",
-           "find_kernel", "head_groups", "refusal", "runs_where"]
+__all__ = ["KERNELS", "AttentionSpec", "Kernel", "attention", "attention_backward", "attention_forward",
+           "attention_from", "find_kernel", "head_groups", "refusal", "runs_where"]
 
 KERNELS = {kernel.name: kernel for kernel in (xla.KERNEL, cudnn.KERNEL, flash.KERNEL, flash.DETERMINISTIC)}
 CAUSAL = AttentionSpec()
@@ -57,7 +57,8 @@ def attention_forward(
     if reason := refusal(kernel, spec, documents is not None):
         raise UserError(reason)
     if spec.sinks != (sinks is not None):
-        raise ValueError(f"sinks={spec.sinks} in the AttentionSpec, but {'no' if sinks is None else 'an'} array of sinks")
+        given = "no" if sinks is None else "an"
+        raise ValueError(f"sinks={spec.sinks} in the AttentionSpec, but {given} array of sinks")
     results = kernel.forward(q, k, v, spec, documents)
     return add_sinks(*results, sinks) if spec.sinks else results
 
