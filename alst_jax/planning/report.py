@@ -9,6 +9,7 @@ import jax
 from alst_jax.config import UserError
 from alst_jax.hardware.machines import GIB, Cluster
 from alst_jax.planning.estimate import ledger_of_bytes
+from alst_jax.planning.evaluation import evaluation_line, evaluation_seconds
 from alst_jax.planning.footprint import peak
 from alst_jax.planning.job import Job, Term, total
 from alst_jax.planning.plan import ESTIMATED, Choice, Plan
@@ -37,6 +38,8 @@ def report(planner: Planner, job: Job) -> str:
     if config.json:
         found = {"max_seq_len": choice.job.length} if config.find_max_seq_len else {}
         host_memory = planner.cluster and planner.cluster.host_memory
+        if config.eval_long is not None and planner.cluster is not None:
+            found["evaluation_seconds"] = evaluation_seconds(config, choice.job, planner.cluster)
         fits = not plan.lacks and not (planner.cluster and host_outgrown(choice, planner.cluster))
         return json.dumps(json.loads(plan.to_json()) | {"flags": describe(choice.job), "seq_len": choice.job.length,
             "process_bytes": process, "host_memory": host_memory, "fits": fits} | found)
@@ -47,6 +50,8 @@ def report(planner: Planner, job: Job) -> str:
         lines.append(describe_process(choice, planner.cluster))
         if outgrown := host_outgrown(choice, planner.cluster):
             lines.append(f"warning: {outgrown}")
+    if config.eval_long is not None:
+        lines.append(evaluation_line(config, choice.job, planner.cluster))
     if config.find_max_seq_len:
         lines.insert(0, f"longest sequence: {choice.job.length:,} tokens, with {describe(choice.job)}")
     if config.explain:
@@ -85,6 +90,8 @@ def announce_plan(planner: Planner, choice: Choice, seconds: float) -> None:
     print(f"plan    {choice.plan.line()}; made in {seconds:.0f} s\n        {describe_process(choice, planner.cluster)}")
     if planner.config.debug_attention_layers is not None:
         print(describe_debug(choice.job.model))
+    if planner.config.eval_long is not None:
+        print(f"        {evaluation_line(planner.config, choice.job, planner.cluster)}")
     if planner.config.memory == "auto":
         print(f"        {choice.explain()}", flush=True)
 
