@@ -14,6 +14,7 @@ from alst_jax.at_length.tasks import Writer, make_cases
 from alst_jax.at_length.words import short
 from alst_jax.config import IGNORED, TrainConfig, UserError
 from alst_jax.data.documents import Cutting
+from alst_jax.data.pieces import Sequence
 from alst_jax.data.prepare import cut_sources
 from alst_jax.extend_flags import REFERENCE
 from alst_jax.metrics import MetricsLog
@@ -38,16 +39,24 @@ def with_evaluation(config: TrainConfig, source: ModelSource, job: Job, data: Da
     for kind in job.model.kinds:
         if reason := refusal(find_kernel(job.profile.attention), job.model.attention_spec(kind), documents=True):
             raise UserError(f"--eval-long puts several texts into one sequence: {reason}")
-    given = () if config.eval_long == REFERENCE else (config.eval_long,)
-    cutting = Cutting(source.tokenizer, config.seq_len, source.config.vocab_size, labels_of(config), config.skip_bad_records)
-    ((pieces, stats),) = cut_sources(given, reading_of(config, held_out=True), "--eval-long", cutting, cache_of(config)).values()
-    texts = choose_texts(pieces, config.seq_len, config.eval_long_sequences, f"--eval-long {config.eval_long}", stats.longest)
-    writer = Writer.of(source.tokenizer, np.asarray(pieces.source.tokens[: HAYSTACK * config.seq_len]))
+    texts, hay = held_out_texts(config, source)
+    writer = Writer.of(source.tokenizer, hay)
     cases = make_cases(writer, config.seq_len, config.eval_long_samples, config.seed)
     alike = any(rope.needs_length for rope in job.model.ropes)
     shape = Shape(job.rows, job.length, job.dp, pad_token(source.tokenizer), alike)
     return dataclasses.replace(data, long=Evaluation.of(
         texts, cases, config.eval_long_context, shape, pathlib.Path(config.out)))
+
+
+def held_out_texts(config: TrainConfig, source: ModelSource) -> tuple[list[Sequence], np.ndarray]:
+    """(sequences of --seq-len tokens of --eval-long, the tokens of its documents). UserError if they are too short."""
+    given = () if config.eval_long == REFERENCE else (config.eval_long,)
+    cutting = Cutting(source.tokenizer, config.seq_len, source.config.vocab_size, labels_of(config), config.skip_bad_records)
+    reading = reading_of(config, held_out=True)
+    ((pieces, stats),) = cut_sources(given, reading, "--eval-long", cutting, cache_of(config)).values()
+    flag = f"--eval-long {config.eval_long}"
+    texts = choose_texts(pieces, config.seq_len, config.eval_long_sequences, flag, stats.longest)
+    return texts, np.asarray(pieces.source.tokens[: HAYSTACK * config.seq_len])
 
 
 def begin(
