@@ -10,6 +10,7 @@ from alst_jax.config import IGNORED
 from alst_jax.ops.cross_entropy import LogitScaling, token_losses
 from alst_jax.profile import Profile
 from tests.helpers import PLAIN, initial, make_step, packed, random_batch, tiny
+from tests.mesh.test_families_profiles import FIELDS, model_of
 
 FEATURES = Profile(loss_tile=5, mlp_tile=7, remat=True, offload_activations=True, offload_weights=True, head_chunks=2,
                    segment_layers=(2,))
@@ -59,3 +60,18 @@ def test_packed_documents_are_those_alone():
     one, other = (step.token_losses(*params, step.put_batch(**batch)).losses for batch in (together, alone))
     learned = lambda losses, batch: np.asarray(losses)[batch["labels"] != IGNORED]
     np.testing.assert_allclose(learned(one, together), learned(other, alone), rtol=1e-5, atol=1e-5)
+
+
+FAMILIES = [pytest.param(name, marks=() if name == "gemma3_text" else pytest.mark.slow) for name in FIELDS]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family):
+    """Packed, on four devices and with every feature, the losses add up to the loss of the documents alone. Families whose
+    rotary embedding depends on the length take whole rows."""
+    model = model_of(family)
+    together, one_a_row = packed([[64], [64]] if any(r.needs_length for r in model.ropes) else [[20, 44], [33, 31]], 64, 2)
+    step, plain = make_step(model, 2, 2, FEATURES), make_step(model)
+    found = step.token_losses(*step.split(initial(step)), step.put_batch(**together))
+    total = plain.loss(*plain.split(initial(plain)), plain.put_batch(**one_a_row), jnp.float32(1))
+    assert np.asarray(found.losses).sum() == pytest.approx(float(total), rel=1e-5)
