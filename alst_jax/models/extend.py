@@ -53,6 +53,10 @@ def extended(raw: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
     own, *others = _settings(fields, family)
     if config.rope_scaling is None:
         new, new_length = own | {"rope_theta": config.rope_theta}, max(length, config.seq_len or 0)
+        if own["rope_type"] in ("dynamic", "longrope"):
+            new_length = length  # these scalings are computed from it
+        elif own["rope_type"] in ("yarn", "llama3"):
+            new.setdefault(ORIGINAL, length)  # what it is read as where it is not given
     else:
         _check(config, own["rope_type"], family.model_type, length)
         new = {"rope_type": config.rope_scaling, "rope_theta": own["rope_theta"], "factor": config.rope_factor}

@@ -1,6 +1,7 @@
 # pytest tests/parity/test_extend_parity.py
 """Each --rope-scaling: config.json as it is exported gives transformers the logits of ours, beyond the old length."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -79,6 +80,10 @@ def test_theta_keeps_the_scaling():
     scaled = SHAPE | dict(model_type="llama", rope_theta=1e4, rope_scaling=dict(type="linear", factor=2.0))
     new = parse_config(extended(scaled, TrainConfig(rope_theta=9e4, seq_len=NEW)), "new")
     assert (new.rope.rope_type, new.rope.factor, new.rope.theta, new.max_position_embeddings) == ("linear", 2.0, 9e4, NEW)
+    for scaling, at_most in (("yarn", NEW), ("dynamic", OLD)):  # computed from the old length, whether or not it is given
+        raw = SHAPE | dict(model_type="llama", rope_theta=1e4, rope_scaling=dict(type=scaling, factor=2.0))
+        before, after = parse_config(raw, "old"), parse_config(extended(raw, TrainConfig(rope_theta=9e4, seq_len=NEW)), "new")
+        assert after.rope == dataclasses.replace(before.rope, theta=9e4) and after.max_position_embeddings == at_most
 
 
 @pytest.mark.parametrize("changes,flags,message", [

@@ -1,7 +1,10 @@
 # pytest tests/unit/test_at_length.py
 """The evaluation at length by hand: windows and key tokens of LongPPL, each generated task, loss by position, pictures."""
 
+import collections
+import dataclasses
 import math
+import pathlib
 import re
 import xml.etree.ElementTree
 
@@ -9,13 +12,18 @@ import numpy as np
 import pytest
 
 from alst_jax.at_length import longppl, pictures, tasks, words
-from alst_jax.at_length.evaluation import Packed, Results, Shape, choose_texts
+from alst_jax.at_length.evaluation import Evaluation, Packed, Results, Shape, choose_texts
 from alst_jax.at_length.longppl import LongPpl, Window
 from alst_jax.at_length.positions import bands, curve, doublings
 from alst_jax.config import IGNORED, TrainConfig, UserError
 from alst_jax.data.pieces import Pieces, Sequence, Tokenised
 from alst_jax.data.tokenizer import byte_tokenizer
 from alst_jax.flag_checks import check_run
+from alst_jax.hardware.machines import parse_cluster
+from alst_jax.planning.evaluation import documents, evaluation_line, evaluation_seconds
+from alst_jax.planning.job import Job
+from alst_jax.profile import Profile
+from tests.helpers import tiny
 
 # ------------------------------------------------------------------------------------------------------------- LongPPL
 
@@ -190,6 +198,21 @@ def test_batches_of_documents_alike():
     assert len(alike) == 8 and all(len({sizes[i] for group in alike[at : at + 2] for i in group}) == 1 for at in (0, 2, 4, 6))
     mixed = Packed.of(sequences, Shape(2, 8, 1, 0)).groups
     assert sorted(sum(mixed, [])) == list(range(8)) and len(mixed) == 6
+
+
+def test_the_plan_counts_what_is_read(writer):
+    config = TrainConfig(eval_long="f", eval_long_sequences=3, eval_long_samples=2, eval_long_context=512)
+    texts = [Sequence(np.zeros(2048, np.int32), np.zeros(2048, np.int32))] * 3
+    read = Evaluation.of(texts, tasks.make_cases(writer, 2048, 2, 0), 512, Shape(1, 2048, 1, 0), pathlib.Path())
+    planned = documents(config, 2048)
+    sizes = collections.Counter(sequence.tokens.size for sequence in read.packed.sequences)
+    assert planned - sizes == {256: 2}, "the variables have no room in 256 tokens"
+    assert not sizes - planned and sizes[2048] == 3 + 2 * (5 + 3) and sizes[640] == 3 * 12
+
+    job, cluster = Job(tiny(), Profile(attention="flash", compute_dtype="bfloat16"), 1, 2048), parse_cluster("H100-80")
+    once, twice = (evaluation_seconds(dataclasses.replace(config, eval_long_samples=n), job, cluster) for n in (0, 2))
+    assert 0 < once < twice
+    assert "before the first step and at the end" in evaluation_line(config, job, cluster)
 
 
 @pytest.mark.parametrize("flags,message", [
