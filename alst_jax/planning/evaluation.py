@@ -6,9 +6,10 @@ from alst_jax.at_length.longppl import windows
 from alst_jax.at_length.tasks import cells
 from alst_jax.config import TrainConfig
 from alst_jax.hardware.machines import Cluster
+from alst_jax.ops.attention import costs
 from alst_jax.planning.footprint import state_bytes
 from alst_jax.planning.job import Job
-from alst_jax.planning.seconds import EXPOSED, MATMUL, attention_speed
+from alst_jax.planning.seconds import EXPOSED, MATMUL
 
 
 def documents(config: TrainConfig, length: int) -> collections.Counter[int]:
@@ -30,7 +31,7 @@ def evaluation_seconds(config: TrainConfig, job: Job, cluster: Cluster) -> float
     matmuls = 2.0 * tokens * (model.num_layers * layer + model.vocab_size * d) * width / (MATMUL * machine.peak_flops)
     attention = sum(
         count * 4.0 * model.num_heads * h * model.causal_pairs(size)
-        / attention_speed(job.profile.attention, "forward", size, machine.peak_flops, packed=True)
+        / costs.speed(job.profile.attention, "forward", size, machine.peak_flops, packed=True)
         for size, count in sizes.items())
     batches = -(-tokens // (job.rows * job.length))
     copies = batches * state_bytes(job)[0] / machine.host_link if job.profile.offload_weights else 0.0
