@@ -179,8 +179,8 @@ class InspectionFlags:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(
-    InspectionFlags, PlanFlags, WatchFlags, SavingFlags, NumberFlags, MemoryFlags, TrainingFlags, DeviceFlags, ExtendFlags,
-    DataFlags, ModelFlags
+    InspectionFlags, PlanFlags, WatchFlags, SavingFlags, NumberFlags, MemoryFlags, TrainingFlags, DeviceFlags,
+    ExtendFlags, DataFlags, ModelFlags
 ):
     """Train a Llama on long sequences.
 

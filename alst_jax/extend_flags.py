@@ -36,8 +36,8 @@ class ExtendFlags:
 def extend_mistakes(config: Any) -> Iterator[tuple[Any, str]]:
     """(whether the flags are wrong, message) for each rule. config: all flags of the run."""
     yield (config.rope_scaling is not None and config.rope_factor is None,
-           f"--rope-scaling {config.rope_scaling} stretches the positions by a factor: add --rope-factor, the new length "
-           "divided by the model's own")
+           f"--rope-scaling {config.rope_scaling} stretches the positions by a factor: add --rope-factor, the new "
+           "length divided by the model's own")
     yield (config.rope_factor is not None and config.rope_scaling is None,
            f"--rope-factor {config.rope_factor} has no meaning without --rope-scaling: add yarn, linear, llama3 or "
            "dynamic")

@@ -51,7 +51,8 @@ def with_evaluation(config: TrainConfig, source: ModelSource, job: Job, data: Da
 def held_out_texts(config: TrainConfig, source: ModelSource) -> tuple[list[Sequence], np.ndarray]:
     """(sequences of --seq-len tokens of --eval-long, the tokens of its documents). UserError if they are too short."""
     given = () if config.eval_long == REFERENCE else (config.eval_long,)
-    cutting = Cutting(source.tokenizer, config.seq_len, source.config.vocab_size, labels_of(config), config.skip_bad_records)
+    cutting = Cutting(source.tokenizer, config.seq_len, source.config.vocab_size, labels_of(config),
+                      config.skip_bad_records)
     reading = reading_of(config, held_out=True)
     ((pieces, stats),) = cut_sources(given, reading, "--eval-long", cutting, cache_of(config)).values()
     flag = f"--eval-long {config.eval_long}"
@@ -62,8 +63,8 @@ def held_out_texts(config: TrainConfig, source: ModelSource) -> tuple[list[Seque
 def begin(
     config: TrainConfig, source: ModelSource, step: TrainStep, state: TrainState, data: Data, log: MetricsLog
 ) -> None:
-    """Before the first step: the first batch with and without the scaling, and the evaluation at length. A resumed run has
-    both behind it."""
+    """Before the first step: the first batch with and without the scaling, and the evaluation at length. A resumed run
+    has both behind it."""
     say = lambda text: print(text, flush=True)
     if data.long is not None:
         say(f"long    --eval-long {config.eval_long}: {data.long.summary()}")
@@ -115,14 +116,15 @@ def _meaning(rows: list[tuple[int, float, float]], known: int, guess: float) -> 
     lines = []
     if within and max(new - old for _, new, old in within) > WORSE:
         where, new, old = max(within, key=lambda row: row[1] - row[2])
-        lines.append(f"warning: below position {where:,} the flags raise the loss from {old:.2f} to {new:.2f}: the model does "
-                     "not recognise the stretched positions yet and has to learn them. yarn raises it least; a smaller "
-                     "--rope-factor too. A loss that stays there after some hundred steps says that they are too few, or "
-                     "the learning rate too small")
+        lines.append(f"warning: below position {where:,} the flags raise the loss from {old:.2f} to {new:.2f}: the model "
+                     "does not recognise the stretched positions yet and has to learn them. yarn raises it least, and "
+                     "a smaller --rope-factor less. A loss that stays there after some hundred steps says that they "
+                     "are too few, or the learning rate too small")
     if beyond and min(new - old for _, new, old in beyond) > -0.01:
-        lines.append(f"warning: beyond the model's {known:,} positions the flags lower the loss nowhere: they are of no use "
-                     "for these data yet")
+        lines.append(f"warning: beyond the model's {known:,} positions the flags lower the loss nowhere: they are of no "
+                     "use for these data yet")
     if rows and min(new for _, new, _ in rows) > 0.9 * guess:
-        lines.append(f"warning: a loss near {guess:.2f} is that of a model that knows nothing of the text, at any position: "
-                     "its weights or its tokenizer are not the right ones, or it was not trained; no scaling mends that")
+        lines.append(f"warning: a loss near {guess:.2f} is that of a model that knows nothing of the text, at any "
+                     "position: its weights or its tokenizer are not the right ones, or it was not trained; no scaling "
+                     "mends that")
     return lines or [f"rope    a first loss within {WORSE} of the unscaled one is good: training goes on from there"]

@@ -126,8 +126,8 @@ def check(options: Options) -> None:
         with torch.no_grad():
             hidden = model.model(torch.tensor(text.tokens, device=device)[None].long()).last_hidden_state[0]
             labels = torch.tensor(text.labels, device=device).long()
-            parts = [torch.nn.functional.cross_entropy(model.lm_head(hidden[at : at + 1024]).float(), labels[at : at + 1024],
-                                                       reduction="none") for at in range(0, len(labels), 1024)]
+            loss = torch.nn.CrossEntropyLoss(reduction="none")
+            parts = [loss(model.lm_head(h).float(), label) for h, label in zip(hidden.split(1024), labels.split(1024))]
         losses.append(torch.cat(parts).cpu().numpy())
     after = json.loads(sorted((options.out / "long").glob("step-*.json"))[-1].read_text())
     borders = [0, *(band["stop"] for band in after["bands"])]

@@ -1,7 +1,7 @@
 """The evaluation at length: which sequences a run reads for it, and what their losses say.
 
-All sequences, those of held-out text, the short contexts of LongPPL and the generated cases, are packed as documents into
-the shape of a training batch. So one program, with the run's own profile, computes the losses of all of them.
+All sequences, those of held-out text, the short contexts of LongPPL and the generated cases, are packed as documents
+into the shape of a training batch. So one program, with the run's own profile, computes the losses of all of them.
 """
 
 import dataclasses
@@ -78,13 +78,12 @@ class Packed:
         found: dict[int, Losses] = {}
         ends = np.cumsum([len(group) for group in self.groups])
         order = np.concatenate([np.asarray(group, np.int64) for group in self.groups])
-        packs = Packs(self.sequences, Groups(order, ends))
-        packing = self.shape.dp, self.most
-        batches = evaluation_batches(_Rows(packs, self.groups), self.shape.length, self.shape.rows, self.shape.pad, packing)
+        rows, shape = _Rows(Packs(self.sequences, Groups(order, ends)), self.groups), self.shape
+        batches = evaluation_batches(rows, shape.length, shape.rows, shape.pad, (shape.dp, self.most))
         for first, batch in enumerate(batches):
             results = step.token_losses(state.trained, state.frozen, step.put_batch(**batch))
             losses, hits = np.asarray(results.losses), np.asarray(results.hits)
-            for row, group in enumerate(self.groups[first * self.shape.rows :][: self.shape.rows]):
+            for row, group in enumerate(self.groups[first * shape.rows :][: shape.rows]):
                 at = 0
                 for number in group:
                     size = self.sequences[number].tokens.size
@@ -132,7 +131,8 @@ class Results:
 
     def as_json(self) -> dict[str, Any]:
         found = self.long_ppl
-        long_ppl = found and {"long_ppl": found.value, "keys": found.keys, "perplexity": found.usual, "judged": found.judged}
+        long_ppl = found and {
+            "long_ppl": found.value, "keys": found.keys, "perplexity": found.usual, "judged": found.judged}
         return {"step": self.step, "seconds": self.seconds, "bands": [band._asdict() for band in self.bands],
                 "curve": [band._asdict() for band in self.curve], "long_ppl": long_ppl,
                 "cells": [dataclasses.asdict(cell) for cell in self.cells]}
@@ -150,7 +150,9 @@ class Evaluation:
     out: pathlib.Path
 
     @staticmethod
-    def of(texts: list[Sequence], cases: list[tasks.Case], context: int, shape: Shape, out: pathlib.Path) -> "Evaluation":
+    def of(
+        texts: list[Sequence], cases: list[tasks.Case], context: int, shape: Shape, out: pathlib.Path
+    ) -> "Evaluation":
         windows = longppl.windows(texts[0].tokens.size, context)
         short = [longppl.cut(text, window) for text in texts for window in windows]
         packed = Packed.of([*texts, *short, *(case.sequence for case in cases)], shape)
@@ -159,8 +161,8 @@ class Evaluation:
     def summary(self) -> str:
         """The texts, windows and cases, and the sequences of the run's length that they fill."""
         short_contexts = len(self.windows) * len(self.texts)
-        return (f"{len(self.texts)} texts of {self.texts[0].tokens.size:,} tokens, {short_contexts:,} short contexts of "
-                f"LongPPL, {len(self.cases)} generated cases: {len(self.packed.groups)} sequences at each evaluation")
+        return (f"{len(self.texts)} texts of {self.texts[0].tokens.size:,} tokens, {short_contexts:,} short contexts "
+                f"of LongPPL, {len(self.cases)} generated cases: {len(self.packed.groups)} sequences at each evaluation")
 
     def __call__(self, step: TrainStep, state: TrainState, say: Callable[[str], None]) -> dict[str, float]:
         """Judge the model: say a table, write OUT/long/step-N.json and the pictures. Returns the metrics."""
@@ -199,6 +201,6 @@ def choose_texts(pieces: Any, length: int, count: int, flag: str, longest: int) 
     """
     whole = np.flatnonzero(pieces.lengths == length)
     if not whole.size:
-        raise UserError(f"{flag}: its longest document has {longest:,} tokens, and a loss at {length:,} (--seq-len) needs "
-                        "a document as long; use longer documents or a shorter --seq-len")
+        raise UserError(f"{flag}: its longest document has {longest:,} tokens, and a loss at {length:,} (--seq-len) "
+                        "needs a document as long; use longer documents or a shorter --seq-len")
     return [pieces[int(i)] for i in whole[np.unique(np.linspace(0, whole.size - 1, count).round().astype(int))]]

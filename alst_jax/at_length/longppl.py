@@ -1,13 +1,13 @@
-"""LongPPL: the perplexity of the tokens that need the long context (arXiv 2410.23771, "What is Wrong with Perplexity for
-Long-context Language Modeling?").
+"""LongPPL: the perplexity of the tokens that need the long context (arXiv 2410.23771, "What is Wrong with Perplexity
+for Long-context Language Modeling?").
 
 A token is a key token if the whole context makes it likelier than the last K tokens do, and it is likely:
 
     loss(token | K tokens) - loss(token | all tokens before) > 2     the gain of its log-probability
     loss(token | all tokens before) < 2                              its log-probability is above -2
 
-LongPPL = exp(mean loss of the key tokens, given all tokens before). As in the paper's own program, the short context is a
-window that moves on by K / 4 tokens (1,024 of 4,096): a token sees K to K + K / 4 - 1 tokens. Here the model that is
+LongPPL = exp(mean loss of the key tokens, given all tokens before). As in the paper's own program, the short context is
+a window that moves on by K / 4 tokens (1,024 of 4,096): a token sees K to K + K / 4 - 1 tokens. Here the model that is
 judged chooses the key tokens itself, so that another model has others: their number is told too.
 """
 

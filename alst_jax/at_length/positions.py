@@ -24,8 +24,8 @@ class Band(NamedTuple):
 
 
 def doublings(length: int) -> list[int]:
-    """Borders of bands, each as long as all before it: 0, ..., length / 4, length / 2, length; the first is 1,024 or, of
-    short sequences, length / 64."""
+    """Borders of bands, each as long as all before it: 0, ..., length / 4, length / 2, length; the first is 1,024 or,
+    of short sequences, length / 64."""
     borders = [length]
     while borders[0] // 2 >= min(1024, max(16, length // 64)):
         borders.insert(0, borders[0] // 2)

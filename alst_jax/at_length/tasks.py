@@ -1,5 +1,5 @@
-"""Generated tasks: a text of a given length, the answer at its end. No decoding: the loss of the answer, and whether each
-of its tokens has the largest logit after the ones before it (teacher-forced exact match).
+"""Generated tasks: a text of a given length, the answer at its end. No decoding: the loss of the answer, and whether
+each of its tokens has the largest logit after the ones before it (teacher-forced exact match).
 
 needle     a sentence with a number, at a given depth of the haystack; the answer is the number
 variables  VAR A = 12345, VAR B = VAR A, ..., between other such chains; the answer is the value of the last one
@@ -143,8 +143,8 @@ def cells(length: int) -> Iterator[tuple[str, int, float | None]]:
 
 
 def make_cases(writer: Writer, length: int, samples: int, seed: int) -> list[Case]:
-    """`samples` cases for each cell: the same for the same seed, text and tokenizer. Lengths that a task's own words would
-    fill are left out. UserError if that is all of them."""
+    """`samples` cases for each cell: the same for the same seed, text and tokenizer. Lengths that a task's own words
+    would fill are left out. UserError if that is all of them."""
     cases = []
     for number, (task, size, depth) in enumerate(cells(length)):
         for sample in range(samples):
@@ -153,8 +153,8 @@ def make_cases(writer: Writer, length: int, samples: int, seed: int) -> list[Cas
     made = [case for case in cases if case is not None]
     missing = [task for task in TASKS if not any(case.task == task for case in made)] if samples else []
     if missing:
-        raise UserError(f"--eval-long: {length:,} tokens (--seq-len) are too few for the task {missing[0]}: its own words "
-                        "would fill more than half of them; use longer sequences, or --eval-long-samples 0")
+        raise UserError(f"--eval-long: {length:,} tokens (--seq-len) are too few for the task {missing[0]}: its own "
+                        "words would fill more than half of them; use longer sequences, or --eval-long-samples 0")
     return made
 
 

@@ -99,7 +99,8 @@ def _check(config: TrainConfig, kind: str, family: str, length: int) -> None:
                         "from its config.json")
     if config.seq_len is not None and config.seq_len > length * config.rope_factor:
         raise UserError(f"{given}: the model's {length:,} positions become {round(length * config.rope_factor):,}, and "
-                        f"--seq-len {config.seq_len} is beyond; use --rope-factor {-(-config.seq_len // length)} or more")
+                        f"--seq-len {config.seq_len} is beyond; use --rope-factor {-(-config.seq_len // length)} or "
+                        "more")
 
 
 def longest(model: ModelConfig) -> int:

@@ -75,8 +75,8 @@ def token_losses(
     h: Float[Array, "T D"], table: Float[Array, "V D"], labels: Int[Array, "T"], tile: int | None,
     scaling: LogitScaling = AS_THEY_ARE,
 ) -> TokenLosses:
-    """The terms of `cross_entropy`, `tile` tokens at a time: the logits of one tile exist at a time. Of equal logits the
-    first one counts as the largest."""
+    """The terms of `cross_entropy`, `tile` tokens at a time: the logits of one tile exist at a time. Of equal logits
+    the first one counts as the largest."""
     def of_tile(h, table, labels):
         logits = scaling(_logits(h, table))
         losses = _token_losses(logits, labels)[0].astype(jnp.float32)

@@ -31,13 +31,14 @@ def test_a_run_and_its_resume(flags, tmp_path, capsys):
     assert "step 0: judged at 512 tokens" in out and "step 2: judged at 512 tokens" in out
     config = AutoConfig.from_pretrained(tmp_path / "run" / "hf")
     assert config.max_position_embeddings == LONG
-    assert {name: config.rope_parameters[name] for name in ("rope_type", "factor", "original_max_position_embeddings")} == {
-        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+    rope = config.rope_parameters
+    assert (rope["rope_type"], rope["factor"], rope["original_max_position_embeddings"]) == ("yarn", 4.0, 128)
     first, *_, last = metrics(tmp_path / "run")
     assert (first["event"], first["step"]) == ("long", 0) and "event" not in last
     assert last["long_loss/256-512"] < first["long_loss/256-512"] and last["long_key_tokens"] >= 0
     folder = tmp_path / "run" / "long"
-    assert {"step-00000000.json", "step-00000002.json", "needle.svg", "loss-by-position.svg"} <= {p.name for p in folder.iterdir()}
+    names = {"step-00000000.json", "step-00000002.json", "needle.svg", "loss-by-position.svg"}
+    assert names <= {p.name for p in folder.iterdir()}
 
     assert run_here("--resume", "--out", tmp_path / "run", "--steps", 3) == 0
     out, _ = capsys.readouterr()

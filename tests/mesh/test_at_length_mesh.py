@@ -23,7 +23,7 @@ ROPES = {"default": RopeConfig(), "dynamic": RopeConfig("dynamic", factor=4.0, m
 
 def material():
     tokenizer = byte_tokenizer()
-    text = np.asarray(tokenizer("A dark night, and rain on all the roofs of the old town. " * 40)["input_ids"], np.int32)
+    text = np.asarray(tokenizer("A dark night, and rain on all the roofs of the town. " * 40)["input_ids"], np.int32)
     rng = np.random.default_rng(0)
     drawn = rng.integers(0, 200, (3, LENGTH + 1)).astype(np.int32)
     texts = [Sequence(row[:-1], np.where(rng.random(LENGTH) < 0.1, IGNORED, row[1:]).astype(np.int32)) for row in drawn]

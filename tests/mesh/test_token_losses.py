@@ -67,10 +67,11 @@ FAMILIES = [pytest.param(name, marks=() if name == "gemma3_text" else pytest.mar
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family(family):
-    """Packed, on four devices and with every feature, the losses add up to the loss of the documents alone. Families whose
-    rotary embedding depends on the length take whole rows."""
+    """Packed, on four devices and with every feature, the losses add up to the loss of the documents alone. Families
+    whose rotary embedding depends on the length take whole rows."""
     model = model_of(family)
-    together, one_a_row = packed([[64], [64]] if any(r.needs_length for r in model.ropes) else [[20, 44], [33, 31]], 64, 2)
+    whole = any(rope.needs_length for rope in model.ropes)
+    together, one_a_row = packed([[64], [64]] if whole else [[20, 44], [33, 31]], 64, 2)
     step, plain = make_step(model, 2, 2, FEATURES), make_step(model)
     found = step.token_losses(*step.split(initial(step)), step.put_batch(**together))
     total = plain.loss(*plain.split(initial(plain)), plain.put_batch(**one_a_row), jnp.float32(1))

@@ -60,7 +60,8 @@ def test_transformers_reads_the_export(flags, trained, tmp_path):
 
 
 @pytest.mark.parametrize("family,fields", [
-    ("gemma3_text", dict(rope_theta=1e6, rope_local_base_freq=1e4)), ("gemma3_text", {}), ("olmo3", dict(rope_theta=5e5))])
+    ("gemma3_text", dict(rope_theta=1e6, rope_local_base_freq=1e4)), ("gemma3_text", {}),
+    ("olmo3", dict(rope_theta=5e5))])
 def test_the_rope_of_sliding_windows_stays(family, fields):
     raw = SHAPE | dict(model_type=family, num_hidden_layers=6, head_dim=8) | fields
     old = parse_config(raw, "old")
@@ -79,16 +80,20 @@ def test_the_rope_of_sliding_windows_stays(family, fields):
 def test_theta_keeps_the_scaling():
     scaled = SHAPE | dict(model_type="llama", rope_theta=1e4, rope_scaling=dict(type="linear", factor=2.0))
     new = parse_config(extended(scaled, TrainConfig(rope_theta=9e4, seq_len=NEW)), "new")
-    assert (new.rope.rope_type, new.rope.factor, new.rope.theta, new.max_position_embeddings) == ("linear", 2.0, 9e4, NEW)
-    for scaling, at_most in (("yarn", NEW), ("dynamic", OLD)):  # computed from the old length, whether or not it is given
+    assert (new.rope.rope_type, new.rope.factor, new.rope.theta) == ("linear", 2.0, 9e4)
+    assert new.max_position_embeddings == NEW
+    for scaling, at_most in (("yarn", NEW), ("dynamic", OLD)):  # computed from the old length, given or not
         raw = SHAPE | dict(model_type="llama", rope_theta=1e4, rope_scaling=dict(type=scaling, factor=2.0))
-        before, after = parse_config(raw, "old"), parse_config(extended(raw, TrainConfig(rope_theta=9e4, seq_len=NEW)), "new")
+        before = parse_config(raw, "old")
+        after = parse_config(extended(raw, TrainConfig(rope_theta=9e4, seq_len=NEW)), "new")
         assert after.rope == dataclasses.replace(before.rope, theta=9e4) and after.max_position_embeddings == at_most
 
 
 @pytest.mark.parametrize("changes,flags,message", [
-    ({}, dict(rope_scaling="yarn", rope_factor=2.0, seq_len=65), "32 positions become 64, and --seq-len 65 is beyond; use --rope-factor 3"),
-    (dict(rope_scaling=dict(rope_type="linear", factor=2.0)), dict(rope_scaling="yarn", rope_factor=2.0), "scaled already"),
+    ({}, dict(rope_scaling="yarn", rope_factor=2.0, seq_len=65),
+     "32 positions become 64, and --seq-len 65 is beyond; use --rope-factor 3"),
+    (dict(rope_scaling=dict(rope_type="linear", factor=2.0)), dict(rope_scaling="yarn", rope_factor=2.0),
+     "scaled already"),
     (dict(model_type="phi3"), dict(rope_scaling="linear", rope_factor=2.0), "Phi-3 has no such scaling"),
 ])
 def test_what_contradicts_is_refused(changes, flags, message):

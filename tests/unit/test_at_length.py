@@ -1,5 +1,6 @@
 # pytest tests/unit/test_at_length.py
-"""The evaluation at length by hand: windows and key tokens of LongPPL, each generated task, loss by position, pictures."""
+"""The evaluation at length by hand: windows and key tokens of LongPPL, each generated task, loss by position,
+pictures."""
 
 import collections
 import dataclasses
@@ -47,8 +48,8 @@ def test_each_label_has_the_loss_of_one_window():
 
 
 def test_key_tokens_and_longppl():
-    """Of six labels: no short context; gained 2.5 and likely; gained 1.9; gained 3 but unlikely (2.1 nats); gained 2.2 with
-    1.9 nats; gained 5, but no label."""
+    """Of six labels: no short context; gained 2.5 and likely; gained 1.9; gained 3 but unlikely (2.1 nats); gained 2.2
+    with 1.9 nats; gained 5, but no label."""
     long = np.float32([0.1, 0.5, 0.1, 2.1, 1.9, 0.0])
     short = np.float32([np.nan, 3.0, 2.0, 5.1, 4.1, 5.0])
     labels = np.int32([1, 1, 1, 1, 1, IGNORED])
@@ -134,8 +135,8 @@ def test_cases_depend_on_the_seed_alone(writer):
 def test_scores():
     """Two cases of one cell: an answer of two tokens, right in both; one of two with one of them wrong."""
     case = tasks.Case("needle", 4, 0.5, np.int32([5, 6, 7, 8]), 2)
-    nothing = np.float32([9, 0, 0, 9])
-    results = [(np.float32([9, 0.5, 1.5, 9]), np.array([False, True, True, False])), (nothing, np.array([1, 1, 0, 1], bool))]
+    results = [(np.float32([9, 0.5, 1.5, 9]), np.array([False, True, True, False])),
+               (np.float32([9, 0, 0, 9]), np.array([True, True, False, True]))]
     (cell,) = tasks.judge([case, case], results)
     assert cell == tasks.Cell("needle", 4, 0.5, 2, 0.5, 0.5)
 
@@ -146,7 +147,8 @@ def test_scores():
 def test_loss_by_position():
     assert doublings(65536) == [0, 1024, 2048, 4096, 8192, 16384, 32768, 65536]
     assert doublings(100) == [0, 25, 50, 100]
-    losses, labels = [np.float32([1, 2, 3, 4]), np.float32([5, 6, 7, 8])], [np.int32([1, IGNORED, 1, 1]), np.int32([1] * 4)]
+    losses = [np.float32([1, 2, 3, 4]), np.float32([5, 6, 7, 8])]
+    labels = [np.int32([1, IGNORED, 1, 1]), np.int32([1] * 4)]
     low, high, none = bands(losses, labels, [0, 2, 4, 4])
     assert (low.loss, low.labels, low.name) == ((1 + 5 + 6) / 3, 3, "0-2")
     assert (high.loss, high.labels) == (5.5, 4) and (none.loss, none.labels) == (None, 0)
@@ -173,8 +175,8 @@ def test_pictures_and_table(tmp_path):
     assert re.search(r"\n +4 to 8 +5.5000 +6.5000 *\n", text) and "LongPPL 7.389 over 1 key tokens of 4" in text
     assert re.search(r"\n +depth 100% +100% +1.50 +100% +1.50", text)
     assert results(5, 0.0).metrics() == {
-        "long_loss/0-4": 1.5, "long_loss/4-8": 5.5, "long_ppl": math.exp(2), "long_key_tokens": 1, "long_needle_loss": 1.5,
-        "long_needle_exact": 0.5, "long_seconds": 2.0}
+        "long_loss/0-4": 1.5, "long_loss/4-8": 5.5, "long_ppl": math.exp(2), "long_key_tokens": 1,
+        "long_needle_loss": 1.5, "long_needle_exact": 0.5, "long_seconds": 2.0}
 
 
 # --------------------------------------------------------------------------------------------- what is read, refusals
@@ -195,7 +197,8 @@ def test_batches_of_documents_alike():
     sizes = (8, 8, 8, 4, 4, 2, 2, 2)
     sequences = [Sequence(np.zeros(n, np.int32), np.zeros(n, np.int32)) for n in sizes]
     alike = Packed.of(sequences, Shape(2, 8, 1, 0, alike=True)).groups
-    assert len(alike) == 8 and all(len({sizes[i] for group in alike[at : at + 2] for i in group}) == 1 for at in (0, 2, 4, 6))
+    of_batch = lambda at: {sizes[i] for group in alike[at : at + 2] for i in group}
+    assert len(alike) == 8 and all(len(of_batch(at)) == 1 for at in (0, 2, 4, 6))
     mixed = Packed.of(sequences, Shape(2, 8, 1, 0)).groups
     assert sorted(sum(mixed, [])) == list(range(8)) and len(mixed) == 6
 
