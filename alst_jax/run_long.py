@@ -116,13 +116,13 @@ def _meaning(rows: list[tuple[int, float, float]], known: int, guess: float) -> 
     lines = []
     if within and max(new - old for _, new, old in within) > WORSE:
         where, new, old = max(within, key=lambda row: row[1] - row[2])
-        lines.append(f"warning: below position {where:,} the flags raise the loss from {old:.2f} to {new:.2f}: the model "
-                     "does not recognise the stretched positions yet and has to learn them. yarn raises it least, and "
-                     "a smaller --rope-factor less. A loss that stays there after some hundred steps says that they "
-                     "are too few, or the learning rate too small")
+        lines.append(f"warning: below position {where:,} the flags raise the loss from {old:.2f} to {new:.2f}: the "
+                     "model does not recognise the stretched positions yet and has to learn them. yarn raises it "
+                     "least, and a smaller --rope-factor raises it less. A loss that stays there after some hundred "
+                     "steps says that they are too few, or the learning rate too small")
     if beyond and min(new - old for _, new, old in beyond) > -0.01:
-        lines.append(f"warning: beyond the model's {known:,} positions the flags lower the loss nowhere: they are of no "
-                     "use for these data yet")
+        lines.append(f"warning: beyond the model's {known:,} positions the flags lower the loss nowhere: they are of "
+                     "no use for these data yet")
     if rows and min(new for _, new, _ in rows) > 0.9 * guess:
         lines.append(f"warning: a loss near {guess:.2f} is that of a model that knows nothing of the text, at any "
                      "position: its weights or its tokenizer are not the right ones, or it was not trained; no scaling "

@@ -162,7 +162,7 @@ class Evaluation:
         """The texts, windows and cases, and the sequences of the run's length that they fill."""
         short_contexts = len(self.windows) * len(self.texts)
         return (f"{len(self.texts)} texts of {self.texts[0].tokens.size:,} tokens, {short_contexts:,} short contexts "
-                f"of LongPPL, {len(self.cases)} generated cases: {len(self.packed.groups)} sequences at each evaluation")
+                f"of LongPPL, {len(self.cases)} generated cases: {len(self.packed.groups)} sequences an evaluation")
 
     def __call__(self, step: TrainStep, state: TrainState, say: Callable[[str], None]) -> dict[str, float]:
         """Judge the model: say a table, write OUT/long/step-N.json and the pictures. Returns the metrics."""
