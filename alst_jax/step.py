@@ -104,7 +104,7 @@ class TrainStep:
     def token_losses(self, trained: Params, frozen: Params, batch: Batch) -> TokenLosses:
         """The loss of each token [B, S] in nats, and whether its label has the largest logit; 0 and False without a
         label. Computed in shards, and then the same on all devices: S floats a sequence."""
-        return self._local.token_losses(trained, frozen, batch)
+        return self._local.loss(trained, frozen, batch, None)
 
     @program(lambda step: (step._trained_specs,), lambda step: P(), lambda step: step._scalar)
     def gradient_norm(self, gradients: Params) -> jax.Array:

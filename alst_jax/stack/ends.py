@@ -37,19 +37,11 @@ class Model:
     profile: Profile
     specs: Params
 
-    def loss(self, trained: Params, frozen: Params, batch: Batch, scale: jax.Array) -> jax.Array:
-        """scale x the loss summed over the valid labels of all devices, from local shards."""
-        h_BTD, ends = self.hidden(trained, frozen, batch)
-        return self.head_loss(h_BTD, ends, batch.labels, scale)
-
-    def token_losses(self, trained: Params, frozen: Params, batch: Batch) -> TokenLosses:
-        """The loss of each local token [B, T], and whether its label has the largest logit, from local shards."""
-        h_TD, *head = self.head(*self.hidden(trained, frozen, batch))
-        found = token_losses(h_TD, head[0], batch.labels.reshape(-1), *head[1:])
-        return TokenLosses(*(x.reshape(batch.labels.shape) for x in found))
-
-    def hidden(self, trained: Params, frozen: Params, batch: Batch) -> tuple[jax.Array, Params]:
-        """(h[B, T, D], the output of the last layer; the parameters outside of the layers, on the device)."""
+    def loss(
+        self, trained: Params, frozen: Params, batch: Batch, scale: jax.Array | None
+    ) -> jax.Array | TokenLosses:
+        """scale x the loss summed over the valid labels of all devices, from local shards; scale None: the loss of each
+        local token [B, T], and whether its label has the largest logit."""
         ends = combine(self.ends(trained), self.ends(frozen))
         tokens, layers = self.tokens(batch), Weights(trained["layers"], frozen["layers"])
         # Brought to the device once: the sum of a tied table's two gradients is no work for the host.
@@ -62,7 +54,10 @@ class Model:
         else:
             h_BTD = plain_stack(self.layer, h_BTD, layers, tokens, self.profile)
         head = {name: self.on_device(part) for name, part in ends.items() if name != "embed_tokens"}
-        return h_BTD, {"embed_tokens": table, **head}
+        ends = {"embed_tokens": table, **head}
+        if scale is None:
+            return self.token_losses(h_BTD, ends, batch.labels)
+        return self.head_loss(h_BTD, ends, batch.labels, scale)
 
     @staticmethod
     def ends(params: Params) -> Params:
@@ -111,6 +106,13 @@ class Model:
         else:
             total = tiled_cross_entropy(h_TD, table_VD, labels_T, tile, scaling)
         return lax.psum(total * scale, AXES)
+
+    @jax.named_scope(scopes.LOSS)
+    def token_losses(self, h_BTD: jax.Array, ends: Params, labels_BT: jax.Array) -> TokenLosses:
+        """The loss of each token, from the output of the last layer and shards on the device."""
+        h_TD, table_VD, tile, scaling = self.head(h_BTD, ends)
+        found = token_losses(h_TD, table_VD, labels_BT.reshape(-1), tile, scaling)
+        return TokenLosses(*(x.reshape(labels_BT.shape) for x in found))
 
     def head(self, h_BTD: jax.Array, ends: Params) -> tuple[jax.Array, jax.Array, int | None, LogitScaling]:
         """What the logits are made of: the normed output of the last layer [B T, D], the whole table of the head
