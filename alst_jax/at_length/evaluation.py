@@ -68,11 +68,6 @@ class Packed:
         """Documents of a replica at most, for which the program is compiled; the padding of a pack is one."""
         return room_for(max(map(len, self.groups)) + 1, self.shape.rows // self.shape.dp)
 
-    @property
-    def pairs(self) -> float:
-        """The sum of the squares of the documents' lengths: what attention costs."""
-        return float(sum(sequence.tokens.size**2 for sequence in self.sequences))
-
     def losses(self, step: TrainStep, state: TrainState) -> list[Losses]:
         """Of each sequence, in the order in which they were given."""
         found: dict[int, Losses] = {}
