@@ -124,7 +124,7 @@ def run(config: TrainConfig) -> int:
     """The story of a run, from flags to a Hugging Face directory. Returns the exit code."""
     # jax reads its environment when it is imported: not before main() has prepared it.
     from alst_jax import run as setup
-    from alst_jax import run_data, run_state
+    from alst_jax import run_data, run_long, run_state
     from alst_jax.metrics import MetricsLog, peak_host_memory, peak_memory
     from alst_jax.planning.report import announce_plan, planned_against_measured, report
     from alst_jax.refused import Saves
@@ -152,6 +152,7 @@ def run(config: TrainConfig) -> int:
 
     # ----------------------------------------------------------------------------------------------- on what: the data
     data, stats, fingerprint = read or run_data.read_data(config, source, job)
+    data = run_long.with_evaluation(config, source, job, data)
     steps = config.steps or max(1, stats.sequences // (job.rows * job.grad_accum))
 
     # ------------------------------------------------------------------------------- from where: resume, load or draw
@@ -179,6 +180,7 @@ def run(config: TrainConfig) -> int:
         save, lambda state: run_state.go_back(step, data, checkpoints, state))
     with StopSignal() as stop, naming_the_profile(config, job):  # until all is written: a first signal cuts nothing off
         try:
+            run_long.begin(config, source, step, state, data, log)
             state = train(config, step, state, steps, data, log, saves, stop)
         finally:
             checkpoints.close()

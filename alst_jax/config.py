@@ -19,6 +19,7 @@ from alst_jax.declare import (  # noqa: F401
     marked,
     parse_length,
 )
+from alst_jax.extend_flags import ExtendFlags
 from alst_jax.profile import MemoryFlags
 from alst_jax.watch_flags import WatchFlags
 
@@ -179,7 +180,7 @@ class InspectionFlags:
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(
     InspectionFlags, PlanFlags, WatchFlags, SavingFlags, NumberFlags, MemoryFlags, TrainingFlags, DeviceFlags,
-    DataFlags, ModelFlags
+    ExtendFlags, DataFlags, ModelFlags
 ):
     """Train a Llama on long sequences.
 

@@ -56,9 +56,13 @@ class MetricsLog:
         self.seconds.append(values["seconds"])
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self.event(finite)
-        for name, value in finite.items():
+        self.scalars(values["step"], finite)
+
+    def scalars(self, step: int, values: dict[str, Any]) -> None:
+        """Numbers for TensorBoard alone."""
+        for name, value in values.items():
             if name != "step" and isinstance(value, int | float):
-                self._tensorboard.add_scalar(name, value, step=values["step"])
+                self._tensorboard.add_scalar(name, value, step=step)
 
     def event(self, record: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl alone."""

@@ -20,6 +20,7 @@ from alst_jax.hardware.devices import absent_devices
 from alst_jax.hardware.machines import Cluster, parse_cluster
 from alst_jax.models.block import abstract_params
 from alst_jax.models.config import ModelConfig
+from alst_jax.models.extend import longest as model_length
 from alst_jax.models.tree import dotted
 from alst_jax.ops.attention import KERNELS, refusal
 from alst_jax.ops.attention.devices import Chosen, Gpu, choose_kernel
@@ -192,13 +193,13 @@ def check_seq_len(config: TrainConfig, model: ModelConfig) -> int:
     if config.seq_len is None:
         raise UserError(f"--seq-len: how many tokens a sequence? The model's config says up to "
                         f"{model.max_position_embeddings} (max_position_embeddings)")
-    longest = model.max_position_embeddings
+    longest = model_length(model)
     if config.seq_len > longest:
         scaling = "" if model.rope.rope_type == "default" else f" (RoPE scaling {model.rope.rope_type} included)"
         print(f"warning: --seq-len {config.seq_len} is beyond the {longest} positions the model was made for{scaling}: "
               "attention has not learned such distances, so the loss starts high and the model must learn them. To "
-              "stretch the positions it knows instead, set rope_parameters (yarn or linear, with a factor) and "
-              "max_position_embeddings in config.json", file=sys.stderr, flush=True)
+              f"stretch the positions it knows instead, use --rope-scaling yarn --rope-factor "
+              f"{-(-config.seq_len // longest)}", file=sys.stderr, flush=True)
     return config.seq_len
 
 

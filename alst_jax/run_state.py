@@ -27,7 +27,8 @@ def geometry(config: TrainConfig, job: Job, dtype: jnp.dtype, data: str) -> dict
     """The settings that a resumed run must share with its checkpoint. data: hash of the sequences."""
     return {"data": data, "seed": config.seed, "samples_per_step": job.rows * job.grad_accum,
             "seq_len": config.seq_len, "dtype": str(dtype), "optimizer_states": job.states,
-            "master_weights": job.master, "freeze": config.freeze}
+            "master_weights": job.master, "freeze": config.freeze, "rope_scaling": config.rope_scaling,
+            "rope_factor": config.rope_factor, "rope_theta": config.rope_theta}
 
 
 KNOWN_BEFORE_DATA = ("seed", "samples_per_step", "seq_len", "dtype", "freeze")

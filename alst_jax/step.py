@@ -21,6 +21,7 @@ from alst_jax.models.block import Params, abstract_params, init_params
 from alst_jax.models.config import ModelConfig
 from alst_jax.models.tree import combine, dotted, partition
 from alst_jax.ops.attention import find_kernel, refusal
+from alst_jax.ops.cross_entropy import TokenLosses
 from alst_jax.ops.rope import MAX_POSITION
 from alst_jax.optim.adamw import AdamW
 from alst_jax.optim.streamed import add_gradients, apply_update, count_not_finite, global_norm
@@ -29,7 +30,7 @@ from alst_jax.parallel.program import program
 from alst_jax.parallel.sharding import is_spec, param_specs, shardings
 from alst_jax.parallel.ulysses import Ulysses
 from alst_jax.profile import Profile
-from alst_jax.stack.batch import Batch
+from alst_jax.stack.batch import BATCH_SPEC, Batch
 from alst_jax.stack.ends import Model
 from alst_jax.xla import host
 from alst_jax.xla.dtypes import accumulation_dtype
@@ -97,6 +98,13 @@ class TrainStep:
     def loss(self, trained: Params, frozen: Params, batch: Batch, scale: jax.Array) -> jax.Array:
         """scale x the loss summed over all labels of all devices, in nats, float32; without gradients."""
         return self._local.loss(trained, frozen, batch, scale)
+
+    @program(lambda step: (step._trained_specs, step._frozen_specs, Batch.specs()),
+             lambda step: TokenLosses(BATCH_SPEC, BATCH_SPEC), lambda step: step._scalar)
+    def token_losses(self, trained: Params, frozen: Params, batch: Batch) -> TokenLosses:
+        """The loss of each token [B, S] in nats, and whether its label has the largest logit; 0 and False without a
+        label. Computed in shards, and then the same on all devices: S floats a sequence."""
+        return self._local.loss(trained, frozen, batch, None)
 
     @program(lambda step: (step._trained_specs,), lambda step: P(), lambda step: step._scalar)
     def gradient_norm(self, gradients: Params) -> jax.Array:

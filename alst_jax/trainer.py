@@ -50,11 +50,12 @@ class TrainState:
 @dataclasses.dataclass(frozen=True)
 class Data:
     """The batches of a run. evaluation: for each held-out source, by name, what makes an iterator over its batches.
-    added: what --add-data added to the run, as run_directory.record_added stores it."""
+    added: what --add-data added to the run, as run_directory.record_added stores it. long: of --eval-long."""
 
     training: TrainingBatches
     evaluation: dict[str, Callable[[], Iterable[Arrays]]] = dataclasses.field(default_factory=dict)
     added: tuple[dict[str, Any], ...] = ()
+    long: Callable[[TrainStep, TrainState, Callable[[str], None]], dict[str, float]] | None = None
 
 
 class StopSignal:
@@ -235,8 +236,9 @@ def train(
             watch.end(values)
             if values["compilations"] and state.step > first:
                 display.say(compiled(values, batches))
-            if data.evaluation and (state.step == steps or config.eval_every and state.step % config.eval_every == 0):
-                values |= evaluate_sources(step, state, data.evaluation, display.say)
+            if state.step == steps or config.eval_every and state.step % config.eval_every == 0:
+                values |= evaluate_sources(step, state, data.evaluation, display.say) if data.evaluation else {}
+                values |= data.long(step, state, display.say) if data.long is not None else {}
             log.write(values)
             display.show(state.step, summary(values))
             if config.save_every and state.step % config.save_every == 0:

@@ -413,7 +413,7 @@ def test_sequences_beyond_the_models_positions_are_warned_of(call, model, tmp_pa
                        tmp_path / "run")
     assert code == 0
     assert "warning: --seq-len 512 is beyond the 256 positions the model was made for" in error
-    assert "attention has not learned such distances" in error and "set rope_parameters" in error
+    assert "attention has not learned such distances" in error and "--rope-scaling yarn --rope-factor" in error
     assert len(metrics(tmp_path / "run")) == 1
 
 
