@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, TensorBoard, and a progress bar or plain lines."""
+"""The reports of a run: metrics.jsonl, TensorBoard, and a progress bar or plain lines."""
 
 import functools
 import json
@@ -21,7 +21,7 @@ from alst_jax.models.sizes import needed_flops
 from alst_jax.step import TrainStep
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # the event of jax.monitoring
-QUIET_SECONDS = 5.0  # between plain lines, where there is no terminal
+QUIET_SECONDS = 5.0  # between plain lines, without a terminal
 
 
 class MetricsLog:
@@ -57,9 +57,13 @@ class MetricsLog:
         self.seconds.append(values["seconds"])
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self.event(finite)
-        for name, value in finite.items():
+        self.scalars(values["step"], finite)
+
+    def scalars(self, step: int, values: dict[str, Any]) -> None:
+        """Numbers for TensorBoard alone."""
+        for name, value in values.items():
             if name != "step" and isinstance(value, int | float):
-                self._tensorboard.add_scalar(name, value, step=values["step"])
+                self._tensorboard.add_scalar(name, value, step=step)
 
     def event(self, record: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl alone."""
@@ -150,7 +154,7 @@ def peak_memory() -> tuple[str, float]:
 
 
 def peak_host_memory() -> float:
-    """Peak GiB of host memory of this process: Python, libraries and what is pinned for the devices."""
+    """Peak GiB of host memory of this process: Python, libraries and memory pinned for the devices."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 

@@ -12,6 +12,7 @@ from alst_jax.config import TrainConfig, UserError
 from alst_jax.declare import flag
 from alst_jax.models.block import abstract_params
 from alst_jax.models.config import ModelConfig
+from alst_jax.models.extend import is_extended
 from alst_jax.models.families import FAMILIES
 from alst_jax.models.lora import LINEARS, Lora, is_adapter, is_trained
 from alst_jax.models.merging import merged
@@ -134,6 +135,9 @@ def export(config: TrainConfig, step: TrainStep, trained: Any) -> None:
     save_adapter(out / ADAPTER, trained, step.model, base)
     load = f"peft.AutoPeftModelForCausalLM.from_pretrained({str(out / ADAPTER)!r})"
     print(f"wrote {out / ADAPTER}: {load} loads it beside {base or 'its base model'}")
+    if is_extended(config):
+        print(f"warning: the adapter was trained with another rotary embedding than that of {base}'s config.json; use it "
+              f"with {out / run_directory.MODEL / 'config.json'}, or merge it with --merge-adapter", file=sys.stderr)
 
 
 def merged_params(step: TrainStep, params: Any) -> Any:
