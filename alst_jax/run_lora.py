@@ -76,8 +76,8 @@ def _targets(config: TrainConfig) -> tuple[str, ...]:
     asked = [name.strip() for name in config.lora_targets.split(",")]
     unknown = [name for name in asked if name not in LINEARS]
     if unknown:
-        raise UserError(f"--lora-targets {config.lora_targets}: {', '.join(map(repr, unknown))} matches no linear layer; "
-                        f"use all, or some of {','.join(LINEARS)}")
+        raise UserError(f"--lora-targets {config.lora_targets}: {', '.join(map(repr, unknown))} matches no linear "
+                        f"layer; use all, or some of {','.join(LINEARS)}")
     return tuple(name for name in LINEARS if name in asked)
 
 
@@ -89,8 +89,8 @@ def _check_others(freeze: str | None, model: ModelConfig) -> None:
             modules.setdefault(names(path)[:-1], set()).add(is_trained(path, freeze, model.lora))
     for module, trained in modules.items():
         if True in trained and (module[-1] in model.lora.targets or len(trained) > 1):
-            raise UserError(f"--freeze {freeze!r} with adapters: {'.'.join(module)} has an adapter or is trained in part, "
-                            "and PEFT saves whole modules without adapters; let --freeze match it, as in "
+            raise UserError(f"--freeze {freeze!r} with adapters: {'.'.join(module)} has an adapter or is trained in "
+                            "part, and PEFT saves whole modules without adapters; let --freeze match it, as in "
                             "--freeze 'proj|embed_tokens|lm_head', which trains the norms")
     if model.tie_word_embeddings and True in modules["embed_tokens",]:
         raise UserError(f"--freeze {freeze!r} with adapters: embedding and head are one table here, which PEFT cannot "
@@ -136,8 +136,8 @@ def export(config: TrainConfig, step: TrainStep, trained: Any) -> None:
     load = f"peft.AutoPeftModelForCausalLM.from_pretrained({str(out / ADAPTER)!r})"
     print(f"wrote {out / ADAPTER}: {load} loads it beside {base or 'its base model'}")
     if is_extended(config):
-        print(f"warning: the adapter was trained with another rotary embedding than that of {base}'s config.json; use it "
-              f"with {out / run_directory.MODEL / 'config.json'}, or merge it with --merge-adapter", file=sys.stderr)
+        print(f"warning: the adapter was trained with another rotary embedding than that of {base}'s config.json; use "
+              f"it with {out / run_directory.MODEL / 'config.json'}, or merge it with --merge-adapter", file=sys.stderr)
 
 
 def merged_params(step: TrainStep, params: Any) -> Any:

@@ -166,7 +166,8 @@ def unlooped(job: Job) -> tuple[int, int]:
     column = model.num_layers * model.hidden_size * job.width // job.devices
     holds = lambda columns: next((array for array in (size.hidden, size.kv) if array <= columns * column), 0)
     places = 3 * holds(model.intermediate_size) + 2 * holds(model.num_heads * model.head_dim)
-    return job.trained.layer * 4 // job.devices, places if job.trained == job.parameters else 0  # frozen parameters have no such buffers
+    places *= job.trained == job.parameters  # frozen parameters have no such buffers
+    return job.trained.layer * 4 // job.devices, places
 
 
 def layer_work(job: Job, rebuilt: bool = False) -> list[Term]:
