@@ -20,6 +20,7 @@ from alst_jax.declare import (  # noqa: F401
     parse_length,
 )
 from alst_jax.extend_flags import ExtendFlags
+from alst_jax.lora_flags import LoraFlags
 from alst_jax.profile import MemoryFlags
 from alst_jax.watch_flags import WatchFlags
 
@@ -179,8 +180,8 @@ class InspectionFlags:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(
-    InspectionFlags, PlanFlags, WatchFlags, SavingFlags, NumberFlags, MemoryFlags, TrainingFlags, DeviceFlags,
-    ExtendFlags, DataFlags, ModelFlags
+    InspectionFlags, PlanFlags, WatchFlags, SavingFlags, NumberFlags, MemoryFlags, LoraFlags, TrainingFlags,
+    DeviceFlags, ExtendFlags, DataFlags, ModelFlags
 ):
     """Train a Llama on long sequences.
 
