@@ -67,7 +67,8 @@ def _find(config: TrainConfig, tokenizer: bool) -> ModelSource:
                             "and another --out")
         files = run_dir / run_directory.MODEL
         named = files if config.model is None else _model_files(config.model)  # compared with the run's own later
-        return ModelSource(str(config.model or files), model_config(named), _tokenizer(files, config), files)
+        model = model_config(named) if config.model is None else extend(model_config(named), named, config)
+        return ModelSource(str(config.model or files), model, _tokenizer(files, config), files)
     if config.model is None:
         return ModelSource("the embedded tiny Llama", TINY_LLAMA, _tokenizer(None, config) if tokenizer else None, None)
     files = _model_files(config.model, weights=not (config.random_weights or config.planning))

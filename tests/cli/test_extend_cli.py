@@ -21,7 +21,8 @@ def flags(tmp_path_factory):
             "--eval-long-context", 256, "--seq-len", LONG, "--dp", 1, "--sp", 2, "--pack")
 
 
-def test_a_run_and_its_resume(flags, tmp_path, capsys):
+@pytest.mark.parametrize("resume", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "and its resume"])
+def test_a_run(resume, flags, tmp_path, capsys):
     scaled = ("--rope-scaling", "yarn", "--rope-factor", 4, "--out", tmp_path / "run")
     assert run_here(*flags, *scaled, "--steps", 2) == 0
     out, err = capsys.readouterr()
@@ -40,6 +41,8 @@ def test_a_run_and_its_resume(flags, tmp_path, capsys):
     names = {"step-00000000.json", "step-00000002.json", "needle.svg", "loss-by-position.svg"}
     assert names <= {p.name for p in folder.iterdir()}
 
+    if not resume:
+        return
     assert run_here("--resume", "--out", tmp_path / "run", "--steps", 3) == 0
     out, _ = capsys.readouterr()
     assert "step 3: judged" in out and "step 0: judged" not in out and "rope    loss" not in out
