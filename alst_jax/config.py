@@ -19,6 +19,7 @@ from alst_jax.declare import (  # noqa: F401
     marked,
     parse_length,
 )
+from alst_jax.process_flags import ProcessFlags
 from alst_jax.profile import MemoryFlags
 from alst_jax.watch_flags import WatchFlags
 
@@ -178,8 +179,8 @@ class InspectionFlags:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(
-    InspectionFlags, PlanFlags, WatchFlags, SavingFlags, NumberFlags, MemoryFlags, TrainingFlags, DeviceFlags, DataFlags,
-    ModelFlags
+    InspectionFlags, PlanFlags, WatchFlags, SavingFlags, NumberFlags, MemoryFlags, TrainingFlags, ProcessFlags, DeviceFlags,
+    DataFlags, ModelFlags
 ):
     """Train a Llama on long sequences.
 

@@ -73,6 +73,25 @@ class MetricsLog:
             threading.excepthook = self._hook
 
 
+class NoLog:
+    """The log of a process that does not log."""
+
+    def __init__(self):
+        self.seconds: list[float] = []
+
+    def write(self, values: dict[str, Any]) -> None:
+        self.seconds.append(values["seconds"])
+
+    def event(self, record: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def rewind(self, step: int) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def _quiet_writer(failed: threading.ExceptHookArgs) -> None:
     """Print no traceback of TensorBoard's thread: its error is raised by the next call of the writer."""
     if type(failed.thread).__name__ != "_AsyncWriterThread":

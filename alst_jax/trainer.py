@@ -15,9 +15,10 @@ import numpy as np
 
 from alst_jax.config import DEFAULT_LEARNING_RATE, TrainConfig, UserError
 from alst_jax.data.batches import Arrays, TrainingBatches
-from alst_jax.metrics import MetricsLog, ProgressDisplay, compilations, compiled, speed, summary
+from alst_jax.metrics import MetricsLog, NoLog, ProgressDisplay, compilations, compiled, speed, summary
 from alst_jax.models.tree import dotted, is_stacked, names
 from alst_jax.optim.schedule import learning_rate_schedule
+from alst_jax.processes.link import link
 from alst_jax.profiling import StepProfile
 from alst_jax.refused import NotFinite, Refused, Spike
 from alst_jax.step import TrainStep, count_labels
@@ -71,6 +72,13 @@ class StopSignal:
     def __exit__(self, *_):
         for which, handler in self._previous.items():
             signal.signal(which, handler)
+
+    def shared(self) -> signal.Signals | None:
+        """The signal that any process of the run received: all stop after the same step."""
+        received = [number for number in link().exchange("stop", self.received) if number is not None]
+        if received and self.received is None:
+            self.received = signal.Signals(received[0])
+        return signal.Signals(received[0]) if received else None
 
     def _handle(self, number, _frame):
         if self.received is not None:
@@ -192,7 +200,7 @@ def evaluate_sources(
 
 
 def train(
-    config: TrainConfig, step: TrainStep, state: TrainState, steps: int, data: Data, log: MetricsLog,
+    config: TrainConfig, step: TrainStep, state: TrainState, steps: int, data: Data, log: MetricsLog | NoLog,
     save: Callable[[TrainState], None] | None, stop: StopSignal,
 ) -> TrainState:
     """Train until `steps` steps are done, or `stop` received a signal; returns the state then.
@@ -202,12 +210,13 @@ def train(
     weights are never saved.
     """
     schedule = learning_rate_schedule(config, steps, config.learning_rate or DEFAULT_LEARNING_RATE)
-    display, profile = ProgressDisplay(state.step, steps), StepProfile.of(config.profile_steps, config.out)
+    display, profile = ProgressDisplay(state.step, steps), StepProfile.of(
+        config.profile_steps if link().first else None, config.out)
     first, saver, tell = state.step + 1, _Saver(step, save, state.step), _teller(display, log)
     refused, watch = Refused(config, save, tell), Watch(config, tell, jax.default_backend() == "gpu")
     try:
         watch.start()
-        while state.step < steps and stop.received is None:
+        while state.step < steps and not stop.shared():
             stop.began = started = time.perf_counter()
             learning_rate, position = schedule(state.step), data.training.get_state()
             batches, before = one_by_one(next(data.training)), compilations()
@@ -251,8 +260,10 @@ def train(
         display.close()
 
 
-def _teller(display: ProgressDisplay, log: MetricsLog) -> Callable[[Event], None]:
+def _teller(display: ProgressDisplay, log: MetricsLog | NoLog) -> Callable[[Event], None]:
     def tell(event: Event) -> None:
+        if not link().first:
+            link().say(f"warning: {event}")
         display.say(f"warning: {event}")
         log.event(event.record())
 

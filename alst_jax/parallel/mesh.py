@@ -6,6 +6,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from alst_jax.config import UserError
+from alst_jax.processes.link import link
 
 DATA, SEQ = "data", "seq"
 AXES = (DATA, SEQ)
@@ -30,5 +31,18 @@ def choose_degrees(dp: int | None, sp: int | None, num_devices: int) -> tuple[in
 
 def make_mesh(dp: int, sp: int, devices: list[jax.Device] | None = None) -> Mesh:
     """Mesh[data=dp, seq=sp] over the first dp x sp devices; neighbours in the list are neighbours in `seq`."""
-    devices = jax.devices() if devices is None else devices
+    if devices is None:
+        devices = by_host(jax.devices(), link().hosts) if link().several else jax.devices()
+    if link().several and dp * sp != len(devices):
+        raise UserError(f"dp={dp} x sp={sp} needs {dp * sp} devices, and the {link().count} processes have {len(devices)}: some "
+                        "would have no part in a step; use all (--dp, --sp), or start fewer processes")
     return Mesh(np.asarray(devices[: dp * sp]).reshape(dp, sp), AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def by_host(devices: list[jax.Device], hosts: tuple[str, ...]) -> list[jax.Device]:
+    """The devices host by host, so that `seq`, which varies fastest in a mesh, stays inside of hosts where it fits.
+
+    hosts: of each process. Launchers may deal the processes out over the hosts in turn.
+    """
+    order = {host: number for number, host in reversed(list(enumerate(hosts)))}
+    return sorted(devices, key=lambda device: (order[hosts[device.process_index]], device.process_index, device.id))

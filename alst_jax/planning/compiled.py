@@ -23,6 +23,7 @@ from alst_jax.planning.job import Job
 from alst_jax.planning.plan import ABSENT, COMPILED, Plan
 from alst_jax.planning.process import saving_bytes
 from alst_jax.planning.seconds import collectives, seconds
+from alst_jax.processes.link import link
 from alst_jax.stack.batch import BATCH_SPEC, Batch
 from alst_jax.step import TrainStep
 from alst_jax.xla import host
@@ -125,7 +126,8 @@ def this_cluster(host_memory_gib: float | int | None = None, devices: int | None
     known = machine_of_kind(device.device_kind) or machine_of_kind("H100")
     machine = dataclasses.replace(known, name=device.device_kind, kind=device.device_kind, memory=limit, fraction=1.0)
     pinned = pinned_limit()
-    hosts, per_host = jax.process_count(), jax.local_device_count()
+    hosts = len(set(link().hosts))
+    per_host = jax.device_count() // hosts
     cluster = Cluster(machine, hosts, per_host, host_memory(host_memory_gib), used=devices)
     if pinned is None:
         return cluster
