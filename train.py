@@ -202,7 +202,8 @@ def end(config: TrainConfig, source, step, state, steps: int, stop) -> int:
               f"python train.py --resume --out {config.out}{steps_flag}")
         return 128 + stop.received
     if config.export:
-        run_state.export(pathlib.Path(config.out), source, step.join(state.trained, state.frozen), setup.choose_dtype(config))
+        params = step.join(state.trained, state.frozen)
+        run_state.export(pathlib.Path(config.out), source, params, setup.choose_dtype(config), state.step)
     return 0
 
 

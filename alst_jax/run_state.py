@@ -92,13 +92,19 @@ def go_back(step: TrainStep, data: Data, checkpoints: Checkpoints, state: TrainS
     return restore(step, data, checkpoints, steps[-1])
 
 
-def export(out: pathlib.Path, source: ModelSource, params: Any, dtype: jnp.dtype) -> None:
-    """Write OUT/hf, a Hugging Face directory with these weights."""
+def export(out: pathlib.Path, source: ModelSource, params: Any, dtype: jnp.dtype, step: int) -> None:
+    """Write OUT/hf, a Hugging Face directory with these weights. step: the last one, whose checkpoint is complete.
+
+    Several processes read the checkpoint, since each has a part of the weights only.
+    """
     target = out / run_directory.EXPORT
     model_dir = out / run_directory.MODEL
-    run_directory.copy_model_files(model_dir, target)
-    leaves = jax.tree_util.tree_leaves_with_path(params)
+    if link().first:
+        run_directory.copy_model_files(model_dir, target)
+    link().wait("files of the model")
+    leaves = Checkpoints(out).open_params(step) if link().several else jax.tree_util.tree_leaves_with_path(params)
     save_params(leaves, source.config, target, saving.EXPORT_FILE, model_dir=model_dir)
-    record_dtype(target, str(dtype))
-    checksums.seal_weights(target)
+    if link().first:
+        record_dtype(target, str(dtype))
+        checksums.seal_weights(target)
     print(f"wrote {target}: transformers.{auto_class(target)}.from_pretrained({str(target)!r}) loads it")

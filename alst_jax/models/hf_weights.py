@@ -33,6 +33,7 @@ from alst_jax.models.weight_files import (
     transpose,
     write_file,
 )
+from alst_jax.processes.link import link
 from alst_jax.xla.arrays import load_array
 
 # Names outside of the blocks, the same in all families. Those of a block's parameters are in models/families.
@@ -203,6 +204,8 @@ def save_params(
     host memory at a time. Files get their final names once all are complete, and older weights are removed. written:
     called with the bytes of each tensor that is written. model_dir: the model/ of a run, which may keep weights beside
     those of the language model; they are written too.
+
+    The processes of a run write files in turn, each from the leaves that it can read; process 0 gives them their names.
     """
     out = pathlib.Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
@@ -210,10 +213,19 @@ def save_params(
     tensors = join(_tensors_of(leaves, config), FAMILIES[config.family].fused, config.num_layers)
     for tensors in _group(with_others(tensors, model_dir), max_shard_bytes):
         file = out / f".part-{len(files)}.safetensors"
-        write_file(file, tensors, written)
+        if len(files) % link().count == link().rank:
+            write_file(file, tensors, written)
         weight_map |= dict.fromkeys((tensor.name for tensor in tensors), len(files))
         total += sum(tensor.nbytes for tensor in tensors)
         files.append(file)
+    link().wait("weights written")
+    if link().first:
+        _publish(out, files, weight_map, total)
+    return len(weight_map), total
+
+
+def _publish(out: pathlib.Path, files: list[pathlib.Path], weight_map: dict[str, int], total: int) -> None:
+    """Give complete files of weights their names. weight_map: number of the file of each tensor. total: bytes."""
     final = [SINGLE] if len(files) == 1 else [
         f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
     # Readers would take old files for the new ones.
@@ -226,7 +238,6 @@ def save_params(
         partial = out / f".{INDEX}"
         partial.write_text(json.dumps(index, indent=2))
         partial.replace(out / INDEX)  # last: without it the shards are no model
-    return len(weight_map), total
 
 
 def check_leaves(leaves: Iterable[tuple[tuple, Stored]], config: ModelConfig, where: str) -> None:

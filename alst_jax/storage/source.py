@@ -110,7 +110,7 @@ def _hub_directory(model: str, weights: bool) -> pathlib.Path:
 def load_weights(source: ModelSource, step: TrainStep, dtype: jnp.dtype, seed: int) -> Any:
     """The weights, with the shardings and memory kinds of the step."""
     if source.hf_weights is not None:
-        checksums.verify_weights(source.hf_weights)
+        checksums.verify_weights(source.hf_weights, together=True)
         if dtype == jnp.bfloat16 and any(t.dtype == np.float32 for t in find_tensors(source.hf_weights).values()):
             print(f"warning: the float32 weights of {source.name} are rounded to bfloat16; --dtype float32 keeps them",
                   file=sys.stderr, flush=True)
