@@ -102,8 +102,11 @@ def export(out: pathlib.Path, source: ModelSource, params: Any, dtype: jnp.dtype
     if link().first:
         run_directory.copy_model_files(model_dir, target)
     link().wait("files of the model")
-    leaves = Checkpoints(out).open_params(step) if link().several else jax.tree_util.tree_leaves_with_path(params)
+    checkpoints = Checkpoints(out) if link().several else None
+    leaves = checkpoints.open_params(step) if checkpoints else jax.tree_util.tree_leaves_with_path(params)
     save_params(leaves, source.config, target, saving.EXPORT_FILE, model_dir=model_dir)
+    if checkpoints:
+        checkpoints.close()
     if link().first:
         record_dtype(target, str(dtype))
         checksums.seal_weights(target)

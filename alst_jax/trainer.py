@@ -213,7 +213,8 @@ def train(
     display, profile = ProgressDisplay(state.step, steps), StepProfile.of(
         config.profile_steps if link().first else None, config.out)
     first, saver, tell = state.step + 1, _Saver(step, save, state.step), _teller(display, log)
-    refused, watch = Refused(config, save, tell), Watch(config, tell, jax.default_backend() == "gpu")
+    give_up = functools.partial(link().failed, code=1) if link().several else None
+    refused, watch = Refused(config, save, tell), Watch(config, tell, jax.default_backend() == "gpu", give_up=give_up)
     try:
         watch.start()
         while state.step < steps and not stop.shared():
