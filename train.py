@@ -127,7 +127,7 @@ def run(config: TrainConfig) -> int:
     from alst_jax.trainer import StopSignal, train
 
     # ------------------------------------------------------------------------- what, where and how: the model, the plan
-    out = None if config.planning else run_directory.check_out(config) if link().first else pathlib.Path(config.out)
+    out = None if config.planning else run_directory.check_out(config) if link().first else pathlib.Path(config.out or ".")
     source, planner, job = setup.subject(config)
     link().same("the model's config.json", repr(source.config))
     if config.planning:

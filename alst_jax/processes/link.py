@@ -156,7 +156,7 @@ class Link(Alone):
             return
 
     def _beat(self) -> None:
-        while not self._leaving:
+        while True:
             self._send_quietly({"kind": "beat"})
             time.sleep(BEAT)
 

@@ -43,10 +43,10 @@ class Server:
             hello = connection.receive()
         except (OSError, ValueError):
             hello = None
-        if hello is None or hello.get("kind") != "hello" or not isinstance(hello.get("rank"), int):
+        rank = (hello or {}).get("rank")
+        if hello is None or hello.get("kind") != "hello" or not isinstance(rank, int) or rank < 0:
             connection.close()  # another program
             return
-        rank = hello["rank"]
         if not self._welcome(rank, hello, connection):
             return
         why = "ended without a word: it was killed or crashed"

@@ -79,8 +79,9 @@ def start_jax(config: Any) -> None:
     port = current.told("jax's port", _free_port)
     ids = list(config.local_devices) or local_devices(
         current, 0 if config.simulate_devices else visible_gpus())
+    host = current.place.host
     jax.distributed.initialize(
-        f"{current.place.host}:{port}", current.count, current.rank, ids, cluster_detection_method="deactivate",
+        f"[{host}]:{port}" if ":" in host else f"{host}:{port}", current.count, current.rank, ids, cluster_detection_method="deactivate",
         initialization_timeout=config.start_timeout, heartbeat_timeout_seconds=PATIENCE)
 
 
