@@ -135,7 +135,7 @@ def run(config: TrainConfig) -> int:
         return 0
     choice, read = None, None
     if config.pack:  # the packs say how much of attention there is to compute
-        read = run_data.read_in_turn(config, source, job)
+        read = link().in_turn("data", lambda: run_data.read_data(config, source, job))
         job = run_data.with_packs(job, read[1])
     if planner.cluster is not None:  # a run that does not fit is refused here, before it allocates memory
         started = time.perf_counter()
@@ -146,7 +146,7 @@ def run(config: TrainConfig) -> int:
     step = planner.step(job)
 
     # ----------------------------------------------------------------------------------------------- on what: the data
-    data, stats, fingerprint = read or run_data.read_in_turn(config, source, job)
+    data, stats, fingerprint = read or link().in_turn("data", lambda: run_data.read_data(config, source, job))
     link().same("the data (--data)", fingerprint)
     steps = config.steps or max(1, stats.sequences // (job.rows * job.grad_accum))
 

@@ -73,7 +73,7 @@ class MetricsLog:
             threading.excepthook = self._hook
 
 
-class NoLog:
+class NoLog(MetricsLog):
     """The log of a process that does not log."""
 
     def __init__(self):

@@ -25,7 +25,6 @@ from alst_jax.data.sources import Reading
 from alst_jax.ops.attention import find_kernel
 from alst_jax.planning.job import Job, padded_length
 from alst_jax.preflight.check import check_numerics
-from alst_jax.processes.link import link
 from alst_jax.step import TrainStep
 from alst_jax.storage import run_directory
 from alst_jax.storage.checkpoint import Checkpoints
@@ -209,16 +208,6 @@ def read_data(config: TrainConfig, source: ModelSource, job: Job) -> tuple[Data,
                 evaluation_batches, held_out, lengths, job.rows, pad, packing_of(alone, counts, job))
     warn_without_end(source.tokenizer, stats.sources)
     return Data(training, evaluation, added), stats, part.hash
-
-
-def read_in_turn(config: TrainConfig, source: ModelSource, job: Job) -> tuple[Data, Stats, str]:
-    """`read_data`, first in process 0: the others find the tokens in its cache where they share it."""
-    if link().first:
-        found = read_data(config, source, job)
-        link().wait("data")
-        return found
-    link().wait("data")
-    return read_data(config, source, job)
 
 
 def extended(

@@ -15,7 +15,7 @@ import numpy as np
 
 from alst_jax.config import DEFAULT_LEARNING_RATE, TrainConfig, UserError
 from alst_jax.data.batches import Arrays, TrainingBatches
-from alst_jax.metrics import MetricsLog, NoLog, ProgressDisplay, compilations, compiled, speed, summary
+from alst_jax.metrics import MetricsLog, ProgressDisplay, compilations, compiled, speed, summary
 from alst_jax.models.tree import dotted, is_stacked, names
 from alst_jax.optim.schedule import learning_rate_schedule
 from alst_jax.processes.link import link
@@ -73,12 +73,11 @@ class StopSignal:
         for which, handler in self._previous.items():
             signal.signal(which, handler)
 
-    def shared(self) -> signal.Signals | None:
-        """The signal that any process of the run received: all stop after the same step."""
-        received = [number for number in link().exchange("stop", self.received) if number is not None]
-        if received and self.received is None:
-            self.received = signal.Signals(received[0])
-        return signal.Signals(received[0]) if received else None
+    def shared(self) -> bool:
+        """Whether any process of the run received a signal: all stop after the same step."""
+        received = next((number for number in link().exchange("stop", self.received) if number is not None), None)
+        self.received = self.received if received is None else signal.Signals(received)
+        return received is not None
 
     def _handle(self, number, _frame):
         if self.received is not None:
@@ -86,8 +85,8 @@ class StopSignal:
         self.received = signal.Signals(number)
         seconds = max(0.0, self.began + (self.seconds or 0) - time.perf_counter())
         left = "" if self.seconds is None else f", in about {seconds:.0f} s"
-        # Not print(): a handler may run in the middle of one.
-        os.write(2, f"\n{self.received.name}: saving after this step{left}; once more stops at once\n".encode())
+        text = f"\n{self.received.name}: saving after this step{left}; once more stops at once\n"
+        os.write(2, text.encode())  # not print(): a handler may run in the middle of one
 
 
 def optimizer_step(
@@ -117,8 +116,7 @@ def optimizer_step(
     if not (math.isfinite(loss) and math.isfinite(values["grad_norm"])):
         where = where_not_finite(step, gradients)
         if where is None:
-            where = "every gradient finite: only the loss is not" if math.isfinite(values["grad_norm"]) else (
-                "every gradient finite: only their norm is not")
+            where = f"every gradient finite: only {'the loss' if math.isfinite(values['grad_norm']) else 'their norm'} is not"
         raise NotFinite(f"loss {loss}, gradient norm {values['grad_norm']}, {where}", state)
     if cause := judge(values):
         raise Spike(cause, state)
@@ -200,7 +198,7 @@ def evaluate_sources(
 
 
 def train(
-    config: TrainConfig, step: TrainStep, state: TrainState, steps: int, data: Data, log: MetricsLog | NoLog,
+    config: TrainConfig, step: TrainStep, state: TrainState, steps: int, data: Data, log: MetricsLog,
     save: Callable[[TrainState], None] | None, stop: StopSignal,
 ) -> TrainState:
     """Train until `steps` steps are done, or `stop` received a signal; returns the state then.
@@ -210,11 +208,9 @@ def train(
     weights are never saved.
     """
     schedule = learning_rate_schedule(config, steps, config.learning_rate or DEFAULT_LEARNING_RATE)
-    display, profile = ProgressDisplay(state.step, steps), StepProfile.of(
-        config.profile_steps if link().first else None, config.out)
+    display, profile = ProgressDisplay(state.step, steps), StepProfile.of(config.profile_steps, config.out)
     first, saver, tell = state.step + 1, _Saver(step, save, state.step), _teller(display, log)
-    give_up = functools.partial(link().failed, code=1) if link().several else None
-    refused, watch = Refused(config, save, tell), Watch(config, tell, jax.default_backend() == "gpu", give_up=give_up)
+    refused, watch = Refused(config, save, tell), Watch(config, tell, jax.default_backend() == "gpu")
     try:
         watch.start()
         while state.step < steps and not stop.shared():
@@ -261,13 +257,10 @@ def train(
         display.close()
 
 
-def _teller(display: ProgressDisplay, log: MetricsLog | NoLog) -> Callable[[Event], None]:
+def _teller(display: ProgressDisplay, log: MetricsLog) -> Callable[[Event], None]:
     def tell(event: Event) -> None:
-        if not link().first:
-            link().say(f"warning: {event}")
-        display.say(f"warning: {event}")
+        (display.say if link().first else link().say)(f"warning: {event}")
         log.event(event.record())
-
     return tell
 
 

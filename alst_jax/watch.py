@@ -7,6 +7,7 @@ only where a step takes a second and more: short ones vary with all else that a 
 
 import collections
 import dataclasses
+import functools
 import math
 import shutil
 import statistics
@@ -19,6 +20,7 @@ from typing import Any
 import psutil
 
 from alst_jax.hardware.host_limits import host_memory
+from alst_jax.processes.link import link
 from alst_jax.watch_flags import WatchFlags
 
 WINDOW, ENOUGH = 50, 10  # steps whose median is usual, and how many of them must be there
@@ -56,12 +58,14 @@ class Event:
 
 class Watch:
     """tell(event): what happens to an event; called from a thread of its own for a stalled step. on_gpu: whether
-    nvidia-smi is asked. give_up(words): ends the run where a step in progress takes HUNG times as long as usual; None:
-    it may take as long as it wants."""
+    nvidia-smi is asked. give_up(words): ends the run where a step in progress takes HUNG times as long as usual; by
+    default, all processes where there are several; a lone one may take as long as it wants."""
 
     def __init__(self, config: WatchFlags, tell: Callable[[Event], None], on_gpu: bool = False, clock=time.monotonic,
                  give_up: Callable[[str], None] | None = None):
         self.config, self.tell, self._clock, self._give_up = config, tell, clock, give_up
+        if give_up is None and link().several:
+            self._give_up = functools.partial(link().failed, code=1)
         self._values = {name: collections.deque(maxlen=WINDOW) for name in FLOORS}
         self._seconds, self._rates = (collections.deque(maxlen=ENOUGH) for _ in range(2))
         self._best, self._memory_low, self._asked = 0.0, False, -math.inf
