@@ -197,8 +197,9 @@ def segments_within(job: Job, search: Search, part: float) -> tuple[int, ...] | 
         lengths.append(stop - start)
         stop = start
     if len(lengths) > 1 and lengths[-1] == 1:  # a first segment of one layer keeps its input on the device to the end
+        both = lengths[-2] + 1
         if lengths[-2] > 2:
             lengths[-2:] = [lengths[-2] - 1, 2]
-        elif kept_before[3] + 2 * size.hidden + output * min(2, not_kept) <= budget:
-            lengths[-2:] = [3]
+        elif kept_before[both] + (both - 1) * size.hidden + output * min(both - 1, not_kept) <= budget:
+            lengths[-2:] = [both]
     return (lengths[0],) if len(set(lengths)) == 1 else tuple(reversed(lengths))

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from alst_jax.config import TrainConfig, UserError, parse_length
@@ -92,6 +93,15 @@ def test_an_update_in_the_backward_pass_knows_no_other_gradients(flags, wrong):
     with pytest.raises(UserError, match="Use it with --offload-weights and --offload-optimizer"):
         check_run(TrainConfig(**offloaded))
     check_run(TrainConfig(**offloaded, offload_optimizer=True))
+
+
+def test_simulated_devices_wait_for_each_other_on_a_busy_machine(monkeypatch):
+    flag = "--xla_cpu_collective_call_terminate_timeout_seconds"
+    monkeypatch.setattr(jax.config, "update", lambda name, value: None)
+    for before, after in (("", f"{flag}=1200"), (f"{flag}=7", f"{flag}=7")):
+        monkeypatch.setenv("XLA_FLAGS", before)
+        environment.prepare(2)
+        assert os.environ["XLA_FLAGS"] == after
 
 
 @pytest.mark.parametrize("before,after", [
