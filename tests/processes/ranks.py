@@ -23,18 +23,21 @@ FLAGS = ("--seq-len 64 --schedule constant --warmup-steps 0 --learning-rate 1e-3
          "--no-tiled-mlp --data-cache off --sp 2").split()
 MAKE_MODEL = """
 import json, pathlib, sys
-import jax, numpy as np
+import numpy as np
 from alst_jax.data.tokenizer import byte_tokenizer
-from alst_jax.models.block import init_params
 from alst_jax.models.hf_config import hf_config_dict
-from alst_jax.models.hf_weights import save_params
+from alst_jax.models.hf_weights import expected_shapes
+from alst_jax.models.weight_files import Unwritten, write_file
 from tests.helpers import tiny
 top = pathlib.Path(sys.argv[1])
 model = tiny(vocab_size=264, num_layers=2, hidden_size=32, intermediate_size=32, num_heads=4, head_dim=8)
 byte_tokenizer().save_pretrained(top / "model")
 (top / "model" / "config.json").write_text(json.dumps(hf_config_dict(model)))
-save_params(jax.tree_util.tree_leaves_with_path(init_params(model, np.float32, jax.random.key(0))), model, top / "model")
 rng = np.random.default_rng(0)
+draw = lambda name, shape: np.full(shape, 1, np.float32) if "norm" in name else rng.normal(0, 0.05, shape).astype(np.float32)
+write_file(top / "model" / "model.safetensors", [
+    Unwritten(name, shape, np.dtype("float32"), lambda name=name, shape=shape: draw(name, shape))
+    for name, shape in expected_shapes(model).items()])
 words = lambda: " ".join(rng.choice(["alpha", "beta", "gamma", "delta"], 12))
 (top / "data.jsonl").write_text("".join(json.dumps({"text": words()}) + "\\n" for _ in range(50)))
 """
