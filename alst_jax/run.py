@@ -158,7 +158,7 @@ def gpu_of(config: TrainConfig) -> Gpu | None:
     if config.plan_for:
         machine = parse_cluster(config.plan_for).machine
         return Gpu(machine.name, ".".join(map(str, machine.capability)), present=False)
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     return Gpu(device.device_kind, str(getattr(device, "compute_capability", "")), present=True)
 
 

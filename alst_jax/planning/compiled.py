@@ -109,7 +109,8 @@ def absent_devices(cluster: Cluster) -> list[jax.Device]:
 
 def is_absent(mesh: Mesh) -> bool:
     """Whether the mesh consists of absent devices."""
-    return not mesh.devices.flat[0].addressable_memories()
+    mine = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    return not mine[0].addressable_memories()
 
 
 def this_cluster(host_memory_gib: float | int | None = None, devices: int | None = None) -> Cluster | None:
@@ -119,7 +120,7 @@ def this_cluster(host_memory_gib: float | int | None = None, devices: int | None
     not in the list counts as an H100 in speed, with its own memory. The environment's limit on pinned memory counts up
     to the host's memory. UserError if several devices together could pin more than that.
     """
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     if device.platform != "gpu":
         return None
     limit = device.memory_stats()["bytes_limit"]

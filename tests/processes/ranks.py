@@ -138,10 +138,11 @@ class Bench:
         steps = str(int(steps) or len(self.losses("one")))
         return self.result(Run(self.folder, self.flags("alone", "--steps", steps), 1, 4).wait(), losses=self.losses("alone"))
 
-    def together(self, count: str, devices: str, steps: str) -> dict:
-        """count x devices, to the end, with an export."""
-        out = f"together-{count}x{devices}"
-        ended = Run(self.folder, self.flags(out, "--steps", steps, "--save-every", "2"), int(count), int(devices)).wait()
+    def together(self, count: str, devices: str, steps: str, *more: str) -> dict:
+        """count x devices, to the end, with an export. more: flags without their dashes."""
+        out = "-".join([f"together-{count}x{devices}", *more])
+        flags = self.flags(out, "--steps", steps, "--save-every", "2", *(f"--{name}" for name in more))
+        ended = Run(self.folder, flags, int(count), int(devices)).wait()
         return self.result(ended, losses=self.losses(out))
 
     def resumed(self, count: str, devices: str, of: str, dp: str, sp: str, rows: str, steps: str) -> dict:
