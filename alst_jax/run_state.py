@@ -1,8 +1,6 @@
 """The state of a run: begun, restored, exported."""
 
-import hashlib
 import pathlib
-import time
 from typing import Any
 
 import jax
@@ -13,14 +11,13 @@ from alst_jax.models.hf_config import record_dtype
 from alst_jax.models.hf_weights import save_params
 from alst_jax.models.other_weights import auto_class
 from alst_jax.planning.job import Job
+from alst_jax.processes.files import check_seen
 from alst_jax.processes.link import link
 from alst_jax.step import TrainStep
 from alst_jax.storage import checksums, run_directory, saving
 from alst_jax.storage.checkpoint import Checkpoints
 from alst_jax.storage.source import ModelSource, load_weights
 from alst_jax.trainer import Data, TrainState
-
-SEEN_WITHIN = 20  # seconds after which a file that another process has written must be seen
 
 
 def geometry(config: TrainConfig, job: Job, dtype: jnp.dtype, data: str) -> dict[str, Any]:
@@ -61,16 +58,6 @@ def begin(
         checkpoints.remove_remains()  # after the newest one was found to be whole
     run_directory.record_added(out, data.added)
     return checkpoints, state
-
-
-def check_seen(file: pathlib.Path) -> None:
-    """UserError unless all processes see the file that process 0 sees. A shared file system may need a while."""
-    content = lambda: hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "nothing"
-    wanted, tries = link().told(f"content of {file.name}", content), 0
-    while (found := content()) != wanted and tries < SEEN_WITHIN:
-        time.sleep(1)
-        tries += 1
-    link().same(f"--out {file.parent}: it must be on storage that all processes share; the content of {file.name}", found)
 
 
 def restore(step: TrainStep, data: Data, checkpoints: Checkpoints, at: int) -> TrainState:

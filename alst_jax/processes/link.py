@@ -51,6 +51,10 @@ class Alone:
     def same(self, what: str, value: Any) -> None:
         """UserError unless all processes have the same value."""
 
+    def disagree(self, text: str) -> NoReturn:
+        """Raise a UserError that all processes have found. Process 0 reports it."""
+        raise UserError(text)
+
     def say(self, text: str) -> None:
         """Print a line, also of a process that does not log."""
         print(text, flush=True)
@@ -128,8 +132,13 @@ class Link(Alone):
         values = self.exchange(what, value)
         for rank, other in enumerate(values):
             if other != values[0]:
-                raise UserError(f"{what} must be the same in all processes, and process {rank} ({self.hosts[rank]}) has "
-                                f"{_short(other)} where process 0 ({self.hosts[0]}) has {_short(values[0])}")
+                self.disagree(f"{what} must be the same in all processes, and process {rank} ({self.hosts[rank]}) has "
+                              f"{_short(other)} where process 0 ({self.hosts[0]}) has {_short(values[0])}")
+
+    def disagree(self, text: str) -> NoReturn:
+        if not self.first:
+            time.sleep(SILENCE)  # the thread that reads ends this process before
+        raise UserError(text)
 
     def say(self, text: str) -> None:
         if self.first:

@@ -56,7 +56,7 @@ def check_same(facts: list[dict[str, Any]]) -> None:
             other = fact[kind]
             for name in {**first, **other}:
                 if first.get(name) != other.get(name):
-                    raise UserError(f"{named(name)} {_word(other.get(name))} on process {rank} ({fact['host']}), and "
+                    link().disagree(f"{named(name)} {_word(other.get(name))} on process {rank} ({fact['host']}), and "
                                     f"{_word(first.get(name))} on process 0 ({facts[0]['host']}): start all processes with "
                                     f"the same {kind}")
 

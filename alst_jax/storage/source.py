@@ -16,6 +16,7 @@ from alst_jax.models.hf_config import model_config
 from alst_jax.models.hf_weights import load_params
 from alst_jax.models.other_weights import has_others
 from alst_jax.models.weight_files import find_tensors
+from alst_jax.processes.files import check_same_files
 from alst_jax.step import TrainStep
 from alst_jax.storage import checksums, run_directory
 from alst_jax.storage.checkpoint import Checkpoints
@@ -110,6 +111,7 @@ def _hub_directory(model: str, weights: bool) -> pathlib.Path:
 def load_weights(source: ModelSource, step: TrainStep, dtype: jnp.dtype, seed: int) -> Any:
     """The weights, with the shardings and memory kinds of the step."""
     if source.hf_weights is not None:
+        check_same_files(f"the weights of --model {source.hf_weights}", list(source.hf_weights.glob("*.safetensors")))
         checksums.verify_weights(source.hf_weights, together=True)
         if dtype == jnp.bfloat16 and any(t.dtype == np.float32 for t in find_tensors(source.hf_weights).values()):
             print(f"warning: the float32 weights of {source.name} are rounded to bfloat16; --dtype float32 keeps them",

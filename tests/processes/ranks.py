@@ -15,32 +15,35 @@ import subprocess
 import sys
 import time
 
+import numpy as np
+
 from tests.faults import kills
 from tests.faults.kills import Kill
 
 ROOT = pathlib.Path(__file__).parents[2]
 FLAGS = ("--seq-len 64 --schedule constant --warmup-steps 0 --learning-rate 1e-3 --eps 1e-4 --no-remat --no-tiled-loss "
          "--no-tiled-mlp --data-cache off --sp 2").split()
-MAKE_MODEL = """
-import json, pathlib, sys
-import numpy as np
-from alst_jax.data.tokenizer import byte_tokenizer
-from alst_jax.models.hf_config import hf_config_dict
-from alst_jax.models.hf_weights import expected_shapes
-from alst_jax.models.weight_files import Unwritten, write_file
-from tests.helpers import tiny
-top = pathlib.Path(sys.argv[1])
-model = tiny(vocab_size=264, num_layers=2, hidden_size=32, intermediate_size=32, num_heads=4, head_dim=8)
-byte_tokenizer().save_pretrained(top / "model")
-(top / "model" / "config.json").write_text(json.dumps(hf_config_dict(model)))
-rng = np.random.default_rng(0)
-draw = lambda name, shape: np.full(shape, 1, np.float32) if "norm" in name else rng.normal(0, 0.05, shape).astype(np.float32)
-write_file(top / "model" / "model.safetensors", [
-    Unwritten(name, shape, np.dtype("float32"), lambda name=name, shape=shape: draw(name, shape))
-    for name, shape in expected_shapes(model).items()])
-words = lambda: " ".join(rng.choice(["alpha", "beta", "gamma", "delta"], 12))
-(top / "data.jsonl").write_text("".join(json.dumps({"text": words()}) + "\\n" for _ in range(50)))
-"""
+
+
+def make_model(top: pathlib.Path) -> None:
+    """A tiny model and data. Uses jax: not in a process that forks later."""
+    from alst_jax.data.tokenizer import byte_tokenizer
+    from alst_jax.models.config import ModelConfig
+    from alst_jax.models.hf_config import hf_config_dict
+    from alst_jax.models.hf_weights import expected_shapes
+    from alst_jax.models.weight_files import Unwritten, write_file
+
+    model = ModelConfig(vocab_size=264, hidden_size=32, intermediate_size=32, num_layers=2, num_heads=4, num_kv_heads=2,
+                        head_dim=8)
+    byte_tokenizer().save_pretrained(top / "model")
+    (top / "model" / "config.json").write_text(json.dumps(hf_config_dict(model)))
+    rng = np.random.default_rng(0)
+    draw = lambda name, shape: np.ones(shape, np.float32) if "norm" in name else rng.normal(0, 0.05, shape).astype(np.float32)
+    write_file(top / "model" / "model.safetensors", [
+        Unwritten(name, shape, np.dtype("float32"), lambda name=name, shape=shape: draw(name, shape))
+        for name, shape in expected_shapes(model).items()])
+    words = lambda: " ".join(rng.choice(["alpha", "beta", "gamma", "delta"], 12))
+    (top / "data.jsonl").write_text("".join(json.dumps({"text": words()}) + "\n" for _ in range(50)))
 
 
 @dataclasses.dataclass
@@ -99,9 +102,8 @@ class Bench:
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
-        if not (folder / "data.jsonl").exists():
-            subprocess.run([sys.executable, "-c", MAKE_MODEL, str(folder)], cwd=ROOT, check=True)
         kills.preload()
+        kills.in_fork(lambda: make_model(folder))
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "programs")
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPT = """
-import os, sys, time
+import os, pathlib, sys, time
 from alst_jax.processes import wire
 wire.BEAT, wire.SILENCE = 0.2, 3.0
 from alst_jax.processes import link as links, start
@@ -35,6 +35,11 @@ try:
               link.local_ranks, file=out)
         link.same("a value", 7)
         link.finish()
+    if what == "directory":
+        from alst_jax.processes import files
+        files.SEEN_WITHIN = 0.5
+        files.check_seen(pathlib.Path(sys.argv[5]) / "run.json")
+        files.check_seen(pathlib.Path(sys.argv[5]) / f"run.json{rank or ''}")
     if what == "data":
         link.same("the data", f"hash {rank}")
     if what == "user" and rank == 1:
@@ -59,9 +64,9 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def begin(what, ranks=(0, 1), count=2, port=None):
+def begin(what, *more, ranks=(0, 1), count=2, port=None):
     port = port or free_port()
-    return [subprocess.Popen([sys.executable, "-c", SCRIPT, str(rank), str(port), str(count), what], cwd=ROOT, text=True,
+    return [subprocess.Popen([sys.executable, "-c", SCRIPT, str(rank), str(port), str(count), what, *more], cwd=ROOT, text=True,
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in ranks]
 
 
@@ -92,6 +97,14 @@ def test_a_mistake_is_one_line_of_process_0(what, words):
     assert (code, other_code) == (2, 2)
     assert len(lines(err)) == 1 and re.fullmatch(words, lines(err)[0])
     assert lines(other) == []
+
+
+def test_a_run_directory_that_one_does_not_see(tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    (code, _, err), (other_code, _, other) = ends(begin("directory", str(tmp_path)))
+    assert (code, other_code) == (2, 2) and not lines(other)
+    assert re.fullmatch(r"error: process 1 \(.*\) sees another .*/run.json than process 0 \(.*\), or none: the run directory must be "
+                        r"on storage that all processes share \(--out\)", lines(err)[0])
 
 
 def test_a_crash_is_named_by_all():
