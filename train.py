@@ -32,7 +32,7 @@ def main() -> int:
         check_run(config, link().several)
         environment.prepare(config.simulate_devices, config.plan_for is not None, config.host_memory, config.devices,
                             config.deterministic, start.sharing())
-        start.start_jax(config)
+        start.start_jax(config, environment.visible_gpus)
         code = run(config) if config.show_samples is None else show_samples(config)
         start.finish()
         return code
@@ -120,7 +120,6 @@ def run(config: TrainConfig) -> int:
     from alst_jax import run as setup
     from alst_jax import run_data, run_state
     from alst_jax.metrics import MetricsLog, NoLog, peak_host_memory, peak_memory
-    from alst_jax.planning.process import make_host_pool
     from alst_jax.planning.report import announce_plan, planned_against_measured, report
     from alst_jax.refused import Saves
     from alst_jax.storage import run_directory
@@ -154,7 +153,7 @@ def run(config: TrainConfig) -> int:
     geometry = run_state.geometry(config, job, setup.choose_dtype(config), fingerprint)
     if choice is not None:
         environment.return_freed_memory()
-        make_host_pool(choice.plan)
+        run_state.make_host_pool(choice.plan)
     if config.check_numerics:
         run_data.preflight(config, step, job, data)
     checkpoints, state = run_state.begin(config, source, step, data, geometry)

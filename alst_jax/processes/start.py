@@ -8,10 +8,10 @@ import platform
 import socket
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from alst_jax.declare import UserError, flag
-from alst_jax.hardware.environment import visible_gpus
 from alst_jax.process_flags import OF_A_PROCESS
 from alst_jax.processes.link import Link, link, use
 from alst_jax.processes.place import find_place
@@ -65,8 +65,8 @@ def _word(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def start_jax(config: Any) -> None:
-    """Start jax in all processes together."""
+def start_jax(config: Any, visible_gpus: Callable[[], int]) -> None:
+    """Start jax in all processes together. visible_gpus: how many jax will see in this one."""
     current = link()
     if not current.several:
         return

@@ -33,7 +33,7 @@ start.join(TrainConfig(coordinator=f"127.0.0.1:{sys.argv[2]}", processes=2, proc
 import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 1)
-start.start_jax(TrainConfig(simulate_devices=1))
+start.start_jax(TrainConfig(simulate_devices=1), lambda: 0)
 from alst_jax.models.hf_config import model_config
 from alst_jax.models.hf_weights import load_params
 from alst_jax.models import weight_files
