@@ -33,7 +33,7 @@ def this_cluster(host_memory_gib: float | int | None = None, devices: int | None
     not in the list counts as an H100 in speed, with its own memory. The environment's limit on pinned memory counts up
     to the host's memory. UserError if several devices together could pin more than that.
     """
-    device = jax.local_devices()[0]
+    device = (jax.local_devices() if link().several else jax.devices())[0]
     if device.platform != "gpu":
         return None
     limit = device.memory_stats()["bytes_limit"]
@@ -41,7 +41,8 @@ def this_cluster(host_memory_gib: float | int | None = None, devices: int | None
     machine = dataclasses.replace(known, name=device.device_kind, kind=device.device_kind, memory=limit, fraction=1.0)
     pinned = pinned_limit()
     hosts = len(set(link().hosts))
-    cluster = Cluster(machine, hosts, jax.device_count() // hosts, host_memory(host_memory_gib), used=devices)
+    per_host = jax.device_count() // hosts if link().several else jax.local_device_count()
+    cluster = Cluster(machine, hosts, per_host, host_memory(host_memory_gib), used=devices)
     if pinned is None:
         return cluster
     if cluster.sharing > 1 and pinned * cluster.sharing > host_memory():
