@@ -16,7 +16,7 @@ class ProcessFlags:
     coordinator: Annotated[str | None, default("what srun or mpirun say; without them one process")] = None
     """HOST:PORT of process 0, where the others find it."""
     processes: Annotated[int | None, AtLeast(1), default("what srun or mpirun say; without them 1")] = None
-    """Processes of the run. 1: this process alone, whatever srun or mpirun say."""
+    """Processes of the run. 1: this process alone, whatever srun or mpirun say. With --plan-for: of the planned run."""
     process: Annotated[int | None, AtLeast(0), default("what srun or mpirun say")] = None
     """Number of this process, from 0."""
     local_devices: Annotated[tuple[int, ...], default("the host's GPUs divided by its processes")] = ()
@@ -32,7 +32,7 @@ OF_A_PROCESS = ("process", "local_devices")
 def process_mistakes(config: Any, several: bool) -> Iterator[tuple[Any, str]]:
     """(whether the flags are wrong, message) for each rule. config: all flags. several: whether the run has several
     processes, also without flags."""
-    typed = config.processes not in (None, 1) or config.coordinator is not None
+    typed = config.coordinator is not None or config.processes not in (None, 1) and not config.plan_for
     alone = {"plan_only": "prints a plan", "find_max_seq_len": "prints a length", "show_samples": "prints samples",
              "explain_run": "prints a record"}
     for field, what in alone.items():

@@ -42,7 +42,8 @@ def this_cluster(host_memory_gib: float | int | None = None, devices: int | None
     pinned = pinned_limit()
     hosts = len(set(link().hosts))
     per_host = jax.device_count() // hosts if link().several else jax.local_device_count()
-    cluster = Cluster(machine, hosts, per_host, host_memory(host_memory_gib), used=devices)
+    cluster = Cluster(machine, hosts, per_host, host_memory(host_memory_gib), used=devices,
+                      processes=len(link().local_ranks))
     if pinned is None:
         return cluster
     if cluster.sharing > 1 and pinned * cluster.sharing > host_memory():

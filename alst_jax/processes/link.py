@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from alst_jax.declare import UserError
@@ -31,6 +31,7 @@ class Alone:
     """The link of a run in one process: nothing is sent, nobody is waited for."""
 
     rank, count, hosts, how = 0, 1, ("",), None
+    local_ranks: Sequence[int] = (0,)  # numbers of the processes on this host
     first, several = True, False
 
     def exchange(self, name: str, value: Any) -> list[Any]:
