@@ -15,7 +15,7 @@ AT_ONCE = 2**28  # bytes read at a time
 Bounds = tuple[tuple[int, int], ...]  # (start, stop) of each dim
 
 
-def put(array: np.ndarray, place: jax.sharding.Sharding) -> jax.Array:
+def put(array: jax.typing.ArrayLike, place: jax.sharding.Sharding) -> jax.Array:
     """jax.device_put of an array that all processes have; each puts the parts of its own devices."""
     if place.is_fully_addressable:
         return jax.device_put(array, place)

@@ -22,7 +22,7 @@ from tests.faults.kills import Kill
 
 ROOT = pathlib.Path(__file__).parents[2]
 FLAGS = ("--seq-len 64 --schedule constant --warmup-steps 0 --learning-rate 1e-3 --eps 1e-4 --no-remat --no-tiled-loss "
-         "--no-tiled-mlp --data-cache off --sp 2").split()
+         "--no-tiled-mlp --data-cache off --sp 2 --start-timeout 50").split()
 
 
 def make_model(top: pathlib.Path) -> None:
