@@ -1,13 +1,11 @@
 """The start of a run in several processes: they find each other, compare their flags, and start jax together."""
 
 import dataclasses
-import functools
 import importlib.metadata
 import os
 import platform
 import socket
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +13,7 @@ from alst_jax.declare import UserError, flag
 from alst_jax.process_flags import OF_A_PROCESS
 from alst_jax.processes.link import Link, link, use
 from alst_jax.processes.place import find_place
+from alst_jax.processes.service import Service
 
 PACKAGES = ("alst-jax", "jax", "jaxlib", "flax", "numpy", "orbax-checkpoint", "transformers", "tokenizers", "grain")
 PATIENCE = 10**5  # seconds: the link notices a death before jax's service does, and names it
@@ -70,24 +69,16 @@ def start_jax(config: Any, visible_gpus: Callable[[], int]) -> None:
     current = link()
     if not current.several:
         return
-    # jax's client ends the process from C++ when process 0 dies, unless it has this function; jax has no option for it.
     import jax
-    from jax._src import distributed
+    from jax._src import distributed  # jax has no option for a service in another process
 
-    make = distributed._jax.get_distributed_runtime_client
-    distributed._jax.get_distributed_runtime_client = functools.partial(make, missed_heartbeat_callback=_lost)
+    distributed._jax.get_distributed_runtime_service = Service
     port = current.told("jax's port", _free_port)
-    ids = list(config.local_devices) or local_devices(
-        current, 0 if config.simulate_devices else visible_gpus())
-    host = current.place.host
+    ids = list(config.local_devices) or local_devices(current, 0 if config.simulate_devices else visible_gpus())
+    host = f"[{current.place.host}]" if ":" in current.place.host else current.place.host
     jax.distributed.initialize(
-        f"[{host}]:{port}" if ":" in host else f"{host}:{port}", current.count, current.rank, ids, cluster_detection_method="deactivate",
+        f"{host}:{port}", current.count, current.rank, ids, cluster_detection_method="deactivate",
         initialization_timeout=config.start_timeout, heartbeat_timeout_seconds=PATIENCE)
-
-
-def _lost(*_: Any) -> None:
-    """jax's client has lost process 0. The link has too, and ends this process with a line."""
-    time.sleep(60)
 
 
 def local_devices(current: Link, gpus: int) -> list[int] | None:
