@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, TensorBoard, and a progress bar or plain lines."""
+"""The reports of a run: metrics.jsonl, TensorBoard, and a progress bar or plain lines."""
 
 import functools
 import json
@@ -8,6 +8,7 @@ import resource
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,10 +18,11 @@ from tensorboard.summary import Writer
 
 from alst_jax.data.batches import Arrays
 from alst_jax.hardware.environment import peak_flops
+from alst_jax.processes.link import link
 from alst_jax.step import TrainStep
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # the event of jax.monitoring
-QUIET_SECONDS = 5.0  # between plain lines, where there is no terminal
+QUIET_SECONDS = 5.0  # between plain lines, without a terminal
 
 
 class MetricsLog:
@@ -56,9 +58,13 @@ class MetricsLog:
         self.seconds.append(values["seconds"])
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self.event(finite)
-        for name, value in finite.items():
+        self.scalars(values["step"], finite)
+
+    def scalars(self, step: int, values: dict[str, Any]) -> None:
+        """Numbers for TensorBoard alone."""
+        for name, value in values.items():
             if name != "step" and isinstance(value, int | float):
-                self._tensorboard.add_scalar(name, value, step=values["step"])
+                self._tensorboard.add_scalar(name, value, step=step)
 
     def event(self, record: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl alone."""
@@ -81,6 +87,9 @@ class NoLog(MetricsLog):
 
     def write(self, values: dict[str, Any]) -> None:
         self.seconds.append(values["seconds"])
+
+    def scalars(self, step: int, values: dict[str, Any]) -> None:
+        """Nothing."""
 
     def event(self, record: dict[str, Any]) -> None:
         """Nothing."""
@@ -149,6 +158,15 @@ def compilations() -> int:
     return len(_compiled())
 
 
+def teller(display: ProgressDisplay, log: MetricsLog) -> Callable[[Any], None]:
+    """A function that prints an event of watch.py, of any process, and writes it into the log."""
+    def tell(event: Any) -> None:
+        (display.say if link().first else link().say)(f"warning: {event}")
+        log.event(event.record())
+
+    return tell
+
+
 @functools.cache
 def _compiled() -> list[float]:
     """The seconds of each compilation from now on; jax appends to it."""
@@ -168,7 +186,7 @@ def peak_memory() -> tuple[str, float]:
 
 
 def peak_host_memory() -> float:
-    """Peak GiB of host memory of this process: Python, libraries and what is pinned for the devices."""
+    """Peak GiB of host memory of this process: Python, libraries and memory pinned for the devices."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 

@@ -33,23 +33,39 @@ def process_mistakes(config: Any, several: bool) -> Iterator[tuple[Any, str]]:
     """(whether the flags are wrong, message) for each rule. config: all flags. several: whether the run has several
     processes, also without flags."""
     typed = config.coordinator is not None or config.processes not in (None, 1) and not config.plan_for
-    alone = {"plan_only": "prints a plan", "find_max_seq_len": "prints a length", "show_samples": "prints samples",
-             "explain_run": "prints a record"}
+    alone = {
+        "plan_only": "prints a plan",
+        "find_max_seq_len": "prints a length",
+        "show_samples": "prints samples",
+        "explain_run": "prints a record",
+    }
     for field, what in alone.items():
         value = getattr(config, field)
-        yield (typed and value not in (None, False),
-               f"--{field.replace('_', '-')} {what} and needs no other process; leave --coordinator and --processes out")
+        yield (
+            typed and value not in (None, False),
+            f"--{field.replace('_', '-')} {what} and needs no other process; leave --coordinator and --processes out",
+        )
     yield (min(config.local_devices, default=0) < 0, f"--local-devices {config.local_devices}: GPUs are counted from 0")
-    yield (config.local_devices and not several,
-           "--local-devices divides a host's GPUs between several processes, and there is one; set "
-           "CUDA_VISIBLE_DEVICES instead")
+    yield (
+        config.local_devices and not several,
+        "--local-devices divides a host's GPUs between several processes, and there is one; set "
+        "CUDA_VISIBLE_DEVICES instead",
+    )
     if not several:
         return
-    not_yet = {"check_numerics": "compares on the devices of one process", "add_data": "is written for one process"}
+    not_yet = {
+        "check_numerics": "compares on the devices of one process",
+        "add_data": "is written for one process",
+        "eval_long": "is written for one process",
+    }
     for field, why in not_yet.items():
-        yield (getattr(config, field),
-               f"--{field.replace('_', '-')} {why}; leave it out, or use one process (--processes 1)")
+        yield (
+            getattr(config, field),
+            f"--{field.replace('_', '-')} {why}; leave it out, or use one process (--processes 1)",
+        )
     for field in ("on_nonfinite", "on_spike"):
-        yield (getattr(config, field) == "rewind",
-               f"--{field.replace('_', '-')} rewind is written for one process; use stop or skip, or one process "
-               "(--processes 1)")
+        yield (
+            getattr(config, field) == "rewind",
+            f"--{field.replace('_', '-')} rewind is written for one process; use stop or skip, or one process "
+            "(--processes 1)",
+        )

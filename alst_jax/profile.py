@@ -105,7 +105,7 @@ TILES = {"loss_tile": "tiled_loss", "mlp_tile": "tiled_mlp"}  # the size of a ti
 
 @dataclasses.dataclass(frozen=True)
 class MemoryFlags(Switches):
-    """What lives where, and how much is worked on at a time."""
+    """The memory of each array, and the sizes of tiles."""
 
     tiled_loss: bool = True
     """Compute logits and loss in tiles of tokens instead of all at once."""
@@ -121,7 +121,7 @@ class MemoryFlags(Switches):
 
 @dataclasses.dataclass(frozen=True)
 class Profile(Switches):
-    """The memory flags of a step, and what they were joined with: the kernel and the dtype of computation."""
+    """The memory flags of a step, with the kernel and the dtype of computation."""
 
     attention: Any = "xla"  # a kernel's name, or a Kernel (ops/attention)
     compute_dtype: str = "float32"
@@ -207,7 +207,7 @@ class Segment:
 
 
 def segment_inputs(segments: list[Segment], on_host: bool) -> int:
-    """Rows of the array in which the inputs of segments are kept; that of the first is looked up again instead."""
+    """Rows of the array in which the inputs of segments are kept; the first's is looked up again instead."""
     count = sum(not segment.all_inputs for segment in segments[1:])
     # A single one would not be moved to the host, for copies there and back with no loop between cancel out.
     return 2 if count == 1 and on_host else count

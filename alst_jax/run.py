@@ -20,6 +20,7 @@ from alst_jax.hardware.devices import absent_devices
 from alst_jax.hardware.machines import Cluster, parse_cluster
 from alst_jax.models.block import abstract_params
 from alst_jax.models.config import ModelConfig
+from alst_jax.models.extend import longest as model_length
 from alst_jax.models.tree import dotted
 from alst_jax.ops.attention import KERNELS, refusal
 from alst_jax.ops.attention.devices import Chosen, Gpu, choose_kernel
@@ -56,8 +57,8 @@ def subject(config: TrainConfig) -> tuple[ModelSource, Planner, Job]:
     if config.attention == "auto" and for_gpu(config):
         print(f"attention {profile.attention}: {attention_kernel(config, dtype, source.config).why}", file=sys.stderr)
     seq_len = ANY_LENGTH if config.find_max_seq_len else check_seq_len(config, source.config)
-    job = Job(debug_model(config, source.config), profile, dp * config.batch_size, padded_length(seq_len, sp, profile), dp,
-              sp, accumulation(config, dp), config.optimizer_states, config.master_weights, freeze=config.freeze)
+    job = Job(debug_model(config, source.config), profile, dp * config.batch_size, padded_length(seq_len, sp, profile),
+              dp, sp, accumulation(config, dp), config.optimizer_states, config.master_weights, freeze=config.freeze)
     if config.plan_only and config.pack and config.pack_attention == "documents":
         job = of_short_documents(job)
     cluster = with_room(cluster, job)
@@ -101,11 +102,11 @@ def debug_model(config: TrainConfig, model: ModelConfig) -> ModelConfig:
     if layers is None:
         return model
     if layers > model.num_layers:
-        raise UserError(f"--debug-attention-layers {layers}: the model has {model.num_layers} layers; give fewer, to leave "
-                        "attention out of the others")
+        raise UserError(f"--debug-attention-layers {layers}: the model has {model.num_layers} layers; give fewer, to "
+                        "leave attention out of the others")
     if config.stack == "plain" or not config.remat:
-        raise UserError("--debug-attention-layers leaves attention out of the layers whose backward pass is written by hand; "
-                        "it needs --stack segments and --remat")
+        raise UserError("--debug-attention-layers leaves attention out of the layers whose backward pass is written by "
+                        "hand; it needs --stack segments and --remat")
     return dataclasses.replace(model, attention_layers=layers)
 
 
@@ -139,12 +140,12 @@ def attention_kernel(config: TrainConfig, dtype: jnp.dtype, model: ModelConfig) 
         config.attention, KERNELS, gpu_of(config), str(dtype), model.head_dim, config.deterministic)
     documents = config.pack and config.pack_attention == "documents"
     if documents and any(rope.needs_length for rope in model.ropes):
-        raise UserError("--pack: this model's rotary embedding (dynamic or longrope) depends on the length of the batch, so "
-                        "that a packed document would not compute what it does alone; use --pack-attention across, or leave "
-                        "--pack out")
+        raise UserError("--pack: this model's rotary embedding (dynamic or longrope) depends on the length of the "
+                        "batch, so that a packed document would not compute what it does alone; use --pack-attention "
+                        "across, or leave --pack out")
     if config.lengths and any(rope.needs_length for rope in model.ropes):
-        raise UserError("--lengths: this model's rotary embedding (dynamic or longrope) depends on the length of the batch, "
-                        "so that a document would compute something else in a shorter one; leave --lengths out")
+        raise UserError("--lengths: this model's rotary embedding (dynamic or longrope) depends on the length of the "
+                        "batch, so that a document would compute something else in a shorter one; leave --lengths out")
     for kind in model.kinds:
         if reason := refusal(chosen.kernel, model.attention_spec(kind), documents):
             raise UserError(f"{reason} (attention {chosen.kernel.name}: {chosen.why})")
@@ -166,7 +167,7 @@ def gpu_of(config: TrainConfig) -> Gpu | None:
 
 
 def accumulation(config: TrainConfig, dp: int) -> int:
-    """Batches of one optimizer step: those of --grad-accum, or those that --samples-per-step needs on `dp` replicas."""
+    """Batches of one optimizer step: --grad-accum, or the number that --samples-per-step needs on `dp` replicas."""
     samples, at_once = config.samples_per_step, dp * config.batch_size
     if samples is None:
         return config.grad_accum
@@ -193,13 +194,13 @@ def check_seq_len(config: TrainConfig, model: ModelConfig) -> int:
     if config.seq_len is None:
         raise UserError(f"--seq-len: how many tokens a sequence? The model's config says up to "
                         f"{model.max_position_embeddings} (max_position_embeddings)")
-    longest = model.max_position_embeddings
+    longest = model_length(model)
     if config.seq_len > longest:
         scaling = "" if model.rope.rope_type == "default" else f" (RoPE scaling {model.rope.rope_type} included)"
         print(f"warning: --seq-len {config.seq_len} is beyond the {longest} positions the model was made for{scaling}: "
               "attention has not learned such distances, so the loss starts high and the model must learn them. To "
-              "stretch the positions it knows instead, set rope_parameters (yarn or linear, with a factor) and "
-              "max_position_embeddings in config.json", file=sys.stderr, flush=True)
+              f"stretch the positions it knows instead, use --rope-scaling yarn --rope-factor "
+              f"{-(-config.seq_len // longest)}", file=sys.stderr, flush=True)
     return config.seq_len
 
 
@@ -209,7 +210,7 @@ def check_seq_len(config: TrainConfig, model: ModelConfig) -> int:
 def about_run(
     config: TrainConfig, step: TrainStep, job: Job, settings: dict[str, Any], plan: Plan | None
 ) -> dict[str, Any]:
-    """What is written beside each checkpoint."""
+    """The record beside each checkpoint."""
     shapes = {"rows": job.rows, "length": job.length, "grad_accum": job.grad_accum, "documents": job.documents}
     planned = None if plan is None else json.loads(plan.to_json())
     kernel = attention_kernel(config, choose_dtype(config), step.model)

@@ -29,7 +29,25 @@ def geometry(config: TrainConfig, job: Job, dtype: jnp.dtype, data: str) -> dict
     """The settings that a resumed run must share with its checkpoint. data: hash of the sequences."""
     return {"data": data, "seed": config.seed, "samples_per_step": job.rows * job.grad_accum,
             "seq_len": config.seq_len, "dtype": str(dtype), "optimizer_states": job.states,
-            "master_weights": job.master, "freeze": config.freeze}
+            "master_weights": job.master, "freeze": config.freeze, "rope_scaling": config.rope_scaling,
+            "rope_factor": config.rope_factor, "rope_theta": config.rope_theta}
+
+
+KNOWN_BEFORE_DATA = ("seed", "samples_per_step", "seq_len", "dtype", "freeze")
+
+
+def check_before_data(config: TrainConfig, job: Job, dtype: jnp.dtype) -> None:
+    """UserError for a resumed run with other settings than its checkpoint, as far as they are known before the data are
+    read. Data that are cut to another length would otherwise be refused as data that have changed."""
+    if not config.resume:
+        return
+    out = pathlib.Path(config.out)
+    step = link().told("newest checkpoint", lambda: run_directory.find_checkpoint(out)[1])
+    checkpoints = Checkpoints(out)
+    saved = checkpoints.restore_run(step)["geometry"]
+    checkpoints.close()
+    now = geometry(config, job, dtype, data="")
+    run_directory.check_geometry(saved, {name: now[name] for name in KNOWN_BEFORE_DATA})
 
 
 def begin(
@@ -55,8 +73,8 @@ def begin(
     run_directory.check_same_model(run_directory.saved_model(out), source.config)
     run_directory.check_geometry(loop["geometry"], settings)
     if config.add_data and config.steps is not None and config.steps <= loop["step"]:
-        raise UserError(f"--add-data: the {config.steps} steps of the run are done, so that it would learn nothing of them; "
-                        "name more with --steps")
+        raise UserError(f"--add-data: the {config.steps} steps of the run are done, so that it would learn nothing of "
+                        "them; name more with --steps")
     state = restore(step, data, checkpoints, at)
     link().wait("restored")
     if link().first:
@@ -75,7 +93,7 @@ def restore(step: TrainStep, data: Data, checkpoints: Checkpoints, at: int) -> T
 
 
 def go_back(step: TrainStep, data: Data, checkpoints: Checkpoints, state: TrainState) -> TrainState | None:
-    """The state of the last checkpoint, None if there is none. Frees the arrays of `state`: both would not fit."""
+    """The state of the last checkpoint, or None. Frees the arrays of `state`: both would not fit."""
     steps = checkpoints.steps()
     if not steps:
         return None

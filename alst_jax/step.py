@@ -21,6 +21,7 @@ from alst_jax.models.block import Params, abstract_params, init_params
 from alst_jax.models.config import ModelConfig
 from alst_jax.models.tree import combine, dotted, partition
 from alst_jax.ops.attention import find_kernel, refusal
+from alst_jax.ops.cross_entropy import TokenLosses
 from alst_jax.ops.rope import MAX_POSITION
 from alst_jax.optim.adamw import AdamW
 from alst_jax.optim.streamed import add_gradients, apply_update, count_not_finite, global_norm
@@ -29,7 +30,7 @@ from alst_jax.parallel.program import program
 from alst_jax.parallel.sharding import is_spec, param_specs, shardings
 from alst_jax.parallel.ulysses import Ulysses
 from alst_jax.profile import Profile
-from alst_jax.stack.batch import Batch
+from alst_jax.stack.batch import BATCH_SPEC, Batch
 from alst_jax.stack.ends import Model
 from alst_jax.xla import host
 from alst_jax.xla.arrays import put
@@ -99,6 +100,13 @@ class TrainStep:
         """scale x the loss summed over all labels of all devices, in nats, float32; without gradients."""
         return self._local.loss(trained, frozen, batch, scale)
 
+    @program(lambda step: (step._trained_specs, step._frozen_specs, Batch.specs()),
+             lambda step: TokenLosses(BATCH_SPEC, BATCH_SPEC), lambda step: step._scalar)
+    def token_losses(self, trained: Params, frozen: Params, batch: Batch) -> TokenLosses:
+        """The loss of each token [B, S] in nats, and whether its label has the largest logit; 0 and False without a
+        label. Computed in shards, and then the same on all devices: S floats a sequence."""
+        return self._local.loss(trained, frozen, batch, None)
+
     @program(lambda step: (step._trained_specs,), lambda step: P(), lambda step: step._scalar)
     def gradient_norm(self, gradients: Params) -> jax.Array:
         """The Euclidean norm over all gradients and devices, a float32 scalar."""
@@ -159,8 +167,8 @@ class TrainStep:
             return jax.jit(draw, out_shardings=places)(key)
         targets, treedef = jax.tree.flatten(self.param_shardings)
         one = lambda n, place: jax.jit(lambda key: jax.tree.leaves(draw(key))[n], out_shardings=place)(key)
-        return treedef.unflatten([jax.device_put(one(n, place), target)
-                                  for n, (place, target) in enumerate(zip(jax.tree.leaves(places), targets, strict=True))])
+        pairs = enumerate(zip(jax.tree.leaves(places), targets, strict=True))
+        return treedef.unflatten([jax.device_put(one(n, place), target) for n, (place, target) in pairs])
 
     def init_optimizer(self, trained: Params) -> dict[str, Any]:
         """Zero moments and, for narrow weights, their float32 master, made where they will live, a parameter at a
@@ -174,7 +182,8 @@ class TrainStep:
         for n, (leaf, spec) in enumerate(zip(leaves, specs, strict=True)):
             made = jax.shard_map(
                 lambda p, spec=spec: {k: v for k, v in self.optimizer.init_one(fetch(p), spec).items() if k in names},
-                mesh=self.mesh, in_specs=(spec,), out_specs={name: column(self._state_specs, name, n) for name in names})
+                mesh=self.mesh, in_specs=(spec,),
+                out_specs={name: column(self._state_specs, name, n) for name in names})
             places = {name: column(self._optimizer_shardings, name, n) for name in names}
             states.append(jax.jit(made, out_shardings=places)(leaf))
         trees = {name: treedef.unflatten([state[name] for state in states]) for name in names}
@@ -189,7 +198,8 @@ class TrainStep:
             raise UserError(f"position {positions.max()}: rotary embedding is exact below {MAX_POSITION} tokens; "
                             "use a shorter --seq-len")
         arrays = Batch(tokens, labels, positions, documents)
-        return Batch(*(x if x is None else put(x, NamedSharding(self.mesh, spec)) for x, spec in zip(arrays, Batch.specs())))
+        return Batch(*(x if x is None else put(x, NamedSharding(self.mesh, spec))
+                       for x, spec in zip(arrays, Batch.specs())))
 
 
 def check_profile(profile: Profile, model: ModelConfig, sp: int) -> None:
@@ -201,11 +211,13 @@ def check_profile(profile: Profile, model: ModelConfig, sp: int) -> None:
             raise UserError(reason)
     segments, layers = profile.segment_layers, model.num_layers
     if len(segments) != 1 and sum(segments) != layers:
-        raise UserError(f"--segment-layers {' '.join(map(str, segments))}: {sum(segments)} layers in all, where the model has "
-                        f"{layers}; give one number for all segments alike, or one each that add up to {layers}")
+        raise UserError(f"--segment-layers {' '.join(map(str, segments))}: {sum(segments)} layers in all, where the "
+                        f"model has {layers}; give one number for all segments alike, or one each that add up to "
+                        f"{layers}")
     kept = profile.keep_attention_on_device + profile.keep_attention_on_host
     if kept > layers:
-        raise UserError(f"--keep-attention-on-device + --keep-attention-on-host = {kept} layers, where the model has {layers}")
+        raise UserError(f"--keep-attention-on-device + --keep-attention-on-host = {kept} layers, where the model has "
+                        f"{layers}")
 
 
 def _with_shardings(tree: Any, shardings: Any) -> Any:

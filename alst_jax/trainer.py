@@ -15,14 +15,14 @@ import numpy as np
 
 from alst_jax.config import DEFAULT_LEARNING_RATE, TrainConfig, UserError
 from alst_jax.data.batches import Arrays, TrainingBatches
-from alst_jax.metrics import MetricsLog, ProgressDisplay, compilations, compiled, speed, summary
+from alst_jax.metrics import MetricsLog, ProgressDisplay, compilations, compiled, speed, summary, teller
 from alst_jax.models.tree import dotted, is_stacked, names
 from alst_jax.optim.schedule import learning_rate_schedule
 from alst_jax.processes.link import link
 from alst_jax.profiling import StepProfile
 from alst_jax.refused import NotFinite, Refused, Spike
 from alst_jax.step import TrainStep, count_labels
-from alst_jax.watch import Event, Watch
+from alst_jax.watch import Watch
 
 
 @dataclasses.dataclass
@@ -51,11 +51,12 @@ class TrainState:
 @dataclasses.dataclass(frozen=True)
 class Data:
     """The batches of a run. evaluation: for each held-out source, by name, what makes an iterator over its batches.
-    added: what --add-data added to the run, as run_directory.record_added stores it."""
+    added: what --add-data added to the run, as run_directory.record_added stores it. long: of --eval-long."""
 
     training: TrainingBatches
     evaluation: dict[str, Callable[[], Iterable[Arrays]]] = dataclasses.field(default_factory=dict)
     added: tuple[dict[str, Any], ...] = ()
+    long: Callable[[TrainStep, TrainState, Callable[[str], None]], dict[str, float]] | None = None
 
 
 class StopSignal:
@@ -116,7 +117,8 @@ def optimizer_step(
     if not (math.isfinite(loss) and math.isfinite(values["grad_norm"])):
         where = where_not_finite(step, gradients)
         if where is None:
-            where = f"every gradient finite: only {'the loss' if math.isfinite(values['grad_norm']) else 'their norm'} is not"
+            what = "the loss" if math.isfinite(values["grad_norm"]) else "their norm"
+            where = f"every gradient finite: only {what} is not"
         raise NotFinite(f"loss {loss}, gradient norm {values['grad_norm']}, {where}", state)
     if cause := judge(values):
         raise Spike(cause, state)
@@ -185,7 +187,7 @@ def evaluate_sources(
     step: TrainStep, state: TrainState, sources: dict[str, Callable[[], Iterable[dict[str, np.ndarray]]]],
     say: Callable[[str], None],
 ) -> dict[str, float]:
-    """Loss and perplexity over the labels of all held-out sources, and of each by its name if there are several."""
+    """Loss and perplexity over the labels of all held-out sources, and of each of several by its name."""
     values, results = {}, {name: evaluate(step, state, batches()) for name, batches in sources.items()}
     labels = sum(count for _, count in results.values())
     loss = sum(loss * count for loss, count in results.values()) / max(labels, 1)
@@ -209,7 +211,7 @@ def train(
     """
     schedule = learning_rate_schedule(config, steps, config.learning_rate or DEFAULT_LEARNING_RATE)
     display, profile = ProgressDisplay(state.step, steps), StepProfile.of(config.profile_steps, config.out)
-    first, saver, tell = state.step + 1, _Saver(step, save, state.step), _teller(display, log)
+    first, saver, tell = state.step + 1, _Saver(step, save, state.step), teller(display, log)
     refused, watch = Refused(config, save, tell), Watch(config, tell, jax.default_backend() == "gpu")
     try:
         watch.start()
@@ -241,8 +243,9 @@ def train(
             watch.end(values)
             if values["compilations"] and state.step > first:
                 display.say(compiled(values, batches))
-            if data.evaluation and (state.step == steps or config.eval_every and state.step % config.eval_every == 0):
-                values |= evaluate_sources(step, state, data.evaluation, display.say)
+            if state.step == steps or config.eval_every and state.step % config.eval_every == 0:
+                values |= evaluate_sources(step, state, data.evaluation, display.say) if data.evaluation else {}
+                values |= data.long(step, state, display.say) if data.long is not None else {}
             log.write(values)
             display.show(state.step, summary(values))
             if config.save_every and state.step % config.save_every == 0:
@@ -255,13 +258,6 @@ def train(
         watch.close()
         profile.close(display.say)
         display.close()
-
-
-def _teller(display: ProgressDisplay, log: MetricsLog) -> Callable[[Event], None]:
-    def tell(event: Event) -> None:
-        (display.say if link().first else link().say)(f"warning: {event}")
-        log.event(event.record())
-    return tell
 
 
 class _Saver:
@@ -295,6 +291,6 @@ def _not_finite(step: TrainStep, done: int, problem: NotFinite | Spike, saved: i
                 "--update-in-backward, which would not apply such a step, may help")
     kept = "is where the run began" if not done else "is saved" if saved == done else "is not saved"
     return (f"step {done + 1}: {problem}. The step was not applied; the state before it, step {done}, {kept}. A "
-            f"smaller --learning-rate{'' if step.profile.update_in_backward else ' or --clip-norm'}, or --dtype float32, "
-            "may help.")
+            f"smaller --learning-rate{'' if step.profile.update_in_backward else ' or --clip-norm'}, or --dtype "
+            "float32, may help.")
 

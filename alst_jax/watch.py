@@ -168,8 +168,8 @@ class Watch:
             usual = statistics.median(self._seconds)
             seconds = self._clock() - began
             if self._give_up is not None and seconds > max(LEAST_STALL, HUNG * usual):
-                self._give_up(f"gives up: step {step} has run for {seconds:.0f} s, and {usual:.1f} s are usual: a collective "
-                              "that hangs")
+                self._give_up(f"gives up: step {step} has run for {seconds:.0f} s, and {usual:.1f} s are usual: a "
+                              "collective that hangs")
             if seconds > max(LEAST_STALL, STALLED * usual):
                 told = step
                 self.tell(Event("stall", step, f"it has run for {seconds:.0f} s, and {usual:.1f} s are usual: a device "

@@ -28,7 +28,7 @@ def to_hf(
 
     Weights keep the dtype of the checkpoint. Returns the number of tensors and their bytes. shard_size: most bytes of
     a file of weights, as in 500MB, 5GB or 2GiB. A larger tensor has a file of its own. verify: compare the logits of a
-    short input with those of transformers, which holds the model in float32.
+    short input with transformers', which holds the model in float32.
     """
     if verify:
         logits.check_possible()

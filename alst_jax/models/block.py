@@ -27,7 +27,7 @@ Params = dict[str, Any]
 
 
 class Tokens(NamedTuple):
-    """What tokens bring to a block besides their hidden states; leading dims are those of the hidden states.
+    """The tokens' data for a block besides their hidden states, with the same leading dims.
 
     documents: offsets of the packed documents into the B S tokens of this device's sequences (see `Kernel`), the same
     on all devices that share them; None: each sequence is one document.

@@ -36,7 +36,7 @@ from alst_jax.models.weight_files import (
 from alst_jax.processes.link import link
 from alst_jax.xla.arrays import load_array
 
-# Names outside of the blocks, the same in all families. Those of a block's parameters are in models/families.
+# Names outside of the blocks, the same in all families. Names of a block's parameters are in models/families.
 KEY_TABLE = {
     ("embed_tokens", "embedding"): EMBEDDING,
     ("norm", "scale"): "model.norm.weight",
@@ -76,7 +76,7 @@ def leaf_names(path: tuple, config: ModelConfig) -> list[str]:
 def model_tensors(hf_dir: str | pathlib.Path, config: ModelConfig, resize: bool = False) -> dict[str, Tensor]:
     """Name -> place of exactly the tensors of the model that `config` describes. UserError if the files hold others.
 
-    resize: the vocabulary of `config` may be larger than that of the files; the rows that are missing are added.
+    resize: the vocabulary of `config` may be larger than the files'; the missing rows are added.
     """
     tensors = of_model(text_tensors(find_tensors(hf_dir), hf_dir), config.tie_word_embeddings, str(hf_dir))
     if resize:

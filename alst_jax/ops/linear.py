@@ -17,7 +17,7 @@ from alst_jax.xla.order import zeros_after
 
 @jax.custom_vjp
 def linear(x: Float[Array, "*B D"], kernel: Float[Array, "D F"]) -> Float[Array, "*B F"]:
-    """x @ kernel in the dtype of x; the kernel's gradient has the kernel's dtype and is not rounded to that of x."""
+    """x @ kernel in the dtype of x; the kernel's gradient has the kernel's dtype and is not rounded to x's."""
     return x @ kernel.astype(x.dtype)
 
 
@@ -37,7 +37,7 @@ linear.defvjp(_linear_fwd, _linear_bwd)
 
 
 def add_bias(x: Float[Array, "*B F"], bias: Float[Array, "F"]) -> Float[Array, "*B F"]:
-    """x + bias, added and summed in the wider of the two dtypes, returned in that of x."""
+    """x + bias, added and summed in the wider of the two dtypes, returned in x's dtype."""
     wide = x.astype(jnp.promote_types(x.dtype, bias.dtype))
     return (wide + jnp.broadcast_to(bias, x.shape)).astype(x.dtype)
 

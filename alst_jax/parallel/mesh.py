@@ -36,8 +36,8 @@ def make_mesh(dp: int, sp: int, devices: list[jax.Device] | None = None) -> Mesh
     if devices is None:
         devices = by_host(jax.devices(), link().hosts) if link().several else jax.devices()
     if link().several and dp * sp != len(devices):
-        raise UserError(f"dp={dp} x sp={sp} needs {dp * sp} devices, and the {link().count} processes have {len(devices)}: some "
-                        "would have no part in a step; use all (--dp, --sp), or start fewer processes")
+        raise UserError(f"dp={dp} x sp={sp} needs {dp * sp} devices, and the {link().count} processes have "
+                        f"{len(devices)}: some would have no part in a step; use all (--dp, --sp), or start fewer processes")
     return Mesh(np.asarray(devices[: dp * sp]).reshape(dp, sp), AXES, axis_types=(AxisType.Auto,) * 2)
 
 
@@ -51,8 +51,7 @@ def by_host(devices: list[Any], hosts: tuple[str, ...]) -> list[Any]:
 
 
 def seq_over_hosts(sp: int, hosts: tuple[str, ...]) -> str:
-    """Words for where the `seq` axis of a mesh of all devices lies. hosts: of each process, which have the same number of
-    devices."""
+    """Words for where the `seq` axis of a mesh of all devices lies. hosts: of each process."""
     count = len(set(hosts))
     per_host = jax.device_count() // count
     if count == 1 or per_host % sp == 0:

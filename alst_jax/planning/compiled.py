@@ -34,7 +34,7 @@ def plan_step(
     """The plan of a step over `rows` sequences of `length` tokens, `grad_accum` times. Compiles; allocates nothing.
     packing: `documents` and `attention_share` of a Job.
 
-    The step's mesh may be of `absent_devices`. cluster: limits and speeds; None: those of this process's devices.
+    The step's mesh may be of `absent_devices`. cluster: limits and speeds; None: of this process's devices.
     at_once: compile the programs at the same time, which is faster and leaves more of the compiler's memory behind. A
     CPU has one memory: activations that a GPU would keep in host memory count as kept there, and the working set counts
     copies that a GPU would not make.
@@ -74,7 +74,7 @@ def _state_bytes(step: TrainStep, grad_accum: int) -> tuple[dict[str, int], dict
     for part, tree in (("weights", step.params), ("gradients", gradients), ("optimizer", step.optimizer_state)):
         for leaf in jax.tree.leaves(tree):
             size = shard_bytes(leaf)
-            if part == "gradients" and grad_accum > 1:  # and the float32 sums beside those of one batch
+            if part == "gradients" and grad_accum > 1:  # and their float32 sums over batches
                 size += math.prod(leaf.sharding.shard_shape(leaf.shape)) * 4
             offloaded = step.profile.on_host(part) and (leaf.ndim or part != "optimizer")  # the count stays
             place = on_host if offloaded else device

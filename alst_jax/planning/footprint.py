@@ -153,8 +153,8 @@ def rebuilt_bytes(job: Job, segment: Segment) -> int:
 def unlooped(job: Job) -> tuple[int, int]:
     """Bytes where no loop goes over layers and gradients stay on the device, otherwise zeros.
 
-    First: the float32 gradients of one layer; those of all layers wait until the end. Second: the buffers of results
-    (three of the MLP, those of q and o) that hold temporary arrays before, each an array that fits.
+    First: one layer's float32 gradients, which wait until the end. Second: the buffers of results
+    (three of the MLP, two of q and o) that hold temporary arrays before, each an array that fits.
     """
     size, model = job.sizes, job.model
     loop = lambda segment: segment.layers > (1 if segment.all_inputs else 2)
@@ -181,7 +181,7 @@ def layer_work(job: Job, rebuilt: bool = False) -> list[Term]:
         attention.append(Term("the old dh", size.hidden * work.swaps, XLA))
         mlp.append(Term("the old dh", size.hidden, XLA))
     sums = size.layer * 4 // job.width if job.tiles.mlp < job.tokens else 0
-    # The head's gradient waits to be copied to the host, or a tied one for that of the embedding.
+    # The head's gradient waits to be copied to the host, or a tied one for the embedding's.
     waits = profile.offload_weights or job.model.tie_word_embeddings
     head = size.table * (1 if profile.offload_weights else 4 // job.width) // job.devices if waits else 0
     return [Term("h and dh", 2 * size.hidden, LAYER), Term("o and do", 2 * size.heads, LAYER),

@@ -29,8 +29,8 @@ def target(config: TrainConfig) -> Cluster | None:
         cluster = parse_cluster(config.plan_for, config.host_memory)
         each, rest = divmod(config.processes or cluster.hosts, cluster.hosts)
         if rest or not each or cluster.per_host % each:
-            raise UserError(f"--processes {config.processes}: must be the same number on each host of {cluster}, and share its "
-                            f"devices evenly; use {cluster.hosts} or {cluster.devices}")
+            raise UserError(f"--processes {config.processes}: must be the same number on each host of {cluster}, and "
+                            f"share its devices evenly; use {cluster.hosts} or {cluster.devices}")
         return dataclasses.replace(cluster, used=config.devices, processes=each)
     cluster = this_cluster(config.host_memory, config.devices)
     if cluster is None and config.host_memory is not None:
@@ -79,7 +79,7 @@ class Planner:
         return self.cached[job]
 
     def compile(self, job: Job) -> Plan:
-        """The plan of a job by the compiler, or by the cost model where there is none."""
+        """The plan of a job by the compiler, or without one by the cost model."""
         if not self.compiles:
             return self.search.plan(job)
         if (other := self._of_same_bytes(job)) is not None:
@@ -90,7 +90,7 @@ class Planner:
 
     def _of_same_bytes(self, job: Job) -> Job | None:
         """The job whose program is compiled for the bytes of this one; None: its own."""
-        if job.model.attention_layers is not None:  # a debug run is there to measure the bytes of the whole run
+        if job.model.attention_layers is not None:  # a debug run measures the bytes of the whole run
             return with_attention(job, None)
         if not self.config.plan_for or job.profile.attention not in ("flash", "flash-deterministic"):
             return None

@@ -70,7 +70,8 @@ def beside_pools(job: Job, per_host: int, processes: int = 1) -> int:
     # Arrays seem to be copied through pinned memory that all devices share: a device's part of the largest array,
     # rounded up to a power of two (4.0 GiB came within two seconds when an 8B model was loaded; docs/log.md).
     staging = 2 ** math.ceil(math.log2(job.parameters.largest * job.width // job.devices))
-    return processes * (staging + saving.BUFFERS + PROCESS) + (min(job.devices, per_host) - processes) * PROCESS_DEVICE
+    more = min(job.devices, per_host) - processes
+    return processes * (staging + saving.BUFFERS + PROCESS) + more * PROCESS_DEVICE
 
 
 def process_bytes(choice: Choice, per_host: int, processes: int = 1) -> int:
@@ -87,7 +88,8 @@ def with_room(cluster: Cluster | None, job: Job) -> Cluster | None:
 
 def most_pinned(cluster: Cluster, job: Job) -> int:
     """Bytes of a device's pool at most, so that the process fits its host."""
-    return max(0, cluster.host_memory - beside_pools(job, cluster.per_host, cluster.processes)) // min(job.devices, cluster.per_host)
+    beside = beside_pools(job, cluster.per_host, cluster.processes)
+    return max(0, cluster.host_memory - beside) // min(job.devices, cluster.per_host)
 
 
 def describe_process(choice: Choice, cluster: Cluster) -> str:

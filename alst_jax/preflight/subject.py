@@ -1,4 +1,4 @@
-"""What the checks look at: the run's shapes and mesh, and a step of a few layers of its model.
+"""The subject of the checks: the run's shapes and mesh, and a step of a few layers of its model.
 
 B rows, S tokens, T local tokens, D hidden, N query heads, K kv heads, H head dim, R sampled tokens.
 """
@@ -196,7 +196,7 @@ def few_layers(model: ModelConfig) -> ModelConfig:
 
 
 def few_layers_of(profile: Profile) -> Profile:
-    """The profile for `few_layers`: segments and kept attention outputs as far as there are layers."""
+    """The profile for `few_layers`: segments and kept attention outputs, cut to their number."""
     return dataclasses.replace(
         profile, segment_layers=(min(2, max(profile.segment_layers)),),
         keep_attention_on_device=min(1, profile.keep_attention_on_device),

@@ -17,11 +17,16 @@ def check_seen(file: pathlib.Path) -> None:
     wanted, began = link().told(f"content of {file.name}", content), time.monotonic()
     while (same := content() == wanted) is False and time.monotonic() - began < SEEN_WITHIN:
         time.sleep(0.2)
-    blind = [f"process {rank} ({host})" for rank, (host, sees) in enumerate(zip(link().hosts, link().exchange("seen", same)))
-             if not sees]
+    blind = [
+        f"process {rank} ({host})"
+        for rank, (host, sees) in enumerate(zip(link().hosts, link().exchange("seen", same)))
+        if not sees
+    ]
     if blind:
-        link().disagree(f"{', '.join(blind[:4])} sees another {file} than process 0 ({link().hosts[0]}), or none: the run "
-                        "directory must be on storage that all processes share (--out)")
+        link().disagree(
+            f"{', '.join(blind[:4])} sees another {file} than process 0 ({link().hosts[0]}), or none: the run "
+            "directory must be on storage that all processes share (--out)"
+        )
 
 
 def check_same_files(what: str, files: list[pathlib.Path]) -> None:

@@ -133,8 +133,10 @@ class Link(Alone):
         values = self.exchange(what, value)
         for rank, other in enumerate(values):
             if other != values[0]:
-                self.disagree(f"{what} must be the same in all processes, and process {rank} ({self.hosts[rank]}) has "
-                              f"{_short(other)} where process 0 ({self.hosts[0]}) has {_short(values[0])}")
+                self.disagree(
+                    f"{what} must be the same in all processes, and process {rank} ({self.hosts[rank]}) has "
+                    f"{_short(other)} where process 0 ({self.hosts[0]}) has {_short(values[0])}"
+                )
 
     def disagree(self, text: str) -> NoReturn:
         if not self.first:
@@ -198,10 +200,15 @@ class Link(Alone):
         if self._leaving:
             return
         if not self._joined.is_set():
-            self._leave(f"error: --coordinator {self.place.host}:{self.place.port}: what listens there is no process 0 of a "
-                        "run, or it has ended; see its output, or use another port", 2)
-        self._leave(f"error: process 0 of {self.count} ({self.hosts[0]}) {reason}; {self.place} ends too. "
-                    "Go on with --resume", 1)
+            self._leave(
+                f"error: --coordinator {self.place.host}:{self.place.port}: what listens there is no process 0 of a "
+                "run, or it has ended; see its output, or use another port",
+                2,
+            )
+        self._leave(
+            f"error: process 0 of {self.count} ({self.hosts[0]}) {reason}; {self.place} ends too. Go on with --resume",
+            1,
+        )
 
     def _obey(self, message: dict[str, Any]) -> NoReturn:
         text, rank, code = message["text"], message["rank"], message["code"]
@@ -211,7 +218,9 @@ class Link(Alone):
             speaks = message["speaker"] == "you" or self.first
             self._leave(f"\n{named}" if speaks else "", code)
         who = "" if rank == self.rank else f"; {self.place} ends too"
-        self._leave(f"\nerror: process {rank} of {self.count} ({message['host']}) {text}{who}. Go on with --resume", code)
+        self._leave(
+            f"\nerror: process {rank} of {self.count} ({message['host']}) {text}{who}. Go on with --resume", code
+        )
 
     def _leave(self, text: str, code: int) -> NoReturn:
         """End this process from any of its threads. The main thread may wait in a collective for ever."""
@@ -225,8 +234,11 @@ class Link(Alone):
     def _expect_answer(self, timeout: float) -> None:
         def give_up():
             if not self._joined.wait(timeout + SETTLE + BEAT):
-                self._leave(f"error: --coordinator {self.place.host}:{self.place.port} did not answer within {timeout:.0f} s "
-                            f"(--start-timeout): {self.place} ends. Is process 0 there?", 2)
+                self._leave(
+                    f"error: --coordinator {self.place.host}:{self.place.port} did not answer within {timeout:.0f} s "
+                    f"(--start-timeout): {self.place} ends. Is process 0 there?",
+                    2,
+                )
 
         threading.Thread(target=give_up, daemon=True).start()
 
@@ -240,8 +252,10 @@ def _connect(place: Place, timeout: float) -> socket.socket:
             return socket.create_connection((host, place.port), timeout=max(1.0, min(10.0, timeout)))
         except OSError as error:
             if time.monotonic() > deadline:
-                raise UserError(f"--coordinator {place.host}:{place.port} did not answer within {timeout:.0f} s "
-                                f"(--start-timeout): {error.strerror or error}. {place} ends; is process 0 there?") from error
+                raise UserError(
+                    f"--coordinator {place.host}:{place.port} did not answer within {timeout:.0f} s "
+                    f"(--start-timeout): {error.strerror or error}. {place} ends; is process 0 there?"
+                ) from error
             time.sleep(0.2)
 
 

@@ -41,13 +41,18 @@ def find_place(config: Any, environment: Mapping[str, str]) -> Place | None:
     count = count if config.processes is None else config.processes
     rank = rank if config.process is None else config.process
     address = address if config.coordinator is None else config.coordinator
-    lacking = [name for name, value in (("--coordinator HOST:PORT", address), ("--processes", count), ("--process", rank))
-               if value is None]
+    lacking = [
+        name
+        for name, value in (("--coordinator HOST:PORT", address), ("--processes", count), ("--process", rank))
+        if value is None
+    ]
     if lacking:
         found = "" if how == "flags" else f" ({how} was found, which does not say it)"
         raise UserError(f"several processes need {' and '.join(lacking)}{found}; or --processes 1 for one alone")
     if rank >= count:
-        raise UserError(f"--process {rank}: processes are counted from 0, and --processes is {count}; use 0 to {count - 1}")
+        raise UserError(
+            f"--process {rank}: processes are counted from 0, and --processes is {count}; use 0 to {count - 1}"
+        )
     host, port = _address(address)
     return Place(host, port, count, rank, how)
 
@@ -55,7 +60,9 @@ def find_place(config: Any, environment: Mapping[str, str]) -> Place | None:
 def _address(text: str) -> tuple[str, int]:
     match = re.fullmatch(r"\[?([^\[\]]+?)\]?:(\d+)", text.strip())
     if match is None or not 0 < int(match[2]) < 65536:
-        raise UserError(f"--coordinator {text}: write HOST:PORT of process 0, as in node001:6123, with a port from 1 to 65535")
+        raise UserError(
+            f"--coordinator {text}: write HOST:PORT of process 0, as in node001:6123, with a port from 1 to 65535"
+        )
     return match[1], int(match[2])
 
 
@@ -76,5 +83,7 @@ def first_node(nodes: str) -> str:
     """`node[001-004,7],other` -> `node001`."""
     match = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,\[]*))?", nodes)
     if match is None:
-        raise UserError(f"SLURM_STEP_NODELIST={nodes}: not a list of nodes; name process 0 with --coordinator HOST:PORT")
+        raise UserError(
+            f"SLURM_STEP_NODELIST={nodes}: not a list of nodes; name process 0 with --coordinator HOST:PORT"
+        )
     return match[1] + (match[2] or "") + (match[3] or "")

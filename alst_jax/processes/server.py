@@ -65,10 +65,14 @@ class Server:
         with self._lock:
             wrong = None
             if hello.get("count") != count:
-                wrong = f"--processes {hello.get('count')} on process {rank}, and {count} on process 0; use the same number"
+                wrong = (
+                    f"--processes {hello.get('count')} on process {rank}, and {count} on process 0; use the same number"
+                )
             elif rank in self._members:
-                wrong = (f"two processes are number {rank} (--process): one on {self._hosts[rank]}, another on "
-                         f"{hello.get('host')}; count them from 0 to {count - 1}")
+                wrong = (
+                    f"two processes are number {rank} (--process): one on {self._hosts[rank]}, another on "
+                    f"{hello.get('host')}; count them from 0 to {count - 1}"
+                )
             begun = len(self._members) == count
             if wrong is None and not self._over:
                 self._members[rank], self._hosts[rank] = connection, str(hello.get("host"))
@@ -83,8 +87,12 @@ class Server:
         missing = [str(rank) for rank in range(self._place.count) if rank not in self._members]
         if missing:
             some = ", ".join(missing[:10]) + ", ..." * (len(missing) > 10)
-            self.end(0, f"{'processes' if len(missing) > 1 else 'process'} {some} of {self._place.count} did not come within "
-                        f"{self._timeout:.0f} s; start them, or wait longer with --start-timeout", 2)
+            self.end(
+                0,
+                f"{'processes' if len(missing) > 1 else 'process'} {some} of {self._place.count} did not come within "
+                f"{self._timeout:.0f} s; start them, or wait longer with --start-timeout",
+                2,
+            )
 
     def _beat(self) -> None:
         while True:
@@ -151,9 +159,14 @@ def _listen(place: Place) -> socket.socket:
     local = place.host in LOOPBACK
     both = socket.has_dualstack_ipv6() and not local
     try:
-        return socket.create_server(("127.0.0.1" if local and place.host != "::1" else "::1" if local else "", place.port),
-                                    family=socket.AF_INET6 if both or place.host == "::1" else socket.AF_INET,
-                                    dualstack_ipv6=both, backlog=1024)
+        return socket.create_server(
+            ("127.0.0.1" if local and place.host != "::1" else "::1" if local else "", place.port),
+            family=socket.AF_INET6 if both or place.host == "::1" else socket.AF_INET,
+            dualstack_ipv6=both,
+            backlog=1024,
+        )
     except OSError as error:
-        raise UserError(f"--coordinator {place.host}:{place.port}: process 0 cannot listen on port {place.port} "
-                        f"({error.strerror or error}); use another port, the same for all processes") from error
+        raise UserError(
+            f"--coordinator {place.host}:{place.port}: process 0 cannot listen on port {place.port} "
+            f"({error.strerror or error}); use another port, the same for all processes"
+        ) from error

@@ -1,7 +1,7 @@
 """jax's coordination service in a process of its own, started by process 0.
 
-jax keeps it inside of process 0. When that is killed, jax's clients end the other processes from C++, with a stack trace
-and without a name, before the link can say who died. Here the service outlives process 0 by OUTLIVES seconds.
+jax keeps it inside of process 0. When that is killed, jax's clients end the other processes from C++, with a stack
+trace and without a name, before the link can say who died. Here the service outlives process 0 by OUTLIVES seconds.
 """
 
 import subprocess
@@ -28,7 +28,9 @@ class Service:
         command = [sys.executable, "-c", PROGRAM, address, str(count), str(heartbeat_timeout)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
         if self._process.stdout.readline() != b"ready\n":
-            raise RuntimeError(f"jax's coordination service did not start at {address}: exit code {self._process.wait()}")
+            raise RuntimeError(
+                f"jax's coordination service did not start at {address}: exit code {self._process.wait()}"
+            )
 
     def shutdown(self) -> None:
         """End the service; all processes have left it."""

@@ -28,8 +28,13 @@ def join(config: Any, place_of=find_place) -> None:
     if place is None:
         return
     flags = {name: value for name, value in dataclasses.asdict(config).items() if name not in OF_A_PROCESS}
-    use(Link(place, {"flags": flags, "versions": versions(), "gpus": os.environ.get("CUDA_VISIBLE_DEVICES")},
-             config.start_timeout))
+    use(
+        Link(
+            place,
+            {"flags": flags, "versions": versions(), "gpus": os.environ.get("CUDA_VISIBLE_DEVICES")},
+            config.start_timeout,
+        )
+    )
     if not link().first:  # process 0 logs; errors of the others go to it
         sys.stdout = sys.stderr = open(os.devnull, "w")
         os.dup2(sys.stdout.fileno(), 1)  # for what is printed from C++
@@ -55,9 +60,11 @@ def check_same(facts: list[dict[str, Any]]) -> None:
             other = fact[kind]
             for name in {**first, **other}:
                 if first.get(name) != other.get(name):
-                    link().disagree(f"{named(name)} {_word(other.get(name))} on process {rank} ({fact['host']}), and "
-                                    f"{_word(first.get(name))} on process 0 ({facts[0]['host']}): start all processes with "
-                                    f"the same {kind}")
+                    link().disagree(
+                        f"{named(name)} {_word(other.get(name))} on process {rank} ({fact['host']}), and "
+                        f"{_word(first.get(name))} on process 0 ({facts[0]['host']}): start all processes with "
+                        f"the same {kind}"
+                    )
 
 
 def _word(value: Any) -> str:
@@ -77,8 +84,14 @@ def start_jax(config: Any, visible_gpus: Callable[[], int]) -> None:
     ids = list(config.local_devices) or local_devices(current, 0 if config.simulate_devices else visible_gpus())
     host = f"[{current.place.host}]" if ":" in current.place.host else current.place.host
     jax.distributed.initialize(
-        f"{host}:{port}", current.count, current.rank, ids, cluster_detection_method="deactivate",
-        initialization_timeout=config.start_timeout, heartbeat_timeout_seconds=PATIENCE)
+        f"{host}:{port}",
+        current.count,
+        current.rank,
+        ids,
+        cluster_detection_method="deactivate",
+        initialization_timeout=config.start_timeout,
+        heartbeat_timeout_seconds=PATIENCE,
+    )
 
 
 def local_devices(current: Link, gpus: int) -> list[int] | None:
@@ -88,8 +101,10 @@ def local_devices(current: Link, gpus: int) -> list[int] | None:
     if len(here) == 1 or not gpus or sharing() > 1:
         return None
     if gpus % len(here):
-        raise UserError(f"{len(here)} processes on {current.host} do not divide its {gpus} GPUs; name those of each with "
-                        "--local-devices, or start one process a host or a GPU")
+        raise UserError(
+            f"{len(here)} processes on {current.host} do not divide its {gpus} GPUs; name those of each with "
+            "--local-devices, or start one process a host or a GPU"
+        )
     each, at = gpus // len(here), here.index(current.rank)
     return list(range(at * each, (at + 1) * each))
 

@@ -65,7 +65,7 @@ class Layer:
         return self._with_specs(lambda shard, spec: gather(shard, spec, self.reduce_dtype), shards)
 
     def scatter(self, gradients: Block, shards: Block) -> Block:
-        """The gradients of the trained shards, in their dtype, from those of the whole weights."""
+        """The gradients of the trained shards, in their dtype, from gradients of the whole weights."""
         one = lambda g, spec, shard: shard if shard is None else scatter(g, spec, self.reduce_dtype, shard.dtype)
         return jax.tree.map(one, gradients, self.specs, shards, is_leaf=_none_or_spec)
 

@@ -18,6 +18,7 @@ from alst_jax.config import TrainConfig, UserError
 from alst_jax.data.tokenizer import has_tokenizer
 from alst_jax.declare import flag
 from alst_jax.models.config import ModelConfig
+from alst_jax.models.extend import record_extension
 from alst_jax.models.hf_config import hf_config_dict, model_config, record_vocabulary
 from alst_jax.models.other_weights import keep_others
 
@@ -114,6 +115,7 @@ def start_run_directory(
         elif config.chat_template is not None:
             write_template(tokenizer.chat_template, out / MODEL)
         record_vocabulary(out / MODEL, model.vocab_size)
+        record_extension(out / MODEL, config)
     else:
         tokenizer.save_pretrained(out / MODEL)
         special = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -231,8 +233,8 @@ def read_added(run_dir: str | pathlib.Path) -> list[dict[str, Any]]:
 def record_added(run_dir: pathlib.Path, added: Iterable[dict[str, Any]]) -> None:
     """Store the additions to the data of a run in DIR/added.json, complete or not at all.
 
-    "data": the paths; "step": the step before the addition; "batches": batches of a step that were read before it, those
-    left out included; "hash": of its sequences.
+    "data": the paths; "step": the step before the addition; "batches": batches of a step that were read before it,
+    those left out included; "hash": of its sequences.
     """
     if list(added) != read_added(run_dir):
         partial = run_dir / f".{ADDED_FILE}"

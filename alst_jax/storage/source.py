@@ -12,6 +12,7 @@ import numpy as np
 from alst_jax.config import TrainConfig, UserError
 from alst_jax.data.tokenizer import byte_tokenizer, has_tokenizer, load_tokenizer, use_template
 from alst_jax.models.config import TINY_LLAMA, ModelConfig
+from alst_jax.models.extend import extend
 from alst_jax.models.hf_config import model_config
 from alst_jax.models.hf_weights import load_params
 from alst_jax.models.other_weights import has_others
@@ -41,6 +42,8 @@ def find_model(config: TrainConfig, tokenizer: bool = True) -> ModelSource:
     tokenizer: load it too. A plan needs none. --resize-vocabulary does.
     """
     source = _find(config, tokenizer or config.resize_vocabulary)
+    if not config.resume:  # the config.json of a run has its positions already
+        source = dataclasses.replace(source, config=extend(source.config, source.files, config))
     if not config.resize_vocabulary:
         return source
     tokens = 1 + max(source.tokenizer.get_vocab().values())

@@ -1,9 +1,9 @@
 """python -m tests.faults.campaign_ranks 40 --results FILE: kill one of two processes of a run, resume, compare.
 
-A trial starts train.py in two processes with two devices each and kills one of them: at a time of the start, or at a call
-of a stage (loading, stepping, saving, committing, exporting). The other must end within 60 s with a line that names it.
-Then two processes go on to the end; each loss must be that of a run that was never killed. Trials are numbered: the number
-is the seed. The results file gets a line a trial; a second call goes on where the first stopped.
+A trial starts train.py in two processes with two devices each and kills one of them: at a time of the start, or at a
+call of a stage (loading, stepping, saving, committing, exporting). The other must end within 60 s with a line that
+names it. Then two processes go on to the end; each loss must be that of a run that was never killed. Trials are
+numbered: the number is the seed. The results file gets a line a trial; a second call goes on where the first stopped.
 """
 
 import json
@@ -23,7 +23,7 @@ SECONDS = 8.0  # of a start, on a quiet machine
 
 
 def campaign(kills: tyro.conf.Positional[int] = 40, results: pathlib.Path | None = None) -> int:
-    """Add trials to the results until they hold so many kills. Exit code 1 if a run of this call was lost or different."""
+    """Add trials to the results until they hold so many kills. Exit code 1 if a run was lost or different."""
     done = [json.loads(line) for line in results.read_text().splitlines()] if results and results.exists() else []
     trial, count, failed = len(done), sum(line["killed"] for line in done), 0
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
@@ -47,8 +47,16 @@ def one(bench: Bench, trial: int, expected: list[float]) -> dict:
     number = f"{rng.uniform(0.5, SECONDS):.2f}" if stage == "seconds" else str(rng.randint(1, MOST[stage]))
     result = bench.killed(stage, number, str(victim))
     other, killed = 1 - victim, result["codes"][victim] == -9
-    line = {"trial": trial, "stage": stage, "number": number, "victim": victim, "killed": killed, "codes": result["codes"],
-            "seconds": round(result["after"][other], 1), "resumed": result["resumed"]}
+    line = {
+        "trial": trial,
+        "stage": stage,
+        "number": number,
+        "victim": victim,
+        "killed": killed,
+        "codes": result["codes"],
+        "seconds": round(result["after"][other], 1),
+        "resumed": result["resumed"],
+    }
     # Killed before it came, a process has no number yet: the other says that it did not come, or that nobody answers.
     named = f"process {victim} of 2" in result["logs"][other] or "did not" in result["logs"][other]
     line["named"] = named

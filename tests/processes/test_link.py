@@ -1,5 +1,5 @@
 # pytest tests/processes/test_link.py
-"""The link between processes: they agree, they refuse by one line, and a death ends all. Real processes, without jax."""
+"""The link between processes: they agree, they refuse by one line, a death ends all. Real processes without jax."""
 
 import os
 import pathlib
@@ -31,7 +31,8 @@ try:
     start.join(TrainConfig(**values))
     link = links.link()
     if what == "agree":
-        print(link.exchange("rank", [rank, rank]), link.told("first", lambda: f"from {rank}"), link.hosts == (link.host,) * count,
+        print(link.exchange("rank", [rank, rank]), link.told("first", lambda: f"from {rank}"),
+              link.hosts == (link.host,) * count,
               link.local_ranks, file=out)
         link.same("a value", 7)
         link.finish()
@@ -66,8 +67,16 @@ def free_port() -> int:
 
 def begin(what, *more, ranks=(0, 1), count=2, port=None):
     port = port or free_port()
-    return [subprocess.Popen([sys.executable, "-c", SCRIPT, str(rank), str(port), str(count), what, *more], cwd=ROOT, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in ranks]
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, str(rank), str(port), str(count), what, *more],
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for rank in ranks
+    ]
 
 
 def ends(processes):
@@ -86,12 +95,21 @@ def test_all_learn_what_each_has():
     assert lines(out)[-1] == lines(other)[-1] == "[[0, 0], [1, 1]] from 0 True [0, 1]"
 
 
-@pytest.mark.parametrize(("what", "words"), [
-    ("flags", r"error: --seq-len 101 on process 1 \(.*\), and 100 on process 0 \(.*\): start all processes with the same flags"),
-    ("versions", r"error: version of jax: 1 on process 1 .* with the same versions"),
-    ("data", r"error: the data must be the same in all processes, and process 1 \(.*\) has hash 1 where process 0 .* hash 0"),
-    ("user", r"error: process 1 \(.*\): --x 1: is wrong"),
-])
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        (
+            "flags",
+            r"error: --seq-len 101 on process 1 \(.*\), and 100 on process 0 \(.*\): start all processes with the same flags",
+        ),
+        ("versions", r"error: version of jax: 1 on process 1 .* with the same versions"),
+        (
+            "data",
+            r"error: the data must be the same in all processes, and process 1 \(.*\) has hash 1 where process 0 .* hash 0",
+        ),
+        ("user", r"error: process 1 \(.*\): --x 1: is wrong"),
+    ],
+)
 def test_a_mistake_is_one_line_of_process_0(what, words):
     (code, _, err), (other_code, _, other) = ends(begin(what))
     assert (code, other_code) == (2, 2)
@@ -103,15 +121,21 @@ def test_a_run_directory_that_one_does_not_see(tmp_path):
     (tmp_path / "run.json").write_text("{}")
     (code, _, err), (other_code, _, other) = ends(begin("directory", str(tmp_path)))
     assert (code, other_code) == (2, 2) and not lines(other)
-    assert re.fullmatch(r"error: process 1 \(.*\) sees another .*/run.json than process 0 \(.*\), or none: the run directory must be "
-                        r"on storage that all processes share \(--out\)", lines(err)[0])
+    assert re.fullmatch(
+        r"error: process 1 \(.*\) sees another .*/run.json than process 0 \(.*\), or none: the run directory must be "
+        r"on storage that all processes share \(--out\)",
+        lines(err)[0],
+    )
 
 
 def test_a_crash_is_named_by_all():
     (code, _, err), (other_code, _, other) = ends(begin("crash"))
     assert (code, other_code) == (1, 1)
-    assert re.fullmatch(r"error: process 1 of 2 \(.*\) ended with ValueError: a mistake; process 0 of 2 ends too. Go on with "
-                        "--resume", lines(err)[-1])
+    assert re.fullmatch(
+        r"error: process 1 of 2 \(.*\) ended with ValueError: a mistake; process 0 of 2 ends too. Go on with "
+        "--resume",
+        lines(err)[-1],
+    )
     assert "Traceback" in other and "process 1 of 2" in other
 
 
@@ -120,9 +144,14 @@ def test_processes_at_different_places_end():
     assert (code, other_code) == (1, 1) and "process 0 at 'place 0', process 1 at 'place 1'" in err
 
 
-@pytest.mark.parametrize(("victim", "how", "why"), [
-    (1, signal.SIGKILL, "ended without a word"), (0, signal.SIGKILL, "ended without a word"),
-    (1, signal.SIGSTOP, "gives no sign of life")])
+@pytest.mark.parametrize(
+    ("victim", "how", "why"),
+    [
+        (1, signal.SIGKILL, "ended without a word"),
+        (0, signal.SIGKILL, "ended without a word"),
+        (1, signal.SIGSTOP, "gives no sign of life"),
+    ],
+)
 def test_a_death_ends_the_other_with_a_line(victim, how, why):
     processes = begin("sleep")
     for process in processes:
@@ -132,7 +161,12 @@ def test_a_death_ends_the_other_with_a_line(victim, how, why):
     other = processes[1 - victim]
     _, err = other.communicate(timeout=30)
     assert time.monotonic() - began < 20 and other.returncode == 1
-    assert len(lines(err)) == 1 and f"process {victim} of 2" in err and why in err and f"process {1 - victim} of 2 ends too" in err
+    assert (
+        len(lines(err)) == 1
+        and f"process {victim} of 2" in err
+        and why in err
+        and f"process {1 - victim} of 2 ends too" in err
+    )
     processes[victim].kill()
     processes[victim].communicate()
 
@@ -162,4 +196,7 @@ def test_a_port_in_use():
         port = taken.getsockname()[1]
         first, second = ends(begin("sleep", port=port))
     assert first[0] == second[0] == 2
-    assert f"process 0 cannot listen on port {port}" in first[2] and "what listens there is no process 0 of a run" in second[2]
+    assert (
+        f"process 0 cannot listen on port {port}" in first[2]
+        and "what listens there is no process 0 of a run" in second[2]
+    )

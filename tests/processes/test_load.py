@@ -63,8 +63,16 @@ start.finish()
 def test_a_process_holds_and_reads_its_shards_alone(tmp_path):
     subprocess.run([sys.executable, "-c", MAKE, str(tmp_path), "12"], cwd=ROOT, check=True)
     port = free_port()
-    ranks = [subprocess.Popen([sys.executable, "-c", LOAD, str(tmp_path), str(port), str(rank)], cwd=ROOT, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in (0, 1)]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", LOAD, str(tmp_path), str(port), str(rank)],
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for rank in (0, 1)
+    ]
     for rank in ranks:
         _, err = rank.communicate(timeout=800)
         assert rank.returncode == 0, err

@@ -19,22 +19,35 @@ from tests.helpers import tiny
 JOB = Job(tiny(num_heads=32, num_kv_heads=16), Profile(), 4, 4096, 4, 8, 1, "float32", "float32")
 
 
-@pytest.mark.parametrize(("cluster", "dp", "sp", "outside"), [
-    ("4x8xH100", 4, 8, {"all-gather", "reduce-scatter", "all-reduce"}),
-    ("4x8xH100", 2, 16, {"all-gather", "reduce-scatter", "all-reduce", "all-to-all"}),
-    ("8xH100", 1, 8, set())])
+@pytest.mark.parametrize(
+    ("cluster", "dp", "sp", "outside"),
+    [
+        ("4x8xH100", 4, 8, {"all-gather", "reduce-scatter", "all-reduce"}),
+        ("4x8xH100", 2, 16, {"all-gather", "reduce-scatter", "all-reduce", "all-to-all"}),
+        ("8xH100", 1, 8, set()),
+    ],
+)
 def test_what_goes_over_hosts(cluster, dp, sp, outside):
     job = dataclasses.replace(JOB, dp=dp, sp=sp, rows=dp)
     over, inside = by_reach(job, parse_cluster(cluster))
-    assert over.keys() == outside and over.keys() | inside.keys() == {"all-gather", "reduce-scatter", "all-reduce", "all-to-all"}
-    assert over | inside == {name: call["bytes"] for name, call in collectives(job).items()} and inside.get("all-to-all") != 0
+    assert over.keys() == outside and over.keys() | inside.keys() == {
+        "all-gather",
+        "reduce-scatter",
+        "all-reduce",
+        "all-to-all",
+    }
+    assert (
+        over | inside == {name: call["bytes"] for name, call in collectives(job).items()}
+        and inside.get("all-to-all") != 0
+    )
 
 
 def test_the_line_about_the_network():
     over, inside = by_reach(JOB, parse_cluster("4x8xH100"))
     assert network(JOB, parse_cluster("4x8xH100")) == (
         f"collectives of a device in a step: {sum(over.values()) / GIB:.1f} GiB between hosts, "
-        f"{sum(inside.values()) / GIB:.1f} GiB inside of a host (seq 8 inside of a host)")
+        f"{sum(inside.values()) / GIB:.1f} GiB inside of a host (seq 8 inside of a host)"
+    )
 
 
 def test_each_process_has_libraries_and_writers_of_its_own():

@@ -25,8 +25,16 @@ time.sleep(60)
 def test_the_others_outlive_process_0(tmp_path):
     """With the service inside of process 0, jax would end this process at once: SIGABRT, and no line that names it."""
     port, began = free_port(), time.monotonic()
-    ranks = [subprocess.Popen([sys.executable, "-c", SCRIPT, str(rank), str(port)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE) for rank in (0, 1)]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, str(rank), str(port)],
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for rank in (0, 1)
+    ]
     assert ranks[0].wait(200) == -9
     _, err = ranks[1].communicate(timeout=60)
     assert ranks[1].returncode == 1 and "error: process 0 of 2" in err and "process 1 of 2 ends too" in err, err

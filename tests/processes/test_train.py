@@ -50,7 +50,8 @@ def test_losses_and_weights_are_those_of_one_process(played):
 def test_two_by_two_equals_four_by_one(tmp_path):
     hosted = "together:2:2:20:offload-weights:offload-optimizer:offload-activations:remat"
     two, four, resumed, hosted = play(
-        tmp_path, "together:2:2:20", "together:4:1:20", "resumed:4:1:together-2x2:1:4:2:22", hosted)
+        tmp_path, "together:2:2:20", "together:4:1:20", "resumed:4:1:together-2x2:1:4:2:22", hosted
+    )
     assert two["codes"] == [0, 0] and four["codes"] == [0] * 4, (two["logs"], four["logs"])
     assert two["losses"] == four["losses"] and len(two["losses"]) == 20
     ours, theirs = (weights(tmp_path / name) for name in ("together-2x2", "together-4x1"))
