@@ -14,7 +14,7 @@ def check_seen(file: pathlib.Path) -> None:
     if not link().several:
         return
     content = lambda: hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "nothing"
-    wanted, began = link().told(f"content of {file.name}", content), time.monotonic()
+    wanted, began = link().told("content of a file", content), time.monotonic()
     while (same := content() == wanted) is False and time.monotonic() - began < SEEN_WITHIN:
         time.sleep(0.2)
     blind = [

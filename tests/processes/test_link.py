@@ -21,7 +21,7 @@ from alst_jax.processes import link as links, start
 from alst_jax.config import TrainConfig, UserError
 links.SETTLE = 0.2
 rank, port, count, what = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
-values = dict(coordinator=f"127.0.0.1:{port}", processes=count, process=rank, start_timeout=6)
+values = dict(coordinator=f"127.0.0.1:{port}", processes=count, process=rank, start_timeout=6 if what == "short" else 90)
 if what == "flags":
     values["seq_len"] = 100 + rank
 if what == "versions":
@@ -49,7 +49,7 @@ try:
         raise ValueError("a mistake")
     if what == "places":
         link.wait(f"place {rank}")
-    if what in ("sleep", "user", "crash"):
+    if what in ("sleep", "short", "user", "crash"):
         print("ready", file=out, flush=True)
         link.wait("for ever") if rank == 0 else time.sleep(60)
 except UserError as error:
@@ -181,20 +181,20 @@ def test_a_number_twice_is_refused():
 
 def test_who_does_not_come_is_named():
     began = time.monotonic()
-    found = ends(begin("sleep", ranks=(0, 2), count=4))
+    found = ends(begin("short", ranks=(0, 2), count=4))
     assert time.monotonic() - began < 30 and [code for code, _, _ in found] == [2, 2]
     assert "processes 1, 3 of 4 did not come within 6 s" in found[0][2] and not lines(found[1][2])
 
 
 def test_an_address_that_does_not_answer():
-    ((code, _, err),) = ends(begin("sleep", ranks=(1,)))
+    ((code, _, err),) = ends(begin("short", ranks=(1,)))
     assert code == 2 and len(lines(err)) == 1 and "did not answer within 6 s (--start-timeout)" in err
 
 
 def test_a_port_in_use():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        first, second = ends(begin("sleep", port=port))
+        first, second = ends(begin("short", port=port))
     assert first[0] == second[0] == 2
     assert (
         f"process 0 cannot listen on port {port}" in first[2]
