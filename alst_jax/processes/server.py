@@ -24,7 +24,7 @@ class Server:
         self._hosts: dict[int, str] = {}
         self._given: dict[int, dict[int, tuple[str, Any]]] = {}  # number of an exchange -> rank -> (name, value)
         self._gone: set[int] = set()  # processes that have said goodbye
-        self._over = False
+        self._over: tuple[int, str, int] | None = None  # the process that ended the run, why, exit code
         for target in (self._accept, self._beat, self._expect_all):
             threading.Thread(target=target, daemon=True).start()
 
@@ -79,7 +79,8 @@ class Server:
                 return True
         if wrong is not None and not begun:
             self.end(0, wrong, 2)
-        self._send(connection, _end(0, self._hosts.get(0, ""), wrong or "the run is over", 2, "you"))
+        rank, text, code = (0, wrong, 2) if wrong is not None else self._over
+        self._send(connection, _end(rank, self._hosts.get(rank, ""), text, code, "you"))
         return False
 
     def _expect_all(self) -> None:
@@ -137,7 +138,7 @@ class Server:
         with self._lock:
             if self._over:
                 return
-            self._over = True
+            self._over = rank, text, code
             members = sorted(self._members.items(), reverse=True)  # process 0 last: it ends with this thread
         for _, connection in members:
             self._send(connection, _end(rank, self._hosts.get(rank, ""), text, code, "first" if code == 2 else "all"))
