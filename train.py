@@ -4,7 +4,6 @@ minute."""
 import contextlib
 import dataclasses
 import os
-import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -138,7 +137,7 @@ def run(config: TrainConfig) -> int:
     """The story of a run, from flags to a Hugging Face directory. Returns the exit code."""
     # jax reads its environment when it is imported: not before main() has prepared it.
     from alst_jax import run as setup
-    from alst_jax import run_data, run_long, run_state
+    from alst_jax import run_data, run_long, run_lora, run_state
     from alst_jax.metrics import MetricsLog, NoLog, peak_host_memory, peak_memory
     from alst_jax.planning.report import announce_plan, planned_against_measured, report
     from alst_jax.refused import Saves
@@ -147,6 +146,7 @@ def run(config: TrainConfig) -> int:
     from alst_jax.trainer import StopSignal, train
 
     # ------------------------------------------------------------------------- what, where and how: the model, the plan
+    config = run_lora.with_adapter(config)
     out = None if config.planning else pathlib.Path(config.out or ".")
     if not config.planning and link().first:
         run_directory.check_out(config)
@@ -193,7 +193,7 @@ def run(config: TrainConfig) -> int:
 
     def save(state) -> None:
         loop = Loop(state.step, data.training.get_state(), config.seed, geometry).to_json()
-        checkpoints.save(state.step, step.join(state.trained, state.frozen), state.optimizer, loop)
+        checkpoints.save(state.step, run_state.saved_params(step, state), state.optimizer, loop)
 
     saves = None if config.debug_attention_layers is not None else Saves(
         save, lambda state: run_state.go_back(step, data, checkpoints, state))
@@ -227,8 +227,7 @@ def end(config: TrainConfig, source, step, state, steps: int, stop) -> int:
               f"python train.py --resume --out {config.out}{steps_flag}")
         return 128 + stop.received
     if config.export:
-        params = step.join(state.trained, state.frozen)
-        run_state.export(pathlib.Path(config.out), source, params, setup.choose_dtype(config), state.step)
+        run_state.export_all(config, source, step, state, setup.choose_dtype(config))
     return 0
 
 

@@ -18,6 +18,7 @@ from tensorboard.summary import Writer
 
 from alst_jax.data.batches import Arrays
 from alst_jax.hardware.environment import peak_flops
+from alst_jax.models.sizes import needed_flops
 from alst_jax.processes.link import link
 from alst_jax.step import TrainStep
 
@@ -197,12 +198,12 @@ def speed(
     Then it is over the tokens of documents, whose attention stays inside of them."""
     tokens, flops, packed = 0, 0, {}
     work = lambda lengths, counts: sum(
-        n * step.model.flops_per_sequence(length) for length, n in zip(lengths.tolist(), counts.tolist()))
+        n * needed_flops(step.model, step.freeze, length) for length, n in zip(lengths.tolist(), counts.tolist()))
     for batch, of_rows in zip(batches, padding):
         rows, length = batch["tokens"].shape
         tokens += rows * length
         if of_rows is None:
-            flops += rows * step.model.flops_per_sequence(length)
+            flops += rows * needed_flops(step.model, step.freeze, length)
             continue
         packed["padding"] = packed.get("padding", 0) + int(of_rows.sum())
         flops += work(*np.unique(np.diff(batch["documents"]), return_counts=True))

@@ -21,6 +21,7 @@ from alst_jax.hardware.machines import Cluster, parse_cluster
 from alst_jax.models.block import abstract_params
 from alst_jax.models.config import ModelConfig
 from alst_jax.models.extend import longest as model_length
+from alst_jax.models.lora import is_adapter
 from alst_jax.models.tree import dotted
 from alst_jax.ops.attention import KERNELS, refusal
 from alst_jax.ops.attention.devices import Chosen, Gpu, choose_kernel
@@ -34,6 +35,7 @@ from alst_jax.planning.planner import ANY_LENGTH, Planner, target
 from alst_jax.planning.process import with_room
 from alst_jax.processes.link import link
 from alst_jax.profile import Profile
+from alst_jax.run_lora import with_lora
 from alst_jax.step import TrainStep
 from alst_jax.storage.about import about
 from alst_jax.storage.source import ModelSource, find_model
@@ -51,13 +53,14 @@ def subject(config: TrainConfig) -> tuple[ModelSource, Planner, Job]:
 
     # -------------------------------------------------------------------------------------------------- what: the model
     source = find_model(config, tokenizer=not config.planning)
-    check_freeze(config.freeze, source.config)
+    model = with_lora(config, source)
+    check_freeze(config.freeze, model)
     dtype = choose_dtype(config)
     profile = make_profile(config, dtype, source.config)
     if config.attention == "auto" and for_gpu(config):
         print(f"attention {profile.attention}: {attention_kernel(config, dtype, source.config).why}", file=sys.stderr)
     seq_len = ANY_LENGTH if config.find_max_seq_len else check_seq_len(config, source.config)
-    job = Job(debug_model(config, source.config), profile, dp * config.batch_size, padded_length(seq_len, sp, profile),
+    job = Job(debug_model(config, model), profile, dp * config.batch_size, padded_length(seq_len, sp, profile),
               dp, sp, accumulation(config, dp), config.optimizer_states, config.master_weights, freeze=config.freeze)
     if config.plan_only and config.pack and config.pack_attention == "documents":
         job = of_short_documents(job)
@@ -82,7 +85,7 @@ def check_freeze(pattern: str | None, model: ModelConfig) -> None:
     if pattern is None:
         return
     leaves = jax.tree_util.tree_leaves_with_path(abstract_params(model, np.float32))
-    parameters = [dotted(path) for path, _ in leaves]
+    parameters = [dotted(path) for path, _ in leaves if not is_adapter(path)]
     examples = ", ".join(parameters[:: len(parameters) // 3])
     names = f"{examples} and so on; `embed_tokens|lm_head`, for example, freezes the tables (--freeze)"
     try:
@@ -90,7 +93,7 @@ def check_freeze(pattern: str | None, model: ModelConfig) -> None:
     except re.error as error:
         raise UserError(f"--freeze {pattern!r} is not a regular expression: {error}. It is searched for in the names "
                         f"of parameters: {names}") from error
-    if len(frozen) in (0, len(parameters)):
+    if not frozen or model.lora is None and len(frozen) == len(parameters):
         rule = "matches none of the {}, and must match at least one" if not frozen else (
             "matches all {}, and must leave at least one to train")
         raise UserError(f"--freeze {pattern!r} {rule.format(len(parameters))}. Names of parameters: {names}")
@@ -234,7 +237,11 @@ def announce(
     print(f"memory  {', '.join(profile.words()) or 'no feature on'}")
     if config.debug_attention_layers is not None:
         print(describe_debug(model))
-    if config.freeze:
+    if model.lora is not None:
+        count, lora = sum(leaf.size for leaf in jax.tree.leaves(step.trained)), model.lora
+        print(f"lora    rank {lora.rank}, scale {lora.scale:g}, beside {', '.join(lora.targets)}: {count / 1e6:,.1f}M "
+              "parameters are trained")
+    elif config.freeze:
         count = sum(leaf.size for leaf in jax.tree.leaves(step.frozen))
         print(f"frozen  {count / 1e6:,.1f}M parameters match --freeze {config.freeze}")
     padded = f", padded to {job.length}" if job.length != config.seq_len else ""

@@ -24,7 +24,7 @@ def table(results: dict[str, Any], before: dict[str, Any] | None, context: int) 
     for task in TASKS:
         cells = [cell for cell in results["cells"] if cell["task"] == task]
         lines += [f"        {line}" for line in _grid(task, cells)]
-    return "\n".join(lines)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _number(value: float | None) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 from alst_jax.config import UserError
+from alst_jax.models.lora import Lora
 from alst_jax.ops.attention import AttentionSpec
 from alst_jax.ops.rope import RopeConfig
 
@@ -57,6 +58,7 @@ class ModelConfig:
     logits_divisor: float = 1.0
     logits_soft_cap: float | None = None
     attention_layers: int | None = None  # compute attention in the first layers only, to measure memory; None: in all
+    lora: Lora | None = None  # adapters beside the weights
 
     def __post_init__(self):
         for field in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",

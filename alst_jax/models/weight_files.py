@@ -93,10 +93,9 @@ def refuse_adapter(path: pathlib.Path) -> None:
         base = json.loads((path / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError):  # the advice does without the name
         base = "its base model"
-    raise UserError(f"{path} has {ADAPTER}: it is an adapter of {base}, not a whole model. Merge the two first "
-                    "(peft: AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload()"
-                    ".save_pretrained(DIR)). "
-                    f"To use the base model alone, move {ADAPTER} away")
+    raise UserError(f"{path} has {ADAPTER}: it is an adapter of {base}, not a whole model. To train it further, name the "
+                    f"base model with --model and this directory with --adapter. Merge the two first to use them as a model "
+                    f"(python -m convert.merge {path} BASE DIR). To use the base model alone, move {ADAPTER} away")
 
 
 def _other_weights(path: pathlib.Path) -> str:

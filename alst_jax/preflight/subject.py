@@ -20,7 +20,7 @@ from alst_jax.models.tree import as_dict
 from alst_jax.parallel.mesh import AXES, DATA, SEQ
 from alst_jax.preflight.values import bits, numbers
 from alst_jax.profile import Profile
-from alst_jax.stack.ends import Model
+from alst_jax.stack.ends import Model, trained_ends
 from alst_jax.step import TrainStep
 
 SAMPLED = 64  # tokens
@@ -52,7 +52,7 @@ class Subject:
 
     @functools.cached_property
     def model(self) -> Model:
-        return Model(self.few.model, self.few.profile, self.few.specs)
+        return Model(self.few.model, self.few.profile, self.few.specs, trained_ends(self.few.trained))
 
     @property
     def config(self) -> ModelConfig:

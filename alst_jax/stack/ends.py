@@ -31,11 +31,13 @@ from alst_jax.xla.order import gradient_first
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """A model under a memory profile, without its weights. specs: PartitionSpec of each parameter."""
+    """A model under a memory profile, without its weights. specs: PartitionSpec of each parameter. trained: names of
+    the tables and norms outside of the layers that are trained, in part or whole."""
 
     config: ModelConfig
     profile: Profile
     specs: Params
+    trained: frozenset[str] = frozenset({"embed_tokens", "norm", "lm_head"})
 
     def loss(
         self, trained: Params, frozen: Params, batch: Batch, scale: jax.Array | None
@@ -120,10 +122,17 @@ class Model:
         norm = jax.tree.map(self._gather, ends["norm"], self.specs["norm"])
         h_BTD = norm(h_BTD)
         head = "embed_tokens" if self.config.tie_word_embeddings else "lm_head"
-        h_BTD, table = gradient_first(h_BTD, ends[head]["embedding"])  # its float32 sums do not outlive the loss
+        table = ends[head]["embedding"]
+        if head in self.trained:  # the float32 sums of its gradient do not outlive the loss
+            h_BTD, table = gradient_first(h_BTD, table)
         table_VD = self._gather(table, self.specs[head]["embedding"])
         scaling = LogitScaling(self.config.logits_divisor, self.config.logits_soft_cap)
         return h_BTD.reshape(-1, h_BTD.shape[-1]), table_VD, tile_sizes(self.profile, self.config).loss, scaling
 
     def _gather(self, shard, spec):
         return gather(shard, spec, self.profile.reduce_dtype)
+
+
+def trained_ends(trained: Params) -> frozenset[str]:
+    """Names of the parts outside of the layers that have trained parameters."""
+    return frozenset(name for name, part in Model.ends(trained).items() if jax.tree.leaves(part))

@@ -76,6 +76,16 @@ def is_checkpoint(path: str | pathlib.Path) -> bool:
     return _locate(pathlib.Path(path).absolute()) is not None
 
 
+def refuse_adapters(run_dir: str | pathlib.Path) -> None:
+    """UserError for a run with adapters: its checkpoints are no whole model."""
+    base = read_run_file(run_dir).get("base")
+    if base is not None:
+        raise UserError(f"{run_dir} is a run with adapters: its checkpoints do not hold the base model, "
+                        f"{base.get('name') or 'drawn at random'}. Go on with --resume, or train from its export with "
+                        f"--model BASE --adapter {run_dir}/adapter; python -m convert.merge {run_dir}/adapter BASE DIR "
+                        "makes a whole model")
+
+
 # ------------------------------------------------------------------------------------------------- starting a directory
 
 
@@ -99,13 +109,16 @@ def check_out(config: TrainConfig) -> pathlib.Path:
 
 
 def start_run_directory(
-    out: pathlib.Path, config: TrainConfig, model: ModelConfig, tokenizer: Any, hf_dir: pathlib.Path | None
+    out: pathlib.Path, config: TrainConfig, model: ModelConfig, tokenizer: Any, hf_dir: pathlib.Path | None,
+    base: dict[str, Any] | None = None,
 ) -> None:
-    """Write run.json and model/: the first files of a run. hf_dir: copy its model files, else make them.
+    """Write run.json and model/: the first files of a run. hf_dir: copy its model files, else make them. base: of a run
+    with adapters, whose checkpoints hold no base model: its name and hash.
 
     run.json is first: a run that was killed here can be started again in the same directory.
     """
-    write_run_file(out, "training", {"flags": dataclasses.asdict(config) | {"resume": False}})
+    write_run_file(out, "training", {"flags": dataclasses.asdict(config) | {"resume": False}} | (
+        {} if base is None else {"base": base}))
     if hf_dir is not None:
         copy_model_files(hf_dir, out / MODEL)
         if not config.random_weights:

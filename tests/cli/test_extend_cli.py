@@ -17,8 +17,8 @@ def flags(tmp_path_factory):
     texts = [" ".join(f"{i} x {n} is {i * n}." for n in range(100)) for i in range(1, 9)]
     model = make_hf(directory / "llama", max_position_embeddings=128)
     data, held_out = (write_jsonl(directory / f"{name}.jsonl", texts) for name in ("train", "held"))
-    return ("--model", model, "--data", data, "--eval-long", held_out, "--eval-long-sequences", 2,
-            "--eval-long-context", 128, "--seq-len", LONG, "--dp", 1, "--sp", 2, "--pack")
+    return ("--model", model, "--data", data, "--eval-long", held_out, "--eval-long-sequences", 1,
+            "--eval-long-context", 256, "--seq-len", LONG, "--dp", 1, "--sp", 2, "--pack")
 
 
 def test_a_run_and_its_resume(flags, tmp_path, capsys):
@@ -27,7 +27,7 @@ def test_a_run_and_its_resume(flags, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert "rope    loss of the first batch by position" in out and "is that of a model that knows nothing" in out
     assert "beyond the" not in err, "yarn has room for the length"
-    assert "2 texts of 512 tokens, 24 short contexts of LongPPL" in out
+    assert "1 texts of 512 tokens, 4 short contexts of LongPPL" in out
     assert "step 0: judged at 512 tokens" in out and "step 2: judged at 512 tokens" in out
     config = AutoConfig.from_pretrained(tmp_path / "run" / "hf")
     assert config.max_position_embeddings == LONG

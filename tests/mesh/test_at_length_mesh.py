@@ -41,7 +41,7 @@ def one_by_one(step, params, sequences):
         yield np.asarray(found.losses)[0, :size], np.asarray(found.hits)[0, :size]
 
 
-@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("rope", [pytest.param("default", marks=pytest.mark.slow), "dynamic"])
 def test_packed_on_a_mesh_equals_one_at_a_time(rope, tmp_path):
     model = tiny(vocab_size=264, hidden_size=32, num_layers=2, head_dim=8, rope=ROPES[rope], initializer_range=0.2)
     texts, cases = material()

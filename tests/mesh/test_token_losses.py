@@ -44,7 +44,8 @@ def test_they_add_up_to_the_loss(alone):
     assert found.losses.shape == (4, 64) and 0 < found.hits.mean() < 0.2
 
 
-@pytest.mark.parametrize("dp,sp,profile", [(2, 2, FEATURES), (1, 4, PLAIN)], ids=["2x2, every feature", "1x4"])
+@pytest.mark.parametrize("dp,sp,profile", [
+    pytest.param(2, 2, FEATURES, id="2x2, every feature"), pytest.param(1, 4, PLAIN, id="1x4", marks=pytest.mark.slow)])
 def test_a_mesh_equals_one_device(dp, sp, profile, alone):
     batch, expected = alone
     step = make_step(dp=dp, sp=sp, profile=profile)
@@ -62,10 +63,8 @@ def test_packed_documents_are_those_alone():
     np.testing.assert_allclose(learned(one, together), learned(other, alone), rtol=1e-5, atol=1e-5)
 
 
-FAMILIES = [pytest.param(name, marks=() if name == "gemma3_text" else pytest.mark.slow) for name in FIELDS]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FIELDS)
 def test_every_family(family):
     """Packed, on four devices and with every feature, the losses add up to the loss of the documents alone. Families
     whose rotary embedding depends on the length take whole rows."""

@@ -172,7 +172,7 @@ def test_pictures_and_table(tmp_path):
              if node.tag.endswith("polyline")]
     assert len(lines) == 2
     text = words.table(after, before, 4096)
-    assert re.search(r"\n +4 to 8 +5.5000 +6.5000 *\n", text) and "LongPPL 7.389 over 1 key tokens of 4" in text
+    assert re.search(r"\n +4 to 8 +5.5000 +6.5000\n", text) and "LongPPL 7.389 over 1 key tokens of 4" in text
     assert re.search(r"\n +depth 100% +100% +1.50 +100% +1.50", text)
     assert results(5, 0.0).metrics() == {
         "long_loss/0-4": 1.5, "long_loss/4-8": 5.5, "long_ppl": math.exp(2), "long_key_tokens": 1,
