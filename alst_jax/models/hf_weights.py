@@ -1,7 +1,6 @@
 """Hugging Face safetensors <-> the parameter tree, with one key table. No function holds a whole model in memory."""
 
 import functools
-import json
 import math
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
@@ -23,13 +22,12 @@ from alst_jax.models.weight_files import (
     AT_ONCE,
     EMBEDDING,
     HEAD,
-    INDEX,
-    SINGLE,
     Tensor,
     Unwritten,
     extended,
     find_tensors,
     of_model,
+    publish,
     read_tensor,
     transpose,
     write_file,
@@ -237,24 +235,8 @@ def write_tensors(
         files.append(file)
     link().wait("weights written")
     if link().first:
-        _publish(out, files, weight_map, total)
+        publish(out, files, weight_map, total)
     return len(weight_map), total
-
-
-def _publish(out: pathlib.Path, files: list[pathlib.Path], weight_map: dict[str, int], total: int) -> None:
-    """Give complete files of weights their names. weight_map: number of the file of each tensor. total: bytes."""
-    final = [SINGLE] if len(files) == 1 else [
-        f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
-    # Readers would take old files for the new ones.
-    for old in (out / SINGLE, out / INDEX, *out.glob("model-*-of-*.safetensors")):
-        old.unlink(missing_ok=True)
-    for file, name in zip(files, final):
-        file.replace(out / name)
-    if len(files) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": {k: final[i] for k, i in sorted(weight_map.items())}}
-        partial = out / f".{INDEX}"
-        partial.write_text(json.dumps(index, indent=2))
-        partial.replace(out / INDEX)  # last: without it the shards are no model
 
 
 def check_leaves(leaves: Iterable[tuple[tuple, Stored]], config: ModelConfig, where: str) -> None:

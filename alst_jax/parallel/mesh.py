@@ -37,7 +37,7 @@ def make_mesh(dp: int, sp: int, devices: list[jax.Device] | None = None) -> Mesh
         devices = by_host(jax.devices(), link().hosts) if link().several else jax.devices()
     if link().several and dp * sp != len(devices):
         raise UserError(f"dp={dp} x sp={sp} needs {dp * sp} devices, and the {link().count} processes have "
-                        f"{len(devices)}: some would have no part in a step; use all (--dp, --sp), or start fewer processes")
+                        f"{len(devices)}: some would have no part in a step; use all (--dp, --sp), or fewer processes")
     return Mesh(np.asarray(devices[: dp * sp]).reshape(dp, sp), AXES, axis_types=(AxisType.Auto,) * 2)
 
 
