@@ -4,6 +4,7 @@ minute."""
 import contextlib
 import dataclasses
 import os
+import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterator
