@@ -4,6 +4,7 @@ minute."""
 import contextlib
 import dataclasses
 import os
+import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,44 +14,57 @@ from alst_jax.data_flags import read_saved
 from alst_jax.declare import check_saved
 from alst_jax.flag_checks import check_run
 from alst_jax.hardware import environment
+from alst_jax.process_flags import ProcessFlags
+from alst_jax.processes import start
+from alst_jax.processes.link import link
 
 
 def main() -> int:
     config = TrainConfig()
     try:
-        config = parse(sys.argv[1:])
+        config, given = parse_flags(sys.argv[1:])
+        start.join(config)  # before the run directory is read: all processes end with the one that cannot see it
+        config = completed(config, given)
         if config.explain_run is not None:
             from alst_jax.storage.about import explain
 
             print(explain(config.explain_run))
             return 0
-        check_run(config)
+        check_run(config, link().several)
         environment.prepare(config.simulate_devices, config.plan_for is not None, config.host_memory, config.devices,
-                            config.deterministic)
-        return run(config) if config.show_samples is None else show_samples(config)
+                            config.deterministic, start.sharing())
+        start.start_jax(config, environment.visible_gpus)
+        code = run(config) if config.show_samples is None else show_samples(config)
+        start.finish()
+        return code
     except UserError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        return 2
+        return link().failed(f"error: {error}", 2)
     except RuntimeError as error:  # jax's own errors are of this kind
         if "RESOURCE_EXHAUSTED" not in str(error):
+            link().crashed(error)
             raise
-        print(f"\nerror: {out_of_memory(config, str(error))}", file=sys.stderr)
-        return 2
+        return link().failed(f"error: {out_of_memory(config, str(error))}", 2)
     except BrokenPipeError:
         raise  # while_read knows what it means
     except OSError as error:
         from alst_jax.storage import disk
 
-        print(f"\nerror: {disk.stopped(disk.disk_error(error) or error, config.out)}", file=sys.stderr)
-        return 2
+        return link().failed(f"error: {disk.stopped(disk.disk_error(error) or error, config.out)}", 2)
     except KeyboardInterrupt:
-        print("\nstopped at once: nothing was saved since the last checkpoint", file=sys.stderr)
-        return 130
+        return link().failed("stopped at once: nothing was saved since the last checkpoint", 130)
+    except Exception as error:
+        link().crashed(error)
+        raise
 
 
 def parse(arguments: list[str]) -> TrainConfig:
-    """The flags. A resumed run starts from the flags it began with; flags typed now change them."""
-    config, given = parse_flags(arguments)
+    """The flags of a command line."""
+    return completed(*parse_flags(arguments))
+
+
+def completed(config: TrainConfig, given: set[str]) -> TrainConfig:
+    """The flags with what follows from others. A resumed run starts from the flags it began with; flags typed now
+    change them. given: the fields that were typed."""
     typed = tuple(name for name in chosen_fields() if name in given)
     if config.resume and config.out is not None:
         from alst_jax.storage.run_directory import read_run_file
@@ -59,11 +73,12 @@ def parse(arguments: list[str]) -> TrainConfig:
         check_saved(TrainConfig, saved, f"{config.out}/run.json")
         # The run has its model with it; one that is typed must be the same.
         saved |= {"model": None, "typed": tuple(sorted({*saved.get("typed", ()), *typed}))}
+        saved |= {field.name: getattr(config, field.name) for field in dataclasses.fields(ProcessFlags)}
         return TrainConfig(**saved | {name: getattr(config, name) for name in given})
     if config.random_weights and "export" not in given:
         config = dataclasses.replace(config, export=False)
     # The date is one of the run's flags, so that a run resumed on another day renders the same chats.
-    today = config.template_date or time.strftime("%Y-%m-%d")
+    today = config.template_date or link().told("date", lambda: time.strftime("%Y-%m-%d"))
     return with_demo_defaults(dataclasses.replace(config, typed=typed, template_date=today))
 
 
@@ -104,8 +119,8 @@ def with_demo_defaults(config: TrainConfig) -> TrainConfig:
     if config.model is not None or config.resume or config.plan_for:
         return config
     sp = config.sp or 4
-    demo = dict(sp=sp, simulate_devices=sp * (config.dp or 1), steps=80, seq_len=2048, learning_rate=3e-3,
-                out=f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
+    demo = dict(sp=sp, simulate_devices=-(-sp * (config.dp or 1) // link().count), steps=80, seq_len=2048,
+                learning_rate=3e-3, out=link().told("out", lambda: f"runs/{time.strftime('%Y%m%d-%H%M%S')}"))
     if config.find_max_seq_len:
         del demo["seq_len"]
     return dataclasses.replace(config, **{k: v for k, v in demo.items() if getattr(config, k) is None})
@@ -124,7 +139,7 @@ def run(config: TrainConfig) -> int:
     # jax reads its environment when it is imported: not before main() has prepared it.
     from alst_jax import run as setup
     from alst_jax import run_data, run_long, run_lora, run_state
-    from alst_jax.metrics import MetricsLog, peak_host_memory, peak_memory
+    from alst_jax.metrics import MetricsLog, NoLog, peak_host_memory, peak_memory
     from alst_jax.planning.report import announce_plan, planned_against_measured, report
     from alst_jax.refused import Saves
     from alst_jax.storage import run_directory
@@ -133,25 +148,30 @@ def run(config: TrainConfig) -> int:
 
     # ------------------------------------------------------------------------- what, where and how: the model, the plan
     config = run_lora.with_adapter(config)
-    out = None if config.planning else run_directory.check_out(config)
+    out = None if config.planning else pathlib.Path(config.out or ".")
+    if not config.planning and link().first:
+        run_directory.check_out(config)
     source, planner, job = setup.subject(config)
+    link().same("the model's config.json", repr(source.config))
     if config.planning:
         print(report(planner, job))
         return 0
     choice, read = None, None
     run_state.check_before_data(config, job, setup.choose_dtype(config))
     if config.pack:  # the packs say how much attention is to compute
-        read = run_data.read_data(config, source, job)
+        read = link().in_turn("data", lambda: run_data.read_data(config, source, job))
         job = run_data.with_packs(job, read[1])
     if planner.cluster is not None:  # a run that does not fit is refused here, before it allocates memory
         started = time.perf_counter()
         choice = planner.choose(job)
         announce_plan(planner, choice, time.perf_counter() - started)
         job = choice.job
+        link().same("the memory profile that --memory auto chooses (name it, or --host-memory)", repr(job.profile))
     step = planner.step(job)
 
     # ----------------------------------------------------------------------------------------------- on what: the data
-    data, stats, fingerprint = read or run_data.read_data(config, source, job)
+    data, stats, fingerprint = read or link().in_turn("data", lambda: run_data.read_data(config, source, job))
+    link().same("the data (--data)", fingerprint)
     data = run_long.with_evaluation(config, source, job, data)
     steps = config.steps or max(1, stats.sequences // (job.rows * job.grad_accum))
 
@@ -170,7 +190,7 @@ def run(config: TrainConfig) -> int:
     setup.announce(config, source, step, job, stats, steps, state.step, data)
 
     # --------------------------------------------------------------------------------------------------------- the loop
-    log = MetricsLog(out, state.step)
+    log = MetricsLog(out, state.step) if link().first else NoLog()
 
     def save(state) -> None:
         loop = Loop(state.step, data.training.get_state(), config.seed, geometry).to_json()

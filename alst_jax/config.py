@@ -21,6 +21,7 @@ from alst_jax.declare import (  # noqa: F401
 )
 from alst_jax.extend_flags import ExtendFlags
 from alst_jax.lora_flags import LoraFlags
+from alst_jax.process_flags import ProcessFlags
 from alst_jax.profile import MemoryFlags
 from alst_jax.watch_flags import WatchFlags
 
@@ -181,6 +182,7 @@ class InspectionFlags:
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(
     InspectionFlags, PlanFlags, WatchFlags, SavingFlags, NumberFlags, MemoryFlags, LoraFlags, TrainingFlags,
+    ProcessFlags,
     DeviceFlags, ExtendFlags, DataFlags, ModelFlags
 ):
     """Train a Llama on long sequences.

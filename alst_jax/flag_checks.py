@@ -1,6 +1,7 @@
 """Refusals of flags that are wrong with any model, data and machine."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -10,15 +11,16 @@ from alst_jax.data_flags import data_mistakes
 from alst_jax.declare import UserError, flag, too_small
 from alst_jax.extend_flags import extend_mistakes
 from alst_jax.lora_flags import lora_mistakes
+from alst_jax.process_flags import process_mistakes
 from alst_jax.profile import TILES
 from alst_jax.watch_flags import watch_mistakes
 
 
-def check_run(config: TrainConfig) -> None:
-    """UserError for flags that are wrong with any model, data and machine."""
+def check_run(config: TrainConfig, several: bool = False) -> None:
+    """UserError for flags that are wrong with any model, data and machine. several: whether several processes run."""
     _check_numbers(config)
     config.check(config.clip_norm, config.grad_accum)
-    for wrong, message in _mistakes(config):
+    for wrong, message in itertools.chain(_mistakes(config), process_mistakes(config, several)):
         if wrong:
             raise UserError(message)
 

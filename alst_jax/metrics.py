@@ -8,6 +8,7 @@ import resource
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from tensorboard.summary import Writer
 from alst_jax.data.batches import Arrays
 from alst_jax.hardware.environment import peak_flops
 from alst_jax.models.sizes import needed_flops
+from alst_jax.processes.link import link
 from alst_jax.step import TrainStep
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # the event of jax.monitoring
@@ -78,6 +80,28 @@ class MetricsLog:
             threading.excepthook = self._hook
 
 
+class NoLog(MetricsLog):
+    """The log of a process that does not log."""
+
+    def __init__(self):
+        self.seconds: list[float] = []
+
+    def write(self, values: dict[str, Any]) -> None:
+        self.seconds.append(values["seconds"])
+
+    def scalars(self, step: int, values: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def event(self, record: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def rewind(self, step: int) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def _quiet_writer(failed: threading.ExceptHookArgs) -> None:
     """Print no traceback of TensorBoard's thread: its error is raised by the next call of the writer."""
     if type(failed.thread).__name__ != "_AsyncWriterThread":
@@ -133,6 +157,15 @@ class ProgressDisplay:
 def compilations() -> int:
     """Programs that XLA compiled, or read from its cache on disk, in this process since the first call."""
     return len(_compiled())
+
+
+def teller(display: ProgressDisplay, log: MetricsLog) -> Callable[[Any], None]:
+    """A function that prints an event of watch.py, of any process, and writes it into the log."""
+    def tell(event: Any) -> None:
+        (display.say if link().first else link().say)(f"warning: {event}")
+        log.event(event.record())
+
+    return tell
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from google.protobuf.empty_pb2 import Empty
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from alst_jax.config import parse_steps
+from alst_jax.processes.link import link
 from alst_jax.xla.scopes import SCOPES
 
 ROWS = 16  # printed
@@ -33,7 +34,8 @@ class StepProfile:
 
     @staticmethod
     def of(flag: str | None, out: str | pathlib.Path | None) -> "StepProfile":
-        """flag: --profile-steps. out: the run directory."""
+        """flag: --profile-steps. out: the run directory. Of several processes, the first traces."""
+        flag = flag if link().first else None
         return StepProfile(flag and parse_steps(flag), pathlib.Path(out or ".") / "profile")
 
     @contextlib.contextmanager

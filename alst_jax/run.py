@@ -27,12 +27,13 @@ from alst_jax.ops.attention import KERNELS, refusal
 from alst_jax.ops.attention.devices import Chosen, Gpu, choose_kernel
 from alst_jax.ops.rope import MAX_POSITION
 from alst_jax.optim.adamw import AdamW
-from alst_jax.parallel.mesh import choose_degrees, make_mesh
+from alst_jax.parallel.mesh import choose_degrees, make_mesh, seq_over_hosts
 from alst_jax.parallel.sequence import padded_length
 from alst_jax.planning.job import Job, describe_debug
 from alst_jax.planning.plan import Plan
 from alst_jax.planning.planner import ANY_LENGTH, Planner, target
 from alst_jax.planning.process import with_room
+from alst_jax.processes.link import link
 from alst_jax.profile import Profile
 from alst_jax.run_lora import with_lora
 from alst_jax.step import TrainStep
@@ -161,7 +162,7 @@ def gpu_of(config: TrainConfig) -> Gpu | None:
     if config.plan_for:
         machine = parse_cluster(config.plan_for).machine
         return Gpu(machine.name, ".".join(map(str, machine.capability)), present=False)
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     return Gpu(device.device_kind, str(getattr(device, "compute_capability", "")), present=True)
 
 
@@ -227,6 +228,9 @@ def announce(
     kind = step.mesh.devices.flat[0].device_kind
     profile, model = step.profile, step.model
     idle = jax.device_count() - dp * sp
+    if link().several:
+        print(f"hosts   {len(set(link().hosts))} with {link().count} processes (found by: {link().how}) and "
+              f"{jax.device_count()} devices: {seq_over_hosts(sp, link().hosts)}")
     print(f"model   {source.name}: {model.num_params / 1e6:,.1f}M parameters, {model.num_layers} layers, "
           f"{profile.compute_dtype}, attention {profile.attention}")
     print(f"mesh    dp {dp} x sp {sp} on {kind}{f'; {idle} devices stay idle' if idle else ''}")

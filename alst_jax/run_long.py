@@ -23,6 +23,7 @@ from alst_jax.models.extend import is_extended
 from alst_jax.models.hf_config import model_config
 from alst_jax.ops.attention import find_kernel, refusal
 from alst_jax.planning.job import Job
+from alst_jax.processes.link import link
 from alst_jax.run_data import cache_of, labels_of, pad_token, reading_of
 from alst_jax.step import TrainStep
 from alst_jax.storage.source import ModelSource
@@ -70,7 +71,7 @@ def begin(
         say(f"long    --eval-long {config.eval_long}: {data.long.summary()}")
     if state.step:
         return
-    if is_extended(config) and config.debug_attention_layers is None:
+    if is_extended(config) and config.debug_attention_layers is None and not link().several:
         say(compare_positions(source, step, state, data))
     if data.long is not None:
         values = data.long(step, state, say)

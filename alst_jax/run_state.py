@@ -16,6 +16,8 @@ from alst_jax.models.other_weights import auto_class
 from alst_jax.planning.job import Job
 from alst_jax.planning.plan import Plan
 from alst_jax.planning.process import POOL_MATTERS, POOL_SLACK, pinned_gibibytes
+from alst_jax.processes.files import check_seen
+from alst_jax.processes.link import link
 from alst_jax.step import TrainStep
 from alst_jax.storage import checksums, run_directory, saving
 from alst_jax.storage.checkpoint import Checkpoints
@@ -41,7 +43,7 @@ def check_before_data(config: TrainConfig, job: Job, dtype: jnp.dtype) -> None:
     if not config.resume:
         return
     out = pathlib.Path(config.out)
-    step = run_directory.find_checkpoint(out)[1]
+    step = link().told("newest checkpoint", lambda: run_directory.find_checkpoint(out)[1])
     checkpoints = Checkpoints(out)
     saved = checkpoints.restore_run(step)["geometry"]
     checkpoints.close()
@@ -61,9 +63,12 @@ def begin(
         # Weights first: a run that is refused has written no file.
         params = run_lora.begin(config, source, step, jnp.dtype(settings["dtype"]))
         base = None if step.model.lora is None else identity(source, config.seed)
-        run_directory.start_run_directory(out, config, source.config, source.tokenizer, source.files, base)
+        if link().first:
+            run_directory.start_run_directory(out, config, source.config, source.tokenizer, source.files, base)
+        check_seen(out / run_directory.RUN_FILE)
         return Checkpoints(out, config.keep_checkpoints, clean=True), TrainState.begin(step, params)
-    _, at = run_directory.find_checkpoint(out)
+    at = link().told("checkpoint", lambda: run_directory.find_checkpoint(out)[1])
+    check_seen(out / run_directory.CHECKPOINTS / str(at) / checksums.FILE)
     checkpoints = Checkpoints(out, config.keep_checkpoints, clean=True)
     loop = checkpoints.restore_run(at)
     checkpoints.check_run_files(at)
@@ -74,7 +79,9 @@ def begin(
                         "them; name more with --steps")
     frozen = None if step.model.lora is None else run_lora.resume_base(config, step, jnp.dtype(settings["dtype"]))
     state = restore(step, data, checkpoints, at, frozen)
-    checkpoints.remove_remains()  # after the newest one was found to be whole
+    link().wait("restored")
+    if link().first:
+        checkpoints.remove_remains()  # after the newest one was found to be whole
     run_directory.record_added(out, data.added)
     return checkpoints, state
 
@@ -118,18 +125,27 @@ def export_all(
         run_lora.export(config, step, state.trained)
         params = run_lora.merged_params(step, params)
     if step.model.lora is None or config.merge_adapter:
-        export(pathlib.Path(config.out), source, params, dtype)
+        export(pathlib.Path(config.out), source, params, dtype, state.step)
 
 
-def export(out: pathlib.Path, source: ModelSource, params: Any, dtype: jnp.dtype) -> None:
-    """Write OUT/hf, a Hugging Face directory with these weights."""
+def export(out: pathlib.Path, source: ModelSource, params: Any, dtype: jnp.dtype, step: int) -> None:
+    """Write OUT/hf, a Hugging Face directory with these weights. step: the last one, whose checkpoint is complete.
+
+    Several processes read the checkpoint, since each has a part of the weights only.
+    """
     target = out / run_directory.EXPORT
     model_dir = out / run_directory.MODEL
-    run_directory.copy_model_files(model_dir, target)
-    leaves = jax.tree_util.tree_leaves_with_path(params)
+    if link().first:
+        run_directory.copy_model_files(model_dir, target)
+    link().wait("files of the model")
+    checkpoints = Checkpoints(out) if link().several else None
+    leaves = checkpoints.open_params(step) if checkpoints else jax.tree_util.tree_leaves_with_path(params)
     save_params(leaves, source.config, target, saving.EXPORT_FILE, model_dir=model_dir)
-    record_dtype(target, str(dtype))
-    checksums.seal_weights(target)
+    if checkpoints:
+        checkpoints.close()
+    if link().first:
+        record_dtype(target, str(dtype))
+        checksums.seal_weights(target)
     print(f"wrote {target}: transformers.{auto_class(target)}.from_pretrained({str(target)!r}) loads it")
 
 

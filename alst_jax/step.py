@@ -33,6 +33,7 @@ from alst_jax.profile import Profile
 from alst_jax.stack.batch import BATCH_SPEC, Batch
 from alst_jax.stack.ends import Model, trained_ends
 from alst_jax.xla import host
+from alst_jax.xla.arrays import put
 from alst_jax.xla.dtypes import accumulation_dtype
 
 
@@ -194,7 +195,7 @@ class TrainStep:
             places = {name: column(self._optimizer_shardings, name, n) for name in names}
             states.append(jax.jit(made, out_shardings=places)(leaf))
         trees = {name: treedef.unflatten([state[name] for state in states]) for name in names}
-        return trees | {"count": jax.device_put(jnp.int32(0), self._optimizer_shardings["count"])}
+        return trees | {"count": put(np.int32(0), self._optimizer_shardings["count"])}
 
     def put_batch(
         self, tokens: np.ndarray, labels: np.ndarray, positions: np.ndarray, documents: np.ndarray | None = None
@@ -205,7 +206,7 @@ class TrainStep:
             raise UserError(f"position {positions.max()}: rotary embedding is exact below {MAX_POSITION} tokens; "
                             "use a shorter --seq-len")
         arrays = Batch(tokens, labels, positions, documents)
-        return Batch(*(x if x is None else jax.device_put(x, NamedSharding(self.mesh, spec))
+        return Batch(*(x if x is None else put(x, NamedSharding(self.mesh, spec))
                        for x, spec in zip(arrays, Batch.specs())))
 
 

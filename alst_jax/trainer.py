@@ -15,13 +15,14 @@ import numpy as np
 
 from alst_jax.config import DEFAULT_LEARNING_RATE, TrainConfig, UserError
 from alst_jax.data.batches import Arrays, TrainingBatches
-from alst_jax.metrics import MetricsLog, ProgressDisplay, compilations, compiled, speed, summary
+from alst_jax.metrics import MetricsLog, ProgressDisplay, compilations, compiled, speed, summary, teller
 from alst_jax.models.tree import dotted, is_stacked, names
 from alst_jax.optim.schedule import learning_rate_schedule
+from alst_jax.processes.link import link
 from alst_jax.profiling import StepProfile
 from alst_jax.refused import NotFinite, Refused, Spike
 from alst_jax.step import TrainStep, count_labels
-from alst_jax.watch import Event, Watch
+from alst_jax.watch import Watch
 
 
 @dataclasses.dataclass
@@ -73,14 +74,20 @@ class StopSignal:
         for which, handler in self._previous.items():
             signal.signal(which, handler)
 
+    def shared(self) -> bool:
+        """Whether any process of the run received a signal: all stop after the same step."""
+        received = next((number for number in link().exchange("stop", self.received) if number is not None), None)
+        self.received = self.received if received is None else signal.Signals(received)
+        return received is not None
+
     def _handle(self, number, _frame):
         if self.received is not None:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
         seconds = max(0.0, self.began + (self.seconds or 0) - time.perf_counter())
         left = "" if self.seconds is None else f", in about {seconds:.0f} s"
-        # Not print(): a handler may run in the middle of one.
-        os.write(2, f"\n{self.received.name}: saving after this step{left}; once more stops at once\n".encode())
+        text = f"\n{self.received.name}: saving after this step{left}; once more stops at once\n"
+        os.write(2, text.encode())  # not print(): a handler may run in the middle of one
 
 
 def optimizer_step(
@@ -110,8 +117,8 @@ def optimizer_step(
     if not (math.isfinite(loss) and math.isfinite(values["grad_norm"])):
         where = where_not_finite(step, gradients)
         if where is None:
-            where = "every gradient finite: only the loss is not" if math.isfinite(values["grad_norm"]) else (
-                "every gradient finite: only their norm is not")
+            what = "the loss" if math.isfinite(values["grad_norm"]) else "their norm"
+            where = f"every gradient finite: only {what} is not"
         raise NotFinite(f"loss {loss}, gradient norm {values['grad_norm']}, {where}", state)
     if cause := judge(values):
         raise Spike(cause, state)
@@ -204,11 +211,11 @@ def train(
     """
     schedule = learning_rate_schedule(config, steps, config.learning_rate or DEFAULT_LEARNING_RATE)
     display, profile = ProgressDisplay(state.step, steps), StepProfile.of(config.profile_steps, config.out)
-    first, saver, tell = state.step + 1, _Saver(step, save, state.step), _teller(display, log)
+    first, saver, tell = state.step + 1, _Saver(step, save, state.step), teller(display, log)
     refused, watch = Refused(config, save, tell), Watch(config, tell, jax.default_backend() == "gpu")
     try:
         watch.start()
-        while state.step < steps and stop.received is None:
+        while state.step < steps and not stop.shared():
             stop.began = started = time.perf_counter()
             learning_rate, position = schedule(state.step), data.training.get_state()
             batches, before = one_by_one(next(data.training)), compilations()
@@ -251,14 +258,6 @@ def train(
         watch.close()
         profile.close(display.say)
         display.close()
-
-
-def _teller(display: ProgressDisplay, log: MetricsLog) -> Callable[[Event], None]:
-    def tell(event: Event) -> None:
-        display.say(f"warning: {event}")
-        log.event(event.record())
-
-    return tell
 
 
 class _Saver:

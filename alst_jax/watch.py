@@ -7,6 +7,7 @@ only where a step takes a second and more: short ones vary with all else that a 
 
 import collections
 import dataclasses
+import functools
 import math
 import shutil
 import statistics
@@ -19,6 +20,7 @@ from typing import Any
 import psutil
 
 from alst_jax.hardware.host_limits import host_memory
+from alst_jax.processes.link import link
 from alst_jax.watch_flags import WatchFlags
 
 WINDOW, ENOUGH = 50, 10  # steps whose median is usual, and how many of them must be there
@@ -27,6 +29,7 @@ FLOORS = {"loss": 0.01, "grad_norm": 0.1}
 TINY = 1e-30
 SHORTEST = 1.0  # seconds of a step whose time is judged
 STALLED, LEAST_STALL = 5.0, 60.0  # times the usual seconds, and seconds, after which a step in progress has stalled
+HUNG = 3.0  # times the usual seconds after which a run in several processes ends: a collective may wait for ever
 SLOWER = 0.7  # of the best throughput
 LEFT, LEFT_AGAIN = 0.03, 0.06  # part of host memory: less is an event, and after more than the second one again
 ASK_GPU = 60.0  # seconds between two looks at the GPUs' clocks
@@ -55,10 +58,14 @@ class Event:
 
 class Watch:
     """tell(event): what happens to an event; called from a thread of its own for a stalled step. on_gpu: whether
-    nvidia-smi is asked."""
+    nvidia-smi is asked. give_up(words): ends the run where a step in progress takes HUNG times as long as usual; by
+    default, all processes where there are several; a lone one may take as long as it wants."""
 
-    def __init__(self, config: WatchFlags, tell: Callable[[Event], None], on_gpu: bool = False, clock=time.monotonic):
-        self.config, self.tell, self._clock = config, tell, clock
+    def __init__(self, config: WatchFlags, tell: Callable[[Event], None], on_gpu: bool = False, clock=time.monotonic,
+                 give_up: Callable[[str], None] | None = None):
+        self.config, self.tell, self._clock, self._give_up = config, tell, clock, give_up
+        if give_up is None and link().several:
+            self._give_up = functools.partial(link().failed, code=1)
         self._values = {name: collections.deque(maxlen=WINDOW) for name in FLOORS}
         self._seconds, self._rates = (collections.deque(maxlen=ENOUGH) for _ in range(2))
         self._best, self._memory_low, self._asked = 0.0, False, -math.inf
@@ -159,7 +166,11 @@ class Watch:
             if began is None or step == told or len(self._seconds) < 2:
                 continue
             usual = statistics.median(self._seconds)
-            if (seconds := self._clock() - began) > max(LEAST_STALL, STALLED * usual):
+            seconds = self._clock() - began
+            if self._give_up is not None and seconds > max(LEAST_STALL, HUNG * usual):
+                self._give_up(f"gives up: step {step} has run for {seconds:.0f} s, and {usual:.1f} s are usual: a "
+                              "collective that hangs")
+            if seconds > max(LEAST_STALL, STALLED * usual):
                 told = step
                 self.tell(Event("stall", step, f"it has run for {seconds:.0f} s, and {usual:.1f} s are usual: a device "
                                 "or a collective that hangs, or memory that is swapped",

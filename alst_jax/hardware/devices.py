@@ -8,6 +8,7 @@ from alst_jax.config import UserError
 from alst_jax.hardware.environment import HOST_LIMIT, pinned_limit
 from alst_jax.hardware.host_limits import host_memory
 from alst_jax.hardware.machines import GIB, Cluster, machine_of_kind
+from alst_jax.processes.link import link
 
 
 def absent_devices(cluster: Cluster) -> list[jax.Device]:
@@ -19,9 +20,10 @@ def absent_devices(cluster: Cluster) -> list[jax.Device]:
     return list(topology.devices)
 
 
-def is_absent(device: jax.Device) -> bool:
-    """Whether this process does not have the device."""
-    return not device.addressable_memories()
+def is_absent(mesh: jax.sharding.Mesh) -> bool:
+    """Whether the mesh consists of absent devices. Those of other processes of the run are there."""
+    mine = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    return not mine[0].addressable_memories()
 
 
 def this_cluster(host_memory_gib: float | int | None = None, devices: int | None = None) -> Cluster | None:
@@ -31,15 +33,17 @@ def this_cluster(host_memory_gib: float | int | None = None, devices: int | None
     not in the list counts as an H100 in speed, with its own memory. The environment's limit on pinned memory counts up
     to the host's memory. UserError if several devices together could pin more than that.
     """
-    device = jax.devices()[0]
+    device = (jax.local_devices() if link().several else jax.devices())[0]
     if device.platform != "gpu":
         return None
     limit = device.memory_stats()["bytes_limit"]
     known = machine_of_kind(device.device_kind) or machine_of_kind("H100")
     machine = dataclasses.replace(known, name=device.device_kind, kind=device.device_kind, memory=limit, fraction=1.0)
     pinned = pinned_limit()
-    hosts, per_host = jax.process_count(), jax.local_device_count()
-    cluster = Cluster(machine, hosts, per_host, host_memory(host_memory_gib), used=devices)
+    hosts = len(set(link().hosts))
+    per_host = jax.device_count() // hosts if link().several else jax.local_device_count()
+    cluster = Cluster(machine, hosts, per_host, host_memory(host_memory_gib), used=devices,
+                      processes=len(link().local_ranks))
     if pinned is None:
         return cluster
     if cluster.sharing > 1 and pinned * cluster.sharing > host_memory():

@@ -24,14 +24,15 @@ CUDA_PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 
 def prepare(
     simulate_devices: int | None, absent_devices: bool = False, host_memory_gib: float | int | None = None,
-    devices: int | None = None, deterministic: bool = False,
+    devices: int | None = None, deterministic: bool = False, sharing: int = 1,
 ) -> None:
     """Set the environment of a run; variables that the user has set stay. Call before anything imports jax.
 
     simulate_devices: that many CPU devices; None or 0: the machine's own devices. absent_devices: only to plan for, or
     compile for, devices that are not here; those that are here are left alone. host_memory_gib: use no more of
     the host. devices: of those that are here, the first so many share it; None: all do. deterministic: the compiler
-    chooses only operations that sum in a fixed order.
+    chooses only operations that sum in a fixed order. sharing: processes of the run on this host that see other GPUs
+    each.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
@@ -54,7 +55,7 @@ def prepare(
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(MEMORY_FRACTION))
     # Each device has a pool of pinned memory of its own, which jax caps at 64 GiB unless told otherwise; weights and
     # optimizer states of an 8B model need more. The unit is GiB, whatever the name says.
-    gpus = _visible_gpus()
+    gpus = visible_gpus() * sharing
     share = pinned_share(host_memory(host_memory_gib), max(1, min(gpus, devices or gpus)))
     os.environ.setdefault(HOST_LIMIT, str(share // GIB))
     if gpus and has_cuda_compiler():  # the flag is unknown to CPU-only builds, which would abort
@@ -94,7 +95,7 @@ def has_cuda_compiler() -> bool:
     return found is not None and any(importlib.util.find_spec(name) for name in CUDA_PLUGINS)
 
 
-def _visible_gpus() -> int:
+def visible_gpus() -> int:
     """How many NVIDIA GPUs jax will see: those that are here, of which CUDA_VISIBLE_DEVICES may leave some out. Some
     containers have no nvidia-smi: there the driver's files say it."""
     try:

@@ -105,7 +105,8 @@ MACHINES = {machine.name: machine for machine in (
 @dataclasses.dataclass(frozen=True)
 class Cluster:
     """Some hosts with the same number of the same devices. host_memory: bytes of one host; pinned: the bytes that
-    jax may pin for each device, None for what is usual; used: the devices that a run takes, None for all."""
+    jax may pin for each device, None for what is usual; used: the devices that a run takes, None for all; processes:
+    of a run on each host."""
 
     machine: Machine
     hosts: int
@@ -113,6 +114,7 @@ class Cluster:
     host_memory: int
     pinned: int | None = None
     used: int | None = None
+    processes: int = 1
 
     @property
     def devices(self) -> int:

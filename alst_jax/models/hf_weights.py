@@ -1,7 +1,6 @@
 """Hugging Face safetensors <-> the parameter tree, with one key table. No function holds a whole model in memory."""
 
 import functools
-import json
 import math
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
@@ -23,17 +22,17 @@ from alst_jax.models.weight_files import (
     AT_ONCE,
     EMBEDDING,
     HEAD,
-    INDEX,
-    SINGLE,
     Tensor,
     Unwritten,
     extended,
     find_tensors,
     of_model,
+    publish,
     read_tensor,
     transpose,
     write_file,
 )
+from alst_jax.processes.link import link
 from alst_jax.xla.arrays import load_array
 
 # Names outside of the blocks, the same in all families. Names of a block's parameters are in models/families.
@@ -212,6 +211,8 @@ def save_params(
     host memory at a time. Files get their final names once all are complete, and older weights are removed. written:
     called with the bytes of each tensor that is written. model_dir: the model/ of a run, which may keep weights beside
     those of the language model; they are written too.
+
+    The processes of a run write files in turn, each from the leaves that it can read; process 0 gives them their names.
     """
     tensors = join(tensors_of(leaves, config), FAMILIES[config.family].fused, config.num_layers)
     return write_tensors(with_others(tensors, model_dir), out_dir, max_shard_bytes, written)
@@ -227,22 +228,14 @@ def write_tensors(
     files, weight_map, total = [], {}, 0
     for tensors in _group(tensors, max_shard_bytes):
         file = out / f".part-{len(files)}.safetensors"
-        write_file(file, tensors, written)
+        if len(files) % link().count == link().rank:
+            write_file(file, tensors, written)
         weight_map |= dict.fromkeys((tensor.name for tensor in tensors), len(files))
         total += sum(tensor.nbytes for tensor in tensors)
         files.append(file)
-    final = [SINGLE] if len(files) == 1 else [
-        f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
-    # Readers would take old files for the new ones.
-    for old in (out / SINGLE, out / INDEX, *out.glob("model-*-of-*.safetensors")):
-        old.unlink(missing_ok=True)
-    for file, name in zip(files, final):
-        file.replace(out / name)
-    if len(files) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": {k: final[i] for k, i in sorted(weight_map.items())}}
-        partial = out / f".{INDEX}"
-        partial.write_text(json.dumps(index, indent=2))
-        partial.replace(out / INDEX)  # last: without it the shards are no model
+    link().wait("weights written")
+    if link().first:
+        publish(out, files, weight_map, total)
     return len(weight_map), total
 
 

@@ -254,3 +254,19 @@ def write_file(
                 raise ValueError(f"{tensor.name}: {value.dtype}{value.shape}, not {tensor.dtype}{tensor.shape}")
             out.write(value.reshape(-1).view(np.uint8))
             written(tensor.nbytes)
+
+
+def publish(out: pathlib.Path, files: list[pathlib.Path], weight_map: dict[str, int], total: int) -> None:
+    """Give complete files of weights their names. weight_map: number of the file of each tensor. total: bytes."""
+    final = [SINGLE] if len(files) == 1 else [
+        f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
+    # Readers would take old files for the new ones.
+    for old in (out / SINGLE, out / INDEX, *out.glob("model-*-of-*.safetensors")):
+        old.unlink(missing_ok=True)
+    for file, name in zip(files, final):
+        file.replace(out / name)
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": {k: final[i] for k, i in sorted(weight_map.items())}}
+        partial = out / f".{INDEX}"
+        partial.write_text(json.dumps(index, indent=2))
+        partial.replace(out / INDEX)  # last: without it the shards are no model

@@ -42,7 +42,7 @@ def plan_step(
     cluster = this_cluster() if cluster is None else cluster
     job = job_of(step, rows, length, grad_accum, *packing)
     first = step.mesh.devices.flat[0]
-    absent, on_cpu = is_absent(first), first.platform == "cpu"
+    absent, on_cpu = is_absent(step.mesh), first.platform == "cpu"
     device, on_host = _state_bytes(step, grad_accum)
     compiled, update = _compile(step, rows, length, grad_accum, absent, on_cpu, at_once, job.documents)
     memory = compiled.memory_analysis()

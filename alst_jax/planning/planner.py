@@ -26,7 +26,12 @@ ANY_LENGTH = 1024  # the length of a job whose length is searched
 def target(config: TrainConfig) -> Cluster | None:
     """The machine that a command line plans for or runs on; None on a CPU. UserError for --host-memory there."""
     if config.plan_for:
-        return dataclasses.replace(parse_cluster(config.plan_for, config.host_memory), used=config.devices)
+        cluster = parse_cluster(config.plan_for, config.host_memory)
+        each, rest = divmod(config.processes or cluster.hosts, cluster.hosts)
+        if rest or not each or cluster.per_host % each:
+            raise UserError(f"--processes {config.processes}: must be the same number on each host of {cluster}, and "
+                            f"share its devices evenly; use {cluster.hosts} or {cluster.devices}")
+        return dataclasses.replace(cluster, used=config.devices, processes=each)
     cluster = this_cluster(config.host_memory, config.devices)
     if cluster is None and config.host_memory is not None:
         raise UserError(f"--host-memory {config.host_memory:g}: limits what GPUs may keep in host memory, and jax sees "

@@ -66,17 +66,18 @@ def pool_bytes(plan: Plan) -> int:
     return pool if plan.host_limit is None else max(need * GIB, min(pool, plan.host_limit))
 
 
-def beside_pools(job: Job, per_host: int) -> int:
-    """Host memory of a process beside its pools, on hosts of `per_host` devices."""
+def beside_pools(job: Job, per_host: int, processes: int = 1) -> int:
+    """Host memory beside the pools of so many processes, on a host of `per_host` devices."""
     # Arrays seem to be copied through pinned memory that all devices share: a device's part of the largest array,
     # rounded up to a power of two (4.0 GiB came within two seconds when an 8B model was loaded; docs/log.md).
     staging = 2 ** math.ceil(math.log2(job.parameters.largest * job.width // job.devices))
-    return staging + saving.BUFFERS + PROCESS + (min(job.devices, per_host) - 1) * PROCESS_DEVICE
+    more = min(job.devices, per_host) - processes
+    return processes * (staging + saving.BUFFERS + PROCESS) + more * PROCESS_DEVICE
 
 
-def process_bytes(choice: Choice, per_host: int) -> int:
-    """Host memory of a whole process, on hosts of `per_host` devices."""
-    return min(choice.plan.devices, per_host) * pool_bytes(choice.plan) + beside_pools(choice.job, per_host)
+def process_bytes(choice: Choice, per_host: int, processes: int = 1) -> int:
+    """Host memory of a whole process, or of so many that share a host of `per_host` devices."""
+    return min(choice.plan.devices, per_host) * pool_bytes(choice.plan) + beside_pools(choice.job, per_host, processes)
 
 
 def with_room(cluster: Cluster | None, job: Job) -> Cluster | None:
@@ -88,20 +89,22 @@ def with_room(cluster: Cluster | None, job: Job) -> Cluster | None:
 
 def most_pinned(cluster: Cluster, job: Job) -> int:
     """Bytes of a device's pool at most, so that the process fits its host."""
-    return max(0, cluster.host_memory - beside_pools(job, cluster.per_host)) // min(job.devices, cluster.per_host)
+    beside = beside_pools(job, cluster.per_host, cluster.processes)
+    return max(0, cluster.host_memory - beside) // min(job.devices, cluster.per_host)
 
 
 def describe_process(choice: Choice, cluster: Cluster) -> str:
     """The bytes of the process, of its host and of its pools, in one line."""
     here = min(choice.plan.devices, cluster.per_host)
-    process, pools = process_bytes(choice, here), here * pool_bytes(choice.plan)
-    return (f"the whole process: about {process / GIB:.0f} of {cluster.host_memory / GIB:.0f} GiB of host memory: "
+    process, pools = process_bytes(choice, here, cluster.processes), here * pool_bytes(choice.plan)
+    whole = "the whole process" if cluster.processes == 1 else f"the {cluster.processes} processes of a host"
+    return (f"{whole}: about {process / GIB:.0f} of {cluster.host_memory / GIB:.0f} GiB of host memory: "
             f"{pools / GIB:.0f} in jax's pools, the rest Python, CUDA's libraries, the compiler, loading and saving")
 
 
 def host_outgrown(choice: Choice, cluster: Cluster) -> str:
     """Why the process does not fit its host, and a limit that would help; empty if it fits."""
-    if process_bytes(choice, cluster.per_host) <= cluster.host_memory:
+    if process_bytes(choice, cluster.per_host, cluster.processes) <= cluster.host_memory:
         return ""
     pinned = most_pinned(cluster, choice.job) // GIB
     help = f". {environment.HOST_LIMIT}={pinned} in the environment leaves it room" if pinned else ""

@@ -14,7 +14,7 @@ from alst_jax.planning.job import Job, Term, describe, describe_debug, total
 from alst_jax.planning.plan import ESTIMATED, Choice, Plan
 from alst_jax.planning.planner import Planner
 from alst_jax.planning.process import describe_process, host_outgrown, process_bytes
-from alst_jax.planning.seconds import ledger
+from alst_jax.planning.seconds import by_reach, ledger
 from alst_jax.profile import DEVICE
 
 MEASURED_ERROR = ("estimated by arithmetic, without a compiler: its measured error is in "
@@ -38,7 +38,7 @@ def report(planner: Planner, job: Job) -> str:
             found["evaluation_seconds"] = evaluation_seconds(config, choice.job, cluster)
         return json.dumps(json.loads(plan.to_json()) | {
             "flags": describe(choice.job), "seq_len": choice.job.length,
-            "process_bytes": cluster and process_bytes(choice, cluster.per_host),
+            "process_bytes": cluster and process_bytes(choice, cluster.per_host, cluster.processes),
             "host_memory": cluster and cluster.host_memory, "fits": not plan.lacks and not outgrown} | found)
     lines = []
     if config.find_max_seq_len:
@@ -48,6 +48,7 @@ def report(planner: Planner, job: Job) -> str:
     lines.append(plan.table())
     if cluster is not None:
         lines.append(describe_process(choice, cluster))
+        lines += [network(choice.job, cluster)] if cluster.hosts > 1 else []
     if outgrown:
         lines.append(f"warning: {outgrown}")
     if config.eval_long is not None:
@@ -59,6 +60,13 @@ def report(planner: Planner, job: Job) -> str:
     if cluster is not None and config.memory == "auto" and not config.find_max_seq_len:
         lines.append(choice.explain())
     return "\n".join(lines)
+
+
+def network(job: Job, cluster: Cluster) -> str:
+    """A line about the bytes that a device sends in a step: those of collectives that go over hosts, and the others."""
+    outside, inside = (sum(parts.values()) for parts in by_reach(job, cluster))
+    return (f"collectives of a device in a step: {outside / GIB:.1f} GiB between hosts, {inside / GIB:.1f} GiB inside "
+            f"of a host (seq {job.sp} {'inside of a host' if job.sp <= cluster.per_host else 'goes over hosts'})")
 
 
 def explain(job: Job, cluster: Cluster | None, plan: Plan) -> str:

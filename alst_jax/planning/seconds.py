@@ -81,6 +81,17 @@ def tile_sum_bytes(job: Job) -> float:
     return 16.0 * (layers + job.trained.head * tiles(job.tiles.loss))
 
 
+def by_reach(job: Job, cluster: Cluster) -> tuple[dict[str, int], dict[str, int]]:
+    """(bytes of a step that a device sends in collectives that go over hosts, by collective; those inside of a host).
+
+    Weights and gradients are shared by all devices; a sequence by the --sp devices of a row.
+    """
+    sent = {name: call["bytes"] for name, call in collectives(job).items()}
+    over = lambda name: cluster.hosts > 1 and (name != "all-to-all" or job.sp > cluster.per_host)
+    return ({name: size for name, size in sent.items() if over(name)},
+            {name: size for name, size in sent.items() if not over(name)})
+
+
 def adapter_bytes(job: Job) -> float:
     """Bytes of the hidden states that adapters read and write: low-rank products take the time of their copies. Forward
     an input is read, an output read and written; backward about as much twice."""

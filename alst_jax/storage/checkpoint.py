@@ -185,7 +185,8 @@ class Checkpoints:
     def _verify(self, step: int, item: str) -> None:
         if (step, item) in self._verified:
             return
-        if not checksums.verify_step(self.directory / str(step), item) and item == parts.PARAMS.name:
+        verified = checksums.verify_step(self.directory / str(step), item, together=True)
+        if not verified and item == parts.PARAMS.name:
             print(f"warning: {self.directory / str(step)} was saved without checksums: it is not verified",
                   file=sys.stderr, flush=True)
         self._verified.add((step, item))

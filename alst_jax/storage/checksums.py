@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from alst_jax.config import UserError
+from alst_jax.processes.link import link
 from alst_jax.storage import parts
 from alst_jax.storage.parts import LATE
 
@@ -80,8 +81,11 @@ def _of_record(record: dict[str, Any]) -> str:
     return hashlib.new(ALGORITHM, json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def compare(top: pathlib.Path, recorded: dict[str, Entry], others: Iterable[str] = ()) -> None:
-    """Damaged unless the files below `top` are the recorded ones. others: files found beside them.
+def compare(
+    top: pathlib.Path, recorded: dict[str, Entry], others: Iterable[str] = (), together: bool = False
+) -> None:
+    """Damaged unless the files below `top` are the recorded ones. others: files found beside them. together: each
+    process of the run reads a part of the files, and all learn what each found.
 
     Sizes are compared before a file is read.
     """
@@ -100,11 +104,14 @@ def compare(top: pathlib.Path, recorded: dict[str, Entry], others: Iterable[str]
             read.append(name)
         else:
             found.append(f"{name} has {now:,} bytes and was written with {size:,}")
+    read = read[link().rank :: link().count] if together else read
     try:
         now = hash_files(top, read)
     except OSError as error:
         raise Damaged(f"{error.filename} cannot be read: {error.strerror}") from error
     found += [f"{name} has other content than was written" for name in read if now[name] != recorded[name]]
+    if together:
+        found = list(dict.fromkeys(words for of_process in link().exchange("checksums", found) for words in of_process))
     if found:
         raise Damaged("; ".join(found[:5]) + f"; and {len(found) - 5} more" * (len(found) > 5))
 
@@ -121,10 +128,11 @@ def seal(folder: pathlib.Path, step: int, run_dir: pathlib.Path) -> None:
         "run": hash_files(run_dir, own)})
 
 
-def verify_step(folder: pathlib.Path, item: str | None = None) -> bool:
+def verify_step(folder: pathlib.Path, item: str | None = None, together: bool = False) -> bool:
     """Whether the checkpoint in a step's folder has checksums, which then are right. Damaged if one is wrong.
 
-    item: verify the files of this part alone (params, optimizer, loop), and those outside of parts.
+    item: verify the files of this part alone (params, optimizer, loop), and those outside of parts. together: see
+    `compare`.
     """
     record = read_record(folder / FILE)
     if record is None:
@@ -139,7 +147,8 @@ def verify_step(folder: pathlib.Path, item: str | None = None) -> bool:
     if not any(name.startswith(f"{item}/") for name in others) and item is not None:
         raise Damaged(f"{item} not found")
     mine = lambda name: item is None or name.split("/")[0] == item or "/" not in name
-    compare(folder, {name: entry for name, entry in record["files"].items() if mine(name)}, filter(mine, others))
+    compare(folder, {name: entry for name, entry in record["files"].items() if mine(name)}, filter(mine, others),
+            together)
     return True
 
 
@@ -171,8 +180,9 @@ def seal_weights(hf_dir: pathlib.Path) -> None:
         "format": 1, "algorithm": ALGORITHM, "files": hash_files(hf_dir, _weights(hf_dir))})
 
 
-def verify_weights(hf_dir: pathlib.Path) -> bool:
-    """Whether all weight files of a Hugging Face directory have checksums, which then are right.
+def verify_weights(hf_dir: pathlib.Path, together: bool = False) -> bool:
+    """Whether all weight files of a Hugging Face directory have checksums, which then are right. together: see
+    `compare`.
 
     They are ours, or the hub's, whose cache names a file by its hash. UserError if one is wrong.
     """
@@ -180,10 +190,10 @@ def verify_weights(hf_dir: pathlib.Path) -> bool:
         record = read_record(hf_dir / WEIGHTS_FILE)
         names = _weights(hf_dir)
         if record is not None:
-            compare(hf_dir, record["files"], names)
+            compare(hf_dir, record["files"], names, together)
             return True
         recorded = {name: hub for name in names if (hub := _of_hub(hf_dir / name))}
-        compare(hf_dir, recorded)
+        compare(hf_dir, recorded, together=together)
         return bool(names) and all(name in recorded for name in names if name.endswith(".safetensors"))
     except Damaged as error:
         raise Damaged(f"{hf_dir}: {error}. Make or fetch it again; or, if you changed it yourself, accept it: python "

@@ -20,6 +20,7 @@ from alst_jax.models.lora import adapters_of
 from alst_jax.models.other_weights import has_others
 from alst_jax.models.tree import combine
 from alst_jax.models.weight_files import find_tensors, read_tensor
+from alst_jax.processes.files import check_same_files
 from alst_jax.step import TrainStep
 from alst_jax.storage import checksums, run_directory
 from alst_jax.storage.checkpoint import Checkpoints
@@ -130,7 +131,8 @@ def load_weights(source: ModelSource, step: TrainStep, dtype: jnp.dtype, seed: i
 def _load(source: ModelSource, step: TrainStep, abstract: Any) -> Any:
     """The weights that `abstract` describes, from the files of the source."""
     if source.hf_weights is not None:
-        checksums.verify_weights(source.hf_weights)
+        check_same_files(f"the weights of --model {source.hf_weights}", list(source.hf_weights.glob("*.safetensors")))
+        checksums.verify_weights(source.hf_weights, together=True)
         wide = any(tensor.dtype == np.float32 for tensor in find_tensors(source.hf_weights).values())
         if wide and step.profile.compute_dtype == "bfloat16":
             print(f"warning: the float32 weights of {source.name} are rounded to bfloat16; --dtype float32 keeps them",

@@ -15,6 +15,13 @@ AT_ONCE = 2**28  # bytes read at a time
 Bounds = tuple[tuple[int, int], ...]  # (start, stop) of each dim
 
 
+def put(array: jax.typing.ArrayLike, place: jax.sharding.Sharding) -> jax.Array:
+    """jax.device_put of an array that all processes have; each puts the parts of its own devices."""
+    if place.is_fully_addressable:
+        return jax.device_put(array, place)
+    return jax.make_array_from_callback(np.shape(array), place, lambda index: np.asarray(array)[index])
+
+
 def load_array(wanted: jax.ShapeDtypeStruct, read: Callable[[Bounds], np.ndarray]) -> jax.Array:
     """The array that `wanted` describes, dtype and sharding included; read(bounds) gives any part of it.
 

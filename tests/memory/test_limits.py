@@ -64,7 +64,7 @@ def test_the_least_counts(tmp_path):
 @pytest.fixture
 def variables(monkeypatch):
     """environment.prepare on a machine with 100 GiB, of which a control group leaves 40; what it sets is taken back."""
-    monkeypatch.setattr(environment, "_visible_gpus", lambda: 0)
+    monkeypatch.setattr(environment, "visible_gpus", lambda: 0)
     monkeypatch.setattr(limits, "cgroup_limits", lambda root: [40 * GIB])
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"total": 100 * GIB}))
     monkeypatch.setattr(os, "environ", {})
@@ -80,7 +80,7 @@ def test_jax_may_pin_what_is_there(variables, cap, counts):
 @pytest.mark.parametrize("gpus,used,sharing", [(1, None, 1), (4, None, 4), (4, 2, 2), (2, 8, 2)])
 def test_each_device_has_its_share(variables, monkeypatch, gpus, used, sharing):
     """XLA's limit is of each device's pool: two pools of a host may not both take all of it."""
-    monkeypatch.setattr(environment, "_visible_gpus", lambda: gpus)
+    monkeypatch.setattr(environment, "visible_gpus", lambda: gpus)
     monkeypatch.setattr(limits, "cgroup_limits", lambda root: [])
     environment.prepare(None, devices=used)
     share = int(variables[environment.HOST_LIMIT])
@@ -100,10 +100,10 @@ def test_gpus_that_jax_will_see(monkeypatch, listed, visible, count):
     smi = environment.subprocess.run
     command = ["printf", "\n".join(listed)] if listed else ["false"]
     monkeypatch.setattr(environment.subprocess, "run", lambda _, **how: smi(command, **how))
-    assert environment._visible_gpus() == count
+    assert environment.visible_gpus() == count
     if not listed:
         monkeypatch.setattr(environment.subprocess, "run", lambda _, **how: smi(["no-such-command"], **how))
-        assert environment._visible_gpus() == count
+        assert environment.visible_gpus() == count
 
 
 def test_what_the_user_sets_wins(variables):
@@ -148,7 +148,7 @@ def test_the_cluster_at_hand(card, cap, set_by_user, host, usable):
 @pytest.mark.parametrize("dp,set_by_user,share", [
     (None, None, 9), (1, None, 27), (None, "20", 20), (1, "30", 30), (None, "21", None)])
 def test_two_cards_share_the_host_if_both_are_used(card, monkeypatch, dp, set_by_user, share):
-    monkeypatch.setattr(environment, "_visible_gpus", lambda: 2)
+    monkeypatch.setattr(environment, "visible_gpus", lambda: 2)
     monkeypatch.setattr(jax, "local_device_count", lambda: 2)
     if set_by_user:
         card[environment.HOST_LIMIT] = set_by_user

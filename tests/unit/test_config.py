@@ -139,10 +139,10 @@ def test_compiler_flags_of_a_gpu_run(before, after, monkeypatch):
     for name in (environment.HOST_LIMIT, "XLA_CLIENT_MEM_FRACTION"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("XLA_FLAGS", before)
-    monkeypatch.setattr(environment, "_visible_gpus", lambda: 0)
+    monkeypatch.setattr(environment, "visible_gpus", lambda: 0)
     environment.prepare(None)
     assert os.environ["XLA_FLAGS"] == before  # a CPU-only build would abort at flags it does not know
-    monkeypatch.setattr(environment, "_visible_gpus", lambda: 1)
+    monkeypatch.setattr(environment, "visible_gpus", lambda: 1)
     monkeypatch.setattr(environment, "has_cuda_compiler", lambda: False)
     environment.prepare(None)
     assert os.environ["XLA_FLAGS"] == before
