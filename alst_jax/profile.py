@@ -74,6 +74,11 @@ class Switches:
                             "--update-in-backward)")
 
     @property
+    def sums_in_place(self) -> bool:
+        """Whether the gradients of several batches are summed where they are made, and those of one never stored."""
+        return self.remat and self.stack == "segments" and not self.share_gradients
+
+    @property
     def can_share(self) -> bool:
         """Whether inputs of segments may be kept in the memory of gradients."""
         stored = self.offload_weights and not self.update_in_backward

@@ -11,9 +11,9 @@ from alst_jax.planning import footprint
 from alst_jax.planning.estimate import estimate
 from alst_jax.planning.job import Job, total
 from alst_jax.planning.plan import Plan
-from alst_jax.planning.process import host_bytes
+from alst_jax.planning.process import pinned_bytes
 from alst_jax.planning.words import PLACEMENTS
-from alst_jax.profile import Profile
+from alst_jax.profile import HOST, Profile
 
 UNCONFIRMED = 0.05  # of the memory, left free where no compiler confirms: the model's error (plan_accuracy.py)
 CONFIRMED = 0.01
@@ -53,7 +53,7 @@ class Search:
         """Bytes that a plan lacks of "device" and "host" memory, with the margin left free."""
         spare = {
             "device": int(plan.device_limit * (1 - self.margin)) - plan.device_bytes,
-            "host": int(plan.host_limit * (1 - self.margin)) - plan.host_bytes - self.host_correction}
+            "host": int(plan.host_limit * (1 - self.margin)) - plan.pinned_bytes - self.host_correction}
         return {place: -bytes for place, bytes in spare.items() if bytes < 0}
 
     def corrected(self, profile: Profile, estimated: Plan, compiled: Plan) -> tuple["Search", dict[str, int]]:
@@ -126,6 +126,8 @@ def with_kept(job: Job, search: Search, on_device: Iterable[int], least: bool = 
     if not profile.remat:
         yield job
         return
+    if profile.share_gradients and not profile.can_share:
+        return
     fixed = search.fixed
     for kept in [profile.keep_attention_on_device] if "keep_attention_on_device" in fixed else on_device:
         for budget in BUDGETS:
@@ -134,7 +136,7 @@ def with_kept(job: Job, search: Search, on_device: Iterable[int], least: bool = 
                 if "segment_layers" not in fixed:
                     lengths = segments_within(dataclasses.replace(job, profile=part), search, budget)
                     part = lengths and dataclasses.replace(part, segment_layers=lengths)
-                return part and dataclasses.replace(job, profile=part)
+                return part and sharing(dataclasses.replace(job, profile=part), fixed)
 
             if "keep_attention_on_host" in fixed or least:
                 candidate = make(profile.keep_attention_on_host if "keep_attention_on_host" in fixed else 0)
@@ -146,10 +148,18 @@ def with_kept(job: Job, search: Search, on_device: Iterable[int], least: bool = 
                 break
 
 
+def sharing(job: Job, fixed: frozenset[str]) -> Job:
+    """The job with inputs of segments in the memory of gradients, where this saves host memory."""
+    if "share_gradients" in fixed or not job.profile.can_share:
+        return job
+    shared = dataclasses.replace(job, profile=dataclasses.replace(job.profile, share_gradients=True))
+    return shared if shared.kept[HOST] < job.kept[HOST] else job
+
+
 def _most_on_host(make: Callable[[int], Job | None], most: int, search: Search) -> Job | None:
     """make(n) for the largest n that fits in host memory; make(0) if none fits."""
     room = search.cluster.host_share * (1 - search.margin) - search.host_correction
-    fits = lambda job: job is not None and host_bytes(job) <= room
+    fits = lambda job: job is not None and pinned_bytes(job) <= room
     best, low, high = make(0), 0, most + 1
     if not fits(best) or search.missing(search.plan(best)).keys() == {"device"}:
         return best

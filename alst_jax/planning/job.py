@@ -19,7 +19,8 @@ from alst_jax.models.tree import dotted, is_stacked, names
 from alst_jax.ops.attention import find_kernel
 from alst_jax.parallel.costs import Shapes, Work
 from alst_jax.parallel.ulysses import Ulysses
-from alst_jax.profile import DEVICE, HOST, Profile, Segment, segment_inputs
+from alst_jax.profile import DEVICE, HOST, Profile, Segment, segment_inputs, shared_inputs
+from alst_jax.stack.shared import holds
 
 
 class Term(NamedTuple):
@@ -64,6 +65,17 @@ def parameter_sizes(model: ModelConfig, freeze: str | None = None) -> ParameterS
         other_leaves=len(others), tables=sum(leaf.size for _, leaf in others if leaf.ndim > 1),
         head=sum(leaf.size for name, leaf in others if name[0] == head), largest_stack=max(stacks, default=0),
         largest=max((leaf.size for _, _, leaf in trained), default=0))
+
+
+@functools.cache
+def tokens_in_gradients(model: ModelConfig, freeze: str | None, devices: int) -> int:
+    """Tokens whose hidden states have room in the gradients of one layer, in one device's shards (stack/shared.py)."""
+    leaves = jax.tree_util.tree_leaves_with_path(abstract_params(model, jnp.float32))
+    stacks = [leaf.shape for path, leaf in leaves
+              if is_stacked(path) and (freeze is None or not re.search(freeze, dotted(path)))]
+    shards = [(layers, math.prod(rest) // devices, 1) for layers, *rest in stacks
+              if len(rest) == 2 and any(dim % devices == 0 for dim in rest)]
+    return sum(shard[1] // model.hidden_size for shard in shards if holds(shard, model.hidden_size))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +151,14 @@ class Job:
         return self.profile.segments(self.model.num_layers)
 
     @functools.cached_property
+    def shared_inputs(self) -> int:
+        """Inputs of segments that are kept in the memory of gradients."""
+        if not self.profile.share_gradients:
+            return 0
+        room = tokens_in_gradients(self.model, self.freeze, self.devices)
+        return len(shared_inputs(self.segments, self.tokens, room))
+
+    @functools.cached_property
     def recomputed_attention(self) -> list[int]:
         """Layers whose attention the backward pass computes again, in a rebuilt segment or in the layer's own turn."""
         runs = [run for segment in self.segments for run in segment.runs if self.profile.remat and not run.place]
@@ -209,7 +229,7 @@ def kept_bytes(job: Job) -> dict[str, int]:
         kept[DEVICE] = job.model.num_layers * unremat_layer(job)
         return kept
     inputs = HOST if profile.offload_activations else DEVICE
-    kept[inputs] += size.hidden * segment_inputs(job.segments, profile.offload_activations)
+    kept[inputs] += size.hidden * segment_inputs(job.segments, profile.offload_activations, job.shared_inputs)
     for segment in job.segments:
         layers = segment.runs[-1].stop - segment.runs[0].start
         if segment.all_inputs:

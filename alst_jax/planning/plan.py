@@ -4,9 +4,10 @@ import dataclasses
 import json
 
 from alst_jax.config import UserError
-from alst_jax.hardware.machines import GIB
+from alst_jax.hardware.machines import GIB, LARGEST_HOST
 from alst_jax.planning.job import Job
 from alst_jax.planning.words import describe, describe_changes
+from alst_jax.storage import saving
 
 COMPILED, ABSENT, ESTIMATED = "compiled", "compiled for a device that is not here", "estimated"
 PARTS = ("weights", "gradients", "optimizer", "kept activations", "working set", "batch", "saving")
@@ -43,6 +44,11 @@ class Plan:
         return sum(self.host.values())
 
     @property
+    def pinned_bytes(self) -> int:
+        """Bytes of host memory that jax pins, which the limit is of: all but the buffers of a save's writers."""
+        return max(0, self.host_bytes - saving.BUFFERS // min(self.devices, LARGEST_HOST))
+
+    @property
     def step_seconds(self) -> float | None:
         return sum(self.seconds.values()) or None
 
@@ -54,7 +60,7 @@ class Plan:
     @property
     def lacks(self) -> dict[str, int]:
         """Bytes that are missing, of "device" and "host" memory; empty if the plan fits or limits are not known."""
-        pairs = (("device", self.device_bytes, self.device_limit), ("host", self.host_bytes, self.host_limit))
+        pairs = (("device", self.device_bytes, self.device_limit), ("host", self.pinned_bytes, self.host_limit))
         return {place: need - limit for place, need, limit in pairs if limit is not None and need > limit}
 
     def to_json(self) -> str:
@@ -77,7 +83,7 @@ class Plan:
         if any(limit is not None for limit in limits):
             cell = lambda value: f"{value / GIB:12.2f}" if value is not None else f"{'':12}"
             rows.append(f"{'there is':24}" + "".join(map(cell, limits)))
-            spare = (limit and limit - need for limit, need in zip(limits, (self.device_bytes, self.host_bytes)))
+            spare = (limit and limit - need for limit, need in zip(limits, (self.device_bytes, self.pinned_bytes)))
             rows.append(f"{'headroom':24}" + "".join(map(cell, spare)))
         rows.append("collectives a step, and what a device sends in them: " + (", ".join(
             f"{calls['calls']} {name} ({calls['bytes'] / GIB:.2f} GiB" + (

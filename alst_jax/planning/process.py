@@ -53,12 +53,17 @@ def host_bytes(job: Job) -> int:
     return states + step_only + saving_bytes(job, step_only)
 
 
+def pinned_bytes(job: Job) -> int:
+    """`Plan.pinned_bytes` of a job's plan, without the rest of the plan."""
+    return host_bytes(job) - saving.BUFFERS // min(job.devices, LARGEST_HOST)
+
+
 # --------------------------------------------------------------------------------------------------------- pinned pools
 
 
 def pinned_gibibytes(plan: Plan) -> int:
     """GiB of pinned memory that a device needs: host memory without its part of a save's writers."""
-    return max(0, -(-(plan.host_bytes - saving.BUFFERS // min(plan.devices, LARGEST_HOST)) // GIB))
+    return -(-plan.pinned_bytes // GIB)
 
 
 def pool_bytes(plan: Plan) -> int:

@@ -94,7 +94,7 @@ def host_traffic(job: Job) -> dict[str, float]:
     """Bytes of one device to and from host memory: in a forward and backward pass ("step") and in the update."""
     weights, gradients, optimizer = state_bytes(job)
     profile, written = job.profile, trained_bytes(job)
-    step = 2.0 * job.kept[HOST]
+    step = 2.0 * (job.kept[HOST] + job.shared_inputs * job.sizes.hidden)
     update = 0.0
     if profile.offload_weights:
         step += weights * job.passes.loads / job.model.num_layers + gradients

@@ -37,8 +37,11 @@ class Model:
     profile: Profile
     specs: Params
 
-    def loss(self, trained: Params, frozen: Params, batch: Batch, scale: jax.Array) -> jax.Array:
-        """scale x the loss summed over the valid labels of all devices, from local shards."""
+    def loss(
+        self, trained: Params, frozen: Params, batch: Batch, scale: jax.Array, sums: Any = None
+    ) -> jax.Array:
+        """scale x the loss summed over the valid labels of all devices, from local shards. sums: of the gradients of
+        the layers (see `run_stack`)."""
         ends = combine(self.ends(trained), self.ends(frozen))
         tokens, layers = self.tokens(batch), Weights(trained["layers"], frozen["layers"])
         # Brought to the device once: the sum of a tied table's two gradients is no work for the host.
@@ -47,7 +50,7 @@ class Model:
         if self.profile.remat and self.profile.stack == "segments":
             # The shards, not their copy on the device, which would stay until the first segment is recomputed.
             source = ends["embed_tokens"]["embedding"], batch.tokens
-            h_BTD = run_stack(self.stack, h_BTD, source, layers, tokens)
+            h_BTD = run_stack(self.stack, h_BTD, source, layers, tokens, sums)
         else:
             h_BTD = plain_stack(self.layer, h_BTD, layers, tokens, self.profile)
         head = {name: self.on_device(part) for name, part in ends.items() if name != "embed_tokens"}

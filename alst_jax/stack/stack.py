@@ -88,16 +88,17 @@ class Stack:
         return h, Saved(residuals, firsts, stacks, source, layers, tokens)
 
     def backward(
-        self, saved: Saved, dh: jax.Array, store: PyTree, read: Callable, write: Callable
+        self, saved: Saved, dh: jax.Array, store: PyTree, read: Callable, write: Callable, wide: bool = False
     ) -> tuple[jax.Array, PyTree]:
         """The gradient of h[B, T, D] before the first layer from the gradient after the last, and the last `store`.
 
         store: the carry of the loop over layers, last to first: gradient stacks, or weights and moments when the update
         runs in the backward pass. read(store, i) -> shards of layer i. write(store, i, shards, gradients) -> the store.
+        wide: gradients are written in float32, not in the weights' dtype.
         """
         # Row indices depend on dh: where no loop goes over layers (a loop of one trip is none), all weights would be
         # gathered at once, and residuals for the host would never be copied there.
-        back, carry = _Backward(self, saved, read, write), (dh, store)
+        back, carry = _Backward(self, saved, read, write, wide), (dh, store)
         segments = self.profile.segments(_count(saved.layers))
         for n, (segment, (inputs, results)) in reversed(list(enumerate(zip(segments, saved.segments, strict=True)))):
             if segment.all_inputs:
@@ -131,8 +132,14 @@ class Stack:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def run_stack(stack: Stack, h: jax.Array, source: PyTree, layers: Weights, tokens: Tokens) -> jax.Array:
-    """h[B, T, D] through all layers, differentiable in h and the trained weights."""
+def run_stack(
+    stack: Stack, h: jax.Array, source: PyTree, layers: Weights, tokens: Tokens, sums: PyTree = None
+) -> jax.Array:
+    """h[B, T, D] through all layers, differentiable in h and the trained weights.
+
+    sums: float32 stacks of gradients of earlier batches. With them the weights have no gradient; the "gradient" of
+    `sums` is the sums with this batch's gradients added, in the same memory.
+    """
     def body(h, i):
         weights = stack.layer.load(stack._shards(layers, i))
         return stack.layer.after(h, stack.layer.attend(i, h, weights, tokens)[0], weights), None
@@ -140,16 +147,33 @@ def run_stack(stack: Stack, h: jax.Array, source: PyTree, layers: Weights, token
     return lax.scan(body, h, jnp.arange(_count(layers)))[0]
 
 
-def _stack_bwd(stack, saved, dh):
-    offload, layers = stack.profile.offload_weights, saved.layers
-    stacks = stack.places(layers) if saved.stacks is None else saved.stacks
+def _stack_fwd(stack, h, source, layers, tokens, sums):
+    h, saved = stack.forward(h, source, layers, tokens)
+    return h, (saved, sums)
+
+
+def _stack_bwd(stack, residuals, dh):
+    (saved, sums), offload = residuals, stack.profile.offload_weights
+    layers = saved.layers
     read = lambda _, i: stack._shards(layers, i)
     write = lambda dlayers, i, shards, gradients: host.put_row(dlayers, gradients, i, offload)
+    if sums is not None:
+        dh, sums = stack.backward(saved, dh, sums, read, _add_to_row(offload), wide=True)
+        return dh, None, None, None, sums
+    stacks = stack.places(layers) if saved.stacks is None else saved.stacks
     dh, dlayers = stack.backward(saved, dh, stacks, read, write)
-    return dh, None, Weights(dlayers, None), None
+    return dh, None, Weights(dlayers, None), None, None
 
 
-run_stack.defvjp(Stack.forward, _stack_bwd)
+def _add_to_row(offload):
+    def write(sums, i, shards, gradients):
+        added = jax.tree.map(lambda s, g: s + g.astype(s.dtype), host.row(sums, i, offload), gradients)
+        return host.put_row(sums, added, i, offload)
+
+    return write
+
+
+run_stack.defvjp(_stack_fwd, _stack_bwd)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -160,6 +184,7 @@ class _Backward:
     saved: Saved
     read: Callable
     write: Callable
+    wide: bool = False  # gradients are written in float32
 
     def one(self, carry, i, h, results):
         """Back through layer i, from its input and the results of its attention (None: they are recomputed)."""
@@ -169,7 +194,7 @@ class _Backward:
         if results is None:
             results = layer.attend(i, h, weights, tokens)
         dh, dweights = layer.backward(i, h, weights, tokens, results, dh)
-        gradients = layer.scatter(dweights, shards.trained)
+        gradients = layer.scatter(dweights, shards.trained, self.wide)
         # Outside of a loop, the float32 sums of many layers would wait all together (on GPUs; not seen on a CPU).
         return after(gradients, dh), self.write(store, i, shards.trained, gradients)
 

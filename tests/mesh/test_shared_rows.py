@@ -13,10 +13,11 @@ from alst_jax.config import UserError
 from alst_jax.profile import Profile, segment_inputs, shared_inputs
 from tests.helpers import PLAIN, make_step, random_batch, tiny, train
 
-MODEL = tiny(num_layers=8, hidden_size=32, intermediate_size=32, num_heads=4, num_kv_heads=2, head_dim=8)
-PER_LAYER = 32 + 16 + 16 + 32 + 3 * 32  # tokens in the gradients of q, k, v, o and the MLP
+# Room for 192 of the 256 tokens in the gradients of one layer: 32 (q) + 16 (k) + 16 (v) + 32 (o) + 3 x 32 (MLP).
+MODEL = tiny(num_layers=4, hidden_size=32, intermediate_size=32, num_heads=4, num_kv_heads=2, head_dim=8,
+             attention_bias=False, mlp_bias=False)
 HOST = dict(remat=True, offload_activations=True, offload_weights=True, offload_optimizer=True)
-PROFILE = dataclasses.replace(PLAIN, **HOST, segment_layers=(2, 1, 3, 2), keep_attention_on_host=3, mlp_tile=40)
+PROFILE = dataclasses.replace(PLAIN, **HOST, segment_layers=(2,))
 
 
 def places(lengths, tokens, per_layer=192):
@@ -51,18 +52,17 @@ def test_a_single_input_that_is_not_shared_takes_two_rows():
     assert [segment_inputs(segments, True, shared) for shared in (0, 1, 2, 3)] == [3, 2, 2, 0]
 
 
-@pytest.mark.parametrize("dp,sp", [(1, 1), (1, 4), (2, 2)])
+@pytest.mark.parametrize("dp,sp", [pytest.param(1, 1, marks=pytest.mark.slow), (2, 2)])
 def test_equal_to_separate_arrays(dp, sp):
-    """Bit for bit: loss, gradients, and weights after three clipped steps."""
-    results = [train(make_step(MODEL, dp, sp, dataclasses.replace(PROFILE, share_gradients=share)), random_batch(MODEL))
+    """Bit for bit: loss, gradients, and weights after two clipped steps."""
+    results = [train(make_step(MODEL, dp, sp, dataclasses.replace(PROFILE, share_gradients=share)), random_batch(MODEL), 2)
                for share in (False, True)]
     jax.tree.map(np.testing.assert_array_equal, *results)
 
 
 def host_arrays(share):
     """Shapes of arrays in host memory with a segment's or more of hidden states."""
-    profile = dataclasses.replace(PROFILE, share_gradients=share, keep_attention_on_host=0)
-    step = make_step(MODEL, profile=profile)
+    step = make_step(MODEL, profile=dataclasses.replace(PROFILE, share_gradients=share))
     batch = step.put_batch(**random_batch(MODEL))
     number = jax.ShapeDtypeStruct((), jnp.float32)
     jaxpr = str(step.loss_and_grad.trace(step.trained, step.frozen, batch, number).jaxpr)
@@ -70,7 +70,7 @@ def host_arrays(share):
 
 
 def test_no_array_is_left_for_them():
-    assert host_arrays(False) == {"1,4,64,32", "2,4,64,32"} and host_arrays(True) == set()
+    assert host_arrays(False) == {"2,4,64,32"} and host_arrays(True) == set()
 
 
 @pytest.mark.parametrize("changes", [dict(offload_weights=False, offload_optimizer=False), dict(offload_activations=False),
