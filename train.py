@@ -106,7 +106,6 @@ def run(config: TrainConfig) -> int:
     from alst_jax import run as setup
     from alst_jax import run_data, run_state
     from alst_jax.metrics import MetricsLog, peak_host_memory, peak_memory
-    from alst_jax.planning.process import make_host_pool
     from alst_jax.planning.report import announce_plan, planned_against_measured, report
     from alst_jax.refused import Saves
     from alst_jax.storage import run_directory
@@ -137,7 +136,7 @@ def run(config: TrainConfig) -> int:
     geometry = run_state.geometry(config, job, setup.choose_dtype(config), fingerprint)
     if choice is not None:
         environment.return_freed_memory()
-        make_host_pool(choice.plan)
+        run_state.make_host_pool(choice.plan)
     if config.check_numerics:
         run_data.preflight(config, step, job, data)
     checkpoints, state = run_state.begin(config, source, step, data, geometry)

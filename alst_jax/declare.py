@@ -14,6 +14,7 @@ import io
 import pathlib
 import re
 import sys
+import types
 import typing
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any
@@ -86,12 +87,26 @@ def command_line(target: Callable[..., Any], **options: Any) -> Any:
     """tyro.cli(target). A command line that is refused is one UserError, not a box of lines with the parser's types."""
     refused = io.StringIO()
     try:
-        with contextlib.redirect_stderr(refused):
+        with contextlib.redirect_stderr(refused), without_typeguard():
             return tyro.cli(target, **options)
     except SystemExit as stopped:
         if stopped.code != 2:
             raise
         raise UserError(_refusal(refused.getvalue())) from stopped
+
+
+@contextlib.contextmanager
+def without_typeguard() -> Iterator[None]:
+    """tyro checks the defaults of flags against their types at each start, with typeguard, whose import takes a quarter
+    of a second. Here all defaults pass; a test checks them."""
+    if "typeguard" in sys.modules:
+        yield
+        return
+    sys.modules["typeguard"] = types.SimpleNamespace(check_type=lambda value, of: value, TypeCheckError=TypeError)
+    try:
+        yield
+    finally:
+        del sys.modules["typeguard"]
 
 
 def _refusal(box: str) -> str:

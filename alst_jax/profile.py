@@ -95,6 +95,10 @@ class Switches:
             raise UserError("--update-in-backward saves the host memory of gradients; on the device it would save "
                             "none. Use it with --offload-weights and --offload-optimizer, or leave it out")
 
+    def on_host(self, part: str) -> bool:
+        """Whether "weights", "gradients" or "optimizer" live in host memory."""
+        return self.offload_optimizer if part == "optimizer" else self.offload_weights
+
     def flags(self, than: "Switches | None" = None) -> Iterator[str]:
         """The flags by which these switches differ from others, by default from the usual ones."""
         than = Switches() if than is None else than
@@ -185,6 +189,21 @@ class Run:
     stop: int
     place: str | None
 
+    @property
+    def layers(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def memory(self) -> str | None:
+        """The memory in which the program keeps the outputs (`place_of`)."""
+        return self.place and place_of(self.place, self.layers)
+
+
+def place_of(place: str, layers: int) -> str:
+    """Where a loop over some layers saves arrays. One trip makes no loop: the compiler removes copies to the host and
+    back that have no loop between them."""
+    return DEVICE if layers == 1 else place
+
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
@@ -192,6 +211,18 @@ class Segment:
 
     all_inputs: bool
     runs: tuple[Run, ...]
+
+    @property
+    def start(self) -> int:
+        return self.runs[0].start
+
+    @property
+    def stop(self) -> int:
+        return self.runs[-1].stop
+
+    @property
+    def layers(self) -> int:
+        return self.stop - self.start
 
 
 def segment_inputs(segments: list[Segment], on_host: bool, shared: int = 0) -> int:

@@ -16,6 +16,7 @@ from alst_jax.config import TrainConfig, UserError
 from alst_jax.data.documents import Stats
 from alst_jax.data.packing import room_for
 from alst_jax.data.report import print_sources
+from alst_jax.hardware.devices import absent_devices
 from alst_jax.hardware.machines import Cluster, parse_cluster
 from alst_jax.models.block import abstract_params
 from alst_jax.models.config import ModelConfig
@@ -25,12 +26,11 @@ from alst_jax.ops.attention.devices import Chosen, Gpu, choose_kernel
 from alst_jax.ops.rope import MAX_POSITION
 from alst_jax.optim.adamw import AdamW
 from alst_jax.parallel.mesh import choose_degrees, make_mesh
-from alst_jax.planning.compiled import absent_devices
-from alst_jax.planning.job import Job, padded_length
+from alst_jax.parallel.sequence import padded_length
+from alst_jax.planning.job import Job, describe_debug
 from alst_jax.planning.plan import Plan
 from alst_jax.planning.planner import ANY_LENGTH, Planner, target
 from alst_jax.planning.process import with_room
-from alst_jax.planning.words import describe_debug
 from alst_jax.profile import Profile
 from alst_jax.step import TrainStep
 from alst_jax.storage.about import about

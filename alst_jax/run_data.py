@@ -23,7 +23,8 @@ from alst_jax.data.records import Fields
 from alst_jax.data.report import print_samples, warn_without_end
 from alst_jax.data.sources import Reading
 from alst_jax.ops.attention import find_kernel
-from alst_jax.planning.job import Job, padded_length
+from alst_jax.parallel.sequence import padded_length
+from alst_jax.planning.job import Job
 from alst_jax.preflight.check import check_numerics
 from alst_jax.step import TrainStep
 from alst_jax.storage import run_directory

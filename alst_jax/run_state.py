@@ -7,15 +7,20 @@ import jax
 import jax.numpy as jnp
 
 from alst_jax.config import TrainConfig, UserError
+from alst_jax.hardware.environment import HOST_LIMIT, pinned_limit
+from alst_jax.hardware.machines import GIB
 from alst_jax.models.hf_config import record_dtype
 from alst_jax.models.hf_weights import save_params
 from alst_jax.models.other_weights import auto_class
 from alst_jax.planning.job import Job
+from alst_jax.planning.plan import Plan
+from alst_jax.planning.process import POOL_MATTERS, POOL_SLACK, pinned_gibibytes
 from alst_jax.step import TrainStep
 from alst_jax.storage import checksums, run_directory, saving
 from alst_jax.storage.checkpoint import Checkpoints
 from alst_jax.storage.source import ModelSource, load_weights
 from alst_jax.trainer import Data, TrainState
+from alst_jax.xla import host
 
 
 def geometry(config: TrainConfig, job: Job, dtype: jnp.dtype, data: str) -> dict[str, Any]:
@@ -82,3 +87,27 @@ def export(out: pathlib.Path, source: ModelSource, params: Any, dtype: jnp.dtype
     record_dtype(target, str(dtype))
     checksums.seal_weights(target)
     print(f"wrote {target}: transformers.{auto_class(target)}.from_pretrained({str(target)!r}) loads it")
+
+
+def make_host_pool(plan: Plan) -> None:
+    """Pin the host memory of a plan in one piece a device (see `host.reserve`), if it is large enough to matter.
+
+    Adds slack, but never exceeds the limit that jax may pin. UserError if the host refuses.
+    """
+    devices = jax.local_devices()[: plan.devices]
+    need = pinned_gibibytes(plan)
+    if need < POOL_MATTERS:
+        return
+    most = pinned_limit()
+    gibibytes = need + POOL_SLACK if most is None else max(need, min(need + POOL_SLACK, most // GIB))
+    times = f"{len(devices)} times " if len(devices) > 1 else ""
+    print(f"pinning {times}{gibibytes} GiB of host memory, about a second each", flush=True)
+    try:
+        host.reserve(gibibytes, devices)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(f"{times}{gibibytes} GiB of host memory could not be pinned: {reason}. Free some, raise "
+                        f"{HOST_LIMIT} where it is set, or keep less there "
+                        "(--keep-attention-on-host, --optimizer-states int8, a shorter --seq-len)") from error

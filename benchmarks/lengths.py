@@ -34,9 +34,8 @@ def main():
     environment.prepare(None, absent_devices=True)
     from alst_jax.hardware.machines import parse_cluster
     from alst_jax.planning.candidates import Search
-    from alst_jax.planning.job import Job
+    from alst_jax.planning.job import Job, describe
     from alst_jax.planning.search import choose
-    from alst_jax.planning.words import describe
     from alst_jax.profile import Profile
 
     search = Search(parse_cluster(options.machine, options.host_memory))

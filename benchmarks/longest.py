@@ -43,10 +43,9 @@ def main():
 
     from alst_jax.config import TrainConfig, UserError
     from alst_jax.hardware.machines import parse_cluster
-    from alst_jax.planning.job import Job
+    from alst_jax.planning.job import Job, describe
     from alst_jax.planning.planner import Planner
     from alst_jax.planning.process import with_room
-    from alst_jax.planning.words import describe
     from alst_jax.profile import Profile
     from alst_jax.run import make_step
 

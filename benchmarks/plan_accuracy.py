@@ -117,9 +117,10 @@ def main():
     import jax
     import jax.numpy as jnp
 
+    from alst_jax.hardware.devices import absent_devices
     from alst_jax.optim.adamw import AdamW
     from alst_jax.parallel.mesh import make_mesh
-    from alst_jax.planning.compiled import absent_devices, plan_step
+    from alst_jax.planning.compiled import plan_step
     from alst_jax.planning.estimate import estimate
     from alst_jax.planning.footprint import working_set
     from alst_jax.step import TrainStep

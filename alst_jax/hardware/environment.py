@@ -17,6 +17,8 @@ HOST_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 # twice (found with a Pallas attention kernel in programs of jax 0.11.2, see docs/log.md); cuDNN's is not.
 XLA_GPU_FLAGS = {"xla_gpu_enable_latency_hiding_scheduler": "true", "xla_gpu_enable_dynamic_slice_fusion": "false"}
 DETERMINISTIC_FLAGS = {"xla_gpu_deterministic_ops": "true"}
+# XLA ends a process whose simulated devices do not meet within 40 s, as on a machine with much other work.
+XLA_CPU_FLAGS = {"xla_cpu_collective_call_terminate_timeout_seconds": "1200"}
 CUDA_PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 
 
@@ -42,6 +44,7 @@ def prepare(
         jax.config.update("jax_platforms", "cpu")
         return
     if simulate_devices:
+        _add_flags(XLA_CPU_FLAGS)
         import jax
 
         jax.config.update("jax_platforms", "cpu")
@@ -68,7 +71,12 @@ def pinned_limit() -> int | None:
 
 
 def _set_compiler_flags(deterministic: bool) -> None:
-    flags, wanted = os.environ.get("XLA_FLAGS", ""), XLA_GPU_FLAGS | (DETERMINISTIC_FLAGS if deterministic else {})
+    _add_flags(XLA_GPU_FLAGS | (DETERMINISTIC_FLAGS if deterministic else {}))
+
+
+def _add_flags(wanted: dict[str, str]) -> None:
+    """Set these flags of XLA, but none that the user has set."""
+    flags = os.environ.get("XLA_FLAGS", "")
     missing = [f"--{name}={value}" for name, value in wanted.items() if name not in flags]
     os.environ["XLA_FLAGS"] = " ".join([flags, *missing]).strip()
 

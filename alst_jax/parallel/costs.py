@@ -29,6 +29,11 @@ class Shapes:
         """Query heads of one call of the attention kernel."""
         return max(1, self.heads // self.chunks // self.degree)
 
+    @property
+    def local_kv_heads(self) -> int:
+        """kv heads of one call, repeated ones included."""
+        return max(1, self.kv_heads // self.chunks * self.repeats // self.degree)
+
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:

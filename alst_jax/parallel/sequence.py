@@ -1,13 +1,15 @@
 """The interface of sequence parallelism: attention over a whole sequence, from and to local tokens of it."""
 
+import math
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 
 from alst_jax.models.config import ModelConfig
-from alst_jax.ops.attention import AttentionSpec
+from alst_jax.ops.attention import AttentionSpec, find_kernel
 from alst_jax.parallel.costs import Shapes, Traffic, Work
+from alst_jax.profile import Profile
 
 
 @runtime_checkable
@@ -48,3 +50,9 @@ class SequenceParallel(Protocol):
     @staticmethod
     def work(shapes: Shapes) -> Work:
         """Bytes of its buffers, for plans."""
+
+
+def padded_length(seq_len: int, sp: int, profile: Profile) -> int:
+    """seq_len, rounded up to what the mesh and the attention kernel divide; the rest is padding without labels."""
+    multiple = math.lcm(sp, find_kernel(profile.attention).multiple)
+    return -(-seq_len // multiple) * multiple

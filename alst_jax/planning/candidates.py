@@ -12,7 +12,6 @@ from alst_jax.planning.estimate import estimate
 from alst_jax.planning.job import Job, total
 from alst_jax.planning.plan import Plan
 from alst_jax.planning.process import pinned_bytes
-from alst_jax.planning.words import PLACEMENTS
 from alst_jax.profile import HOST, Profile
 
 UNCONFIRMED = 0.05  # of the memory, left free where no compiler confirms: the model's error (plan_accuracy.py)
@@ -22,6 +21,7 @@ MOST_CHUNKS = 8
 BUDGETS = (0.0, 0.25, 0.5, 1.0)  # parts of the free device memory that rebuilding a segment may take
 NARROWER = (("bfloat16", "float32"), ("int8", "float32"), ("int8", "none"))  # moments, master
 LARGER_TILES = 4  # times the usual: fewer sums of weight gradients, more memory
+PLACEMENTS = ("offload_activations", "offload_weights", "offload_optimizer")  # the first needs remat
 EARLY_LOADS = 4  # layers whose weights XLA loads from the host before their turn; segments leave room for them
 
 
@@ -51,10 +51,7 @@ class Search:
 
     def missing(self, plan: Plan) -> dict[str, int]:
         """Bytes that a plan lacks of "device" and "host" memory, with the margin left free."""
-        spare = {
-            "device": int(plan.device_limit * (1 - self.margin)) - plan.device_bytes,
-            "host": int(plan.host_limit * (1 - self.margin)) - plan.pinned_bytes - self.host_correction}
-        return {place: -bytes for place, bytes in spare.items() if bytes < 0}
+        return plan.missing(self.margin, self.host_correction)
 
     def corrected(self, profile: Profile, estimated: Plan, compiled: Plan) -> tuple["Search", dict[str, int]]:
         """The search after the compiler refused a profile; and the compiler's excess over the estimate, by memory that
@@ -64,7 +61,6 @@ class Search:
                 "host": compiled.host_bytes - estimated.host_bytes - self.host_correction}
         more = {place: more[place] for place in compiled.lacks}
         add = lambda place: max(GIB // 10, int(1.1 * more[place])) if place in more else 0
-        search = dataclasses.replace(self, host_correction=self.host_correction + add("host"))
         everywhere, kind, of_kinds = add("device"), kind_of(profile), dict(self.of_kinds)
         if more.get("device", 0) > UNUSUAL * compiled.device_limit:
             # An excess that a second kind shares is corrected for all kinds.
@@ -72,7 +68,8 @@ class Search:
             everywhere = min(everywhere, max(others, default=0))
             of_kinds = {other: max(0, bytes - everywhere) for other, bytes in of_kinds.items()}
             of_kinds[kind] = of_kinds.get(kind, 0) + add("device") - everywhere
-        return dataclasses.replace(search, device_correction=self.device_correction + everywhere,
+        return dataclasses.replace(self, device_correction=self.device_correction + everywhere,
+                                   host_correction=self.host_correction + add("host"),
                                    of_kinds=tuple(of_kinds.items())), more
 
 
@@ -81,14 +78,9 @@ def kind_of(profile: Profile) -> tuple[int, int]:
     return profile.head_chunks, min(3, max(profile.segment_layers))
 
 
-# ----------------------------------------------------------------------------------------------------------- candidates
-
-
 def bases(job: Job, search: Search, larger: bool) -> Iterator[Job]:
     """Jobs with all placements, formats and head chunks, largest memory first. larger: with larger tiles than usual."""
-    free = [name for name in PLACEMENTS if name not in search.fixed]
-    if not job.profile.remat and "offload_activations" in free:
-        free.remove("offload_activations")
+    free = [name for name in PLACEMENTS[not job.profile.remat:] if name not in search.fixed]
     formats = [(job.states, job.master)]
     if search.narrow:
         free_pair = lambda pair: all(name not in search.fixed or value == now for name, value, now in zip(
@@ -97,16 +89,14 @@ def bases(job: Job, search: Search, larger: bool) -> Iterator[Job]:
     chunks = [job.profile.head_chunks]
     if "head_chunks" not in search.fixed:
         chunks = head_groups(job.model.num_heads, job.model.num_kv_heads, job.sp, MOST_CHUNKS)
-    for (states, master), values, n in itertools.product(
-            formats, sorted(itertools.product((False, True), repeat=len(free)), key=sum), chunks):
-        profile = with_tiles(job, job.profile, search, larger)
-        profile = dataclasses.replace(profile, head_chunks=n, **dict(zip(free, values)))
-        yield dataclasses.replace(job, profile=profile, states=states, master=master)
+    placements = sorted(itertools.product((False, True), repeat=len(free)), key=sum)
+    tiled = with_tiles(job, job.profile, search, larger)
+    for (states, master), values, n in itertools.product(formats, placements, chunks):
+        yield dataclasses.replace(tiled.changed(head_chunks=n, **dict(zip(free, values))), states=states, master=master)
 
 
-def with_tiles(job: Job, asked: Profile, search: Search, larger: bool) -> Profile:
-    """The job's profile with usual or larger tiles where `asked` leaves them open. If possible, the loss tile divides
-    a device's tokens."""
+def with_tiles(job: Job, asked: Profile, search: Search, larger: bool) -> Job:
+    """The job with usual or larger tiles where `asked` leaves them open. A loss tile divides the tokens if possible."""
     tokens, changes = job.tokens, {}
     times, usual = LARGER_TILES if larger else 1, usual_tiles(job.model)
     if "mlp_tile" not in search.fixed and asked.mlp_tile == 0:
@@ -116,43 +106,41 @@ def with_tiles(job: Job, asked: Profile, search: Search, larger: bool) -> Profil
         even = next((n for n in range(most, most // 2, -128) if tokens % n == 0), 0)
         tile = even or (most if larger else 0)
         changes["loss_tile"] = 0 if tokens <= usual.loss or tile == usual.loss else tile
-    return dataclasses.replace(job.profile, **changes)
+    return job.changed(**changes)
 
 
 def with_kept(job: Job, search: Search, on_device: Iterable[int], least: bool = False) -> Iterator[Job]:
     """Jobs with segments and kept attention outputs, for given placements. on_device: numbers of layers whose outputs
     stay on the device; host memory takes as many of the others as fit, or with `least` none."""
-    profile, layers = job.profile, job.model.num_layers
+    profile, layers, fixed = job.profile, job.model.num_layers, search.fixed
     if not profile.remat:
         yield job
         return
     if profile.share_gradients and not profile.can_share:
         return
-    fixed = search.fixed
-    for kept in [profile.keep_attention_on_device] if "keep_attention_on_device" in fixed else on_device:
-        for budget in BUDGETS:
-            def make(on_host, kept=kept, budget=budget):
-                part = dataclasses.replace(profile, keep_attention_on_device=kept, keep_attention_on_host=on_host)
-                if "segment_layers" not in fixed:
-                    lengths = segments_within(dataclasses.replace(job, profile=part), search, budget)
-                    part = lengths and dataclasses.replace(part, segment_layers=lengths)
-                return part and sharing(dataclasses.replace(job, profile=part), fixed)
-
-            if "keep_attention_on_host" in fixed or least:
-                candidate = make(profile.keep_attention_on_host if "keep_attention_on_host" in fixed else 0)
-            else:
-                candidate = _most_on_host(make, layers - kept, search)
-            if candidate is not None:
-                yield candidate
+    on_device = [profile.keep_attention_on_device] if "keep_attention_on_device" in fixed else on_device
+    for kept, budget in itertools.product(on_device, BUDGETS[:1] if "segment_layers" in fixed else BUDGETS):
+        def make(on_host, kept=kept, budget=budget):
+            made = job.changed(keep_attention_on_device=kept, keep_attention_on_host=on_host)
             if "segment_layers" in fixed:
-                break
+                return sharing(made, fixed)
+            lengths = segments_within(made, search, budget)
+            return lengths and sharing(made.changed(segment_layers=lengths), fixed)
+
+        if "keep_attention_on_host" in fixed:
+            candidate = make(profile.keep_attention_on_host)
+        else:
+            candidate = make(0) if least else _most_on_host(make, layers - kept, search)
+        if candidate is not None:
+            yield candidate
 
 
 def sharing(job: Job, fixed: frozenset[str]) -> Job:
-    """The job with inputs of segments in the memory of gradients, where this saves host memory."""
-    if "share_gradients" in fixed or not job.profile.can_share:
+    """The job with inputs of segments in the memory of gradients, where this saves host memory. Sums over batches leave
+    none."""
+    if "share_gradients" in fixed or not job.profile.can_share or job.grad_accum > 1:
         return job
-    shared = dataclasses.replace(job, profile=dataclasses.replace(job.profile, share_gradients=True))
+    shared = job.changed(share_gradients=True)
     return shared if shared.kept[HOST] < job.kept[HOST] else job
 
 
@@ -160,10 +148,9 @@ def _most_on_host(make: Callable[[int], Job | None], most: int, search: Search) 
     """make(n) for the largest n that fits in host memory; make(0) if none fits."""
     room = search.cluster.host_share * (1 - search.margin) - search.host_correction
     fits = lambda job: job is not None and pinned_bytes(job) <= room
-    best, low, high = make(0), 0, most + 1
+    best, low, high, middle = make(0), 0, most + 1, most  # the most is tried first: it is often the answer
     if not fits(best) or search.missing(search.plan(best)).keys() == {"device"}:
         return best
-    middle = most  # tried first: it is often the answer
     while high - low > 1:
         job = make(middle)
         if fits(job):
@@ -182,8 +169,7 @@ def segments_within(job: Job, search: Search, part: float) -> tuple[int, ...] | 
     profile, size, layers = job.profile, job.sizes, job.model.num_layers
     if part == 0.0:
         return (1,)
-    weights, gradients, optimizer = footprint.state_bytes(job)
-    states = (0 if profile.offload_weights else weights + gradients) + (0 if profile.offload_optimizer else optimizer)
+    states = sum(total(terms) for part, terms in footprint.states(job).items() if not profile.on_host(part))
     room = search.cluster.machine.usable * (1 - search.margin) - states - search.correction((profile.head_chunks, 3))
     room = room / footprint.FRAGMENTS - total(footprint.layer_work(job, rebuilt=True))
     room -= size.table * (job.devices > 1)  # the embedding, gathered to look up the first segment's input again
@@ -207,8 +193,9 @@ def segments_within(job: Job, search: Search, part: float) -> tuple[int, ...] | 
         lengths.append(stop - start)
         stop = start
     if len(lengths) > 1 and lengths[-1] == 1:  # a first segment of one layer keeps its input on the device to the end
+        both = lengths[-2] + 1
         if lengths[-2] > 2:
             lengths[-2:] = [lengths[-2] - 1, 2]
-        elif kept_before[3] + 2 * size.hidden + output * min(2, not_kept) <= budget:
-            lengths[-2:] = [3]
+        elif kept_before[both] + (both - 1) * size.hidden + output * min(both - 1, not_kept) <= budget:
+            lengths[-2:] = [both]
     return (lengths[0],) if len(set(lengths)) == 1 else tuple(reversed(lengths))

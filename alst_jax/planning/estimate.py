@@ -1,19 +1,17 @@
 """The cost model: a plan from arithmetic alone, in microseconds. Nothing is traced or compiled."""
 
 from alst_jax.hardware.machines import Cluster
-from alst_jax.planning.footprint import KEPT, peak, states
+from alst_jax.planning.footprint import KEPT, STACK, peak, states
 from alst_jax.planning.job import Job, Term, total
 from alst_jax.planning.plan import ESTIMATED, Plan
-from alst_jax.planning.process import saving_bytes
+from alst_jax.planning.process import host_ledger
 from alst_jax.planning.seconds import collectives, seconds
 from alst_jax.profile import DEVICE, HOST
 
 
 def estimate(job: Job, cluster: Cluster | None = None, correction: int = 0) -> Plan:
     """The plan of a job by the cost model. cluster: the devices' limits and speeds; None: a CPU, without either.
-
-    correction: bytes that the compiler needed beyond the cost model, added to the working set.
-    """
+    correction: bytes that the compiler needed beyond the cost model, added to the working set."""
     places = {place: {part: total(terms) for part, terms in parts.items()}
               for place, parts in ledger_of_bytes(job).items()}
     places[DEVICE]["working set"] = max(0, places[DEVICE]["working set"] + correction)
@@ -25,15 +23,11 @@ def estimate(job: Job, cluster: Cluster | None = None, correction: int = 0) -> P
 
 def ledger_of_bytes(job: Job) -> dict[str, dict[str, list[Term]]]:
     """The terms of each part of a plan, of device and host memory."""
-    kept, profile, of_states, alive = job.kept, job.profile, states(job), peak(job)[1]
-    places = {place: {"kept activations": [Term(KEPT, kept[place], "stack/stack")]} for place in (DEVICE, HOST)}
-    for part, terms in of_states.items():
-        offloaded = profile.offload_optimizer if part == "optimizer" else profile.offload_weights
-        places[HOST if offloaded else DEVICE][part] = terms
-    freed = total([term for term in alive if term.name == KEPT]) - kept[DEVICE]
-    others = [term for term in alive if term.name != KEPT]
-    places[DEVICE]["working set"] = [*others, Term("kept activations that are freed before", freed, "stack/stack")]
-    places[DEVICE]["batch"] = [Term("batch", 3 * 4 * job.tokens, "stack/batch")]
-    in_step = kept[HOST] + total(of_states["gradients"]) * profile.offload_weights
-    places[HOST]["saving"] = [Term("saving", saving_bytes(job, in_step), "storage/saving")]
-    return places
+    kept, alive = job.kept[DEVICE], peak(job)[1]
+    freed = total([term for term in alive if term.name == KEPT]) - kept
+    device = {"kept activations": [Term(KEPT, kept, STACK)]}
+    device |= {part: terms for part, terms in states(job).items() if not job.profile.on_host(part)}
+    device["working set"] = [*(term for term in alive if term.name != KEPT),
+                             Term("kept activations that are freed before", freed, STACK)]
+    device["batch"] = [Term("batch", 3 * 4 * job.tokens, "stack/batch")]
+    return {DEVICE: device, HOST: host_ledger(job)}

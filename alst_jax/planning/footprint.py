@@ -1,21 +1,18 @@
 """Bytes that a step needs on one device: for each moment that may be the peak, a ledger of the arrays that are alive.
 
-From arithmetic alone: nothing is traced or compiled. The terms follow the program and were checked against the
-compiler's bytes: `python -m benchmarks.plan_accuracy` prints the error of each combination. `where` is the file whose
-arrays a term counts, or XLA where the compiler keeps them beside what the design says. Letters as in job.py.
+From arithmetic alone: nothing is traced or compiled. `python -m benchmarks.plan_accuracy` prints the errors against the
+compiler's bytes. A term names the file whose arrays it counts, or XLA for arrays that the compiler keeps besides.
 """
 
 import functools
 
-from alst_jax.models.tiles import tile_sizes
-from alst_jax.ops.attention.flash_tiles import workspace_bytes
-from alst_jax.ops.tiling import even_tile
-from alst_jax.planning.job import Job, Term, outputs_bytes, place_of, total
+from alst_jax.ops.attention import costs
+from alst_jax.planning.job import Job, Term, total
 from alst_jax.profile import DEVICE, Segment, segment_inputs
 
 FRAGMENTS = 1.015  # the allocator's peak over the sum of the live arrays
-STATE_BYTES = {"float32": 8, "bfloat16": 4, "int8": 2 + 2 * 4 / 256}  # of both moments of a parameter
-MASTER_BYTES = {"float32": 4, "low-bits": 2, "none": 0}  # of a bfloat16 parameter
+WIDTHS = {"float32": 4, "bfloat16": 2, "int8": 1, "low-bits": 2, "none": 0}  # bytes of a moment's or master's element
+INT8_SCALES = 4 / 256  # bytes more of an element of an int8 moment
 UPDATE_CHUNK = 2**26  # elements, as xla/host.py
 STACK, LAYER, ENDS, LOSS, UPDATE = "stack/stack", "stack/layer", "stack/ends", "ops/cross_entropy", "optim/streamed"
 ATTENTION, MESH, XLA = "ops/attention", "parallel", "XLA"
@@ -26,12 +23,13 @@ def states(job: Job) -> dict[str, list[Term]]:
     """Weights, gradients and optimizer state: one device's shards."""
     weights, trained = (-(-sizes.total // job.devices) for sizes in (job.parameters, job.trained))
     stored = trained * (not job.profile.update_in_backward)
-    master = trained * MASTER_BYTES[job.master] * (job.width == 2)
+    moment = WIDTHS[job.states] + INT8_SCALES * (job.states == "int8")
+    master = trained * WIDTHS[job.master] * (job.width == 2)
     return {
         "weights": [Term("weights", weights * job.width, "models/block")],
-        "gradients": [Term("gradients", stored * job.width, STACK),
+        "gradients": [Term("gradients", stored * job.width * (not job.sums_in_place), STACK),
                       Term("their float32 sums over batches", 4 * stored * (job.grad_accum > 1), UPDATE)],
-        "optimizer": [Term(f"moments, {job.states}", int(trained * STATE_BYTES[job.states]), "optim/formats"),
+        "optimizer": [Term(f"moments, {job.states}", int(trained * 2 * moment), "optim/formats"),
                       Term(f"master weights, {job.master}", master, "optim/formats")]}
 
 
@@ -46,8 +44,7 @@ def trained_bytes(job: Job) -> int:
 
 
 def working_set(job: Job) -> int:
-    """The peak of live bytes beside weights, gradients, optimizer and batch. Includes the activations kept on the
-    device."""
+    """The peak of live bytes beside the states and the batch, with the activations kept on the device."""
     return total(peak(job)[1])
 
 
@@ -61,12 +58,9 @@ def peak(job: Job) -> tuple[str, list[Term]]:
     return max((moment, terms), ("the update", update), key=lambda item: total(item[1]))
 
 
-# ------------------------------------------------------------------------------------------------------------- the loss
-
-
 def at_loss(job: Job) -> list[Term]:
     """At the loss. A single tile of it takes the last hidden state as it is, and two hidden states are alive."""
-    size, tile, tokens = job.sizes, loss_tokens(job), job.tokens
+    size, tile, tokens = job.sizes, job.tiles.loss, job.tokens
     return [
         Term(KEPT, job.kept[DEVICE], STACK),
         Term("hidden states", (3 if tile < tokens else 2) * size.hidden, ENDS),
@@ -78,7 +72,7 @@ def at_loss(job: Job) -> list[Term]:
 
 def head_work(job: Job) -> int:
     """The head's table and its float32 gradient; a tile's logits, in float32 and as their gradient."""
-    size, tile = job.sizes, loss_tokens(job)
+    size, tile = job.sizes, job.tiles.loss
     wide, logits = size.table * 4 // job.width, tile * job.model.vocab_size
     work = size.table + (4 + job.width) * logits
     if job.devices == 1:  # the table is not gathered
@@ -90,12 +84,11 @@ def head_work(job: Job) -> int:
 
 
 def in_results(job: Job) -> int:
-    """Gradients that stay on the device are results. XLA puts temporary arrays in their buffers first, if these are
-    large enough."""
-    if job.profile.offload_weights:
+    """Bytes of temporary arrays that XLA puts in the buffers of gradients on the device, if these are large enough."""
+    if job.profile.offload_weights or job.sums_in_place:  # buffers of sums hold sums from the beginning
         return 0
     size, largest = job.sizes, job.trained.largest_stack * job.width // job.devices
-    logits = 4 * loss_tokens(job) * job.model.vocab_size * (job.profile.loss_tile is None)
+    logits = 4 * job.tiles.loss * job.model.vocab_size * (job.profile.loss_tile is None)
     if largest < max(size.table, logits):
         return 0
     return state_bytes(job)[1] if largest >= size.table * 4 // job.width else size.table
@@ -106,29 +99,10 @@ def gathered_embedding(job: Job) -> Term:
     return Term("gathered embedding", 0 if job.devices == 1 or job.segments[0].all_inputs else job.sizes.table, MESH)
 
 
-def loss_tokens(job: Job) -> int:
-    """Tokens of a device, or of a tile of the loss."""
-    tile = tile_sizes(job.profile, job.model).loss
-    return job.tokens if tile is None else min(tile, job.tokens)
-
-
 def at_end(job: Job) -> list[Term]:
     """After the layers."""
-    wide = job.sizes.table * 4 // job.width
-    return [Term("the embedding's gradient", wide, ENDS),
-            Term("its shard", wide // job.devices if job.devices > 1 else 0, MESH)]
-
-
-# ----------------------------------------------------------------------------------------------------------- the layers
-
-
-def mlp_tokens(job: Job) -> int:
-    """Tokens of a device, or of a tile of a layer's token-wise parts."""
-    tile = tile_sizes(job.profile, job.model).mlp
-    return job.tokens if tile is None else min(job.tokens, _even_tile(job.tokens, tile))
-
-
-_even_tile = functools.cache(even_tile)
+    wide, n = job.sizes.table * 4 // job.width, job.devices
+    return [Term("the embedding's gradient", wide, ENDS), Term("its shard", wide // n * (n > 1), MESH)]
 
 
 def in_backward(job: Job) -> list[Term]:
@@ -136,18 +110,18 @@ def in_backward(job: Job) -> list[Term]:
     profile, size = job.profile, job.sizes
     if not profile.remat:
         return [Term(KEPT, job.kept[DEVICE], "stack/plain"), *layer_work(job)]
-    inputs_on_device, copied = 0 if profile.offload_activations else size.hidden, job.attention_work.output_copy
+    inputs_on_device, swap = 0 if profile.offload_activations else size.hidden, job.attention_work
     kept = inputs_on_device * segment_inputs(job.segments, profile.offload_activations)  # one array, to the end
     (shard, places), most, work = unlooped(job), [], functools.cache(functools.partial(layer_work, job))
     for segment in job.segments:  # first to last: `kept` is alive when the backward pass reaches this segment
-        count = segment.runs[-1].stop - segment.runs[0].start
+        count, here = segment.layers, 0
         if segment.all_inputs:
             kept += size.hidden if count == 1 else inputs_on_device * count
-        lengths = [(run.place, run.stop - run.start) for run in segment.runs]
-        here = sum(n for place, n in lengths if place and place_of(place, n) == DEVICE)
-        kept += sum(outputs_bytes(job, n) for place, n in lengths if place and place_of(place, n) == DEVICE)
+        for run in segment.runs:
+            if run.memory == DEVICE:
+                here, kept = here + run.layers, kept + job.outputs_bytes(run.layers)
         terms = [Term(KEPT, kept, STACK), Term("recomputed residuals", rebuilt_bytes(job, segment), STACK)]
-        if copied:  # made before its swap, as soon as the outputs exist
+        if swap.output_copy:  # made before its swap, as soon as the outputs exist
             # The copy waits neither for the norm's gradient nor for the segment to be rebuilt.
             early = size.hidden * (2 - profile.offload_weights) if segment.all_inputs else 2 * size.hidden + size.heads
             copies = [Term("early copies of outputs", here * size.heads, XLA), Term("h, dh, o", early, LAYER)]
@@ -156,8 +130,12 @@ def in_backward(job: Job) -> list[Term]:
         if segment.all_inputs and count == 1:  # outside of a loop h and o are the kept arrays, not copies of a row
             terms.append(Term("h and o, kept already", -size.hidden - here * size.heads, STACK))
         if count == 2 and not (segment.all_inputs or here) and profile.head_chunks == 1:
-            terms.append(Term("early arrays of two layers", pair_bytes(job, segment is job.segments[-1]), XLA))
-        waiting = (job.model.num_layers - segment.runs[-1].stop) * shard
+            # Buffers for queries and keys of the first layer. Where attention swaps over devices, its output exists
+            # twice, and the last segment is rebuilt before the gradient of the last norm, whose inputs wait.
+            waits = size.hidden * swap.swaps * (segment is job.segments[-1])
+            early = size.heads + size.kv + swap.lone_output_copy + waits
+            terms.append(Term("early arrays of two layers", early, XLA))
+        waiting = (job.model.num_layers - segment.stop) * shard
         terms.append(Term("float32 gradients of later layers", waiting, XLA))
         most = max(most, [*terms, Term("arrays in the buffers of gradients", -places, XLA)], key=total)
     return [*most, gathered_embedding(job)]
@@ -167,10 +145,9 @@ def rebuilt_bytes(job: Job, segment: Segment) -> int:
     """Residuals that are recomputed before the backward pass of a segment."""
     if segment.all_inputs:
         return 0
-    not_kept = sum(run.stop - run.start for run in segment.runs if not run.place)
+    not_kept = sum(run.layers for run in segment.runs if not run.place)
     not_kept -= segment.runs[-1].place is None  # the last layer recomputes its output in its own turn
-    layers = segment.runs[-1].stop - segment.runs[0].start
-    return (layers - 1) * job.sizes.hidden + not_kept * (job.sizes.heads + job.sizes.statistics)
+    return (segment.layers - 1) * job.sizes.hidden + not_kept * (job.sizes.heads + job.sizes.statistics)
 
 
 def unlooped(job: Job) -> tuple[int, int]:
@@ -180,36 +157,30 @@ def unlooped(job: Job) -> tuple[int, int]:
     (three of the MLP, those of q and o) that hold temporary arrays before, each an array that fits.
     """
     size, model = job.sizes, job.model
-    loop = lambda segment: segment.runs[-1].stop - segment.runs[0].start > (1 if segment.all_inputs else 2)
+    loop = lambda segment: segment.layers > (1 if segment.all_inputs else 2)
     if job.profile.offload_weights or any(map(loop, job.segments)):
         return 0, 0
     column = model.num_layers * model.hidden_size * job.width // job.devices
     holds = lambda columns: next((array for array in (size.hidden, size.kv) if array <= columns * column), 0)
     places = 3 * holds(model.intermediate_size) + 2 * holds(model.num_heads * model.head_dim)
-    return job.trained.layer * 4 // job.devices, 0 if job.freeze else places  # frozen parameters have no such buffers
-
-
-def pair_bytes(job: Job, last: bool) -> int:
-    """Arrays of a segment of two layers, over which no loop goes.
-
-    Buffers for queries and keys of the first layer are made early. Where attention swaps over devices, its output
-    exists twice, and the last segment is rebuilt before the gradient of the last norm, whose inputs wait.
-    """
-    size, work = job.sizes, job.attention_work
-    return size.heads + size.kv + work.lone_output_copy + last * size.hidden * work.swaps
+    return job.trained.layer * 4 // job.devices, 0 if job.freeze or job.sums_in_place else places  # frozen parameters have no such buffers
 
 
 def layer_work(job: Job, rebuilt: bool = False) -> list[Term]:
     """One layer's backward pass beside kept and rebuilt activations: at the attention or in a tile of the MLP. rebuilt:
     whether it is in a rebuilt segment of more than two layers."""
     size, profile, work = job.sizes, job.profile, job.attention_work
-    attention = [Term("q, k, v and their gradients", work.peak, MESH), Term("workspace", workspace(job), ATTENTION),
-                 Term("slices of documents", document_slices(job), ATTENTION)]
+    heads = (job.attention.local_heads, job.attention.local_kv_heads, job.model.head_dim)
+    workspace = costs.workspace(profile.attention, job.rows // job.dp, job.length, *heads, job.documents)
+    slices = costs.document_slices(profile.attention, job.length, *heads, job.width) * (job.documents > 0)
+    attention = [Term("q, k, v and their gradients", work.peak, MESH),
+                 Term("workspace", workspace * job.count_workspace, ATTENTION),
+                 Term("slices of documents", slices, ATTENTION)]
     mlp = [Term("weights, and a tile of the MLP", mlp_work(job), LAYER), Term("copy of o", work.output_copy, XLA)]
     if rebuilt and (profile.head_chunks == 1 or not work.swaps):  # the old dh, until all its rows are read
         attention.append(Term("the old dh", size.hidden * work.swaps, XLA))
         mlp.append(Term("the old dh", size.hidden, XLA))
-    sums = size.layer * 4 // job.width if mlp_tokens(job) < job.tokens else 0
+    sums = size.layer * 4 // job.width if job.tiles.mlp < job.tokens else 0
     # The head's gradient waits to be copied to the host, or a tied one for that of the embedding.
     waits = profile.offload_weights or job.model.tie_word_embeddings
     head = size.table * (1 if profile.offload_weights else 4 // job.width) // job.devices if waits else 0
@@ -219,44 +190,15 @@ def layer_work(job: Job, rebuilt: bool = False) -> list[Term]:
             *max(attention, mlp, key=total)]
 
 
-def workspace(job: Job) -> int:
-    """The kernel's workspace in the backward pass. cuDNN's: float32 dq, and dk and dv of each query head of one
-    call."""
-    if job.profile.attention == "xla" or not job.count_workspace:
-        return 0
-    head_dim, heads, rows = job.model.head_dim, job.attention.local_heads, job.rows // job.dp
-    if str(job.profile.attention).startswith("flash"):
-        kv_heads = max(1, job.model.num_kv_heads // job.profile.head_chunks * job.attention.repeats // job.sp)
-        return workspace_bytes(rows, job.length, heads, kv_heads, head_dim, documents=job.documents)
-    if job.documents:  # the largest call is on one slice of a sequence's length
-        rows = 1
-    while rows * job.length * heads * head_dim > 2**31 and heads % 2 == 0:  # as ops/attention.py splits them
-        heads //= 2
-    return rows * job.length * heads * head_dim * 8
-
-
-def document_slices(job: Job) -> int:
-    """Copies of q, k, v, o and do, and the slices of dq, dk and dv, of the longest document's call in ops/attention's
-    buckets.py."""
-    if job.profile.attention != "cudnn" or not job.documents:
-        return 0
-    heads, model = job.attention.local_heads, job.model
-    kv_heads = max(1, model.num_kv_heads // job.profile.head_chunks * job.attention.repeats // job.sp)
-    return 4 * job.length * (heads + kv_heads) * model.head_dim * job.width
-
-
 def mlp_work(job: Job) -> int:
     """The layer's weights, and a tile's intermediates and weight gradients.
 
     With a single tile: four arrays [T, F] and four [T, D]; one device then has only one matrix at a time.
     """
-    size, model, tile = job.sizes, job.model, mlp_tokens(job)
+    size, model, tile = job.sizes, job.model, job.tiles.mlp
     if tile < job.tokens:
         return size.layer + int(4.75 * tile * model.intermediate_size * job.width)
     return size.layer * (job.devices > 1) + 4 * tile * (model.intermediate_size + model.hidden_size) * job.width
-
-
-# ----------------------------------------------------------------------------------------------------------- the update
 
 
 def update_work(job: Job) -> int:

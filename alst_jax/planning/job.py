@@ -6,26 +6,23 @@ heads, H head dim.
 
 import dataclasses
 import functools
-import math
-import re
+import shlex
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
-
-from alst_jax.models.block import abstract_params
 from alst_jax.models.config import ModelConfig
-from alst_jax.models.tree import dotted, is_stacked, names
-from alst_jax.ops.attention import find_kernel
+from alst_jax.models.sizes import ParameterSizes, parameter_sizes
+from alst_jax.models.tiles import Tiles, tile_sizes
+from alst_jax.ops.tiling import even_tile
 from alst_jax.parallel.costs import Shapes, Work
 from alst_jax.parallel.ulysses import Ulysses
-from alst_jax.profile import DEVICE, HOST, Profile, Segment, segment_inputs, shared_inputs
+from alst_jax.profile import DEVICE, HOST, Profile, Segment, place_of, segment_inputs, shared_inputs
 from alst_jax.stack.shared import holds
+
+_even_tile = functools.cache(even_tile)
 
 
 class Term(NamedTuple):
-    """A line of a ledger: bytes or seconds, and the file, the program or the part of the machine that they come
-    from."""
+    """A line of a ledger: bytes or seconds, and their origin: a file, a program or a part of the machine."""
 
     name: str
     value: int | float
@@ -37,45 +34,25 @@ def total(terms: list[Term]) -> int | float:
     return sum(term.value for term in terms)
 
 
-@dataclasses.dataclass(frozen=True)
-class ParameterSizes:
-    """Elements and numbers of parameters, of a whole model or of its trained parameters."""
+class Sizes(NamedTuple):
+    """Bytes, on one device, of the arrays that plans count."""
 
-    total: int
-    layer: int  # elements of one layer
-    layer_leaves: int  # parameters of one layer
-    other_leaves: int  # parameters that are not stacked: the tables, the last norm
-    tables: int  # elements of the embedding and the head; a tied table counts once
-    head: int  # elements of the head's table
-    largest_stack: int  # elements of the largest parameter of the layers, all layers together
-    largest: int  # elements of the largest parameter
+    hidden: int  # [B, T, D]
+    heads: int  # [B, T, N, H]
+    kv: int  # [B, T, K, H]
+    statistics: int  # float32 [B, T, N], of a kernel that returns them
+    layer: int  # one layer's weights, gathered
+    table: int  # the head's table, gathered
+    rope: int  # both tables of each rotary embedding, float32
 
 
-@functools.cache
-def parameter_sizes(model: ModelConfig, freeze: str | None = None) -> ParameterSizes:
-    """Sizes from the abstract parameters. freeze: leave out parameters whose dotted name this pattern matches."""
-    leaves = jax.tree_util.tree_leaves_with_path(abstract_params(model, jnp.float32))
-    trained = [(names(path), is_stacked(path), leaf) for path, leaf in leaves
-               if freeze is None or not re.search(freeze, dotted(path))]
-    stacks = [leaf.size for _, stacked, leaf in trained if stacked]
-    others = [(name, leaf) for name, stacked, leaf in trained if not stacked]
-    head = "embed_tokens" if model.tie_word_embeddings else "lm_head"
-    return ParameterSizes(
-        total=sum(leaf.size for _, _, leaf in trained), layer=sum(stacks) // model.num_layers, layer_leaves=len(stacks),
-        other_leaves=len(others), tables=sum(leaf.size for _, leaf in others if leaf.ndim > 1),
-        head=sum(leaf.size for name, leaf in others if name[0] == head), largest_stack=max(stacks, default=0),
-        largest=max((leaf.size for _, _, leaf in trained), default=0))
+class Passes(NamedTuple):
+    """How often one forward and backward pass does something, summed over the layers."""
 
-
-@functools.cache
-def tokens_in_gradients(model: ModelConfig, freeze: str | None, devices: int) -> int:
-    """Tokens whose hidden states have room in the gradients of one layer, in one device's shards (stack/shared.py)."""
-    leaves = jax.tree_util.tree_leaves_with_path(abstract_params(model, jnp.float32))
-    stacks = [leaf.shape for path, leaf in leaves
-              if is_stacked(path) and (freeze is None or not re.search(freeze, dotted(path)))]
-    shards = [(layers, math.prod(rest) // devices, 1) for layers, *rest in stacks
-              if len(rest) == 2 and any(dim % devices == 0 for dim in rest)]
-    return sum(shard[1] // model.hidden_size for shard in shards if holds(shard, model.hidden_size))
+    attention_forward: int
+    projections: int  # of q, k and v, forward
+    after_attention: int  # output projection and MLP, forward
+    loads: int  # a layer's weights brought to the device or gathered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,8 +109,21 @@ class Job:
         return self.parameters if self.freeze is None else parameter_sizes(self.model, self.freeze)
 
     @functools.cached_property
-    def sizes(self) -> "Sizes":
-        return Sizes.of(self)
+    def sizes(self) -> Sizes:
+        model, per_token = self.model, lambda columns: self.tokens * columns * self.width
+        return Sizes(
+            hidden=per_token(model.hidden_size), heads=per_token(model.num_heads * model.head_dim),
+            kv=per_token(model.num_kv_heads * model.head_dim),
+            statistics=self.tokens * model.num_heads * 4 if self.profile.attention != "xla" else 0,
+            layer=self.parameters.layer * self.width, table=self.parameters.head * self.width,
+            rope=self.tokens * model.head_dim * 4 * len(model.ropes))
+
+    @functools.cached_property
+    def tiles(self) -> Tiles:
+        """Tokens of a tile of the loss and of the token-wise parts of a layer; untiled: the tokens of the device."""
+        tiles, tokens = tile_sizes(self.profile, self.model), self.tokens
+        return Tiles(tokens if tiles.loss is None else min(tiles.loss, tokens),
+                     tokens if tiles.mlp is None else min(_even_tile(tokens, tiles.mlp), tokens))
 
     @functools.cached_property
     def attention(self) -> Shapes:
@@ -152,11 +142,18 @@ class Job:
 
     @functools.cached_property
     def shared_inputs(self) -> int:
-        """Inputs of segments that are kept in the memory of gradients."""
+        """Inputs of segments that are kept in the memory of gradients (stack/shared.py)."""
         if not self.profile.share_gradients:
             return 0
-        room = tokens_in_gradients(self.model, self.freeze, self.devices)
+        n, hidden = self.devices, self.model.hidden_size
+        shards = [rows * columns // n for rows, columns in self.trained.matrices if rows % n == 0 or columns % n == 0]
+        room = sum(shard // hidden for shard in shards if holds((1, shard, 1), hidden))
         return len(shared_inputs(self.segments, self.tokens, room))
+
+    @property
+    def sums_in_place(self) -> bool:
+        """Whether gradients of several batches are summed without those of one batch beside the sums."""
+        return self.grad_accum > 1 and self.profile.sums_in_place
 
     @functools.cached_property
     def recomputed_attention(self) -> list[int]:
@@ -165,103 +162,62 @@ class Job:
         return [layer for run in runs for layer in range(run.start, run.stop)]
 
     @functools.cached_property
-    def kept(self) -> dict[str, int]:
-        return kept_bytes(self)
-
-    @functools.cached_property
-    def passes(self) -> "Passes":
-        return Passes.of(self)
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """Bytes, on one device, of the arrays that plans count."""
-
-    hidden: int  # [B, T, D]
-    heads: int  # [B, T, N, H]
-    kv: int  # [B, T, K, H]
-    statistics: int  # float32 [B, T, N], of a kernel that returns them
-    layer: int  # one layer's weights, gathered
-    table: int  # the head's table, gathered
-    rope: int  # both tables of each rotary embedding, float32
-
-    @staticmethod
-    def of(job: Job) -> "Sizes":
-        model, tokens = job.model, job.tokens
-        per_token = lambda columns: tokens * columns * job.width
-        return Sizes(
-            hidden=per_token(model.hidden_size), heads=per_token(model.num_heads * model.head_dim),
-            kv=per_token(model.num_kv_heads * model.head_dim),
-            statistics=tokens * model.num_heads * 4 if job.profile.attention != "xla" else 0,
-            layer=job.parameters.layer * job.width, table=job.parameters.head * job.width,
-            rope=tokens * model.head_dim * 4 * len(model.ropes))
-
-
-@dataclasses.dataclass(frozen=True)
-class Passes:
-    """How often one forward and backward pass does something, summed over the layers."""
-
-    attention_forward: int
-    projections: int  # of q, k and v, forward
-    after_attention: int  # output projection and MLP, forward
-    loads: int  # a layer's weights brought to the device or gathered
-
-    @staticmethod
-    def of(job: Job) -> "Passes":
-        layers, profile = job.model.num_layers, job.profile
+    def passes(self) -> Passes:
+        layers, profile = self.model.num_layers, self.profile
         if not profile.remat:
-            again = layers if profile.mlp_tile is not None else 0
-            return Passes(layers, layers, layers + again, layers)
-        rebuilt = sum(segment.runs[-1].stop - segment.runs[0].start - 1
-                      for segment in job.segments if not segment.all_inputs)
-        again = len(job.recomputed_attention)
+            return Passes(layers, layers, layers * (1 if profile.mlp_tile is None else 2), layers)
+        rebuilt = sum(segment.layers - 1 for segment in self.segments if not segment.all_inputs)
+        again = len(self.recomputed_attention)
         return Passes(layers + again, 3 * layers + again, 2 * layers + rebuilt, 2 * layers + rebuilt)
 
-
-# ------------------------------------------------------------------------------------------------------ saved residuals
-
-
-def kept_bytes(job: Job) -> dict[str, int]:
-    """Bytes that the forward pass saves for the backward pass, by place."""
-    size, profile = job.sizes, job.profile
-    kept = {DEVICE: 0, HOST: 0}
-    if not profile.remat:
-        kept[DEVICE] = job.model.num_layers * unremat_layer(job)
+    @functools.cached_property
+    def kept(self) -> dict[str, int]:
+        """Bytes that the forward pass saves for the backward pass, by place."""
+        profile, hidden = self.profile, self.sizes.hidden
+        if not profile.remat:
+            return {DEVICE: self.model.num_layers * self._unremat_layer(), HOST: 0}
+        inputs, kept = HOST if profile.offload_activations else DEVICE, {DEVICE: 0, HOST: 0}
+        kept[inputs] += hidden * segment_inputs(self.segments, profile.offload_activations, self.shared_inputs)
+        for segment in self.segments:
+            if segment.all_inputs:
+                kept[place_of(inputs, segment.layers)] += hidden * segment.layers
+            for run in segment.runs:
+                if run.place:
+                    kept[run.memory] += self.outputs_bytes(run.layers)
         return kept
-    inputs = HOST if profile.offload_activations else DEVICE
-    kept[inputs] += size.hidden * segment_inputs(job.segments, profile.offload_activations, job.shared_inputs)
-    for segment in job.segments:
-        layers = segment.runs[-1].stop - segment.runs[0].start
-        if segment.all_inputs:
-            kept[place_of(inputs, layers)] += size.hidden * layers
-        for run in segment.runs:
-            if run.place:
-                count = run.stop - run.start
-                kept[place_of(run.place, count)] += outputs_bytes(job, count)
-    return kept
+
+    def outputs_bytes(self, layers: int) -> int:
+        """The attention outputs that a run of layers saves; a single layer's also transposed for its swap."""
+        copy = self.attention_work.lone_output_copy * (layers == 1)
+        return layers * (self.sizes.heads + self.sizes.statistics) + copy
+
+    def _unremat_layer(self) -> int:
+        """Bytes that differentiation saves of a layer without remat; a tiled MLP and the norms are recomputed."""
+        size, model = self.sizes, self.model
+        untiled = 4 * size.hidden // model.hidden_size * model.intermediate_size * (self.profile.mlp_tile is None)
+        return 2 * size.hidden + 2 * size.heads + 2 * size.kv + size.statistics + untiled
+
+    def changed(self, **changes) -> "Job":
+        """The job with other fields of its profile."""
+        return dataclasses.replace(self, profile=dataclasses.replace(self.profile, **changes))
 
 
-def outputs_bytes(job: Job, layers: int) -> int:
-    """The attention outputs that a run of layers saves; a single layer's also transposed for its swap over devices."""
-    return layers * (job.sizes.heads + job.sizes.statistics) + (layers == 1) * job.attention_work.lone_output_copy
+def describe(job: Job) -> str:
+    """The choices of a job as flags."""
+    words = list(job.profile.flags())
+    if job.profile.update_in_backward:
+        words.append("--clip-norm 0")
+    words += [f"--{name} {value}" for name, value in (("optimizer-states", job.states), ("master-weights", job.master))
+              if value != "float32"]
+    if job.freeze is not None:
+        words.append(f"--freeze {shlex.quote(job.freeze)}")
+    if job.model.attention_layers is not None:
+        words.append(f"--debug-attention-layers {job.model.attention_layers}")
+    return " ".join(words) or "nothing offloaded, every layer's input kept"
 
 
-def place_of(place: str, layers: int) -> str:
-    """Where a loop over some layers saves arrays. One trip makes no loop: the compiler removes copies to the host and
-    back that have no loop between them."""
-    return DEVICE if layers == 1 else place
-
-
-def unremat_layer(job: Job) -> int:
-    """Bytes that differentiation saves of a layer without remat; a tiled MLP and the norms are recomputed."""
-    size = job.sizes
-    kept = 2 * size.hidden + 2 * size.heads + 2 * size.kv + size.statistics
-    if job.profile.mlp_tile is None:
-        kept += 4 * size.hidden // job.model.hidden_size * job.model.intermediate_size
-    return kept
-
-
-def padded_length(seq_len: int, sp: int, profile: Profile) -> int:
-    """seq_len, rounded up to what the mesh and the attention kernel divide; the rest is padding without labels."""
-    multiple = math.lcm(sp, find_kernel(profile.attention).multiple)
-    return -(-seq_len // multiple) * multiple
+def describe_debug(model: ModelConfig) -> str:
+    """The warning of a model whose later layers have no attention."""
+    return (f"DEBUG   attention runs in {model.attention_layers} of {model.num_layers} layers "
+            "(--debug-attention-layers): planned bytes are those of a full run (docs/log.md has the differences of "
+            "measured ones), seconds are not; losses and weights mean nothing, and nothing is saved or exported")

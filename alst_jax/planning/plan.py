@@ -5,8 +5,7 @@ import json
 
 from alst_jax.config import UserError
 from alst_jax.hardware.machines import GIB, LARGEST_HOST
-from alst_jax.planning.job import Job
-from alst_jax.planning.words import describe, describe_changes
+from alst_jax.planning.job import Job, describe
 from alst_jax.storage import saving
 
 COMPILED, ABSENT, ESTIMATED = "compiled", "compiled for a device that is not here", "estimated"
@@ -59,54 +58,61 @@ class Plan:
 
     @property
     def lacks(self) -> dict[str, int]:
-        """Bytes that are missing, of "device" and "host" memory; empty if the plan fits or limits are not known."""
-        pairs = (("device", self.device_bytes, self.device_limit), ("host", self.pinned_bytes, self.host_limit))
-        return {place: need - limit for place, need, limit in pairs if limit is not None and need > limit}
+        return self.missing()
+
+    def missing(self, margin: float = 0.0, more_on_host: int = 0) -> dict[str, int]:
+        """Bytes that are missing of "device" and "host" memory, where a part of each, `margin`, must stay free."""
+        places = {"device": (self.device_bytes, self.device_limit),
+                  "host": (self.pinned_bytes + more_on_host, self.host_limit)}
+        over = {place: need - int(limit * (1 - margin)) for place, (need, limit) in places.items() if limit is not None}
+        return {place: bytes for place, bytes in over.items() if bytes > 0}
 
     def to_json(self) -> str:
         """One JSON object: the fields, and what follows from them. Bytes are integers."""
-        headroom = None if self.device_limit is None else self.device_limit - self.device_bytes
-        speed = self.tokens / self.step_seconds if self.step_seconds else None
         return json.dumps(dataclasses.asdict(self) | {
-            "device_bytes": self.device_bytes, "host_bytes": self.host_bytes, "headroom": headroom,
-            "step_seconds": self.step_seconds, "tokens_per_second": speed, "limiting_term": self.limiting_term,
-            "fits": not self.lacks})
+            "device_bytes": self.device_bytes, "host_bytes": self.host_bytes,
+            "headroom": None if self.device_limit is None else self.device_limit - self.device_bytes,
+            "step_seconds": self.step_seconds,
+            "tokens_per_second": self.tokens / self.step_seconds if self.step_seconds else None,
+            "limiting_term": self.limiting_term, "fits": not self.lacks})
 
     def table(self) -> str:
         """For people, in GiB."""
+        cell = lambda bytes: f"{'':12}" if bytes is None else f"{bytes / GIB:12.2f}"
+        row = lambda name, *pair: f"{name:24}" + "".join(map(cell, pair))
         rows = [f"{self.source}, for {self.devices} x {self.device_kind}", f"{'':24}{'device GiB':>12}{'host GiB':>12}"]
-        for part in dict.fromkeys((*PARTS, *self.device, *self.host)):
-            if part in self.device or part in self.host:
-                rows.append(f"{part:24}{self.device.get(part, 0) / GIB:12.2f}{self.host.get(part, 0) / GIB:12.2f}")
-        rows.append(f"{'total':24}{self.device_bytes / GIB:12.2f}{self.host_bytes / GIB:12.2f}")
-        limits = (self.device_limit, self.host_limit)
+        rows += [row(part, *pair) for part, pair in self._parts()]
+        needs, limits = (self.device_bytes, self.host_bytes), (self.device_limit, self.host_limit)
+        rows.append(row("total", *needs))
         if any(limit is not None for limit in limits):
-            cell = lambda value: f"{value / GIB:12.2f}" if value is not None else f"{'':12}"
-            rows.append(f"{'there is':24}" + "".join(map(cell, limits)))
             spare = (limit and limit - need for limit, need in zip(limits, (self.device_bytes, self.pinned_bytes)))
-            rows.append(f"{'headroom':24}" + "".join(map(cell, spare)))
+            rows += [row("there is", *limits), row("headroom", *spare)]
         rows.append("collectives a step, and what a device sends in them: " + (", ".join(
             f"{calls['calls']} {name} ({calls['bytes'] / GIB:.2f} GiB" + (
                 f", {calls['instructions']} in the program)" if "instructions" in calls else ")")
             for name, calls in self.collectives.items() if calls["calls"]) or "none"))
         rows.append(f"model FLOPs a step: {self.flops:.3e}; tokens {self.tokens:,}")
         if self.step_seconds:
-            terms = ", ".join(f"{name} {value:.1f}" for name, value in sorted(self.seconds.items(),
-                key=lambda i: -i[1]))
+            longest_first = sorted(self.seconds, key=self.seconds.get, reverse=True)
+            terms = ", ".join(f"{name} {self.seconds[name]:.1f}" for name in longest_first)
             rows.append(f"predicted: {self.speed_line()} ({terms} s)")
         return "\n".join(rows)
 
+    def _parts(self) -> list[tuple[str, tuple[int, int]]]:
+        """The parts with their bytes on the device and in host memory, in the order of PARTS."""
+        names = [name for name in dict.fromkeys((*PARTS, *self.device, *self.host)) if name in self.device | self.host]
+        return [(name, (self.device.get(name, 0), self.host.get(name, 0))) for name in names]
+
     def speed_line(self) -> str:
         """Seconds, tokens a second and what limits them, on one line."""
-        return (f"{self.step_seconds:.1f} s a step, {self.tokens / self.step_seconds:,.0f} tok/s, limited by "
-                f"{self.limiting_term}")
+        speed = self.tokens / self.step_seconds
+        return f"{self.step_seconds:.1f} s a step, {speed:,.0f} tok/s, limited by {self.limiting_term}"
 
     def line(self) -> str:
         """The plan in one line."""
-        of = lambda need, limit: f"{need / GIB:.1f}" + (f" of {limit / GIB:.1f}" if limit is not None else "")
-        speed = f"; {self.speed_line()}" if self.step_seconds else ""
-        return (f"{self.source}: device {of(self.device_bytes, self.device_limit)} GiB, host "
-                f"{of(self.host_bytes, self.host_limit)} GiB{speed}")
+        of = lambda need, limit: f"{need / GIB:.1f}" + (f" of {limit / GIB:.1f}" if limit is not None else "") + " GiB"
+        device, host = of(self.device_bytes, self.device_limit), of(self.host_bytes, self.host_limit)
+        return f"{self.source}: device {device}, host {host}" + (f"; {self.speed_line()}" if self.step_seconds else "")
 
     def picture(self, file: str) -> None:
         """A stacked bar each for device and host memory, with their limits. UserError without matplotlib."""
@@ -120,9 +126,9 @@ class Plan:
 
         figure, axes = pyplot.subplots(figsize=(7, 5))
         bottoms = [0.0, 0.0]
-        for part in dict.fromkeys((*PARTS, *self.device, *self.host)):
-            heights = [place.get(part, 0) / GIB for place in (self.device, self.host)]
-            if any(heights):
+        for part, pair in self._parts():
+            if any(pair):
+                heights = [bytes / GIB for bytes in pair]
                 axes.bar(("one device", "its host memory"), heights, bottom=bottoms, label=part)
                 bottoms = [bottom + height for bottom, height in zip(bottoms, heights)]
         for x, limit in enumerate((self.device_limit, self.host_limit)):
@@ -152,6 +158,10 @@ class Choice:
         if self.next_faster is None:
             return text + " No choice that was tried would be faster."
         job, plan, missing = self.next_faster
-        lacked = " and ".join(f"{value / GIB:.1f} GiB of {place} memory" for place, value in missing.items())
-        changes = ", ".join(describe_changes(self.job, job))
-        return text + f" The next faster, with {changes} ({plan.step_seconds:.1f} s), lacks {lacked}."
+        changes = ", ".join(job.profile.flags(than=self.job.profile))
+        return text + f" The next faster, with {changes} ({plan.step_seconds:.1f} s), lacks {in_gib(missing)}."
+
+
+def in_gib(bytes_by_place: dict[str, int], sign: str = "") -> str:
+    """`1.5 GiB of device memory and 2.0 GiB of host memory`; with the sign "+" `+1.5 GiB`."""
+    return " and ".join(f"{value / GIB:{sign}.1f} GiB of {place} memory" for place, value in bytes_by_place.items())

@@ -7,16 +7,17 @@ import operator
 from collections.abc import Callable
 
 from alst_jax.config import TrainConfig, UserError, chosen_fields
+from alst_jax.hardware.devices import this_cluster
 from alst_jax.hardware.environment import has_cuda_compiler
-from alst_jax.hardware.machines import GIB, Cluster, parse_cluster
+from alst_jax.hardware.machines import Cluster, parse_cluster
 from alst_jax.ops.rope import MAX_POSITION
 from alst_jax.parallel.costs import why_not
 from alst_jax.planning import search as auto
 from alst_jax.planning.candidates import CONFIRMED, UNCONFIRMED, Search
-from alst_jax.planning.compiled import plan_step, this_cluster
+from alst_jax.planning.compiled import plan_step
 from alst_jax.planning.estimate import estimate
 from alst_jax.planning.job import Job
-from alst_jax.planning.plan import Choice, Plan
+from alst_jax.planning.plan import Choice, Plan, in_gib
 from alst_jax.step import TrainStep, check_profile
 
 ANY_LENGTH = 1024  # the length of a job whose length is searched
@@ -59,10 +60,9 @@ class Planner:
     @property
     def search(self) -> Search:
         """The choices that --memory auto has; with manual, none."""
-        chosen = set(chosen_fields())
-        segments = {"segment_layers", "keep_attention_on_device", "keep_attention_on_host"}
-        fixed = chosen if self.config.memory == "manual" else chosen & set(self.config.typed)
-        fixed |= segments if self.config.stack == "plain" else set()  # it has no others
+        fixed = {name for name in chosen_fields() if self.config.memory == "manual" or name in self.config.typed}
+        if self.config.stack == "plain":  # it has no others
+            fixed |= {"segment_layers", "keep_attention_on_device", "keep_attention_on_host"}
         return Search(self.cluster, frozenset(fixed), self.config.allow_narrow_optimizer,
                       CONFIRMED if self.compiles else UNCONFIRMED)
 
@@ -80,9 +80,8 @@ class Planner:
         if (other := self._of_same_bytes(job)) is not None:
             own = estimate(job, self.cluster)
             return dataclasses.replace(self.compile(other), seconds=own.seconds, flops=own.flops)
-        step, at_once = self.step(job), self.config.planning
-        packing = (job.documents, job.attention_share)
-        return plan_step(step, job.rows, job.length, job.grad_accum, self.cluster, at_once, packing)
+        return plan_step(self.step(job), job.rows, job.length, job.grad_accum, self.cluster, self.config.planning,
+                         (job.documents, job.attention_share))
 
     def _of_same_bytes(self, job: Job) -> Job | None:
         """The job whose program is compiled for the bytes of this one; None: its own."""
@@ -94,8 +93,7 @@ class Planner:
         # the windows, soft caps and documents that it does not implement.
         kinds = tuple(dataclasses.replace(kind, window=None) for kind in job.model.layer_kinds)
         model = dataclasses.replace(job.model, layer_kinds=kinds, attention_soft_cap=None)
-        return dataclasses.replace(
-            job, model=model, profile=dataclasses.replace(job.profile, attention="cudnn"), documents=0)
+        return dataclasses.replace(job.changed(attention="cudnn"), model=model, documents=0)
 
     def choose(self, job: Job, say: Callable[[str], None] = print) -> Choice:
         """The job with the profile that --memory says, and its plan. UserError if it cannot fit."""
@@ -106,20 +104,17 @@ class Planner:
             chosen = self.choose(with_attention(job, None), say).job
             debug = with_attention(chosen, job.model.attention_layers)
             return Choice(debug, self.compile(debug))
-        search = self.search
+        search, choice = self.search, None
         if self.config.memory == "manual":
             choice = Choice(job, self.compile(job))
-            # Less missing than the estimate's error is shown, not refused.
-            error, plan = 0.0 if self.compiles else UNCONFIRMED, choice.plan
-            limits = {"device": plan.device_limit, "host": plan.host_limit}
-            if any(missing > error * limits[place] for place, missing in plan.lacks.items()):
-                raise UserError(self.too_large(job, choice.plan))
-            return choice
-        if self.compiles and auto.fits_somehow(job, search) is not None:
-            return auto.confirm(job, search, self.compile, say)
-        choice = None if self.compiles else auto.choose(job, search)
+            if choice.plan.missing(0.0 if self.compiles else -UNCONFIRMED):  # less than the model's error is shown only
+                raise UserError(self.too_large(job, choice.plan.lacks))
+        elif not self.compiles:
+            choice = auto.choose(job, search)
+        elif auto.fits_somehow(job, search) is not None:
+            choice = auto.confirm(job, search, self.compile, say)
         if choice is None:
-            raise UserError(self.too_large(job, search.plan(job)))
+            raise UserError(self.too_large(job, _least_missing(job, search)))
         return choice
 
     def longest(self, job: Job) -> Choice:
@@ -127,8 +122,7 @@ class Planner:
         search, most = self.search, min(MAX_POSITION, 2**31 // job.model.head_dim)
         check_profile(job.profile, job.model, job.sp)
         for _ in range(auto.ROUNDS):
-            length = auto.longest(job, search, most)
-            if not length:
+            if not (length := auto.longest(job, search, most)):
                 raise UserError(self.never_fits(job, search))
             found = auto.fits_somehow(dataclasses.replace(job, length=length), search)
             plan = self.compile(found)
@@ -138,63 +132,51 @@ class Planner:
         raise UserError("--find-max-seq-len: the compiler and the cost model did not agree on any length; plan one "
                         "length at a time with --plan-only --seq-len")
 
-    # ------------------------------------------------------------------------------------------------------- refusals
-
-    def too_large(self, job: Job, plan: Plan) -> str:
+    def too_large(self, job: Job, missing: dict[str, int]) -> str:
         """Why a job does not fit, the longest length that does, and the flags that would help."""
         search = self.search
-        missing = plan.lacks or search.missing(plan)
-        if self.config.memory == "auto":
-            missing = self._least_missing(job, search)
-        longest = auto.longest(job, search, job.length - 1)
-        if not longest:
+        if not (longest := auto.longest(job, search, job.length - 1)):
             return self.never_fits(job, search)
-        return (f"--seq-len {job.length}: does not fit {self.cluster}: {_lacks(missing)} missing. The longest that "
-                f"fits with these flags is about {longest}" + self._help(job, search))
+        return (f"--seq-len {job.length}: does not fit {self.cluster}: {in_gib(missing)} missing. The longest that "
+                f"fits with these flags is about {longest}" + _help(job, search))
 
     def never_fits(self, job: Job, search: Search) -> str:
         """Why a model does not fit at any length."""
         short = dataclasses.replace(job, length=auto.length_step(job))
-        least = self._least_missing(short, search)
+        least = in_gib(_least_missing(short, search))
         return (f"the model ({job.parameters.total / 1e9:.1f} billion parameters) does not fit {self.cluster} at any "
-                f"length: at {short.length} tokens {_lacks(least)} missing" + self._help(short, search))
+                f"length: at {short.length} tokens {least} missing{_help(short, search)}")
 
-    def _least_missing(self, job: Job, search: Search) -> dict[str, int]:
-        found = (search.missing(search.plan(candidate)) for candidate in auto.candidates(job, search))
-        return min(found, key=lambda missing: sum(missing.values()))
 
-    def _help(self, job: Job, search: Search) -> str:
-        wider = dataclasses.replace(search, fixed=frozenset(), narrow=False)
-        found = []
-        if cure := _switches_that_cost(job, search):
-            found.append(f"without {cure}")
-        elif search.fixed and (cure := _switches_that_cost(job, wider)):
-            found.append(f"without {cure}, and the other memory flags left to --memory auto")
-        if search.fixed and auto.fits_somehow(job, wider):
-            found.append("leave the memory flags to --memory auto")
-        if not search.narrow and auto.fits_somehow(job, dataclasses.replace(wider, narrow=True)):
-            found.append("--allow-narrow-optimizer (or --optimizer-states int8 --master-weights none)")
-        model = job.model
-        if job.devices > job.sp and why_not(model.num_heads, model.num_kv_heads, job.devices, 1) is None:
-            found.append(f"--sp {job.devices}")
-        return f". What would help: {'; '.join(found) or 'more devices (--sp) or host memory'}"
+def _least_missing(job: Job, search: Search) -> dict[str, int]:
+    found = (search.missing(search.plan(candidate)) for candidate in auto.candidates(job, search))
+    return min(found, key=lambda missing: sum(missing.values()))
+
+
+def _help(job: Job, search: Search) -> str:
+    """The changes that would make the job fit, as the end of a message."""
+    wider, model, found = dataclasses.replace(search, fixed=frozenset(), narrow=False), job.model, []
+    if cure := _switches_that_cost(job, search):
+        found.append(f"without {cure}")
+    elif search.fixed and (cure := _switches_that_cost(job, wider)):
+        found.append(f"without {cure}, and the other memory flags left to --memory auto")
+    if search.fixed and auto.fits_somehow(job, wider):
+        found.append("leave the memory flags to --memory auto")
+    if not search.narrow and auto.fits_somehow(job, dataclasses.replace(wider, narrow=True)):
+        found.append("--allow-narrow-optimizer (or --optimizer-states int8 --master-weights none)")
+    if job.devices > job.sp and why_not(model.num_heads, model.num_kv_heads, job.devices, 1) is None:
+        found.append(f"--sp {job.devices}")
+    return f". What would help: {'; '.join(found) or 'more devices (--sp) or host memory'}"
 
 
 def _switches_that_cost(job: Job, search: Search) -> str | None:
-    """The fewest flags that switch a feature off, in words, without which the job fits; None if it never fits, or fits
-    with all of them."""
-    profile = job.profile
-    off = [(name, change) for name, is_off, change in (
-        ("--no-remat", not profile.remat, {"remat": True}),
-        ("--no-tiled-loss", profile.loss_tile is None, {"loss_tile": 0}),
-        ("--no-tiled-mlp", profile.mlp_tile is None, {"mlp_tile": 0})) if is_off]
+    """The fewest flags that switch features off, without which the job fits; None if it never fits, or with all."""
+    switches = (("--no-remat", {"remat": True}, not job.profile.remat),
+                ("--no-tiled-loss", {"loss_tile": 0}, job.profile.loss_tile is None),
+                ("--no-tiled-mlp", {"mlp_tile": 0}, job.profile.mlp_tile is None))
+    off = [(name, change) for name, change, is_off in switches if is_off]
     for some in (some for n in range(1, len(off) + 1) for some in itertools.combinations(off, n)):
-        changes = functools.reduce(operator.or_, (change for _, change in some))
-        changed = dataclasses.replace(job, profile=dataclasses.replace(profile, **changes))
-        if auto.fits_somehow(changed, search):
-            return " and ".join(name for name, _ in some)
+        names, changes = zip(*some)
+        if auto.fits_somehow(job.changed(**functools.reduce(operator.or_, changes)), search):
+            return " and ".join(names)
     return None
-
-
-def _lacks(missing: dict[str, int]) -> str:
-    return " and ".join(f"{value / GIB:.1f} GiB of {place} memory" for place, value in missing.items())

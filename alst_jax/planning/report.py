@@ -1,6 +1,5 @@
 """Text about a plan: the report of --plan-only, the lines before a run and after it."""
 
-import dataclasses
 import json
 import statistics
 
@@ -10,12 +9,11 @@ from alst_jax.config import UserError
 from alst_jax.hardware.machines import GIB, Cluster
 from alst_jax.planning.estimate import ledger_of_bytes
 from alst_jax.planning.footprint import peak
-from alst_jax.planning.job import Job, Term, total
+from alst_jax.planning.job import Job, Term, describe, describe_debug, total
 from alst_jax.planning.plan import ESTIMATED, Choice, Plan
 from alst_jax.planning.planner import Planner
 from alst_jax.planning.process import describe_process, host_outgrown, process_bytes
 from alst_jax.planning.seconds import ledger
-from alst_jax.planning.words import describe, describe_debug
 from alst_jax.profile import DEVICE
 
 MEASURED_ERROR = ("estimated by arithmetic, without a compiler: its measured error is in "
@@ -29,32 +27,32 @@ def report(planner: Planner, job: Job) -> str:
     quiet = (lambda text: None) if config.json else print
     if config.find_max_seq_len and planner.cluster is None:
         raise UserError("--find-max-seq-len on a CPU: nobody knows its limits; name a machine with --plan-for")
-    choice = planner.longest(job) if config.find_max_seq_len else planner.choose(job, quiet)
-    plan = choice.plan
+    choice, cluster = planner.longest(job) if config.find_max_seq_len else planner.choose(job, quiet), planner.cluster
+    plan, outgrown = choice.plan, host_outgrown(choice, cluster) if cluster else ""
     if config.plan_picture:
         plan.picture(config.plan_picture)
-    process = planner.cluster and process_bytes(choice, planner.cluster.per_host)
     if config.json:
         found = {"max_seq_len": choice.job.length} if config.find_max_seq_len else {}
-        host_memory = planner.cluster and planner.cluster.host_memory
-        fits = not plan.lacks and not (planner.cluster and host_outgrown(choice, planner.cluster))
-        return json.dumps(json.loads(plan.to_json()) | {"flags": describe(choice.job), "seq_len": choice.job.length,
-            "process_bytes": process, "host_memory": host_memory, "fits": fits} | found)
-    lines = [plan.table()]
-    if config.debug_attention_layers is not None:
-        lines.insert(0, describe_debug(choice.job.model))
-    if planner.cluster is not None:
-        lines.append(describe_process(choice, planner.cluster))
-        if outgrown := host_outgrown(choice, planner.cluster):
-            lines.append(f"warning: {outgrown}")
+        return json.dumps(json.loads(plan.to_json()) | {
+            "flags": describe(choice.job), "seq_len": choice.job.length,
+            "process_bytes": cluster and process_bytes(choice, cluster.per_host),
+            "host_memory": cluster and cluster.host_memory, "fits": not plan.lacks and not outgrown} | found)
+    lines = []
     if config.find_max_seq_len:
-        lines.insert(0, f"longest sequence: {choice.job.length:,} tokens, with {describe(choice.job)}")
+        lines.append(f"longest sequence: {choice.job.length:,} tokens, with {describe(choice.job)}")
+    if config.debug_attention_layers is not None:
+        lines.append(describe_debug(choice.job.model))
+    lines.append(plan.table())
+    if cluster is not None:
+        lines.append(describe_process(choice, cluster))
+    if outgrown:
+        lines.append(f"warning: {outgrown}")
     if config.explain:
-        lines.append(explain(choice.job, planner.cluster, plan))
+        lines.append(explain(choice.job, cluster, plan))
     if plan.source == ESTIMATED:
         lines.append(MEASURED_ERROR)
-    if planner.cluster is not None and config.memory == "auto" and not config.find_max_seq_len:
-        lines.append(dataclasses.replace(choice, plan=plan).explain())
+    if cluster is not None and config.memory == "auto" and not config.find_max_seq_len:
+        lines.append(choice.explain())
     return "\n".join(lines)
 
 
@@ -94,20 +92,14 @@ def planned_against_measured(choice: Choice, peak_gib: float, host_peak_gib: flo
 
     The first of several steps is left out: it compiles the programs that the plan has not compiled.
     """
-    later = seconds[1:] or seconds
-    plan = choice.plan
+    plan, later = choice.plan, seconds[1:] or seconds
     here = min(plan.devices, jax.local_device_count())  # plans are of one device, a process has several
-    expected = process_bytes(choice, here)
-    parts = [f"device {plan.device_bytes / GIB:.1f} GiB planned, {peak_gib:.1f} measured ({_percent(peak_gib * GIB,
-        plan.device_bytes)})",
-             f"host {plan.host_bytes * here / GIB:.1f} GiB planned, the whole process {expected / GIB:.1f}, its peak "
-             f"{host_peak_gib:.1f} measured ({_percent(host_peak_gib * GIB, expected)})"]
+    device, process = plan.device_bytes / GIB, process_bytes(choice, here) / GIB
+    against = lambda measured, planned: f"{measured:.1f} measured ({measured / planned - 1:+.0%})"
+    parts = [f"device {device:.1f} GiB planned, {against(peak_gib, device)}",
+             f"host {plan.host_bytes * here / GIB:.1f} GiB planned, the whole process {process:.1f}, its peak "
+             f"{against(host_peak_gib, process)}"]
     if later and plan.step_seconds:
-        measured = statistics.median(later)
-        parts.append(f"{plan.step_seconds:.1f} s a step planned, {measured:.1f} measured ({_percent(measured,
-            plan.step_seconds)})")
+        median = statistics.median(later)
+        parts.append(f"{plan.step_seconds:.1f} s a step planned, {against(median, plan.step_seconds)}")
     return "plan    " + "; ".join(parts)
-
-
-def _percent(measured: float, planned: float | int) -> str:
-    return f"{(measured / planned - 1) * 100:+.0f}%"

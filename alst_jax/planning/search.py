@@ -6,11 +6,9 @@ import math
 from collections.abc import Callable, Iterator
 
 from alst_jax.config import UserError
-from alst_jax.hardware.machines import GIB
-from alst_jax.planning.candidates import CONFIRMED, Search, bases, with_kept, with_tiles
+from alst_jax.planning.candidates import CONFIRMED, PLACEMENTS, Search, bases, with_kept, with_tiles
 from alst_jax.planning.job import Job
-from alst_jax.planning.plan import Choice, Plan
-from alst_jax.planning.words import PLACEMENTS
+from alst_jax.planning.plan import Choice, Plan, in_gib
 from alst_jax.profile import Profile
 
 KEPT_STEPS = 12  # numbers of layers, with outputs kept on the device, that are tried
@@ -20,19 +18,20 @@ ROUNDS = 5  # of choosing and compiling
 
 def choose(job: Job, search: Search) -> Choice | None:
     """The fastest profile that fits by the cost model, or None. Fixed fields stay as the job has them."""
-    best: Choice | None = None
+    best, layers = None, job.model.num_layers
+    spread = sorted({round(i * layers / KEPT_STEPS) for i in range(KEPT_STEPS + 1)})
     for base in itertools.chain.from_iterable(bases(job, search, larger) for larger in (True, False)):
         if best and _fastest_possible(base, search) >= best.plan.step_seconds:
             continue
-        best = _fastest(with_kept(base, search, _spread(job.model.num_layers)), search, best)
+        best = _fastest(with_kept(base, search, spread), search, best)
     if best and job.profile.remat:  # a closer look around the best
-        kept, layers = best.job.profile.keep_attention_on_device, job.model.num_layers
+        kept = best.job.profile.keep_attention_on_device
         near = range(max(0, kept - layers // KEPT_STEPS), min(layers, kept + layers // KEPT_STEPS) + 1)
-        for profile in dict.fromkeys(with_tiles(best.job, job.profile, search, larger) for larger in (True, False)):
-            best = _fastest(with_kept(dataclasses.replace(best.job, profile=profile), search, near), search, best)
+        for tiled in dict.fromkeys(with_tiles(best.job, job.profile, search, larger) for larger in (True, False)):
+            best = _fastest(with_kept(tiled, search, near), search, best)
     if best is None:
         return None
-    larger = with_tiles(best.job, job.profile, search, larger=True)
+    larger = with_tiles(best.job, job.profile, search, larger=True).profile
     return dataclasses.replace(best, next_faster=_next_faster(best, search, larger))
 
 
@@ -70,8 +69,7 @@ def confirm(
         if not compiled.lacks:
             return dataclasses.replace(choice, plan=compiled)
         search, more = search.corrected(choice.job.profile, choice.plan, compiled)
-        needs = " and ".join(f"{value / GIB:+.1f} GiB of {place} memory" for place, value in more.items())
-        say(f"the compiler needs {needs} against the estimate: choosing again")
+        say(f"the compiler needs {in_gib(more, '+')} against the estimate: choosing again")
     raise UserError(f"--memory auto: no profile was found that the compiler says fits {search.cluster}; "
                     "use a shorter --seq-len, a larger --sp, or choose by hand with --memory manual")
 
@@ -97,10 +95,6 @@ def longest(job: Job, search: Search, most: int) -> int:
     return low * step
 
 
-def _spread(layers: int) -> list[int]:
-    return sorted({round(i * layers / KEPT_STEPS) for i in range(KEPT_STEPS + 1)})
-
-
 def _fastest_possible(job: Job, search: Search) -> float:
     """Seconds with all attention outputs kept and no input rebuilt, unless the user has fixed less."""
     profile, changes = job.profile, {}
@@ -108,7 +102,7 @@ def _fastest_possible(job: Job, search: Search) -> float:
         changes = dict(keep_attention_on_device=job.model.num_layers, keep_attention_on_host=0)
     if profile.remat and "segment_layers" not in search.fixed:
         changes["segment_layers"] = (1,)
-    return search.plan(dataclasses.replace(job, profile=dataclasses.replace(profile, **changes))).step_seconds
+    return search.plan(job.changed(**changes)).step_seconds
 
 
 def _next_faster(best: Choice, search: Search, larger: Profile) -> tuple[Job, Plan, dict[str, int]] | None:
@@ -116,18 +110,15 @@ def _next_faster(best: Choice, search: Search, larger: Profile) -> tuple[Job, Pl
     profile, layers = best.job.profile, best.job.model.num_layers
     kept = profile.keep_attention_on_device + profile.keep_attention_on_host
     changes = [{name: False, "share_gradients": False} for name in PLACEMENTS if getattr(profile, name)]
-    changes += [{"mlp_tile": larger.mlp_tile, "loss_tile": larger.loss_tile}] if larger != profile else []
-    if profile.remat:
-        changes += [{"segment_layers": (1,)}] if profile.segment_layers != (1,) else []
-        if kept < layers:
-            more = lambda name: {name: getattr(profile, name) + 1}
-            changes += [more("keep_attention_on_device"), more("keep_attention_on_host")]
+    changes += [{"mlp_tile": larger.mlp_tile, "loss_tile": larger.loss_tile}, {"segment_layers": (1,)}]
+    if profile.remat and kept < layers:
+        changes += [{"keep_attention_on_device": profile.keep_attention_on_device + 1},
+                    {"keep_attention_on_host": profile.keep_attention_on_host + 1}]
     found = []
     for change in changes:
         if any(name in search.fixed and value != getattr(profile, name) for name, value in change.items()):
             continue
-        job = dataclasses.replace(best.job, profile=dataclasses.replace(profile, **change))
-        plan = search.plan(job)
+        plan = search.plan(job := best.job.changed(**change))
         if plan.step_seconds < best.plan.step_seconds and search.missing(plan):
             found.append((job, plan, search.missing(plan)))
     return max(found, key=lambda item: item[1].step_seconds, default=None)

@@ -14,6 +14,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -104,7 +105,7 @@ class Bench:
         except (OSError, ValueError, KeyError) as error:
             line |= {"same": False, "why": f"{type(error).__name__}: {error}"[:300]}
         if not line["same"]:
-            line["log"] = self.log.read_text()[-600:]
+            line["log"] = fatal(self.log.read_text())
             shutil.copytree(out, f"/tmp/failed-trial-{number}", dirs_exist_ok=True) if out.exists() else None
         shutil.rmtree(out, ignore_errors=True)
         shutil.rmtree(f"{out}-cache", ignore_errors=True)
@@ -122,6 +123,12 @@ class Bench:
         saved = steps.is_dir() and any(p.name.isdigit() for p in steps.iterdir())
         arguments = ["--resume", "--out", str(out)] if saved else self.flags(out)
         return kills.run(arguments, self.log, kill)
+
+
+def fatal(log: str) -> str:
+    """The lines that say why a process ended: XLA's fatal ones, else the last."""
+    lines = [line for line in log.splitlines() if re.match(r"F\d{4} ", line)]
+    return "\n".join(lines)[:1000] or log[-600:]
 
 
 def outcome(out: pathlib.Path) -> dict:

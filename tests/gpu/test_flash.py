@@ -128,6 +128,24 @@ def test_a_short_sequence_equals_xla(length, report):
     check(report(errors_of(found, expected, NAMES if length > 1 else ("o", "lse", "dv"))), BFLOAT16)
 
 
+@pytest.mark.parametrize("kernel", ["flash", "cudnn"])
+@pytest.mark.parametrize("lengths", [None, (1000, 1, 47, 1000, 1024, 1024)], ids=("whole", "documents"))
+def test_sinks_equal_xla(kernel, lengths, report):
+    spec, offsets = AttentionSpec(sinks=True), None if lengths is None else offsets_of(lengths)
+    *arrays, do = inputs(2048, 8, 2, batch=2)
+    sinks = jnp.linspace(-3.0, 6.0, 8)
+
+    @functools.partial(jax.jit, static_argnames="kernel")
+    def both(q, k, v, sinks, do, kernel):
+        o, pullback = jax.vjp(lambda *x: attention(*x[:3], spec, offsets, x[3], kernel=kernel), q, k, v, sinks)
+        return o, *pullback(do)
+
+    with jax.default_matmul_precision("highest"):
+        true = both(*(x.astype(jnp.float32) for x in (*arrays, sinks, do)), kernel="xla")
+    names = ("o", "dq", "dk", "dv", "dsinks")
+    check(report(errors_of(both(*arrays, sinks, do, kernel=kernel), true, names)), 1e-2 if kernel == "cudnn" else BFLOAT16)
+
+
 # -------------------------------------------------------------------------------------------------------- documents
 
 LENGTHS = {  # of documents in 2 x 2,048 tokens; none crosses a row
@@ -182,23 +200,27 @@ def test_one_program_serves_any_number_of_documents(report):
 # -------------------------------------------------------------------------------------------------- transformations
 
 
+@pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize("kv_heads", [2, 8])
-def test_transformed_equals_plain(kv_heads, report):
-    """Inside jit, shard_map with checked axes, scan and checkpoint, against three layers one by one."""
-    q, k, v, do = inputs(1999, 8, kv_heads)
+def test_transformed_equals_plain(kv_heads, devices, report):
+    """Inside jit, shard_map with checked axes, scan and checkpoint, against three layers one by one. Each device has
+    a row of the batch."""
+    if devices > jax.device_count():
+        pytest.skip(f"{devices} GPUs are needed")
+    q, k, v, do = inputs(1999, 8, kv_heads, batch=devices)
 
     def loss(q, k, v, do):
         layer = jax.checkpoint(lambda h: (h + attention(h, k, v, kernel="flash"), None))
         h, _ = jax.lax.scan(lambda h, _: layer(h), q, None, length=3)
-        return jax.lax.psum((h.astype(jnp.float32) * do).sum(), "seq")
+        return jax.lax.psum((h.astype(jnp.float32) * do).sum(), "data")
 
     def plain(q, k, v, kernel):
         for _ in range(3):
             q = q + attention(q, k, v, kernel=kernel).astype(q.dtype)
         return (q.astype(jnp.float32) * do).sum()
 
-    mesh = Mesh(np.array(jax.devices()[:1]), ("seq",), axis_types=(AxisType.Auto,))
-    sharded = P(None, "seq")
+    mesh = Mesh(np.array(jax.devices()[:devices]), ("data",), axis_types=(AxisType.Auto,))
+    sharded = P("data")
     gradient = jax.grad(loss, (0, 1, 2))
     run = jax.jit(jax.shard_map(gradient, mesh=mesh, in_specs=(sharded,) * 4, out_specs=(sharded,) * 3))
     found = run(q, k, v, do)

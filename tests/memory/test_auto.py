@@ -77,6 +77,15 @@ def test_a_first_layer_is_no_segment_by_itself():
     assert sum(len(lengths) > 1 for lengths in found) > 100
 
 
+@pytest.mark.parametrize("layers", [1, 2, 3, 4, 5])
+def test_segments_of_a_model_of_few_layers_hold_each_layer_once(layers):
+    """At a length where one or two inputs fit beside the rest: the first segment may have one layer."""
+    for length, part in itertools.product((589824, 1048576, 1572864, 2097152), (0.25, 0.5, 0.75, 1.0)):
+        long = job(length, llama_8b(layers), offload_activations=True, head_chunks=8)
+        lengths = segments_within(long, Search(H100), part)
+        assert lengths is None or sum(lengths) == layers or len(lengths) == 1 and layers % lengths[0] == 0, (length, part)
+
+
 def test_tiles_are_larger_where_there_is_room():
     usual, larger = (choose(job(131072, **tiles), Search(H100, frozenset(tiles)))
                      for tiles in (dict(mlp_tile=4096, loss_tile=2048), {}))

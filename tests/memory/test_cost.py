@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import pytest
 
 from alst_jax.hardware.machines import parse_cluster
+from alst_jax.ops.attention.costs import RATES
 from alst_jax.optim.adamw import AdamW
 from alst_jax.planning.compiled import job_of, plan_step
 from alst_jax.planning.estimate import estimate
-from alst_jax.planning.footprint import document_slices, state_bytes, working_set
-from alst_jax.planning.job import Job, Passes, kept_bytes
-from alst_jax.planning.seconds import ATTENTION, collectives, seconds
+from alst_jax.planning.footprint import layer_work, state_bytes, working_set
+from alst_jax.planning.job import Job, Passes
+from alst_jax.planning.seconds import collectives, seconds
 from alst_jax.profile import DEVICE, HOST, Profile
 from benchmarks import plan_accuracy
 from benchmarks.shapes import LLAMA_8B, LLAMA_70B, llama_8b
@@ -78,9 +79,9 @@ def test_what_is_kept_is_what_the_compiler_keeps():
 
 def test_kept_bytes_by_hand():
     hidden, output = 131072 * 4096 * 2, 131072 * (4096 * 2 + 32 * 4)
-    assert kept_bytes(job()) == {DEVICE: 32 * hidden, HOST: 0}
-    assert kept_bytes(job(offload_activations=True)) == {DEVICE: 0, HOST: 32 * hidden}
-    assert kept_bytes(job(segment_layers=(4,), keep_attention_on_device=3, keep_attention_on_host=5)) == {
+    assert job().kept == {DEVICE: 32 * hidden, HOST: 0}
+    assert job(offload_activations=True).kept == {DEVICE: 0, HOST: 32 * hidden}
+    assert job(segment_layers=(4,), keep_attention_on_device=3, keep_attention_on_host=5).kept == {
         # a run of a single layer is no loop, and stays on the device; the first segment's input is looked up again
         DEVICE: 7 * hidden + 4 * output, HOST: 4 * output}
 
@@ -143,12 +144,13 @@ def test_packed_documents_with_cudnn_have_rates_and_bytes_of_their_own():
     packed = dataclasses.replace(job(), documents=64, attention_share=1 / 64)
     useful = 4 * 32 * 128 * packed.model.causal_pairs(131072) / 64  # of all layers' forward passes
     assert seconds(packed, H100)["attention backward"] == pytest.approx(2.5 * useful / 148e12, rel=0.01)
-    assert document_slices(packed) == 4 * 131072 * (32 + 8) * 128 * 2 and document_slices(job()) == 0
+    slices = lambda job: [term.value for term in layer_work(job) if term.name == "slices of documents"]
+    assert slices(packed) == [4 * 131072 * (32 + 8) * 128 * 2] and slices(job()) == [0]
     assert working_set(packed) > working_set(job())
 
 
 def test_passes_by_hand():
-    passes = lambda **changes: Passes.of(job(**changes))
+    passes = lambda **changes: job(**changes).passes
     assert passes() == Passes(64, 32 * 4, 64, 64)  # attention again for each layer
     assert passes(keep_attention_on_device=32) == Passes(32, 32 * 3, 64, 64)
     assert passes(segment_layers=(4,)) == Passes(64, 32 * 4, 64 + 24, 64 + 24)  # three of four layers rebuilt
@@ -183,7 +185,7 @@ def test_collectives_by_hand():
         segment_layers=(7, 7, 8, 6, 3, 1), keep_attention_on_device=11, keep_attention_on_host=10, head_chunks=8,
         attention="recorded"), 559.2)])
 def test_seconds_of_runs_on_record(layers, length, changes, measured, monkeypatch):
-    monkeypatch.setitem(ATTENTION, "recorded", RECORDED)
+    monkeypatch.setitem(RATES, "recorded", RECORDED)
     predicted = estimate(dataclasses.replace(job(llama_8b(layers), length, **changes), states="int8",
         master="low-bits"), H100)
     assert predicted.step_seconds == pytest.approx(measured, rel=0.15)
@@ -201,7 +203,7 @@ def test_seconds_of_runs_on_record(layers, length, changes, measured, monkeypatc
         attention="flash", segment_layers=(3, 6, 8, 8, 4, 2, 1), keep_attention_on_device=11, keep_attention_on_host=9,
         head_chunks=8), 510.3, 71.4)])
 def test_steps_on_record(layers, length, changes, seconds, gibibytes, monkeypatch):
-    monkeypatch.setitem(ATTENTION, "recorded", RECORDED)
+    monkeypatch.setitem(RATES, "recorded", RECORDED)
     changed = job(llama_8b(layers), length, **LARGER_TILES | changes)
     predicted = estimate(dataclasses.replace(changed, states="int8", master="none"), H100)
     assert predicted.step_seconds == pytest.approx(seconds, rel=0.05)

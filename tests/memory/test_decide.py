@@ -26,9 +26,10 @@ from alst_jax.planning.estimate import estimate
 from alst_jax.planning.job import Job
 from alst_jax.planning.plan import COMPILED, ESTIMATED, Choice
 from alst_jax.planning.planner import Planner
-from alst_jax.planning.process import describe_process, host_outgrown, make_host_pool, process_bytes, with_room
+from alst_jax.planning.process import describe_process, host_outgrown, process_bytes, with_room
 from alst_jax.planning.report import announce_plan, report
 from alst_jax.profile import Profile
+from alst_jax.run_state import make_host_pool
 from alst_jax.storage import saving
 from alst_jax.trainer import TrainState, optimizer_step
 from alst_jax.xla import host

@@ -19,10 +19,10 @@ from alst_jax.parallel.costs import Shapes, Traffic, head_groups, traffic, work
 from alst_jax.planning.compiled import job_of, plan_step
 from alst_jax.planning.estimate import estimate
 from alst_jax.planning.footprint import layer_work, state_bytes, trained_bytes, working_set
-from alst_jax.planning.job import Job, kept_bytes, parameter_sizes, total
+from alst_jax.planning.job import Job, describe, parameter_sizes, total
 from alst_jax.planning.planner import Planner
-from alst_jax.planning.seconds import collectives, device_update_bytes, host_traffic
-from alst_jax.planning.words import describe
+from alst_jax.planning.seconds import collectives
+from alst_jax.planning.seconds import traffic as moved
 from alst_jax.profile import Profile
 from alst_jax.step import check_profile
 from benchmarks.shapes import LLAMA_1B, LLAMA_8B, LLAMA_70B, QWEN3_32B
@@ -88,10 +88,10 @@ def test_frozen_parameters_move_less():
     assert sent(job, "reduce-scatter")["calls"] - sent(frozen, "reduce-scatter")["calls"] == 2
     assert sent(job, "all-gather") == sent(frozen, "all-gather")
     shard = 2 * table // 8  # gradients once in the step; gradients, weights and states there and back in the update
-    all_traffic, less = host_traffic(job), host_traffic(frozen)
+    all_traffic, less = moved(job), moved(frozen)
     assert all_traffic["step"] - less["step"] == 2 * shard
     assert all_traffic["update"] - less["update"] == (2 * 2 + 2 * 2 + 2 * 12) * shard
-    here = lambda freeze: device_update_bytes(dataclasses.replace(job, profile=ON_GPU, freeze=freeze))
+    here = lambda freeze: moved(dataclasses.replace(job, profile=ON_GPU, freeze=freeze))["device"]
     assert here(None) - here(TABLES) == (2 * 2 + 2 * 2 + 2 * 12) * shard
 
 
@@ -156,10 +156,10 @@ def test_head_groups_and_local_heads():
 def test_plans_count_with_them():
     """Bytes that sequence parallelism adds are bytes that a plan adds; here the peak is at the MLP, with that copy."""
     job = Job(LLAMA_8B, ON_GPU, 1, 131072, 1, 8)
-    before, kept = total(layer_work(job)), kept_bytes(job)
+    before, kept = total(layer_work(job)), dataclasses.replace(job).kept
     more = dataclasses.replace(job.attention_work, output_copy=job.attention_work.output_copy + 10**11)
     job.__dict__["attention_work"] = more
-    assert total(layer_work(job)) == before + 10**11 and kept_bytes(job) == kept
+    assert total(layer_work(job)) == before + 10**11 and job.kept == kept
     assert json.loads(estimate(job).to_json())["device_bytes"] > estimate(dataclasses.replace(job)).device_bytes
 
 

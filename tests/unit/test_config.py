@@ -2,11 +2,16 @@
 """Flags and their checks; --help without jax."""
 
 import os
+import pathlib
 import subprocess
 import sys
+import typing
 
+import jax
 import pytest
+import typeguard
 
+import train
 from alst_jax.config import TrainConfig, UserError, parse_length
 from alst_jax.flag_checks import check_run
 from alst_jax.hardware import environment
@@ -77,9 +82,32 @@ def test_flops_of_llama_8b():
     assert model.flops_per_sequence(524288) == pytest.approx(6 * matmul_parameters * 524288 + attention, rel=1e-12)
 
 
-def test_help_does_not_import_jax():
-    code = "import sys, alst_jax.config; assert 'jax' not in sys.modules and 'transformers' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+HELP = """
+import runpy, sys
+heavy = {"jax", "numpy", "flax", "orbax", "transformers", "tokenizers", "torch", "psutil", "matplotlib", "rich",
+         "typeguard", "asyncio", "unittest", "multiprocessing", "concurrent"}
+sys.argv = ["train.py", "--help"]
+try:
+    runpy.run_path("train.py", run_name="__main__")
+except SystemExit:
+    assert not heavy & set(sys.modules), heavy & set(sys.modules)
+"""
+
+
+def test_help_imports_nothing_heavy():
+    """It takes less than a second: typeguard alone, which tyro imports for types of defaults, took a quarter of one."""
+    root = pathlib.Path(train.__file__).parent
+    done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, cwd=root)
+    assert not done.returncode and "--seq-len" in done.stdout, done.stderr
+
+
+def test_defaults_are_of_their_types():
+    """The check that tyro leaves out (`declare.without_typeguard`)."""
+    types = typing.get_type_hints(TrainConfig)
+    for name, value in vars(TrainConfig()).items():
+        typeguard.check_type(value, types[name])
+    with pytest.raises(typeguard.TypeCheckError):
+        typeguard.check_type("3", types["segment_layers"])
 
 
 @pytest.mark.parametrize("flags,wrong", [
@@ -92,6 +120,15 @@ def test_an_update_in_the_backward_pass_knows_no_other_gradients(flags, wrong):
     with pytest.raises(UserError, match="Use it with --offload-weights and --offload-optimizer"):
         check_run(TrainConfig(**offloaded))
     check_run(TrainConfig(**offloaded, offload_optimizer=True))
+
+
+def test_simulated_devices_wait_for_each_other_on_a_busy_machine(monkeypatch):
+    flag = "--xla_cpu_collective_call_terminate_timeout_seconds"
+    monkeypatch.setattr(jax.config, "update", lambda name, value: None)
+    for before, after in (("", f"{flag}=1200"), (f"{flag}=7", f"{flag}=7")):
+        monkeypatch.setenv("XLA_FLAGS", before)
+        environment.prepare(2)
+        assert os.environ["XLA_FLAGS"] == after
 
 
 @pytest.mark.parametrize("before,after", [

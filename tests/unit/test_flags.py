@@ -22,8 +22,7 @@ from alst_jax import run as setup
 from alst_jax.config import DEFAULT_LEARNING_RATE, GROUPS, TrainConfig, UserError, chosen_fields, parse_flags
 from alst_jax.declare import AtLeast, Words, flag, marked
 from alst_jax.optim.schedule import learning_rate_schedule
-from alst_jax.planning.job import Job
-from alst_jax.planning.words import describe
+from alst_jax.planning.job import Job, describe
 from alst_jax.profile import TILES, Profile, Switches
 from alst_jax.stack.batch import Batch
 from tests.helpers import make_step, tiny

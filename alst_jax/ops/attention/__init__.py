@@ -14,6 +14,7 @@ from jax import Array, lax
 from alst_jax.config import UserError
 from alst_jax.ops.attention import cudnn, flash, xla
 from alst_jax.ops.attention.cudnn import head_groups
+from alst_jax.ops.attention.sinks import add_sinks, gradient_of_sinks
 from alst_jax.ops.attention.spec import AttentionSpec, Kernel
 from alst_jax.xla import scopes
 from alst_jax.xla.varying import vary_like
@@ -47,14 +48,18 @@ def refusal(kernel: Kernel, spec: AttentionSpec, documents: bool = False) -> str
 
 @jax.named_scope(scopes.KERNEL)
 def attention_forward(
-    q: Array, k: Array, v: Array, spec: AttentionSpec = CAUSAL, documents: Array | None = None, *, kernel: str | Kernel
+    q: Array, k: Array, v: Array, spec: AttentionSpec = CAUSAL, documents: Array | None = None,
+    sinks: Array | None = None, *, kernel: str | Kernel,
 ) -> tuple[Array, Array]:
-    """(o[B, S, N, H], log-sum-exp float32[B, N, S]) of q[B, S, N, H], k and v[B, S, K, H]. UserError if the kernel does
-    not implement the spec."""
+    """(o[B, S, N, H], log-sum-exp float32[B, N, S]) of q[B, S, N, H], k and v[B, S, K, H] and, if the spec says so,
+    sinks[N]. UserError if the kernel does not implement the spec."""
     kernel = find_kernel(kernel)
     if reason := refusal(kernel, spec, documents is not None):
         raise UserError(reason)
-    return kernel.forward(q, k, v, spec, documents)
+    if spec.sinks != (sinks is not None):
+        raise ValueError(f"sinks={spec.sinks} in the AttentionSpec, but {'no' if sinks is None else 'an'} array of sinks")
+    results = kernel.forward(q, k, v, spec, documents)
+    return add_sinks(*results, sinks) if spec.sinks else results
 
 
 @jax.named_scope(scopes.KERNEL)
@@ -62,7 +67,8 @@ def attention_backward(
     q: Array, k: Array, v: Array, results: tuple[Array, Array], do: Array, spec: AttentionSpec = CAUSAL,
     documents: Array | None = None, *, kernel: str | Kernel,
 ) -> tuple[Array, Array, Array]:
-    """(dq, dk, dv) of `attention_forward`, from its results (o, lse) and the gradient of o."""
+    """(dq, dk, dv) of `attention_forward`, from its results (o, lse) and the gradient of o. The gradient of sinks:
+    `sinks.gradient_of_sinks`."""
     kernel = find_kernel(kernel)
     if reason := refusal(kernel, spec, documents is not None):
         raise UserError(reason)
@@ -89,38 +95,42 @@ def _zeros(shape, dtype, like):
 
 
 def attention(
-    q: Array, k: Array, v: Array, spec: AttentionSpec = CAUSAL, documents: Array | None = None, *, kernel: str | Kernel
+    q: Array, k: Array, v: Array, spec: AttentionSpec = CAUSAL, documents: Array | None = None,
+    sinks: Array | None = None, *, kernel: str | Kernel,
 ) -> Array:
     """o[B, S, N, H] of q[B, S, N, H], k and v[B, S, K, H], differentiable.
 
     kernel: "xla" (any device and dtype), "cudnn" (GPU, bfloat16 or float16, S a multiple of 128), "flash" (Hopper,
     bfloat16 or float16, any S), "flash-deterministic" (the same, gradients summed in a fixed order), or a `Kernel` of
-    one's own. documents: see `Kernel`.
+    one's own. documents: see `Kernel`. sinks[N]: with spec.sinks, a score of each head beside those of its keys.
     """
-    results = attention_forward(*jax.lax.stop_gradient((q, k, v)), spec, documents, kernel=kernel)
-    return attention_from(q, k, v, results, spec, documents, kernel=kernel)
+    q_, k_, v_, sinks_ = jax.lax.stop_gradient((q, k, v, sinks))
+    results = attention_forward(q_, k_, v_, spec, documents, sinks_, kernel=kernel)
+    return attention_from(q, k, v, results, spec, documents, sinks, kernel=kernel)
 
 
 def attention_from(
     q: Array, k: Array, v: Array, results: tuple[Array, Array], spec: AttentionSpec = CAUSAL,
-    documents: Array | None = None, *, kernel: str | Kernel,
+    documents: Array | None = None, sinks: Array | None = None, *, kernel: str | Kernel,
 ) -> Array:
-    """o, where (o, lse) = results are those of `attention_forward` for q, k, v: only the gradient is computed."""
-    return _attention_from(spec, find_kernel(kernel), q, k, v, results, documents)
+    """o, where (o, lse) = results are those of `attention_forward` for the same inputs: only the gradient is
+    computed."""
+    return _attention_from(spec, find_kernel(kernel), q, k, v, results, documents, sinks)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention_from(spec, kernel, q, k, v, results, documents):
+def _attention_from(spec, kernel, q, k, v, results, documents, sinks):
     return results[0]
 
 
-def _attention_from_fwd(spec, kernel, q, k, v, results, documents):
-    return results[0], (q, k, v, *results, documents)
+def _attention_from_fwd(spec, kernel, q, k, v, results, documents, sinks):
+    return results[0], (q, k, v, *results, documents, sinks)
 
 
 def _attention_from_bwd(spec, kernel, residuals, do):
-    q, k, v, o, lse, documents = residuals
-    return *attention_backward(q, k, v, (o, lse), do, spec, documents, kernel=kernel), None, None
+    q, k, v, o, lse, documents, sinks = residuals
+    grads = attention_backward(q, k, v, (o, lse), do, spec, documents, kernel=kernel)
+    return *grads, None, None, None if sinks is None else gradient_of_sinks(sinks, o, lse, do)
 
 
 _attention_from.defvjp(_attention_from_fwd, _attention_from_bwd)

@@ -115,5 +115,5 @@ def head_groups(q_shape: tuple[int, int, int, int], kv_heads: int) -> int:
 
 
 HEAD_DIMS = (f"a multiple of 8 up to {CUDNN_MAX_HEAD_DIM}", lambda h: h % 8 == 0 and h <= CUDNN_MAX_HEAD_DIM)
-KERNEL = Kernel("cudnn", forward, backward, serves=frozenset({"scale", "documents"}), needs_gpu=True,
+KERNEL = Kernel("cudnn", forward, backward, serves=frozenset({"scale", "documents", "sinks"}), needs_gpu=True,
                 dtypes=("bfloat16", "float16"), multiple=128, head_dims=HEAD_DIMS)

@@ -115,7 +115,8 @@ def _packed(x: Array) -> Array:
 
 
 KERNEL = Kernel(
-    "flash", forward, backward, serves=frozenset({"scale", "window", "soft cap", "full", "documents"}), prepare=prepare,
+    "flash", forward, backward,
+    serves=frozenset({"scale", "window", "soft cap", "full", "documents", "sinks"}), prepare=prepare,
     needs_gpu=True, dtypes=("bfloat16", "float16"), multiple=1,
     head_dims=(f"one of {', '.join(map(str, HEAD_DIMS))}", lambda head_dim: head_dim in HEAD_DIMS),
     capabilities=("9.0",), package="flash_attn.cute", install=INSTALL)

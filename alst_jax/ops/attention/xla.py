@@ -38,9 +38,9 @@ def forward(
 
 
 def backward(q, k, v, o, lse, do, spec, documents=None):
-    """(dq, dk, dv). Without a window and documents the forward pass is computed again, a tile at a time; o and lse are
-    not needed."""
-    if documents is not None or spec.window is not None:
+    """(dq, dk, dv). Without a window, documents and sinks the forward pass is computed again, a tile at a time; o and
+    lse are not needed."""
+    if documents is not None or spec.window is not None or spec.sinks:
         return _ranged_backward(q, k, v, o, lse, do, spec, documents)
     return jax.vjp(lambda q, k, v: _attend(q, k, v, spec, with_lse=False), q, k, v)[1](do)
 
@@ -210,4 +210,5 @@ def _ranged_backward(q, k, v, o, lse, do, spec, documents):
     return dq.reshape(q.shape), dk.reshape(k.shape).astype(k.dtype), dv.reshape(v.shape).astype(v.dtype)
 
 
-KERNEL = Kernel("xla", forward, backward, serves=frozenset({"scale", "window", "soft cap", "full", "documents"}))
+KERNEL = Kernel(
+    "xla", forward, backward, serves=frozenset({"scale", "window", "soft cap", "full", "documents", "sinks"}))

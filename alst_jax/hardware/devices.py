@@ -1,0 +1,49 @@
+"""The devices of this process, and devices that it does not have, to compile for."""
+
+import dataclasses
+
+import jax
+
+from alst_jax.config import UserError
+from alst_jax.hardware.environment import HOST_LIMIT, pinned_limit
+from alst_jax.hardware.host_limits import host_memory
+from alst_jax.hardware.machines import GIB, Cluster, machine_of_kind
+
+
+def absent_devices(cluster: Cluster) -> list[jax.Device]:
+    """Devices of a cluster that this process does not have, to compile for."""
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc(
+        "", "cuda", target_config=cluster.machine.target_config, topology=cluster.topology)
+    return list(topology.devices)
+
+
+def is_absent(device: jax.Device) -> bool:
+    """Whether this process does not have the device."""
+    return not device.addressable_memories()
+
+
+def this_cluster(host_memory_gib: float | int | None = None, devices: int | None = None) -> Cluster | None:
+    """The devices and the host of this process; None on a CPU.
+
+    host_memory_gib: use no more host memory. devices: the number of devices that share it; None: all. A device that is
+    not in the list counts as an H100 in speed, with its own memory. The environment's limit on pinned memory counts up
+    to the host's memory. UserError if several devices together could pin more than that.
+    """
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        return None
+    limit = device.memory_stats()["bytes_limit"]
+    known = machine_of_kind(device.device_kind) or machine_of_kind("H100")
+    machine = dataclasses.replace(known, name=device.device_kind, kind=device.device_kind, memory=limit, fraction=1.0)
+    pinned = pinned_limit()
+    hosts, per_host = jax.process_count(), jax.local_device_count()
+    cluster = Cluster(machine, hosts, per_host, host_memory(host_memory_gib), used=devices)
+    if pinned is None:
+        return cluster
+    if cluster.sharing > 1 and pinned * cluster.sharing > host_memory():
+        raise UserError(f"{HOST_LIMIT}={pinned // GIB}: jax may pin that for each of {cluster.sharing} devices, and "
+                        f"the host has {host_memory() / GIB:.0f} GiB; set it to {cluster.host_share // GIB} or less "
+                        "(unset, it is what is left to each GPU that nvidia-smi lists)")
+    return dataclasses.replace(cluster, pinned=min(pinned, host_memory()))
