@@ -1,5 +1,5 @@
 # pytest tests/mesh/test_sums_in_place.py
-"""Gradients of several batches, summed where they are made: equal to sums of separate gradients, which are not there."""
+"""Gradients of several batches, summed where they are made: equal to sums of separate gradients, which do not exist."""
 
 import dataclasses
 import functools
