@@ -1,12 +1,12 @@
 """Train a Llama on very long sequences: `python train.py --help`. Without flags, a tiny one learns in about a
 minute."""
 
+import contextlib
 import dataclasses
 import os
-import pathlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from alst_jax.config import TrainConfig, UserError, chosen_fields, parse_flags
 from alst_jax.data_flags import read_saved
@@ -49,7 +49,7 @@ def main() -> int:
 
 
 def parse(arguments: list[str]) -> TrainConfig:
-    """The flags. A resumed run starts from the flags it began with; what is typed now changes them."""
+    """The flags. A resumed run starts from the flags it began with; flags typed now change them."""
     config, given = parse_flags(arguments)
     typed = tuple(name for name in chosen_fields() if name in given)
     if config.resume and config.out is not None:
@@ -67,21 +67,40 @@ def parse(arguments: list[str]) -> TrainConfig:
     return with_demo_defaults(dataclasses.replace(config, typed=typed, template_date=today))
 
 
-def out_of_memory(config: TrainConfig, reason: str) -> str:
-    """What did not fit, and the flags that are left to try, cheapest first."""
+def out_of_memory(config: TrainConfig, reason: str, job=None) -> str:
+    """The allocation that did not fit, and the flags that are left to try, cheapest first. job: with the profile that
+    ran, which --memory auto may have chosen; None: the flags' profile."""
+    profile = config.profile("xla", "float32") if job is None else job.profile
     off = [f"--{name.replace('_', '-')}" for name in ("offload_optimizer", "offload_activations", "offload_weights")
-           if not getattr(config, name)]
+           if not getattr(profile, name)]
     off += [flag for flag, on in (
-        ("--remat", config.remat), ("--tiled-loss", config.tiled_loss), ("--tiled-mlp", config.tiled_mlp),
-        ("--optimizer-states int8", config.optimizer_states == "int8"), ("--head-chunks", config.head_chunks > 1),
-        ("--segment-layers", config.segment_layers != (1,))) if not on]
+        ("--remat", profile.remat), ("--tiled-loss", profile.loss_tile is not None),
+        ("--tiled-mlp", profile.mlp_tile is not None),
+        ("--optimizer-states int8", (config.optimizer_states if job is None else job.states) == "int8"),
+        ("--head-chunks", profile.head_chunks > 1), ("--segment-layers", profile.segment_layers != (1,))) if not on]
     less = ", ".join([*off, "a larger --sp"])
-    return (f"out of memory: {reason.strip().splitlines()[0][:300]}. These need less: {less}, or a shorter --seq-len. "
-            "Checkpoints saved before are complete; go on from them with --resume")
+    words = f"out of memory: {reason.strip().splitlines()[0][:300]}. "
+    if job is not None and config.memory == "auto":
+        from alst_jax.planning.job import describe
+
+        words += f"The step ran with {describe(job)} (--memory auto keeps what is typed). "
+    return (f"{words}These need less: {less}, or a shorter --seq-len. Checkpoints saved before are complete; go on "
+            "from them with --resume")
+
+
+@contextlib.contextmanager
+def naming_the_profile(config: TrainConfig, job) -> Iterator[None]:
+    """An out of memory inside is a UserError that knows the profile of the job."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(out_of_memory(config, str(error), job)) from error
 
 
 def with_demo_defaults(config: TrainConfig) -> TrainConfig:
-    """Without --model: a tiny Llama, simulated devices, sequence parallelism on; what was typed is kept."""
+    """Without --model: a tiny Llama, simulated devices, sequence parallelism on; typed flags are kept."""
     if config.model is not None or config.resume or config.plan_for:
         return config
     sp = config.sp or 4
@@ -93,7 +112,7 @@ def with_demo_defaults(config: TrainConfig) -> TrainConfig:
 
 
 def show_samples(config: TrainConfig) -> int:
-    """Print samples of the data with what is learned of them. Returns the exit code."""
+    """Print samples of the data with their learned tokens marked. Returns the exit code."""
     from alst_jax import run_data
 
     run_data.show_samples(config)
@@ -104,21 +123,24 @@ def run(config: TrainConfig) -> int:
     """The story of a run, from flags to a Hugging Face directory. Returns the exit code."""
     # jax reads its environment when it is imported: not before main() has prepared it.
     from alst_jax import run as setup
-    from alst_jax import run_data, run_state
+    from alst_jax import run_data, run_long, run_lora, run_state
     from alst_jax.metrics import MetricsLog, peak_host_memory, peak_memory
     from alst_jax.planning.report import announce_plan, planned_against_measured, report
     from alst_jax.refused import Saves
     from alst_jax.storage import run_directory
+    from alst_jax.storage.parts import Loop
     from alst_jax.trainer import StopSignal, train
 
     # ------------------------------------------------------------------------- what, where and how: the model, the plan
+    config = run_lora.with_adapter(config)
     out = None if config.planning else run_directory.check_out(config)
     source, planner, job = setup.subject(config)
     if config.planning:
         print(report(planner, job))
         return 0
     choice, read = None, None
-    if config.pack:  # the packs say how much of attention there is to compute
+    run_state.check_before_data(config, job, setup.choose_dtype(config))
+    if config.pack:  # the packs say how much attention is to compute
         read = run_data.read_data(config, source, job)
         job = run_data.with_packs(job, read[1])
     if planner.cluster is not None:  # a run that does not fit is refused here, before it allocates memory
@@ -130,6 +152,7 @@ def run(config: TrainConfig) -> int:
 
     # ----------------------------------------------------------------------------------------------- on what: the data
     data, stats, fingerprint = read or run_data.read_data(config, source, job)
+    data = run_long.with_evaluation(config, source, job, data)
     steps = config.steps or max(1, stats.sequences // (job.rows * job.grad_accum))
 
     # ------------------------------------------------------------------------------- from where: resume, load or draw
@@ -141,8 +164,8 @@ def run(config: TrainConfig) -> int:
         run_data.preflight(config, step, job, data)
     checkpoints, state = run_state.begin(config, source, step, data, geometry)
     if state.step > steps:
-        raise UserError(f"--resume: the newest checkpoint is of step {state.step}, beyond --steps {steps}; type --steps "
-                        "with the number to go on to")
+        raise UserError(f"--resume: the newest checkpoint is of step {state.step}, beyond --steps {steps}; type "
+                        "--steps with the number to go on to")
     checkpoints.about = setup.about_run(config, step, job, geometry, choice and choice.plan)
     setup.announce(config, source, step, job, stats, steps, state.step, data)
 
@@ -150,13 +173,14 @@ def run(config: TrainConfig) -> int:
     log = MetricsLog(out, state.step)
 
     def save(state) -> None:
-        loop = {"step": state.step, "data": data.training.get_state(), "seed": config.seed, "geometry": geometry}
-        checkpoints.save(state.step, step.join(state.trained, state.frozen), state.optimizer, loop)
+        loop = Loop(state.step, data.training.get_state(), config.seed, geometry).to_json()
+        checkpoints.save(state.step, run_state.saved_params(step, state), state.optimizer, loop)
 
     saves = None if config.debug_attention_layers is not None else Saves(
         save, lambda state: run_state.go_back(step, data, checkpoints, state))
-    with StopSignal() as stop:  # until all is written: a first signal cuts nothing off
+    with StopSignal() as stop, naming_the_profile(config, job):  # until all is written: a first signal cuts nothing off
         try:
+            run_long.begin(config, source, step, state, data, log)
             state = train(config, step, state, steps, data, log, saves, stop)
         finally:
             checkpoints.close()
@@ -184,7 +208,7 @@ def end(config: TrainConfig, source, step, state, steps: int, stop) -> int:
               f"python train.py --resume --out {config.out}{steps_flag}")
         return 128 + stop.received
     if config.export:
-        run_state.export(pathlib.Path(config.out), source, step.join(state.trained, state.frozen), setup.choose_dtype(config))
+        run_state.export_all(config, source, step, state, setup.choose_dtype(config))
     return 0
 
 

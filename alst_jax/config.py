@@ -19,6 +19,8 @@ from alst_jax.declare import (  # noqa: F401
     marked,
     parse_length,
 )
+from alst_jax.extend_flags import ExtendFlags
+from alst_jax.lora_flags import LoraFlags
 from alst_jax.profile import MemoryFlags
 from alst_jax.watch_flags import WatchFlags
 
@@ -135,7 +137,7 @@ class SavingFlags:
 
 @dataclasses.dataclass(frozen=True)
 class PlanFlags:
-    """What a step needs, before it runs."""
+    """The needs of a step, before it runs."""
 
     memory: Literal["auto", "manual"] = "auto"
     """auto: on a GPU the fastest of the memory profiles that fit is chosen; flags that are typed are kept.
@@ -178,8 +180,8 @@ class InspectionFlags:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(
-    InspectionFlags, PlanFlags, WatchFlags, SavingFlags, NumberFlags, MemoryFlags, TrainingFlags, DeviceFlags, DataFlags,
-    ModelFlags
+    InspectionFlags, PlanFlags, WatchFlags, SavingFlags, NumberFlags, MemoryFlags, LoraFlags, TrainingFlags,
+    DeviceFlags, ExtendFlags, DataFlags, ModelFlags
 ):
     """Train a Llama on long sequences.
 
@@ -200,7 +202,7 @@ class TrainConfig(
 
     @property
     def planning(self) -> bool:
-        """Whether there is a plan to print and nothing to run."""
+        """Whether the command prints a plan and runs nothing."""
         return self.plan_only or self.find_max_seq_len
 
 

@@ -1,4 +1,4 @@
-"""The flags that say what is learned from and evaluated on."""
+"""The flags of the data that are learned and evaluated."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ def data_mistakes(config: Any) -> Iterator[tuple[Any, str]]:
                f"--{field.replace('_', '-')} says how --data is read; name files with --data")
     yield (config.eval_split is not None and not config.eval_data,
            f"--eval-split {config.eval_split} says how --eval-data is read; name files with --eval-data")
-    yield (config.eval_every is not None and not config.eval_data,
-           "--eval-every needs --eval-data, the file to evaluate on")
+    yield (config.eval_every is not None and not config.eval_data and config.eval_long is None,
+           "--eval-every needs --eval-data or --eval-long, the file to evaluate on")
     yield (config.add_data and not config.resume,
            "--add-data adds to the data of a run that is resumed: use --data, or name the run with --resume --out")
     yield (config.pack_attention == "across" and not config.pack,

@@ -77,7 +77,7 @@ Length = Annotated[int, tyro.constructors.PrimitiveConstructorSpec(
     is_instance=lambda x: isinstance(x, int), str_from_instance=lambda x: [str(x)])]
 
 
-# What Python and tyro say of values -> plain words.
+# Words of Python and tyro about values -> plain words.
 _PLAIN = ((re.compile(r"invalid literal for int\(\) with base 10: (.*)"), r"\1 is not a whole number"),
           (re.compile(r"could not convert string to float: (.*)"), r"\1 is not a number"),
           (re.compile(r"Could not find valid parse for arguments: (.*)"), r"\1 are not all values of this flag"))
@@ -110,7 +110,7 @@ def without_typeguard() -> Iterator[None]:
 
 
 def _refusal(box: str) -> str:
-    """One line of the box that tyro prints: the flag, the reason, what the flag takes."""
+    """One line of the box that tyro prints: the flag, the reason, the flag's values."""
     lines = re.sub(r"\x1b\[[\d;]*m", "", box).splitlines()
     if any(line.startswith("│") for line in lines):
         rows = [line.strip("│ ") for line in lines if line.startswith("│")]
@@ -141,7 +141,7 @@ def flag(field: str) -> str:
 
 @functools.cache
 def declared(flags: type) -> dict[str, tuple[Any, ...]]:
-    """For each field of a dataclass of flags: what its type was annotated with."""
+    """For each field of a dataclass of flags: the annotations of its type."""
     types = typing.get_type_hints(flags, include_extras=True)
     return {field.name: getattr(types[field.name], "__metadata__", ()) for field in dataclasses.fields(flags)}
 
@@ -163,8 +163,8 @@ def check_saved(flags: type, saved: dict[str, Any], where: str) -> None:
     for name, value in saved.items():
         if not _fits(value, types[name]):
             given = list(value) if isinstance(value, tuple) else value
-            raise UserError(f"{where}: {flag(name)} {shortened(repr(given))} is no value of this flag, and no run writes "
-                            f"it. Set it right, or start a new run with --model on its directory")
+            raise UserError(f"{where}: {flag(name)} {shortened(repr(given))} is no value of this flag, and no run "
+                            f"writes it. Set it right, or start a new run with --model on its directory")
 
 
 def _fits(value: Any, kind: Any) -> bool:

@@ -8,6 +8,8 @@ from typing import Any
 from alst_jax.config import TrainConfig, parse_steps
 from alst_jax.data_flags import data_mistakes
 from alst_jax.declare import UserError, flag, too_small
+from alst_jax.extend_flags import extend_mistakes
+from alst_jax.lora_flags import lora_mistakes
 from alst_jax.profile import TILES
 from alst_jax.watch_flags import watch_mistakes
 
@@ -48,9 +50,11 @@ def _mistakes(config: TrainConfig) -> Iterator[tuple[Any, str]]:
     yield (config.find_max_seq_len and config.lengths,
            "--find-max-seq-len with --lengths: memory is that of the longest; leave --lengths out")
     yield (config.lengths and config.seq_len != max(config.lengths, default=None),
-           f"--lengths {' '.join(map(str, config.lengths))}: the longest of them is the length of a sequence, and --seq-len "
-           f"says {config.seq_len}; leave --seq-len out, or add it to --lengths")
+           f"--lengths {' '.join(map(str, config.lengths))}: the longest of them is the length of a sequence, and "
+           f"--seq-len says {config.seq_len}; leave --seq-len out, or add it to --lengths")
     yield from watch_mistakes(config)
+    yield from lora_mistakes(config)
+    yield from extend_mistakes(config)
     yield (config.find_max_seq_len and config.pack,
            "--find-max-seq-len with --pack: packed documents need the memory of one as long; leave --pack out")
     yield (config.random_weights and config.model is None and not config.resume,

@@ -115,8 +115,9 @@ def update_in_backward(
     progress = progress.after(jax.tree.leaves(dtable), 0)
     gradients = iter(jax.tree.leaves({"embed_tokens": dtable, **dhead}))
     layers_written = iter(layers_written)
-    results = [next(layers_written) if is_stacked(update.path) else _step_end(update, next(gradients), progress, on_host)
-               for update in updates]
+    result_of = lambda update: next(layers_written) if is_stacked(update.path) else _step_end(
+        update, next(gradients), progress, on_host)
+    results = list(map(result_of, updates))
     params, new_state = join_updates(trained, state, updates, results)
     new_state["count"] = jnp.where(progress.finite, new_state["count"], state["count"])
     return Result(loss, jnp.sqrt(progress.square), progress.finite, progress.layers, params, new_state)

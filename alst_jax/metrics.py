@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, TensorBoard, and a progress bar or plain lines."""
+"""The reports of a run: metrics.jsonl, TensorBoard, and a progress bar or plain lines."""
 
 import functools
 import json
@@ -17,10 +17,11 @@ from tensorboard.summary import Writer
 
 from alst_jax.data.batches import Arrays
 from alst_jax.hardware.environment import peak_flops
+from alst_jax.models.sizes import needed_flops
 from alst_jax.step import TrainStep
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # the event of jax.monitoring
-QUIET_SECONDS = 5.0  # between plain lines, where there is no terminal
+QUIET_SECONDS = 5.0  # between plain lines, without a terminal
 
 
 class MetricsLog:
@@ -56,9 +57,13 @@ class MetricsLog:
         self.seconds.append(values["seconds"])
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self.event(finite)
-        for name, value in finite.items():
+        self.scalars(values["step"], finite)
+
+    def scalars(self, step: int, values: dict[str, Any]) -> None:
+        """Numbers for TensorBoard alone."""
+        for name, value in values.items():
             if name != "step" and isinstance(value, int | float):
-                self._tensorboard.add_scalar(name, value, step=values["step"])
+                self._tensorboard.add_scalar(name, value, step=step)
 
     def event(self, record: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl alone."""
@@ -149,7 +154,7 @@ def peak_memory() -> tuple[str, float]:
 
 
 def peak_host_memory() -> float:
-    """Peak GiB of host memory of this process: Python, libraries and what is pinned for the devices."""
+    """Peak GiB of host memory of this process: Python, libraries and memory pinned for the devices."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
@@ -160,12 +165,12 @@ def speed(
     Then it is over the tokens of documents, whose attention stays inside of them."""
     tokens, flops, packed = 0, 0, {}
     work = lambda lengths, counts: sum(
-        n * step.model.flops_per_sequence(length) for length, n in zip(lengths.tolist(), counts.tolist()))
+        n * needed_flops(step.model, step.freeze, length) for length, n in zip(lengths.tolist(), counts.tolist()))
     for batch, of_rows in zip(batches, padding):
         rows, length = batch["tokens"].shape
         tokens += rows * length
         if of_rows is None:
-            flops += rows * step.model.flops_per_sequence(length)
+            flops += rows * needed_flops(step.model, step.freeze, length)
             continue
         packed["padding"] = packed.get("padding", 0) + int(of_rows.sum())
         flops += work(*np.unique(np.diff(batch["documents"]), return_counts=True))

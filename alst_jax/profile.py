@@ -124,7 +124,7 @@ TILES = {"loss_tile": "tiled_loss", "mlp_tile": "tiled_mlp"}  # the size of a ti
 
 @dataclasses.dataclass(frozen=True)
 class MemoryFlags(Switches):
-    """What lives where, and how much is worked on at a time."""
+    """The memory of each array, and the sizes of tiles."""
 
     tiled_loss: bool = True
     """Compute logits and loss in tiles of tokens instead of all at once."""
@@ -140,7 +140,7 @@ class MemoryFlags(Switches):
 
 @dataclasses.dataclass(frozen=True)
 class Profile(Switches):
-    """The memory flags of a step, and what they were joined with: the kernel and the dtype of computation."""
+    """The memory flags of a step, with the kernel and the dtype of computation."""
 
     attention: Any = "xla"  # a kernel's name, or a Kernel (ops/attention)
     compute_dtype: str = "float32"

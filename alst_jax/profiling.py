@@ -17,7 +17,7 @@ from alst_jax.xla.scopes import SCOPES
 
 ROWS = 16  # printed
 OTHER = "no scope"
-CONTAINERS = {"while", "conditional", "call"}  # operations whose time is that of the operations in them
+CONTAINERS = {"while", "conditional", "call"}  # operations whose time is spent in the operations inside
 _LAST_SCOPE = re.compile(rf".*(?:^|[/(])({'|'.join(map(re.escape, SCOPES))})(?=[/)]|$)")
 
 
@@ -100,7 +100,8 @@ def table(seconds: dict[str, float], steps: int) -> str:
     total = sum(seconds.values()) or 1.0
     rows = [f"{'scope':18}{'ms a step':>12}{'share':>8}   of the operations of one device, in {steps} steps"]
     for scope, value in list(seconds.items())[:ROWS]:
-        rows.append(f"{scope:18}{value / max(1, steps) * 1e3:12.2f}{value / total:8.1%}   {SCOPES.get(scope, '')}".rstrip())
+        row = f"{scope:18}{value / max(1, steps) * 1e3:12.2f}{value / total:8.1%}   {SCOPES.get(scope, '')}"
+        rows.append(row.rstrip())
     return "\n".join(rows)
 
 
@@ -122,7 +123,7 @@ def _events(profile: jax.profiler.ProfileData) -> Iterator[tuple[str, str, str, 
                     yield str(device), *names, event.duration_ns / 1e9
 
 
-# ------------------------------------------------------------------------ the compiled programs that a trace has with it
+# ----------------------------------------------------------------------- the compiled programs that a trace has with it
 
 
 def _operations(raw: bytes) -> dict[tuple[str, str], tuple[str, str]]:

@@ -29,7 +29,7 @@ class Spike(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Saves:
-    """write(state) saves a checkpoint. read(state) -> the state of the last one, None if there is none: it frees the
+    """write(state) saves a checkpoint. read(state) -> the state of the last one, or None: it frees the
     arrays of `state` first and puts the data back to where they were."""
 
     write: Callable[[Any], None]

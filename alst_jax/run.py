@@ -20,6 +20,8 @@ from alst_jax.hardware.devices import absent_devices
 from alst_jax.hardware.machines import Cluster, parse_cluster
 from alst_jax.models.block import abstract_params
 from alst_jax.models.config import ModelConfig
+from alst_jax.models.extend import longest as model_length
+from alst_jax.models.lora import is_adapter
 from alst_jax.models.tree import dotted
 from alst_jax.ops.attention import KERNELS, refusal
 from alst_jax.ops.attention.devices import Chosen, Gpu, choose_kernel
@@ -32,6 +34,7 @@ from alst_jax.planning.plan import Plan
 from alst_jax.planning.planner import ANY_LENGTH, Planner, target
 from alst_jax.planning.process import with_room
 from alst_jax.profile import Profile
+from alst_jax.run_lora import with_lora
 from alst_jax.step import TrainStep
 from alst_jax.storage.about import about
 from alst_jax.storage.source import ModelSource, find_model
@@ -49,14 +52,15 @@ def subject(config: TrainConfig) -> tuple[ModelSource, Planner, Job]:
 
     # -------------------------------------------------------------------------------------------------- what: the model
     source = find_model(config, tokenizer=not config.planning)
-    check_freeze(config.freeze, source.config)
+    model = with_lora(config, source)
+    check_freeze(config.freeze, model)
     dtype = choose_dtype(config)
     profile = make_profile(config, dtype, source.config)
     if config.attention == "auto" and for_gpu(config):
         print(f"attention {profile.attention}: {attention_kernel(config, dtype, source.config).why}", file=sys.stderr)
     seq_len = ANY_LENGTH if config.find_max_seq_len else check_seq_len(config, source.config)
-    job = Job(debug_model(config, source.config), profile, dp * config.batch_size, padded_length(seq_len, sp, profile), dp,
-              sp, accumulation(config, dp), config.optimizer_states, config.master_weights, freeze=config.freeze)
+    job = Job(debug_model(config, model), profile, dp * config.batch_size, padded_length(seq_len, sp, profile),
+              dp, sp, accumulation(config, dp), config.optimizer_states, config.master_weights, freeze=config.freeze)
     if config.plan_only and config.pack and config.pack_attention == "documents":
         job = of_short_documents(job)
     cluster = with_room(cluster, job)
@@ -80,7 +84,7 @@ def check_freeze(pattern: str | None, model: ModelConfig) -> None:
     if pattern is None:
         return
     leaves = jax.tree_util.tree_leaves_with_path(abstract_params(model, np.float32))
-    parameters = [dotted(path) for path, _ in leaves]
+    parameters = [dotted(path) for path, _ in leaves if not is_adapter(path)]
     examples = ", ".join(parameters[:: len(parameters) // 3])
     names = f"{examples} and so on; `embed_tokens|lm_head`, for example, freezes the tables (--freeze)"
     try:
@@ -88,7 +92,7 @@ def check_freeze(pattern: str | None, model: ModelConfig) -> None:
     except re.error as error:
         raise UserError(f"--freeze {pattern!r} is not a regular expression: {error}. It is searched for in the names "
                         f"of parameters: {names}") from error
-    if len(frozen) in (0, len(parameters)):
+    if not frozen or model.lora is None and len(frozen) == len(parameters):
         rule = "matches none of the {}, and must match at least one" if not frozen else (
             "matches all {}, and must leave at least one to train")
         raise UserError(f"--freeze {pattern!r} {rule.format(len(parameters))}. Names of parameters: {names}")
@@ -100,11 +104,11 @@ def debug_model(config: TrainConfig, model: ModelConfig) -> ModelConfig:
     if layers is None:
         return model
     if layers > model.num_layers:
-        raise UserError(f"--debug-attention-layers {layers}: the model has {model.num_layers} layers; give fewer, to leave "
-                        "attention out of the others")
+        raise UserError(f"--debug-attention-layers {layers}: the model has {model.num_layers} layers; give fewer, to "
+                        "leave attention out of the others")
     if config.stack == "plain" or not config.remat:
-        raise UserError("--debug-attention-layers leaves attention out of the layers whose backward pass is written by hand; "
-                        "it needs --stack segments and --remat")
+        raise UserError("--debug-attention-layers leaves attention out of the layers whose backward pass is written by "
+                        "hand; it needs --stack segments and --remat")
     return dataclasses.replace(model, attention_layers=layers)
 
 
@@ -138,12 +142,12 @@ def attention_kernel(config: TrainConfig, dtype: jnp.dtype, model: ModelConfig) 
         config.attention, KERNELS, gpu_of(config), str(dtype), model.head_dim, config.deterministic)
     documents = config.pack and config.pack_attention == "documents"
     if documents and any(rope.needs_length for rope in model.ropes):
-        raise UserError("--pack: this model's rotary embedding (dynamic or longrope) depends on the length of the batch, so "
-                        "that a packed document would not compute what it does alone; use --pack-attention across, or leave "
-                        "--pack out")
+        raise UserError("--pack: this model's rotary embedding (dynamic or longrope) depends on the length of the "
+                        "batch, so that a packed document would not compute what it does alone; use --pack-attention "
+                        "across, or leave --pack out")
     if config.lengths and any(rope.needs_length for rope in model.ropes):
-        raise UserError("--lengths: this model's rotary embedding (dynamic or longrope) depends on the length of the batch, "
-                        "so that a document would compute something else in a shorter one; leave --lengths out")
+        raise UserError("--lengths: this model's rotary embedding (dynamic or longrope) depends on the length of the "
+                        "batch, so that a document would compute something else in a shorter one; leave --lengths out")
     for kind in model.kinds:
         if reason := refusal(chosen.kernel, model.attention_spec(kind), documents):
             raise UserError(f"{reason} (attention {chosen.kernel.name}: {chosen.why})")
@@ -165,7 +169,7 @@ def gpu_of(config: TrainConfig) -> Gpu | None:
 
 
 def accumulation(config: TrainConfig, dp: int) -> int:
-    """Batches of one optimizer step: those of --grad-accum, or those that --samples-per-step needs on `dp` replicas."""
+    """Batches of one optimizer step: --grad-accum, or the number that --samples-per-step needs on `dp` replicas."""
     samples, at_once = config.samples_per_step, dp * config.batch_size
     if samples is None:
         return config.grad_accum
@@ -192,13 +196,13 @@ def check_seq_len(config: TrainConfig, model: ModelConfig) -> int:
     if config.seq_len is None:
         raise UserError(f"--seq-len: how many tokens a sequence? The model's config says up to "
                         f"{model.max_position_embeddings} (max_position_embeddings)")
-    longest = model.max_position_embeddings
+    longest = model_length(model)
     if config.seq_len > longest:
         scaling = "" if model.rope.rope_type == "default" else f" (RoPE scaling {model.rope.rope_type} included)"
         print(f"warning: --seq-len {config.seq_len} is beyond the {longest} positions the model was made for{scaling}: "
               "attention has not learned such distances, so the loss starts high and the model must learn them. To "
-              "stretch the positions it knows instead, set rope_parameters (yarn or linear, with a factor) and "
-              "max_position_embeddings in config.json", file=sys.stderr, flush=True)
+              f"stretch the positions it knows instead, use --rope-scaling yarn --rope-factor "
+              f"{-(-config.seq_len // longest)}", file=sys.stderr, flush=True)
     return config.seq_len
 
 
@@ -208,7 +212,7 @@ def check_seq_len(config: TrainConfig, model: ModelConfig) -> int:
 def about_run(
     config: TrainConfig, step: TrainStep, job: Job, settings: dict[str, Any], plan: Plan | None
 ) -> dict[str, Any]:
-    """What is written beside each checkpoint."""
+    """The record beside each checkpoint."""
     shapes = {"rows": job.rows, "length": job.length, "grad_accum": job.grad_accum, "documents": job.documents}
     planned = None if plan is None else json.loads(plan.to_json())
     kernel = attention_kernel(config, choose_dtype(config), step.model)
@@ -229,7 +233,11 @@ def announce(
     print(f"memory  {', '.join(profile.words()) or 'no feature on'}")
     if config.debug_attention_layers is not None:
         print(describe_debug(model))
-    if config.freeze:
+    if model.lora is not None:
+        count, lora = sum(leaf.size for leaf in jax.tree.leaves(step.trained)), model.lora
+        print(f"lora    rank {lora.rank}, scale {lora.scale:g}, beside {', '.join(lora.targets)}: {count / 1e6:,.1f}M "
+              "parameters are trained")
+    elif config.freeze:
         count = sum(leaf.size for leaf in jax.tree.leaves(step.frozen))
         print(f"frozen  {count / 1e6:,.1f}M parameters match --freeze {config.freeze}")
     padded = f", padded to {job.length}" if job.length != config.seq_len else ""

@@ -56,12 +56,12 @@ def _check_directories(config: TrainConfig) -> None:
 
 
 def labels_of(config: TrainConfig) -> Labels:
-    """The flags that say what is learned of a chat."""
+    """The flags of the learned parts of a chat."""
     return Labels(config.learn, config.template_date)
 
 
 def cache_of(config: TrainConfig) -> Cache | None:
-    """The cache of --data-cache; None if it is off, or not given and there is no home directory."""
+    """The cache of --data-cache; None if it is off, or not given and no home directory exists."""
     if config.data_cache == "off":
         return None
     if config.data_cache:
@@ -144,7 +144,7 @@ def known_hash(config: TrainConfig, sequences: Any, parts: list[Pieces]) -> str 
 
 
 def with_packs(job: Job, stats: Stats) -> Job:
-    """The job, with what is known of the packs: room for documents, and the share of attention that they need."""
+    """The job, with the numbers of the packs: room for documents, and the share of attention that they need."""
     if stats.packing is None:
         return job
     lengths, counts = np.unique(stats.fullness.lengths, return_counts=True)
@@ -164,10 +164,10 @@ class Part:
 
 
 def read_part(config: TrainConfig, source: ModelSource, added: tuple[str, ...] = ()) -> Part:
-    """The sequences of --data, or those of --add-data: `added`."""
+    """The sequences of --data, or of --add-data: `added`."""
     sources = read_sequences(config, source, added=added)
     sequences, stats = packed(config, sources)
-    if added:  # few and short documents are all right beside those of the run
+    if added:  # few and short documents are all right beside the run's
         check_targets(stats, "--add-data")
     else:
         check_length(stats, config.seq_len, "--data", config.pack)
@@ -230,16 +230,17 @@ def extended(
         if stats.fullness is not None:
             stats.fullness = stats.fullness.plus(part.stats.fullness)
     if any(part.mixture for part in parts):
-        raise UserError("--add-data and weights of sources (PATH:0.3): the weights say how often each source is met, and "
-                        "an addition would change them; leave the weights out, or start a new run with --model on this "
-                        "run's directory")
+        raise UserError("--add-data and weights of sources (PATH:0.3): the weights say how often each source is met, "
+                        "and an addition would change them; leave the weights out, or start a new run with --model on "
+                        "this run's directory")
     stages = Stages(tuple(len(part.sequences) for part in parts),
                     (0, *(per_step * addition["batches"] for addition in added)))
     return Joined([part.sequences for part in parts]), stats, stages, tuple(added)
 
 
 def additions(config: TrainConfig) -> list[dict[str, Any]]:
-    """Each addition to the data of the run in --out, the one of --add-data last, as run_directory.record_added has it."""
+    """Each addition to the data of the run in --out, the one of --add-data last, as run_directory.record_added has
+    it."""
     if not config.resume:
         return []
     out = pathlib.Path(config.out)
@@ -258,8 +259,8 @@ def additions(config: TrainConfig) -> list[dict[str, Any]]:
     batches = checkpoints.restore_run(step)["data"]["next_index"]  # more than the steps where batches were left out
     checkpoints.close()
     if added and added[-1]["batches"] > batches:
-        raise UserError(f"--add-data: data were added at step {added[-1]['step']} already, and the newest checkpoint is "
-                        f"of step {step}; resume without --add-data to there, then add")
+        raise UserError(f"--add-data: data were added at step {added[-1]['step']} already, and the newest checkpoint "
+                        f"is of step {step}; resume without --add-data to there, then add")
     return [*added, {"data": [str(path) for path in config.add_data], "step": step, "batches": batches}]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from alst_jax import run_lora
 from alst_jax.config import TrainConfig, UserError
 from alst_jax.hardware.environment import HOST_LIMIT, pinned_limit
 from alst_jax.hardware.machines import GIB
@@ -18,7 +19,7 @@ from alst_jax.planning.process import POOL_MATTERS, POOL_SLACK, pinned_gibibytes
 from alst_jax.step import TrainStep
 from alst_jax.storage import checksums, run_directory, saving
 from alst_jax.storage.checkpoint import Checkpoints
-from alst_jax.storage.source import ModelSource, load_weights
+from alst_jax.storage.source import ModelSource, identity
 from alst_jax.trainer import Data, TrainState
 from alst_jax.xla import host
 
@@ -27,7 +28,25 @@ def geometry(config: TrainConfig, job: Job, dtype: jnp.dtype, data: str) -> dict
     """The settings that a resumed run must share with its checkpoint. data: hash of the sequences."""
     return {"data": data, "seed": config.seed, "samples_per_step": job.rows * job.grad_accum,
             "seq_len": config.seq_len, "dtype": str(dtype), "optimizer_states": job.states,
-            "master_weights": job.master, "freeze": config.freeze}
+            "master_weights": job.master, "freeze": config.freeze, "rope_scaling": config.rope_scaling,
+            "rope_factor": config.rope_factor, "rope_theta": config.rope_theta, **run_lora.settings(job.model.lora)}
+
+
+KNOWN_BEFORE_DATA = ("seed", "samples_per_step", "seq_len", "dtype", "freeze")
+
+
+def check_before_data(config: TrainConfig, job: Job, dtype: jnp.dtype) -> None:
+    """UserError for a resumed run with other settings than its checkpoint, as far as they are known before the data are
+    read. Data that are cut to another length would otherwise be refused as data that have changed."""
+    if not config.resume:
+        return
+    out = pathlib.Path(config.out)
+    step = run_directory.find_checkpoint(out)[1]
+    checkpoints = Checkpoints(out)
+    saved = checkpoints.restore_run(step)["geometry"]
+    checkpoints.close()
+    now = geometry(config, job, dtype, data="")
+    run_directory.check_geometry(saved, {name: now[name] for name in KNOWN_BEFORE_DATA})
 
 
 def begin(
@@ -40,8 +59,9 @@ def begin(
     out = pathlib.Path(config.out)
     if not config.resume:
         # Weights first: a run that is refused has written no file.
-        params = load_weights(source, step, jnp.dtype(settings["dtype"]), config.seed)
-        run_directory.start_run_directory(out, config, source.config, source.tokenizer, source.files)
+        params = run_lora.begin(config, source, step, jnp.dtype(settings["dtype"]))
+        base = None if step.model.lora is None else identity(source, config.seed)
+        run_directory.start_run_directory(out, config, source.config, source.tokenizer, source.files, base)
         return Checkpoints(out, config.keep_checkpoints, clean=True), TrainState.begin(step, params)
     _, at = run_directory.find_checkpoint(out)
     checkpoints = Checkpoints(out, config.keep_checkpoints, clean=True)
@@ -50,31 +70,55 @@ def begin(
     run_directory.check_same_model(run_directory.saved_model(out), source.config)
     run_directory.check_geometry(loop["geometry"], settings)
     if config.add_data and config.steps is not None and config.steps <= loop["step"]:
-        raise UserError(f"--add-data: the {config.steps} steps of the run are done, so that it would learn nothing of them; "
-                        "name more with --steps")
-    state = restore(step, data, checkpoints, at)
+        raise UserError(f"--add-data: the {config.steps} steps of the run are done, so that it would learn nothing of "
+                        "them; name more with --steps")
+    frozen = None if step.model.lora is None else run_lora.resume_base(config, step, jnp.dtype(settings["dtype"]))
+    state = restore(step, data, checkpoints, at, frozen)
     checkpoints.remove_remains()  # after the newest one was found to be whole
     run_directory.record_added(out, data.added)
     return checkpoints, state
 
 
-def restore(step: TrainStep, data: Data, checkpoints: Checkpoints, at: int) -> TrainState:
-    """The state of a checkpoint; the data are put back to where they were."""
+def saved_params(step: TrainStep, state: TrainState) -> Any:
+    """The parameters that checkpoints hold: all of them, or the trained ones beside a base model."""
+    return step.join(state.trained, state.frozen) if step.model.lora is None else state.trained
+
+
+def restore(
+    step: TrainStep, data: Data, checkpoints: Checkpoints, at: int, frozen: Any | None = None
+) -> TrainState:
+    """The state of a checkpoint; the data are put back to where they were. frozen: those of a run with adapters."""
     loop = checkpoints.restore_run(at)
-    trained, frozen = step.split(checkpoints.restore_params(at, step.params))
+    if frozen is None:
+        trained, frozen = step.split(checkpoints.restore_params(at, step.params))
+    else:
+        trained = checkpoints.restore_params(at, step.trained)
     optimizer = checkpoints.restore_optimizer(at, step.optimizer_state)
     data.training.set_state(loop["data"])
     return TrainState(trained, frozen, optimizer, loop["step"])
 
 
 def go_back(step: TrainStep, data: Data, checkpoints: Checkpoints, state: TrainState) -> TrainState | None:
-    """The state of the last checkpoint, None if there is none. Frees the arrays of `state`: both would not fit."""
+    """The state of the last checkpoint, or None. Frees the arrays of `state`: both would not fit."""
     steps = checkpoints.steps()
     if not steps:
         return None
-    for leaf in jax.tree.leaves((state.trained, state.frozen, state.optimizer)):
+    frozen = None if step.model.lora is None else state.frozen
+    for leaf in jax.tree.leaves((state.trained, state.optimizer, state.frozen if frozen is None else None)):
         leaf.delete()  # those that an update reused are deleted already
-    return restore(step, data, checkpoints, steps[-1])
+    return restore(step, data, checkpoints, steps[-1], frozen)
+
+
+def export_all(
+    config: TrainConfig, source: ModelSource, step: TrainStep, state: TrainState, dtype: jnp.dtype
+) -> None:
+    """Write OUT/hf, of a run with adapters OUT/adapter and, if it merges them, OUT/hf."""
+    params = step.join(state.trained, state.frozen)
+    if step.model.lora is not None:
+        run_lora.export(config, step, state.trained)
+        params = run_lora.merged_params(step, params)
+    if step.model.lora is None or config.merge_adapter:
+        export(pathlib.Path(config.out), source, params, dtype)
 
 
 def export(out: pathlib.Path, source: ModelSource, params: Any, dtype: jnp.dtype) -> None:

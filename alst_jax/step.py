@@ -5,7 +5,6 @@ transpose is the reduce-scatter), four all-to-alls around attention, one psum fo
 """
 
 import functools
-import re
 from typing import Any
 
 import jax
@@ -19,8 +18,10 @@ from alst_jax.config import IGNORED, UserError
 from alst_jax.in_backward import update_in_backward
 from alst_jax.models.block import Params, abstract_params, init_params
 from alst_jax.models.config import ModelConfig
-from alst_jax.models.tree import combine, dotted, partition
+from alst_jax.models.lora import adapters_of, is_trained
+from alst_jax.models.tree import combine, partition
 from alst_jax.ops.attention import find_kernel, refusal
+from alst_jax.ops.cross_entropy import TokenLosses
 from alst_jax.ops.rope import MAX_POSITION
 from alst_jax.optim.adamw import AdamW
 from alst_jax.optim.streamed import add_gradients, apply_update, count_not_finite, global_norm
@@ -29,8 +30,8 @@ from alst_jax.parallel.program import program
 from alst_jax.parallel.sharding import is_spec, param_specs, shardings
 from alst_jax.parallel.ulysses import Ulysses
 from alst_jax.profile import Profile
-from alst_jax.stack.batch import Batch
-from alst_jax.stack.ends import Model
+from alst_jax.stack.batch import BATCH_SPEC, Batch
+from alst_jax.stack.ends import Model, trained_ends
 from alst_jax.xla import host
 from alst_jax.xla.dtypes import accumulation_dtype
 
@@ -39,7 +40,8 @@ class TrainStep:
     """Compiled functions of one model on one mesh under one memory profile, and where their arrays live.
 
     Parameters are two trees of the whole structure, `trained` and `frozen`, with None where a leaf belongs to the
-    other. freeze: a regular expression; a parameter is frozen if it is found in its dotted name. None: all are trained.
+    other. freeze: a regular expression; a parameter is frozen if it is found in its dotted name. None: all are trained,
+    or the adapters alone where the model has some (models/lora.py).
 
     UserError if the profile does not go with the model and the mesh. Compose a step from `loss_and_grad` (one or more
     batches; `add_gradients` sums them), `gradient_norm` and `update`. Arguments that an update replaces are donated:
@@ -70,11 +72,11 @@ class TrainStep:
         self.optimizer_state = _with_shardings(state, state_shardings)
         self._optimizer_shardings, self._state_specs = state_shardings, state_specs
         self._scalar = NamedSharding(mesh, P())
-        self._local = Model(model, profile, self.specs)  # what a device computes
+        self._local = Model(model, profile, self.specs, trained_ends(self.trained))  # what a device computes
 
     def split(self, params: Any) -> tuple[Any, Any]:
         """(trained, frozen) of a tree over all parameters; `join` undoes it."""
-        return partition(params, lambda path: self.freeze is None or not re.search(self.freeze, dotted(path)))
+        return partition(params, lambda path: is_trained(path, self.freeze, self.model.lora))
 
     def join(self, trained: Any, frozen: Any) -> Any:
         """The tree over all parameters."""
@@ -114,6 +116,13 @@ class TrainStep:
     def loss(self, trained: Params, frozen: Params, batch: Batch, scale: jax.Array) -> jax.Array:
         """scale x the loss summed over all labels of all devices, in nats, float32; without gradients."""
         return self._local.loss(trained, frozen, batch, scale)
+
+    @program(lambda step: (step._trained_specs, step._frozen_specs, Batch.specs()),
+             lambda step: TokenLosses(BATCH_SPEC, BATCH_SPEC), lambda step: step._scalar)
+    def token_losses(self, trained: Params, frozen: Params, batch: Batch) -> TokenLosses:
+        """The loss of each token [B, S] in nats, and whether its label has the largest logit; 0 and False without a
+        label. Computed in shards, and then the same on all devices: S floats a sequence."""
+        return self._local.loss(trained, frozen, batch, None)
 
     @program(lambda step: (step._trained_specs,), lambda step: P(), lambda step: step._scalar)
     def gradient_norm(self, gradients: Params) -> jax.Array:
@@ -175,8 +184,15 @@ class TrainStep:
             return jax.jit(draw, out_shardings=places)(key)
         targets, treedef = jax.tree.flatten(self.param_shardings)
         one = lambda n, place: jax.jit(lambda key: jax.tree.leaves(draw(key))[n], out_shardings=place)(key)
-        return treedef.unflatten([jax.device_put(one(n, place), target)
-                                  for n, (place, target) in enumerate(zip(jax.tree.leaves(places), targets, strict=True))])
+        pairs = enumerate(zip(jax.tree.leaves(places), targets, strict=True))
+        return treedef.unflatten([jax.device_put(one(n, place), target) for n, (place, target) in pairs])
+
+    def init_adapters(self, key: jax.Array, dtype: DTypeLike) -> Params:
+        """The adapters that `init_params` draws, with None in the places of the other parameters."""
+        targets, treedef = jax.tree.flatten(adapters_of(self.param_shardings)[0])
+        places = jax.tree.leaves(adapters_of(shardings(self.specs, self.mesh, host.DEVICE))[0])
+        draw = lambda key: jax.tree.leaves(adapters_of(init_params(self.model, dtype, key))[0])
+        return treedef.unflatten(jax.device_put(jax.jit(draw, out_shardings=places)(key), targets))
 
     def init_optimizer(self, trained: Params) -> dict[str, Any]:
         """Zero moments and, for narrow weights, their float32 master, made where they will live, a parameter at a
@@ -190,7 +206,8 @@ class TrainStep:
         for n, (leaf, spec) in enumerate(zip(leaves, specs, strict=True)):
             made = jax.shard_map(
                 lambda p, spec=spec: {k: v for k, v in self.optimizer.init_one(fetch(p), spec).items() if k in names},
-                mesh=self.mesh, in_specs=(spec,), out_specs={name: column(self._state_specs, name, n) for name in names})
+                mesh=self.mesh, in_specs=(spec,),
+                out_specs={name: column(self._state_specs, name, n) for name in names})
             places = {name: column(self._optimizer_shardings, name, n) for name in names}
             states.append(jax.jit(made, out_shardings=places)(leaf))
         trees = {name: treedef.unflatten([state[name] for state in states]) for name in names}
@@ -218,11 +235,13 @@ def check_profile(profile: Profile, model: ModelConfig, sp: int) -> None:
             raise UserError(reason)
     segments, layers = profile.segment_layers, model.num_layers
     if len(segments) != 1 and sum(segments) != layers:
-        raise UserError(f"--segment-layers {' '.join(map(str, segments))}: {sum(segments)} layers in all, where the model has "
-                        f"{layers}; give one number for all segments alike, or one each that add up to {layers}")
+        raise UserError(f"--segment-layers {' '.join(map(str, segments))}: {sum(segments)} layers in all, where the "
+                        f"model has {layers}; give one number for all segments alike, or one each that add up to "
+                        f"{layers}")
     kept = profile.keep_attention_on_device + profile.keep_attention_on_host
     if kept > layers:
-        raise UserError(f"--keep-attention-on-device + --keep-attention-on-host = {kept} layers, where the model has {layers}")
+        raise UserError(f"--keep-attention-on-device + --keep-attention-on-host = {kept} layers, where the model has "
+                        f"{layers}")
 
 
 def _with_shardings(tree: Any, shardings: Any) -> Any:

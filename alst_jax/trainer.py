@@ -50,11 +50,12 @@ class TrainState:
 @dataclasses.dataclass(frozen=True)
 class Data:
     """The batches of a run. evaluation: for each held-out source, by name, what makes an iterator over its batches.
-    added: what --add-data added to the run, as run_directory.record_added stores it."""
+    added: what --add-data added to the run, as run_directory.record_added stores it. long: of --eval-long."""
 
     training: TrainingBatches
     evaluation: dict[str, Callable[[], Iterable[Arrays]]] = dataclasses.field(default_factory=dict)
     added: tuple[dict[str, Any], ...] = ()
+    long: Callable[[TrainStep, TrainState, Callable[[str], None]], dict[str, float]] | None = None
 
 
 class StopSignal:
@@ -185,7 +186,7 @@ def evaluate_sources(
     step: TrainStep, state: TrainState, sources: dict[str, Callable[[], Iterable[dict[str, np.ndarray]]]],
     say: Callable[[str], None],
 ) -> dict[str, float]:
-    """Loss and perplexity over the labels of all held-out sources, and of each by its name if there are several."""
+    """Loss and perplexity over the labels of all held-out sources, and of each of several by its name."""
     values, results = {}, {name: evaluate(step, state, batches()) for name, batches in sources.items()}
     labels = sum(count for _, count in results.values())
     loss = sum(loss * count for loss, count in results.values()) / max(labels, 1)
@@ -241,8 +242,9 @@ def train(
             watch.end(values)
             if values["compilations"] and state.step > first:
                 display.say(compiled(values, batches))
-            if data.evaluation and (state.step == steps or config.eval_every and state.step % config.eval_every == 0):
-                values |= evaluate_sources(step, state, data.evaluation, display.say)
+            if state.step == steps or config.eval_every and state.step % config.eval_every == 0:
+                values |= evaluate_sources(step, state, data.evaluation, display.say) if data.evaluation else {}
+                values |= data.long(step, state, display.say) if data.long is not None else {}
             log.write(values)
             display.show(state.step, summary(values))
             if config.save_every and state.step % config.save_every == 0:
@@ -296,6 +298,6 @@ def _not_finite(step: TrainStep, done: int, problem: NotFinite | Spike, saved: i
                 "--update-in-backward, which would not apply such a step, may help")
     kept = "is where the run began" if not done else "is saved" if saved == done else "is not saved"
     return (f"step {done + 1}: {problem}. The step was not applied; the state before it, step {done}, {kept}. A "
-            f"smaller --learning-rate{'' if step.profile.update_in_backward else ' or --clip-norm'}, or --dtype float32, "
-            "may help.")
+            f"smaller --learning-rate{'' if step.profile.update_in_backward else ' or --clip-norm'}, or --dtype "
+            "float32, may help.")
 

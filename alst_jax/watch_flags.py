@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 @dataclasses.dataclass(frozen=True)
 class WatchFlags:
-    """What is checked before a run, and what happens when a step looks wrong."""
+    """Checks before a run, and policies for steps that look wrong."""
 
     check_numerics: bool = False
     """Before the run, compare each kernel, collective and update at the run's own length and devices with an

@@ -40,7 +40,8 @@ def main():
     def run(device, params, dtype, profile):
         step = TrainStep(model, make_mesh(1, 1, [device]), profile, AdamW(), dtype)
         params = jax.device_put(jax.tree.map(lambda x: x.astype(dtype), params), step.param_shardings)
-        loss, gradients = step.loss_and_grad(*step.split(params), step.put_batch(tokens, labels, positions), jnp.float32(1 / length))
+        batch = step.put_batch(tokens, labels, positions)
+        loss, gradients = step.loss_and_grad(*step.split(params), batch, jnp.float32(1 / length))
         return float(loss), jax.tree.map(lambda g: np.asarray(g, np.float32), gradients)
 
     cpu, gpu = jax.devices("cpu")[0], jax.devices("gpu")[0]

@@ -37,7 +37,8 @@ def main():
     if options.start:
         print(json.dumps(measure(options)))
         return
-    print("| text | start | tokens | seconds | resident before | at its peak | loader, tokens/s of one core |\n|" + "---|" * 7)
+    print("| text | start | tokens | seconds | resident before | at its peak | loader, tokens/s of one core |")
+    print("|" + "---|" * 7)
     for megabytes in options.megabytes:
         file = make_texts(options.folder / f"{megabytes}.jsonl", megabytes * 10**6)
         for name in ("first", "second"):
@@ -78,7 +79,8 @@ def measure(options: Options) -> dict[str, float]:
         (np.frombuffer(text.encode(), np.uint8).astype(np.int32), np.ones(len(text), bool)) for text in texts]
     config = TrainConfig(data=(str(options.start),), seq_len=options.seq_len, pack=True,
                          data_cache=str(options.start.with_suffix(".cache")))
-    source, job = ModelSource("tiny", TINY_LLAMA, byte_tokenizer(), None), Job(TINY_LLAMA, Profile(), 1, options.seq_len)
+    source = ModelSource("tiny", TINY_LLAMA, byte_tokenizer(), None)
+    job = Job(TINY_LLAMA, Profile(), 1, options.seq_len)
     before, started, cpu = resident(), time.perf_counter(), time.process_time()
     data, stats, _ = run_data.read_data(config, source, job)
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
@@ -94,7 +96,8 @@ def measure(options: Options) -> dict[str, float]:
 def resident() -> dict[str, int]:
     """MiB of this process: VmRSS now, VmHWM at its peak."""
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-    return {name: int(line.split()[1]) // 1024 for name in ("VmRSS", "VmHWM") for line in lines if line.startswith(name)}
+    names = ("VmRSS", "VmHWM")
+    return {name: int(line.split()[1]) // 1024 for name in names for line in lines if line.startswith(name)}
 
 
 if __name__ == "__main__":

@@ -41,8 +41,8 @@ class Options:
 def main():
     options = tyro.cli(Options)
     if options.side is not None:
-        measure = {"ours": functools.partial(ours, keep=options.layers), "ours, all recomputed": functools.partial(ours, keep=0),
-                   "hf+liger": hf_liger}[options.side]
+        measure = {"ours": functools.partial(ours, keep=options.layers),
+                   "ours, all recomputed": functools.partial(ours, keep=0), "hf+liger": hf_liger}[options.side]
         print("RESULT " + json.dumps(measure(options, options.seq_lens[0])))
         return
     print(f"{'side':20} {'tokens':>8} {'seconds':>8} {'spread':>7} {'tok/s':>8} {'MFU':>6} {'peak GiB':>9} {'loss':>8}")
@@ -87,7 +87,8 @@ def ours(options: Options, seq_len: int, keep: int) -> dict:
     seconds = []
     for _ in range(options.steps):
         started = time.perf_counter()
-        loss, gradients = jax.block_until_ready(step.loss_and_grad(*step.split(params), batch, jnp.float32(1 / seq_len)))
+        done = step.loss_and_grad(*step.split(params), batch, jnp.float32(1 / seq_len))
+        loss, gradients = jax.block_until_ready(done)
         seconds.append(time.perf_counter() - started)
         del gradients
     device = jax.devices()[0]

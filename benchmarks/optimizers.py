@@ -54,7 +54,8 @@ def main():
     from alst_jax.trainer import TrainState, evaluate, optimizer_step
 
     tokenizer = byte_tokenizer()
-    read = lambda held_out: make_sequences(python_reference(held_out), tokenizer, options.seq_len, TINY_LLAMA.vocab_size)[0]
+    read = lambda held_out: make_sequences(
+        python_reference(held_out), tokenizer, options.seq_len, TINY_LLAMA.vocab_size)[0]
     sequences, held_out = read(False), read(True)
     schedule = learning_rate_schedule(TrainConfig(), options.steps, options.learning_rate)
     profile = Profile(compute_dtype="bfloat16", offload_weights=True, offload_optimizer=True)

@@ -5,7 +5,7 @@
     python -m benchmarks.parity --layers 3 --seq-len 256 --dtype float32 --attention xla --width 4 --simulate-devices 4
 
 Each mesh is compared with one device: losses and gradient norms of the steps; the first moments, which are sums of the
-gradients; and the updates, final weights less those of the beginning. In float32 the limit is 1e-4 for all of them. In
+gradients; and the updates, final weights less initial weights. In float32 the limit is 1e-4 for all of them. In
 bfloat16 a second run of one device with other tiles, the control, says how much is rounding: the limit is 1.5 times
 that, and no less than FLOORS. What says how much is rounding has limits itself, CEILINGS, and widens none of others if
 it passes one. "data parallel without features" (weights sharded, each layer's input kept, nothing tiled) is compared
@@ -16,7 +16,7 @@ and one device without tiles make, for the two differ by both.
 
 The last case must fail: there each device numbers its tokens from 0. With --only it may not run, and then nothing shows
 that the comparison notices anything; the last line says so, as it says if the two of ALST's experiment did not meet. A
-step takes as many sequences as there are devices. Exits with 1 if a case passes a limit, or the last one none, or a
+step takes a sequence a device. Exits with 1 if a case passes a limit, or the last one none, or a
 number is not finite.
 
 Host memory: a result is the moments and the updates, 8 bytes a parameter: 15 GB for 4 layers of the real width. Two are
@@ -48,12 +48,14 @@ PLAIN, CONTROL_NAME, UNTILED = "one device", "control: one device, other tiles",
 DATA_PARALLEL, ALL, WRONG = "data parallel without features", "sequence parallel with all", "wrong positions"
 PARTS = ("loss", "norm", "moments", "worst of moments", "updates", "worst of updates")
 # What rounding may do in bfloat16: about 5 times what it did on two H100, 4 layers of the real width, 32,768 tokens
-# (benchmarks/results/2026-11-24-two-h100.md, 2026-11-26-two-h100.md; the worst of moments, which is not there, taken as 1.25
-# times the moments, as on a CPU). Loose, for other lengths and widths: at 2,048 tokens the control's loss is off by 7.5e-6.
-# Limits made of them refuse wrong positions yet, as these were measured there.
+# (benchmarks/results/2026-11-24-two-h100.md, 2026-11-26-two-h100.md; the worst of moments, which is not there, taken as
+# 1.25 times the moments, as on a CPU). Loose, for other lengths and widths: at 2,048 tokens the control's loss is off
+# by 7.5e-6. Limits made of them refuse wrong positions yet, as these were measured there.
 CEILINGS = {
-    CONTROL_NAME: dict(zip(PARTS, (2e-5, 8e-4, 0.1, 0.12, 0.1, 0.17), strict=True)),  # 3.9e-6 1.5e-4 0.019 - 0.020 0.033
-    UNTILED: dict(zip(PARTS, (4.5e-5, 2.3e-3, 0.11, 0.14, 0.16, 0.24), strict=True)),  # 8.8e-6 4.5e-4 0.022 - 0.032 0.047
+    # measured: 3.9e-6 1.5e-4 0.019 - 0.020 0.033
+    CONTROL_NAME: dict(zip(PARTS, (2e-5, 8e-4, 0.1, 0.12, 0.1, 0.17), strict=True)),
+    # measured: 8.8e-6 4.5e-4 0.022 - 0.032 0.047
+    UNTILED: dict(zip(PARTS, (4.5e-5, 2.3e-3, 0.11, 0.14, 0.16, 0.24), strict=True)),
 }
 THREADS, PIECE = 8, 1 << 24  # that compare, and the numbers that each subtracts at once: 64 MiB
 
@@ -89,7 +91,7 @@ class Case(NamedTuple):
 
 
 def cases(options: Options, devices: int) -> list[Case]:
-    """What is compared. UserError if --only names nothing."""
+    """The compared parts. UserError if --only names nothing."""
     plain = Profile(attention=options.attention, compute_dtype=options.dtype)
     untiled = dataclasses.replace(plain, loss_tile=None, mlp_tile=None)
     everything = dataclasses.replace(
@@ -134,7 +136,8 @@ def main():
     if options.dtype == "float32":
         jax.config.update("jax_default_matmul_precision", "highest")  # not TF32
     print(f"{options}, jax {jax.__version__}, {devices} x {jax.devices()[0].device_kind}", flush=True)
-    tokens = np.random.default_rng(0).integers(0, model.vocab_size, (options.steps, devices, options.seq_len), dtype=np.int32)
+    shape = (options.steps, devices, options.seq_len)
+    tokens = np.random.default_rng(0).integers(0, model.vocab_size, shape, dtype=np.int32)
     dtype = jnp.dtype(options.dtype)
     failed = run(chosen, options.dtype, lambda case: train(model, case, dtype, tokens, options.learning_rate))
     sys.exit(1 if failed else 0)
@@ -147,7 +150,8 @@ def run(chosen: list[Case], dtype: str, trained: Callable[[Case], dict[str, Any]
         started = time.perf_counter()
         result = kept[case.name] = trained(case)
         print(f"{case.name} (dp {case.dp} x sp {case.sp}): losses {' '.join(f'{x:.6f}' for x in result['losses'])}  "
-              f"norms {' '.join(f'{x:.5f}' for x in result['norms'])}  ({time.perf_counter() - started:.0f} s)", flush=True)
+              f"norms {' '.join(f'{x:.5f}' for x in result['norms'])}  ({time.perf_counter() - started:.0f} s)",
+              flush=True)
         for other in filter(kept.__contains__, (case.like, case.beside)):
             errors = compare(result, kept[other])
             verdict = judge(case, errors, limits(case, other, rounding, dtype))
@@ -155,8 +159,8 @@ def run(chosen: list[Case], dtype: str, trained: Callable[[Case], dict[str, Any]
                 failed.append(f"{case.name} beside {other}")
             elif case.rounding:
                 rounding[case.name] = errors
-            print(f"    beside {other}: relative errors: {', '.join(f'{part} {error:.1e}' for part, error in errors.items())}  "
-                  f"{verdict}", flush=True)
+            words = ", ".join(f"{part} {error:.1e}" for part, error in errors.items())
+            print(f"    beside {other}: relative errors: {words}  {verdict}", flush=True)
         kept = {name: old for name, old in kept.items()
                 if any(name in (later.like, later.beside) for later in chosen[number + 1:])}
         del result
@@ -167,7 +171,8 @@ def run(chosen: list[Case], dtype: str, trained: Callable[[Case], dict[str, Any]
 def last_line(ran: list[Case], failed: list[str]) -> str:
     """What failed, and what --only kept from being asked."""
     names = {case.name for case in ran}
-    asked = [f'"{WRONG}", the case that must fail, without which nothing shows that errors are noticed'] * (WRONG not in names)
+    wrong = f'"{WRONG}", the case that must fail, without which nothing shows that errors are noticed'
+    asked = [wrong] * (WRONG not in names)
     asked += [f'"{ALL}" beside "{DATA_PARALLEL}"'] * (not {ALL, DATA_PARALLEL} <= names)
     return (f"FAILED: {', '.join(failed)}" if failed else "ok") + (f"; NOT RUN: {'; '.join(asked)}" if asked else "")
 
@@ -177,12 +182,13 @@ def check(options: Options, devices: int) -> None:
     if devices < 2:
         raise UserError(f"{devices} device here: at least 2 are compared with one (--simulate-devices)")
     if options.layers < 2:
-        raise UserError(f"--layers {options.layers}: at least 2, of which one keeps its attention output in host memory")
+        raise UserError(f"--layers {options.layers}: at least 2, of which one keeps its attention output in host "
+                        "memory")
     if options.seq_len % devices:
         raise UserError(f"--seq-len {options.seq_len}: must be a multiple of the {devices} devices")
     if options.dtype == "bfloat16" and options.seq_len < 2048:
-        raise UserError(f"--seq-len {options.seq_len}: the control's tiles of 1,024 tokens would be the whole sequence; at "
-                        "least 2048, or --dtype float32")
+        raise UserError(f"--seq-len {options.seq_len}: the control's tiles of 1,024 tokens would be the whole "
+                        "sequence; at least 2048, or --dtype float32")
 
 
 def narrowed(options: Options) -> ModelConfig:
@@ -202,7 +208,8 @@ def limits(case: Case, other: str, rounding: dict[str, dict[str, float]], dtype:
     if case.rounding:
         return CEILINGS[case.name]
     scales = [rounding.get(name, {}) for name in ((CONTROL_NAME, UNTILED) if other == case.beside else (CONTROL_NAME,))]
-    return {part: sum(max(FLOORS.get(part, 1e-3), CONTROL * scale.get(part, 0.0)) for scale in scales) for part in PARTS}
+    limit = lambda part, scale: max(FLOORS.get(part, 1e-3), CONTROL * scale.get(part, 0.0))
+    return {part: sum(limit(part, scale) for scale in scales) for part in PARTS}
 
 
 def judge(case: Case, errors: dict[str, float], limits: dict[str, float]) -> str:
@@ -247,8 +254,8 @@ def train(model: ModelConfig, case: Case, dtype, tokens, learning_rate: float) -
         state, values = optimizer_step(step, state, batches, learning_rate)
         losses.append(values["loss"])
         norms.append(values["grad_norm"])
-    return {"losses": losses, "norms": norms, "updates": [new - old for new, old in zip(masters(state), start, strict=True)],
-            "moments": here(state.optimizer["mu"])}
+    updates = [new - old for new, old in zip(masters(state), start, strict=True)]
+    return {"losses": losses, "norms": norms, "updates": updates, "moments": here(state.optimizer["mu"])}
 
 
 def compare(result: dict[str, Any], reference: dict[str, Any]) -> dict[str, float]:
@@ -273,7 +280,8 @@ def compare(result: dict[str, Any], reference: dict[str, Any]) -> dict[str, floa
         for name in ("moments", "updates"):
             off = np.array(list(threads.map(length, result[name], reference[name])))
             size = np.array(list(threads.map(length, reference[name])))
-            errors |= {name: float(np.linalg.norm(off) / np.linalg.norm(size)), f"worst of {name}": float(np.max(off / size))}
+            errors |= {name: float(np.linalg.norm(off) / np.linalg.norm(size)),
+                       f"worst of {name}": float(np.max(off / size))}
     return errors
 
 

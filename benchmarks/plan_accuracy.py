@@ -4,9 +4,9 @@
 
 Needs the extra cuda12 or cuda13, and no GPU: the step is compiled for devices that are not here. With
 --rows benchmarks/results/2026-11-27-plan-accuracy.jsonl nothing is compiled and neither is needed. The cost model was
-fitted to the combinations of FITTED; those of HELD_OUT it had not seen. Left out on both sides: the optimizer's state,
+fitted to the combinations of FITTED; it had not seen HELD_OUT. Left out on both sides: the optimizer's state,
 which is exact and would make errors look small, and cuDNN's workspace, which the compiler knows only where the device
-is. What was compiled is kept in --rows and not compiled again.
+is. Compiled numbers are kept in --rows and not compiled again.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""What a save takes: seconds, host memory beside the arrays, bytes on disk. Random bits, which do not compress.
+"""Costs of a save: seconds, host memory beside the arrays, bytes on disk. Random bits, which do not compress.
 
     python -m benchmarks.saves                          # needs 5 GB of memory and 2 GB in /tmp
     python -m benchmarks.saves --slow 300 --cores 16    # a disk of 300 MB/s in all (slow_disk.c; needs cc), 16 writers
@@ -56,7 +56,7 @@ def _slow_disk(folder: str, megabytes: int) -> dict[str, str]:
 
 
 def _measure(shape: tuple[int, ...], itemsize: int, devices: int, dim: int, cores: int | None) -> tuple[float, ...]:
-    """(bytes of the array, seconds, bytes of memory at the peak beside what was there before, bytes on disk)"""
+    """(bytes of the array, seconds, bytes of memory at the peak beside those before, bytes on disk)"""
     import jax
     import ml_dtypes
     import numpy as np
@@ -80,7 +80,8 @@ def _measure(shape: tuple[int, ...], itemsize: int, devices: int, dim: int, core
         before, start = _kilobytes("VmRSS"), time.perf_counter()
         checkpoints.save(2, {"large": array}, None, {})
         seconds, memory = time.perf_counter() - start, (_kilobytes("VmHWM") - before) * 1024
-        saved = sum(file.stat().st_size for file in pathlib.Path(folder, "checkpoints", "2").rglob("*") if file.is_file())
+        files = pathlib.Path(folder, "checkpoints", "2").rglob("*")
+        saved = sum(file.stat().st_size for file in files if file.is_file())
     return array.nbytes, seconds, memory, saved
 
 

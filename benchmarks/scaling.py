@@ -27,7 +27,8 @@ from alst_jax.hardware import environment
 from alst_jax.profile import Profile
 from benchmarks.shapes import llama_8b
 
-KINDS = {"SendRecv": "all-to-all", "AllGather": "all-gather", "ReduceScatter": "reduce-scatter", "AllReduce": "all-reduce"}
+KINDS = {"SendRecv": "all-to-all", "AllGather": "all-gather", "ReduceScatter": "reduce-scatter",
+         "AllReduce": "all-reduce"}
 """Parts of the names of NCCL's kernels, and the collectives they serve."""
 
 
@@ -72,8 +73,8 @@ def main():
     except UserError as error:
         sys.exit(str(error))
     print(f"jax {jax.__version__}, {len(jax.devices())} x {jax.devices()[0].device_kind}; {options}")
-    columns = ("dp x sp", "tokens", "flag", "seconds", "spread", "tok/s a GPU", "MFU", "GiB planned", "measured", "computing",
-               "NCCL", "NCCL alone", "kinds")
+    columns = ("dp x sp", "tokens", "flag", "seconds", "spread", "tok/s a GPU", "MFU", "GiB planned", "measured",
+               "computing", "NCCL", "NCCL alone", "kinds")
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
     for i, (dp, sp, length) in enumerate(cases, 1):
         measure(options, dp, sp, length, options.flags if i == len(cases) else ())
@@ -104,7 +105,8 @@ def measure(options: Options, dp: int, sp: int, length: int, flags: tuple[str, .
         before = peaks()
         compiled = lowered.compile(compiler_options=compiler_option(flag) if flag else None)
         plan = compiled.memory_analysis()
-        planned = (plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes - plan.alias_size_in_bytes)
+        planned = (plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes
+                   - plan.alias_size_in_bytes)
 
         def seconds() -> float:
             started = time.perf_counter()
@@ -139,7 +141,8 @@ def read_trace(directory: pathlib.Path) -> list[Shares]:
     newest = max(directory.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
     planes = [plane for plane in jax.profiler.ProfileData.from_file(str(newest)).planes if "/device:GPU" in plane.name]
     streams = lambda plane: (line for line in plane.lines if line.name.startswith("Stream"))
-    return [shares_of([(event.name, event.start_ns / 1e9, event.end_ns / 1e9) for line in streams(plane) for event in line.events])
+    times = lambda event: (event.name, event.start_ns / 1e9, event.end_ns / 1e9)
+    return [shares_of([times(event) for line in streams(plane) for event in line.events])
             for plane in planes]
 
 

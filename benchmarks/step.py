@@ -101,8 +101,8 @@ def main():
     print(f"compiled in {time.perf_counter() - started:.0f} s; GiB planned: device temp "
           f"{plan.temp_size_in_bytes / GIB:.2f} + arguments {plan.argument_size_in_bytes / GIB:.2f} + outputs "
           f"{plan.output_size_in_bytes / GIB:.2f} + states {states / GIB:.2f} = {device_plan / GIB:.2f}; host temp "
-          f"{plan.host_temp_size_in_bytes / GIB:.2f} + arguments {plan.host_argument_size_in_bytes / GIB:.2f} + outputs "
-          f"{plan.host_output_size_in_bytes / GIB:.2f}", flush=True)
+          f"{plan.host_temp_size_in_bytes / GIB:.2f} + arguments {plan.host_argument_size_in_bytes / GIB:.2f} + "
+          f"outputs {plan.host_output_size_in_bytes / GIB:.2f}", flush=True)
     limit = jax.devices()[0].memory_stats()["bytes_limit"]
     if device_plan > limit:
         raise SystemExit(f"planned {device_plan / GIB:.2f} GiB, and jax may use {limit / GIB:.2f} of the device's")
@@ -142,9 +142,10 @@ def main():
         total = seconds + update_seconds
         mfu = options.dp * model.flops_per_sequence(length) / total / mesh.size / peak_flops
         device_peak = max(device.memory_stats()["peak_bytes_in_use"] for device in mesh.devices.flat)
-        print(f"step {number + 1}: loss {float(loss):.4f} norm {float(norm):.3f}  {seconds:.3f} + {update_seconds:.3f} s  "
-              f"{tokens.size / total:,.0f} tok/s  MFU {mfu:.1%}  forward+backward alone {tokens.size / seconds:,.0f} tok/s  "
-              f"device peak {device_peak / GIB:.2f} GiB  {monitor.summary()}", flush=True)
+        print(f"step {number + 1}: loss {float(loss):.4f} norm {float(norm):.3f}  {seconds:.3f} + {update_seconds:.3f} "
+              f"s  {tokens.size / total:,.0f} tok/s  MFU {mfu:.1%}  forward+backward alone "
+              f"{tokens.size / seconds:,.0f} tok/s  device peak {device_peak / GIB:.2f} GiB  {monitor.summary()}",
+              flush=True)
 
 
 def reserve(gibibytes: int, devices: list) -> None:
@@ -190,7 +191,8 @@ class Monitor:
 
     def summary(self) -> str:
         """Host peak; mean share of time in which a kernel ran, SM clock and power."""
-        busy, clock, power = (statistics.mean(column) for column in zip(*self.samples)) if self.samples else [float("nan")] * 3
+        means = [statistics.mean(column) for column in zip(*self.samples)]
+        busy, clock, power = means or [float("nan")] * 3
         return f"host peak {self.host_peak:.1f} GiB  GPU busy {busy:.0f}%  {clock:.0f} MHz  {power:.0f} W"
 
 

@@ -1,4 +1,4 @@
-"""What both converters share: the command line's errors, the output directory, the last line."""
+"""The shared parts of both converters: the command line's errors, the output directory, the last line."""
 
 import pathlib
 import shutil
@@ -14,7 +14,7 @@ from alst_jax.storage.disk import describe, disk_error
 
 
 def run(convert: Callable[..., tuple[int, int]]) -> int:
-    """Parse the arguments of `convert(source, target)`, call it, report; exit code 2 for what the user got wrong."""
+    """Parse the arguments of `convert(source, target)`, call it, report; exit code 2 for a user's mistake."""
     started = time.perf_counter()
     try:
         tensors, total = command_line(convert)

@@ -28,7 +28,7 @@ def from_hf(
     """Convert a Hugging Face directory into a checkpoint that train.py and convert.to_hf read.
 
     Weights keep their dtype, config and tokenizer are copied. Returns the number of tensors and their bytes. verify:
-    compare the logits of a short input with those of transformers, which holds the model in float32.
+    compare the logits of a short input with transformers', which holds the model in float32.
     """
     if verify:
         logits.check_possible()

@@ -1,4 +1,4 @@
-"""--verify: the logits of a checkpoint against those of transformers on the Hugging Face directory, in float32."""
+"""--verify: the logits of a checkpoint against transformers' on the Hugging Face directory, in float32."""
 
 import importlib.util
 import pathlib
@@ -46,8 +46,8 @@ def verify(run_dir: pathlib.Path, step: int, config: ModelConfig, hf_dir: pathli
         theirs = model(torch.tensor(tokens).long(), use_cache=False).logits.numpy()
     difference = float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
     if not difference <= TOLERANCE:
-        raise UserError(f"--verify: the logits of {LENGTH} tokens differ from those of transformers by {difference:.2g} "
-                        f"of their norm, more than {TOLERANCE:.0e}; nothing of the conversion is kept")
+        raise UserError(f"--verify: the logits of {LENGTH} tokens differ from those of transformers by "
+                        f"{difference:.2g} of their norm, more than {TOLERANCE:.0e}; nothing of the conversion is kept")
     print(f"verified: the logits of {LENGTH} tokens differ from those of transformers by {difference:.1e} of their "
           "norm")
     return difference

@@ -13,7 +13,7 @@ from alst_jax.models.hf_weights import check_leaves, save_params
 from alst_jax.models.other_weights import other_sizes
 from alst_jax.storage.checkpoint import Checkpoints
 from alst_jax.storage.checksums import seal_weights
-from alst_jax.storage.run_directory import MODEL, copy_model_files, find_checkpoint, read_run_file
+from alst_jax.storage.run_directory import MODEL, copy_model_files, find_checkpoint, read_run_file, refuse_adapters
 from convert import logits
 from convert.cli import Progress, Unfinished, run
 
@@ -28,12 +28,13 @@ def to_hf(
 
     Weights keep the dtype of the checkpoint. Returns the number of tensors and their bytes. shard_size: most bytes of
     a file of weights, as in 500MB, 5GB or 2GiB. A larger tensor has a file of its own. verify: compare the logits of a
-    short input with those of transformers, which holds the model in float32.
+    short input with transformers', which holds the model in float32.
     """
     if verify:
         logits.check_possible()
     most = parse_size(shard_size)
     run_dir, step = find_checkpoint(checkpoint)
+    refuse_adapters(run_dir)
     config = model_config(run_dir / MODEL)
     with Unfinished(hf_dir) as out:
         copy_model_files(run_dir / MODEL, out)

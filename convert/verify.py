@@ -67,7 +67,7 @@ def _weights(hf_dir: pathlib.Path) -> tuple[pathlib.Path, Callable[[], bool], Ca
         return verified
 
     def write() -> None:
-        find_tensors(hf_dir)  # UserError where there are no weights
+        find_tensors(hf_dir)  # UserError without weights
         checksums.seal_weights(hf_dir)
 
     return hf_dir, check, write

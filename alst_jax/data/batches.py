@@ -28,7 +28,7 @@ class TrainingBatches:
 
     order: see order.ordered.
 
-    packing: for packed sequences, (data-parallel replicas, documents of a replica at most). Then there are also
+    packing: for packed sequences, (data-parallel replicas, documents of a replica at most). Batches then also have
     "documents", int32[grad_accum, replicas, documents + 1] (see stack/batch.py), and "padding", int32[grad_accum,
     rows], the tokens of padding in each row.
     """
@@ -109,7 +109,7 @@ def pad_sequence(
     """tokens, labels and positions, int32[padded_len]. Causal attention keeps the padding behind a document out of it.
 
     most: documents of a packed sequence at most; then also "lengths" of its documents and its padding, int32[most]. The
-    positions of packed documents start at 0; those of the padding are 0.
+    positions of packed documents start at 0; padding has position 0.
     """
     tokens = np.full(padded_len, pad_token, np.int32)
     labels = np.full(padded_len, IGNORED, np.int32)

@@ -59,7 +59,7 @@ class Cache:
     chosen: bool = True
 
     def tokenised(self, source: OpenSource, reading: Reading, cutting: Cutting) -> Tokenised | None:
-        """The tokens of a source from its store, which is written first if there is none; counted in the source's
+        """The tokens of a source from its store, which is written first if it does not exist; counted in the source's
         report. None for a source that is too small for a store, and with a warning if the directory cannot be used and
         was not chosen.
 
@@ -96,7 +96,7 @@ class Cache:
     # --------------------------------------------------------------------------------------------------------- reading
 
     def _read(self, key: str, report: SourceReport | None = None) -> Tokenised | None:
-        """A store, or None if there is no complete one. report: gets its counts."""
+        """A store, or None without a complete one. report: gets its counts."""
         folder = self.directory / key
         try:
             meta = json.loads((folder / "store.json").read_text())
@@ -123,7 +123,7 @@ class Cache:
         return Tokenised(*(array for array, _ in maps.values()), highs, key, release)
 
     def _damaged(self, folder: pathlib.Path, meta: dict[str, Any], sizes: dict[str, int]) -> str | None:
-        """The name of a file that is not what was written. All of a store is read: 1.8 GB/s a core here."""
+        """The name of a file that was changed. All of a store is read: 1.8 GB/s a core here."""
         if meta.pop("self", None) != checksum_of(meta):
             return "store.json"
         if wrong := [name for name in DTYPES if meta["sizes"][name] != sizes[name]]:
@@ -163,7 +163,7 @@ class Cache:
     @contextlib.contextmanager
     def _partial(self, report: SourceReport) -> Iterator[pathlib.Path]:
         """A new directory for a store, which is removed at the end unless it was renamed. A lock says that its writer
-        lives: those of killed writers are removed."""
+        lives: files of killed writers are removed."""
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             for old in self.directory.glob(".partial-*"):
@@ -210,7 +210,7 @@ class Cache:
         return self.directory / "fingerprints" / hash_of(FORMAT, programs(), *parts)
 
     def remembered(self, file: pathlib.Path) -> str | None:
-        """The text in a small file; None if there is none, or it is damaged."""
+        """The text in a small file; None if it does not exist or is damaged."""
         try:
             text, checksum = file.read_text().rsplit(" ", 1)
         except (OSError, ValueError):  # computed again
@@ -234,7 +234,7 @@ class _Output:
 
     def __init__(self, path: pathlib.Path, cache: Cache, report: SourceReport):
         self._path, self._cache, self._report = path, cache, report
-        self.checksum = 0  # crc32 of what was written
+        self.checksum = 0  # crc32 of the bytes written
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:

@@ -30,7 +30,7 @@ def keys_of(source: OpenSource, reading: Reading, tokenizer: Any, labels: Labels
 
 
 def _stamp(file: FoundFile) -> list[Any]:
-    """What tells a file from another: its path, size and time, and a hash of its beginning and end."""
+    """The identity of a file: its path, size and time, and a hash of its beginning and end."""
     try:
         status = file.path.stat()
         with file.path.open("rb") as stream:

@@ -17,7 +17,7 @@ __all__ = ["Cutting", "Sequence", "Stats", "check_length", "check_targets", "cut
 
 @dataclasses.dataclass
 class Stats:
-    """What became of the documents."""
+    """Counts of the documents."""
 
     documents: int = 0
     tokens: int = 0
@@ -28,7 +28,7 @@ class Stats:
     sources: list[SourceReport] = dataclasses.field(default_factory=list)
     held_out: list[SourceReport] = dataclasses.field(default_factory=list)
     fullness: Any = None  # of packs: a packing.Fullness
-    lengths: str | None = None  # of sequences, in words, where there are several
+    lengths: str | None = None  # of sequences, in words, if several
     packing: tuple[int, int] | None = None  # (data-parallel replicas, documents of a replica at most)
 
     def add(self, other: "Stats") -> None:
@@ -62,7 +62,7 @@ def make_sequences(
     documents: Iterable[Document], tokenizer: Any, seq_len: int, vocab_size: int, flag: str = "--data",
     labels: Labels = Labels()
 ) -> tuple[Pieces, Stats]:
-    """Tokenise, cut and check. UserError if there is nothing to predict, if the longest document fills less than half a
+    """Tokenise, cut and check. UserError without a token to predict, if the longest document fills less than half a
     sequence, or if the tokenizer has tokens the model does not know."""
     documents, report = list(documents), SourceReport("")
     for document in documents:
@@ -131,7 +131,7 @@ def cut(source: Tokenised, cutting: Cutting, report: SourceReport) -> tuple[Piec
                 "of no token": np.count_nonzero(source.lengths == 0)}
     report.pieces_left_out.update({reason: int(count) for reason, count in left_out.items() if count})
     report.cut = int(np.count_nonzero(source.lengths[kept] > seq_len))
-    if cutting.drop_long:  # what is left out is not learned
+    if cutting.drop_long:  # the rest is not learned
         report.learned = int(labels.sum())
     pieces = Pieces(source, spans[:, labels > 0])
     stats.tokens, stats.labels = int(pieces.lengths.sum()), int(labels.sum())
@@ -140,13 +140,13 @@ def cut(source: Tokenised, cutting: Cutting, report: SourceReport) -> tuple[Piec
 
 
 def check_length(stats: Stats, seq_len: int, flag: str, pack: bool = False) -> None:
-    """UserError if there is nothing to predict, or the longest document (packed: all of them) fills less than half a
+    """UserError without a token to predict, or if the longest document (packed: all of them) fills less than half a
     sequence."""
     check_targets(stats, flag)
     if pack and stats.tokens * 2 < seq_len:
-        raise UserError(f"{flag} is shorter than asked for: {stats.documents} documents have {stats.tokens} tokens in all, "
-                        f"so that more than half of a sequence of {seq_len} would be padding. Use a shorter --seq-len, or "
-                        "more data")
+        raise UserError(f"{flag} is shorter than asked for: {stats.documents} documents have {stats.tokens} tokens in "
+                        f"all, so that more than half of a sequence of {seq_len} would be padding. Use a shorter "
+                        "--seq-len, or more data")
     if not pack and stats.longest * 2 < seq_len:
         fitting = min(-(-stats.longest // 128) * 128, 2 * stats.longest)
         raise UserError(
@@ -156,7 +156,7 @@ def check_length(stats: Stats, seq_len: int, flag: str, pack: bool = False) -> N
 
 
 def check_targets(stats: Stats, place: str) -> None:
-    """UserError if there is nothing to predict."""
+    """UserError without a token to predict."""
     if not stats.sequences:
         raise UserError(f"{place}: {stats.documents} documents and nothing in them to predict (fewer than two tokens "
                         "each)" + "".join(report.left_out() for report in stats.sources))

@@ -41,7 +41,7 @@ class PlainText:
 
 
 def kind_of(name: str) -> str:
-    """The suffix that tells the format, without that of a compression: `a.json.GZ` -> `.json`."""
+    """The suffix that tells the format, without a suffix of compression: `a.json.GZ` -> `.json`."""
     path = pathlib.PurePath(name.lower())
     return pathlib.PurePath(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
 

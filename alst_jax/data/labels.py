@@ -1,6 +1,6 @@
 """Documents -> tokens, and which of them are learned.
 
-A text is learned whole; of a prompt with a completion, the completion; of a chat, what the assistant says.
+A text is learned whole; of a prompt with a completion, the completion; of a chat, the assistant's messages.
 
 A chat is rendered once, as text, and tokenised once with character offsets, so the time is linear. An assistant's turn
 is learned from the end of the generation prompt (where a model starts to write) to the turn's end token. White space

@@ -1,4 +1,4 @@
-"""Lists of messages, as people have them -> the form that chat templates take. What is not understood is refused.
+"""Lists of messages, as people have them -> the form that chat templates take. Other forms are refused.
 
 A message has `role` and `content`, or ShareGPT's `from` and `value`. Further keys, each optional:
 

@@ -63,7 +63,7 @@ def _parse(word: str, flag: str, held_out: bool) -> Source:
 
 
 def _short_name(path: pathlib.Path) -> str:
-    """The name of a directory or hub data set; that of a file without its suffixes."""
+    """The name of a directory or hub data set; the name of a file without its suffixes."""
     name = path.resolve().name
     return name if path.is_dir() or kind_of(name) not in (*RECORD_KINDS, *TEXT_KINDS) else stem_of(name)
 

@@ -171,8 +171,8 @@ def pieces_of(sequence: cut.Sequence, padded_len: int) -> list[int]:
 def offsets_of(rows: list[list[int]], length: int, replicas: int, most: int) -> np.ndarray:
     """int32[replicas, most + 1]: offsets of the documents of each replica's share of the rows, as `Batch.documents`.
 
-    rows: lengths of the documents in each sequence of `length` tokens; what is missing to it is one document more.
-    most: documents of a replica at most, for which a program is compiled. ValueError if there are more.
+    rows: lengths of the documents in each sequence of `length` tokens; the padding is one document more.
+    most: documents of a replica at most, for which a program is compiled. ValueError for more.
     """
     share, out = len(rows) // replicas, np.empty((replicas, most + 1), np.int32)
     for replica in range(replicas):

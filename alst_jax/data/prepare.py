@@ -12,6 +12,7 @@ from alst_jax.data.records import Document
 from alst_jax.data.report import SourceReport
 from alst_jax.data.sources import OpenSource, Reading, open_source, read_source
 
+HELD_OUT = ("--eval-data", "--eval-long")  # flags that name held-out text
 BySource = dict[str, tuple[Pieces, Stats]]
 
 
@@ -19,7 +20,7 @@ def read_sources(
     given: Collection[str], reading: Reading, flag: str
 ) -> Iterator[tuple[list[Document], SourceReport]]:
     """The documents and counts of each source that --data or --eval-data (`flag`) names; of none, the embedded text."""
-    held_out = flag == "--eval-data"
+    held_out = flag in HELD_OUT
     if not given:
         source = embedded(held_out)
         yield list(source.documents), source.report
@@ -34,7 +35,7 @@ def cut_sources(
 
     UserError for a bad source, and for a weighted source with nothing to predict.
     """
-    held_out = flag == "--eval-data"
+    held_out = flag in HELD_OUT
     sources = {}
     for named in parse_sources(given, flag, held_out) or [None]:
         source = embedded(held_out) if named is None else open_source(named, reading, flag, held_out)

@@ -8,7 +8,7 @@ from alst_jax.data.formats import COMPRESSED, kind_of
 from alst_jax.data.records import Document
 from alst_jax.data.sources import OpenSource
 
-PACKED = (".parquet", ".arrow", ".feather")  # their bytes are not those of the texts inside
+PACKED = (".parquet", ".arrow", ".feather")  # their bytes are not the bytes of their texts
 
 
 @contextlib.contextmanager
@@ -36,5 +36,5 @@ def shown(source: OpenSource, size: int) -> Iterator[Iterable[Document]]:
 
 
 def _is_plain(file: FoundFile) -> bool:
-    """Whether the length of a file is about that of its texts."""
+    """Whether a file is about as long as its texts."""
     return not file.path.name.lower().endswith(COMPRESSED) and kind_of(file.path.name) not in PACKED

@@ -1,4 +1,4 @@
-"""What a run learns, for people: the counts of each source, and samples with their learned tokens marked."""
+"""The learned texts, for people: the counts of each source, and samples with their learned tokens marked."""
 
 import collections
 import dataclasses

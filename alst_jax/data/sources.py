@@ -1,4 +1,4 @@
-"""Files -> documents: what --data and --eval-data name, read into texts and chats, with counts per source."""
+"""Files -> documents: --data and --eval-data, read into texts and chats, with counts per source."""
 
 import dataclasses
 import pathlib
@@ -48,7 +48,7 @@ class OpenSource:
 def read_source(
     source: Source, reading: Reading, flag: str = "--data", held_out: bool = False
 ) -> tuple[list[Document], SourceReport]:
-    """The documents of one source, in the order of its files, and their counts. UserError if there are none."""
+    """The documents of one source, in the order of its files, and their counts. UserError for none."""
     opened = open_source(source, reading, flag, held_out)
     documents = list(opened.documents)
     opened.report.check_documents()

@@ -19,7 +19,7 @@ def split_of(parts: tuple[str, ...]) -> str | None:
     """The split that the path of a file below a directory names, or None.
 
     A file of records is of a split if a word of its name says so; a text file, whose name may be a title, if its whole
-    name does; else the names of its directories count. Files of other kinds, as those of a source tree, have no split.
+    name does; else the names of its directories count. Files of other kinds, as in a source tree, have no split.
     """
     *folders, name = parts
     stem = stem_of(name).lower()

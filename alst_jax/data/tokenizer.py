@@ -19,7 +19,7 @@ CHAT_TEMPLATE = (
 
 
 def has_tokenizer(directory: pathlib.Path) -> bool:
-    """Whether there are files of a tokenizer in a directory."""
+    """Whether a directory has files of a tokenizer."""
     return any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
 
 
@@ -44,7 +44,7 @@ def load_tokenizer(directory: str | pathlib.Path) -> Any:
 
 
 def _check_readable(path: pathlib.Path) -> None:
-    """UserError for two kinds of files of which transformers does not say what is wrong with them."""
+    """UserError for two kinds of files whose fault transformers does not name."""
     file, settings = path / "tokenizer.model", {}
     if file.is_file() and not any((path / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         with open(file, "rb") as raw:

@@ -1,4 +1,4 @@
-"""What must be set before jax starts: simulated devices, memory limits, scheduler. No jax import at the top."""
+"""Settings before jax starts: simulated devices, memory limits, scheduler. No jax import at the top."""
 
 import ctypes
 import glob
@@ -26,7 +26,7 @@ def prepare(
     simulate_devices: int | None, absent_devices: bool = False, host_memory_gib: float | int | None = None,
     devices: int | None = None, deterministic: bool = False,
 ) -> None:
-    """Set the environment of a run, respecting what the user has set already. Call before anything imports jax.
+    """Set the environment of a run; variables that the user has set stay. Call before anything imports jax.
 
     simulate_devices: that many CPU devices; None or 0: the machine's own devices. absent_devices: only to plan for, or
     compile for, devices that are not here; those that are here are left alone. host_memory_gib: use no more of
@@ -35,7 +35,7 @@ def prepare(
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch is meant so
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # torch is left out on purpose
     if absent_devices:
         if has_cuda_compiler():
             _set_compiler_flags(deterministic)

@@ -4,7 +4,7 @@ import pathlib
 
 from alst_jax.hardware.machines import GIB
 
-# Where the controllers are mounted, and what they call their limit: version 2 alone, beside version 1, version 1.
+# Where the controllers are mounted, and the files of their limits: version 2 alone, beside version 1, version 1.
 MOUNTS = (("sys/fs/cgroup", "", "memory.max"), ("sys/fs/cgroup/unified", "", "memory.max"),
           ("sys/fs/cgroup/memory", "memory", "memory.limit_in_bytes"))
 
@@ -42,7 +42,7 @@ def _group_paths(root: pathlib.Path, controller: str) -> list[str]:
 
 
 def _read(file: pathlib.Path) -> int | None:
-    """The number in a file; None for "max", which is no limit, and where there is no such file."""
+    """The number in a file; None for "max", which is no limit, and without such a file."""
     try:
         text = file.read_text().strip()
     except OSError:

@@ -1,6 +1,6 @@
-"""Machines by name: what plans need to know about devices, hosts and the links between them. Pure Python, no jax.
+"""Machines by name: numbers of devices, hosts and the links between them. Pure Python, no jax.
 
-Memory, cores, caches and clocks are those of the compiler's own target descriptions (openxla/xla,
+Memory, cores, caches and clocks are from the compiler's own target descriptions (openxla/xla,
 backends/gpu/target_config/specs) or the vendor's data sheet; peaks are dense bfloat16 from the data sheets. Links are
 what programs reach: measured on an H100 with PCIe 5 (docs/log.md), otherwise 85% of the data sheet's one-way rate.
 """
@@ -13,8 +13,8 @@ from alst_jax.config import UserError
 
 GIB = 2**30
 MEMORY_FRACTION = 0.95  # of a device's memory that jax is given: XLA_CLIENT_MEM_FRACTION, set by environment.py
-# Of a host's memory, left to the operating system, the data and the program; beyond jax's pools 12 GiB were in use at the
-# peak of a run of an 8B model on one H100, save included, 17 on two, and 21 in another before its first step
+# Of a host's memory, left to the operating system, the data and the program; beyond jax's pools 12 GiB were in use at
+# the peak of a run of an 8B model on one H100, save included, 17 on two, and 21 in another before its first step
 # (benchmarks/results). Of a host with less than four thirds of that, a fourth may be pinned all the same.
 HOST_RESERVE = 0.13
 LEAST_RESERVED, MOST_RESERVED = 13 * GIB, 16 * GIB
@@ -104,7 +104,7 @@ MACHINES = {machine.name: machine for machine in (
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """Some hosts with the same number of the same devices. host_memory: bytes of one host; pinned: those of them that
+    """Some hosts with the same number of the same devices. host_memory: bytes of one host; pinned: the bytes that
     jax may pin for each device, None for what is usual; used: the devices that a run takes, None for all."""
 
     machine: Machine
@@ -134,7 +134,8 @@ class Cluster:
         return f"{self.hosts}x1x{self.per_host}"
 
     def __str__(self) -> str:
-        hosts = f"{self.hosts} hosts of " if self.hosts > 1 else f"{self.used} of " if self.sharing < self.per_host else ""
+        some = f"{self.used} of " if self.sharing < self.per_host else ""
+        hosts = f"{self.hosts} hosts of " if self.hosts > 1 else some
         return f"{hosts}{self.per_host} x {self.machine.name}, {self.host_memory / GIB:.0f} GiB of host memory" + (
             " each" if self.hosts > 1 else "")
 

@@ -17,17 +17,19 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from alst_jax.models.config import LayerKind, ModelConfig
-from alst_jax.models.tree import leaves_read_by
-from alst_jax.ops.linear import add_bias, linear
+from alst_jax.models.lora import DOWN, Lora, adapted
+from alst_jax.models.tree import leaves_read_by, names
+from alst_jax.ops.linear import add_bias, linear, low_rank
 from alst_jax.ops.norm import mean_square, rms_norm
 from alst_jax.ops.rope import apply_rope, rope_tables
 from alst_jax.ops.swiglu import GATED
+from alst_jax.xla.dtypes import accumulation_dtype
 
 Params = dict[str, Any]
 
 
 class Tokens(NamedTuple):
-    """What tokens bring to a block besides their hidden states; leading dims are those of the hidden states.
+    """The tokens' data for a block besides their hidden states, with the same leading dims.
 
     documents: offsets of the packed documents into the B S tokens of this device's sequences (see `Kernel`), the same
     on all devices that share them; None: each sequence is one document.
@@ -54,7 +56,7 @@ class Tokens(NamedTuple):
 
 
 class Linear(nnx.Module):
-    """x @ kernel + bias."""
+    """x @ kernel + bias, and the term of an adapter if it has one (models/lora.py)."""
 
     def __init__(self, in_dim: int, out_dim: int, bias: bool, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs):
         std = jnp.asarray(config.initializer_range, dtype)
@@ -63,13 +65,24 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
         y = linear(x, self.kernel[...])  # x @ kernel
-        return y if self.bias is None else add_bias(y, self.bias[...])
+        y = y if self.bias is None else add_bias(y, self.bias[...])
+        return y if self.lora is None else y + low_rank(x, self.lora_A[...], self.lora_B[...], self.lora.scale)
+
+    lora: Lora | None = None
+
+    def adapt(self, lora: Lora, rngs: nnx.Rngs) -> None:
+        """Add an adapter as PEFT begins it: uniform, then zeros."""
+        (rows, outputs), dtype = self.kernel.shape, accumulation_dtype(self.kernel.dtype)
+        self.lora, bound = lora, rows**-0.5
+        self.lora_A = nnx.Param(jax.random.uniform(rngs.params(), (rows, lora.rank), dtype, -bound, bound))
+        self.lora_B = nnx.Param(jnp.zeros((lora.rank, outputs), dtype))
 
 
 def columns(module: Any, i: jax.Array | int, n: int) -> Any:
     """A module with part i of n equal parts of its output columns."""
     size = lambda w: w.shape[-1] // n
-    return jax.tree.map(lambda w: lax.dynamic_slice_in_dim(w, i * size(w), size(w), axis=-1), module)
+    cut = lambda w: lax.dynamic_slice_in_dim(w, i * size(w), size(w), axis=-1)
+    return jax.tree_util.tree_map_with_path(lambda path, w: w if names(path)[-1] == DOWN else cut(w), module)
 
 
 class RMSNorm(nnx.Module):
@@ -128,6 +141,8 @@ class Block(nnx.Module):
         self.post_feedforward_layernorm = norm(config.norms != "before")
         self.head_dim, self.num_kv_heads = config.head_dim, config.num_kv_heads
         self.norms, self.qk_norm, self.residual_multiplier = config.norms, config.qk_norm, config.residual_multiplier
+        for linear_layer in adapted(self, config.lora):  # last: weights are drawn as without adapters
+            linear_layer.adapt(config.lora, rngs)
 
     def __call__(
         self, h: Float[Array, "*B D"], tokens: Tokens, attention: Callable, kind: LayerKind = LayerKind()

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 from alst_jax.config import UserError
+from alst_jax.models.lora import Lora
 from alst_jax.ops.attention import AttentionSpec
 from alst_jax.ops.rope import RopeConfig
 
@@ -46,20 +47,22 @@ class ModelConfig:
     o_bias: bool = False  # on the output projection
     layer_kinds: tuple[LayerKind, ...] = ()  # one a layer; none: all alike
     more_ropes: tuple[RopeConfig, ...] = ()  # of layers whose kind has a `table` above 0
-    qk_norm: Literal["none", "head", "all heads"] = "none"  # what an RMS norm of queries and keys goes over
+    qk_norm: Literal["none", "head", "all heads"] = "none"  # extent of the RMS norm of queries and keys
     norms: Literal["before", "after", "both"] = "before"  # of attention and of the MLP
     norm_offset: float = 0.0  # norms multiply by scale + norm_offset
     activation: Literal["silu", "gelu_tanh"] = "silu"
     attention_scale: float | None = None  # None: head_dim ** -0.5
     attention_soft_cap: float | None = None
     embedding_multiplier: float = 1.0
-    residual_multiplier: float = 1.0  # of what attention and the MLP add to the residual stream
+    residual_multiplier: float = 1.0  # of the outputs of attention and the MLP
     logits_divisor: float = 1.0
     logits_soft_cap: float | None = None
     attention_layers: int | None = None  # compute attention in the first layers only, to measure memory; None: in all
+    lora: Lora | None = None  # adapters beside the weights
 
     def __post_init__(self):
-        for field in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"):
+        for field in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
+                      "head_dim"):
             if getattr(self, field) < 1:
                 raise UserError(f"{field}={getattr(self, field)} in the model's config must be at least 1")
         if self.num_heads % self.num_kv_heads:
@@ -121,12 +124,12 @@ class ModelConfig:
         """Model FLOPs of one forward and backward over one sequence, the measure behind MFU.
 
         6 x matmul parameters x S, plus causal attention: 4 x N x H for each pair of a query and a key forward (S^2 / 2
-        pairs a layer, fewer with a window) and twice that backward. What is recomputed is not counted. The embedding's row
-        look-up is no matmul.
+        pairs a layer, fewer with a window) and twice that backward. What is recomputed is not counted. The embedding's
+        row look-up is no matmul.
         """
         d, h = self.hidden_size, self.head_dim
-        matmul = self.num_layers * (2 * d * self.num_heads * h + 2 * d * self.num_kv_heads * h + 3 * d * self.intermediate_size)
-        matmul += self.vocab_size * d
+        layer = 2 * d * self.num_heads * h + 2 * d * self.num_kv_heads * h + 3 * d * self.intermediate_size
+        matmul = self.num_layers * layer + self.vocab_size * d
         attention = 4.0 * self.causal_pairs(seq_len) * self.num_heads * h
         return 6.0 * matmul * seq_len + 3.0 * attention
 

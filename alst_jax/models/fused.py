@@ -7,7 +7,7 @@ import numpy as np
 from alst_jax.config import UserError
 from alst_jax.models.weight_files import Tensor, Unwritten
 
-Fused = Mapping[str, tuple[str, ...]]  # pattern of the tensor's name -> those of its parts, with {} for the layer
+Fused = Mapping[str, tuple[str, ...]]  # pattern of the tensor's name -> names of its parts, with {} for the layer
 
 
 def split(
@@ -31,7 +31,7 @@ def split(
 
 
 def join(tensors: Iterable[Unwritten], fused: Fused, layers: int) -> Iterator[Unwritten]:
-    """The tensors with the fused ones in place of their parts. A part is held, unread, until the others are there."""
+    """The tensors with the fused ones in place of their parts. A part is held, unread, until the others come."""
     of_parts = {part: (name, parts) for layer in range(layers if fused else 0)
                 for name, parts in _of_layer(fused, layer).items() for part in parts}
     held: dict[str, Unwritten] = {}

@@ -57,7 +57,7 @@ WHOLE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", 
          "num_key_value_heads", "head_dim", "max_position_embeddings")
 NUMBERS = ("rms_norm_eps", "initializer_range", "rope_theta")
 FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
-MOST = {"num_hidden_layers": 10_000}  # numbers far from those of any model are mistakes, and some would fill the memory
+MOST = {"num_hidden_layers": 10_000}  # larger numbers are mistakes, and some would fill the memory
 NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -65,8 +65,8 @@ def read_config(hf_dir: str | pathlib.Path) -> dict[str, Any]:
     """config.json of a Hugging Face directory. UserError without such a directory, a config.json, or JSON in it."""
     path = pathlib.Path(hf_dir)
     if not path.is_dir():
-        raise UserError(f"{path}: {'it is a file' if path.is_file() else 'no such directory'}; --model takes a Hugging Face model directory, a hub name that can "
-                        "be reached, or a checkpoint")
+        raise UserError(f"{path}: {'it is a file' if path.is_file() else 'no such directory'}; --model takes a Hugging "
+                        "Face model directory, a hub name that can be reached, or a checkpoint")
     file = path / "config.json"
     if not file.is_file():
         refuse_adapter(path)

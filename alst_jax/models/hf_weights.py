@@ -16,6 +16,7 @@ from alst_jax.models.config import ModelConfig
 from alst_jax.models.families import FAMILIES
 from alst_jax.models.fused import join, split
 from alst_jax.models.hf_config import model_config
+from alst_jax.models.lora import is_adapter
 from alst_jax.models.other_weights import text_tensors, with_others
 from alst_jax.models.tree import is_stacked, names
 from alst_jax.models.weight_files import (
@@ -35,7 +36,7 @@ from alst_jax.models.weight_files import (
 )
 from alst_jax.xla.arrays import load_array
 
-# Names outside of the blocks, the same in all families. Those of a block's parameters are in models/families.
+# Names outside of the blocks, the same in all families. Names of a block's parameters are in models/families.
 KEY_TABLE = {
     ("embed_tokens", "embedding"): EMBEDDING,
     ("norm", "scale"): "model.norm.weight",
@@ -54,18 +55,25 @@ class Stored(Protocol):
 
 
 def is_transposed(path: tuple) -> bool:
-    """Whether Hugging Face stores the transpose of this leaf: a `kernel` is [in, out] here and [out, in] there."""
-    return names(path)[-1] == "kernel"
+    """Whether Hugging Face stores the transpose of this leaf: a `kernel` is [in, out] here and [out, in] there. PEFT
+    does the same with adapters."""
+    return names(path)[-1] == "kernel" or is_adapter(path)
 
 
 def leaf_names(path: tuple, config: ModelConfig) -> list[str]:
     """The Hugging Face names of the tensors of a leaf: one a layer for a stacked leaf, else one.
 
-    path: a tree path, through dicts or modules, or the names along it.
+    path: a tree path, through dicts or modules, or the names along it. A part of an adapter has its name in the place
+    of `weight`.
     """
     if not is_stacked(path):
         return [KEY_TABLE[names(path)]]
-    pattern = FAMILIES[config.family].keys[names(path)[1:]]
+    *module, name = names(path)[1:]
+    keys = FAMILIES[config.family].keys
+    if is_adapter(path):
+        pattern = keys[*module, "kernel"].replace(".weight", f".{name}.weight")
+    else:
+        pattern = keys[*module, name]
     return [pattern.format(layer) for layer in range(config.num_layers)]
 
 
@@ -75,7 +83,7 @@ def leaf_names(path: tuple, config: ModelConfig) -> list[str]:
 def model_tensors(hf_dir: str | pathlib.Path, config: ModelConfig, resize: bool = False) -> dict[str, Tensor]:
     """Name -> place of exactly the tensors of the model that `config` describes. UserError if the files hold others.
 
-    resize: the vocabulary of `config` may be larger than that of the files; the rows that are missing are added.
+    resize: the vocabulary of `config` may be larger than the files'; the missing rows are added.
     """
     tensors = of_model(text_tensors(find_tensors(hf_dir), hf_dir), config.tie_word_embeddings, str(hf_dir))
     if resize:
@@ -161,10 +169,11 @@ def load_params(hf_dir: str | pathlib.Path, config: ModelConfig, abstract: Any, 
     that `config` describes. resize: see model_tensors.
     """
     tensors = model_tensors(hf_dir, config, resize)
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: _load_leaf(path, leaf, tensors, config), abstract)
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: load_leaf(path, leaf, tensors, config), abstract)
 
 
-def _load_leaf(path: tuple, leaf: jax.ShapeDtypeStruct, tensors: dict[str, Tensor], config: ModelConfig) -> jax.Array:
+def load_leaf(path: tuple, leaf: jax.ShapeDtypeStruct, tensors: dict[str, Tensor], config: ModelConfig) -> jax.Array:
+    """The leaf at `path`, from the tensors that hold it, as `leaf` says."""
     def read(bounds):
         part = np.empty([stop - start for start, stop in bounds], leaf.dtype)
         read_part(part, path, bounds, tensors, config)
@@ -204,11 +213,19 @@ def save_params(
     called with the bytes of each tensor that is written. model_dir: the model/ of a run, which may keep weights beside
     those of the language model; they are written too.
     """
+    tensors = join(tensors_of(leaves, config), FAMILIES[config.family].fused, config.num_layers)
+    return write_tensors(with_others(tensors, model_dir), out_dir, max_shard_bytes, written)
+
+
+def write_tensors(
+    tensors: Iterator[Unwritten], out_dir: str | pathlib.Path, max_shard_bytes: int,
+    written: Callable[[int], object] = lambda _: None,
+) -> tuple[int, int]:
+    """Write tensors as `save_params` says; returns their number and their bytes."""
     out = pathlib.Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     files, weight_map, total = [], {}, 0
-    tensors = join(_tensors_of(leaves, config), FAMILIES[config.family].fused, config.num_layers)
-    for tensors in _group(with_others(tensors, model_dir), max_shard_bytes):
+    for tensors in _group(tensors, max_shard_bytes):
         file = out / f".part-{len(files)}.safetensors"
         write_file(file, tensors, written)
         weight_map |= dict.fromkeys((tensor.name for tensor in tensors), len(files))
@@ -241,7 +258,8 @@ def check_leaves(leaves: Iterable[tuple[tuple, Stored]], config: ModelConfig, wh
                         f"{', ...' * (len(wrong) > 5)}")
 
 
-def _tensors_of(leaves, config: ModelConfig) -> Iterator[Unwritten]:
+def tensors_of(leaves, config: ModelConfig) -> Iterator[Unwritten]:
+    """The tensors of (path, leaf) pairs under their Hugging Face names."""
     for path, leaf in leaves:
         for row, name in enumerate(leaf_names(path, config)):
             shape = leaf.shape[1:] if is_stacked(path) else leaf.shape
@@ -250,11 +268,11 @@ def _tensors_of(leaves, config: ModelConfig) -> Iterator[Unwritten]:
 
 
 def _tensor(path: tuple, leaf: jax.Array | np.ndarray | Stored, row: int | None) -> np.ndarray:
-    value = _fetch(leaf, row)
+    value = fetch(leaf, row)
     return transpose(value) if is_transposed(path) else value
 
 
-def _fetch(leaf: jax.Array | np.ndarray | Stored, row: int | None) -> np.ndarray:
+def fetch(leaf: jax.Array | np.ndarray | Stored, row: int | None) -> np.ndarray:
     """One layer of a stacked leaf, or a whole leaf, put together from its shards on the host."""
     if not isinstance(leaf, jax.Array):
         return leaf[...] if row is None else leaf[row]

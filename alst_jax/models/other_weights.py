@@ -63,7 +63,7 @@ def keep_others(source: str | pathlib.Path, model_dir: str | pathlib.Path) -> tu
 def with_others(text: Iterable[Unwritten], model_dir: str | pathlib.Path | None) -> Iterator[Unwritten]:
     """The tensors of the language model under their names in the checkpoint, then the other weights.
 
-    model_dir: the model/ of a run; None: there are no others.
+    model_dir: the model/ of a run; None: no others.
     """
     if model_dir is None or not has_others(model_dir):
         yield from text

@@ -47,8 +47,8 @@ def text_fields(raw: dict[str, Any], harmless: set[str], where: str) -> dict[str
         raise UserError(
             f"{where}: text_config: this checkpoint (model_type {kind!r}, architectures {architectures}) holds more "
             f"than a language model. Language models are trained inside of {these}. Of others, save the language model "
-            "alone: with transformers, make AutoModelForCausalLM.from_config(config.text_config), load into it the weights of "
-            "the checkpoint's `language_model` and `lm_head`, and save_pretrained it")
+            "alone: with transformers, make AutoModelForCausalLM.from_config(config.text_config), load into it the "
+            "weights of the checkpoint's `language_model` and `lm_head`, and save_pretrained it")
     unknown = [f"{name}={value!r}" for name, value in raw.items()
                if name not in BESIDE | harmless and value is not None and value is not False]
     if unknown:

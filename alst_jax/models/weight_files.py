@@ -55,7 +55,7 @@ class Tensor(NamedTuple):
 
 
 def find_tensors(hf_dir: str | pathlib.Path, files: list[pathlib.Path] | None = None) -> dict[str, Tensor]:
-    """Name -> place of every tensor in a directory's safetensors files. UserError for what is missing or broken."""
+    """Name -> place of every tensor in a directory's safetensors files. UserError for missing or broken files."""
     tensors = {}
     for file in files or _files(pathlib.Path(hf_dir)):
         for name, tensor in _header(file).items():
@@ -68,7 +68,7 @@ def find_tensors(hf_dir: str | pathlib.Path, files: list[pathlib.Path] | None = 
 
 def _files(path: pathlib.Path) -> list[pathlib.Path]:
     refuse_adapter(path)
-    if (path / SINGLE).is_file():  # before an index, as transformers does when both are there
+    if (path / SINGLE).is_file():  # before an index, as transformers does with both
         return [path / SINGLE]
     if not (path / INDEX).is_file():
         raise UserError(f"{path} holds no weights{_other_weights(path)}")
@@ -93,14 +93,14 @@ def refuse_adapter(path: pathlib.Path) -> None:
         base = json.loads((path / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError):  # the advice does without the name
         base = "its base model"
-    raise UserError(f"{path} has {ADAPTER}: it is an adapter of {base}, not a whole model. Merge the two first "
-                    "(peft: AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload()"
-                    ".save_pretrained(DIR)). "
-                    f"To use the base model alone, move {ADAPTER} away")
+    raise UserError(f"{path} has {ADAPTER}: it is an adapter of {base}, not a whole model. To train it further, name "
+                    f"the base model with --model and this directory with --adapter. Merge the two first to use them "
+                    f"as a model (python -m convert.merge {path} BASE DIR). To use the base model alone, "
+                    f"move {ADAPTER} away")
 
 
 def _other_weights(path: pathlib.Path) -> str:
-    """Which files of other formats are there, and the command that converts them."""
+    """The files of other formats, and the command that converts them."""
     load = "python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained("
     command = lambda options: f"{load}{str(path)!r}, dtype='auto'{options}).save_pretrained('NEW_DIR')\""
     for pattern, what, advice in (
@@ -189,7 +189,7 @@ def transpose(matrix: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
 
 
 def of_model(tensors: dict[str, Tensor], tied: bool, where: str) -> dict[str, Tensor]:
-    """The tensors under the names that transformers gives those of a causal language model.
+    """The tensors under transformers' names for a causal language model.
 
     - `model.` is put before the names of a model that was saved without its head.
     - The prefixes of torch's wrappers are removed.

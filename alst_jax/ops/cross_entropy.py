@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from alst_jax.config import IGNORED
-from alst_jax.ops.tiling import stream
+from alst_jax.ops.tiling import stream, tiled
 from alst_jax.xla.dtypes import accumulation_dtype
 from alst_jax.xla.varying import vary_like
 
@@ -62,6 +62,27 @@ def _token_losses(logits, labels):
     valid = labels != IGNORED
     picked = jnp.take_along_axis(logits, jnp.where(valid, labels, 0)[:, None], axis=-1)[:, 0]
     return jnp.where(valid, log_normaliser - picked, 0), log_normaliser
+
+
+class TokenLosses(NamedTuple):
+    """Of each token: its loss in nats, float32, and whether its label has the largest logit. 0 and False if IGNORED."""
+
+    losses: Float[Array, "T"]
+    hits: Array  # bool[T]
+
+
+def token_losses(
+    h: Float[Array, "T D"], table: Float[Array, "V D"], labels: Int[Array, "T"], tile: int | None,
+    scaling: LogitScaling = AS_THEY_ARE,
+) -> TokenLosses:
+    """The terms of `cross_entropy`, `tile` tokens at a time: the logits of one tile exist at a time. Of equal logits
+    the first one counts as the largest."""
+    def of_tile(h, table, labels):
+        logits = scaling(_logits(h, table))
+        losses = _token_losses(logits, labels)[0].astype(jnp.float32)
+        return TokenLosses(losses, jnp.argmax(logits, axis=-1).astype(labels.dtype) == labels)
+
+    return tiled(of_tile, h, table, labels, tile=tile)
 
 
 def tiled_cross_entropy(

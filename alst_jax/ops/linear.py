@@ -17,27 +17,36 @@ from alst_jax.xla.order import zeros_after
 
 @jax.custom_vjp
 def linear(x: Float[Array, "*B D"], kernel: Float[Array, "D F"]) -> Float[Array, "*B F"]:
-    """x @ kernel in the dtype of x; the kernel's gradient has the kernel's dtype and is not rounded to that of x."""
+    """x @ kernel in the dtype of x; the kernel's gradient has the kernel's dtype and is not rounded to x's."""
     return x @ kernel.astype(x.dtype)
 
 
 def _linear_fwd(x, kernel):
-    return linear(x, kernel), (x, kernel)
+    trained = kernel.perturbed  # a frozen kernel has no gradient: not even a product that the compiler must remove
+    return linear(x.value, kernel.value), (x.value if trained else None, kernel.value)
 
 
 def _linear_bwd(residuals, dy):
     x, kernel = residuals
-    dx = jax.lax.dot_general(dy, kernel.astype(x.dtype), (((dy.ndim - 1,), (1,)), ((), ())))
+    dx = jax.lax.dot_general(dy, kernel.astype(dy.dtype), (((dy.ndim - 1,), (1,)), ((), ())))
+    if x is None:
+        return dx, None
     tokens = tuple(range(x.ndim - 1))
-    dkernel = jax.lax.dot_general(x, dy, ((tokens, tokens), ((), ())), preferred_element_type=kernel.dtype)
-    return dx, dkernel
+    return dx, jax.lax.dot_general(x, dy, ((tokens, tokens), ((), ())), preferred_element_type=kernel.dtype)
 
 
-linear.defvjp(_linear_fwd, _linear_bwd)
+linear.defvjp(_linear_fwd, _linear_bwd, symbolic_zeros=True)
+
+
+def low_rank(
+    x: Float[Array, "*B D"], down: Float[Array, "D R"], up: Float[Array, "R F"], scale: float
+) -> Float[Array, "*B F"]:
+    """scale x (x @ down @ up), the term that an adapter adds to a linear layer (LoRA, arXiv 2106.09685)."""
+    return linear(linear(x, down) * jnp.asarray(scale, x.dtype), up)
 
 
 def add_bias(x: Float[Array, "*B F"], bias: Float[Array, "F"]) -> Float[Array, "*B F"]:
-    """x + bias, added and summed in the wider of the two dtypes, returned in that of x."""
+    """x + bias, added and summed in the wider of the two dtypes, returned in x's dtype."""
     wide = x.astype(jnp.promote_types(x.dtype, bias.dtype))
     return (wide + jnp.broadcast_to(bias, x.shape)).astype(x.dtype)
 
@@ -53,13 +62,16 @@ def _rows(dtype, table, tokens):
 
 
 def _rows_fwd(dtype, table, tokens):
-    return _rows(dtype, table, tokens), (table, tokens)
+    kept = (table.value, tokens.value) if table.perturbed else None
+    return _rows(dtype, table.value, tokens.value), kept
 
 
 def _rows_bwd(dtype, residuals, dy):
+    if residuals is None:
+        return None, None
     table, tokens = residuals
     zeros = zeros_after(dy, table.shape, table.dtype, table)
     return zeros.at[tokens].add(dy.astype(table.dtype)), None
 
 
-_rows.defvjp(_rows_fwd, _rows_bwd)
+_rows.defvjp(_rows_fwd, _rows_bwd, symbolic_zeros=True)

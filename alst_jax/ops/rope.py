@@ -16,7 +16,7 @@ TURN = 6.28125  # nearly 2 pi, with 8 significant bits
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
-    """Rotary position embedding. Field names and meanings are those of Hugging Face's `rope_parameters`."""
+    """Rotary position embedding. Field names and meanings are as in Hugging Face's `rope_parameters`."""
 
     rope_type: Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"] = "default"
     theta: float = 10000.0

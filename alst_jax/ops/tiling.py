@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from alst_jax.xla.dtypes import accumulation_dtype
 from alst_jax.xla.host import to_device, to_host
@@ -86,25 +87,35 @@ def _tiled(fn, tile, x, weights, fixed):
 
 
 def _tiled_fwd(fn, tile, x, weights, fixed):
-    return _tiled(fn, tile, x, weights, fixed), (x, weights, fixed)
+    value = lambda tree: jax.tree.map(lambda each: each.value, tree)
+    pick = lambda trained: jax.tree.map(lambda w: w.value if w.perturbed == trained else None, weights)
+    return _tiled(fn, tile, value(x), value(weights), value(fixed)), (value(x), pick(True), pick(False), value(fixed))
 
 
 def _tiled_bwd(fn, tile, residuals, dy):
-    x, weights, fixed = residuals
+    x, weights, frozen, fixed = residuals  # frozen weights have no gradient, and no sum over tiles
+    dy = jax.tree.map(_instantiated, dy)
 
     def body(sums, rows):
         x_tile, fixed_tile, dy_tile = rows
-        _, vjp = jax.vjp(lambda x, w: fn(x, w, *fixed_tile), x_tile, weights)
+        whole = lambda w: jax.tree.map(lambda a, b: b if a is None else a, w, frozen, is_leaf=lambda x: x is None)
+        _, vjp = jax.vjp(lambda x, w: fn(x, whole(w), *fixed_tile), x_tile, weights)
         dx, dweights = vjp(dy_tile)
         return jax.tree.map(lambda s, d: s + d.astype(s.dtype), sums, dweights), dx
 
     like = jax.tree.leaves(x)
     zeros = jax.tree.map(lambda w: vary_like(jnp.zeros(w.shape, accumulation_dtype(w.dtype)), w, *like), weights)
-    sums, dx = _map_tiles(body, zeros, (x, fixed, dy), x, tile, jax.tree.leaves(weights))
+    sums, dx = _map_tiles(body, zeros, (x, fixed, dy), x, tile, jax.tree.leaves((weights, frozen)))
     return dx, jax.tree.map(lambda s, w: s.astype(w.dtype), sums, weights), None
 
 
-_tiled.defvjp(_tiled_fwd, _tiled_bwd)
+_tiled.defvjp(_tiled_fwd, _tiled_bwd, symbolic_zeros=True)
+
+
+def _instantiated(gradient):
+    """A gradient that is known to be zero, as an array."""
+    zero = isinstance(gradient, SymbolicZero)
+    return jnp.zeros(gradient.shape, gradient.dtype) if zero else gradient
 
 
 def _first_rows(tree, rows):
@@ -115,7 +126,8 @@ def _map_tiles(body, carry, read, like, tile, others):
     """body(carry, rows of `read`) -> (carry, rows of a tree like `like`), as one `stream` into zeros."""
     leaves, treedef = jax.tree.flatten(read)
     length = leaves[0].shape[0]
-    zeros = tuple(vary_like(jnp.zeros((length, *s.shape[1:]), s.dtype), *leaves, *others) for s in jax.tree.leaves(like))
+    zeros = tuple(vary_like(jnp.zeros((length, *s.shape[1:]), s.dtype), *leaves, *others)
+                  for s in jax.tree.leaves(like))
 
     def step(carry, _, rows):
         carry, new = body(carry, treedef.unflatten(rows))

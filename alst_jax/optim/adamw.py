@@ -53,7 +53,8 @@ class AdamW:
 
     def state_specs(self, specs: Any, params: Any) -> dict[str, Any]:
         """PartitionSpecs of `init`'s result: moments and master are sharded as their parameter."""
-        one = lambda p, spec: {name: form.specs(spec) for name, form in self.formats(p, spec).items()} | {"master": spec}
+        moments = lambda p, spec: {name: form.specs(spec) for name, form in self.formats(p, spec).items()}
+        one = lambda p, spec: moments(p, spec) | {"master": spec}
         return self._per_parameter(one, params, specs) | {"count": P()}
 
     def _per_parameter(self, one: Callable, params: Any, specs: Any) -> dict[str, Any]:
@@ -63,7 +64,7 @@ class AdamW:
         return {name: treedef.unflatten([state[name] for state in states]) for name in self.state_names(leaves)}
 
     def state_names(self, params: list[Any]) -> tuple[str, ...]:
-        """What is kept for each parameter."""
+        """The state of each parameter."""
         keeps_master = self.master != "none" and any(needs_master(p.dtype) for p in params)
         return ("mu", "nu", "master") if keeps_master else ("mu", "nu")
 
@@ -78,7 +79,7 @@ class AdamW:
         return {"mu": Log8(signed=True, block=block), "nu": Log8(signed=False, block=block)}
 
     def read_master(self, param: jax.Array, kept: jax.Array | None) -> jax.Array:
-        """The float32 weight behind a parameter and what is kept of it."""
+        """The float32 weight behind a parameter and its state."""
         if kept is None:
             return param.astype(accumulation_dtype(param.dtype))
         return join_float32(param, kept) if self.master == "low-bits" else kept

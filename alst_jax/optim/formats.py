@@ -1,6 +1,6 @@
 """How optimizer state is stored: float32, bfloat16, or 8 bits with a scale a block; and how float32 becomes bfloat16.
 
-What is stored narrow is rounded stochastically: to one of the two neighbours, with the probabilities that make the mean
+Narrow formats are rounded stochastically: to one of the two neighbours, with the probabilities that make the mean
 exact. Rounding to the nearest would lose what an exponential average with beta2 = 0.999 adds in a step.
 """
 
@@ -38,9 +38,9 @@ class Plain:
 class Log8:
     """8 bits a value, logarithmic, relative to the largest of its block along the last dim.
 
-    Code 0 is 0; code c is scale * 2^((c - top) / steps). Signed: 127 magnitudes 12% apart over 21 octaves; unsigned: 255,
-    9% apart over 32 octaves. So a small value beside a large one keeps its relative precision, which AdamW's quotient of
-    two such averages needs.
+    Code 0 is 0; code c is scale * 2^((c - top) / steps). Signed: 127 magnitudes 12% apart over 21 octaves; unsigned:
+    255, 9% apart over 32 octaves. So a small value beside a large one keeps its relative precision, which AdamW's
+    quotient of two such averages needs.
     """
 
     signed: bool
@@ -51,7 +51,7 @@ class Log8:
         return (127, 6) if self.signed else (255, 8)
 
     def zeros(self, shape: tuple[int, ...]) -> dict[str, Array]:
-        """What `encode` makes of zeros, which a compiler would spend a minute on."""
+        """Encoded zeros; a compiler would spend a minute on `encode`."""
         scale = jnp.zeros((*shape[:-1], shape[-1] // self.block), jnp.float32)
         return {"code": jnp.zeros(shape, jnp.int8 if self.signed else jnp.uint8), "scale": scale}
 
@@ -97,7 +97,8 @@ def round_to_bfloat16(x: Array, key: Array) -> Array:
 
 def split_float32(x: Array) -> tuple[Array, Array]:
     """float32 -> (bfloat16, the low 16 bits of x as uint16); `join_float32` gives x back, bit for bit."""
-    # Not with `bits & 0xFFFF`: inside a larger kernel jax 0.11.2 makes 1 of that on a GPU whenever it is not 0 (measured).
+    # Not with `bits & 0xFFFF`: inside a larger kernel jax 0.11.2 makes 1 of that on a GPU whenever it is not 0
+    # (measured).
     low, high = _halves(x)
     high = high + (low >> 15)  # to the nearest: one more than the high bits of x where the low ones are above half
     return jax.lax.bitcast_convert_type(high, jnp.bfloat16), low

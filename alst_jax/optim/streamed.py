@@ -147,8 +147,8 @@ def parameter_updates(
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(optimizer.seed), count), i)
         if varying_axes(param):  # a replicated parameter is rounded alike everywhere
             key = jax.random.fold_in(key, lax.axis_index(AXES))
-        updates.append(ParameterUpdate(optimizer, path, param, tuple(stored), structure, optimizer.formats(param, spec), key,
-                                       count, learning_rate))
+        updates.append(ParameterUpdate(optimizer, path, param, tuple(stored), structure,
+                                       optimizer.formats(param, spec), key, count, learning_rate))
     return updates
 
 

@@ -1,4 +1,4 @@
-"""What Ulysses costs: the traffic of its all-to-alls and the bytes of its buffers, as plain numbers.
+"""Costs of Ulysses: the traffic of its all-to-alls and the bytes of its buffers, as plain numbers.
 
 The counts follow parallel/ulysses.py. N query heads, K kv heads, T tokens of one device, H head dim.
 """

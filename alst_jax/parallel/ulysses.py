@@ -94,7 +94,7 @@ class Ulysses:
         self, project: Callable, spec: AttentionSpec, results: tuple, do: Float[Array, "B T N H"],
         documents: Array | None = None,
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
-        """The gradients of q, k and v; that of q is written over `do` chunk by chunk (see `SequenceParallel`)."""
+        """The gradients of q, k and v; q's is written over `do` chunk by chunk (see `SequenceParallel`)."""
         o_BTNH, all_lse = results
         if self.chunks == 1:
             return self._back(project(0), spec, o_BTNH, all_lse[0], do, documents)

@@ -34,7 +34,7 @@ def plan_step(
     """The plan of a step over `rows` sequences of `length` tokens, `grad_accum` times. Compiles; allocates nothing.
     packing: `documents` and `attention_share` of a Job.
 
-    The step's mesh may be of `absent_devices`. cluster: limits and speeds; None: those of this process's devices.
+    The step's mesh may be of `absent_devices`. cluster: limits and speeds; None: of this process's devices.
     at_once: compile the programs at the same time, which is faster and leaves more of the compiler's memory behind. A
     CPU has one memory: activations that a GPU would keep in host memory count as kept there, and the working set counts
     copies that a GPU would not make.

@@ -21,14 +21,15 @@ KEPT = "kept activations"
 
 def states(job: Job) -> dict[str, list[Term]]:
     """Weights, gradients and optimizer state: one device's shards."""
-    weights, trained = (-(-sizes.total // job.devices) for sizes in (job.parameters, job.trained))
-    stored = trained * (not job.profile.update_in_backward)
+    weights, written = (-(-sizes.bytes(job.width) // job.devices) for sizes in (job.parameters, job.trained))
+    trained, stored = -(-job.trained.total // job.devices), not job.profile.update_in_backward
     moment = WIDTHS[job.states] + INT8_SCALES * (job.states == "int8")
-    master = trained * WIDTHS[job.master] * (job.width == 2)
+    narrow = -(-(job.trained.total - job.trained.adapters) // job.devices)  # adapters have no master weights
+    master = narrow * WIDTHS[job.master] * (job.width == 2)
     return {
-        "weights": [Term("weights", weights * job.width, "models/block")],
-        "gradients": [Term("gradients", stored * job.width * (not job.sums_in_place), STACK),
-                      Term("their float32 sums over batches", 4 * stored * (job.grad_accum > 1), UPDATE)],
+        "weights": [Term("weights", weights, "models/block")],
+        "gradients": [Term("gradients", stored * written * (not job.sums_in_place), STACK),
+                      Term("their float32 sums over batches", 4 * trained * stored * (job.grad_accum > 1), UPDATE)],
         "optimizer": [Term(f"moments, {job.states}", int(trained * 2 * moment), "optim/formats"),
                       Term(f"master weights, {job.master}", master, "optim/formats")]}
 
@@ -40,7 +41,7 @@ def state_bytes(job: Job) -> tuple[int, int, int]:
 
 def trained_bytes(job: Job) -> int:
     """One device's shards of the weights that the update writes."""
-    return -(-job.trained.total // job.devices) * job.width
+    return -(-job.trained.bytes(job.width) // job.devices)
 
 
 def working_set(job: Job) -> int:
@@ -71,9 +72,10 @@ def at_loss(job: Job) -> list[Term]:
 
 
 def head_work(job: Job) -> int:
-    """The head's table and its float32 gradient; a tile's logits, in float32 and as their gradient."""
+    """The head's table and, if it is trained, its float32 gradient; a tile's logits, in float32 and as their
+    gradient."""
     size, tile = job.sizes, job.tiles.loss
-    wide, logits = size.table * 4 // job.width, tile * job.model.vocab_size
+    wide, logits = job.trained.head * 4, tile * job.model.vocab_size
     work = size.table + (4 + job.width) * logits
     if job.devices == 1:  # the table is not gathered
         work = max(size.table + 4 * logits, (4 + job.width) * logits)
@@ -100,8 +102,9 @@ def gathered_embedding(job: Job) -> Term:
 
 
 def at_end(job: Job) -> list[Term]:
-    """After the layers."""
-    wide, n = job.sizes.table * 4 // job.width, job.devices
+    """After the layers. A frozen embedding has no gradient."""
+    tied = job.model.tie_word_embeddings
+    wide, n = 4 * (job.trained.tables if tied else job.trained.tables - job.trained.head), job.devices
     return [Term("the embedding's gradient", wide, ENDS), Term("its shard", wide // n * (n > 1), MESH)]
 
 
@@ -153,8 +156,8 @@ def rebuilt_bytes(job: Job, segment: Segment) -> int:
 def unlooped(job: Job) -> tuple[int, int]:
     """Bytes where no loop goes over layers and gradients stay on the device, otherwise zeros.
 
-    First: the float32 gradients of one layer; those of all layers wait until the end. Second: the buffers of results
-    (three of the MLP, those of q and o) that hold temporary arrays before, each an array that fits.
+    First: one layer's float32 gradients, which wait until the end. Second: the buffers of results
+    (three of the MLP, two of q and o) that hold temporary arrays before, each an array that fits.
     """
     size, model = job.sizes, job.model
     loop = lambda segment: segment.layers > (1 if segment.all_inputs else 2)
@@ -163,7 +166,8 @@ def unlooped(job: Job) -> tuple[int, int]:
     column = model.num_layers * model.hidden_size * job.width // job.devices
     holds = lambda columns: next((array for array in (size.hidden, size.kv) if array <= columns * column), 0)
     places = 3 * holds(model.intermediate_size) + 2 * holds(model.num_heads * model.head_dim)
-    return job.trained.layer * 4 // job.devices, 0 if job.freeze or job.sums_in_place else places  # frozen parameters have no such buffers
+    places *= job.trained == job.parameters and not job.sums_in_place  # frozen parameters have no such buffers
+    return job.trained.layer * 4 // job.devices, places
 
 
 def layer_work(job: Job, rebuilt: bool = False) -> list[Term]:
@@ -180,10 +184,10 @@ def layer_work(job: Job, rebuilt: bool = False) -> list[Term]:
     if rebuilt and (profile.head_chunks == 1 or not work.swaps):  # the old dh, until all its rows are read
         attention.append(Term("the old dh", size.hidden * work.swaps, XLA))
         mlp.append(Term("the old dh", size.hidden, XLA))
-    sums = size.layer * 4 // job.width if job.tiles.mlp < job.tokens else 0
-    # The head's gradient waits to be copied to the host, or a tied one for that of the embedding.
+    sums = 4 * job.trained.layer if job.tiles.mlp < job.tokens else 0
+    # The head's gradient waits to be copied to the host, or a tied one for the embedding's.
     waits = profile.offload_weights or job.model.tie_word_embeddings
-    head = size.table * (1 if profile.offload_weights else 4 // job.width) // job.devices if waits else 0
+    head = job.trained.head * (job.width if profile.offload_weights else 4) // job.devices if waits else 0
     return [Term("h and dh", 2 * size.hidden, LAYER), Term("o and do", 2 * size.heads, LAYER),
             Term("rotary embeddings", size.rope, "models/block"), Term("log-sum-exps", size.statistics, ATTENTION),
             Term("float32 sums of weight gradients", sums, LAYER), Term("the head's gradient", head, ENDS),

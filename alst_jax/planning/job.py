@@ -10,7 +10,7 @@ import shlex
 from typing import NamedTuple
 
 from alst_jax.models.config import ModelConfig
-from alst_jax.models.sizes import ParameterSizes, parameter_sizes
+from alst_jax.models.sizes import ParameterSizes, needed_flops, parameter_sizes, trained_sizes
 from alst_jax.models.tiles import Tiles, tile_sizes
 from alst_jax.ops.tiling import even_tile
 from alst_jax.parallel.costs import Shapes, Work
@@ -89,10 +89,10 @@ class Job:
 
     @property
     def flops(self) -> float:
-        """Model FLOPs of the step, of packed documents those inside of them (see `ModelConfig.flops_per_sequence`)."""
+        """Model FLOPs of the step, of packed documents those inside of them (see `needed_flops`)."""
         model = self.model
         outside = (1 - self.attention_share) * 12.0 * model.causal_pairs(self.length) * model.num_heads * model.head_dim
-        return self.grad_accum * self.rows * (model.flops_per_sequence(self.length) - outside)
+        return self.grad_accum * self.rows * (needed_flops(model, self.freeze, self.length) - outside)
 
     @property
     def width(self) -> int:
@@ -106,16 +106,18 @@ class Job:
     @functools.cached_property
     def trained(self) -> ParameterSizes:
         """Sizes of the parameters that have gradients and optimizer states."""
-        return self.parameters if self.freeze is None else parameter_sizes(self.model, self.freeze)
+        return trained_sizes(self.model, self.freeze)
 
     @functools.cached_property
     def sizes(self) -> Sizes:
-        model, per_token = self.model, lambda columns: self.tokens * columns * self.width
+        model, parameters = self.model, self.parameters
+        per_token = lambda columns: self.tokens * columns * self.width
         return Sizes(
             hidden=per_token(model.hidden_size), heads=per_token(model.num_heads * model.head_dim),
             kv=per_token(model.num_kv_heads * model.head_dim),
             statistics=self.tokens * model.num_heads * 4 if self.profile.attention != "xla" else 0,
-            layer=self.parameters.layer * self.width, table=self.parameters.head * self.width,
+            layer=parameters.layer * self.width + parameters.adapters // model.num_layers * (4 - self.width),
+            table=parameters.head * self.width,
             rope=self.tokens * model.head_dim * 4 * len(model.ropes))
 
     @functools.cached_property
@@ -211,6 +213,8 @@ def describe(job: Job) -> str:
               if value != "float32"]
     if job.freeze is not None:
         words.append(f"--freeze {shlex.quote(job.freeze)}")
+    if job.model.lora is not None:
+        words.append(f"--lora-rank {job.model.lora.rank}")
     if job.model.attention_layers is not None:
         words.append(f"--debug-attention-layers {job.model.attention_layers}")
     return " ".join(words) or "nothing offloaded, every layer's input kept"

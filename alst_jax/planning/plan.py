@@ -53,7 +53,7 @@ class Plan:
 
     @property
     def limiting_term(self) -> str | None:
-        """What takes most of the predicted time."""
+        """The largest term of the predicted time."""
         return max(self.seconds, key=self.seconds.get) if self.seconds else None
 
     @property
@@ -68,7 +68,7 @@ class Plan:
         return {place: bytes for place, bytes in over.items() if bytes > 0}
 
     def to_json(self) -> str:
-        """One JSON object: the fields, and what follows from them. Bytes are integers."""
+        """One JSON object: the fields and the properties. Bytes are integers."""
         return json.dumps(dataclasses.asdict(self) | {
             "device_bytes": self.device_bytes, "host_bytes": self.host_bytes,
             "headroom": None if self.device_limit is None else self.device_limit - self.device_bytes,
@@ -104,7 +104,7 @@ class Plan:
         return [(name, (self.device.get(name, 0), self.host.get(name, 0))) for name in names]
 
     def speed_line(self) -> str:
-        """Seconds, tokens a second and what limits them, on one line."""
+        """Seconds, tokens a second and the limiting term, on one line."""
         speed = self.tokens / self.step_seconds
         return f"{self.step_seconds:.1f} s a step, {speed:,.0f} tok/s, limited by {self.limiting_term}"
 

@@ -74,7 +74,7 @@ class Planner:
         return self.cached[job]
 
     def compile(self, job: Job) -> Plan:
-        """The plan of a job by the compiler, or by the cost model where there is none."""
+        """The plan of a job by the compiler, or without one by the cost model."""
         if not self.compiles:
             return self.search.plan(job)
         if (other := self._of_same_bytes(job)) is not None:
@@ -85,7 +85,7 @@ class Planner:
 
     def _of_same_bytes(self, job: Job) -> Job | None:
         """The job whose program is compiled for the bytes of this one; None: its own."""
-        if job.model.attention_layers is not None:  # a debug run is there to measure the bytes of the whole run
+        if job.model.attention_layers is not None:  # a debug run measures the bytes of the whole run
             return with_attention(job, None)
         if not self.config.plan_for or job.profile.attention not in ("flash", "flash-deterministic"):
             return None

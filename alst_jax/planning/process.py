@@ -42,7 +42,8 @@ def saving_bytes(job: Job, free: int) -> int:
     """
     on_host, masters = min(job.devices, LARGEST_HOST), job.width == 2 and job.master != "none"
     widest, held, saved = max(WIDTHS[job.states], WIDTHS[job.master] * masters), 0, 0
-    for part, width, arrays, sizes in (("weights", job.width, 1, job.parameters),
+    weights = job.parameters if job.model.lora is None else job.trained  # checkpoints of adapters hold no base model
+    for part, width, arrays, sizes in (("weights", job.width, 1, weights),
                                        ("optimizer", widest, 2 + masters, job.trained)):
         size = sizes.total * width // job.devices
         saved += arrays * size

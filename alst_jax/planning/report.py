@@ -8,6 +8,7 @@ import jax
 from alst_jax.config import UserError
 from alst_jax.hardware.machines import GIB, Cluster
 from alst_jax.planning.estimate import ledger_of_bytes
+from alst_jax.planning.evaluation import evaluation_line, evaluation_seconds
 from alst_jax.planning.footprint import peak
 from alst_jax.planning.job import Job, Term, describe, describe_debug, total
 from alst_jax.planning.plan import ESTIMATED, Choice, Plan
@@ -33,6 +34,8 @@ def report(planner: Planner, job: Job) -> str:
         plan.picture(config.plan_picture)
     if config.json:
         found = {"max_seq_len": choice.job.length} if config.find_max_seq_len else {}
+        if config.eval_long is not None and cluster is not None:
+            found["evaluation_seconds"] = evaluation_seconds(config, choice.job, cluster)
         return json.dumps(json.loads(plan.to_json()) | {
             "flags": describe(choice.job), "seq_len": choice.job.length,
             "process_bytes": cluster and process_bytes(choice, cluster.per_host),
@@ -47,6 +50,8 @@ def report(planner: Planner, job: Job) -> str:
         lines.append(describe_process(choice, cluster))
     if outgrown:
         lines.append(f"warning: {outgrown}")
+    if config.eval_long is not None:
+        lines.append(evaluation_line(config, choice.job, cluster))
     if config.explain:
         lines.append(explain(choice.job, cluster, plan))
     if plan.source == ESTIMATED:
@@ -83,6 +88,8 @@ def announce_plan(planner: Planner, choice: Choice, seconds: float) -> None:
     print(f"plan    {choice.plan.line()}; made in {seconds:.0f} s\n        {describe_process(choice, planner.cluster)}")
     if planner.config.debug_attention_layers is not None:
         print(describe_debug(choice.job.model))
+    if planner.config.eval_long is not None:
+        print(f"        {evaluation_line(planner.config, choice.job, planner.cluster)}")
     if planner.config.memory == "auto":
         print(f"        {choice.explain()}", flush=True)
 

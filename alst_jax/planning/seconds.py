@@ -32,7 +32,8 @@ def ledger(job: Job, cluster: Cluster) -> list[Term]:
     if model.qk_norm == "all heads" and job.profile.head_chunks > 1:  # the mean squares of all heads, apart
         squares = passes.attention_forward + model.num_layers
         products += squares * d * (model.num_heads + model.num_kv_heads) * h
-    products += 2 * model.num_layers * (projections + others) + 3 * model.vocab_size * d
+    layers, weights = model.num_layers * (projections + others), job.trained  # frozen weights have no gradient
+    products += layers + weights.kernels + 5 * weights.adapters + 2 * model.vocab_size * d + weights.head
     pairs = model.layer_pairs(job.length)
     again = sum(pairs[layer] for layer in job.recomputed_attention)
     attention = 4.0 * model.num_heads * h * rows / job.sp * job.attention_share  # FLOPs of a pair, forward
@@ -43,7 +44,8 @@ def ledger(job: Job, cluster: Cluster) -> list[Term]:
         Term("attention forward", (sum(pairs) + again) * attention / speed("forward"), job.profile.attention),
         Term("attention backward", sum(pairs) * BACKWARD * attention / speed("backward"), job.profile.attention),
         Term("matmuls", 2.0 * products * tokens * width / (MATMUL * machine.peak_flops), "projections, MLP, logits"),
-        Term("matmuls", tile_sum_bytes(job) / machine.bandwidth, "device memory: float32 sums over tiles")]
+        Term("matmuls", tile_sum_bytes(job) / machine.bandwidth, "device memory: float32 sums over tiles"),
+        Term("matmuls", adapter_bytes(job) / machine.bandwidth, "device memory: inputs and outputs of adapters")]
     hidden, moved, calls = total(terms), traffic(job), collectives(job)
     copies = moved["step"] / machine.host_link
     wires = machine.interconnect if cluster.hosts == 1 else machine.network
@@ -77,6 +79,16 @@ def tile_sum_bytes(job: Job) -> float:
     tiles = lambda tile: 0 if tile >= job.tokens else -(-job.tokens // tile)
     layers = job.model.num_layers * job.trained.layer * tiles(job.tiles.mlp)
     return 16.0 * (layers + job.trained.head * tiles(job.tiles.loss))
+
+
+def adapter_bytes(job: Job) -> float:
+    """Bytes of the hidden states that adapters read and write: low-rank products take the time of their copies. Forward
+    an input is read, an output read and written; backward about as much twice."""
+    if job.model.lora is None:
+        return 0.0
+    columns = job.parameters.adapters // job.model.lora.rank  # inputs and outputs of all adapters
+    again = job.passes.after_attention / job.model.num_layers
+    return float(columns * job.tokens * job.width) * (1.5 * again + 2.5)
 
 
 def collectives(job: Job) -> dict[str, dict[str, int]]:

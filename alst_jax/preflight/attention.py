@@ -117,7 +117,7 @@ def _softmax(q, k, t, s, start, spec):
 
 
 def _delta(do, o):
-    """(do . o, its size with that of its terms), [..., 1] each."""
+    """(do . o, its size with the size of its terms), [..., 1] each."""
     terms = do * o
     delta = jnp.sum(terms, axis=-1, keepdims=True)
     return delta, jnp.abs(delta) + jnp.sqrt(jnp.sum(terms * terms, axis=-1, keepdims=True))

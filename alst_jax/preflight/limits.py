@@ -2,7 +2,7 @@
 
 A result that passes n operations in a row is off by at most n unit roundoffs u, to first order; where n is large, by at
 most LAMBDA sqrt(n) of them, but for a chance of 2 exp(-LAMBDA^2 / 2), 7e-4 (Higham and Mary, SIAM J. Sci. Comput. 41,
-2019). The same holds for the terms of a sum, whose unit is that of float32.
+2019). The same holds for the terms of a sum, whose unit is float32's.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ def unit(dtype: str) -> float:
 
 
 def row(name: str, error: Any, dtype: str, roundings: int, terms: int) -> Row:
-    """A row whose limit is that of `roundings` operations of this dtype, each a float32 sum of at most `terms`
+    """A row whose limit allows `roundings` operations of this dtype, each a float32 sum of at most `terms`
     terms."""
     many = lambda n: min(n, LAMBDA * math.sqrt(n))
     limit = many(roundings) * (unit(dtype) + many(terms) * FLOAT32)

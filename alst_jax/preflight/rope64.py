@@ -48,7 +48,7 @@ def _yarn(rope, base, head_dim):
 
 
 def factor(rope: RopeConfig) -> float:
-    """What multiplies cos and sin."""
+    """The factor of cos and sin."""
     if rope.rope_type not in ("yarn", "longrope"):
         return 1.0
     if rope.attention_factor is not None:

@@ -1,4 +1,4 @@
-"""What the checks look at: the run's shapes and mesh, and a step of a few layers of its model.
+"""The subject of the checks: the run's shapes and mesh, and a step of a few layers of its model.
 
 B rows, S tokens, T local tokens, D hidden, N query heads, K kv heads, H head dim, R sampled tokens.
 """
@@ -20,7 +20,7 @@ from alst_jax.models.tree import as_dict
 from alst_jax.parallel.mesh import AXES, DATA, SEQ
 from alst_jax.preflight.values import bits, numbers
 from alst_jax.profile import Profile
-from alst_jax.stack.ends import Model
+from alst_jax.stack.ends import Model, trained_ends
 from alst_jax.step import TrainStep
 
 SAMPLED = 64  # tokens
@@ -52,7 +52,7 @@ class Subject:
 
     @functools.cached_property
     def model(self) -> Model:
-        return Model(self.few.model, self.few.profile, self.few.specs)
+        return Model(self.few.model, self.few.profile, self.few.specs, trained_ends(self.few.trained))
 
     @property
     def config(self) -> ModelConfig:
@@ -196,7 +196,7 @@ def few_layers(model: ModelConfig) -> ModelConfig:
 
 
 def few_layers_of(profile: Profile) -> Profile:
-    """The profile for `few_layers`: segments and kept attention outputs as far as there are layers."""
+    """The profile for `few_layers`: segments and kept attention outputs, cut to their number."""
     return dataclasses.replace(
         profile, segment_layers=(min(2, max(profile.segment_layers)),),
         keep_attention_on_device=min(1, profile.keep_attention_on_device),

@@ -107,7 +107,7 @@ def _reader(at):
 
 
 def _masters(optimizer: AdamW, trained: Any, state: dict[str, Any]) -> list[jax.Array] | None:
-    """The float32 weights behind narrow ones; None where there are none."""
+    """The float32 weights behind narrow ones; None without narrow ones."""
     if "master" not in state:
         return None
     kept = jax.tree.leaves(state["master"])

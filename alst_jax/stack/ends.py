@@ -15,7 +15,7 @@ from alst_jax.models.block import Params, Tokens
 from alst_jax.models.config import ModelConfig
 from alst_jax.models.tiles import tile_sizes
 from alst_jax.models.tree import combine
-from alst_jax.ops.cross_entropy import LogitScaling, cross_entropy, tiled_cross_entropy
+from alst_jax.ops.cross_entropy import LogitScaling, TokenLosses, cross_entropy, tiled_cross_entropy, token_losses
 from alst_jax.ops.linear import embed
 from alst_jax.parallel.mesh import AXES, SEQ
 from alst_jax.parallel.sharding import drop_layer_dim, gather, is_spec
@@ -31,17 +31,20 @@ from alst_jax.xla.order import gradient_first
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """A model under a memory profile, without its weights. specs: PartitionSpec of each parameter."""
+    """A model under a memory profile, without its weights. specs: PartitionSpec of each parameter. trained: names of
+    the tables and norms outside of the layers that are trained, in part or whole."""
 
     config: ModelConfig
     profile: Profile
     specs: Params
+    trained: frozenset[str] = frozenset({"embed_tokens", "norm", "lm_head"})
 
     def loss(
-        self, trained: Params, frozen: Params, batch: Batch, scale: jax.Array, sums: Any = None
-    ) -> jax.Array:
-        """scale x the loss summed over the valid labels of all devices, from local shards. sums: of the gradients of
-        the layers (see `run_stack`)."""
+        self, trained: Params, frozen: Params, batch: Batch, scale: jax.Array | None, sums: Any = None
+    ) -> jax.Array | TokenLosses:
+        """scale x the loss summed over the valid labels of all devices, from local shards; scale None: the loss of each
+        local token [B, T], and whether its label has the largest logit. sums: of the gradients of the layers (see
+        `run_stack`)."""
         ends = combine(self.ends(trained), self.ends(frozen))
         tokens, layers = self.tokens(batch), Weights(trained["layers"], frozen["layers"])
         # Brought to the device once: the sum of a tied table's two gradients is no work for the host.
@@ -54,7 +57,10 @@ class Model:
         else:
             h_BTD = plain_stack(self.layer, h_BTD, layers, tokens, self.profile)
         head = {name: self.on_device(part) for name, part in ends.items() if name != "embed_tokens"}
-        return self.head_loss(h_BTD, {"embed_tokens": table, **head}, batch.labels, scale)
+        ends = {"embed_tokens": table, **head}
+        if scale is None:
+            return self.token_losses(h_BTD, ends, batch.labels)
+        return self.head_loss(h_BTD, ends, batch.labels, scale)
 
     @staticmethod
     def ends(params: Params) -> Params:
@@ -96,19 +102,38 @@ class Model:
     @jax.named_scope(scopes.LOSS)
     def head_loss(self, h_BTD: jax.Array, ends: Params, labels_BT: jax.Array, scale: jax.Array) -> jax.Array:
         """scale x the loss summed over all devices, from the output of the last layer and shards on the device."""
-        norm = jax.tree.map(self._gather, ends["norm"], self.specs["norm"])
-        h_BTD = norm(h_BTD)
-        head = "embed_tokens" if self.config.tie_word_embeddings else "lm_head"
-        h_BTD, table = gradient_first(h_BTD, ends[head]["embedding"])  # its float32 sums do not outlive the loss
-        table_VD = self._gather(table, self.specs[head]["embedding"])
-        h_TD, labels_T = h_BTD.reshape(-1, h_BTD.shape[-1]), labels_BT.reshape(-1)
-        scaling = LogitScaling(self.config.logits_divisor, self.config.logits_soft_cap)
-        tile = tile_sizes(self.profile, self.config).loss
+        h_TD, table_VD, tile, scaling = self.head(h_BTD, ends)
+        labels_T = labels_BT.reshape(-1)
         if tile is None:
             total = cross_entropy(h_TD, table_VD, labels_T, scaling)
         else:
             total = tiled_cross_entropy(h_TD, table_VD, labels_T, tile, scaling)
         return lax.psum(total * scale, AXES)
 
+    @jax.named_scope(scopes.LOSS)
+    def token_losses(self, h_BTD: jax.Array, ends: Params, labels_BT: jax.Array) -> TokenLosses:
+        """The loss of each token, from the output of the last layer and shards on the device."""
+        h_TD, table_VD, tile, scaling = self.head(h_BTD, ends)
+        found = token_losses(h_TD, table_VD, labels_BT.reshape(-1), tile, scaling)
+        return TokenLosses(*(x.reshape(labels_BT.shape) for x in found))
+
+    def head(self, h_BTD: jax.Array, ends: Params) -> tuple[jax.Array, jax.Array, int | None, LogitScaling]:
+        """What the logits are made of: the normed output of the last layer [B T, D], the whole table of the head
+        [V, D], the tokens of a tile (None: all), the scaling."""
+        norm = jax.tree.map(self._gather, ends["norm"], self.specs["norm"])
+        h_BTD = norm(h_BTD)
+        head = "embed_tokens" if self.config.tie_word_embeddings else "lm_head"
+        table = ends[head]["embedding"]
+        if head in self.trained:  # the float32 sums of its gradient do not outlive the loss
+            h_BTD, table = gradient_first(h_BTD, table)
+        table_VD = self._gather(table, self.specs[head]["embedding"])
+        scaling = LogitScaling(self.config.logits_divisor, self.config.logits_soft_cap)
+        return h_BTD.reshape(-1, h_BTD.shape[-1]), table_VD, tile_sizes(self.profile, self.config).loss, scaling
+
     def _gather(self, shard, spec):
         return gather(shard, spec, self.profile.reduce_dtype)
+
+
+def trained_ends(trained: Params) -> frozenset[str]:
+    """Names of the parts outside of the layers that have trained parameters."""
+    return frozenset(name for name, part in Model.ends(trained).items() if jax.tree.leaves(part))

@@ -33,7 +33,7 @@ def plain_stack(layer: Layer, h: jax.Array, layers: Weights, tokens: Tokens, pro
 
 
 def policy(profile: Profile):
-    """What differentiation keeps of a layer: its input."""
+    """The residual of a layer: its input."""
     if profile.offload_activations:
         return jax.checkpoint_policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[], names_which_can_be_offloaded=[INPUT], offload_src=DEVICE, offload_dst=HOST)

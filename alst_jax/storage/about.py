@@ -18,9 +18,10 @@ from alst_jax.declare import flag
 from alst_jax.ops.attention import refusal
 from alst_jax.ops.attention.devices import Chosen
 from alst_jax.step import TrainStep
+from alst_jax.storage import parts
 from alst_jax.storage.run_directory import CHECKPOINTS, find_checkpoint, has_results, read_run_file
 
-FILE = "about.json"
+FILE = parts.ABOUT.name
 PACKAGES = ("alst-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy", "transformers",
             "tokenizers", "safetensors", "flash-attn-4", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
 
@@ -29,9 +30,9 @@ def about(
     config: TrainConfig, step: TrainStep, attention: Chosen, settings: dict[str, Any], shapes: dict[str, Any],
     plan: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """What `--explain-run` prints, as JSON: the run as it is now, a resumed one too.
+    """The record that `--explain-run` prints, as JSON: the run as it is now, a resumed one too.
 
-    settings: what a resumed run must share. shapes: of the step. plan: of --memory auto, None without one.
+    settings: those that a resumed run must share. shapes: of the step. plan: of --memory auto, None without one.
     """
     return {
         "command": [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]], "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
@@ -70,7 +71,8 @@ def _devices(step: TrainStep) -> dict[str, Any]:
     dp, sp = step.mesh.devices.shape
     device = step.mesh.devices.flat[0]
     return {"kind": device.device_kind, "count": dp * sp, "dp": dp, "sp": sp,
-            "platform": device.client.platform_version, "host": platform.node(), "system": platform.platform(), "cores": os.cpu_count(),
+            "platform": device.client.platform_version, "host": platform.node(), "system": platform.platform(),
+            "cores": os.cpu_count(),
             "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""), "processes": jax.process_count()}
 
 
@@ -96,7 +98,8 @@ def explain(path: str) -> str:
     run_dir, step = find_checkpoint(path)
     folder = run_dir / CHECKPOINTS / str(step)
     run = read_run_file(run_dir)
-    lines = [f"{folder}", f"kind      {run.get('kind')}" + (f" from {run['from']}" if "from" in run else "")]
+    lines = [f"{folder}", f"kind      {run.get('kind')}" + (f" from {run['from']}" if "from" in run else ""),
+             f"holds     {'; '.join(f'{part.name}: {part.holds}' for part in parts.present(folder))}"]
     if not (folder / FILE).is_file():
         words = [f"{name} {version}" for name, version in run.get("versions", {}).items()]
         lines += [f"versions  {', '.join(words)}", *_flags(run.get("flags", {}))]
@@ -105,8 +108,8 @@ def explain(path: str) -> str:
         record = json.loads((folder / FILE).read_text(encoding="utf-8"))
         return "\n".join([*lines, *_lines(record)])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{folder / FILE} is not what a run writes ({error!r}); python -m convert.verify {run_dir} says "
-                        "which files are damaged") from error
+        raise UserError(f"{folder / FILE} is not what a run writes ({error!r}); python -m convert.verify {run_dir} "
+                        "says which files are damaged") from error
 
 
 def _lines(record: dict[str, Any]) -> list[str]:

@@ -1,4 +1,9 @@
-"""The checkpoints of a run directory, on orbax. A leaf is stored under its names, whatever tree it comes from."""
+"""The checkpoints of a run directory, on orbax. A leaf is stored under its names, whatever tree it comes from.
+
+Not on orbax's v1 interface: in 0.12.8 it has no hook before a checkpoint gets its final name, where checksums are
+written (commit.py), and no code reads its option for arrays that are copied when they are written
+(`is_prioritized_key_fn`).
+"""
 
 import contextlib
 import functools
@@ -15,14 +20,12 @@ import tensorstore as ts
 
 from alst_jax.config import UserError
 from alst_jax.models.tree import as_dict, names
-from alst_jax.storage import about, checksums, disk, orbax_limits
+from alst_jax.storage import about, checksums, disk, orbax_limits, parts
 from alst_jax.storage.commit import committing
 from alst_jax.storage.run_directory import CHECKPOINTS
 from alst_jax.xla.arrays import Bounds, load_array
 
 Names = tuple[str, ...]
-RUN = {"step": int, "data": dict, "geometry": dict}  # in `loop` of a training run
-CHECKED = {"checksums": True}  # in `loop`: without its checksums the checkpoint is not whole
 
 
 class Checkpoints:
@@ -33,22 +36,22 @@ class Checkpoints:
         orbax_limits.install()
         self.run_dir = pathlib.Path(run_dir).absolute()
         self.directory = self.run_dir / CHECKPOINTS
-        self.about: dict[str, Any] | None = None  # what is written beside each checkpoint (about.py)
+        self.about: dict[str, Any] | None = None  # the record beside each checkpoint (about.py)
         self._keep = keep
         self._verified: set[tuple[int, str]] = set()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=False, create=True, cleanup_tmp_directories=clean,
             temporary_path_class=committing(self._seal))
         # orbax copies arrays while it writes: nothing may change them before a save returns.
-        handlers = {"params": orbax_limits.tree_handler(), "optimizer": orbax_limits.tree_handler(),
-                    "loop": ocp.JsonCheckpointHandler()}
+        makes = {"arrays": orbax_limits.tree_handler, "json": ocp.JsonCheckpointHandler}
+        handlers = {part.name: makes[part.kind]() for part in parts.PARTS if part.kind in makes}
         self._manager = ocp.CheckpointManager(self.directory, item_handlers=handlers, options=options)
 
     def save(self, step: int, params: Any, optimizer: Any | None, loop: dict[str, Any]) -> None:
         """Write the state; `loop` is JSON. Returns when all is on disk. Host memory: see saving.py."""
-        items = {"params": orbax_limits.tree_save(as_dict(params)), "loop": ocp.args.JsonSave(loop | CHECKED)}
-        if optimizer is not None:
-            items["optimizer"] = orbax_limits.tree_save(as_dict(optimizer))
+        trees = {parts.PARAMS: params} | ({} if optimizer is None else {parts.OPTIMIZER: optimizer})
+        items = {part.name: orbax_limits.tree_save(as_dict(tree)) for part, tree in trees.items()}
+        items[parts.LOOP.name] = ocp.args.JsonSave(loop | parts.CHECKED)
         try:
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
         except Exception as error:  # orbax and tensorstore each have their own for a full disk
@@ -63,7 +66,7 @@ class Checkpoints:
         checksums.seal(folder, step, self.run_dir)
 
     def _unsaved(self, step: int, error: OSError) -> UserError:
-        """The error of a save that the disk refused. What was written of it is removed: it takes room."""
+        """The error of a save that the disk refused. Its files are removed: they take room."""
         for part in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
             shutil.rmtree(part, ignore_errors=True)
         if (self.directory / str(step)).is_dir():  # orbax deletes the oldest one in the same call
@@ -73,10 +76,15 @@ class Checkpoints:
                          f"kept. {disk.what_is_safe(self.run_dir)}")
 
     def remove_remains(self) -> None:
-        """Remove what is left of checkpoints that a killed rotation has half deleted: those beyond the newest `keep`."""
+        """Remove the remains of checkpoints that a killed rotation has half deleted: those beyond the newest `keep`.
+        A warning where that fails: the run needs none of them."""
         steps = sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())
         for step in steps[: -self._keep] if self._keep else []:
-            shutil.rmtree(self.directory / str(step))
+            try:
+                shutil.rmtree(self.directory / str(step))
+            except OSError as error:
+                print(f"warning: {self.directory / str(step)}, older than --keep-checkpoints {self._keep}, cannot be "
+                      f"deleted: {disk.describe(error)}", file=sys.stderr, flush=True)
         self._manager.reload()
 
     def steps(self) -> list[int]:
@@ -84,40 +92,41 @@ class Checkpoints:
 
     def restore_loop(self, step: int) -> dict[str, Any]:
         """The JSON part alone, which is checked before large arrays are read."""
-        with self._reading(step, "loop"):
-            loop = self._manager.restore(step, args=ocp.args.Composite(loop=ocp.args.JsonRestore()))["loop"]
-            return {name: value for name, value in loop.items() if name not in CHECKED}
+        name = parts.LOOP.name
+        with self._reading(step, name):
+            loop = self._manager.restore(step, args=ocp.args.Composite(**{name: ocp.args.JsonRestore()}))[name]
+            return {name: value for name, value in loop.items() if name not in parts.CHECKED}
 
     def restore_run(self, step: int) -> dict[str, Any]:
         """The JSON part of a training run's checkpoint: its step, its position in the data, its geometry."""
         loop = self.restore_loop(step)
-        lacking = [name for name, kind in RUN.items() if not isinstance(loop.get(name), kind)]
-        if lacking:
+        if lacking := parts.lacking(loop):
             raise self._unreadable(step, ValueError(f"its loop does not say {', '.join(lacking)}"))
         return loop
 
     def restore_params(self, step: int, abstract: Any) -> Any:
         """The weights as a tree like `abstract` (ShapeDtypeStructs), with its shardings and dtypes, from any mesh."""
-        return self._restore_tree(step, "params", abstract)
+        return self._restore_tree(step, parts.PARAMS.name, abstract)
 
     def restore_optimizer(self, step: int, abstract: Any) -> Any:
         """The optimizer state as a tree like `abstract`."""
-        return self._restore_tree(step, "optimizer", abstract)
+        return self._restore_tree(step, parts.OPTIMIZER.name, abstract)
 
     def params_dtype(self, step: int) -> str:
         """The dtype of a training run's weights, which all have the same."""
-        return str(jax.tree.leaves(dict(self._manager.item_metadata(step)["params"].tree))[0].dtype)
+        metadata = self._manager.item_metadata(step)[parts.PARAMS.name]
+        return str(jax.tree.leaves(dict(metadata.tree))[0].dtype)
 
     def read_params(self, step: int) -> Iterator[tuple[Names, np.ndarray]]:
         """(names, array) of each saved weight, read one by one."""
-        with self._reading(step, "params"):
-            for name, array in self._open(step, "params").items():
+        with self._reading(step, parts.PARAMS.name):
+            for name, array in self._open(step, parts.PARAMS.name).items():
                 yield name, array.read().result()
 
     def open_params(self, step: int) -> Iterator[tuple[Names, "Stored"]]:
         """(names, array) of each saved weight. An index of the array reads that part."""
-        with self._reading(step, "params"):
-            arrays = self._open(step, "params")
+        with self._reading(step, parts.PARAMS.name):
+            arrays = self._open(step, parts.PARAMS.name)
         for name, array in arrays.items():
             yield name, Stored(array, functools.partial(self._reading, step))
 
@@ -159,7 +168,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _reading(self, step: int, item: str | None = None) -> Iterator[None]:
-        """Errors inside are those of the checkpoint. item: compare its files with their checksums first, once."""
+        """Errors inside are the checkpoint's. item: compare its files with their checksums first, once."""
         try:
             if item is not None:
                 self._verify(step, item)
@@ -176,7 +185,7 @@ class Checkpoints:
     def _verify(self, step: int, item: str) -> None:
         if (step, item) in self._verified:
             return
-        if not checksums.verify_step(self.directory / str(step), item) and item == "params":
+        if not checksums.verify_step(self.directory / str(step), item) and item == parts.PARAMS.name:
             print(f"warning: {self.directory / str(step)} was saved without checksums: it is not verified",
                   file=sys.stderr, flush=True)
         self._verified.add((step, item))
@@ -223,7 +232,7 @@ def advice(bad: pathlib.Path) -> str:
             verified = checksums.verify_step(bad.parent / str(step))
         except UserError:
             continue
-        if verified or found is None and all((bad.parent / str(step) / item).is_dir() for item in ("loop", "params")):
+        if verified or found is None and not parts.missing(bad.parent / str(step)):
             found = step, "was verified" if verified else "has no checksums and was not verified"
         if verified:
             break

@@ -16,19 +16,19 @@ from collections.abc import Iterable
 from typing import Any
 
 from alst_jax.config import UserError
+from alst_jax.storage import parts
+from alst_jax.storage.parts import LATE
 
-FILE = "checksums.json"
+FILE = parts.CHECKSUMS.name
 WEIGHTS_FILE = "model.safetensors.checksums.json"
 ALGORITHM = "sha256"  # of those in hashlib one of the fastest, and the one that the hub names its files by
 THREADS = 16
-# Written by orbax after the checksums, or changed then. They hold times, and no number of the run.
-LATE = ("commit_success.txt", "_CHECKPOINT_METADATA")
 
 Entry = list[Any]  # [bytes, hash]
 
 
 class Damaged(UserError):
-    """Files are not what was written. The text names each."""
+    """Files were changed. The text names each."""
 
 
 def hash_files(top: pathlib.Path, names: Iterable[str]) -> dict[str, Entry]:
@@ -61,7 +61,7 @@ def write_record(file: pathlib.Path, record: dict[str, Any]) -> None:
 
 
 def read_record(file: pathlib.Path) -> dict[str, Any] | None:
-    """The record in a file; None if there is no file. Damaged if it is not what was written."""
+    """The record in a file; None without a file. Damaged if it was changed."""
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         whole = record.pop("self") == _of_record(record)
@@ -81,7 +81,7 @@ def _of_record(record: dict[str, Any]) -> str:
 
 
 def compare(top: pathlib.Path, recorded: dict[str, Entry], others: Iterable[str] = ()) -> None:
-    """Damaged unless the files below `top` are the recorded ones. others: files that are there beside them.
+    """Damaged unless the files below `top` are the recorded ones. others: files found beside them.
 
     Sizes are compared before a file is read.
     """
@@ -124,12 +124,14 @@ def seal(folder: pathlib.Path, step: int, run_dir: pathlib.Path) -> None:
 def verify_step(folder: pathlib.Path, item: str | None = None) -> bool:
     """Whether the checkpoint in a step's folder has checksums, which then are right. Damaged if one is wrong.
 
-    item: verify the files of this item alone (params, optimizer, loop), and those outside of items.
+    item: verify the files of this part alone (params, optimizer, loop), and those outside of parts.
     """
     record = read_record(folder / FILE)
     if record is None:
         if _promises(folder):
             raise Damaged(f"{FILE} is missing")
+        if item is None and (missing := parts.missing(folder)):
+            raise Damaged(f"{' and '.join(missing)} not found")
         return False
     if str(record["step"]) != folder.name:
         raise Damaged(f"it is step {record['step']}, under another name")
@@ -154,7 +156,8 @@ def verify_run_files(folder: pathlib.Path, run_dir: pathlib.Path) -> None:
 def _promises(folder: pathlib.Path) -> bool:
     """Whether a checkpoint was saved with checksums, by its own words in `loop`."""
     try:
-        return bool(json.loads((folder / "loop" / "metadata").read_text()).get("checksums"))
+        loop = json.loads((folder / parts.LOOP.name / "metadata").read_text())
+        return all(loop.get(name) == value for name, value in parts.CHECKED.items())
     except (OSError, ValueError, AttributeError, RecursionError):
         return False  # restoring `loop` says what is wrong with it
 
@@ -169,9 +172,9 @@ def seal_weights(hf_dir: pathlib.Path) -> None:
 
 
 def verify_weights(hf_dir: pathlib.Path) -> bool:
-    """Whether there are checksums of all weight files of a Hugging Face directory, which then are right.
+    """Whether all weight files of a Hugging Face directory have checksums, which then are right.
 
-    They are ours, or those of the hub, whose cache names a file by its hash. UserError if one is wrong.
+    They are ours, or the hub's, whose cache names a file by its hash. UserError if one is wrong.
     """
     try:
         record = read_record(hf_dir / WEIGHTS_FILE)

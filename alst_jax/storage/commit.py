@@ -1,4 +1,4 @@
-"""What happens to a checkpoint between its last byte and its final name, by orbax's own option for that."""
+"""The work on a checkpoint between its last byte and its final name, by orbax's own option for that."""
 
 import asyncio
 import pathlib

@@ -22,7 +22,7 @@ CAUSES = {
 
 
 def disk_error(error: BaseException | None) -> OSError | None:
-    """The OSError behind an error, if there is one. tensorstore and orbax put its number into the text of another."""
+    """The OSError behind an error, or None. tensorstore and orbax put its number into the text of another."""
     seen = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))

@@ -18,6 +18,7 @@ from alst_jax.config import TrainConfig, UserError
 from alst_jax.data.tokenizer import has_tokenizer
 from alst_jax.declare import flag
 from alst_jax.models.config import ModelConfig
+from alst_jax.models.extend import record_extension
 from alst_jax.models.hf_config import hf_config_dict, model_config, record_vocabulary
 from alst_jax.models.other_weights import keep_others
 
@@ -75,6 +76,16 @@ def is_checkpoint(path: str | pathlib.Path) -> bool:
     return _locate(pathlib.Path(path).absolute()) is not None
 
 
+def refuse_adapters(run_dir: str | pathlib.Path) -> None:
+    """UserError for a run with adapters: its checkpoints are no whole model."""
+    base = read_run_file(run_dir).get("base")
+    if base is not None:
+        raise UserError(f"{run_dir} is a run with adapters: its checkpoints do not hold the base model, "
+                        f"{base.get('name') or 'drawn at random'}. Go on with --resume, or train from its export with "
+                        f"--model BASE --adapter {run_dir}/adapter; python -m convert.merge {run_dir}/adapter BASE DIR "
+                        "makes a whole model")
+
+
 # ------------------------------------------------------------------------------------------------- starting a directory
 
 
@@ -98,13 +109,16 @@ def check_out(config: TrainConfig) -> pathlib.Path:
 
 
 def start_run_directory(
-    out: pathlib.Path, config: TrainConfig, model: ModelConfig, tokenizer: Any, hf_dir: pathlib.Path | None
+    out: pathlib.Path, config: TrainConfig, model: ModelConfig, tokenizer: Any, hf_dir: pathlib.Path | None,
+    base: dict[str, Any] | None = None,
 ) -> None:
-    """Write run.json and model/: the first files of a run. hf_dir: copy its model files, else make them.
+    """Write run.json and model/: the first files of a run. hf_dir: copy its model files, else make them. base: of a run
+    with adapters, whose checkpoints hold no base model: its name and hash.
 
     run.json is first: a run that was killed here can be started again in the same directory.
     """
-    write_run_file(out, "training", {"flags": dataclasses.asdict(config) | {"resume": False}})
+    write_run_file(out, "training", {"flags": dataclasses.asdict(config) | {"resume": False}} | (
+        {} if base is None else {"base": base}))
     if hf_dir is not None:
         copy_model_files(hf_dir, out / MODEL)
         if not config.random_weights:
@@ -114,6 +128,7 @@ def start_run_directory(
         elif config.chat_template is not None:
             write_template(tokenizer.chat_template, out / MODEL)
         record_vocabulary(out / MODEL, model.vocab_size)
+        record_extension(out / MODEL, config)
     else:
         tokenizer.save_pretrained(out / MODEL)
         special = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -231,8 +246,8 @@ def read_added(run_dir: str | pathlib.Path) -> list[dict[str, Any]]:
 def record_added(run_dir: pathlib.Path, added: Iterable[dict[str, Any]]) -> None:
     """Store the additions to the data of a run in DIR/added.json, complete or not at all.
 
-    "data": the paths; "step": the step before the addition; "batches": batches of a step that were read before it, those
-    left out included; "hash": of its sequences.
+    "data": the paths; "step": the step before the addition; "batches": batches of a step that were read before it,
+    those left out included; "hash": of its sequences.
     """
     if list(added) != read_added(run_dir):
         partial = run_dir / f".{ADDED_FILE}"

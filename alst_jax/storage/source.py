@@ -1,6 +1,7 @@
 """The model of --model: a Hugging Face directory or hub name, a checkpoint, or by default the embedded tiny Llama."""
 
 import dataclasses
+import hashlib
 import pathlib
 import sys
 from typing import Any
@@ -12,13 +13,18 @@ import numpy as np
 from alst_jax.config import TrainConfig, UserError
 from alst_jax.data.tokenizer import byte_tokenizer, has_tokenizer, load_tokenizer, use_template
 from alst_jax.models.config import TINY_LLAMA, ModelConfig
+from alst_jax.models.extend import extend
 from alst_jax.models.hf_config import model_config
 from alst_jax.models.hf_weights import load_params
+from alst_jax.models.lora import adapters_of
 from alst_jax.models.other_weights import has_others
-from alst_jax.models.weight_files import find_tensors
+from alst_jax.models.tree import combine
+from alst_jax.models.weight_files import find_tensors, read_tensor
 from alst_jax.step import TrainStep
 from alst_jax.storage import checksums, run_directory
 from alst_jax.storage.checkpoint import Checkpoints
+
+SAMPLE = 4096  # bytes of each tensor in the hash of a base model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +46,8 @@ def find_model(config: TrainConfig, tokenizer: bool = True) -> ModelSource:
     tokenizer: load it too. A plan needs none. --resize-vocabulary does.
     """
     source = _find(config, tokenizer or config.resize_vocabulary)
+    if not config.resume:  # the config.json of a run has its positions already
+        source = dataclasses.replace(source, config=extend(source.config, source.files, config))
     if not config.resize_vocabulary:
         return source
     tokens = 1 + max(source.tokenizer.get_vocab().values())
@@ -88,7 +96,9 @@ def _model_files(model: str, weights: bool = True) -> pathlib.Path:
     if not model:
         raise UserError("--model '': name a Hugging Face directory, a hub name or a checkpoint")
     if run_directory.is_checkpoint(model):
-        return run_directory.find_checkpoint(model)[0] / run_directory.MODEL
+        run_dir = run_directory.find_checkpoint(model)[0]
+        run_directory.refuse_adapters(run_dir)
+        return run_dir / run_directory.MODEL
     return _hub_directory(model, weights)
 
 
@@ -108,18 +118,47 @@ def _hub_directory(model: str, weights: bool) -> pathlib.Path:
 
 
 def load_weights(source: ModelSource, step: TrainStep, dtype: jnp.dtype, seed: int) -> Any:
-    """The weights, with the shardings and memory kinds of the step."""
+    """The weights, with the shardings and memory kinds of the step. Adapters are new ones."""
+    if source.hf_weights is None and source.checkpoint is None:
+        return step.init_params(jax.random.key(seed), dtype)
+    if step.model.lora is None:
+        return _load(source, step, step.params)
+    return combine(step.init_adapters(jax.random.key(seed), dtype), _load(source, step, adapters_of(step.params)[1]))
+
+
+def _load(source: ModelSource, step: TrainStep, abstract: Any) -> Any:
+    """The weights that `abstract` describes, from the files of the source."""
     if source.hf_weights is not None:
         checksums.verify_weights(source.hf_weights)
-        if dtype == jnp.bfloat16 and any(t.dtype == np.float32 for t in find_tensors(source.hf_weights).values()):
+        wide = any(tensor.dtype == np.float32 for tensor in find_tensors(source.hf_weights).values())
+        if wide and step.profile.compute_dtype == "bfloat16":
             print(f"warning: the float32 weights of {source.name} are rounded to bfloat16; --dtype float32 keeps them",
                   file=sys.stderr, flush=True)
-        return load_params(source.hf_weights, source.config, step.params, source.resize)
-    if source.checkpoint is not None:
-        run_dir, at = source.checkpoint
-        checkpoints = Checkpoints(run_dir)
-        checkpoints.check_run_files(at)
-        params = checkpoints.restore_params(at, step.params)
-        checkpoints.close()
-        return params
-    return step.init_params(jax.random.key(seed), dtype)
+        return load_params(source.hf_weights, source.config, abstract, source.resize)
+    run_dir, at = source.checkpoint
+    checkpoints = Checkpoints(run_dir)
+    checkpoints.check_run_files(at)
+    params = checkpoints.restore_params(at, abstract)
+    checkpoints.close()
+    return params
+
+
+def identity(source: ModelSource, seed: int) -> dict[str, str | None]:
+    """The name of a base model and a hash of its weights: of the names, types, shapes and first bytes of all
+    tensors."""
+    if source.hf_weights is None and source.checkpoint is None:
+        return {"name": None, "hash": f"drawn with --seed {seed}"}
+    found = hashlib.sha256()
+    if source.hf_weights is not None:
+        name = source.hf_weights.absolute() if pathlib.Path(source.name).exists() else source.name
+        for key, tensor in sorted(find_tensors(source.hf_weights).items()):
+            found.update(repr((key, tensor.shape, str(tensor.dtype))).encode())
+            found.update(read_tensor(tensor, (slice(0, 1),)).tobytes()[:SAMPLE])
+        return {"name": str(name), "hash": found.hexdigest()}
+    run_dir, at = source.checkpoint
+    checkpoints = Checkpoints(run_dir)
+    for key, array in sorted(checkpoints.open_params(at)):
+        found.update(repr((key, array.shape, str(array.dtype))).encode())
+        found.update(array[(slice(0, 1),) * (len(array.shape) - 1)].tobytes()[:SAMPLE])
+    checkpoints.close()
+    return {"name": str(run_dir / run_directory.CHECKPOINTS / str(at)), "hash": found.hexdigest()}

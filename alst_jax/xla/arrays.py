@@ -27,13 +27,15 @@ def load_array(wanted: jax.ShapeDtypeStruct, read: Callable[[Bounds], np.ndarray
         devices_of.setdefault(tuple(s.indices(size)[:2] for s, size in zip(index, wanted.shape)), []).append(device)
     parts = []
     for bounds, devices in devices_of.items():
-        places = [jax.sharding.SingleDeviceSharding(device, memory_kind=wanted.sharding.memory_kind) for device in devices]
+        kind = wanted.sharding.memory_kind
+        places = [jax.sharding.SingleDeviceSharding(device, memory_kind=kind) for device in devices]
         parts += _load_part(read, bounds, wanted.dtype, places)
     return jax.make_array_from_single_device_arrays(wanted.shape, wanted.sharding, parts)
 
 
 def _load_part(
-    read: Callable[[Bounds], np.ndarray], bounds: Bounds, dtype: np.dtype, places: list[jax.sharding.SingleDeviceSharding]
+    read: Callable[[Bounds], np.ndarray], bounds: Bounds, dtype: np.dtype,
+    places: list[jax.sharding.SingleDeviceSharding],
 ) -> list[jax.Array]:
     """What read(bounds) gives, at each of the places; of a large part, only some rows at a time are in numpy's
     hands."""

@@ -11,7 +11,7 @@ from jax import lax
 from alst_jax.profile import DEVICE, HOST
 from alst_jax.xla import scopes
 
-CHUNK_BYTES = 2**28  # of each array at a time, when there is no layer dim to walk along
+CHUNK_BYTES = 2**28  # of each array at a time, without a layer dim to walk along
 
 
 def memory_kind(on_host: bool) -> str:
@@ -66,7 +66,8 @@ def reserve(gibibytes: int, devices: list[jax.Device]) -> None:
 
     with concurrent.futures.ThreadPoolExecutor(len(devices)) as threads:
         used = list(threads.map(use, devices))
-    # Read when the pieces are free again: the few bytes of pinned memory that this takes would be a new piece beside them.
+    # Read when the pieces are free again: the few bytes of pinned memory that this takes would be a new piece beside
+    # them.
     for number in used:
         float(number)
 

@@ -1,8 +1,8 @@
 """Order without a barrier: values that the compiler cannot know before an array is computed.
 
-An optimization barrier does not order anything on GPUs, where it is removed before instructions are scheduled; and zeros
-that several loops start from become one operation that makes all of them at once, long before they are needed (measured at
-524,288 tokens: 242 GiB of temporary memory instead of 66).
+An optimization barrier does not order anything on GPUs, where it is removed before instructions are scheduled; and
+zeros that several loops start from become one operation that makes all of them at once, long before they are needed
+(measured at 524,288 tokens: 242 GiB of temporary memory instead of 66).
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from alst_jax.xla.varying import vary_like, varying_axes
 
 
 def after(arrays: Any, x: jax.Array) -> jax.Array:
-    """x, but not before all of `arrays`, a tree, are there. Writes one element of x, in place where x is not needed
+    """x, but not before all of `arrays`, a tree, exist. Writes one element of x, in place where x is not needed
     otherwise."""
     leaves = jax.tree.leaves(arrays)
     if not leaves:
@@ -28,12 +28,12 @@ def after(arrays: Any, x: jax.Array) -> jax.Array:
 
 
 def index_after(array: jax.Array, index: ArrayLike) -> jax.Array:
-    """int32 index or indices, for an access that must not happen before `array` is there."""
+    """int32 index or indices, for an access that must not happen before `array` exists."""
     return _zero_after(array) + index
 
 
 def read_after(array: jax.Array, read: Callable, index: ArrayLike) -> Any:
-    """read(index), a tree of arrays, but not before `array` is there; what is the same on all devices is read at once,
+    """read(index), a tree of arrays, but not before `array` exists; equal arrays on all devices are read at once,
     for an index that waits may differ between devices."""
     soon, late = read(index), read(index_after(array, index))
     return jax.tree.map(lambda s, l: l if varying_axes(s) == varying_axes(l) else s, soon, late)
@@ -47,7 +47,7 @@ def read_back(array: jax.Array, row: jax.Array, on_host: bool) -> jax.Array:
 
 @jax.custom_vjp
 def gradient_first(h: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """h and weight as they are; on the way back, the gradient of h is there only after that of the weight."""
+    """h and weight as they are; on the way back, the weight's gradient is made before h's."""
     return h, weight
 
 

@@ -104,6 +104,9 @@ def test_added_data_are_learned_from_then_on(flags, tmp_path, capfd):
     assert "the run has these data since step 2" in capfd.readouterr().err
     assert run_here(*resume, "--steps", 4) == 0 and metrics(out)[-1]["step"] == 4
     assert f"added   after step 2: {more}" in capfd.readouterr().out
+    assert run_here(*resume, "--steps", 5, "--seq-len", 32) == 2
+    refused = capfd.readouterr().err
+    assert "--resume: changed since the checkpoint: --seq-len (" in refused and "added at step" not in refused
     more.write_text('{"text": "other data"}\n' * 9)
     assert run_here(*resume, "--steps", 5) == 2
     assert "the data that were added at step 2 have changed since then" in capfd.readouterr().err

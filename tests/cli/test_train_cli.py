@@ -413,7 +413,7 @@ def test_sequences_beyond_the_models_positions_are_warned_of(call, model, tmp_pa
                        tmp_path / "run")
     assert code == 0
     assert "warning: --seq-len 512 is beyond the 256 positions the model was made for" in error
-    assert "attention has not learned such distances" in error and "set rope_parameters" in error
+    assert "attention has not learned such distances" in error and "--rope-scaling yarn --rope-factor" in error
     assert len(metrics(tmp_path / "run")) == 1
 
 
@@ -606,10 +606,13 @@ def test_out_of_memory_names_what_is_left_to_try(call, model, data, tmp_path, mo
     def too_much(*_):
         jax.block_until_ready(jax.numpy.zeros((2**46,)))
 
+    words, jobs = train.out_of_memory, []
+    monkeypatch.setattr(train, "out_of_memory", lambda config, reason, job=None: jobs.append(job) or words(config, reason, job))
     monkeypatch.setattr(trainer, "optimizer_step", too_much)
     code, stderr = call("--model", model, "--data", data, "--seq-len", 128, "--dp", 1, "--offload-optimizer", "--out",
                         tmp_path / "run")
     assert code == 2 and "error: out of memory: RESOURCE_EXHAUSTED" in stderr
+    assert [job.profile.offload_optimizer for job in jobs] == [True]  # of the profile that ran
     assert "These need less: --offload-activations, --offload-weights, --optimizer-states int8, --head-chunks" in stderr
 
 

@@ -100,6 +100,8 @@ FLAGS = {
     "no devices": ("--simulate-devices 0", "--simulate-devices 0: must be at least 1"),
     "packs without packing": ("--pack-attention across", "it needs --pack"),
     "evaluation without data": ("--eval-every 2", "--eval-every needs --eval-data"),
+    "a factor of no scaling": ("--rope-factor 2", "--rope-factor 2.0 has no meaning without --rope-scaling"),
+    "a scaling by nothing": ("--rope-scaling yarn", "add --rope-factor"),
     "steps backwards": ("--profile-steps 5:3", "--profile-steps 5:3: write the first and the last step"),
     "an unknown machine": ("--plan-only --plan-for H1000", "--plan-for H1000: no such machine", "the closest is H100-80"),
     "a host of nine": ("--plan-only --plan-for 9xH100", "a host has at most 8 devices"),

@@ -39,7 +39,7 @@ def stages() -> dict[str, list[tuple[Any, str]]]:
 
     return {
         "starting": [(run_directory, "write_run_file"), (run_directory, "copy_model_files")],
-        "loading": [(hf_weights, "_load_leaf")],
+        "loading": [(hf_weights, "load_leaf")],
         "resuming": [(checkpoint, "_read"), (checksums, "compare")],
         "caching": [(_Output, "write"), (Cache, "_publish"), (Cache, "remember")],
         "stepping": [(trainer, "optimizer_step")],

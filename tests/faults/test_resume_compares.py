@@ -33,6 +33,9 @@ COMPARED = {
     "optimizer_states": (dict(job=dict(states="int8")), r"--optimizer-states \(float32 -> int8\)"),
     "master_weights": (dict(job=dict(master="none")), r"--master-weights \(float32 -> none\)"),
     "freeze": (dict(freeze="norm"), r"--freeze \(None -> norm\)"),
+    "rope_scaling": (dict(rope_scaling="yarn"), r"--rope-scaling \(None -> yarn\)"),
+    "rope_factor": (dict(rope_factor=2.0), r"--rope-factor \(None -> 2.0\)"),
+    "rope_theta": (dict(rope_theta=1e6), r"--rope-theta \(None -> 1000000.0\)"),
 }
 
 

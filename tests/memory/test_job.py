@@ -15,11 +15,13 @@ from alst_jax import planning
 from alst_jax.config import TrainConfig
 from alst_jax.hardware.machines import parse_cluster
 from alst_jax.models.block import abstract_params
+from alst_jax.models.lora import Lora
+from alst_jax.models.sizes import needed_flops, parameter_sizes, trained_sizes
 from alst_jax.parallel.costs import Shapes, Traffic, head_groups, traffic, work
 from alst_jax.planning.compiled import job_of, plan_step
 from alst_jax.planning.estimate import estimate
 from alst_jax.planning.footprint import layer_work, state_bytes, trained_bytes, working_set
-from alst_jax.planning.job import Job, describe, parameter_sizes, total
+from alst_jax.planning.job import Job, describe, total
 from alst_jax.planning.planner import Planner
 from alst_jax.planning.seconds import collectives
 from alst_jax.planning.seconds import traffic as moved
@@ -46,18 +48,18 @@ def test_sizes_by_hand(model):
     assert sizes.total == model.num_layers * sizes.layer + sizes.tables + d
     assert sizes.layer_leaves == 9 + 4 * model.attention_bias + 3 * model.mlp_bias
     assert sizes.largest == max(leaf.size for leaf in jax.tree.leaves(abstract_params(model, jnp.float32)))
-    assert parameter_sizes(model, "no such name") == sizes
+    assert trained_sizes(model, "no such name") == sizes
 
 
 def test_a_frozen_parameter_is_named_by_a_pattern():
     whole, model = parameter_sizes(TINY), TINY
-    gate = parameter_sizes(model, r"mlp\.gate_proj\.kernel")
+    gate = trained_sizes(model, r"mlp\.gate_proj\.kernel")
     assert whole.total - gate.total == model.num_layers * model.hidden_size * model.intermediate_size
     assert (whole.layer_leaves - gate.layer_leaves, gate.tables) == (1, whole.tables)
-    heads = parameter_sizes(model, "^lm_head")
+    heads = trained_sizes(model, "^lm_head")
     assert (heads.head, heads.tables, heads.layer) == (0, whole.head, whole.layer)
-    assert parameter_sizes(model, "^norm.scale$").total == whole.total - model.hidden_size
-    layers = parameter_sizes(model, "^layers")
+    assert trained_sizes(model, "^norm.scale$").total == whole.total - model.hidden_size
+    layers = trained_sizes(model, "^layers")
     assert (layers.layer, layers.layer_leaves, layers.largest_stack) == (0, 0, 0) and layers.largest == whole.head
 
 
@@ -77,7 +79,8 @@ def test_frozen_tables_have_no_gradients_and_no_states(profile, devices):
     for part, difference in (("weights", 0), ("gradients", 2 * shard), ("optimizer", 12 * shard)):
         sizes = [plan.device.get(part, 0) + plan.host.get(part, 0) for plan in (plan, less)]
         assert sizes[0] - sizes[1] == difference, part
-    assert less.flops == plan.flops and less.host["saving"] <= plan.host["saving"]
+    assert plan.flops - less.flops == 2 * LLAMA_8B.vocab_size * LLAMA_8B.hidden_size * 131072  # of the head's gradient
+    assert less.host["saving"] <= plan.host["saving"]
 
 
 def test_frozen_parameters_move_less():
@@ -98,7 +101,31 @@ def test_frozen_parameters_move_less():
 def test_all_layers_frozen():
     job = Job(LLAMA_8B, ON_GPU, 1, 131072, freeze="^layers")
     assert state_bytes(job)[1] == 2 * (2 * LLAMA_8B.vocab_size + 1) * LLAMA_8B.hidden_size
-    assert working_set(job) >= working_set(dataclasses.replace(job, freeze=None))  # no gradients to reuse buffers of
+    # No gradients to reuse buffers of, and no float32 sums of a layer's gradients.
+    sums = 4 * parameter_sizes(LLAMA_8B).layer
+    assert working_set(dataclasses.replace(job, freeze=None)) - working_set(job) == pytest.approx(1.015 * sums, abs=8)
+
+
+def test_adapters_in_the_plan():
+    """Rank 16 beside all linear layers of Llama-8B, by hand."""
+    model = dataclasses.replace(LLAMA_8B, lora=Lora(16, 16.0))
+    columns = 4 * 4096 + 2 * (4096 + 1024) + 3 * (4096 + 14336)  # inputs and outputs of the seven layers
+    adapters, kernels, head = 16 * 32 * columns, 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336), 128256 * 4096
+    job = Job(LLAMA_8B, OFFLOADED, 1, 131072)
+    beside = dataclasses.replace(job, model=model)
+    base = parameter_sizes(LLAMA_8B).total
+    assert parameter_sizes(model).adapters == adapters == 41_943_040 and parameter_sizes(model).total == base + adapters
+    assert state_bytes(beside) == (2 * base + 4 * adapters, 4 * adapters, 8 * adapters)
+    assert trained_bytes(beside) == 4 * adapters
+    pairs = LLAMA_8B.causal_pairs(131072) * 32 * 128
+    assert beside.flops == (4 * (kernels + head) + 6 * adapters) * 131072 + 12 * pairs
+    assert job.flops == 6 * (kernels + head) * 131072 + 12 * pairs and needed_flops(LLAMA_8B, None, 131072) == job.flops
+    assert working_set(beside) < working_set(job)
+    assert moved(beside)["update"] < moved(job)["update"] / 50
+    norms = dataclasses.replace(beside, freeze="proj|embed_tokens|lm_head")
+    assert trained_sizes(model, norms.freeze).total == adapters + 65 * 4096
+    assert state_bytes(norms)[2] - state_bytes(beside)[2] == 12 * 65 * 4096
+    assert "--lora-rank 16" in describe(beside)
 
 
 def test_a_plan_follows_the_steps_frozen_parameters():

@@ -84,7 +84,8 @@ def read_names(sources):
 
 def test_every_flag_is_read():
     """Outside of the declarations and their checks: of memory flags see `test_each_switch_changes_the_step`."""
-    declarations = {"config.py", "data_flags.py", "watch_flags.py", "flag_checks.py", "declare.py", "profile.py"}
+    declarations = {"config.py", "data_flags.py", "lora_flags.py", "watch_flags.py", "extend_flags.py", "flag_checks.py",
+                    "declare.py", "profile.py"}
     files = [path for path in (ROOT / "alst_jax").rglob("*.py") if path.name not in declarations] + [ROOT / "train.py"]
     read = read_names(path.read_text() for path in files)
     missing = set(FLAGS) - read - set(SWITCHES) - set(TILES.values())

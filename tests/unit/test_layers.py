@@ -10,10 +10,10 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2] / "alst_jax"
-LAYERS = ("declare", "profile", "data_flags", "watch_flags", "config", "flag_checks", "hardware", "xla", "ops", "data", "models", "parallel", "stack", "optim",
-          "in_backward", "step",
-          "storage", "metrics", "profiling", "watch", "refused", "trainer", "planning", "preflight", "run_data",
-          "run_state", "run")  # docs/architecture.md
+LAYERS = ("declare", "profile", "data_flags", "lora_flags", "watch_flags", "extend_flags", "config", "flag_checks",
+          "hardware", "xla", "ops", "data", "models", "parallel", "stack", "optim", "in_backward", "step", "storage",
+          "metrics", "profiling", "watch", "refused", "trainer", "at_length", "planning", "preflight", "run_data",
+          "run_long", "run_lora", "run_state", "run")  # docs/architecture.md
 ORDER = {name: number for number, name in enumerate(LAYERS)}
 
 

@@ -15,7 +15,7 @@ def options(raw: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def ropes(raw: dict[str, Any], where: str) -> list[tuple[Any, Any]]:
-    # transformers takes `rope_theta` for full attention alone, if there are no `rope_parameters`.
+    # transformers takes `rope_theta` for full attention alone, without `rope_parameters`.
     return layer_types.ropes(raw, where, (raw.get("rope_theta") or BASE, BASE))
 
 

@@ -56,7 +56,7 @@ def supported(families: dict[str, Family]) -> str:
 
 
 def _why(raw: dict[str, Any], families: dict[str, Family]) -> str:
-    """What is known of an unsupported family: how it differs, what is closest."""
+    """Facts about an unsupported family: its differences, the closest family."""
     kind = raw.get("model_type")
     if isinstance(kind, str) and kind in families:
         return f" (of {kind}, {families[kind].architecture} is)"

@@ -19,8 +19,8 @@ from alst_jax.ops.attention.spec import AttentionSpec, Kernel
 from alst_jax.xla import scopes
 from alst_jax.xla.varying import vary_like
 
-__all__ = ["KERNELS", "AttentionSpec", "Kernel", "attention", "attention_backward", "attention_forward", "attention_from",
-           "find_kernel", "head_groups", "refusal", "runs_where"]
+__all__ = ["KERNELS", "AttentionSpec", "Kernel", "attention", "attention_backward", "attention_forward",
+           "attention_from", "find_kernel", "head_groups", "refusal", "runs_where"]
 
 KERNELS = {kernel.name: kernel for kernel in (xla.KERNEL, cudnn.KERNEL, flash.KERNEL, flash.DETERMINISTIC)}
 CAUSAL = AttentionSpec()
@@ -57,7 +57,8 @@ def attention_forward(
     if reason := refusal(kernel, spec, documents is not None):
         raise UserError(reason)
     if spec.sinks != (sinks is not None):
-        raise ValueError(f"sinks={spec.sinks} in the AttentionSpec, but {'no' if sinks is None else 'an'} array of sinks")
+        given = "no" if sinks is None else "an"
+        raise ValueError(f"sinks={spec.sinks} in the AttentionSpec, but {given} array of sinks")
     results = kernel.forward(q, k, v, spec, documents)
     return add_sinks(*results, sinks) if spec.sinks else results
 
@@ -102,7 +103,7 @@ def attention(
 
     kernel: "xla" (any device and dtype), "cudnn" (GPU, bfloat16 or float16, S a multiple of 128), "flash" (Hopper,
     bfloat16 or float16, any S), "flash-deterministic" (the same, gradients summed in a fixed order), or a `Kernel` of
-    one's own. documents: see `Kernel`. sinks[N]: with spec.sinks, a score of each head beside those of its keys.
+    one's own. documents: see `Kernel`. sinks[N]: with spec.sinks, a score of each head beside the scores of its keys.
     """
     q_, k_, v_, sinks_ = jax.lax.stop_gradient((q, k, v, sinks))
     results = attention_forward(q_, k_, v_, spec, documents, sinks_, kernel=kernel)
@@ -113,7 +114,7 @@ def attention_from(
     q: Array, k: Array, v: Array, results: tuple[Array, Array], spec: AttentionSpec = CAUSAL,
     documents: Array | None = None, sinks: Array | None = None, *, kernel: str | Kernel,
 ) -> Array:
-    """o, where (o, lse) = results are those of `attention_forward` for the same inputs: only the gradient is
+    """o, where (o, lse) = results come from `attention_forward` with the same inputs: only the gradient is
     computed."""
     return _attention_from(spec, find_kernel(kernel), q, k, v, results, documents, sinks)
 

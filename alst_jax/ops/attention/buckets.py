@@ -21,11 +21,11 @@ from alst_jax.xla.varying import vary_like
 SMALLEST = 512  # tokens of the smallest slice
 TOGETHER = 4096  # tokens of the slices of one call at most, where it holds several
 UNREACHABLE = 1e30  # log-sum-exp of rows behind a document: their softmax weights become exactly 0
-# TFLOP/s of useful work, both directions together, by the sum of the documents' squares over the sum of their lengths.
-# Measured with cuDNN on an H100 (32 query heads, 8 kv heads, 131,072 tokens), with the only sizes 4k, 16k, 64k and S:
-# for 64 equal documents, 8 mixed ones, two and one. This loop has finer sizes. It is not measured yet.
+# TFLOP/s of useful work by the sum of the documents' squares over the sum of their lengths. Measured with cuDNN on an
+# H100 (32 query heads, 8 kv heads, 131,072 tokens, 2026-11-27): 64 equal documents, 8 mixed ones, and one.
 # 256: the rate of 2,048 over 4, since a slice of SMALLEST tokens has 4 times the pairs.
-DOCUMENT_RATES = {256: 37, 2048: 148, 25360: 339, 65536: 428, 131072: 520}
+DOCUMENT_RATES = {"forward": {256: 54, 2048: 215, 25360: 414, 131072: 590},
+                  "backward": {256: 57, 2048: 229, 25360: 388, 131072: 513}}
 
 
 class Bucket(NamedTuple):
@@ -55,7 +55,7 @@ def buckets_of(length: int, documents: int) -> list[Bucket]:
 def calls_of(lengths: Sequence[int], length: int, documents: int | None = None) -> dict[Bucket, int]:
     """Dense calls of each bucket for documents of these lengths; empty documents need none.
 
-    documents: the number that the program is compiled for; None: as many as there are.
+    documents: the number that the program is compiled for; None: the number of documents.
     """
     buckets = buckets_of(length, len(lengths) if documents is None else documents)
     members = [0] * len(buckets)

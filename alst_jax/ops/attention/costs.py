@@ -1,4 +1,4 @@
-"""What the attention kernels cost: their speed, and bytes of a device in the backward pass. Plain numbers for plans."""
+"""Costs of the attention kernels: their speed, and bytes of a device in the backward pass. Plain numbers for plans."""
 
 import math
 
@@ -12,8 +12,7 @@ RATES = {
     "cudnn": {"forward": {32768: 647, 131072: 590, 524288: 481}, "backward": {32768: 529, 131072: 513, 524288: 550}},
 } | flash_rates.RATES
 # Packed documents: TFLOP/s of useful work by the sum of the documents' squares over the sum of their lengths.
-DOCUMENT_RATES = {"flash": flash_rates.DOCUMENT_RATES,
-                  "cudnn": {"forward": buckets.DOCUMENT_RATES, "backward": buckets.DOCUMENT_RATES}}
+DOCUMENT_RATES = {"flash": flash_rates.DOCUMENT_RATES, "cudnn": buckets.DOCUMENT_RATES}
 MEASURED_PEAK = 989  # TFLOP/s of the measured device
 UNMEASURED = 0.05  # part of the peak, for kernels that are not in the table
 

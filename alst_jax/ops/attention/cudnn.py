@@ -57,7 +57,8 @@ def _sum_runs(parts, run):
     """Sums of each `run` neighbours, in float32."""
     if run <= 1:
         return parts
-    return [sum(x.astype(jnp.float32) for x in parts[i : i + run]).astype(parts[0].dtype) for i in range(0, len(parts), run)]
+    in_float32 = lambda some: sum(x.astype(jnp.float32) for x in some).astype(parts[0].dtype)
+    return [in_float32(parts[i : i + run]) for i in range(0, len(parts), run)]
 
 
 def _cudnn(q, k, v, spec):
@@ -68,14 +69,15 @@ def _forward(q, k, v, spec):
     o, pullback = jax.vjp(lambda q, k, v: _cudnn(q, k, v, spec), q, k, v)
     statistics = [x for x in jax.tree.leaves(pullback) if not _is_one_of(x, (q, k, v, o)) and x.size]
     if len(statistics) != 1:
-        raise RuntimeError(f"jax {jax.__version__} keeps {len(statistics)} arrays besides q, k, v and o for the backward "
-                           "pass of cuDNN attention, not the log-sum-exp alone; use --attention xla or another jax")
+        raise RuntimeError(f"jax {jax.__version__} keeps {len(statistics)} arrays besides q, k, v and o for the "
+                           "backward pass of cuDNN attention, not the log-sum-exp alone; use --attention xla or "
+                           "another jax")
     return o, statistics[0]
 
 
 def _backward(q, k, v, o, lse, do, spec):
-    # jax has no public call for the backward pass alone. The pullback is a tree of what the forward pass kept: trace that
-    # once more, put in what was kept then, and the forward traced here is dead code.
+    # jax has no public call for the backward pass alone. The pullback is a tree of what the forward pass kept: trace
+    # that once more, put in what was kept then, and the forward traced here is dead code.
     fresh, pullback = jax.vjp(lambda q, k, v: _cudnn(q, k, v, spec), q, k, v)
     leaves, treedef = jax.tree.flatten(pullback)
     kept = iter((lse,))

@@ -79,7 +79,8 @@ def check_kernel(kernel: Kernel, wanted: str, gpu: Gpu | None, dtype: str, head_
     if dtype not in kernel.dtypes:
         raise UserError(f"--attention {wanted} needs --dtype bfloat16; use that or --attention xla")
     if kernel.package and gpu.present and not installed(kernel.package):
-        raise UserError(f"--attention {wanted}: the package is not installed ({kernel.install}); or use --attention cudnn")
+        raise UserError(f"--attention {wanted}: the package is not installed ({kernel.install}); or use "
+                        "--attention cudnn")
     if kernel.capabilities and gpu.capability not in kernel.capabilities:
         raise UserError(f"--attention {wanted}: its kernel was tested on Hopper GPUs only, not on {gpu.name}; use "
                         "--attention cudnn")

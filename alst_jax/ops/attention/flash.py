@@ -39,8 +39,8 @@ def check_packages() -> None:
         if not installed(module):
             raise UserError(f"--attention flash: {package} is not installed; {INSTALL}; {OTHER}")
     if installed("jax_plugins.xla_cuda12") and not installed("jax_plugins.xla_cuda13"):
-        raise UserError(f"--attention flash: it was tested with jax on CUDA 13, and this is jax on CUDA 12; install the "
-                        f"extra cuda13 instead of cuda12; {OTHER}")
+        raise UserError(f"--attention flash: it was tested with jax on CUDA 13, and this is jax on CUDA 12; install "
+                        f"the extra cuda13 instead of cuda12; {OTHER}")
     version = importlib.metadata.version("torch")
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST_TORCH:
         needed = ".".join(map(str, OLDEST_TORCH))

@@ -15,8 +15,8 @@ RATES_BY_HEADS = {
     (4, 1): {"forward": {131072: 681, 524288: 708}, "backward": {131072: 639, 524288: 623}},
 }
 # Packed documents in 131,072 tokens, 32 query heads and 8 kv heads: TFLOP/s of useful work by the sum of the documents'
-# squares over the sum of their lengths, for 512, 64 and 16 equal documents, 8 mixed ones and one. Those with 512, 16 and 1
-# were measured from torch.
+# squares over the sum of their lengths, for 512, 64 and 16 equal documents, 8 mixed ones and one. Those with 512, 16
+# and 1 were measured from torch.
 DOCUMENT_RATES = {
     "forward": {256: 103, 2048: 470, 8192: 643, 25360: 661, 131072: 697},
     "backward": {256: 76, 2048: 395, 8192: 550, 25360: 604, 131072: 601},

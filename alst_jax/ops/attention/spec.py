@@ -1,4 +1,4 @@
-"""What a kernel of attention computes, and what a kernel is."""
+"""The specification of attention, and the interface of a kernel."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,8 +9,8 @@ class AttentionSpec:
     """softmax(soft_cap(scale q k^T) + mask) v. Static: a compiled program serves one spec.
 
     scale: None is head_dim ** -0.5. window: a query reads the keys of itself and of window - 1 tokens
-    before it and, if not causal, after it. soft_cap: scores become soft_cap * tanh(scores / soft_cap). causal: a query reads no later key. sinks: each head has a score
-    more, which `attention` takes as an array beside q, k and v.
+    before it and, if not causal, after it. soft_cap: scores become soft_cap * tanh(scores / soft_cap). causal: a query
+    reads no later key. sinks: each head has a score more, which `attention` takes as an array beside q, k and v.
     """
 
     scale: float | None = None
@@ -39,7 +39,8 @@ class Kernel:
     head n reads kv head n // (N / K). backward(q, k, v, o, lse, do, spec, documents) -> (dq, dk, dv). documents: None
     (each sequence is one), or int32[D + 1] offsets into the B S tokens. Attention stays inside a document, no document
     crosses the border of a sequence, and repeated last offsets are empty documents. Sinks are added to its results
-    (sinks.py): a kernel that serves them takes o and lse with the sinks in backward, and recomputes its weights from lse.
+    (sinks.py): a kernel that serves them takes o and lse with the sinks in backward, and recomputes its weights from
+    lse.
 
     serves: the features of a spec that it implements; a spec with others is refused. prepare(): called before anything
     is traced. needs_gpu, dtypes, multiple (of tokens a sequence must have), head_dims (a description and a test) and
