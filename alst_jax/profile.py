@@ -40,6 +40,9 @@ class Switches:
     """Layers, the last ones, whose attention output is kept, so that attention is not run again for them."""
     keep_attention_on_host: Annotated[int, AtLeast(0), Words("of {} kept in host memory", off=0), CHOSEN] = 0
     """Layers, those before them, whose attention output is kept in host memory."""
+    share_gradients: Annotated[bool, Words("inputs of segments in the memory of gradients"), CHOSEN] = False
+    """Keep inputs of segments in the host memory of gradients that are not written yet. For segments with weights and
+    activations in host memory (--offload-weights --offload-activations)."""
     head_chunks: Annotated[int, AtLeast(1), Words("{} head chunks", off=1), CHOSEN] = 1
     """Groups of attention heads worked on one after the other, so that less memory is needed at a time."""
     stack: Literal["segments", "plain"] = "segments"
@@ -55,7 +58,8 @@ class Switches:
         if self.update_in_backward:
             self._check_update_in_backward(clip_norm, grad_accum)
         by_hand = [name for name in ("segment_layers", "keep_attention_on_device", "keep_attention_on_host",
-                                     "update_in_backward") if getattr(self, name) != getattr(Switches, name)]
+                                     "share_gradients", "update_in_backward")
+                   if getattr(self, name) != getattr(Switches, name)]
         recomputing = by_hand + ["offload_activations"] * self.offload_activations
         if recomputing and not self.remat:
             several = len(recomputing) > 1
@@ -64,6 +68,21 @@ class Switches:
         if by_hand and self.stack == "plain":
             raise UserError("--stack plain saves each layer's input and nothing else: "
                             f"{', '.join(map(flag, by_hand))} needs --stack segments")
+        if self.share_gradients and not self.can_share:
+            raise UserError("--share-gradients keeps layer inputs where gradients will be, both in host memory: it needs "
+                            "--offload-weights and --offload-activations, and gradients that are stored (no "
+                            "--update-in-backward)")
+
+    @property
+    def sums_in_place(self) -> bool:
+        """Whether the gradients of several batches are summed where they are made, and those of one never stored."""
+        return self.remat and self.stack == "segments" and not self.share_gradients
+
+    @property
+    def can_share(self) -> bool:
+        """Whether inputs of segments may be kept in the memory of gradients."""
+        stored = self.offload_weights and not self.update_in_backward
+        return stored and self.offload_activations and self.remat and self.stack == "segments"
 
     def _check_update_in_backward(self, clip_norm: float, grad_accum: int) -> None:
         for given, wrong in (("--no-remat", not self.remat), (f"--grad-accum {grad_accum}", grad_accum != 1),
@@ -206,8 +225,27 @@ class Segment:
         return self.stop - self.start
 
 
-def segment_inputs(segments: list[Segment], on_host: bool) -> int:
-    """Rows of the array in which the inputs of segments are kept; the first's is looked up again instead."""
-    count = sum(not segment.all_inputs for segment in segments[1:])
+def segment_inputs(segments: list[Segment], on_host: bool, shared: int = 0) -> int:
+    """Rows of the array in which the inputs of segments are kept; that of the first is looked up again instead. shared:
+    the number of inputs that are kept in the memory of gradients."""
+    count = sum(not segment.all_inputs for segment in segments[1:]) - shared
     # A single one would not be moved to the host, for copies there and back with no loop between cancel out.
     return 2 if count == 1 and on_host else count
+
+
+def shared_inputs(segments: list[Segment], tokens: int, per_layer: int) -> dict[int, int]:
+    """The first layer in whose gradients' memory each segment's input of `tokens` tokens is kept, by the number of the
+    segment. per_layer: tokens for which one layer's gradients have room.
+
+    The backward pass reads a segment's input before it writes the gradients of the segment's last layer. So the input
+    may lie in the rows of this layer and of all layers before it. The last segments, whose inputs are read first, come
+    first.
+    """
+    if per_layer == 0 or tokens <= per_layer:  # one trip makes no loop: the copies to the host would cancel out
+        return {}
+    layers, free, found = -(-tokens // per_layer), segments[-1].runs[-1].stop, {}
+    for number in range(len(segments) - 1, 0, -1):
+        first = min(free, segments[number].runs[-1].stop) - layers
+        if not segments[number].all_inputs and first >= 0:
+            found[number] = free = first
+    return found

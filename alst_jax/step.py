@@ -95,6 +95,23 @@ class TrainStep:
         """
         return jax.value_and_grad(self._local.loss)(trained, frozen, batch, scale)
 
+    @program(lambda step: (step._trained_specs, step._trained_specs, step._frozen_specs, Batch.specs(), P()),
+             lambda step: (P(), step._trained_specs), lambda step: (step._scalar, step._trained_shardings), donate=(0,))
+    def loss_and_sums(
+        self, sums: Params, trained: Params, frozen: Params, batch: Batch, scale: jax.Array
+    ) -> tuple[jax.Array, Params]:
+        """(scale x the loss, sums + its gradients), in place: `sums` is donated. The layers' gradients of one batch are
+        never stored. For profiles with `sums_in_place`.
+
+        sums: as `zero_gradients` makes them.
+        """
+        ends = lambda tree: {name: part for name, part in tree.items() if name != "layers"}
+        loss_of = lambda mine, layers: self._local.loss(
+            mine | {"layers": trained["layers"]}, frozen, batch, scale, layers)
+        loss, (dends, layers) = jax.value_and_grad(loss_of, argnums=(0, 1))(ends(trained), sums["layers"])
+        added = add_gradients(ends(sums), dends, on_host=self.profile.offload_weights)
+        return loss, added | {"layers": layers}
+
     @program(lambda step: (step._trained_specs, step._frozen_specs, Batch.specs(), P()), lambda step: P(),
              lambda step: step._scalar)
     def loss(self, trained: Params, frozen: Params, batch: Batch, scale: jax.Array) -> jax.Array:

@@ -109,8 +109,14 @@ def optimizer_step(
     scale = jnp.float32(1 / labels)
     loss, gradients = 0.0, step.zero_gradients() if len(batches) > 1 else None
     for batch in batches:
-        part, new = step.loss_and_grad(state.trained, state.frozen, step.put_batch(**batch), scale)
-        gradients = new if len(batches) == 1 else step.add_gradients(gradients, new)
+        inputs = state.trained, state.frozen, step.put_batch(**batch), scale
+        if gradients is None:
+            part, gradients = step.loss_and_grad(*inputs)
+        elif step.profile.sums_in_place:
+            part, gradients = step.loss_and_sums(gradients, *inputs)
+        else:
+            part, new = step.loss_and_grad(*inputs)
+            gradients = step.add_gradients(gradients, new)
         loss += float(part)
     norm = step.gradient_norm(gradients)
     values = {"loss": loss, "grad_norm": float(norm), "labels": labels}

@@ -27,6 +27,7 @@ class ParameterSizes:
     largest: int  # elements of the largest parameter
     kernels: int  # elements of the linear layers' matrices
     adapters: int  # elements of adapters, which are float32
+    matrices: tuple[tuple[int, int], ...]  # shapes of a layer's matrices
 
     def bytes(self, width: int) -> int:
         """Bytes of the parameters, where weights have `width` bytes."""
@@ -57,7 +58,9 @@ def _sizes(model: ModelConfig, chosen: Callable[[tuple], bool]) -> ParameterSize
         head=sum(leaf.size for name, leaf in others if name[0] == head), largest_stack=max(stacks, default=0),
         largest=max((leaf.size for _, _, leaf in trained), default=0),
         kernels=sum(leaf.size for name, _, leaf in trained if name[-1] == "kernel"),
-        adapters=sum(leaf.size for name, _, leaf in trained if is_adapter(name)))
+        adapters=sum(leaf.size for name, _, leaf in trained if is_adapter(name)),
+        matrices=tuple(leaf.shape[1:] for name, stacked, leaf in trained
+                       if stacked and leaf.ndim == 3 and not is_adapter(name)))
 
 
 def needed_flops(model: ModelConfig, freeze: str | None, length: int) -> float:

@@ -11,8 +11,8 @@ from alst_jax.planning import footprint
 from alst_jax.planning.estimate import estimate
 from alst_jax.planning.job import Job, total
 from alst_jax.planning.plan import Plan
-from alst_jax.planning.process import host_bytes
-from alst_jax.profile import Profile
+from alst_jax.planning.process import pinned_bytes
+from alst_jax.profile import HOST, Profile
 
 UNCONFIRMED = 0.05  # of the memory, left free where no compiler confirms: the model's error (plan_accuracy.py)
 CONFIRMED = 0.01
@@ -116,14 +116,16 @@ def with_kept(job: Job, search: Search, on_device: Iterable[int], least: bool = 
     if not profile.remat:
         yield job
         return
+    if profile.share_gradients and not profile.can_share:
+        return
     on_device = [profile.keep_attention_on_device] if "keep_attention_on_device" in fixed else on_device
     for kept, budget in itertools.product(on_device, BUDGETS[:1] if "segment_layers" in fixed else BUDGETS):
         def make(on_host, kept=kept, budget=budget):
             made = job.changed(keep_attention_on_device=kept, keep_attention_on_host=on_host)
             if "segment_layers" in fixed:
-                return made
+                return sharing(made, fixed)
             lengths = segments_within(made, search, budget)
-            return lengths and made.changed(segment_layers=lengths)
+            return lengths and sharing(made.changed(segment_layers=lengths), fixed)
 
         if "keep_attention_on_host" in fixed:
             candidate = make(profile.keep_attention_on_host)
@@ -133,10 +135,19 @@ def with_kept(job: Job, search: Search, on_device: Iterable[int], least: bool = 
             yield candidate
 
 
+def sharing(job: Job, fixed: frozenset[str]) -> Job:
+    """The job with inputs of segments in the memory of gradients, where this saves host memory. Sums over batches leave
+    none."""
+    if "share_gradients" in fixed or not job.profile.can_share or job.grad_accum > 1:
+        return job
+    shared = job.changed(share_gradients=True)
+    return shared if shared.kept[HOST] < job.kept[HOST] else job
+
+
 def _most_on_host(make: Callable[[int], Job | None], most: int, search: Search) -> Job | None:
     """make(n) for the largest n that fits in host memory; make(0) if none fits."""
     room = search.cluster.host_share * (1 - search.margin) - search.host_correction
-    fits = lambda job: job is not None and host_bytes(job) <= room
+    fits = lambda job: job is not None and pinned_bytes(job) <= room
     best, low, high, middle = make(0), 0, most + 1, most  # the most is tried first: it is often the answer
     if not fits(best) or search.missing(search.plan(best)).keys() == {"device"}:
         return best

@@ -56,7 +56,8 @@ def plan_step(
     device |= {"kept activations": kept_here, "working set": need - kept_here}
     device["batch"] = 3 * math.prod(NamedSharding(step.mesh, BATCH_SPEC).shard_shape((rows, length))) * 4
     # Where devices are absent, layers and their gradients in host memory are temporary arrays.
-    layers = (step.params["layers"], step.trained["layers"]) if absent and step.profile.offload_weights else ()
+    stacks = _sums(step) if job.sums_in_place else step.trained["layers"]
+    layers = (step.params["layers"], stacks) if absent and step.profile.offload_weights else ()
     at_rest = sum(map(shard_bytes, jax.tree.leaves(layers)))
     on_host["kept activations"] = max(0, memory.host_temp_size_in_bytes - at_rest)
     on_host["saving"] = saving_bytes(job, on_host["kept activations"] + on_host.get("gradients", 0))
@@ -74,8 +75,8 @@ def _state_bytes(step: TrainStep, grad_accum: int) -> tuple[dict[str, int], dict
     for part, tree in (("weights", step.params), ("gradients", gradients), ("optimizer", step.optimizer_state)):
         for leaf in jax.tree.leaves(tree):
             size = shard_bytes(leaf)
-            if part == "gradients" and grad_accum > 1:  # and their float32 sums over batches
-                size += math.prod(leaf.sharding.shard_shape(leaf.shape)) * 4
+            if part == "gradients" and grad_accum > 1:  # the float32 sums, beside those of one batch or alone
+                size = size * (not step.profile.sums_in_place) + math.prod(leaf.sharding.shard_shape(leaf.shape)) * 4
             offloaded = step.profile.on_host(part) and (leaf.ndim or part != "optimizer")  # the count stays
             place = on_host if offloaded else device
             place[part] = place.get(part, 0) + size
@@ -104,10 +105,12 @@ def _compile(
     scalar, params = jax.ShapeDtypeStruct((), jnp.float32), (step.trained, step.frozen)
     if step.profile.update_in_backward and not absent:
         return step.update_in_backward.lower(*params, step.optimizer_state, batch, scalar, scalar).compile(), None
-    function = step.loss_and_grad
+    function, sums = step.loss_and_grad, ()
+    if grad_accum > 1 and step.profile.sums_in_place:
+        function, sums = step.loss_and_sums, (_sums(step),)
     if absent and step.profile.offload_weights:
         function = jax.jit(functools.partial(_with_weights_on_host, step))
-    lowered = [function.lower(*params, batch, scalar)]
+    lowered = [function.lower(*sums, *params, batch, scalar)]
     if not (absent or on_cpu):
         lowered.append(_lower_update(step, grad_accum))
     with concurrent.futures.ThreadPoolExecutor(len(lowered) if at_once else 1) as threads:
@@ -115,7 +118,13 @@ def _compile(
     return compiled, update[0] if update else None
 
 
-def _with_weights_on_host(step: TrainStep, trained: Any, frozen: Any, batch: Batch, scale: jax.Array) -> Any:
+def _sums(step: TrainStep) -> Any:
+    """The float32 sums of gradients over batches, abstract."""
+    wide = lambda p: jax.ShapeDtypeStruct(p.shape, accumulation_dtype(p.dtype), sharding=p.sharding)
+    return jax.tree.map(wide, step.trained)
+
+
+def _with_weights_on_host(step: TrainStep, *arguments: Any) -> Any:
     """Loss and one element of each gradient, with weights and gradients on the host, for absent devices.
 
     Absent devices have no memories, so arguments and results cannot be declared to live on the host. Weights are copied
@@ -123,7 +132,9 @@ def _with_weights_on_host(step: TrainStep, trained: Any, frozen: Any, batch: Bat
     plan would lack up to their size. Profiles that update in the backward pass use this too: it compiles ten times
     faster, and one layer's update needs less than its backward pass.
     """
-    loss, gradients = step.loss_and_grad(host.to_host(trained), host.to_host(frozen), batch, scale)
+    *trees, batch, scale = arguments  # the sums over batches if there are any, trained and frozen parameters
+    function = step.loss_and_sums if len(trees) == 3 else step.loss_and_grad
+    loss, gradients = function(*map(host.to_host, trees), batch, scale)
     at = (scale * 0).astype(jnp.int32)
 
     def elements(gradients, at):
@@ -137,7 +148,5 @@ def _with_weights_on_host(step: TrainStep, trained: Any, frozen: Any, batch: Bat
 def _lower_update(step: TrainStep, grad_accum: int) -> Any:
     # As a run calls it, which then compiles nothing again: the norm comes from the mesh, the rate from the host.
     norm = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(step.mesh, P()))
-    widen = accumulation_dtype if grad_accum > 1 else lambda dtype: dtype
-    wide = lambda p: jax.ShapeDtypeStruct(p.shape, widen(p.dtype), sharding=p.sharding)
-    gradients = jax.tree.map(wide, step.trained)
+    gradients = _sums(step) if grad_accum > 1 else step.trained
     return step.update.lower(step.trained, gradients, step.optimizer_state, norm, jax.ShapeDtypeStruct((), jnp.float32))

@@ -28,7 +28,7 @@ def states(job: Job) -> dict[str, list[Term]]:
     master = narrow * WIDTHS[job.master] * (job.width == 2)
     return {
         "weights": [Term("weights", weights, "models/block")],
-        "gradients": [Term("gradients", stored * written, STACK),
+        "gradients": [Term("gradients", stored * written * (not job.sums_in_place), STACK),
                       Term("their float32 sums over batches", 4 * trained * stored * (job.grad_accum > 1), UPDATE)],
         "optimizer": [Term(f"moments, {job.states}", int(trained * 2 * moment), "optim/formats"),
                       Term(f"master weights, {job.master}", master, "optim/formats")]}
@@ -87,7 +87,7 @@ def head_work(job: Job) -> int:
 
 def in_results(job: Job) -> int:
     """Bytes of temporary arrays that XLA puts in the buffers of gradients on the device, if these are large enough."""
-    if job.profile.offload_weights:
+    if job.profile.offload_weights or job.sums_in_place:  # buffers of sums hold sums from the beginning
         return 0
     size, largest = job.sizes, job.trained.largest_stack * job.width // job.devices
     logits = 4 * job.tiles.loss * job.model.vocab_size * (job.profile.loss_tile is None)
@@ -166,7 +166,7 @@ def unlooped(job: Job) -> tuple[int, int]:
     column = model.num_layers * model.hidden_size * job.width // job.devices
     holds = lambda columns: next((array for array in (size.hidden, size.kv) if array <= columns * column), 0)
     places = 3 * holds(model.intermediate_size) + 2 * holds(model.num_heads * model.head_dim)
-    places *= job.trained == job.parameters  # frozen parameters have no such buffers
+    places *= job.trained == job.parameters and not job.sums_in_place  # frozen parameters have no such buffers
     return job.trained.layer * 4 // job.devices, places
 
 

@@ -15,7 +15,8 @@ from alst_jax.models.tiles import Tiles, tile_sizes
 from alst_jax.ops.tiling import even_tile
 from alst_jax.parallel.costs import Shapes, Work
 from alst_jax.parallel.ulysses import Ulysses
-from alst_jax.profile import DEVICE, HOST, Profile, Segment, place_of, segment_inputs
+from alst_jax.profile import DEVICE, HOST, Profile, Segment, place_of, segment_inputs, shared_inputs
+from alst_jax.stack.shared import holds
 
 _even_tile = functools.cache(even_tile)
 
@@ -142,6 +143,21 @@ class Job:
         return self.profile.segments(self.model.num_layers)
 
     @functools.cached_property
+    def shared_inputs(self) -> int:
+        """Inputs of segments that are kept in the memory of gradients (stack/shared.py)."""
+        if not self.profile.share_gradients:
+            return 0
+        n, hidden = self.devices, self.model.hidden_size
+        shards = [rows * columns // n for rows, columns in self.trained.matrices if rows % n == 0 or columns % n == 0]
+        room = sum(shard // hidden for shard in shards if holds((1, shard, 1), hidden))
+        return len(shared_inputs(self.segments, self.tokens, room))
+
+    @property
+    def sums_in_place(self) -> bool:
+        """Whether gradients of several batches are summed without those of one batch beside the sums."""
+        return self.grad_accum > 1 and self.profile.sums_in_place
+
+    @functools.cached_property
     def recomputed_attention(self) -> list[int]:
         """Layers whose attention the backward pass computes again, in a rebuilt segment or in the layer's own turn."""
         runs = [run for segment in self.segments for run in segment.runs if self.profile.remat and not run.place]
@@ -163,7 +179,7 @@ class Job:
         if not profile.remat:
             return {DEVICE: self.model.num_layers * self._unremat_layer(), HOST: 0}
         inputs, kept = HOST if profile.offload_activations else DEVICE, {DEVICE: 0, HOST: 0}
-        kept[inputs] += hidden * segment_inputs(self.segments, profile.offload_activations)
+        kept[inputs] += hidden * segment_inputs(self.segments, profile.offload_activations, self.shared_inputs)
         for segment in self.segments:
             if segment.all_inputs:
                 kept[place_of(inputs, segment.layers)] += hidden * segment.layers

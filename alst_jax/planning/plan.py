@@ -4,8 +4,9 @@ import dataclasses
 import json
 
 from alst_jax.config import UserError
-from alst_jax.hardware.machines import GIB
+from alst_jax.hardware.machines import GIB, LARGEST_HOST
 from alst_jax.planning.job import Job, describe
+from alst_jax.storage import saving
 
 COMPILED, ABSENT, ESTIMATED = "compiled", "compiled for a device that is not here", "estimated"
 PARTS = ("weights", "gradients", "optimizer", "kept activations", "working set", "batch", "saving")
@@ -42,6 +43,11 @@ class Plan:
         return sum(self.host.values())
 
     @property
+    def pinned_bytes(self) -> int:
+        """Bytes of host memory that jax pins, which the limit is of: all but the buffers of a save's writers."""
+        return max(0, self.host_bytes - saving.BUFFERS // min(self.devices, LARGEST_HOST))
+
+    @property
     def step_seconds(self) -> float | None:
         return sum(self.seconds.values()) or None
 
@@ -57,7 +63,7 @@ class Plan:
     def missing(self, margin: float = 0.0, more_on_host: int = 0) -> dict[str, int]:
         """Bytes that are missing of "device" and "host" memory, where a part of each, `margin`, must stay free."""
         places = {"device": (self.device_bytes, self.device_limit),
-                  "host": (self.host_bytes + more_on_host, self.host_limit)}
+                  "host": (self.pinned_bytes + more_on_host, self.host_limit)}
         over = {place: need - int(limit * (1 - margin)) for place, (need, limit) in places.items() if limit is not None}
         return {place: bytes for place, bytes in over.items() if bytes > 0}
 
@@ -79,7 +85,7 @@ class Plan:
         needs, limits = (self.device_bytes, self.host_bytes), (self.device_limit, self.host_limit)
         rows.append(row("total", *needs))
         if any(limit is not None for limit in limits):
-            spare = (limit and limit - need for limit, need in zip(limits, needs))
+            spare = (limit and limit - need for limit, need in zip(limits, (self.device_bytes, self.pinned_bytes)))
             rows += [row("there is", *limits), row("headroom", *spare)]
         rows.append("collectives a step, and what a device sends in them: " + (", ".join(
             f"{calls['calls']} {name} ({calls['bytes'] / GIB:.2f} GiB" + (

@@ -30,6 +30,11 @@ def host_bytes(job: Job) -> int:
     return sum(map(total, host_ledger(job).values()))
 
 
+def pinned_bytes(job: Job) -> int:
+    """`Plan.pinned_bytes` of a job's plan, without the rest of the plan."""
+    return max(0, host_bytes(job) - saving.BUFFERS // min(job.devices, LARGEST_HOST))
+
+
 def saving_bytes(job: Job, free: int) -> int:
     """Bytes of host memory, one device's part, that a save needs beside a step's. The limits are storage/saving.py's.
 
@@ -50,7 +55,7 @@ def saving_bytes(job: Job, free: int) -> int:
 
 def pinned_gibibytes(plan: Plan) -> int:
     """GiB of pinned memory that a device needs: host memory without its part of a save's writers."""
-    return max(0, -(-(plan.host_bytes - saving.BUFFERS // min(plan.devices, LARGEST_HOST)) // GIB))
+    return -(-plan.pinned_bytes // GIB)
 
 
 def pool_bytes(plan: Plan) -> int:

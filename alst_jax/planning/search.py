@@ -109,7 +109,7 @@ def _next_faster(best: Choice, search: Search, larger: Profile) -> tuple[Job, Pl
     """The slowest choice one change away that is faster and does not fit. larger: the profile with larger tiles."""
     profile, layers = best.job.profile, best.job.model.num_layers
     kept = profile.keep_attention_on_device + profile.keep_attention_on_host
-    changes = [{name: False} for name in PLACEMENTS if getattr(profile, name)]
+    changes = [{name: False, "share_gradients": False} for name in PLACEMENTS if getattr(profile, name)]
     changes += [{"mlp_tile": larger.mlp_tile, "loss_tile": larger.loss_tile}, {"segment_layers": (1,)}]
     if profile.remat and kept < layers:
         changes += [{"keep_attention_on_device": profile.keep_attention_on_device + 1},

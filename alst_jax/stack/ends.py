@@ -40,10 +40,11 @@ class Model:
     trained: frozenset[str] = frozenset({"embed_tokens", "norm", "lm_head"})
 
     def loss(
-        self, trained: Params, frozen: Params, batch: Batch, scale: jax.Array | None
+        self, trained: Params, frozen: Params, batch: Batch, scale: jax.Array | None, sums: Any = None
     ) -> jax.Array | TokenLosses:
         """scale x the loss summed over the valid labels of all devices, from local shards; scale None: the loss of each
-        local token [B, T], and whether its label has the largest logit."""
+        local token [B, T], and whether its label has the largest logit. sums: of the gradients of the layers (see
+        `run_stack`)."""
         ends = combine(self.ends(trained), self.ends(frozen))
         tokens, layers = self.tokens(batch), Weights(trained["layers"], frozen["layers"])
         # Brought to the device once: the sum of a tied table's two gradients is no work for the host.
@@ -52,7 +53,7 @@ class Model:
         if self.profile.remat and self.profile.stack == "segments":
             # The shards, not their copy on the device, which would stay until the first segment is recomputed.
             source = ends["embed_tokens"]["embedding"], batch.tokens
-            h_BTD = run_stack(self.stack, h_BTD, source, layers, tokens)
+            h_BTD = run_stack(self.stack, h_BTD, source, layers, tokens, sums)
         else:
             h_BTD = plain_stack(self.layer, h_BTD, layers, tokens, self.profile)
         head = {name: self.on_device(part) for name, part in ends.items() if name != "embed_tokens"}

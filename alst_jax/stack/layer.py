@@ -64,9 +64,11 @@ class Layer:
         """`load`, widened to float32; its gradients go back to the shards by a reduce-scatter."""
         return self._with_specs(lambda shard, spec: gather(shard, spec, self.reduce_dtype), shards)
 
-    def scatter(self, gradients: Block, shards: Block) -> Block:
-        """The gradients of the trained shards, in their dtype, from gradients of the whole weights."""
-        one = lambda g, spec, shard: shard if shard is None else scatter(g, spec, self.reduce_dtype, shard.dtype)
+    def scatter(self, gradients: Block, shards: Block, wide: bool = False) -> Block:
+        """The gradients of the trained shards, in their dtype or, if `wide`, in float32, from those of the whole
+        weights."""
+        dtype = lambda shard: accumulation_dtype(shard.dtype) if wide else shard.dtype
+        one = lambda g, spec, shard: shard if shard is None else scatter(g, spec, self.reduce_dtype, dtype(shard))
         return jax.tree.map(one, gradients, self.specs, shards, is_leaf=_none_or_spec)
 
     def _with_specs(self, fn: Callable, shards: Weights) -> Weights:

@@ -19,6 +19,7 @@ from jax import lax
 from alst_jax.models.block import Tokens
 from alst_jax.profile import HOST, Profile, Run, segment_inputs
 from alst_jax.stack.layer import Layer, Weights
+from alst_jax.stack.shared import SharedRows
 from alst_jax.xla import host
 from alst_jax.xla.order import after, index_after, read_after, read_back, zeros_after
 from alst_jax.xla.varying import vary_like
@@ -28,10 +29,11 @@ PyTree = Any
 
 class Saved(NamedTuple):
     """The residuals that the forward pass saves. segments: for each, its inputs (or the row of `firsts`) and the
-    results of attention that are saved, by run."""
+    results of attention that are saved, by run. stacks: places of gradients, where they hold inputs until then."""
 
     segments: list
     firsts: jax.Array | None
+    stacks: PyTree
     source: PyTree
     layers: Weights
     tokens: Tokens
@@ -58,12 +60,15 @@ class Stack:
     def forward(self, h: jax.Array, source: PyTree, layers: Weights, tokens: Tokens) -> tuple[jax.Array, Saved]:
         """h[B, T, D] through all layers, and the residuals for `backward`."""
         offload, residuals, segments = self.profile.offload_activations, [], self.profile.segments(_count(layers))
-        number, firsts = 0, None
-        if rows := segment_inputs(segments, offload):
+        number, firsts, shared = 0, None, self.shared(h, layers)
+        stacks = self.places(layers) if shared else None
+        if rows := segment_inputs(segments, offload, len(shared.first) if shared else 0):
             firsts = _place(zeros_after(h, (rows, *h.shape), h.dtype), offload)
-        for segment in segments:
+        for n, segment in enumerate(segments):
             inputs, saved = None, []
-            if not segment.all_inputs and segment is not segments[0]:
+            if shared and n in shared.first:
+                stacks, h = shared.put(stacks, h, n)
+            elif not segment.all_inputs and n:
                 at = index_after(h, number)
                 firsts = host.put_row(firsts, h, at, offload)
                 h = after(read_back(firsts, at, offload), h)
@@ -80,26 +85,28 @@ class Stack:
                 h, (all_inputs, results) = lax.scan(one, h, jnp.arange(run.start, run.stop))
                 saved.append(results)
             residuals.append((all_inputs if segment.all_inputs else inputs, saved))
-        return h, Saved(residuals, firsts, source, layers, tokens)
+        return h, Saved(residuals, firsts, stacks, source, layers, tokens)
 
     def backward(
-        self, saved: Saved, dh: jax.Array, store: PyTree, read: Callable, write: Callable
+        self, saved: Saved, dh: jax.Array, store: PyTree, read: Callable, write: Callable, wide: bool = False
     ) -> tuple[jax.Array, PyTree]:
         """The gradient of h[B, T, D] before the first layer from the gradient after the last, and the last `store`.
 
         store: the carry of the loop over layers, last to first: gradient stacks, or weights and moments when the update
         runs in the backward pass. read(store, i) -> shards of layer i. write(store, i, shards, gradients) -> the store.
+        wide: gradients are written in float32, not in the weights' dtype.
         """
         # Row indices depend on dh: where no loop goes over layers (a loop of one trip is none), all weights would be
         # gathered at once, and residuals for the host would never be copied there.
-        back, carry = _Backward(self, saved, read, write), (dh, store)
+        back, carry = _Backward(self, saved, read, write, wide), (dh, store)
         segments = self.profile.segments(_count(saved.layers))
-        for segment, (inputs, results) in reversed(list(zip(segments, saved.segments, strict=True))):
+        for n, (segment, (inputs, results)) in reversed(list(enumerate(zip(segments, saved.segments, strict=True)))):
             if segment.all_inputs:
                 (run,) = segment.runs
                 carry = back.run(carry, run, inputs, self.profile.offload_activations, results[0])
                 continue
-            h, rebuilt = back.rebuild(carry, segment, inputs, results)
+            carry, h = back.first_input(carry, n, inputs)
+            h, rebuilt = back.rebuild(carry, segment, h, results)
             # The last layer's output is not needed, so its attention was not recomputed; its input is h.
             run, last = segment.runs[-1], segment.runs[-1].stop - 1
             carry = back.one(carry, jnp.int32(last), h, host.row(results[-1], last - run.start, run.place == HOST))
@@ -107,13 +114,32 @@ class Stack:
                 carry = back.run(carry, run, all_inputs, False, run_results)
         return carry
 
+    def shared(self, h: jax.Array, layers: Weights) -> SharedRows | None:
+        """Where inputs of segments are kept in the memory of gradients; None: nowhere."""
+        if not self.profile.share_gradients:
+            return None
+        rows = SharedRows.of(self.profile.segments(_count(layers)), h, layers.trained)
+        return rows if rows.first else None
+
+    def places(self, layers: Weights) -> PyTree:
+        """Stacks for the gradients of the layers. Loops write into them, one layer at a time; in host memory they are
+        not even cleared first."""
+        zeros = jax.tree.map(lambda w: vary_like(jnp.zeros(w.shape, w.dtype), w), layers.trained)
+        return _place(zeros, self.profile.offload_weights)
+
     def _shards(self, layers, i):
         return host.row(layers, i, self.profile.offload_weights)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def run_stack(stack: Stack, h: jax.Array, source: PyTree, layers: Weights, tokens: Tokens) -> jax.Array:
-    """h[B, T, D] through all layers, differentiable in h and the trained weights."""
+def run_stack(
+    stack: Stack, h: jax.Array, source: PyTree, layers: Weights, tokens: Tokens, sums: PyTree = None
+) -> jax.Array:
+    """h[B, T, D] through all layers, differentiable in h and the trained weights.
+
+    sums: float32 stacks of gradients of earlier batches. With them the weights have no gradient; the "gradient" of
+    `sums` is the sums with this batch's gradients added, in the same memory.
+    """
     def body(h, i):
         weights = stack.layer.load(stack._shards(layers, i))
         return stack.layer.after(h, stack.layer.attend(i, h, weights, tokens)[0], weights), None
@@ -121,17 +147,33 @@ def run_stack(stack: Stack, h: jax.Array, source: PyTree, layers: Weights, token
     return lax.scan(body, h, jnp.arange(_count(layers)))[0]
 
 
-def _stack_bwd(stack, saved, dh):
-    offload, layers = stack.profile.offload_weights, saved.layers
-    # Loops write into these, one layer at a time; in host memory they are not even cleared first.
-    zeros = jax.tree.map(lambda w: vary_like(jnp.zeros(w.shape, w.dtype), w), layers.trained)
+def _stack_fwd(stack, h, source, layers, tokens, sums):
+    h, saved = stack.forward(h, source, layers, tokens)
+    return h, (saved, sums)
+
+
+def _stack_bwd(stack, residuals, dh):
+    (saved, sums), offload = residuals, stack.profile.offload_weights
+    layers = saved.layers
     read = lambda _, i: stack._shards(layers, i)
     write = lambda dlayers, i, shards, gradients: host.put_row(dlayers, gradients, i, offload)
-    dh, dlayers = stack.backward(saved, dh, _place(zeros, offload), read, write)
-    return dh, None, Weights(dlayers, None), None
+    if sums is not None:
+        dh, sums = stack.backward(saved, dh, sums, read, _add_to_row(offload), wide=True)
+        return dh, None, None, None, sums
+    stacks = stack.places(layers) if saved.stacks is None else saved.stacks
+    dh, dlayers = stack.backward(saved, dh, stacks, read, write)
+    return dh, None, Weights(dlayers, None), None, None
 
 
-run_stack.defvjp(Stack.forward, _stack_bwd)
+def _add_to_row(offload):
+    def write(sums, i, shards, gradients):
+        added = jax.tree.map(lambda s, g: s + g.astype(s.dtype), host.row(sums, i, offload), gradients)
+        return host.put_row(sums, added, i, offload)
+
+    return write
+
+
+run_stack.defvjp(_stack_fwd, _stack_bwd)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -142,6 +184,7 @@ class _Backward:
     saved: Saved
     read: Callable
     write: Callable
+    wide: bool = False  # gradients are written in float32
 
     def one(self, carry, i, h, results):
         """Back through layer i, from its input and the results of its attention (None: they are recomputed)."""
@@ -151,7 +194,7 @@ class _Backward:
         if results is None:
             results = layer.attend(i, h, weights, tokens)
         dh, dweights = layer.backward(i, h, weights, tokens, results, dh)
-        gradients = layer.scatter(dweights, shards.trained)
+        gradients = layer.scatter(dweights, shards.trained, self.wide)
         # Outside of a loop, the float32 sums of many layers would wait all together (on GPUs; not seen on a CPU).
         return after(gradients, dh), self.write(store, i, shards.trained, gradients)
 
@@ -164,10 +207,11 @@ class _Backward:
 
         return lax.scan(body, carry, jnp.arange(run.start, run.stop), reverse=True)[0]
 
-    def rebuild(self, carry, segment, inputs, results):
-        """(the input of a segment's last layer, [(run, inputs, attention results) of the layers before])"""
+    def rebuild(self, carry, segment, h, results):
+        """(the input of a segment's last layer, [(run, inputs, attention results) of the layers before]), from the
+        segment's input h"""
         (dh, store), layer, tokens = carry, self.stack.layer, self.saved.tokens
-        last, rebuilt, h = segment.runs[-1].stop - 1, [], self._first_input(dh, inputs)
+        last, rebuilt = segment.runs[-1].stop - 1, []
         for run, saved in zip(segment.runs, results, strict=True):
             if run.start >= last:
                 continue
@@ -188,13 +232,18 @@ class _Backward:
             rebuilt.append((Run(run.start, stop, run.place), stacks[0], saved if run.place else stacks[1]))
         return h, rebuilt
 
-    def _first_input(self, dh, row):
-        """The input of a segment: its row among the saved inputs, or None for the first segment, which is embedded
-        again."""
+    def first_input(self, carry, segment, row):
+        """(carry, the input of a segment): from the memory of gradients, from its row among the saved inputs, or
+        embedded again (the first segment)."""
+        dh, store = carry
+        shared = self.stack.shared(dh, self.saved.layers)
+        if shared and segment in shared.first:
+            store, h = shared.take(store, dh, segment)
+            return (dh, store), h
         if row is None:
             table, numbers = self.saved.source
-            return self.stack.embed(table, after(dh, numbers))
-        return host.row(self.saved.firsts, index_after(dh, row), self.stack.profile.offload_activations)
+            return carry, self.stack.embed(table, after(dh, numbers))
+        return carry, host.row(self.saved.firsts, index_after(dh, row), self.stack.profile.offload_activations)
 
     @staticmethod
     def _on_host(run, results):

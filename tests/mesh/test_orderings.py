@@ -66,7 +66,7 @@ def backward(h):
     shard = lambda p: jnp.zeros((p.sharding.shard_shape(p.shape))[1:], p.dtype) + h[0, 0, 0]
     shards = Weights(*(jax.tree.map(shard, part["layers"]) for part in (step().trained, step().frozen)))
     tokens = Tokens.of(step().model, jnp.zeros(h.shape[:2], jnp.int32))
-    saved = Saved([], None, (), shards, tokens)
+    saved = Saved([], None, None, (), shards, tokens)
     loop = _Backward(model.stack, saved, lambda store, i: shards, lambda store, i, shards, gradients: gradients)
     dh, gradients = loop.one((h, ()), 1, h, None)
     return dh, *jax.tree.leaves(gradients)

@@ -1,0 +1,80 @@
+# pytest tests/mesh/test_shared_rows.py
+"""Inputs of segments in the memory of gradients: equal to separate arrays, and really there."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alst_jax.config import UserError
+from alst_jax.profile import Profile, segment_inputs, shared_inputs
+from tests.helpers import PLAIN, make_step, random_batch, tiny, train
+
+# Room for 192 of the 256 tokens in the gradients of one layer: 32 (q) + 16 (k) + 16 (v) + 32 (o) + 3 x 32 (MLP).
+MODEL = tiny(num_layers=4, hidden_size=32, intermediate_size=32, num_heads=4, num_kv_heads=2, head_dim=8,
+             attention_bias=False, mlp_bias=False)
+HOST = dict(remat=True, offload_activations=True, offload_weights=True, offload_optimizer=True)
+PROFILE = dataclasses.replace(PLAIN, **HOST, segment_layers=(2,))
+
+
+def places(lengths, tokens, per_layer=192):
+    return shared_inputs(Profile(segment_layers=lengths).segments(sum(lengths)), tokens, per_layer)
+
+
+@pytest.mark.parametrize("lengths,tokens,expected", [
+    ((2, 2, 2, 2), 256, {3: 6, 2: 4, 1: 2}),  # two layers each; the first segment's input is not saved
+    ((2, 2, 2, 2), 577, {3: 4, 2: 0}),  # four layers each: no place is left for that of segment 1
+    ((2, 2, 2, 2), 192, {}),  # one layer: its loop has one trip, and the copies would stay on the device
+    ((2, 1, 3, 2), 256, {3: 6, 2: 4}),  # a segment of one layer saves its input by itself
+    ((2, 4, 1, 1), 256, {1: 4}),  # not in the rows of layers 6 and 7, which are written before it is read
+    ((8,), 256, {}), ((2, 6), 1600, {})])
+def test_places_by_hand(lengths, tokens, expected):
+    assert places(lengths, tokens) == expected
+
+
+def test_an_input_lies_where_nothing_is_written_before_it_is_read():
+    for lengths in ((3, 6, 8, 8, 4, 2, 1), (2,) * 16, (1, 1, 9, 9, 9, 3), (4, 4, 8, 16)):
+        segments = Profile(segment_layers=lengths).segments(32)
+        for per_layer in (53250, 100_000, 300_000):
+            found = shared_inputs(segments, 524288, per_layer)
+            layers = -(-524288 // per_layer)
+            rows = [range(first, first + layers) for first in found.values()]
+            assert len({row for span in rows for row in span}) == layers * len(found)  # none twice
+            assert all(span[-1] < segments[n].runs[-1].stop for n, span in zip(found, rows))
+    assert places((3, 6, 8, 8, 4, 2, 1), 524288, 53250) == {5: 21, 4: 11, 3: 1}  # Llama-8B: three of five
+
+
+def test_a_single_input_that_is_not_shared_takes_two_rows():
+    segments = Profile(segment_layers=(2, 2, 2, 2)).segments(8)
+    assert [segment_inputs(segments, True, shared) for shared in (0, 1, 2, 3)] == [3, 2, 2, 0]
+
+
+@pytest.mark.parametrize("dp,sp", [pytest.param(1, 1, marks=pytest.mark.slow), (2, 2)])
+def test_equal_to_separate_arrays(dp, sp):
+    """Bit for bit: loss, gradients, and weights after two clipped steps."""
+    profiles = [dataclasses.replace(PROFILE, share_gradients=share) for share in (False, True)]
+    results = [train(make_step(MODEL, dp, sp, profile), random_batch(MODEL), 2) for profile in profiles]
+    jax.tree.map(np.testing.assert_array_equal, *results)
+
+
+def host_arrays(share):
+    """Shapes of arrays in host memory with a segment's or more of hidden states."""
+    step = make_step(MODEL, profile=dataclasses.replace(PROFILE, share_gradients=share))
+    batch = step.put_batch(**random_batch(MODEL))
+    number = jax.ShapeDtypeStruct((), jnp.float32)
+    jaxpr = str(step.loss_and_grad.trace(step.trained, step.frozen, batch, number).jaxpr)
+    return set(re.findall(r"<host>\[(\d,4,64,32)\]", jaxpr))
+
+
+def test_no_array_is_left_for_them():
+    assert host_arrays(False) == {"1,4,64,32", "2,4,64,32"} and host_arrays(True) == set()
+
+
+@pytest.mark.parametrize("changes", [
+    dict(offload_weights=False, offload_optimizer=False), dict(offload_activations=False), dict(update_in_backward=True)])
+def test_refused_where_there_is_nothing_to_share(changes):
+    with pytest.raises(UserError, match="--share-gradients keeps layer inputs where gradients will be"):
+        dataclasses.replace(Profile(share_gradients=True, **HOST), **changes).check()

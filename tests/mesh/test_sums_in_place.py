@@ -1,0 +1,47 @@
+# pytest tests/mesh/test_sums_in_place.py
+"""Gradients of several batches, summed where they are made: equal to sums of separate gradients, which do not exist."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.helpers import PLAIN, TINY, assert_trees_close, initial, make_step, random_batch
+
+HOST = dict(offload_activations=True, offload_weights=True)
+
+
+@functools.cache
+def step(dp=1, sp=1, **changes):
+    return make_step(TINY, dp, sp, dataclasses.replace(PLAIN, remat=True, **changes))
+
+
+@pytest.mark.parametrize("dp,sp,changes", [(2, 2, HOST), pytest.param(1, 1, {}, marks=pytest.mark.slow)])
+def test_equal_to_the_sum_of_separate_gradients(dp, sp, changes):
+    made = step(dp, sp, **changes)
+    params, losses = made.split(initial(made)), []
+    sums, apart = made.zero_gradients(), made.zero_gradients()
+    for seed in range(2):
+        batch = made.put_batch(**random_batch(TINY, seed=seed))
+        loss, sums = made.loss_and_sums(sums, *params, batch, jnp.float32(0.01))
+        other, new = made.loss_and_grad(*params, batch, jnp.float32(0.01))
+        apart = made.add_gradients(apart, new)
+        losses.append((float(loss), float(other)))
+    np.testing.assert_allclose(*zip(*losses), rtol=1e-6)
+    assert_trees_close(sums, apart, 1e-6)
+    kind = "pinned_host" if changes else "device"
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(sums)} == {kind}
+
+
+def test_no_gradients_beside_the_sums():
+    """The sums are donated and overwritten. Beside them a step needs no more memory than one without sums."""
+    made, number = step(), jax.ShapeDtypeStruct((), jnp.float32)
+    batch, params = made.put_batch(**random_batch(TINY, rows=1, length=16)), (made.trained, made.frozen)
+    sizes = [function.lower(*arguments, batch, number).compile().memory_analysis() for function, arguments in (
+        (made.loss_and_grad, params), (made.loss_and_sums, (made.trained, *params)))]
+    gradients = sum(leaf.size * 4 for leaf in jax.tree.leaves(made.trained))
+    assert sizes[1].alias_size_in_bytes >= gradients > 10 * sizes[0].alias_size_in_bytes
+    assert sizes[1].temp_size_in_bytes < sizes[0].temp_size_in_bytes + 0.3 * gradients
