@@ -69,8 +69,8 @@ class Switches:
             raise UserError("--stack plain saves each layer's input and nothing else: "
                             f"{', '.join(map(flag, by_hand))} needs --stack segments")
         if self.share_gradients and not self.can_share:
-            raise UserError("--share-gradients keeps layer inputs where gradients will be, both in host memory: it needs "
-                            "--offload-weights and --offload-activations, and gradients that are stored (no "
+            raise UserError("--share-gradients keeps layer inputs where gradients will be, both in host memory: it "
+                            "needs --offload-weights and --offload-activations, and gradients that are stored (no "
                             "--update-in-backward)")
 
     @property

@@ -65,7 +65,8 @@ def traffic(job: Job) -> dict[str, float]:
     """Bytes that one device moves: "step", to and from host memory in a forward and backward pass; "update", the same
     in the update; "device", in device memory in the update."""
     (weights, gradients, optimizer), profile, written = state_bytes(job), job.profile, trained_bytes(job)
-    step, moved = 2.0 * (job.kept[HOST] + job.shared_inputs * job.sizes.hidden), {True: 0.0, False: 0.0}  # in host memory or not
+    step = 2.0 * (job.kept[HOST] + job.shared_inputs * job.sizes.hidden)
+    moved = {True: 0.0, False: 0.0}  # in host memory or not
     if profile.offload_weights:
         step += weights * job.passes.loads / job.model.num_layers + gradients * (2 if job.sums_in_place else 1)
     # For the norm and for the update; there and back, or only back where the layer is on the device already.
