@@ -36,7 +36,7 @@ def lora_mistakes(config: Any) -> Iterator[tuple[Any, str]]:
                f"--{field.replace('_', '-')} is about adapters, and the run has none; add --lora-rank or --adapter")
     alpha = config.lora_alpha
     yield alpha is not None and not alpha > 0, f"--lora-alpha {alpha}: must be a positive number"
-    yield (config.merge_adapter and not config.export and not config.random_weights,
+    yield (config.merge_adapter and not config.export,
            "--merge-adapter with --no-export: merged weights are an export; leave one of them out")
     yield (adapters and config.resize_vocabulary,
            "--resize-vocabulary with adapters: they would have no rows for the new tokens; add the rows in a run "

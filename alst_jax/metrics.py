@@ -55,22 +55,22 @@ class MetricsLog:
         return [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
     def write(self, values: dict[str, Any]) -> None:
-        """Append one step's values; not-finite numbers become null, which JSON can hold."""
+        """Append one step's values."""
         self.seconds.append(values["seconds"])
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self.event(finite)
-        self.scalars(values["step"], finite)
+        self.event(values)
+        self.scalars(values["step"], values)
 
     def scalars(self, step: int, values: dict[str, Any]) -> None:
         """Numbers for TensorBoard alone."""
         for name, value in values.items():
-            if name != "step" and isinstance(value, int | float):
+            if name != "step" and isinstance(value, int | float) and math.isfinite(value):
                 self._tensorboard.add_scalar(name, value, step=step)
 
     def event(self, record: dict[str, Any]) -> None:
-        """Append a line to metrics.jsonl alone."""
+        """Append a line to metrics.jsonl alone; not-finite numbers become null, which JSON can hold."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         with self._lock:
-            self._file.write(json.dumps(record) + "\n")
+            self._file.write(json.dumps(finite) + "\n")
 
     def close(self) -> None:
         try:

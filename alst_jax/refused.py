@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from alst_jax.profile import Profile
 from alst_jax.watch import Event
 from alst_jax.watch_flags import WatchFlags
 
@@ -72,3 +73,17 @@ class Refused:
         self._tell(Event(kind, at + 1, str(problem),
                          f"back to the checkpoint of step {back.step}; its batch is left out ({words})"))
         return back
+
+
+def not_applied(profile: Profile, done: int, problem: NotFinite | Spike, saved: int) -> str:
+    """The message of a step that was refused."""
+    if problem.state is None:
+        last = f"the last checkpoint, step {saved}, with --resume" if saved else "the beginning: none was saved"
+        return (f"step {done + 1}: {problem}. Later layers were updated already (--update-in-backward), so nothing is "
+                f"saved; go on from {last}. A smaller --learning-rate, --save-every, or a run without "
+                "--update-in-backward, which would not apply such a step, may help")
+    kept = "is where the run began" if not done else "is saved" if saved == done else "is not saved"
+    return (f"step {done + 1}: {problem}. The step was not applied; the state before it, step {done}, {kept}. A "
+            f"smaller --learning-rate{'' if profile.update_in_backward else ' or --clip-norm'}, or --dtype "
+            "float32, may help.")
+

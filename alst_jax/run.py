@@ -35,7 +35,7 @@ from alst_jax.planning.planner import ANY_LENGTH, Planner, target
 from alst_jax.planning.process import with_room
 from alst_jax.processes.link import link
 from alst_jax.profile import Profile
-from alst_jax.run_lora import with_lora
+from alst_jax.run_lora import check_others, with_lora
 from alst_jax.step import TrainStep
 from alst_jax.storage.about import about
 from alst_jax.storage.source import ModelSource, find_model
@@ -55,6 +55,8 @@ def subject(config: TrainConfig) -> tuple[ModelSource, Planner, Job]:
     source = find_model(config, tokenizer=not config.planning)
     model = with_lora(config, source)
     check_freeze(config.freeze, model)
+    if model.lora is not None:
+        check_others(config.freeze, model)
     dtype = choose_dtype(config)
     profile = make_profile(config, dtype, source.config)
     if config.attention == "auto" and for_gpu(config):

@@ -71,8 +71,9 @@ def begin(
         say(f"long    --eval-long {config.eval_long}: {data.long.summary()}")
     if state.step:
         return
-    if is_extended(config) and config.debug_attention_layers is None and not link().several:
-        say(compare_positions(source, step, state, data))
+    if is_extended(config) and config.debug_attention_layers is None:
+        say("rope    the first batch is compared with and without the flags in one process only" if link().several
+            else compare_positions(source, step, state, data))
     if data.long is not None:
         values = data.long(step, state, say)
         log.event({"step": 0, "event": "long", **values})

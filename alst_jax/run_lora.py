@@ -28,9 +28,16 @@ ADAPTER = "adapter"  # OUT/adapter
 
 def with_adapter(config: TrainConfig) -> TrainConfig:
     """The flags with those that --adapter says. A resumed run has them already."""
-    if config.adapter is None or config.resume:
+    if config.adapter is None:
         return config
-    found, dropout = read_lora(config.adapter)
+    if config.resume:
+        begun = run_directory.read_run_file(config.out).get("flags", {}).get("adapter")
+        if config.adapter != begun:
+            raise UserError(f"--adapter {config.adapter} with --resume: the run in {config.out} began with "
+                            f"{begun or 'no adapter'}, and its checkpoint goes on from there; leave --adapter out, or "
+                            "start a new run with it")
+        return config
+    found, dropout, base = read_lora(config.adapter)
     said = {"lora_rank": found.rank, "lora_alpha": found.alpha, "rslora": found.rslora,
             "lora_targets": ",".join(found.targets)}
     for name, value in said.items():
@@ -41,6 +48,8 @@ def with_adapter(config: TrainConfig) -> TrainConfig:
         if typed and given != value:
             raise UserError(f"{flag(name)} {given}: the adapter in {config.adapter} has {value}; leave {flag(name)} "
                             "out")
+    print(f"adapter {config.adapter}: made beside {base or 'a model that it does not name'}; whether --model is the same, "
+          "its files do not say", flush=True)
     if dropout:
         print(f"warning: the adapter in {config.adapter} was made with lora_dropout {dropout:g}; it is trained "
               "without dropout here", file=sys.stderr, flush=True)
@@ -66,7 +75,6 @@ def with_lora(config: TrainConfig, source: ModelSource) -> ModelConfig:
                         "otherwise; adapters are implemented for language models alone")
     alpha = float(config.lora_rank if config.lora_alpha is None else config.lora_alpha)
     model = dataclasses.replace(model, lora=Lora(config.lora_rank, alpha, targets, config.rslora))
-    _check_others(config.freeze, model)
     return model
 
 
@@ -81,7 +89,7 @@ def _targets(config: TrainConfig) -> tuple[str, ...]:
     return tuple(name for name in LINEARS if name in asked)
 
 
-def _check_others(freeze: str | None, model: ModelConfig) -> None:
+def check_others(freeze: str | None, model: ModelConfig) -> None:
     """UserError for parameters trained beside the adapters that PEFT's format, whole modules to save, cannot hold."""
     modules: dict[tuple[str, ...], set[bool]] = {}
     for path, _ in jax.tree_util.tree_leaves_with_path(abstract_params(model, jnp.float32)):
@@ -133,8 +141,12 @@ def export(config: TrainConfig, step: TrainStep, trained: Any) -> None:
     out = pathlib.Path(config.out)
     base = run_directory.read_run_file(out)["base"]["name"]
     save_adapter(out / ADAPTER, trained, step.model, base)
-    load = f"peft.AutoPeftModelForCausalLM.from_pretrained({str(out / ADAPTER)!r})"
-    print(f"wrote {out / ADAPTER}: {load} loads it beside {base or 'its base model'}")
+    if base and ((pathlib.Path(base) / "config.json").is_file() or not pathlib.Path(base).exists()):  # or of a hub
+        load = f"peft.AutoPeftModelForCausalLM.from_pretrained({str(out / ADAPTER)!r})"
+        print(f"wrote {out / ADAPTER}: {load} loads it beside {base}")
+    else:
+        print(f"wrote {out / ADAPTER}, in PEFT's format; its base model is no Hugging Face directory, so PEFT needs one "
+              "to load it: --merge-adapter writes the whole model")
     if is_extended(config):
         print(f"warning: the adapter was trained with another rotary embedding than that of {base}'s config.json; use "
               f"it with {out / run_directory.MODEL / 'config.json'}, or merge it with --merge-adapter", file=sys.stderr)

@@ -20,7 +20,7 @@ from alst_jax.models.tree import dotted, is_stacked, names
 from alst_jax.optim.schedule import learning_rate_schedule
 from alst_jax.processes.link import link
 from alst_jax.profiling import StepProfile
-from alst_jax.refused import NotFinite, Refused, Spike
+from alst_jax.refused import NotFinite, Refused, Spike, not_applied
 from alst_jax.step import TrainStep, count_labels
 from alst_jax.watch import Watch
 
@@ -228,7 +228,6 @@ def train(
             if position in refused.left_out:
                 continue
             padding = [batch.pop("padding", None) for batch in batches]
-            watch.begin(state.step + 1)
             with profile.step(state.step + 1, display.say):
                 state, values, problem = _attempt(step, state, batches, learning_rate, watch)
             if problem is not None:
@@ -242,7 +241,7 @@ def train(
                     state = problem.state
                     data.training.set_state(position)  # a resumed run meets the same batch again
                     saver(state)
-                raise UserError(_not_finite(step, at, problem, saver.saved)) from problem
+                raise UserError(not_applied(step.profile, at, problem, saver.saved)) from problem
             stop.seconds = seconds = time.perf_counter() - started
             values = {"step": state.step, **values, **speed(step, batches, padding, seconds),
                       "learning_rate": learning_rate, "compilations": compilations() - before}
@@ -281,22 +280,11 @@ class _Saver:
 
 def _attempt(step, state, batches, learning_rate, watch):
     """(the next state, its values, None), or (`state`, {}, why the step was refused)."""
+    watch.begin(state.step + 1)
     try:
         judge = functools.partial(watch.judge, state.step + 1)
         return *optimizer_step(step, state, batches, learning_rate, judge), None
     except (NotFinite, Spike) as error:
         return state, {}, error.with_traceback(None)  # the frames of a traceback hold arrays
-
-
-def _not_finite(step: TrainStep, done: int, problem: NotFinite | Spike, saved: int) -> str:
-    """The message of a step that was refused."""
-    if problem.state is None:
-        last = f"the last checkpoint, step {saved}, with --resume" if saved else "the beginning: none was saved"
-        return (f"step {done + 1}: {problem}. Later layers were updated already (--update-in-backward), so nothing is "
-                f"saved; go on from {last}. A smaller --learning-rate, --save-every, or a run without "
-                "--update-in-backward, which would not apply such a step, may help")
-    kept = "is where the run began" if not done else "is saved" if saved == done else "is not saved"
-    return (f"step {done + 1}: {problem}. The step was not applied; the state before it, step {done}, {kept}. A "
-            f"smaller --learning-rate{'' if step.profile.update_in_backward else ' or --clip-norm'}, or --dtype "
-            "float32, may help.")
-
+    finally:
+        watch.rest()

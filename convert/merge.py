@@ -36,8 +36,11 @@ def merge_adapter(
     tensors = find_tensors(base)
     kernels = {name.replace(f".{DOWN}.", "."): name for name in parts if f".{DOWN}." in name}
     whole = {name for name in parts if ".lora_" not in name}
+    for name in parts:
+        if f".{UP}." in name and name.replace(f".{UP}.", f".{DOWN}.") not in parts:
+            raise UserError(f"{adapter} has {name} and no {DOWN} of it: the adapter is not whole")
     for name in sorted({*kernels, *whole}):
-        expected = _shape(name, kernels, parts)
+        expected = _shape(name, kernels, parts, lora.rank)
         if name not in tensors or tensors[name].shape != expected:
             found = list(tensors[name].shape) if name in tensors else "missing"
             raise UserError(f"{adapter} is not an adapter of {base}: {name} is {found} there, and the adapter's is "
@@ -54,7 +57,7 @@ def merge_adapter(
     return result
 
 
-def _shape(name: str, kernels: dict[str, str], parts: dict[str, Tensor]) -> tuple[int, ...]:
+def _shape(name: str, kernels: dict[str, str], parts: dict[str, Tensor], rank: int) -> tuple[int, ...]:
     """The shape that the base model's tensor must have."""
     if name not in kernels:
         return parts[name].shape
@@ -62,6 +65,10 @@ def _shape(name: str, kernels: dict[str, str], parts: dict[str, Tensor]) -> tupl
     up = down.replace(f".{DOWN}.", f".{UP}.")
     if up not in parts:
         raise UserError(f"the adapter has {down} and no {up}: it is not whole")
+    ranks = parts[down].shape[0], parts[up].shape[1]
+    if ranks != (rank, rank):
+        raise UserError(f"adapter_config.json says r={rank}, and {down} and {up} have the ranks {ranks[0]} and {ranks[1]}; "
+                        "the scale of the adapter would be wrong")
     return parts[up].shape[0], parts[down].shape[1]
 
 

@@ -6,8 +6,8 @@ from alst_jax.at_length.tasks import TASKS
 
 
 def short(tokens: int) -> str:
-    """`32k` for 32,768; other numbers as they are."""
-    return f"{tokens // 1024}k" if tokens and tokens % 1024 == 0 else f"{tokens:,}"
+    """`32Ki` for 32,768, as --seq-len takes it; other numbers as they are."""
+    return f"{tokens // 1024}Ki" if tokens and tokens % 1024 == 0 else f"{tokens:,}"
 
 
 def table(results: dict[str, Any], before: dict[str, Any] | None, context: int) -> str:

@@ -67,10 +67,11 @@ def modules_to_save(leaves: list[tuple[tuple, Any]], config: ModelConfig) -> lis
 
 
 class Found(NamedTuple):
-    """The adapters that a directory holds, and the dropout that they were trained with."""
+    """The adapters that a directory holds, the dropout that they were trained with, and the base model's name."""
 
     lora: Lora
     dropout: float
+    base: str | None
 
 
 def read_lora(directory: str | pathlib.Path) -> Found:
@@ -97,7 +98,8 @@ def read_lora(directory: str | pathlib.Path) -> Found:
         number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if not number or value < least or name == "r" and not isinstance(value, int):
             raise UserError(f"{path / CONFIG}: {name}={value!r} is no value of this field")
-    return Found(Lora(rank, float(alpha), _targets(path), bool(raw.get("use_rslora"))), float(dropout))
+    return Found(Lora(rank, float(alpha), _targets(path), bool(raw.get("use_rslora"))), float(dropout),
+                 raw.get("base_model_name_or_path"))
 
 
 def _targets(path: pathlib.Path) -> tuple[str, ...]:

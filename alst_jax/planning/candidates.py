@@ -132,7 +132,19 @@ def with_kept(job: Job, search: Search, on_device: Iterable[int], least: bool = 
         else:
             candidate = make(0) if least else _most_on_host(make, layers - kept, search)
         if candidate is not None:
-            yield candidate
+            yield apart(candidate, search)
+
+
+def apart(job: Job, search: Search) -> Job:
+    """The job without sharing, if host memory has room for it: the copies that sharing adds are not hidden."""
+    if "share_gradients" in search.fixed or not job.profile.share_gradients:
+        return job
+    alone = job.changed(share_gradients=False)
+    return alone if pinned_bytes(alone) <= _room_on_host(search) else job
+
+
+def _room_on_host(search: Search) -> float:
+    return search.cluster.host_share * (1 - search.margin) - search.host_correction
 
 
 def sharing(job: Job, fixed: frozenset[str]) -> Job:
@@ -146,7 +158,7 @@ def sharing(job: Job, fixed: frozenset[str]) -> Job:
 
 def _most_on_host(make: Callable[[int], Job | None], most: int, search: Search) -> Job | None:
     """make(n) for the largest n that fits in host memory; make(0) if none fits."""
-    room = search.cluster.host_share * (1 - search.margin) - search.host_correction
+    room = _room_on_host(search)
     fits = lambda job: job is not None and pinned_bytes(job) <= room
     best, low, high, middle = make(0), 0, most + 1, most  # the most is tried first: it is often the answer
     if not fits(best) or search.missing(search.plan(best)).keys() == {"device"}:

@@ -1,6 +1,6 @@
 """The parts of a save. Saving, restoring, `--explain-run` and `convert.verify` all read this table.
 
-    DIR/checkpoints/STEP/params/         arrays: all weights, frozen ones too
+    DIR/checkpoints/STEP/params/         arrays: all weights, frozen ones too; with adapters the trained ones alone
                          optimizer/      arrays: moments, master weights, the count of updates; not in a conversion
                          loop/           JSON: the fields of `Loop`
                          about.json      versions, git revision, flags, devices, plan, kernels (about.py)

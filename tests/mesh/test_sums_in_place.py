@@ -9,19 +9,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from alst_jax.models.lora import Lora
 from tests.helpers import PLAIN, TINY, assert_trees_close, initial, make_step, random_batch
 
 HOST = dict(offload_activations=True, offload_weights=True)
 
 
+ADAPTERS = dataclasses.replace(TINY, lora=Lora(4, 8.0), tie_word_embeddings=True)
+
+
 @functools.cache
-def step(dp=1, sp=1, **changes):
-    return make_step(TINY, dp, sp, dataclasses.replace(PLAIN, remat=True, **changes))
+def step(dp=1, sp=1, model=TINY, **changes):
+    return make_step(model, dp, sp, dataclasses.replace(PLAIN, remat=True, **changes))
 
 
-@pytest.mark.parametrize("dp,sp,changes", [(2, 2, HOST), pytest.param(1, 1, {}, marks=pytest.mark.slow)])
-def test_equal_to_the_sum_of_separate_gradients(dp, sp, changes):
-    made = step(dp, sp, **changes)
+@pytest.mark.parametrize("dp,sp,model,changes", [
+    (2, 2, TINY, HOST), (1, 1, ADAPTERS, {}), pytest.param(1, 1, TINY, {}, marks=pytest.mark.slow)])
+def test_equal_to_the_sum_of_separate_gradients(dp, sp, model, changes):
+    made = step(dp, sp, model, **changes)
     params, losses = made.split(initial(made)), []
     sums, apart = made.zero_gradients(), made.zero_gradients()
     for seed in range(2):

@@ -123,6 +123,32 @@ def test_a_stalled_step_is_told_while_it_runs(events):
     assert [(event.kind, event.step) for event in events] == [("stall", 4)] and "20.0 s are usual" in events[0].cause
 
 
+def test_a_run_of_several_processes_gives_up_a_step_that_hangs(events):
+    """Not a long one: three times the longest of the last steps, and 300 s at least. A save is no step."""
+    now, given_up = [0.0], []
+    watched = Watch(WatchFlags(), events.append, clock=lambda: now[0], give_up=given_up.append)
+    for step, seconds in ((1, 2.0), (2, 150.0), (3, 2.0)):  # the second one has longer rows
+        watched.begin(step)
+        watched.end({"seconds": seconds, "tokens_per_second": 100.0})
+
+    def look(seconds):
+        now[0] += seconds
+        time.sleep(1.3)
+        return len(given_up)
+
+    watched.start()
+    watched.begin(4)
+    assert not look(445.0)
+    watched.rest()
+    assert not look(1000.0)
+    watched.begin(5)
+    deadline = time.monotonic() + 20
+    while not look(451.0) and time.monotonic() < deadline:
+        pass
+    watched.close()
+    assert "step 5 has run for" in given_up[0] and "the longest of the last ones took 150.0 s" in given_up[0]
+
+
 # ------------------------------------------------------------------------------------------------------------ the loop
 
 
