@@ -22,6 +22,7 @@ from alst_jax.refused import MOST_REFUSED, NotFinite, Saves, Spike
 from alst_jax.step import TrainStep
 from alst_jax.watch import ENOUGH, Watch
 from alst_jax.watch_flags import WatchFlags
+from tests.helpers import TINY
 
 GIB = 2**30
 
@@ -165,8 +166,7 @@ def numbers(count):
 
 def fake_step():
     devices = np.array([types.SimpleNamespace(device_kind="cpu")])
-    model = types.SimpleNamespace(flops_per_sequence=lambda length: 1.0, num_layers=2)
-    return step_with(mesh=types.SimpleNamespace(devices=devices), model=model, gradient_norm=lambda x: 1.0)
+    return step_with(mesh=types.SimpleNamespace(devices=devices), model=TINY, freeze=None, gradient_norm=lambda x: 1.0)
 
 
 def step_with(**parts):
