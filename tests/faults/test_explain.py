@@ -52,7 +52,7 @@ def test_every_flag_is_there(run_dir):
     record = json.loads((run_dir / "checkpoints/2/about.json").read_text())
     assert record["flags"].keys() == vars(TrainConfig()).keys()
     assert record["settings"].keys() == {"data", "seed", "samples_per_step", "seq_len", "dtype", "optimizer_states",
-                                         "master_weights", "freeze"}
+                                         "master_weights", "freeze", "rope_scaling", "rope_factor", "rope_theta"}
 
 
 def test_it_is_covered_by_the_checksums(run_dir):

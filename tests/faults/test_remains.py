@@ -86,15 +86,16 @@ def test_a_rewind_frees_the_state_before_it_reads(monkeypatch):
     state, arrays = state_of(1.0, 2.0, 3.0)
     arrays[2].delete()  # as an update that reused it
 
-    def restore(step, data, checkpoints, at):
-        assert at == 5 and all(array.is_deleted() for array in arrays)
+    def restore(step, data, checkpoints, at, frozen):
+        assert at == 5 and frozen is None and all(array.is_deleted() for array in arrays)
         return "restored"
 
     monkeypatch.setattr(run_state, "restore", restore)
     saved = types.SimpleNamespace(steps=lambda: [2, 5])
-    assert run_state.go_back(None, None, saved, state) == "restored"
+    step = types.SimpleNamespace(model=types.SimpleNamespace(lora=None))
+    assert run_state.go_back(step, None, saved, state) == "restored"
     state, arrays = state_of(1.0, 2.0, 3.0)
-    assert run_state.go_back(None, None, types.SimpleNamespace(steps=list), state) is None
+    assert run_state.go_back(step, None, types.SimpleNamespace(steps=list), state) is None
     assert not any(array.is_deleted() for array in arrays)  # the run ends, and saves them
 
 
