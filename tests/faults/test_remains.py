@@ -115,7 +115,8 @@ def test_the_arrays_of_a_refused_step_are_free_when_the_last_checkpoint_is_read(
         return dataclasses.replace(before, step=5)
 
     monkeypatch.setattr(trainer, "optimizer_step", optimizer_step)
-    state, _, refused = trainer._attempt(None, before, [], 0.0, types.SimpleNamespace(judge=print))
+    watch = types.SimpleNamespace(judge=print, begin=lambda step: None, rest=lambda: None)
+    state, _, refused = trainer._attempt(None, before, [], 0.0, watch)
     policy = Refused(TrainConfig(save_every=1, **flags), Saves(print, read), print)
     assert policy.go_on(refused, state, {"next_index": 3}).step == 5
 

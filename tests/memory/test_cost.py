@@ -90,7 +90,8 @@ def test_states_by_hand():
     n = LLAMA_8B.num_params
     assert state_bytes(job()) == (2 * n, 2 * n, 12 * n)
     narrow = dataclasses.replace(job(dp=8), states="int8", master="none", grad_accum=2)
-    assert state_bytes(narrow) == (2 * n / 8, 6 * n / 8, pytest.approx(n / 8 * (2 + 8 / 256), rel=1e-6))
+    # Gradients of one batch are added to the float32 sums where they are made: they are not stored.
+    assert state_bytes(narrow) == (2 * n / 8, 4 * n / 8, pytest.approx(n / 8 * (2 + 8 / 256), rel=1e-6))
 
 
 def test_more_length_layers_or_devices():
