@@ -410,7 +410,7 @@ def test_the_environment_is_for_the_devices_of_the_flags(monkeypatch):
     for flags in (("--dp", "1", "--sp", "2"), ("--dp", "2"), ("--sp", "2"), ()):
         monkeypatch.setattr(sys, "argv", ["train.py", "--model", "any", "--data", "any", *flags, "--host-memory", "50"])
         assert train.main() == 0
-    assert asked == [(50.0, devices, False) for devices in (2, 2, None, None)]
+    assert asked == [(50.0, devices, False, 1) for devices in (2, 2, None, None)]  # one process
 
 
 def test_a_pool_without_a_limit(reserved, monkeypatch):
