@@ -48,8 +48,8 @@ def with_adapter(config: TrainConfig) -> TrainConfig:
         if typed and given != value:
             raise UserError(f"{flag(name)} {given}: the adapter in {config.adapter} has {value}; leave {flag(name)} "
                             "out")
-    print(f"adapter {config.adapter}: made beside {base or 'a model that it does not name'}; whether --model is the same, "
-          "its files do not say", flush=True)
+    print(f"adapter {config.adapter}: made beside {base or 'a model that it does not name'}; its files do not say "
+          "whether --model is the same", flush=True)
     if dropout:
         print(f"warning: the adapter in {config.adapter} was made with lora_dropout {dropout:g}; it is trained "
               "without dropout here", file=sys.stderr, flush=True)
@@ -145,8 +145,8 @@ def export(config: TrainConfig, step: TrainStep, trained: Any) -> None:
         load = f"peft.AutoPeftModelForCausalLM.from_pretrained({str(out / ADAPTER)!r})"
         print(f"wrote {out / ADAPTER}: {load} loads it beside {base}")
     else:
-        print(f"wrote {out / ADAPTER}, in PEFT's format; its base model is no Hugging Face directory, so PEFT needs one "
-              "to load it: --merge-adapter writes the whole model")
+        print(f"wrote {out / ADAPTER}, in PEFT's format; its base model is no Hugging Face directory, so PEFT needs "
+              "one to load it: --merge-adapter writes the whole model")
     if is_extended(config):
         print(f"warning: the adapter was trained with another rotary embedding than that of {base}'s config.json; use "
               f"it with {out / run_directory.MODEL / 'config.json'}, or merge it with --merge-adapter", file=sys.stderr)

@@ -29,8 +29,8 @@ FLOORS = {"loss": 0.01, "grad_norm": 0.1}
 TINY = 1e-30
 SHORTEST = 1.0  # seconds of a step whose time is judged
 STALLED, LEAST_STALL = 5.0, 60.0  # times the usual seconds, and seconds, after which a step in progress has stalled
-# Times the longest of the last steps, and seconds, after which a run in several processes ends: a collective may wait for
-# ever, and a new length of rows is compiled in a step.
+# A run in several processes ends after so many times the longest of the last steps, and so many seconds at least: a
+# collective may wait for ever. A new length of rows is compiled in its first step.
 HUNG, LEAST_HUNG = 3.0, 300.0
 SLOWER = 0.7  # of the best throughput
 LEFT, LEFT_AGAIN = 0.03, 0.06  # part of host memory: less is an event, and after more than the second one again
@@ -60,8 +60,8 @@ class Event:
 
 class Watch:
     """tell(event): what happens to an event; called from a thread of its own for a stalled step. on_gpu: whether
-    nvidia-smi is asked. give_up(words): ends the run where a step in progress takes HUNG times as long as the longest; by
-    default, all processes where there are several; a lone one may take as long as it wants."""
+    nvidia-smi is asked. give_up(words): ends the run where a step in progress takes HUNG times as long as the longest.
+    By default it ends all processes where there are several; a lone one may take as long as it wants."""
 
     def __init__(self, config: WatchFlags, tell: Callable[[Event], None], on_gpu: bool = False, clock=time.monotonic,
                  give_up: Callable[[str], None] | None = None):
@@ -175,8 +175,8 @@ class Watch:
             seconds = self._clock() - began
             longest = max(self._seconds)
             if self._give_up is not None and seconds > max(LEAST_HUNG, HUNG * longest):
-                self._give_up(f"gives up: step {step} has run for {seconds:.0f} s, and the longest of the last ones took "
-                              f"{longest:.1f} s: a collective that hangs")
+                self._give_up(f"gives up: step {step} has run for {seconds:.0f} s, and the longest of the last ones "
+                              f"took {longest:.1f} s: a collective that hangs")
             if seconds > max(LEAST_STALL, STALLED * usual):
                 told = step
                 self.tell(Event("stall", step, f"it has run for {seconds:.0f} s, and {usual:.1f} s are usual: a device "

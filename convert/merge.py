@@ -67,8 +67,8 @@ def _shape(name: str, kernels: dict[str, str], parts: dict[str, Tensor], rank: i
         raise UserError(f"the adapter has {down} and no {up}: it is not whole")
     ranks = parts[down].shape[0], parts[up].shape[1]
     if ranks != (rank, rank):
-        raise UserError(f"adapter_config.json says r={rank}, and {down} and {up} have the ranks {ranks[0]} and {ranks[1]}; "
-                        "the scale of the adapter would be wrong")
+        raise UserError(f"adapter_config.json says r={rank}, and {down} and {up} have the ranks {ranks[0]} and "
+                        f"{ranks[1]}; the scale of the adapter would be wrong")
     return parts[up].shape[0], parts[down].shape[1]
 
 
