@@ -1,9 +1,11 @@
 """python -m convert.from_hf HF_DIR CHECKPOINT: a Hugging Face directory -> a checkpoint of ours, bit for bit."""
 
 import concurrent.futures
+import contextlib
 import pathlib
 import sys
 import threading
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -46,13 +48,12 @@ def from_hf(
 
             def unread(path, x, dtype):
                 def read(bounds):
-                    writing.check()
                     part = np.empty([stop - start for start, stop in bounds], dtype)
                     read_part(part, path, bounds, tensors, config)
                     progress.advance(part.nbytes)
                     return part
 
-                return Unread(tuple(x.shape), dtype, read, writing.permits)
+                return Unread(tuple(x.shape), dtype, read, writing.permit)
 
             params = jax.tree_util.tree_map_with_path(unread, shapes, dtypes)
             checkpoints = Checkpoints(out)
@@ -70,12 +71,15 @@ class Writing:
     """
 
     def __init__(self):
-        self.permits, self._stopped = threading.Semaphore(saving.PARTS), False
+        self._permits, self._stopped = threading.Semaphore(saving.PARTS), False
 
-    def check(self) -> None:
-        """Called before each write. CancelledError when the conversion has stopped."""
-        if self._stopped:
-            raise concurrent.futures.CancelledError("the conversion has stopped")
+    @contextlib.contextmanager
+    def permit(self) -> Iterator[None]:
+        """Held during a write. CancelledError when the conversion has stopped."""
+        with self._permits:
+            if self._stopped:
+                raise concurrent.futures.CancelledError("the conversion has stopped")
+            yield
 
     def __enter__(self) -> "Writing":
         return self
@@ -84,8 +88,8 @@ class Writing:
         if kind is not None:
             self._stopped = True
             for _ in range(saving.PARTS):
-                self.permits.acquire()
-            self.permits.release(saving.PARTS)
+                self._permits.acquire()
+            self._permits.release(saving.PARTS)
 
 
 if __name__ == "__main__":

@@ -54,13 +54,13 @@ def tree_save(tree: Any) -> ocp.args.PyTreeSave:
 class Unread:
     """An array outside of the memory, which is read a part at a time while it is saved.
 
-    read: a part, by its bounds. writing: held while a part is read and written.
+    read: a part, by its bounds. writing: held while the array's file is made, and while a part is read and written.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[Bounds], np.ndarray]
-    writing: contextlib.AbstractContextManager = contextlib.nullcontext()
+    writing: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
     @property
     def ndim(self) -> int:
@@ -88,7 +88,13 @@ class WriteInParts(ocp.type_handlers.NumpyHandler):
 
     async def _open_and_write(self, value: Unread, tspec: dict[str, Any], ts_context: ts.Context) -> None:
         tspec = tspec | {"metadata": tspec["metadata"] | {"compressor": None}}
-        array = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+        loop = asyncio.get_running_loop()
+
+        def create() -> ts.TensorStore:
+            with value.writing():
+                return ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context).result()
+
+        array = await loop.run_in_executor(self._pool, create)
         chunk = array.chunk_layout.write_chunk.shape
         row = math.prod(value.shape[1:]) * value.dtype.itemsize
         # Whole chunks: two parts that shared a chunk would write it twice.
@@ -96,10 +102,10 @@ class WriteInParts(ocp.type_handlers.NumpyHandler):
 
         def write(start: int) -> None:
             stop = min(start + step, value.shape[0])
-            with value.writing:
+            with value.writing():
                 array[start:stop].write(value.read(((start, stop), *((0, size) for size in value.shape[1:])))).result()
 
-        run = functools.partial(asyncio.get_running_loop().run_in_executor, self._pool, write)
+        run = functools.partial(loop.run_in_executor, self._pool, write)
         await asyncio.gather(*map(run, range(0, value.shape[0], step)))
 
 

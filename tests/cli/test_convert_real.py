@@ -161,8 +161,7 @@ def test_no_write_starts_after_a_conversion_has_stopped():
     writing, order = from_hf_module.Writing(), []
 
     def slow():
-        with writing.permits:
-            writing.check()
+        with writing.permit():
             started.set()
             time.sleep(0.2)
             order.append("written")
@@ -175,8 +174,8 @@ def test_no_write_starts_after_a_conversion_has_stopped():
     order.append("stopped")
     thread.join()
     assert order == ["written", "stopped"]
-    with writing.permits, pytest.raises(CancelledError):
-        writing.check()
+    with pytest.raises(CancelledError), writing.permit():
+        pytest.fail("a write started")
 
 
 def test_a_full_disk_is_one_line(monkeypatch, capsys):
