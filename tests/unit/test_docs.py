@@ -2,12 +2,15 @@
 """README.md and docs/: links lead somewhere, pictures are current, no package and no field is missing."""
 
 import ast
+import dataclasses
 import pathlib
 import re
 import sys
 
 import pytest
 
+from alst_jax.declare import flag
+from alst_jax.profile import MemoryFlags
 from tests.unit.test_layers import LAYERS
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -70,6 +73,11 @@ def test_every_picture_is_made_by_a_script():
         for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text()):
             name = RENAMED.get(pathlib.Path(picture).name, pathlib.Path(picture).name)
             assert re.sub(r"\d", "{n}", name) in scripts or name in scripts, picture
+
+
+def test_the_page_of_memory_flags_has_every_flag():
+    page = (ROOT / "docs" / "memory-flags.md").read_text()
+    assert [field.name for field in dataclasses.fields(MemoryFlags) if f"`{flag(field.name)}" not in page] == []
 
 
 METRICS = (ROOT / "docs" / "metrics.md").read_text()
