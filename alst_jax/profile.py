@@ -75,7 +75,7 @@ class Switches:
 
     @property
     def sums_in_place(self) -> bool:
-        """Whether the gradients of several batches are summed where they are made, and those of one never stored."""
+        """Whether gradients of several batches are summed where they are made. Then one batch's are never stored."""
         return self.remat and self.stack == "segments" and not self.share_gradients
 
     @property
@@ -226,8 +226,8 @@ class Segment:
 
 
 def segment_inputs(segments: list[Segment], on_host: bool, shared: int = 0) -> int:
-    """Rows of the array in which the inputs of segments are kept; that of the first is looked up again instead. shared:
-    the number of inputs that are kept in the memory of gradients."""
+    """Rows of the array in which the inputs of segments are kept. The first segment's input is embedded again instead.
+    shared: the number of inputs that are kept in the memory of gradients."""
     count = sum(not segment.all_inputs for segment in segments[1:]) - shared
     # A single one would not be moved to the host, for copies there and back with no loop between cancel out.
     return 2 if count == 1 and on_host else count

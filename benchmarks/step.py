@@ -138,7 +138,7 @@ def bytes_limit() -> int:
 
 
 def print_plan(options: Options, step: "TrainStep", compiled: Any, seconds: float) -> int:
-    """Print the bytes that the compiler plans. Returns those of a device while gradients are computed."""
+    """Print the bytes that the compiler plans. Returns a device's bytes while gradients are computed."""
     import jax
 
     from alst_jax.planning.compiled import shard_bytes
@@ -212,7 +212,7 @@ def run_step(
 
 
 def reserve(gibibytes: int, devices: list) -> None:
-    """`host.reserve`, with what it took."""
+    """`host.reserve`, with its seconds."""
     from alst_jax.xla import host
 
     started = time.perf_counter()

@@ -39,7 +39,7 @@ def verify(directory: tyro.conf.Positional[pathlib.Path], accept: bool = False) 
 
 
 def _parts(directory: pathlib.Path) -> list[tuple[pathlib.Path, Callable[[], bool], Callable[[], None]]]:
-    """(name, whether it is verified, what writes its checksums) of each part of a directory."""
+    """(name, whether it is verified, the function that writes its checksums) of each part of a directory."""
     if not directory.is_dir():
         raise UserError(f"{directory}: {'it is a file' if directory.is_file() else 'no such directory'}; name a run, a "
                         "checkpoint, a converted model or a Hugging Face directory")

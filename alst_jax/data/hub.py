@@ -16,7 +16,7 @@ def is_hub_name(path: str) -> bool:
 
 
 def download(name: str, flag: str, include: tuple[str, ...] = ()) -> pathlib.Path:
-    """The local directory with the data files of a hub data set: those that `include` matches, or all of known kinds.
+    """The local directory with the data files of a hub data set: files that `include` matches, or all of known kinds.
 
     UserError if the hub is not reached or has no such data set.
     """

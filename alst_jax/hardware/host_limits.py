@@ -19,8 +19,8 @@ def host_memory(cap_gib: float | int | None = None, root: pathlib.Path = pathlib
 
 
 def cgroup_limits(root: pathlib.Path) -> list[int]:
-    """Bytes that the process's own control group and those above it may have, of both versions. Inside a container the
-    group's path may be the host's, of which only the top is there."""
+    """Memory limits of the process's control group and of all groups above it, of both versions, in bytes. Inside a
+    container the path of the group may be the host's path, of which the container sees the top alone."""
     limits = []
     for mount, controller, file in MOUNTS:
         top = root / mount

@@ -51,7 +51,7 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     dtype: np.dtype
     first: int | None = None  # the row at which it begins in a fused tensor, of which it is a part
-    added: int = 0  # rows at the end that are not in the file: each is the mean of those that are
+    added: int = 0  # rows at the end that are not in the file: each is the mean of the file's rows
 
 
 def find_tensors(hf_dir: str | pathlib.Path, files: list[pathlib.Path] | None = None) -> dict[str, Tensor]:

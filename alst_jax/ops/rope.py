@@ -78,7 +78,7 @@ def _llama3(rope: RopeConfig, plain: np.ndarray) -> np.ndarray:
 
 
 def _yarn(rope: RopeConfig, plain: np.ndarray, head_dim: int) -> np.ndarray:
-    """YaRN (arXiv 2309.00071): interpolate dims that turn slowly, keep those that turn fast, a linear ramp between."""
+    """YaRN (arXiv 2309.00071): interpolate dims that turn slowly, keep dims that turn fast, a linear ramp between."""
 
     def correction_dim(rotations: float) -> float:
         length = rope.original_max_position_embeddings

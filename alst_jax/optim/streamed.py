@@ -96,13 +96,13 @@ def apply_update(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ParameterUpdate:
-    """How one parameter is stepped. written: what a step replaces, the parameter and what is kept for it (`stored`)."""
+    """The update of one parameter. written: the arrays that a step replaces: the parameter and its state (`stored`)."""
 
     optimizer: AdamW
     path: tuple
     param: jax.Array
     stored: tuple
-    structure: Any  # of what is kept: {"mu": ..., "nu": ..., maybe "master"}
+    structure: Any  # of the state: {"mu": ..., "nu": ..., maybe "master"}
     formats: dict[str, Plain | Log8]
     key: jax.Array
     count: jax.Array

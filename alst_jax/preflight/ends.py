@@ -59,8 +59,7 @@ def check_rope(subject: Subject) -> list[Row]:
 
 
 def check_batch(subject: Subject) -> list[Row]:
-    """The arrays that devices hold are those that the host gave; labels follow their tokens across borders of
-    shards."""
+    """The devices hold the arrays that the host gave; labels follow their tokens across borders of shards."""
     given = subject.batch
     batch, wrong = subject.few.put_batch(**given)._asdict(), 0
     for name, array in given.items():

@@ -107,7 +107,7 @@ def _model_files(model: str, weights: bool = True) -> pathlib.Path:
 def _hub_directory(model: str, weights: bool) -> pathlib.Path:
     path = pathlib.Path(model)
     if path.exists() or model.count("/") != 1 or model.startswith((".", "/", "~")):
-        return path  # model_config says what is wrong with it
+        return path  # model_config names the fault
     from huggingface_hub import snapshot_download
 
     try:

@@ -40,7 +40,7 @@ def read_after(array: jax.Array, read: Callable, index: ArrayLike) -> Any:
 
 
 def read_back(array: jax.Array, row: jax.Array, on_host: bool) -> jax.Array:
-    """The first element of a row, on the device: what is done `after` it waits until the row was written."""
+    """The first element of a row, on the device: operations `after` it wait until the row was written."""
     element = lax.dynamic_slice(array, (row, *[0] * (array.ndim - 1)), (1,) * array.ndim)
     return host.to_device(element) if on_host else element
 
