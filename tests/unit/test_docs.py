@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from alst_jax.config import TrainConfig
 from alst_jax.declare import flag
 from alst_jax.profile import MemoryFlags
 from tests.unit.test_layers import LAYERS
@@ -78,6 +79,25 @@ def test_every_picture_is_made_by_a_script():
 def test_the_page_of_memory_flags_has_every_flag():
     page = (ROOT / "docs" / "memory-flags.md").read_text()
     assert [field.name for field in dataclasses.fields(MemoryFlags) if f"`{flag(field.name)}" not in page] == []
+
+
+FOREIGN = {  # of uv, of converters and campaigns, of benchmarks, of launchers (docs/clusters.md)
+    "--extra", "--help", "--accept", "--results", "--megabytes"} | {f"--{name}" for name in (
+        "nodes requeue gpus-per-node kill-on-bad-exit gpus-per-task ntasks-per-node map-by open-mode bind-to hostfile "
+        "signal cpus-per-task job-name mem time").split()}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "log.md"], ids=lambda page: page.name)
+def test_flags_and_modules_that_are_named_exist(page):
+    text = page.read_text()
+    known = {flag(field.name) for field in dataclasses.fields(TrainConfig)}
+    known |= {f"--no-{name[2:]}" for name in known} | FOREIGN
+    named = re.findall(r"(?<![\w-])(--[a-z][a-z0-9-]*[a-z0-9])(?!-?\.\.\.)", text)
+    assert [name for name in named if name not in known and not any(f.startswith(name + "-") for f in known)] == []
+    for module in re.findall(r"python -m ((?:benchmarks|convert|tests)[\w.]*)", text):
+        assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
+    for script in re.findall(r"python (docs/\w+\.py)", text):
+        assert (ROOT / script).is_file(), script
 
 
 METRICS = (ROOT / "docs" / "metrics.md").read_text()
