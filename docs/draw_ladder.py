@@ -42,7 +42,7 @@ RUNGS = (  # each rung has the changes of all rungs above it
             keep_attention_on_host=15,
             share_gradients=True,
         ),
-        "`--segment-layers`, `--keep-attention-...`, `--share-gradients`",
+        "`--segment-layers`, `--keep-attention-on-device`, `--keep-attention-on-host`, `--share-gradients`",
     ),
 )
 
