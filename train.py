@@ -23,7 +23,7 @@ def main() -> int:
     config = TrainConfig()
     try:
         config, given = parse_flags(sys.argv[1:])
-        start.join(config)  # before the run directory is read: all processes end with the one that cannot see it
+        start.join(config)  # before the run directory is read: if one process cannot see it, all end
         config = completed(config, given)
         if config.explain_run is not None:
             from alst_jax.storage.about import explain

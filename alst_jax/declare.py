@@ -193,5 +193,5 @@ def too_small(flags: Any) -> Iterator[str]:
 
 
 def in_words(value: Any) -> str:
-    """A flag's value as it is typed: a tuple's elements one after the other."""
+    """A flag's value in the form that a user types: a tuple's elements one after the other."""
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

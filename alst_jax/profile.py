@@ -207,7 +207,7 @@ def place_of(place: str, layers: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """Neighbouring layers of which either all inputs are kept or the first one's, from which the others are rebuilt."""
+    """Neighbouring layers. All inputs are kept, or the first layer's input, from which the others are recomputed."""
 
     all_inputs: bool
     runs: tuple[Run, ...]
@@ -229,7 +229,7 @@ def segment_inputs(segments: list[Segment], on_host: bool, shared: int = 0) -> i
     """Rows of the array in which the inputs of segments are kept. The first segment's input is embedded again instead.
     shared: the number of inputs that are kept in the memory of gradients."""
     count = sum(not segment.all_inputs for segment in segments[1:]) - shared
-    # A single one would not be moved to the host, for copies there and back with no loop between cancel out.
+    # A single row would not be moved to the host: the copies to the host and back cancel without a loop between.
     return 2 if count == 1 and on_host else count
 
 

@@ -43,8 +43,8 @@ REASONS = {  # of nvidia-smi: why a GPU's clock is held down. A power cap at ful
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """kind: "nonfinite", "spike", "stall", "memory", "throughput" or "throttled". step: the one in which it was
-    seen."""
+    """kind: "nonfinite", "spike", "stall", "memory", "throughput" or "throttled". step: the step in which it
+    was seen."""
 
     kind: str
     step: int

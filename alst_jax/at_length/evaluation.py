@@ -65,7 +65,7 @@ class Packed:
 
     @property
     def most(self) -> int:
-        """Documents of a replica at most, for which the program is compiled; the padding of a pack is one."""
+        """The most documents of a replica that the program is compiled for; the padding of a pack counts as one."""
         return room_for(max(map(len, self.groups)) + 1, self.shape.rows // self.shape.dp)
 
     def losses(self, step: TrainStep, state: TrainState) -> list[Losses]:

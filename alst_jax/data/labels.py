@@ -185,7 +185,7 @@ def _render(
 
 
 def _prints_python(rendered: Rendered, messages: list[dict[str, Any]]) -> bool:
-    """Whether a template prints an object of arguments as it is: {'now': True}, which is no JSON."""
+    """Whether a template prints the Python form of an object of arguments, {'now': True}, which is no JSON."""
     for message, spans in zip(messages, rendered.turns):
         for call in message.get("tool_calls", []):
             arguments = call["function"]["arguments"]
@@ -260,7 +260,7 @@ def _opening(document: Document, template: ChatTemplate, number: int) -> str:
         plain, prompted = (template.render(prompt, document.tools, prompt=p) for p in (False, True))
         if prompted.text.startswith(plain.text):
             opening = prompted.text[len(plain.text) :]
-        else:  # the chat's end has a text of its own
+        else:  # the chat's end has separate text
             opening = prompted.text[prompted.tail :]
         if not opening:
             answered = template.render([*prompt, {"role": "assistant", "content": PROBE}], document.tools)

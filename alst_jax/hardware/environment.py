@@ -53,7 +53,7 @@ def prepare(
         return
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # setting both names is an error
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(MEMORY_FRACTION))
-    # Each device has a pool of pinned memory of its own, which jax caps at 64 GiB unless told otherwise; weights and
+    # Each device has a separate pool of pinned memory, which jax caps at 64 GiB by default; weights and
     # optimizer states of an 8B model need more. The unit is GiB, whatever the name says.
     gpus = visible_gpus() * sharing
     share = pinned_share(host_memory(host_memory_gib), max(1, min(gpus, devices or gpus)))

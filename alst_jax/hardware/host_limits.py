@@ -42,7 +42,7 @@ def _group_paths(root: pathlib.Path, controller: str) -> list[str]:
 
 
 def _read(file: pathlib.Path) -> int | None:
-    """The number in a file; None for "max", which is no limit, and without such a file."""
+    """The number in a file; None without the file, and for "max" (no limit)."""
     try:
         text = file.read_text().strip()
     except OSError:

@@ -144,7 +144,7 @@ class Cluster:
 
 
 def pinned_share(total: int, devices: int) -> int:
-    """Bytes of a host's memory that jax may pin for each of so many devices."""
+    """Bytes of a host's memory that jax may pin for each of its `devices`."""
     reserved = max(LEAST_RESERVED, min(int(total * HOST_RESERVE), MOST_RESERVED)) + (devices - 1) * RESERVED_DEVICE
     return max(total - reserved, total // 4) // devices
 

@@ -45,7 +45,7 @@ def extended(raw: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
     """The fields of config.json with the positions of the flags.
 
     The settings are written in two forms: `rope_parameters` is read by transformers 5; `rope_scaling` and `rope_theta`
-    are read by older ones and by inference engines. A rotary embedding of sliding windows stays as it is.
+    are read by older ones and by inference engines. A rotary embedding of sliding windows is unchanged.
     """
     fields = text_fields(raw, HARMLESS, "config.json")
     family = find_family(fields, FAMILIES, "config.json")

@@ -50,7 +50,7 @@ class Tensor(NamedTuple):
     key: str  # its name in the file
     shape: tuple[int, ...]
     dtype: np.dtype
-    first: int | None = None  # the row at which it begins in a fused tensor, of which it is a part
+    first: int | None = None  # of a part of a fused tensor: the row at which the part begins
     added: int = 0  # rows at the end that are not in the file: each is the mean of the file's rows
 
 

@@ -149,7 +149,7 @@ def rope_tables(
     if length is None and rope.needs_length:
         length = jnp.max(positions) + 1
     frequencies, factor = inverse_frequencies(rope, head_dim, length)
-    if rope.rope_type == "longrope":  # two sets of frequencies, of which the length chooses
+    if rope.rope_type == "longrope":  # two sets of frequencies; the length chooses one
         turned = int(head_dim * rope.partial_rotary_factor)
         coarse = _by_length(rope, tuple(map(_coarse, _longrope(rope, turned))), length)
     else:

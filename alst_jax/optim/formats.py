@@ -17,7 +17,7 @@ BLOCKS = (256, 128, 64, 32)  # values that share a scale: the largest of these t
 
 @dataclasses.dataclass(frozen=True)
 class Plain:
-    """An array of another dtype: float32 as it is, bfloat16 rounded stochastically."""
+    """An array of another dtype: float32 unchanged, bfloat16 rounded stochastically."""
 
     dtype: str
 

@@ -32,8 +32,8 @@ def global_norm(gradients: Any, on_host: bool) -> jax.Array:
 
 
 def square_sum(leaf: jax.Array, rows: int | None = None) -> jax.Array:
-    """Sum of squares over all devices, float32. rows: the array is in host memory, and so many are brought at a
-    time."""
+    """Sum of squares over all devices, float32. rows: the array is in host memory, and this many rows are copied
+    at a time."""
     add = lambda total, _, chunk: (total + jnp.sum(jnp.square(chunk[0].astype(jnp.float32))), ())
     zero = _zero_like(leaf)
     if rows is None:

@@ -24,7 +24,7 @@ from alst_jax.step import count_labels
 
 H, DH = 31, 32  # seeds
 WORDS = 64  # sampled rows of the tables
-TWO_PARTS = 4096  # positions: angles of multiples of so many and of the rest are made apart, each a float32 product
+TWO_PARTS = 4096  # positions: angles of multiples of this and of the rest are separate float32 products
 
 
 # ----------------------------------------------------------------------------------------------------------------- rope

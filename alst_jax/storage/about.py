@@ -30,7 +30,7 @@ def about(
     config: TrainConfig, step: TrainStep, attention: Chosen, settings: dict[str, Any], shapes: dict[str, Any],
     plan: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """The record that `--explain-run` prints, as JSON: the run as it is now, a resumed one too.
+    """The record that `--explain-run` prints, as JSON: the current state of the run, also after a resume.
 
     settings: the settings that a resumed run must share. shapes: of the step. plan: of --memory auto, None without one.
     """

@@ -113,7 +113,7 @@ def _hub_directory(model: str, weights: bool) -> pathlib.Path:
     try:
         ignored = ["*.bin", "*.pth", "*.gguf", "original/*", *(() if weights else ("*.safetensors",))]
         return pathlib.Path(snapshot_download(model, ignore_patterns=ignored))
-    except Exception as error:  # the hub's client raises many kinds, all of which mean: not to be had
+    except Exception as error:  # the hub's client raises many kinds; all mean: not available
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"--model {model}: no such directory, and no such model could be fetched from the hub "
                         f"({reason})") from error

@@ -47,7 +47,7 @@ def read_back(array: jax.Array, row: jax.Array, on_host: bool) -> jax.Array:
 
 @jax.custom_vjp
 def gradient_first(h: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """h and weight as they are; on the way back, the weight's gradient is made before h's."""
+    """h and weight, unchanged; in the backward pass the weight's gradient is computed before h's."""
     return h, weight
 
 
