@@ -17,8 +17,10 @@ from tests.unit.test_layers import LAYERS  # noqa: E402
 
 WIDTH, COLUMNS, PICTURE = 860, 150, ROOT / "docs" / "architecture.svg"
 PURPOSE = (  # neighbouring layers that are drawn as one box, and their purpose
-    ("declare profile data_flags lora_flags watch_flags extend_flags process_flags config flag_checks",
-     "the flags, each declared once; the memory profile; errors of users"),
+    (
+        "declare profile data_flags lora_flags watch_flags extend_flags process_flags config flag_checks",
+        "the flags, each declared once; the memory profile; errors of users",
+    ),
     ("processes", "several processes of one run"),
     ("hardware", "machines, limits of host memory, the environment of jax"),
     ("xla", "orders and places that the compiler must be told"),
@@ -34,7 +36,8 @@ PURPOSE = (  # neighbouring layers that are drawn as one box, and their purpose
     ("at_length", "the evaluation at length"),
     ("planning", "bytes and seconds before a run; the choice of a profile"),
     ("preflight", "a step against an independent computation"),
-    ("run_data run_long run_lora run_state run", "flags -> data, model, mesh, step, state"))
+    ("run_data run_long run_lora run_state run", "flags -> data, model, mesh, step, state"),
+)
 
 
 def files() -> dict[str, list[str]]:
@@ -65,18 +68,32 @@ def draw() -> str:
         title = ", ".join(reversed(layers)) if len(layers) > 1 else layers[0]
         titles = textwrap.wrap(title, 105)
         height = 8 + 16 * len(titles) + 15 + 13 * len(text)
-        lines.append(f'<rect x="10" y="{y}" width="{WIDTH - 20}" height="{height}" rx="4" fill="#eef3f8" stroke="#4477aa"/>')
+        lines.append(
+            f'<rect x="10" y="{y}" width="{WIDTH - 20}" height="{height}" rx="4" fill="#eef3f8" stroke="#4477aa"/>'
+        )
         at = y + 2
-        for style, size, part in [('font-weight="bold" fill="#222"', 13, line) for line in titles] + [
-                ('fill="#a05a10"', 12, purpose)] + [('fill="#444"', 10, line) for line in text]:
+        for style, size, part in (
+            [('font-weight="bold" fill="#222"', 13, line) for line in titles]
+            + [('fill="#a05a10"', 12, purpose)]
+            + [('fill="#444"', 10, line) for line in text]
+        ):
             at += size + 2.5
             lines.append(f'<text x="18" y="{at}" font-size="{size}" {style}>{part.replace(">", "&gt;")}</text>')
         y += height + 5
-    return "\n".join([
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{y + 4}" viewBox="0 0 {WIDTH} {y + 4}" '
-        'font-family="sans-serif">', f'<rect width="{WIDTH}" height="{y + 4}" rx="6" fill="#fff"/>',
-        '<text x="12" y="20" font-size="12" fill="#555">alst_jax/: a file imports only from the layers below its own'
-        "</text>", *lines, "</svg>"]) + "\n"
+    return (
+        "\n".join(
+            [
+                f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{y + 4}" viewBox="0 0 {WIDTH} {y + 4}" '
+                'font-family="sans-serif">',
+                f'<rect width="{WIDTH}" height="{y + 4}" rx="6" fill="#fff"/>',
+                '<text x="12" y="20" font-size="12" fill="#555">alst_jax/: a file imports only from the layers below its own'
+                "</text>",
+                *lines,
+                "</svg>",
+            ]
+        )
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

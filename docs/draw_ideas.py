@@ -26,7 +26,7 @@ def arrow(x1, y1, x2, y2) -> str:
     return f'<line x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}" stroke="#444" marker-end="url(#head)"/>'
 
 
-def tiled(wide: str, small: str, cost: str) -> list[str]:
+def tiled(wide: str, small: str, result: str) -> list[str]:
     """A token-wise function run on one tile of the sequence after the other."""
     parts = [box(20, 45 + 16 * n, 34, 16, BLUE if n == 2 else LIGHT) for n in range(7)]
     parts += [
@@ -38,9 +38,8 @@ def tiled(wide: str, small: str, cost: str) -> list[str]:
     parts += [box(100, 45, 150, 112, "none", GRAY, "4 3"), text(175, 172, f"{wide}, never stored", color=GRAY)]
     return parts + [
         arrow(254, 85, 290, 85),
-        text(332, 82, "sum or"),
-        text(332, 96, "next tile"),
-        text(332, 140, cost, 10),
+        text(332, 89, result),
+        text(332, 120, "then the next tile", 10),
     ]
 
 
@@ -81,7 +80,7 @@ def remat() -> list[str]:
 def host() -> list[str]:
     parts = [
         box(20, 50, 130, 105),
-        text(85, 68, "GPU, 80 GiB"),
+        text(85, 68, "GPU, 80 GB"),
         box(240, 50, 120, 105, "#f6ecdf", ORANGE),
         text(300, 68, "host memory"),
     ]
@@ -119,12 +118,13 @@ def plan() -> list[str]:
 
 
 class Idea(NamedTuple):
-    """title; the panel; the two bars beside it: (label, GiB), and a line about them."""
+    """title; the panel; the two bars beside it: (label, size), and a line about them; the unit."""
 
     title: str
     panel: list[str]
     bars: tuple[tuple[str, float], tuple[str, float]]
     about: str
+    unit: str = "GiB"
 
 
 S, D, F, V, LAYERS = 524288, 4096, 14336, 128256, 32  # Llama-8B
@@ -132,13 +132,13 @@ gib = lambda *factors: math.prod(factors) / 2**30
 IDEAS = (
     Idea(
         "1  tiled loss",
-        tiled("logits S x V", "tile x V", "logits: S / tile less"),
+        tiled("logits S x V", "tile x V", "sum of losses"),
         (("whole: S x V", gib(S, V, 4)), ("one tile of 8,192", gib(8192, V, 4))),
         "logits, float32",
     ),
     Idea(
         "2  tiled MLP",
-        tiled("gate, up S x F", "tile x F", "MLP: S / tile less"),
+        tiled("gate, up S x F", "tile x F", "over its input"),
         (("whole: S x F", gib(2, S, F, 2)), ("one tile of 16,384", gib(2, 16384, F, 2))),
         "gate and up of one layer, bfloat16",
     ),
@@ -160,7 +160,7 @@ IDEAS = (
         (("on the device", 216.9), ("on the device, inputs in host memory", 87.0)),
         "device memory in all (the ladder of this page)",
     ),
-    Idea("6  the plan", plan(), (("planned", 71.4), ("measured", 71.4)), "device memory of a whole step"),
+    Idea("6  the plan", plan(), (("planned", 491.3), ("measured", 510.3)), "time of the same step", "s"),
 )
 
 
@@ -172,7 +172,7 @@ def bars(idea: Idea) -> list[str]:
         parts += [
             text(0, y - 5, label, 11, "start"),
             box(0, y, round(width, 1), 22, (ORANGE, BLUE)[n], "none"),
-            text(width + 8, y + 16, f"{size:,.1f} GiB" if size < 100 else f"{size:,.0f} GiB", 11, "start"),
+            text(width + 8, y + 16, f"{size:,.{size < 100:d}f} {idea.unit}", 11, "start"),
         ]
     return parts
 
