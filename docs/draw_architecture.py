@@ -11,7 +11,9 @@ import sys
 import textwrap
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
+
+from draw_ideas import picture, text  # noqa: E402
 
 from tests.unit.test_layers import LAYERS  # noqa: E402
 
@@ -64,10 +66,10 @@ def draw() -> str:
     """The picture."""
     names, y, lines = files(), 34, []
     for layers, purpose in reversed(boxes()):
-        text = textwrap.wrap(", ".join(name for layer in layers for name in names[layer]), COLUMNS)
+        listed = textwrap.wrap(", ".join(name for layer in layers for name in names[layer]), COLUMNS)
         title = ", ".join(reversed(layers)) if len(layers) > 1 else layers[0]
         titles = textwrap.wrap(title, 105)
-        height = 8 + 16 * len(titles) + 15 + 13 * len(text)
+        height = 8 + 16 * len(titles) + 15 + 13 * len(listed)
         lines.append(
             f'<rect x="10" y="{y}" width="{WIDTH - 20}" height="{height}" rx="4" fill="#eef3f8" stroke="#4477aa"/>'
         )
@@ -75,25 +77,13 @@ def draw() -> str:
         for style, size, part in (
             [('font-weight="bold" fill="#222"', 13, line) for line in titles]
             + [('fill="#a05a10"', 12, purpose)]
-            + [('fill="#444"', 10, line) for line in text]
+            + [('fill="#444"', 10, line) for line in listed]
         ):
             at += size + 2.5
             lines.append(f'<text x="18" y="{at}" font-size="{size}" {style}>{part.replace(">", "&gt;")}</text>')
         y += height + 5
-    return (
-        "\n".join(
-            [
-                f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{y + 4}" viewBox="0 0 {WIDTH} {y + 4}" '
-                'font-family="sans-serif">',
-                f'<rect width="{WIDTH}" height="{y + 4}" rx="6" fill="#fff"/>',
-                '<text x="12" y="20" font-size="12" fill="#555">alst_jax/: a file imports only from the layers below its own'
-                "</text>",
-                *lines,
-                "</svg>",
-            ]
-        )
-        + "\n"
-    )
+    title = "alst_jax/: a file imports only from the layers below its own"
+    return picture(WIDTH, y + 4, [text(12, 20, title, 12, "start", "#555"), *lines])
 
 
 if __name__ == "__main__":
