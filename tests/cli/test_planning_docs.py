@@ -1,5 +1,5 @@
 # pytest -m slow tests/cli/test_planning_docs.py
-"""The outputs that docs/planning.md shows are those of its commands."""
+"""The outputs that docs/planning.md shows are current; so is the profile of docs/how-it-works.md."""
 
 import json
 import pathlib
@@ -12,9 +12,13 @@ import pytest
 import train
 from alst_jax.hardware import environment
 from alst_jax.models.hf_config import hf_config_dict
+from alst_jax.profile import Profile
 from benchmarks.shapes import LLAMA_8B
 
-PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "planning.md").read_text()
+DOCS = pathlib.Path(__file__).parents[2] / "docs"
+PAGE = (DOCS / "planning.md").read_text()
+sys.path.insert(0, str(DOCS))
+import draw_ladder  # noqa: E402
 
 
 @pytest.fixture
@@ -44,3 +48,12 @@ def test_the_plan_is_current(printed):
 def test_the_longest_length_is_current(printed):
     command, length = re.search(r"```sh\n(.*--find-max-seq-len.*)\n```\n\nprints ([\d,]+) tokens", PAGE).groups()
     assert printed(command).startswith(f"longest sequence: {length} tokens")
+
+
+@pytest.mark.slow
+def test_the_last_rung_of_the_ladder_is_the_choice(printed):
+    (command,) = [line for line in draw_ladder.PAGE.read_text().splitlines() if "--plan-only" in line]
+    (line,) = [line for line in printed(command).splitlines() if line.startswith("memory: ")]
+    changes = draw_ladder.START | {name: value for _, more, _ in draw_ladder.RUNGS for name, value in more.items()}
+    for flag in Profile(**changes).flags():
+        assert f"{flag} " in line, line
