@@ -30,7 +30,7 @@ class Switches:
     offload_optimizer: Annotated[bool, Words("optimizer in host memory"), CHOSEN] = False
     """Keep optimizer state in host memory, streamed one layer at a time."""
     update_in_backward: Annotated[bool, Words("update in the backward pass")] = False
-    """Update each layer as soon as its gradient is there: gradients are never stored. For weights and optimizer in host
+    """Update each layer as soon as its gradient is complete: gradients are never stored. For weights and optimizer in host
     memory (--offload-weights --offload-optimizer), with --clip-norm 0 and --grad-accum 1. A gradient that is no finite
     number is met after later layers were updated: the run ends at its last checkpoint."""
     segment_layers: Annotated[tuple[int, ...], AtLeast(1), Words("segments of {} layers", off=(1,)), CHOSEN] = (1,)
@@ -46,8 +46,8 @@ class Switches:
     head_chunks: Annotated[int, AtLeast(1), Words("{} head chunks", off=1), CHOSEN] = 1
     """Groups of attention heads worked on one after the other, so that less memory is needed at a time."""
     stack: Literal["segments", "plain"] = "segments"
-    """segments: layers with a hand-written backward pass. plain: by jax.checkpoint alone, to compare with; its plans
-    are those of segments of one layer."""
+    """segments: layers with a hand-written backward pass. plain: by jax.checkpoint alone, to compare with; it is
+    planned as segments of one layer."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype in which gradients are summed over devices."""
 
