@@ -30,7 +30,7 @@ class Switches:
     offload_optimizer: Annotated[bool, Words("optimizer in host memory"), CHOSEN] = False
     """Keep optimizer state in host memory, streamed one layer at a time."""
     update_in_backward: Annotated[bool, Words("update in the backward pass")] = False
-    """Update each layer as soon as its gradient is complete: gradients are never stored. For weights and optimizer in host
+    """Update each layer when its gradient is complete: gradients are never stored. For weights and optimizer in host
     memory (--offload-weights --offload-optimizer), with --clip-norm 0 and --grad-accum 1. A gradient that is no finite
     number is met after later layers were updated: the run ends at its last checkpoint."""
     segment_layers: Annotated[tuple[int, ...], AtLeast(1), Words("segments of {} layers", off=(1,)), CHOSEN] = (1,)
