@@ -38,7 +38,7 @@ PURPOSE = (  # neighbouring layers that are drawn as one box, and their purpose
     ("at_length", "the evaluation at length"),
     ("planning", "bytes and seconds before a run; the choice of a profile"),
     ("preflight", "a step against an independent computation"),
-    ("run_data run_long run_lora run_state run", "flags -> data, model, mesh, step, state"),
+    ("run_packs run_data run_long run_lora run_state run", "flags -> data, model, mesh, step, state"),
 )
 
 
