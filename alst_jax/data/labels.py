@@ -40,16 +40,50 @@ class Labels:
     date: str | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A chat or completion as text. spans: the characters that are learned. special: the tokenizer adds its begin and
+    end tokens."""
+
+    text: str
+    spans: list[Span]
+    special: bool
+
+
 def tokenize(document: Document, tokenizer: Any, labels: Labels = Labels()) -> tuple[np.ndarray, np.ndarray]:
     """Tokens int32[n] and bool[n]: whether each is learned. A text gets an end-of-text token.
 
     UserError if a chat cannot be rendered, or if not all of a learned message is found in the learned text.
     """
-    if document.is_chat:
-        return _tokenize_chat(document, tokenizer, labels)
-    if document.prompt:
-        return _tokenize_completion(document, tokenizer, labels)
+    if document.is_chat or document.prompt:
+        return encode([prepare(document, tokenizer, labels)], tokenizer)[0]
     return tokenize_texts([document.content], tokenizer)[0]
+
+
+def prepare(document: Document, tokenizer: Any, labels: Labels) -> Prepared:
+    """A chat, or a prompt with its completion, ready for `encode`. UserError: see `tokenize`."""
+    prepared = _prepare_chat(document, tokenizer, labels) if document.is_chat else _prepare_completion(document, labels)
+    if not tokenizer.is_fast:
+        raise UserError(f"{document.origin}: the model's tokenizer ({type(tokenizer).__name__}) does not tell which "
+                        "characters a token holds, so answers cannot be told from prompts; use a model with a "
+                        "tokenizer.json")
+    return prepared
+
+
+def encode(prepared: list[Prepared], tokenizer: Any) -> list[tuple[np.ndarray, np.ndarray]]:
+    """`tokenize` for prepared documents. A fast tokenizer works on several of them at a time."""
+    results: list[Any] = [None] * len(prepared)
+    for special in (False, True):
+        chosen = [i for i, one in enumerate(prepared) if one.special == special]
+        if not chosen:
+            continue
+        out = tokenizer([prepared[i].text for i in chosen], add_special_tokens=special, return_offsets_mapping=True,
+                        return_attention_mask=False, return_token_type_ids=False, verbose=False)
+        for i, row, characters in zip(chosen, out["input_ids"], out["offset_mapping"], strict=True):
+            ids, offsets = np.asarray(row, np.int32), np.asarray(characters, np.int64).reshape(-1, 2)
+            learned = _tokens_in(offsets, prepared[i].spans, len(prepared[i].text))
+            results[i] = _with_ends(ids, learned, tokenizer) if special else (ids, learned)
+    return results
 
 
 def tokenize_texts(texts: list[str], tokenizer: Any) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -72,22 +106,10 @@ def _with_ends(ids: np.ndarray, learned: np.ndarray, tokenizer: Any) -> tuple[np
     return ids, learned
 
 
-def _tokenize_completion(document: Document, tokenizer: Any, labels: Labels) -> tuple[np.ndarray, np.ndarray]:
+def _prepare_completion(document: Document, labels: Labels) -> Prepared:
     """A prompt and its completion, tokenised together; the completion and the end token are learned."""
-    ids, offsets = _encode(document.content, tokenizer, document.origin, special=True)
     given = 0 if labels.learn == "all" else document.prompt
-    learned = _tokens_in(offsets, [(given, len(document.content))], len(document.content))
-    return _with_ends(ids, learned, tokenizer)
-
-
-def _encode(text: str, tokenizer: Any, origin: str, special: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens int32[n], and the characters of each: int[n, 2]. special: with the tokenizer's begin and end tokens."""
-    if not tokenizer.is_fast:
-        raise UserError(f"{origin}: the model's tokenizer ({type(tokenizer).__name__}) does not tell which characters "
-                        "a token holds, so answers cannot be told from prompts; use a model with a tokenizer.json")
-    out = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, return_attention_mask=False,
-                    return_token_type_ids=False, verbose=False)
-    return np.asarray(out["input_ids"], np.int32), np.asarray(out["offset_mapping"], np.int64).reshape(-1, 2)
+    return Prepared(document.content, [(given, len(document.content))], special=True)
 
 
 def _tokens_in(offsets: np.ndarray, spans: list[Span], length: int) -> np.ndarray:
@@ -108,7 +130,7 @@ def _tokens_in(offsets: np.ndarray, spans: list[Span], length: int) -> np.ndarra
 # --------------------------------------------------------------------------------------------------------------- chats
 
 
-def _tokenize_chat(document: Document, tokenizer: Any, labels: Labels) -> tuple[np.ndarray, np.ndarray]:
+def _prepare_chat(document: Document, tokenizer: Any, labels: Labels) -> Prepared:
     template, rendered, messages = _render(document, tokenizer, labels)
     turns = _learned_turns(document, labels)
     try:
@@ -125,8 +147,7 @@ def _tokenize_chat(document: Document, tokenizer: Any, labels: Labels) -> tuple[
             spans = list(zip(edges[::2], edges[1::2]))
     except UserError as error:
         raise UserError(f"{document.origin}: {error}") from error
-    ids, offsets = _encode(rendered.text, tokenizer, document.origin, special=False)
-    return ids, _tokens_in(offsets, spans, len(rendered.text))
+    return Prepared(rendered.text, spans, special=False)
 
 
 def _same_without_tools(template: ChatTemplate, rendered: Rendered, messages: list[dict[str, Any]]) -> bool:
