@@ -118,8 +118,8 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     batch, characters = [], 0
     for document in documents:
         batch.append(document)
-        texts = (message.get("content") or "" for message in document.content) if document.is_chat else (document.content,)
-        characters += 100 + sum(map(len, texts))
+        messages = document.content if document.is_chat else [{"content": document.content}]
+        characters += 100 + sum(len(message.get("content") or "") for message in messages)
         if characters >= AT_ONCE:
             yield batch
             batch, characters = [], 0
