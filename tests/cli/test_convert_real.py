@@ -21,7 +21,7 @@ from convert import to_hf as to_hf_module
 from convert.from_hf import from_hf
 from convert.to_hf import parse_size, to_hf
 from tests.cli.test_convert import SHAPE, assert_the_same_model, make_hf
-from tests.cli.test_train_cli import run_here, write_jsonl
+from tests.runs import run_here, write_jsonl
 
 SMALL = 256  # rows for the bytes alone; the tokenizer has five special tokens more
 
