@@ -45,7 +45,7 @@ install_import_hook([f"alst_jax.{name}" for name in (
 SLOW = re.compile("|".join((
     # mesh
     r"test_every_feature_changes_nothing\[(?!olmo3.*packed)",
-    r"test_norms_over_all_heads.*remat': False",
+    r"test_norms_over_all_heads",
     r"test_on_equals_off_on_one_device",
     r"test_on_equals_off_on_four_devices\[(?!loss_tile\+mlp_tile\+.*offload_weights\+offload_optimizer\])",
     r"test_frozen_parameters_stay_and_the_others_move_as_before\[(?!q_proj-\(1, 4\))",
@@ -62,7 +62,8 @@ SLOW = re.compile("|".join((
     r"test_kv_heads_are_repeated_as_needed\[(?!12-4-6)",
     r"test_a_rank_whose_labels_are_all_ignored",  # test_padding_behind_a_document_changes_nothing has one
     r"test_two_rows_a_device_equal_one",  # test_mesh_equals_one_device[2-4] has two
-    r"test_profile_equals_plain\[(?!head_chunks=4\]|segment_layers=\(1, 3\))",
+    r"test_profile_equals_plain\[(?!segment_layers=\(1, 3\))",
+    r"test_the_twin_keeps_inputs_alone",
     r"test_profile_on_a_mesh_equals_plain\[\(1, 2\)",
     r"test_with_a_kernel_that_lives_on_kept_statistics\[(cudnn|.*\(4,\))",
     r"test_kept_outputs_spare_attention_forwards\[(segment_layers=\((2,|3)|head_chunks=4-)",
@@ -80,7 +81,8 @@ SLOW = re.compile("|".join((
     # memory
     r"test_a_choice_that_the_compiler_contradicts_is_corrected\[(?!0-0|16106127360)",
     r"test_a_run_compiles_nothing_that_its_plan_has_compiled\[manual",
-    r"test_gradient_and_update_are_compiled_as_a_run_calls_them\[1",
+    r"test_gradient_and_update_are_compiled_as_a_run_calls_them",
+    r"test_an_update_in_the_backward_pass_stores_no_gradients",
     r"test_a_debug_run_has_the_profile_of_the_whole_run",
     r"test_attention_in_some_layers_needs_the_bytes_of_all",
     r"test_what_is_kept_is_what_the_compiler_keeps",
@@ -91,7 +93,7 @@ SLOW = re.compile("|".join((
     r"test_a_kind_of_profile_that_is_misjudged_does_not_condemn_the_others",
     r"test_a_plan_follows_the_steps_frozen_parameters",
     r"test_it_is_a_line_of_every_plan\[changes1",
-    r"test_the_compiler_has_the_last_word\[0",
+    r"test_the_compiler_has_the_last_word\[8589934592",
     r"test_copies_of_a_device_are_made_as_they_are_written",
     r"test_weights_of_segments_of_two_are_gathered_in_their_turn",
     r"test_bytes_are_those_of_the_compiler\[changes[0123]",
@@ -103,7 +105,7 @@ SLOW = re.compile("|".join((
     r"test_hf_parity.py::test_logits_loss_and_every_gradient\[(mha|mqa|head_dim|linear|yarn_)",
     r"test_families_parity.py::.*\[(qwen3|mistral|seed_oss|smollm3|granite|olmo2|olmo3, tied|gemma3, untied, biases)\]",
     r"test_families_parity.py::test_logits_loss_and_every_gradient\[phi3(\]|.*short)",
-    r"test_qwen2.py::test_loss_and_every_gradient\[(tied|odd-plain)",
+    r"test_qwen2.py::test_loss_and_every_gradient",
     r"test_qwen2.py::test_training_one_step_equals_torch_with_frozen_parameters\[tied",
     r"test_text_config.py::test_the_loss_and_every_gradient_of_the_language_model\[mistral3",
     r"test_training_is_that_of_torch\[one device",
@@ -123,15 +125,21 @@ SLOW = re.compile("|".join((
     r"test_a_run_keeps_its_template_and_its_date",
     r"test_an_adapter_goes_on",
     r"test_a_run_that_goes_back_equals_one_whose_data_lack_the_batch",  # test_watch has the steps of it
+    r"test_added_data_are_learned_from_then_on",
+    r"test_a_checkpoint_holds_the_weights_of_its_step",
+    r"test_long_documents_are_dropped_and_counted",
+    r"test_the_export_of_a_large_model_is_in_several_files",
     # processes and faults
     r"test_the_others_outlive_process_0",
     # unit
     r"test_the_trace_contains_every_named_scope",
     r"test_work_(follows_the_documents|grows_with_length)",
     r"test_a_save_that_was_cut_off_is_never_found",
-    r"test_equals_optax_wherever_it_lives\[profile([123]|4-4-1.0)",
+    r"test_equals_optax_wherever_it_lives\[profile([1234])",
+    r"test_loading_takes_the_memory_of_about_one_shard",
+    r"test_buckets.py::test_dense_calls_equal_documents\[(?!at the sizes)",
     r"test_an_update_is_in_place_and_works_a_layer_at_a_time\[int8",
-    r"test_narrow_state_trains_like_float32\[(?!.*(bfloat16|low-bits))",
+    r"test_narrow_state_trains_like_float32\[(?!.*low-bits)",
     r"test_on_a_mesh_and_streamed_from_the_host\[.*int8",
     r"test_low_bits_are_a_float32_master_to_the_last_bit\[device",
     r"test_xla_attention\[[14]\]",

@@ -3,6 +3,7 @@
 themselves."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -36,9 +37,14 @@ def reference():
     return train(make_step(), random_batch())
 
 
+@functools.cache
+def tiled_step(dp, sp):
+    return make_step(dp=dp, sp=sp, profile=PROFILE)
+
+
 @pytest.mark.parametrize("dp,sp", MESHES)
 def test_mesh_equals_one_device(dp, sp, reference):
-    losses, gradients, weights = train(make_step(dp=dp, sp=sp, profile=PROFILE), random_batch())
+    losses, gradients, weights = train(tiled_step(dp, sp), random_batch())
     np.testing.assert_allclose(losses, reference[0], rtol=1e-5)
     assert_trees_close(gradients, reference[1], 1e-5)
     assert_trees_close(weights, reference[2], 1e-4)
@@ -83,7 +89,7 @@ def test_parameters_that_no_device_count_divides_are_replicated_and_exact():
 
 def test_everything_is_sharded_over_both_axes():
     """ZeRO-3: weights, gradients and optimizer state are an eighth each on every device."""
-    step = make_step(dp=2, sp=4, profile=PROFILE)
+    step = tiled_step(2, 4)
     params = initial(step)
     state = step.init_optimizer(params)
     _, gradients = step.loss_and_grad(*step.split(params), step.put_batch(**random_batch()), jnp.float32(1))

@@ -26,7 +26,7 @@ from tests.helpers import (
     train,
 )
 
-MODEL = tiny(num_layers=4, attention_bias=True, mlp_bias=False)
+MODEL = tiny(num_layers=4, attention_bias=False, mlp_bias=False)
 TILES = dict(loss_tile=7, mlp_tile=5)
 HOST = dict(offload_activations=True, offload_weights=True, offload_optimizer=True)
 PROFILES = [

@@ -18,7 +18,7 @@ from alst_jax.run import make_profile
 from tests.helpers import PLAIN, QUIET_ADAMW, assert_trees_close, initial, leaf, make_step, random_batch, tiny, to_numpy
 from tests.mesh.test_profiles import HOST, TILES, name
 
-MODEL = tiny(num_layers=4)
+MODEL = tiny(num_layers=4, attention_bias=False, mlp_bias=False)
 REMAT = dataclasses.replace(PLAIN, remat=True, offload_weights=True, offload_optimizer=True)
 UNCLIPPED = dataclasses.replace(QUIET_ADAMW, clip_norm=0.0)
 
