@@ -19,11 +19,6 @@ if sys.dont_write_bytecode:
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-PLATFORM = os.environ.get("JAX_PLATFORMS", "cpu")
-if PLATFORM == "cpu":
-    # Machine code that is compiled fast instead of running fast, here and in the processes tests start: half the time.
-    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
@@ -32,8 +27,6 @@ from jaxtyping import install_import_hook  # noqa: E402
 gc.freeze()
 gc.set_threshold(50_000, 20, 50)
 
-jax.config.update("jax_platforms", PLATFORM)
-jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Where arrays have shapes. Checks of every call are slow in the loops of plain Python, above all in planning/.
@@ -48,7 +41,7 @@ SLOW = re.compile("|".join((
     r"test_norms_over_all_heads",
     r"test_on_equals_off_on_one_device",
     r"test_on_equals_off_on_four_devices\[(?!loss_tile\+mlp_tile\+.*offload_weights\+offload_optimizer\])",
-    r"test_frozen_parameters_stay_and_the_others_move_as_before\[(?!q_proj-\(1, 4\))",
+    r"test_frozen_parameters_stay_and_the_others_move_as_before\[(?!q_proj-\(1, 1\))",
     r"test_the_stack_equals_its_twin\[(?!\{'head_chunks': 2, 'loss.*\(2, 2\)\])",
     r"test_no_gradient_buffer_for_frozen_parameters",
     r"test_frozen_parameters_with_the_update_in_the_backward_pass",
@@ -78,6 +71,11 @@ SLOW = re.compile("|".join((
     r"test_sequence_parallel_with_all_features_equals_data_parallel_without",  # test_torch_training has all of them
     r"mesh/test_interfaces.py::test_heads_are_slices\[[28]\]",
     r"test_stages_have_names",
+    r"test_the_input_of_the_first_segment_is_looked_up_again",
+    r"test_a_loop_of_dense_calls_on_four_devices",  # test_buckets has the loop, the stand-in for flash the mesh
+    r"test_same_seed_gives_the_same_weights_on_every_mesh",
+    r"test_one_device_compiles_to_no_collectives",
+    r"test_token_losses.py::test_packed_documents_are_those_alone",
     # memory
     r"test_a_choice_that_the_compiler_contradicts_is_corrected\[(?!0-0|16106127360)",
     r"test_a_run_compiles_nothing_that_its_plan_has_compiled\[manual",
@@ -101,7 +99,7 @@ SLOW = re.compile("|".join((
     r"test_resident_memory_does_not_grow_with_the_data",  # pages of the page cache: alone on a machine it is right
     # parity: each option keeps its gradients; blocks and every feature on for a few
     r"test_hf_parity.py::(test_block|test_attention_module|test_mlp_module)\[(?!gqa|mqa|biases|yarn\])",
-    r"test_hf_parity.py::test_gradients_with_every_feature_on_equal_torch\[(?!gqa)",
+    r"test_hf_parity.py::test_gradients_with_every_feature_on_equal_torch",  # test_torch_training has all of them
     r"test_hf_parity.py::test_logits_loss_and_every_gradient\[(mha|mqa|head_dim|linear|yarn_)",
     r"test_families_parity.py::.*\[(qwen3|mistral|seed_oss|smollm3|granite|olmo2|olmo3, tied|gemma3, untied, biases)\]",
     r"test_families_parity.py::test_logits_loss_and_every_gradient\[phi3(\]|.*short)",
@@ -156,3 +154,22 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if SLOW.search(item.nodeid):
             item.add_marker("slow")
+
+
+def pytest_configure(config):
+    """Simulated devices, or with `-m gpu` those of the machine; JAX_PLATFORMS has the last word."""
+    on_gpu = re.search(r"(?<!not )\bgpu\b", config.option.markexpr or "") is not None
+    platform = os.environ.get("JAX_PLATFORMS") or ("cuda" if on_gpu else "cpu")
+    jax.config.update("jax_platforms", platform)
+    jax.config.update("jax_num_cpu_devices", 8)
+    if platform == "cpu":
+        # Machine code that is compiled fast instead of running fast, here and in the processes tests start: half the
+        # time.
+        os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        jax.config.update("jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1")
+    if on_gpu:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # some tests start processes on the same GPU
+        try:
+            jax.devices("gpu")
+        except RuntimeError as error:
+            pytest.exit(f"-m gpu: jax finds no CUDA GPU here: {str(error).splitlines()[0]}", returncode=1)

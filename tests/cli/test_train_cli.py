@@ -7,25 +7,19 @@ import os
 import pathlib
 import shutil
 import signal
-import subprocess
-import sys
 import threading
-import time
-from collections.abc import Callable
 
 import jax
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import train
 from alst_jax import run as setup
 from alst_jax import trainer
 from alst_jax.config import TrainConfig, UserError
-from alst_jax.data.tokenizer import byte_tokenizer
-from alst_jax.hardware import environment
 from alst_jax.models.config import TINY_LLAMA
 from alst_jax.ops.attention import KERNELS
 from alst_jax.ops.rope import RopeConfig

@@ -64,9 +64,9 @@ def test_draws_the_same_random_bits(states):
     profile = dataclasses.replace(REMAT, segment_layers=(2,), **HOST)
     step = make_step(tiny(num_layers=4, intermediate_size=128), profile=profile, optimizer=AdamW(clip_norm=0.0, states=states))
     ours, same = (run(step, in_backward, steps=1)[3] for in_backward in (True, False))
-    for ours, same in zip(jax.tree.leaves(ours), jax.tree.leaves(same), strict=True):
-        if ours.dtype != np.float32:
-            assert np.mean(ours != same) < 1e-3
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(same), strict=True):
+        if one.dtype != np.float32:
+            assert np.mean(one != other) < 1e-3
 
 
 def test_the_flag_reaches_the_profile():

@@ -83,7 +83,7 @@ def test_every_bit_survives_meshes_and_memory_kinds(tmp_path, dtype):
     params, optimizer = filled(steps[0].params), filled(steps[0].optimizer_state, seed=1)
     assert ("master" in optimizer) == (dtype == "bfloat16")
     original = to_numpy((params, optimizer))
-    for i, step in enumerate(steps):
+    for i in range(len(steps)):
         checkpoints = ckpt.Checkpoints(tmp_path / str(i))
         checkpoints.save(3, params, optimizer, LOOP)
         checkpoints.close()
@@ -142,11 +142,11 @@ def test_an_optimizer_of_another_kind_is_refused(tmp_path):
 def test_weights_read_one_by_one(tmp_path):
     params, _ = saved(tmp_path, 1, made=make_step(dp=2, sp=2, dtype="bfloat16"))
     read = dict(ckpt.Checkpoints(tmp_path).read_params(1))
-    expected = {names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    expected = {names(path): array for path, array in jax.tree_util.tree_leaves_with_path(params)}
     assert read.keys() == expected.keys()
-    for path, leaf in read.items():
-        assert isinstance(leaf, np.ndarray)
-        assert_identical(leaf, expected[path])
+    for path, array in read.items():
+        assert isinstance(array, np.ndarray)
+        assert_identical(array, expected[path])
 
 
 def test_a_conversion_has_no_optimizer(tmp_path):
