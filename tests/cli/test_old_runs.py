@@ -27,7 +27,8 @@ EXPECTED = json.loads((OLD / "expected.json").read_text())
 def test_a_third_step_is_the_one_of_the_old_program(tmp_path, capfd):
     out = tmp_path / "run"
     shutil.copytree(OLD / "run", out)
-    assert run_here("--resume", "--out", out, "--data", OLD / "data.jsonl", "--steps", 3, "--export") == 0
+    here = ("--dp", 1, "--sp", 2)  # this process has more devices than that run had
+    assert run_here("--resume", "--out", out, "--data", OLD / "data.jsonl", "--steps", 3, "--export", *here) == 0
     assert ", resumed at step 2 -> " in capfd.readouterr().out
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]

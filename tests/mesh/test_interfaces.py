@@ -49,7 +49,7 @@ def loop_loss(model, params, batch):
         h = layer(h, tokens, lambda *qkv, kind=kind: attention(*qkv, model.attention_spec(kind), kernel="xla"), kind)
     head = params["embed_tokens" if model.tie_word_embeddings else "lm_head"]["embedding"]
     total = cross_entropy(params["norm"](h).reshape(-1, h.shape[-1]), head, batch["labels"].reshape(-1))
-    return total / np.count_nonzero(batch["labels"] != -100)
+    return total / np.count_nonzero(np.asarray(batch["labels"]) != -100)
 
 
 def check_against_loop(model, mesh, **profile):

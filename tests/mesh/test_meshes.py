@@ -2,7 +2,6 @@
 """One device against simulated meshes: loss, every gradient, updated weights, placement, and the collectives
 themselves."""
 
-import dataclasses
 import functools
 import re
 
@@ -141,7 +140,7 @@ def test_one_device_compiles_to_no_collectives():
 def test_reduce_dtype_is_used():
     batch, results = random_batch(), {}
     for dtype in ("float32", "bfloat16"):
-        step = make_step(sp=8, profile=dataclasses.replace(PLAIN, reduce_dtype=dtype))
+        step = make_step(sp=8, profile=Profile(reduce_dtype=dtype))
         results[dtype] = loss_and_grad(step, initial(step), batch)[1]
     errors = [relative_error(a, b) for a, b in zip(*(jax.tree.leaves(results[d]) for d in ("bfloat16", "float32")))]
     assert 1e-4 < max(errors) < 2e-2
