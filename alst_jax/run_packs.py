@@ -76,8 +76,8 @@ def warn_of_slices(lengths: list[int], packs: int, length: int) -> None:
     if part > SLICES_WARNED:
         print(f"warning: --attention cudnn computes each packed document in a slice of {buckets.SMALLEST} tokens or "
               f"more: here {part:.0%} of the attention of whole sequences of {length:,} tokens, where documents "
-              f"have {sum(map(pairs, lengths)) / (packs * pairs(length)):.0%}. --attention flash (Hopper) and xla skip other "
-              "documents exactly; a longer --seq-len makes the part smaller", file=sys.stderr, flush=True)
+              f"have {sum(map(pairs, lengths)) / (packs * pairs(length)):.0%}. --attention flash (Hopper) and xla skip "
+              "other documents exactly; a longer --seq-len makes the part smaller", file=sys.stderr, flush=True)
 
 
 def of_short_documents(job: Job) -> Job:
