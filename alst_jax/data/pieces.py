@@ -21,8 +21,8 @@ NEIGHBOURS = 1 << 24  # bytes around a piece that are mapped with it, at most: l
 
 @dataclasses.dataclass(frozen=True)
 class Sequence:
-    """tokens int32[n] and labels int32[n], n <= seq_len; labels[t] is what follows tokens[t], or IGNORED. lengths:
-    those of packed documents; None: it is one document."""
+    """tokens int32[n] and labels int32[n], n <= seq_len; labels[t] is the token after tokens[t], or IGNORED.
+    lengths: of the packed documents; None: one document."""
 
     tokens: np.ndarray
     labels: np.ndarray
