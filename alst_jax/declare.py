@@ -150,7 +150,7 @@ def marked(flags: type, mark: type | str) -> dict[str, Any]:
     """The fields whose types have a mark, or a mark of this class, and that mark."""
     found = {}
     for name, marks in declared(flags).items():
-        found |= {name: m for m in marks if (isinstance(m, mark) if isinstance(mark, type) else m is mark)}
+        found |= {name: m for m in marks if (isinstance(m, mark) if isinstance(mark, type) else m is mark)}  # noqa: B035
     return found
 
 

@@ -99,6 +99,19 @@ def train(step: TrainStep, batch, steps=3, learning_rate=1e-2, seed=0):
     return losses, first, to_numpy(step.join(trained, frozen))
 
 
+def assert_trains_alike(step: TrainStep, batch, reference, gradients=1e-5, weights=1e-4) -> None:
+    """Loss and gradients are those of `reference`, a result of `train`. An update is compiled and compared only where
+    the profile changes it, which is where weights or optimizer state are in host memory."""
+    if step.profile.offload_weights or step.profile.offload_optimizer:
+        losses, first, after = train(step, batch, steps=len(reference[0]))
+        assert_trees_close(after, reference[2], weights)
+    else:
+        loss, first = loss_and_grad(step, initial(step), batch)
+        losses = [loss]
+    np.testing.assert_allclose(losses, reference[0][: len(losses)], rtol=1e-5)
+    assert_trees_close(first, reference[1], gradients)
+
+
 def float32_masters(master: str, model: ModelConfig, profile: Profile):
     """The float32 weights behind bfloat16 ones after four updates with fixed gradients, however they are kept."""
     step = make_step(model, profile=profile, dtype=jnp.bfloat16, optimizer=AdamW(master=master))

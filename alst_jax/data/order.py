@@ -63,7 +63,7 @@ class Mixed:
     def __getitem__(self, index: int) -> Sequence:
         """The first source gives its share of all sequences; the others divide the rest in the same way."""
         before, through, rest = int(index), int(index) + 1, sum(self._shares)
-        for source, share in zip(self._parts, self._shares):
+        for source, share in zip(self._parts, self._shares):  # noqa: B007
             others_before, others = (n * (rest - share) // rest for n in (before, through))
             if before - others_before != through - others:
                 break

@@ -226,12 +226,12 @@ def write_tensors(
     out = pathlib.Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     files, weight_map, total = [], {}, 0
-    for tensors in _group(tensors, max_shard_bytes):
+    for group in _group(tensors, max_shard_bytes):
         file = out / f".part-{len(files)}.safetensors"
         if len(files) % link().count == link().rank:
-            write_file(file, tensors, written)
-        weight_map |= dict.fromkeys((tensor.name for tensor in tensors), len(files))
-        total += sum(tensor.nbytes for tensor in tensors)
+            write_file(file, group, written)
+        weight_map |= dict.fromkeys((tensor.name for tensor in group), len(files))
+        total += sum(tensor.nbytes for tensor in group)
         files.append(file)
     link().wait("weights written")
     if link().first:

@@ -30,7 +30,7 @@ from alst_jax.stack.batch import BATCH_SPEC, Batch
 from alst_jax.stack.layer import Weights
 from alst_jax.xla import host
 
-H, O, DH, DQ, DK, DV = range(21, 27)  # seeds
+H, O, DH, DQ, DK, DV = range(21, 27)  # seeds  # noqa: E741
 LOUD = 64  # beside its square the epsilon of a norm is nothing
 DEEP = 10  # roundings on the longest way through a layer: two norms, six products, an activation, a sum
 

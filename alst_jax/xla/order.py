@@ -36,7 +36,7 @@ def read_after(array: jax.Array, read: Callable, index: ArrayLike) -> Any:
     """read(index), a tree of arrays, after `array` exists. Arrays that are equal on all devices are read at once: for
     jax, an index that waits may differ between devices."""
     soon, late = read(index), read(index_after(array, index))
-    return jax.tree.map(lambda s, l: l if varying_axes(s) == varying_axes(l) else s, soon, late)
+    return jax.tree.map(lambda one, two: two if varying_axes(one) == varying_axes(two) else one, soon, late)
 
 
 def read_back(array: jax.Array, row: jax.Array, on_host: bool) -> jax.Array:

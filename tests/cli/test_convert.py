@@ -3,6 +3,7 @@
 
 import itertools
 import pathlib
+import runpy
 import shutil
 import subprocess
 import sys
@@ -87,13 +88,16 @@ def test_each_weight_keeps_its_own_dtype_and_biases_are_kept(tmp_path):
     assert_the_same_model(source, tmp_path / "back")
 
 
-def test_the_command_lines(hf, tmp_path):
+def test_the_command_lines(hf, tmp_path, monkeypatch, capsys):
     checkpoint, back = tmp_path / "checkpoint", tmp_path / "back"
     size = sum(value.nbytes for value in tensors(hf).values()) / 1e9
     for arguments in (["convert.from_hf", hf, checkpoint], ["convert.to_hf", checkpoint, back]):
-        done = subprocess.run([sys.executable, "-m", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert f"{len(tensors(hf))} tensors, {size:.3f} GB in " in done.stdout
+        monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
+        monkeypatch.delitem(sys.modules, arguments[0])
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_module(arguments[0], run_name="__main__")
+        assert not stopped.value.code
+        assert f"{len(tensors(hf))} tensors, {size:.3f} GB in " in capsys.readouterr().out
     assert_the_same_model(hf, back)
 
 

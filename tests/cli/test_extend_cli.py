@@ -6,7 +6,7 @@ import json
 import pytest
 from transformers import AutoConfig
 
-from tests.cli.test_train_cli import make_hf, metrics, run_here, write_jsonl
+from tests.runs import make_hf, metrics, run_here, write_jsonl
 
 LONG = 512
 

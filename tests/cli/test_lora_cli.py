@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from convert.merge import merge_adapter
 from convert.to_hf import to_hf
-from tests.cli.test_train_cli import make_hf, run_here, write_jsonl
+from tests.runs import make_hf, run_here, write_jsonl
 
 ADAPTER, WEIGHTS = "adapter", "adapter_model.safetensors"
 

@@ -10,8 +10,6 @@ import hashlib
 import json
 import pathlib
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -19,19 +17,19 @@ from safetensors.numpy import load_file
 
 from alst_jax.storage.checkpoint import Checkpoints
 from convert.to_hf import to_hf
+from tests.runs import run_here
 
 ROOT = pathlib.Path(__file__).parents[2]
 OLD = ROOT / "tests" / "data" / "run-eb801e0"
 EXPECTED = json.loads((OLD / "expected.json").read_text())
 
 
-def test_a_third_step_is_the_one_of_the_old_program(tmp_path):
+def test_a_third_step_is_the_one_of_the_old_program(tmp_path, capfd):
     out = tmp_path / "run"
     shutil.copytree(OLD / "run", out)
-    command = [sys.executable, "train.py", "--resume", "--out", str(out), "--data", str(OLD / "data.jsonl"),
-               "--steps", "3", "--export"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and ", resumed at step 2 -> " in done.stdout, done.stderr
+    here = ("--dp", 1, "--sp", 2)  # this process has more devices than that run had
+    assert run_here("--resume", "--out", out, "--data", OLD / "data.jsonl", "--steps", 3, "--export", *here) == 0
+    assert ", resumed at step 2 -> " in capfd.readouterr().out
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
     for name in ("loss", "grad_norm"):

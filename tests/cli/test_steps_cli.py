@@ -12,7 +12,7 @@ from alst_jax.run import accumulation
 from alst_jax.run_data import additions
 from alst_jax.storage import run_directory
 from alst_jax.storage.checkpoint import Checkpoints
-from tests.cli.test_train_cli import make_hf, metrics, run_here, write_jsonl
+from tests.runs import make_hf, metrics, run_here, write_jsonl
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from alst_jax.data.batches import TrainingBatches
 from alst_jax.preflight import check
 from alst_jax.preflight.limits import Row, exact
 from alst_jax.refused import NotFinite
-from tests.cli.test_train_cli import make_hf, metrics, run_here, write_jsonl
+from tests.runs import make_hf, metrics, run_here, write_jsonl
 
 ROOT = pathlib.Path(__file__).parents[2]
 BAD = 4  # of the batches, counted from 1

@@ -1,4 +1,4 @@
-# JAX_PLATFORMS=cuda pytest -m gpu tests/gpu/test_flash.py
+# pytest -m gpu tests/gpu/test_flash.py
 """flash-attn-4's kernels on a Hopper GPU: against XLA in float32, documents, transformations, beyond 2^31 elements.
 
 Each test prints its relative errors, also when it passes. Select with -k: equals_xla (27 cases, about 12 s each),

@@ -1,9 +1,10 @@
 # pytest tests/memory/test_plan.py
 """The plan: parts that add up, that follow the switches, and that the compiler and the arrays agree with."""
 
+import contextlib
 import dataclasses
+import io
 import json
-import subprocess
 import sys
 
 import jax
@@ -22,6 +23,7 @@ from alst_jax.planning.report import planned_against_measured
 from alst_jax.profile import Profile
 from benchmarks.shapes import LLAMA_8B
 from tests.helpers import initial, make_step, tiny
+from tests.runs import run_here
 
 MODEL = tiny(num_heads=8, num_kv_heads=8, attention_bias=False, mlp_bias=False)
 TILED = dict(loss_tile=32, mlp_tile=32)
@@ -63,8 +65,9 @@ def test_offloading_moves_parts_to_the_host(base):
 def test_each_switch_shows_the_bytes_it_saves(base):
     work = lambda **changes: temporary(plan(**changes))
     wide = dict(model=tiny(vocab_size=4096, intermediate_size=4096, num_layers=2))
-    assert work(**wide, loss_tile=None) > work(**wide) + 1024 * 4096 * 4  # the logits, at least
-    assert work(**wide, mlp_tile=None) > work(**wide) + 1024 * 4096 * 4  # one of the MLP's intermediates, at least
+    both = work(**wide)
+    assert work(**wide, loss_tile=None) > both + 1024 * 4096 * 4  # the logits, at least
+    assert work(**wide, mlp_tile=None) > both + 1024 * 4096 * 4  # one of the MLP's intermediates, at least
     assert work(remat=False) > 1.2 * temporary(base)
     assert work(length=2048) > 1.5 * temporary(base)
     assert work(sp=4) < 0.6 * temporary(base)  # tiles and gathered weights do not shrink
@@ -81,14 +84,18 @@ def test_shards_dtypes_and_accumulation(base):
     assert in_program(base) == 0 and in_program(plan(sp=2)) == 12
 
 
-def test_command_line(tmp_path):
-    command = [sys.executable, "train.py", "--plan-only", "--seq-len", "512"]
-    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def test_command_line():
+    command = ("--plan-only", "--seq-len", "512", "--dp", "1", "--sp", "4")
+    table = train(*command).stdout
     assert "working set" in table and "device GiB" in table and "12 in the program" in table
-    values = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout)
+    assert "whole process" not in table
+
+
+@pytest.mark.slow  # test_json_for_machines has the keys
+def test_json_of_a_compiled_plan():
+    values = json.loads(train("--plan-only", "--seq-len", "512", "--dp", "1", "--sp", "4", "--json").stdout)
     assert values["device_bytes"] == sum(values["device"].values()) and set(values["host"]) >= {"kept activations"}
     assert values["flops"] > 0 and values["device_kind"] == "cpu" and values["process_bytes"] is None
-    assert "whole process" not in table
 
 
 # ------------------------------------------------------------------------------------------- machines that are not here
@@ -102,8 +109,19 @@ def llama_8b(tmp_path_factory):
     return str(directory)
 
 
+@dataclasses.dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
 def train(*arguments):
-    return subprocess.run([sys.executable, "train.py", *arguments], capture_output=True, text=True)
+    """train.py in this process: no plan for a machine that is not here needs devices of its own."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = run_here(*arguments)
+    return Done(code, out.getvalue(), err.getvalue())
 
 
 def only_plan(model, *arguments):

@@ -11,7 +11,17 @@ import pytest
 
 from alst_jax.config import IGNORED
 from alst_jax.profile import Profile
-from tests.helpers import PLAIN, assert_trees_close, initial, make_step, random_batch, tiny, train
+from tests.helpers import (
+    PLAIN,
+    assert_trains_alike,
+    assert_trees_close,
+    initial,
+    loss_and_grad,
+    make_step,
+    random_batch,
+    tiny,
+    train,
+)
 
 MODEL = tiny(num_layers=2, attention_bias=False, mlp_bias=False)
 FEATURES = {
@@ -38,10 +48,7 @@ def reference():
 
 
 def check(sp, features, reference, dp=1):
-    losses, gradients, weights = train(make_step(MODEL, dp=dp, sp=sp, profile=profile(*features)), random_batch(MODEL))
-    np.testing.assert_allclose(losses, reference[0], rtol=1e-5)
-    assert_trees_close(gradients, reference[1], 1e-5)
-    assert_trees_close(weights, reference[2], 1e-4)
+    assert_trains_alike(make_step(MODEL, dp=dp, sp=sp, profile=profile(*features)), random_batch(MODEL), reference)
 
 
 @pytest.mark.parametrize("features", [*ALONE, *PAIRS, tuple(FEATURES)], ids="+".join)
@@ -68,51 +75,52 @@ def test_offloaded_carry_is_a_host_residual():
 
 
 def test_offloaded_weights_and_gradients_live_on_the_host():
-    for on in (True, False):
-        step = make_step(MODEL, profile=profile("offload_weights") if on else PLAIN)
-        params = initial(step)
-        _, gradients = step.loss_and_grad(*step.split(params), step.put_batch(**random_batch(MODEL)), jnp.float32(1))
-        norm = step.gradient_norm(gradients)
-        new, state = step.update(params, gradients, step.init_optimizer(params), norm, jnp.float32(1e-3))
-        kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves((gradients, new))}
-        assert kinds == {"pinned_host" if on else "device"}
-        assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state)} == {"device"}
+    step = make_step(MODEL, profile=profile("offload_weights"))
+    params = initial(step)
+    _, gradients = step.loss_and_grad(*step.split(params), step.put_batch(**random_batch(MODEL)), jnp.float32(1))
+    norm = step.gradient_norm(gradients)
+    new, state = step.update(params, gradients, step.init_optimizer(params), norm, jnp.float32(1e-3))
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves((gradients, new))} == {"pinned_host"}
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state)} == {"device"}
 
 
 def test_offloaded_optimizer_lives_on_the_host():
+    """And nothing else does: neither weights nor gradients."""
     step = make_step(MODEL, profile=profile("offload_optimizer"))
     params = initial(step)
     state = step.init_optimizer(params)
     _, gradients = step.loss_and_grad(*step.split(params), step.put_batch(**random_batch(MODEL)), jnp.float32(1))
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(gradients)} == {"device"}
     for _ in range(2):  # and stays there
         params, state = step.update(params, gradients, state, step.gradient_norm(gradients), jnp.float32(1e-3))
         assert {x.sharding.memory_kind for x in jax.tree.leaves((state["mu"], state["nu"]))} == {"pinned_host"}
         assert {x.sharding.memory_kind for x in jax.tree.leaves(params)} == {"device"}
 
 
-def test_accumulated_gradients_sum_in_float32():
+@pytest.mark.parametrize("features", [pytest.param((), marks=pytest.mark.slow), ("offload_weights",)], ids=str)
+def test_accumulated_gradients_sum_in_float32(features):
     """bfloat16 gradients of several batches are summed in float32, wherever they live, and as the single pass does."""
-    for features in ((), ("offload_weights",)):
-        step = make_step(MODEL, sp=2, profile=dataclasses.replace(profile(*features), compute_dtype="bfloat16"),
-                         dtype=jnp.bfloat16)
-        params = initial(step)
-        parts, sums = [], step.zero_gradients()
-        for seed in range(3):
-            _, new = step.loss_and_grad(*step.split(params), step.put_batch(**random_batch(MODEL, seed=seed)), jnp.float32(1))
-            parts.append(jax.tree.map(lambda x: np.asarray(x, np.float64), new))
-            sums = step.add_gradients(sums, new)
-        assert {x.dtype for x in jax.tree.leaves(sums)} == {jnp.dtype("float32")}
-        assert_trees_close(sums, jax.tree.map(lambda *xs: sum(xs), *parts), 1e-6)
+    step = make_step(MODEL, sp=2, profile=dataclasses.replace(profile(*features), compute_dtype="bfloat16"),
+                     dtype=jnp.bfloat16)
+    params = initial(step)
+    parts, sums = [], step.zero_gradients()
+    for seed in range(3):
+        _, new = step.loss_and_grad(*step.split(params), step.put_batch(**random_batch(MODEL, seed=seed)), jnp.float32(1))
+        parts.append(jax.tree.map(lambda x: np.asarray(x, np.float64), new))
+        sums = step.add_gradients(sums, new)
+    assert {x.dtype for x in jax.tree.leaves(sums)} == {jnp.dtype("float32")}
+    assert_trees_close(sums, jax.tree.map(lambda *xs: sum(xs), *parts), 1e-6)
 
 
 def test_lengths_that_nothing_divides():
-    """23 tokens a row with tiles of 7 and 5; and rows shorter than a tile."""
-    batch = random_batch(MODEL, rows=1, length=23)
-    one = train(make_step(MODEL), batch)
-    for tiles in ((7, 5), (22, 23), (1000, 1000)):
-        many = train(make_step(MODEL, profile=Profile(loss_tile=tiles[0], mlp_tile=tiles[1])), batch)
+    """23 tokens a row with tiles that leave a part of one, a tile of just 23, and tiles longer than the row."""
+    batch, plain = random_batch(MODEL, rows=1, length=23), make_step(MODEL)
+    one = loss_and_grad(plain, initial(plain), batch)
+    for loss_tile, mlp_tile in ((7, 23), (1000, 5)):
+        step = make_step(MODEL, profile=Profile(loss_tile=loss_tile, mlp_tile=mlp_tile))
+        many = loss_and_grad(step, initial(step), batch)
+        np.testing.assert_allclose(many[0], one[0], rtol=1e-5)
         assert_trees_close(many[1], one[1], 1e-5)
-        assert_trees_close(many[2], one[2], 1e-4)
 
 
 def test_padding_behind_a_document_changes_nothing():
@@ -120,6 +128,7 @@ def test_padding_behind_a_document_changes_nothing():
     for name in ("tokens", "labels"):
         padded[name][:, :23] = short[name]
     padded["labels"][:, 23:] = IGNORED
-    one, many = train(make_step(MODEL), short), train(make_step(MODEL, sp=4, profile=profile(*FEATURES)), padded)
+    one, many = (loss_and_grad(step, initial(step), batch) for step, batch in (
+        (make_step(MODEL), short), (make_step(MODEL, sp=4, profile=profile(*FEATURES)), padded)))
     np.testing.assert_allclose(many[0], one[0], rtol=1e-5)
     assert_trees_close(many[1], one[1], 1e-5)

@@ -12,7 +12,7 @@ from alst_jax.profile import Profile
 from tests import stand_in
 from tests.helpers import assert_trees_close, initial, make_step, packed, tiny, to_numpy
 
-MODEL = tiny(num_layers=2, layer_kinds=(LayerKind(), LayerKind(window=5)))
+MODEL = tiny(num_layers=2, attention_bias=False, mlp_bias=False, layer_kinds=(LayerKind(), LayerKind(window=5)))
 LENGTH = 64
 # Lengths of the documents of each row. On 4 shards of 16 tokens: borders on edges of shards and inside of them, documents
 # of one token, a document over three shards, one that is the whole row, padding behind.

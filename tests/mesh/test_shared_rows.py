@@ -11,7 +11,7 @@ import pytest
 
 from alst_jax.config import UserError
 from alst_jax.profile import Profile, segment_inputs, shared_inputs
-from tests.helpers import PLAIN, make_step, random_batch, tiny, train
+from tests.helpers import PLAIN, initial, loss_and_grad, make_step, random_batch, tiny
 
 # Room for 192 of the 256 tokens in the gradients of one layer: 32 (q) + 16 (k) + 16 (v) + 32 (o) + 3 x 32 (MLP).
 MODEL = tiny(num_layers=4, hidden_size=32, intermediate_size=32, num_heads=4, num_kv_heads=2, head_dim=8,
@@ -54,9 +54,9 @@ def test_a_single_input_that_is_not_shared_takes_two_rows():
 
 @pytest.mark.parametrize("dp,sp", [pytest.param(1, 1, marks=pytest.mark.slow), (2, 2)])
 def test_equal_to_separate_arrays(dp, sp):
-    """Bit for bit: loss, gradients, and weights after two clipped steps."""
-    profiles = [dataclasses.replace(PROFILE, share_gradients=share) for share in (False, True)]
-    results = [train(make_step(MODEL, dp, sp, profile), random_batch(MODEL), 2) for profile in profiles]
+    """Loss and gradients, bit for bit."""
+    steps = [make_step(MODEL, dp, sp, dataclasses.replace(PROFILE, share_gradients=share)) for share in (False, True)]
+    results = [loss_and_grad(step, initial(step), random_batch(MODEL)) for step in steps]
     jax.tree.map(np.testing.assert_array_equal, *results)
 
 

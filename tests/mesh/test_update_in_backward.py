@@ -18,7 +18,7 @@ from alst_jax.run import make_profile
 from tests.helpers import PLAIN, QUIET_ADAMW, assert_trees_close, initial, leaf, make_step, random_batch, tiny, to_numpy
 from tests.mesh.test_profiles import HOST, TILES, name
 
-MODEL = tiny(num_layers=4)
+MODEL = tiny(num_layers=4, attention_bias=False, mlp_bias=False)
 REMAT = dataclasses.replace(PLAIN, remat=True, offload_weights=True, offload_optimizer=True)
 UNCLIPPED = dataclasses.replace(QUIET_ADAMW, clip_norm=0.0)
 
@@ -64,9 +64,9 @@ def test_draws_the_same_random_bits(states):
     profile = dataclasses.replace(REMAT, segment_layers=(2,), **HOST)
     step = make_step(tiny(num_layers=4, intermediate_size=128), profile=profile, optimizer=AdamW(clip_norm=0.0, states=states))
     ours, same = (run(step, in_backward, steps=1)[3] for in_backward in (True, False))
-    for ours, same in zip(jax.tree.leaves(ours), jax.tree.leaves(same), strict=True):
-        if ours.dtype != np.float32:
-            assert np.mean(ours != same) < 1e-3
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(same), strict=True):
+        if one.dtype != np.float32:
+            assert np.mean(one != other) < 1e-3
 
 
 def test_the_flag_reaches_the_profile():
@@ -75,9 +75,18 @@ def test_the_flag_reaches_the_profile():
     assert not make_profile(TrainConfig(), jnp.dtype(jnp.float32), MODEL).update_in_backward
 
 
-def poisoned(scale, spoil=lambda params: params):
+@pytest.fixture(scope="module")
+def in_segments():
+    return make_step(MODEL, profile=dataclasses.replace(REMAT, segment_layers=(2,)), optimizer=UNCLIPPED)
+
+
+@pytest.fixture(scope="module")
+def unsegmented():
+    return make_step(MODEL, profile=dataclasses.replace(REMAT, update_in_backward=True), optimizer=UNCLIPPED)
+
+
+def poisoned(step, scale, spoil=lambda params: params):
     """(finite, layers updated, indices of the layers that changed, whether anything else did) of one step."""
-    step = make_step(MODEL, profile=dataclasses.replace(REMAT, segment_layers=(2,)), optimizer=UNCLIPPED)
     params = spoil(initial(step))
     before, state = to_numpy(params), step.init_optimizer(params)
     _, _, finite, layers, params, state = step.update_in_backward(
@@ -90,28 +99,26 @@ def poisoned(scale, spoil=lambda params: params):
     return bool(finite), int(layers), changed, rest, int(state["count"])
 
 
-def test_nothing_is_updated_where_the_loss_is_not_finite():
+def test_nothing_is_updated_where_the_loss_is_not_finite(in_segments):
     spoil = lambda params: params | {"norm": jax.tree.map(lambda x: x * jnp.nan, params["norm"])}
-    assert poisoned(1.0, spoil) == (False, 0, [], [], 0)
-    assert poisoned(1 / 200) == (True, 4, [0, 1, 2, 3], ["embed_tokens", "norm", "lm_head"], 1)
+    assert poisoned(in_segments, 1.0, spoil) == (False, 0, [], [], 0)
+    assert poisoned(in_segments, 1 / 200) == (True, 4, [0, 1, 2, 3], ["embed_tokens", "norm", "lm_head"], 1)
 
 
-def test_update_stops_at_the_layer_where_the_norm_overflows():
-    step = make_step(MODEL, profile=REMAT, optimizer=UNCLIPPED)
-    params = initial(step)
-    _, gradients = step.loss_and_grad(*step.split(params), step.put_batch(**random_batch(MODEL)), jnp.float32(1))
+def test_update_stops_at_the_layer_where_the_norm_overflows(in_segments):
+    step = make_step(MODEL)
+    _, gradients = step.loss_and_grad(*step.split(initial(step)), step.put_batch(**random_batch(MODEL)), jnp.float32(1))
     squares = lambda tree: sum(float(np.sum(np.square(x.astype(np.float64)))) for x in jax.tree.leaves(to_numpy(tree)))
     head = squares((gradients["norm"], gradients["lm_head"]))
     upper = head + squares(jax.tree.map(lambda g: g[2:], gradients["layers"]))
     lower = upper + squares(jax.tree.map(lambda g: g[1:2], gradients["layers"]))
     scale = float(np.sqrt(3.4e38 / ((upper + lower) / 2)))  # the sum of squares passes float32's range in layer 1
-    assert poisoned(scale) == (False, 2, [2, 3], [], 0)
+    assert poisoned(in_segments, scale) == (False, 2, [2, 3], [], 0)
 
 
-def train_until_it_is_not_finite(monkeypatch, tmp_path, updated):
+def train_until_it_is_not_finite(step, monkeypatch, tmp_path, updated):
     """(error, steps that were saved) of a run whose second step meets what is not finite after so many updated
     layers."""
-    step = make_step(MODEL, profile=dataclasses.replace(REMAT, update_in_backward=True), optimizer=UNCLIPPED)
     params = initial(step)
     state, real, calls, saved = trainer.TrainState.begin(step, params), step.update_in_backward, [], []
 
@@ -130,14 +137,14 @@ def train_until_it_is_not_finite(monkeypatch, tmp_path, updated):
     return str(error.value), saved
 
 
-def test_a_step_that_was_not_applied_leaves_the_state_before_it(monkeypatch, tmp_path):
-    error, saved = train_until_it_is_not_finite(monkeypatch, tmp_path, updated=0)
+def test_a_step_that_was_not_applied_leaves_the_state_before_it(unsegmented, monkeypatch, tmp_path):
+    error, saved = train_until_it_is_not_finite(unsegmented, monkeypatch, tmp_path, updated=0)
     assert "first met in the loss, the head or the last layer" in error and "step 1, is saved" in error
     assert saved == [1]
 
 
 @pytest.mark.parametrize("updated,where", [(3, "layer 0 of 4"), (4, "the embedding")])
-def test_a_step_that_was_applied_in_part_is_not_saved(updated, where, monkeypatch, tmp_path):
-    error, saved = train_until_it_is_not_finite(monkeypatch, tmp_path, updated)
+def test_a_step_that_was_applied_in_part_is_not_saved(updated, where, unsegmented, monkeypatch, tmp_path):
+    error, saved = train_until_it_is_not_finite(unsegmented, monkeypatch, tmp_path, updated)
     assert f"first met in {where}, going back" in error and "nothing is saved; go on from the beginning" in error
     assert saved == []

@@ -58,7 +58,7 @@ def theirs(directories, batches):
         vocab_size=261, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=8,
         num_key_value_heads=2, max_position_embeddings=512, rms_norm_eps=1e-5, attention_bias=True, mlp_bias=True,
         attn_implementation="eager"))
-    for name, parameter in model.named_parameters():  # zero biases and unit norms hide mistakes
+    for parameter in model.parameters():  # zero biases and unit norms hide mistakes
         if parameter.ndim == 1:
             parameter.data += 0.1 * torch.randn_like(parameter)
     model.save_pretrained(directories[0])

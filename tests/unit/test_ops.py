@@ -247,20 +247,21 @@ def test_a_head_beyond_the_wall_is_refused():
         head_groups((1, 16_777_217, 32, 128), 8)
 
 
-def test_split_heads_equal_one_call(monkeypatch):
+@pytest.mark.parametrize("kv_heads,parts", [
+    (2, 4), pytest.param(4, 2, marks=pytest.mark.slow), pytest.param(1, 8, marks=pytest.mark.slow)])
+def test_split_heads_equal_one_call(kv_heads, parts, monkeypatch):
     """The guard's splitting: which query head reads which kv head must not change, nor what is summed where."""
-    for kv_heads, parts in ((2, 4), (4, 2), (1, 8)):
-        q, k, v = normal(0, 1, TOKENS, 8, 8), normal(1, 1, TOKENS, kv_heads, 8), normal(2, 1, TOKENS, kv_heads, 8)
-        do = normal(3, 1, TOKENS, 8, 8)
-        with monkeypatch.context() as patch:
-            calls = stand_in.install(patch)
-            patch.setattr(cudnn, "CUDNN_MAX_ELEMENTS", TOKENS * 8 * 8 // parts)
-            o, pullback = jax.vjp(lambda *qkv: attention(*qkv, kernel="cudnn"), q, k, v)
-            gradients = pullback(do)
-        assert relative_error(o, naive_attention(q, k, v)) < 1e-5
-        assert {shape[2] for shape in calls} == {8 // parts}
-        for ours, plain in zip(gradients, jax.vjp(lambda *qkv: attention(*qkv, kernel="xla"), q, k, v)[1](do)):
-            assert relative_error(ours, plain) < 1e-5
+    q, k, v = normal(0, 1, TOKENS, 8, 8), normal(1, 1, TOKENS, kv_heads, 8), normal(2, 1, TOKENS, kv_heads, 8)
+    do = normal(3, 1, TOKENS, 8, 8)
+    with monkeypatch.context() as patch:
+        calls = stand_in.install(patch)
+        patch.setattr(cudnn, "CUDNN_MAX_ELEMENTS", TOKENS * 8 * 8 // parts)
+        o, pullback = jax.vjp(lambda *qkv: attention(*qkv, kernel="cudnn"), q, k, v)
+        gradients = pullback(do)
+    assert relative_error(o, naive_attention(q, k, v)) < 1e-5
+    assert {shape[2] for shape in calls} == {8 // parts}
+    for ours, plain in zip(gradients, jax.vjp(lambda *qkv: attention(*qkv, kernel="xla"), q, k, v)[1](do)):
+        assert relative_error(ours, plain) < 1e-5
 
 
 def test_backward_uses_what_was_kept(monkeypatch):
