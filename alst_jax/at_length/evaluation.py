@@ -97,6 +97,10 @@ class _Rows:
     def __len__(self) -> int:
         return len(self.groups)
 
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.asarray([self[index].tokens.size for index in range(len(self))], np.int64)
+
     def __getitem__(self, index: int) -> Sequence:
         empty = np.zeros(0, np.int32)
         return self.packs[index] if self.groups[index] else Sequence(empty, empty)

@@ -41,6 +41,16 @@ def make_mesh(dp: int, sp: int, devices: list[jax.Device] | None = None) -> Mesh
     return Mesh(np.asarray(devices[: dp * sp]).reshape(dp, sp), AXES, axis_types=(AxisType.Auto,) * 2)
 
 
+def own_rows(rows: int, dp: int, sp: int) -> frozenset[int] | None:
+    """The rows of a batch [rows, S] of which this process has devices; None for all, in a run of one process."""
+    if not link().several:
+        return None
+    devices, share = make_mesh(dp, sp).devices, rows // dp
+    mine = [replica for replica in range(dp)
+            if any(device.process_index == jax.process_index() for device in devices[replica])]
+    return frozenset(row for replica in mine for row in range(replica * share, (replica + 1) * share))
+
+
 def by_host(devices: list[Any], hosts: tuple[str, ...]) -> list[Any]:
     """The devices host by host, so that `seq`, which varies fastest in a mesh, stays inside of hosts where it fits.
 
