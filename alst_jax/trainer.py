@@ -18,6 +18,7 @@ from alst_jax.data.batches import Arrays, TrainingBatches
 from alst_jax.metrics import MetricsLog, ProgressDisplay, compilations, compiled, speed, summary, teller
 from alst_jax.models.tree import dotted, is_stacked, names
 from alst_jax.optim.schedule import learning_rate_schedule
+from alst_jax.processes.hang import Turns
 from alst_jax.processes.link import link
 from alst_jax.profiling import StepProfile
 from alst_jax.refused import NotFinite, Refused, Spike, not_applied
@@ -182,9 +183,10 @@ def check_weights(step: TrainStep, state: TrainState) -> None:
 
 def evaluate(step: TrainStep, state: TrainState, batches: Iterable[dict[str, np.ndarray]]) -> tuple[float, int]:
     """Mean loss over all valid labels of held-out batches [B, S], and their number."""
-    total, rows = 0.0, []
+    total, rows, turns = 0.0, [], Turns("a batch of the evaluation")
     for batch in batches:
-        total += float(step.loss(state.trained, state.frozen, step.put_batch(**batch), jnp.float32(1)))
+        with turns.one():
+            total += float(step.loss(state.trained, state.frozen, step.put_batch(**batch), jnp.float32(1)))
         rows += labels_of_rows(batch["labels"])
     labels = count_all_labels(rows)
     return total / max(labels, 1), labels

@@ -34,7 +34,7 @@ def choose_degrees(dp: int | None, sp: int | None, num_devices: int) -> tuple[in
 def make_mesh(dp: int, sp: int, devices: list[jax.Device] | None = None) -> Mesh:
     """Mesh[data=dp, seq=sp] over the first dp x sp devices; neighbours in the list are neighbours in `seq`."""
     if devices is None:
-        devices = by_host(jax.devices(), link().hosts) if link().several else jax.devices()
+        devices = by_host(jax.devices(), link().machines) if link().several else jax.devices()
     if link().several and dp * sp != len(devices):
         raise UserError(f"dp={dp} x sp={sp} needs {dp * sp} devices, and the {link().count} processes have "
                         f"{len(devices)}: some would have no part in a step; use all (--dp, --sp), or fewer processes")

@@ -11,6 +11,7 @@ from typing import Any
 
 from alst_jax.declare import UserError, flag
 from alst_jax.process_flags import OF_A_PROCESS
+from alst_jax.processes.hang import seconds_for, within
 from alst_jax.processes.link import Link, link, use
 from alst_jax.processes.place import find_place
 from alst_jax.processes.service import Service
@@ -128,4 +129,5 @@ def finish() -> None:
     if link().several:
         import jax
 
-        link().finish(jax.distributed.shutdown)
+        with within("the end", seconds_for(0)):
+            link().finish(jax.distributed.shutdown)
