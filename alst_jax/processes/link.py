@@ -69,8 +69,8 @@ class Alone:
     def crashed(self, error: BaseException) -> None:
         """Report an error that is none of a user's, before it is raised again."""
 
-    def finish(self, shutdown: Callable[[], None] = lambda: None) -> None:
-        """End together."""
+    def finish(self, leave: Callable[[], None] = lambda: None, last: Callable[[], None] = lambda: None) -> None:
+        """End together: leave() in all processes, then last() when all have left."""
 
 
 class Link(Alone):
@@ -85,6 +85,7 @@ class Link(Alone):
         self.first = place.rank == 0
         self._errors = sys.stderr  # before it is silenced
         self._number, self._answers, self._leaving = 0, queue.Queue(), False
+        self._final = 0
         self._joined = threading.Event()
         if self.first:
             self._server = Server(place, timeout)
@@ -166,10 +167,12 @@ class Link(Alone):
         print(f"{self._me()}:\n{''.join(traceback.format_exception(error))}", file=self._errors, flush=True)
         self.failed(f"ended with {words.splitlines()[0][:500]}", 1)
 
-    def finish(self, shutdown: Callable[[], None] = lambda: None) -> None:
+    def finish(self, leave: Callable[[], None] = lambda: None, last: Callable[[], None] = lambda: None) -> None:
         self.wait("finish")
-        self._leaving = True
-        shutdown()
+        leave()
+        self._final = self._number + 1  # from its answer on, the end of a process is no death
+        self.wait("left")
+        last()
         self._send_quietly({"kind": "bye"})
 
     def _me(self) -> str:
@@ -192,6 +195,7 @@ class Link(Alone):
         try:
             while (message := self._connection.receive()) is not None:
                 if message["kind"] == "all":
+                    self._leaving = message["number"] == self._final
                     self._answers.put((message["number"], message["values"]))
                 elif message["kind"] == "end":
                     self._obey(message)

@@ -126,8 +126,12 @@ def _free_port() -> int:
 
 def finish() -> None:
     """End a run that went well: all processes wait for each other."""
-    if link().several:
-        import jax
+    if not link().several:
+        return
+    import jax
+    from jax._src import distributed
 
-        with within("the end", seconds_for(0)):
-            link().finish(jax.distributed.shutdown)
+    # jax aborts a process that loses the service before it has left it, and process 0 would end the service first.
+    service, distributed.global_state.service = distributed.global_state.service, None
+    with within("the end", seconds_for(0)):
+        link().finish(jax.distributed.shutdown, service.shutdown if service else lambda: None)

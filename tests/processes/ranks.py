@@ -24,7 +24,7 @@ from tests.faults.kills import Kill
 ROOT = pathlib.Path(__file__).parents[2]
 FLAGS = (
     "--seq-len 64 --schedule constant --warmup-steps 0 --learning-rate 1e-3 --eps 1e-4 --no-remat --no-tiled-loss "
-    "--no-tiled-mlp --data-cache off --sp 2 --start-timeout 50"
+    "--no-tiled-mlp --data-cache off --sp 2"
 ).split()
 
 
@@ -88,7 +88,9 @@ class Run:
             log = folder / f"log.{rank}"
             log.unlink(missing_ok=True)
             of_rank = (
-                [] if count == 1 else f"--coordinator 127.0.0.1:{port} --processes {count} --process {rank}".split()
+                []
+                if count == 1
+                else f"--coordinator 127.0.0.1:{port} --processes {count} --process {rank} --start-timeout 50".split()
             )
             child = os.fork()
             if child == 0:
@@ -145,8 +147,8 @@ class Bench:
         return [json.loads(line)[name] for line in lines if line.startswith('{"step"') and f'"{name}"' in line]
 
     def packed(self, out: str, *more: str) -> list[str]:
-        """Flags of a run with packs of two lengths, and held-out data."""
-        held_out = f"--pack --lengths 32 64 --eval-data {self.folder}/data.jsonl --eval-every 1".split()
+        """Flags of a run with packs, and held-out data."""
+        held_out = f"--pack --eval-data {self.folder}/data.jsonl --eval-every 1".split()
         return self.flags(out, *held_out, *more)
 
     def result(self, ended: list[Ended], **more: object) -> dict:

@@ -36,8 +36,8 @@ def test_a_signal_to_one_saves_on_all(played):
 
 @pytest.mark.timeout(900)
 def test_losses_and_weights_are_those_of_one_process(played):
-    """Two processes, then one that goes on from their checkpoint, against one process alone: packs of two lengths, of
-    which each process reads its own, and held-out data."""
+    """Two processes, then one that goes on from their checkpoint, against one process alone: packs, of which each
+    process reads its own, and held-out data."""
     folder, two, alone = played
     assert two["resumed"] == 0, two["resumed_log"]
     assert alone["codes"] == [0] and len(alone["losses"]) == two["done"] + 2 == len(two["resumed_losses"])
