@@ -223,8 +223,12 @@ class Bench:
     def adapters(self, count: str, devices: str) -> dict:
         """count x devices train adapters for two steps, and other processes go on for two, with --eval-long."""
         out = f"adapters-{count}x{devices}"
-        more = f"--lora-rank 2 --eval-long {self.folder}/data.jsonl --eval-long-sequences 2 --steps".split()
-        ended = Run(self.folder, self.flags(out, *more, "2"), int(count), int(devices)).wait()
+        more = f"--pack --lora-rank 2 --seq-len 512 --eval-long {self.folder}/long.txt --eval-long-sequences 1".split()
+        text = "".join(f"The number {i} is less than {i * i}. " for i in range(100))
+        (self.folder / "long.txt").write_text(text)
+        ended = Run(self.folder, self.flags(out, *more, "--steps", "2"), int(count), int(devices)).wait()
+        if any(e.code for e in ended):
+            return self.result(ended)
         again = ["--resume", "--out", f"{self.folder}/{out}", "--steps", "4"]
         ended += Run(self.folder, again, int(count), int(devices)).wait()
         lines = [json.loads(line) for line in (self.folder / out / "metrics.jsonl").read_text().splitlines()]
