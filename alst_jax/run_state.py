@@ -142,8 +142,9 @@ def export_adapter(config: TrainConfig, step: TrainStep, state: TrainState) -> N
         run_lora.export(config, step, state.trained)
         return
     checkpoints = Checkpoints(pathlib.Path(config.out))
+    adapters = as_tree(checkpoints.open_params(state.step))  # all verify the checkpoint together
     if link().first:
-        run_lora.export(config, step, as_tree(checkpoints.open_params(state.step)))
+        run_lora.export(config, step, adapters)
     checkpoints.close()
 
 

@@ -28,8 +28,8 @@ def within(what: str, seconds: float) -> Iterator[None]:
     if not link().several:
         yield
         return
-    timer = threading.Timer(seconds, lambda: link().failed(f"gives up: {what} has run for {seconds:.0f} s: a collective "
-                                                           "or a disk that hangs", 1))
+    words = f"gives up: {what} has run for {seconds:.0f} s: a collective or a disk that hangs"
+    timer = threading.Timer(seconds, lambda: link().failed(words, 1))
     timer.daemon = True
     timer.start()
     try:
