@@ -14,6 +14,7 @@ from alst_jax.data.packing import offsets_of, pieces_of
 
 Sequences = collections.abc.Sequence[Sequence]
 Arrays = dict[str, np.ndarray]
+Packing = tuple[int, int | None]  # data-parallel replicas, documents of a replica at most (None: a pack is one text)
 EMPTY = Sequence(np.zeros(0, np.int32), np.zeros(0, np.int32))
 
 
@@ -23,17 +24,18 @@ class Rows:
     lengths: padded lengths, ascending. A batch has the smallest that holds its rows.
     packing: for packed sequences, (data-parallel replicas, documents of a replica at most). Batches then also have
     "documents", int32[replicas, documents + 1] (see stack/batch.py), and "padding", int32[rows], the tokens of padding
-    in each row.
+    in each row. Without a number of documents a pack is one text: "padding" alone.
     mine: the rows of a batch that this process reads; None: all. Other rows have no tokens and no labels; sizes and
     documents are those of all rows.
     """
 
     def __init__(
         self, sequences: Sequences, lengths: int | tuple[int, ...], pad_token: int,
-        packing: tuple[int, int] | None = None, mine: frozenset[int] | None = None,
+        packing: Packing | None = None, mine: frozenset[int] | None = None,
     ):
         self.lengths = (lengths,) if isinstance(lengths, int) else tuple(lengths)
         self._sequences, self._pad, self._packing, self._mine = sequences, pad_token, packing, mine
+        self._apart = packing is not None and packing[1] is not None  # the documents of a pack
         self._sizes = getattr(sequences, "lengths", None)  # the index; a list of sequences has none
 
     def sizes(self, indices: np.ndarray) -> np.ndarray:
@@ -49,17 +51,17 @@ class Rows:
         rows, documents = [], []
         for row, index in enumerate(indices.tolist()):
             if index < 0 or self._mine is not None and row not in self._mine:
-                rows.append(pad_sequence(EMPTY, length, self._pad, self._packing is not None))
+                rows.append(pad_sequence(EMPTY, length, self._pad, self._apart))
                 documents.append(self._documents(index) or [int(sizes[row])] if index >= 0 else [])
                 continue
             sequence = self._sequences[index]
-            rows.append(pad_sequence(sequence, length, self._pad, self._packing is not None))
+            rows.append(pad_sequence(sequence, length, self._pad, self._apart))
             documents.append(list(sequence.lengths or [sequence.tokens.size]))
         batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
         if self._packing is None:
             return batch
-        return batch | {"documents": offsets_of(documents, length, *self._packing),
-                        "padding": (length - sizes).astype(np.int32)}
+        batch["padding"] = (length - sizes).astype(np.int32)
+        return batch | ({"documents": offsets_of(documents, length, *self._packing)} if self._apart else {})
 
     def _documents(self, index: int) -> list[int] | None:
         of = getattr(self._sequences, "documents", None)
@@ -69,8 +71,8 @@ class Rows:
 class TrainingBatches:
     """An endless iterator: every sequence once an epoch, each epoch in another order.
 
-    Yields {"tokens", "labels", "positions"}, int32[grad_accum, rows, padded_len]; what is beyond a document's end is
-    padding: pad token, label IGNORED. `get_state` / `set_state` save and restore the position exactly.
+    Yields {"tokens", "labels", "positions"}, int32[grad_accum, rows, padded_len]; positions beyond a document's end
+    are padding: pad token, label IGNORED. `get_state` / `set_state` save and restore the position exactly.
 
     lengths: padded_len, or several, ascending. Then it yields a list of grad_accum batches {...}, int32[rows, length]:
     the sequences of the step, the longest first. Each batch has the smallest length that holds its sequences. A step
@@ -81,7 +83,7 @@ class TrainingBatches:
 
     def __init__(
         self, sequences: Sequences, lengths: int | tuple[int, ...], rows: int, grad_accum: int, seed: int,
-        pad_token: int, order: list[tuple[int, float]] | Stages | None = None, packing: tuple[int, int] | None = None,
+        pad_token: int, order: list[tuple[int, float]] | Stages | None = None, packing: Packing | None = None,
         mine: frozenset[int] | None = None,
     ):
         import grain
@@ -114,7 +116,7 @@ class TrainingBatches:
 
 def evaluation_batches(
     sequences: Sequences, lengths: int | tuple[int, ...], rows: int, pad_token: int,
-    packing: tuple[int, int] | None = None, mine: frozenset[int] | None = None,
+    packing: Packing | None = None, mine: frozenset[int] | None = None,
 ) -> Iterator[Arrays]:
     """Every sequence once, in order: int32[rows, length]; the last batch is filled up with rows without labels.
 
