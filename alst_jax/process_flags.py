@@ -44,8 +44,8 @@ def process_mistakes(config: Any, several: bool) -> Iterator[tuple[Any, str]]:
         value = getattr(config, field)
         yield (
             typed and value not in (None, False),
-            f"--{field.replace('_', '-')} {what} and needs no other process; leave --coordinator, --processes, --process "
-            "and --start-timeout out",
+            f"--{field.replace('_', '-')} {what} and needs no other process; leave --coordinator, --processes, "
+            "--process and --start-timeout out",
         )
     yield (min(config.local_devices, default=0) < 0, f"--local-devices {config.local_devices}: GPUs are counted from 0")
     yield (
