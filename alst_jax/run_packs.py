@@ -79,8 +79,8 @@ def warn_of_slices(lengths: list[int], packs: int, length: int) -> None:
         needed = sum(map(pairs, lengths)) / (packs * pairs(length))
         print(f"warning: --attention cudnn computes each packed document in a slice of {buckets.SMALLEST} tokens or "
               f"more: here {part:.0%} of the attention of whole sequences of {length:,} tokens, where documents have "
-              f"{needed:.0%}. --attention flash (Hopper) and xla skip other documents exactly; a longer --seq-len makes "
-              "the part smaller", file=sys.stderr, flush=True)
+              f"{needed:.0%}. --attention flash (Hopper) and xla skip other documents exactly; a longer --seq-len "
+              "makes the part smaller", file=sys.stderr, flush=True)
 
 
 def of_short_documents(job: Job) -> Job:
