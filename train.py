@@ -16,7 +16,9 @@ from alst_jax.flag_checks import check_run
 from alst_jax.hardware import environment
 from alst_jax.process_flags import ProcessFlags
 from alst_jax.processes import start
+from alst_jax.processes.hang import seconds_for, within
 from alst_jax.processes.link import link
+from alst_jax.processes.server import UNREAD
 
 
 def main() -> int:
@@ -172,7 +174,7 @@ def run(config: TrainConfig) -> int:
     # ----------------------------------------------------------------------------------------------- on what: the data
     data, stats, fingerprint = read or link().in_turn("data", lambda: run_data.read_data(config, source, job))
     link().same("the data (--data)", fingerprint)
-    data = run_long.with_evaluation(config, source, job, data)
+    data = link().in_turn("--eval-long", lambda: run_long.with_evaluation(config, source, job, data))
     steps = config.steps or max(1, stats.sequences // (job.rows * job.grad_accum))
 
     # ------------------------------------------------------------------------------- from where: resume, load or draw
@@ -182,7 +184,9 @@ def run(config: TrainConfig) -> int:
         run_state.make_host_pool(choice.plan)
     if config.check_numerics:
         run_data.preflight(config, step, job, data)
-    checkpoints, state = run_state.begin(config, source, step, data, geometry)
+    size = run_state.size_of(step)
+    with within("loading the weights or the checkpoint", seconds_for(size)):
+        checkpoints, state = run_state.begin(config, source, step, data, geometry)
     if state.step > steps:
         raise UserError(f"--resume: the newest checkpoint is of step {state.step}, beyond --steps {steps}; type "
                         "--steps with the number to go on to")
@@ -194,7 +198,8 @@ def run(config: TrainConfig) -> int:
 
     def save(state) -> None:
         loop = Loop(state.step, data.training.get_state(), config.seed, geometry).to_json()
-        checkpoints.save(state.step, run_state.saved_params(step, state), state.optimizer, loop)
+        with within(f"saving step {state.step}", seconds_for(size)):
+            checkpoints.save(state.step, run_state.saved_params(step, state), state.optimizer, loop)
 
     saves = None if config.debug_attention_layers is not None else Saves(
         save, lambda state: run_state.go_back(step, data, checkpoints, state))
@@ -228,7 +233,8 @@ def end(config: TrainConfig, source, step, state, steps: int, stop) -> int:
               f"python train.py --resume --out {config.out}{steps_flag}")
         return 128 + stop.received
     if config.export:
-        run_state.export_all(config, source, step, state, setup.choose_dtype(config))
+        with within("the export", seconds_for(run_state.size_of(step))):
+            run_state.export_all(config, source, step, state, setup.choose_dtype(config))
     return 0
 
 
@@ -241,6 +247,8 @@ def while_read(main: Callable[[], int]) -> int:
             sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        if link().several:
+            return link().failed(UNREAD, 141)
         if not {"-h", "--help"} & set(sys.argv):
             print("\nerror: stopped, since nothing reads standard output any more; go on with --resume",
                   file=sys.stderr)

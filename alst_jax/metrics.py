@@ -23,6 +23,7 @@ from alst_jax.processes.link import link
 from alst_jax.step import TrainStep
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # the event of jax.monitoring
+OF_A_HOST = ("memory", "throttled")  # events that differ from host to host; the others are the same in all processes
 QUIET_SECONDS = 5.0  # between plain lines, without a terminal
 
 
@@ -160,9 +161,13 @@ def compilations() -> int:
 
 
 def teller(display: ProgressDisplay, log: MetricsLog) -> Callable[[Any], None]:
-    """A function that prints an event of watch.py, of any process, and writes it into the log."""
+    """A function that prints an event of watch.py and writes it into the log. In several processes process 0 does so,
+    and prints those of other hosts with the number of the process."""
     def tell(event: Any) -> None:
-        (display.say if link().first else link().say)(f"warning: {event}")
+        if link().first:
+            display.say(f"warning: {event}")
+        elif event.kind in OF_A_HOST and link().local_ranks[0] == link().rank:
+            link().say(f"warning: {event}")
         log.event(event.record())
 
     return tell

@@ -33,6 +33,7 @@ def process_mistakes(config: Any, several: bool) -> Iterator[tuple[Any, str]]:
     """(whether the flags are wrong, message) for each rule. config: all flags. several: whether the run has several
     processes, also without flags."""
     typed = config.coordinator is not None or config.processes not in (None, 1) and not config.plan_for
+    typed = typed or config.process is not None or config.start_timeout != ProcessFlags.start_timeout
     alone = {
         "plan_only": "prints a plan",
         "find_max_seq_len": "prints a length",
@@ -43,7 +44,8 @@ def process_mistakes(config: Any, several: bool) -> Iterator[tuple[Any, str]]:
         value = getattr(config, field)
         yield (
             typed and value not in (None, False),
-            f"--{field.replace('_', '-')} {what} and needs no other process; leave --coordinator and --processes out",
+            f"--{field.replace('_', '-')} {what} and needs no other process; leave --coordinator, --processes, "
+            "--process and --start-timeout out",
         )
     yield (min(config.local_devices, default=0) < 0, f"--local-devices {config.local_devices}: GPUs are counted from 0")
     yield (
@@ -56,9 +58,7 @@ def process_mistakes(config: Any, several: bool) -> Iterator[tuple[Any, str]]:
     not_yet = {
         "check_numerics": "compares on the devices of one process",
         "add_data": "is written for one process",
-        "eval_long": "is written for one process",
-        "lora_rank": "is written for one process",
-        "adapter": "is written for one process",
+        "merge_adapter": "needs the whole model in one process (python -m convert.merge does it after the run)",
     }
     for field, why in not_yet.items():
         yield (

@@ -221,8 +221,8 @@ def announce(
     profile, model = step.profile, step.model
     idle = jax.device_count() - dp * sp
     if link().several:
-        print(f"hosts   {len(set(link().hosts))} with {link().count} processes (found by: {link().how}) and "
-              f"{jax.device_count()} devices: {seq_over_hosts(sp, link().hosts)}")
+        print(f"hosts   {len(set(link().machines))} with {link().count} processes (found by: {link().how}) and "
+              f"{jax.device_count()} devices: {seq_over_hosts(sp, link().machines)}")
     print(f"model   {source.name}: {model.num_params / 1e6:,.1f}M parameters, {model.num_layers} layers, "
           f"{profile.compute_dtype}, attention {profile.attention}")
     print(f"mesh    dp {dp} x sp {sp} on {kind}{f'; {idle} devices stay idle' if idle else ''}")

@@ -22,6 +22,7 @@ from alst_jax.data.records import Fields
 from alst_jax.data.report import print_samples, warn_without_end
 from alst_jax.data.sources import Reading
 from alst_jax.ops.attention import find_kernel
+from alst_jax.parallel.mesh import own_rows
 from alst_jax.parallel.sequence import padded_length
 from alst_jax.planning.job import Job
 from alst_jax.preflight.check import check_numerics
@@ -149,6 +150,7 @@ def read_data(config: TrainConfig, source: ModelSource, job: Job) -> tuple[Data,
     UserError if one step would meet the same sequence twice.
     """
     part, pad = read_part(config, source), pad_token(source.tokenizer)
+    mine = own_rows(job.rows, job.dp, job.sp)
     per_step = job.rows * job.grad_accum
     for count, weight in part.mixture or [(len(part.sequences), 1.0)]:
         if count < math.ceil(per_step * weight - 1e-9):
@@ -160,7 +162,7 @@ def read_data(config: TrainConfig, source: ModelSource, job: Job) -> tuple[Data,
     lengths, stats.packing = lengths_of(config, job), packing_of(config, stats, job)
     stats.lengths = words_of(sequences, lengths) if config.lengths else None
     training = TrainingBatches(
-        sequences, lengths, job.rows, job.grad_accum, config.seed, pad, order, stats.packing)
+        sequences, lengths, job.rows, job.grad_accum, config.seed, pad, order, stats.packing, mine)
     evaluation = {}
     # Held-out documents are never read across borders. Kernels that allow `across` may not keep packed documents apart.
     across = config.pack_attention == "across"
@@ -171,7 +173,7 @@ def read_data(config: TrainConfig, source: ModelSource, job: Job) -> tuple[Data,
             stats.held_out += of_source.sources
             held_out, counts = packed(alone, {name: (held_out, of_source)})
             evaluation[name] = functools.partial(
-                evaluation_batches, held_out, lengths, job.rows, pad, packing_of(alone, counts, job))
+                evaluation_batches, held_out, lengths, job.rows, pad, packing_of(alone, counts, job), mine)
     warn_without_end(source.tokenizer, stats.sources)
     return Data(training, evaluation, added), stats, part.hash
 

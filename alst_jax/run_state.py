@@ -1,5 +1,6 @@
 """The state of a run: begun, restored, exported."""
 
+import math
 import pathlib
 from typing import Any
 
@@ -13,6 +14,7 @@ from alst_jax.hardware.machines import GIB
 from alst_jax.models.hf_config import record_dtype
 from alst_jax.models.hf_weights import save_params
 from alst_jax.models.other_weights import auto_class
+from alst_jax.models.tree import as_tree
 from alst_jax.planning.job import Job
 from alst_jax.planning.plan import Plan
 from alst_jax.planning.process import POOL_MATTERS, POOL_SLACK, pinned_gibibytes
@@ -82,8 +84,14 @@ def begin(
     link().wait("restored")
     if link().first:
         checkpoints.remove_remains()  # after the newest one was found to be whole
-    run_directory.record_added(out, data.added)
+        run_directory.record_added(out, data.added)
     return checkpoints, state
+
+
+def size_of(step: TrainStep) -> int:
+    """Bytes of a checkpoint, or more: of all parameters and optimizer states."""
+    leaves = jax.tree.leaves((step.params, step.optimizer_state))
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def saved_params(step: TrainStep, state: TrainState) -> Any:
@@ -122,10 +130,22 @@ def export_all(
     """Write OUT/hf, of a run with adapters OUT/adapter and, if it merges them, OUT/hf."""
     params = step.join(state.trained, state.frozen)
     if step.model.lora is not None:
-        run_lora.export(config, step, state.trained)
+        export_adapter(config, step, state)
         params = run_lora.merged_params(step, params)
     if step.model.lora is None or config.merge_adapter:
         export(pathlib.Path(config.out), source, params, dtype, state.step)
+
+
+def export_adapter(config: TrainConfig, step: TrainStep, state: TrainState) -> None:
+    """Write OUT/adapter. In several processes process 0 reads the adapters from the last checkpoint."""
+    if not link().several:
+        run_lora.export(config, step, state.trained)
+        return
+    checkpoints = Checkpoints(pathlib.Path(config.out))
+    adapters = as_tree(checkpoints.open_params(state.step))  # all verify the checkpoint together
+    if link().first:
+        run_lora.export(config, step, adapters)
+    checkpoints.close()
 
 
 def export(out: pathlib.Path, source: ModelSource, params: Any, dtype: jnp.dtype, step: int) -> None:

@@ -29,6 +29,7 @@ from alst_jax.parallel.mesh import SEQ
 from alst_jax.parallel.program import program
 from alst_jax.parallel.sharding import is_spec, param_specs, shardings
 from alst_jax.parallel.ulysses import Ulysses
+from alst_jax.processes.link import link
 from alst_jax.profile import Profile
 from alst_jax.stack.batch import BATCH_SPEC, Batch
 from alst_jax.stack.ends import Model, trained_ends
@@ -252,3 +253,14 @@ def _with_shardings(tree: Any, shardings: Any) -> Any:
 def count_labels(labels: np.ndarray) -> int:
     """Labels that take part in the loss."""
     return int(np.count_nonzero(labels != IGNORED))
+
+
+def labels_of_rows(labels: np.ndarray) -> list[int]:
+    """The labels of each row that take part in the loss. labels int32[rows, S]."""
+    return np.count_nonzero(labels != IGNORED, axis=1).tolist()
+
+
+def count_all_labels(rows: list[int]) -> int:
+    """The sum of `labels_of_rows` over all rows. Each process has the labels of the rows that it reads, and none of the
+    others."""
+    return int(np.max(link().exchange("labels", rows), axis=0).sum()) if rows else 0

@@ -18,10 +18,11 @@ from alst_jax.data.batches import Arrays, TrainingBatches
 from alst_jax.metrics import MetricsLog, ProgressDisplay, compilations, compiled, speed, summary, teller
 from alst_jax.models.tree import dotted, is_stacked, names
 from alst_jax.optim.schedule import learning_rate_schedule
+from alst_jax.processes.hang import Turns
 from alst_jax.processes.link import link
 from alst_jax.profiling import StepProfile
 from alst_jax.refused import NotFinite, Refused, Spike, not_applied
-from alst_jax.step import TrainStep, count_labels
+from alst_jax.step import TrainStep, count_all_labels, labels_of_rows
 from alst_jax.watch import Watch
 
 
@@ -105,7 +106,7 @@ def optimizer_step(
     if step.profile.update_in_backward:
         return _step_in_backward(step, state, batches, learning_rate, judge)
     batches = one_by_one(batches)
-    labels = sum(count_labels(batch["labels"]) for batch in batches)
+    labels = count_all_labels([count for batch in batches for count in labels_of_rows(batch["labels"])])
     scale = jnp.float32(1 / labels)
     loss, gradients = 0.0, step.zero_gradients() if len(batches) > 1 else None
     for batch in batches:
@@ -144,7 +145,7 @@ def _step_in_backward(step, state, batches, learning_rate, judge):
     batches, layers = one_by_one(batches), step.model.num_layers
     if len(batches) != 1:
         raise ValueError(f"{len(batches)} batches: gradients that are used at once cannot be summed over several")
-    labels, batch = count_labels(batches[0]["labels"]), step.put_batch(**batches[0])
+    labels, batch = count_all_labels(labels_of_rows(batches[0]["labels"])), step.put_batch(**batches[0])
     loss, norm, finite, updated, trained, optimizer = step.update_in_backward(
         state.trained, state.frozen, state.optimizer, batch, jnp.float32(1 / labels), jnp.float32(learning_rate))
     values = {"loss": float(loss), "grad_norm": float(norm), "labels": labels}
@@ -182,10 +183,12 @@ def check_weights(step: TrainStep, state: TrainState) -> None:
 
 def evaluate(step: TrainStep, state: TrainState, batches: Iterable[dict[str, np.ndarray]]) -> tuple[float, int]:
     """Mean loss over all valid labels of held-out batches [B, S], and their number."""
-    total, labels = 0.0, 0
+    total, rows, turns = 0.0, [], Turns("a batch of the evaluation")
     for batch in batches:
-        total += float(step.loss(state.trained, state.frozen, step.put_batch(**batch), jnp.float32(1)))
-        labels += count_labels(batch["labels"])
+        with turns.one():
+            total += float(step.loss(state.trained, state.frozen, step.put_batch(**batch), jnp.float32(1)))
+        rows += labels_of_rows(batch["labels"])
+    labels = count_all_labels(rows)
     return total / max(labels, 1), labels
 
 

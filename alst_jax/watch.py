@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 
 from alst_jax.hardware.host_limits import host_memory
+from alst_jax.processes.hang import FIRST, HUNG
 from alst_jax.processes.link import link
 from alst_jax.watch_flags import WatchFlags
 
@@ -31,7 +32,7 @@ SHORTEST = 1.0  # seconds of a step whose time is judged
 STALLED, LEAST_STALL = 5.0, 60.0  # times the usual seconds, and seconds, after which a step in progress has stalled
 # A run in several processes ends after so many times the longest of the last steps, and so many seconds at least: a
 # collective may wait for ever. A new length of rows is compiled in its first step.
-HUNG, LEAST_HUNG = 3.0, 300.0
+LEAST_HUNG = 300.0
 SLOWER = 0.7  # of the best throughput
 LEFT, LEFT_AGAIN = 0.03, 0.06  # part of host memory: less is an event, and after more than the second one again
 ASK_GPU = 60.0  # seconds between two looks at the GPUs' clocks
@@ -169,15 +170,20 @@ class Watch:
         told = None
         while not self._done.wait(1.0):
             began, step = self._began, self._step
-            if began is None or step == told or len(self._seconds) < 2:
+            if began is None:
+                continue
+            seconds = self._clock() - began
+            if len(self._seconds) < 2:  # the first steps are compiled
+                if self._give_up is not None and seconds > FIRST:
+                    self._give_up(f"gives up: step {step}, one of the first two, has run for {seconds:.0f} s: a "
+                                  "collective that hangs")
                 continue
             usual = statistics.median(self._seconds)
-            seconds = self._clock() - began
             longest = max(self._seconds)
             if self._give_up is not None and seconds > max(LEAST_HUNG, HUNG * longest):
                 self._give_up(f"gives up: step {step} has run for {seconds:.0f} s, and the longest of the last ones "
                               f"took {longest:.1f} s: a collective that hangs")
-            if seconds > max(LEAST_STALL, STALLED * usual):
+            if step != told and seconds > max(LEAST_STALL, STALLED * usual):
                 told = step
                 self.tell(Event("stall", step, f"it has run for {seconds:.0f} s, and {usual:.1f} s are usual: a device "
                                 "or a collective that hangs, or memory that is swapped",

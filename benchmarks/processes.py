@@ -1,7 +1,9 @@
-"""python -m benchmarks.processes OUT --model DIR --data FILE --gpus 2: one process for all GPUs against one a GPU.
+"""python -m benchmarks.processes OUT --model DIR --data FILE --shapes 1x2 2x1: the same run in other processes.
 
-Runs train.py both ways, in float32 and with the same flags, and prints losses, tokens a second, device and host memory.
-Expected: losses equal to 1e-6, tokens a second within 3%, the same planned bytes of a device.
+A shape is processes x devices of each. Runs train.py in each shape, in float32 and with the same flags, and prints
+losses, tokens a second, device and host memory; then how far losses and exported weights are from those of the first
+shape. Expected: several processes equal each other to the bit, and one process to 1e-6; tokens a second within 3%, the
+same planned bytes of a device.
 """
 
 import json
@@ -12,7 +14,9 @@ import statistics
 import subprocess
 import sys
 
+import numpy as np
 import tyro
+from safetensors.numpy import load_file
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -21,34 +25,51 @@ def compare(
     out: tyro.conf.Positional[pathlib.Path],
     model: str,
     data: str,
-    gpus: int = 2,
+    shapes: tuple[str, ...] = ("1x2", "2x1"),
     seq_len: str = "32k",
     sp: int = 2,
     steps: int = 6,
     simulate: bool = False,
+    flags: str = "",
 ) -> None:
-    """simulate: CPU devices instead of GPUs."""
-    flags = f"--model {model} --data {data} --seq-len {seq_len} --sp {sp} --steps {steps}".split()
-    flags += ["--dtype", "float32", "--random-weights"]
-    for count in (1, gpus):
-        run_dir = out / f"{count}-processes"
-        more = ["--simulate-devices", str(gpus // count)] if simulate else []
-        log = start([*flags, *more, "--out", str(run_dir)], count)
+    """simulate: CPU devices instead of GPUs. flags: more flags of train.py, in one word."""
+    given = f"--model {model} --data {data} --seq-len {seq_len} --sp {sp} --steps {steps} {flags}".split()
+    given += ["--dtype", "float32", "--random-weights", "--export"]
+    results = {}
+    for shape in shapes:
+        count, devices = map(int, shape.split("x"))
+        run_dir = out / shape
+        more = ["--simulate-devices", str(devices)] if simulate else []
+        log = start([*given, *more, "--out", str(run_dir)], count)
         lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
         lines = [line for line in lines if "loss" in line]
         memory = {name: max(line[name] for line in lines) for name in lines[0] if name.startswith("peak_")}
-        print(
-            json.dumps(
-                {
-                    "processes": count,
-                    "losses": [line["loss"] for line in lines],
-                    "tokens_per_second": statistics.median(line["tokens_per_second"] for line in lines[1:]),
-                    **memory,
-                    "plan": re.findall(r"^plan .*", log, re.M),
-                }
-            ),
-            flush=True,
-        )
+        speed = statistics.median(line["tokens_per_second"] for line in lines[1:])
+        losses, plan = [line["loss"] for line in lines], re.findall(r"^plan .*", log, re.M)
+        print(json.dumps({"shape": shape, "losses": losses, "tokens_per_second": speed, **memory, "plan": plan}),
+              flush=True)
+        results[shape] = losses, weights(run_dir)
+    for i, shape in enumerate(shapes):
+        for other in shapes[:i]:
+            print(json.dumps({"shape": shape, "against": other} | distance(results[shape], results[other])))
+
+
+def weights(run_dir: pathlib.Path) -> dict[str, np.ndarray]:
+    """The exported weights by name."""
+    found = {}
+    for file in sorted((run_dir / "hf").glob("*.safetensors")):
+        found |= load_file(file)
+    return found
+
+
+def distance(ours, theirs) -> dict[str, float | bool]:
+    """The largest relative difference of a loss, the largest of a tensor (in the Euclidean norm), and whether all bits
+    are equal. ours, theirs: (losses, weights)."""
+    (losses, tensors), (other_losses, other_tensors) = ours, theirs
+    apart = lambda a, b: float(np.linalg.norm(a - b) / np.linalg.norm(b))
+    same = losses == other_losses and all(np.array_equal(tensors[name], other_tensors[name]) for name in tensors)
+    return {"loss": max(abs(a - b) / abs(b) for a, b in zip(losses, other_losses, strict=True)),
+            "weights": max(apart(tensors[name], other_tensors[name]) for name in other_tensors), "identical": same}
 
 
 def start(arguments: list[str], count: int) -> str:

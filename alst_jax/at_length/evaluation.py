@@ -22,6 +22,8 @@ from alst_jax.config import UserError
 from alst_jax.data.batches import evaluation_batches
 from alst_jax.data.packing import Groups, Packs, pack, room_for
 from alst_jax.data.pieces import Sequence
+from alst_jax.processes.hang import Turns
+from alst_jax.processes.link import link
 from alst_jax.step import TrainStep
 from alst_jax.trainer import TrainState
 
@@ -75,9 +77,11 @@ class Packed:
         order = np.concatenate([np.asarray(group, np.int64) for group in self.groups])
         rows, shape = _Rows(Packs(self.sequences, Groups(order, ends)), self.groups), self.shape
         batches = evaluation_batches(rows, shape.length, shape.rows, shape.pad, (shape.dp, self.most))
+        turns = Turns("a batch of --eval-long")
         for first, batch in enumerate(batches):
-            results = step.token_losses(state.trained, state.frozen, step.put_batch(**batch))
-            losses, hits = np.asarray(results.losses), np.asarray(results.hits)
+            with turns.one():
+                results = step.token_losses(state.trained, state.frozen, step.put_batch(**batch))
+                losses, hits = np.asarray(results.losses), np.asarray(results.hits)
             for row, group in enumerate(self.groups[first * shape.rows :][: shape.rows]):
                 at = 0
                 for number in group:
@@ -96,6 +100,10 @@ class _Rows:
 
     def __len__(self) -> int:
         return len(self.groups)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.asarray([self[index].tokens.size for index in range(len(self))], np.int64)
 
     def __getitem__(self, index: int) -> Sequence:
         empty = np.zeros(0, np.int32)
@@ -162,6 +170,8 @@ class Evaluation:
     def __call__(self, step: TrainStep, state: TrainState, say: Callable[[str], None]) -> dict[str, float]:
         """Judge the model: say a table, write OUT/long/step-N.json and the pictures. Returns the metrics."""
         results = self.judge(step, state)
+        if not link().first:  # all have computed it; process 0 writes and says it
+            return results.metrics()
         folder = self.out / FOLDER
         folder.mkdir(parents=True, exist_ok=True)
         first = [json.loads(file.read_text()) for file in sorted(folder.glob("step-*.json"))[:1]]

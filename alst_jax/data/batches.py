@@ -15,6 +15,57 @@ from alst_jax.data.packing import offsets_of, pieces_of
 Sequences = collections.abc.Sequence[Sequence]
 Arrays = dict[str, np.ndarray]
 Packing = tuple[int, int | None]  # data-parallel replicas, documents of a replica at most (None: a pack is one text)
+EMPTY = Sequence(np.zeros(0, np.int32), np.zeros(0, np.int32))
+
+
+class Rows:
+    """Sequences as rows of padded batches.
+
+    lengths: padded lengths, ascending. A batch has the smallest that holds its rows.
+    packing: for packed sequences, (data-parallel replicas, documents of a replica at most). Batches then also have
+    "documents", int32[replicas, documents + 1] (see stack/batch.py), and "padding", int32[rows], the tokens of padding
+    in each row. Without a number of documents a pack is one text: "padding" alone.
+    mine: the rows of a batch that this process reads; None: all. Other rows have no tokens and no labels; sizes and
+    documents are those of all rows.
+    """
+
+    def __init__(
+        self, sequences: Sequences, lengths: int | tuple[int, ...], pad_token: int,
+        packing: Packing | None = None, mine: frozenset[int] | None = None,
+    ):
+        self.lengths = (lengths,) if isinstance(lengths, int) else tuple(lengths)
+        self._sequences, self._pad, self._packing, self._mine = sequences, pad_token, packing, mine
+        self._apart = packing is not None and packing[1] is not None  # the documents of a pack
+        self._sizes = getattr(sequences, "lengths", None)  # the index; a list of sequences has none
+
+    def sizes(self, indices: np.ndarray) -> np.ndarray:
+        """int64[n]: the tokens of sequences; 0 for the index -1, a row without a sequence."""
+        if self._sizes is None:
+            return np.asarray([self._sequences[i].tokens.size if i >= 0 else 0 for i in indices.tolist()], np.int64)
+        return np.where(indices < 0, 0, self._sizes[indices])
+
+    def batch(self, indices: np.ndarray) -> Arrays:
+        """The arrays of a batch, int32[rows, length]. indices: a sequence for each row, or -1."""
+        sizes = self.sizes(indices)
+        length = next(length for length in self.lengths if length >= sizes.max())
+        rows, documents = [], []
+        for row, index in enumerate(indices.tolist()):
+            if index < 0 or self._mine is not None and row not in self._mine:
+                rows.append(pad_sequence(EMPTY, length, self._pad, self._apart))
+                documents.append(self._documents(index) or [int(sizes[row])] if index >= 0 else [])
+                continue
+            sequence = self._sequences[index]
+            rows.append(pad_sequence(sequence, length, self._pad, self._apart))
+            documents.append(list(sequence.lengths or [sequence.tokens.size]))
+        batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        if self._packing is None:
+            return batch
+        batch["padding"] = (length - sizes).astype(np.int32)
+        return batch | ({"documents": offsets_of(documents, length, *self._packing)} if self._apart else {})
+
+    def _documents(self, index: int) -> list[int] | None:
+        of = getattr(self._sequences, "documents", None)
+        return of and of(index)
 
 
 class TrainingBatches:
@@ -27,25 +78,20 @@ class TrainingBatches:
     the sequences of the step, the longest first. Each batch has the smallest length that holds its sequences. A step
     takes the same sequences as with the last length alone.
 
-    order: see order.ordered.
-
-    packing: for packed sequences, (data-parallel replicas, documents of a replica at most). Batches then also have
-    "documents", int32[grad_accum, replicas, documents + 1] (see stack/batch.py), and "padding", int32[grad_accum,
-    rows], the tokens of padding in each row. Without a number of documents a pack is one text: "padding" alone.
+    order: see order.ordered. packing, mine: see Rows.
     """
 
     def __init__(
         self, sequences: Sequences, lengths: int | tuple[int, ...], rows: int, grad_accum: int, seed: int,
         pad_token: int, order: list[tuple[int, float]] | Stages | None = None, packing: Packing | None = None,
+        mine: frozenset[int] | None = None,
     ):
         import grain
 
-        self._lengths = (lengths,) if isinstance(lengths, int) else tuple(lengths)
-        self._shape, self._packing = (grad_accum, rows), packing
-        pad = lambda sequence: pad_sequence(sequence, self._lengths[-1], pad_token, packing and packing[1]) | {
-            "size": np.int32(sequence.tokens.size)}
-        # The batch is cut from the endless stream, so a step may hold the end of one epoch and the start of the next.
-        dataset = ordered(sequences, seed, order).map(pad).batch(grad_accum * rows)
+        self._shape, self._rows = (grad_accum, rows), Rows(sequences, lengths, pad_token, packing, mine)
+        # Of indices: tokens are read only for the rows of this process. The batch is cut from the endless stream, so a
+        # step may hold the end of one epoch and the start of the next.
+        dataset = ordered(range(len(sequences)), seed, order).batch(grad_accum * rows)
         # Padding is a copy of a few MB: no threads, whose prefetching would blur the position.
         self._iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 
@@ -53,15 +99,12 @@ class TrainingBatches:
         return self
 
     def __next__(self) -> Arrays | list[Arrays]:
-        arrays = next(self._iterator)
-        rows = np.arange(arrays["size"].size)
-        if len(self._lengths) > 1:  # batches of sequences of about one length
-            rows = np.argsort(-arrays["size"], kind="stable")
-        parts = [_fitted({name: array[chosen] for name, array in arrays.items()}, self._lengths, self._packing)
-                 for chosen in rows.reshape(self._shape)]
-        if len(self._lengths) > 1:
-            return parts
-        return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+        indices = np.asarray(next(self._iterator), np.int64)
+        several = len(self._rows.lengths) > 1
+        if several:  # batches of sequences of about one length
+            indices = indices[np.argsort(-self._rows.sizes(indices), kind="stable")]
+        parts = [self._rows.batch(part) for part in indices.reshape(self._shape)]
+        return parts if several else {name: np.stack([part[name] for part in parts]) for name in parts[0]}
 
     def get_state(self) -> dict[str, Any]:
         """The position, JSON-serialisable."""
@@ -71,63 +114,37 @@ class TrainingBatches:
         self._iterator.set_state(state)
 
 
-def _fitted(arrays: Arrays, lengths: tuple[int, ...], packing: Packing | None) -> Arrays:
-    """A batch in the smallest length that holds its rows, with the fields of `TrainingBatches`. arrays: rows of
-    `pad_sequence` in the last length, and "size", the tokens of each."""
-    size = arrays["size"]
-    length = next(length for length in lengths if length >= size.max())
-    batch = {name: arrays[name][:, :length] for name in ("tokens", "labels", "positions")}
-    if packing is None:
-        return batch
-    batch["padding"] = np.int32(length) - size
-    if packing[1] is None:
-        return batch
-    documents = [row[: np.count_nonzero(row) - (n < lengths[-1])].tolist() for row, n in zip(arrays["lengths"], size)]
-    return batch | {"documents": offsets_of(documents, length, *packing)}
-
-
 def evaluation_batches(
     sequences: Sequences, lengths: int | tuple[int, ...], rows: int, pad_token: int,
-    packing: Packing | None = None,
+    packing: Packing | None = None, mine: frozenset[int] | None = None,
 ) -> Iterator[Arrays]:
     """Every sequence once, in order: int32[rows, length]; the last batch is filled up with rows without labels.
 
-    lengths, packing: see TrainingBatches.
+    lengths: see TrainingBatches. packing, mine: see Rows.
     """
-    lengths = (lengths,) if isinstance(lengths, int) else tuple(lengths)
-    empty = Sequence(np.zeros(0, np.int32), np.zeros(0, np.int32))
+    made = Rows(sequences, lengths, pad_token, packing, mine)
     for start in range(0, len(sequences), rows):
-        chosen = [sequences[i] for i in range(start, min(start + rows, len(sequences)))]
-        chosen = chosen + [empty] * (rows - len(chosen))
-        padded = [pad_sequence(sequence, lengths[-1], pad_token, packing and packing[1]) for sequence in chosen]
-        arrays = {name: np.stack([row[name] for row in padded]) for name in padded[0]}
-        arrays["size"] = np.array([sequence.tokens.size for sequence in chosen], np.int32)
-        batch = _fitted(arrays, lengths, packing)
+        indices = np.arange(start, start + rows)
+        batch = made.batch(np.where(indices < len(sequences), indices, -1))
         batch.pop("padding", None)
         yield batch
 
 
-def pad_sequence(
-    sequence: Sequence, padded_len: int, pad_token: int, most: int | None = None
-) -> dict[str, np.ndarray]:
+def pad_sequence(sequence: Sequence, padded_len: int, pad_token: int, packed: bool = False) -> Arrays:
     """tokens, labels and positions, int32[padded_len]. Causal attention keeps the padding behind a document out of it.
 
-    most: documents of a packed sequence at most; then also "lengths" of its documents and its padding, int32[most]. The
-    positions of packed documents start at 0; padding has position 0.
+    packed: the positions of the sequence's documents start at 0 each; padding has position 0.
     """
     tokens = np.full(padded_len, pad_token, np.int32)
     labels = np.full(padded_len, IGNORED, np.int32)
     tokens[: sequence.tokens.size] = sequence.tokens
     labels[: sequence.labels.size] = sequence.labels
     positions = np.arange(padded_len, dtype=np.int32)
-    if most is None:
-        return {"tokens": tokens, "labels": labels, "positions": positions}
-    lengths = pieces_of(sequence, padded_len)
-    starts = np.cumsum([0, *lengths[:-1]], dtype=np.int32)
-    positions -= np.repeat(starts, lengths)
-    positions[sequence.tokens.size :] = 0  # padding is no long document
-    return {"tokens": tokens, "labels": labels, "positions": positions,
-            "lengths": np.asarray(lengths + [0] * (most - len(lengths)), np.int32)}
+    if packed:
+        lengths = pieces_of(sequence, padded_len)
+        positions -= np.repeat(np.cumsum([0, *lengths[:-1]], dtype=np.int32), lengths)
+        positions[sequence.tokens.size :] = 0  # padding is no long document
+    return {"tokens": tokens, "labels": labels, "positions": positions}
 
 
 def fingerprint(

@@ -5,6 +5,7 @@ Only the lengths are packed. The tokens of a pack are put together when it is re
 
 import bisect
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -114,7 +115,15 @@ class Packs(Sequence):
     @property
     def lengths(self) -> np.ndarray:
         """int64[packs]: the tokens of each pack."""
-        return self._packs.sums(self._pieces.lengths)
+        return self._packs.sums(self._of_pieces)
+
+    @functools.cached_property
+    def _of_pieces(self) -> np.ndarray:
+        return self._pieces.lengths
+
+    def documents(self, index: int) -> list[int] | None:
+        """The `lengths` of a pack, from the index: no token is read."""
+        return None if self._together else self._of_pieces[self._packs[index]].tolist()
 
 
 @dataclasses.dataclass(frozen=True)

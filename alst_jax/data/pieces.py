@@ -124,6 +124,12 @@ class Joined(collections.abc.Sequence):
         """int64[pieces]: the tokens of each piece."""
         return np.concatenate([part.lengths for part in self.parts] or [np.zeros(0, np.int64)])
 
+    def documents(self, index: int) -> list[int] | None:
+        """The tokens of each document of a pack; None where a sequence is one document."""
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        part = self.parts[number]
+        return None if isinstance(part, Pieces) else part.documents(index + len(part) - int(self._ends[number]))
+
 
 def spans_of(lengths: np.ndarray, seq_len: int, kept: np.ndarray) -> np.ndarray:
     """int64[3, pieces]: start, stop and document's end of each piece of the kept documents (bool[documents])."""

@@ -40,7 +40,7 @@ def this_cluster(host_memory_gib: float | int | None = None, devices: int | None
     known = machine_of_kind(device.device_kind) or machine_of_kind("H100")
     machine = dataclasses.replace(known, name=device.device_kind, kind=device.device_kind, memory=limit, fraction=1.0)
     pinned = pinned_limit()
-    hosts = len(set(link().hosts))
+    hosts = len(set(link().machines))
     per_host = jax.device_count() // hosts if link().several else jax.local_device_count()
     cluster = Cluster(machine, hosts, per_host, host_memory(host_memory_gib), used=devices,
                       processes=len(link().local_ranks))

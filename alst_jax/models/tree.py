@@ -4,7 +4,7 @@ A tree is a dict of arrays and Flax modules, which are pytrees. A part of a tree
 where a leaf belongs to the other part.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -79,3 +79,14 @@ def as_dict(tree: Any) -> dict[str, Any]:
             inner = inner.setdefault(name, {})
         inner[last] = leaf
     return result
+
+
+def as_tree(pairs: Iterable[tuple[tuple[str, ...], Any]]) -> dict[str, Any]:
+    """The tree of dicts of (names, leaf) pairs."""
+    tree: dict[str, Any] = {}
+    for (*inner, last), leaf in pairs:
+        at = tree
+        for name in inner:
+            at = at.setdefault(name, {})
+        at[last] = leaf
+    return tree

@@ -34,11 +34,21 @@ def choose_degrees(dp: int | None, sp: int | None, num_devices: int) -> tuple[in
 def make_mesh(dp: int, sp: int, devices: list[jax.Device] | None = None) -> Mesh:
     """Mesh[data=dp, seq=sp] over the first dp x sp devices; neighbours in the list are neighbours in `seq`."""
     if devices is None:
-        devices = by_host(jax.devices(), link().hosts) if link().several else jax.devices()
+        devices = by_host(jax.devices(), link().machines) if link().several else jax.devices()
     if link().several and dp * sp != len(devices):
         raise UserError(f"dp={dp} x sp={sp} needs {dp * sp} devices, and the {link().count} processes have "
                         f"{len(devices)}: some would have no part in a step; use all (--dp, --sp), or fewer processes")
     return Mesh(np.asarray(devices[: dp * sp]).reshape(dp, sp), AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def own_rows(rows: int, dp: int, sp: int) -> frozenset[int] | None:
+    """The rows of a batch [rows, S] of which this process has devices; None for all, in a run of one process."""
+    if not link().several:
+        return None
+    devices, share = make_mesh(dp, sp).devices, rows // dp
+    mine = [replica for replica in range(dp)
+            if any(device.process_index == jax.process_index() for device in devices[replica])]
+    return frozenset(row for replica in mine for row in range(replica * share, (replica + 1) * share))
 
 
 def by_host(devices: list[Any], hosts: tuple[str, ...]) -> list[Any]:

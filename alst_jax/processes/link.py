@@ -5,6 +5,7 @@ with a stack trace that does not say which one died. Here a closed connection, o
 ends all of them with one line that names it. A run in one process has the link `Alone`, which does none of this.
 """
 
+import contextlib
 import os
 import queue
 import re
@@ -17,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from alst_jax.declare import UserError
-from alst_jax.processes.place import Place
+from alst_jax.processes.place import Place, machine
 from alst_jax.processes.server import LOOPBACK, Server
 from alst_jax.processes.wire import BEAT, SILENCE, Connection
 
@@ -30,7 +31,7 @@ LAST = 1.0  # seconds for which process 0 outlives the others, so that its last 
 class Alone:
     """The link of a run in one process: nothing is sent, nobody is waited for."""
 
-    rank, count, hosts, how = 0, 1, ("",), None
+    rank, count, hosts, machines, how = 0, 1, ("",), ("",), None
     local_ranks: Sequence[int] = (0,)  # numbers of the processes on this host
     first, several = True, False
 
@@ -68,12 +69,13 @@ class Alone:
     def crashed(self, error: BaseException) -> None:
         """Report an error that is none of a user's, before it is raised again."""
 
-    def finish(self, shutdown: Callable[[], None] = lambda: None) -> None:
-        """End together."""
+    def finish(self, leave: Callable[[], None] = lambda: None, last: Callable[[], None] = lambda: None) -> None:
+        """End together: leave() in all processes, then last() when all have left."""
 
 
 class Link(Alone):
-    """hosts: the host of each process. facts: what each process said of itself at the start."""
+    """hosts: the host of each process, for messages. machines: the same, different for two machines of one name.
+    facts: what each process said of itself at the start."""
 
     several = True
 
@@ -83,24 +85,25 @@ class Link(Alone):
         self.first = place.rank == 0
         self._errors = sys.stderr  # before it is silenced
         self._number, self._answers, self._leaving = 0, queue.Queue(), False
+        self._final = 0
         self._joined = threading.Event()
         if self.first:
             self._server = Server(place, timeout)
         self.host = socket.gethostname()
-        self.hosts = (self.host,) * place.count
+        self.hosts = self.machines = (self.host,) * place.count
         self._connection = Connection(_connect(place, timeout))
         self._connection.send({"kind": "hello", "rank": self.rank, "count": self.count, "host": self.host})
         threading.Thread(target=self._read, daemon=True).start()
         threading.Thread(target=self._beat, daemon=True).start()
         self._expect_answer(timeout)
-        self.facts = self.exchange("hello", {"host": self.host} | facts)
+        self.facts = self.exchange("hello", {"host": self.host, "machine": machine()} | facts)
         self._joined.set()
-        self.hosts = tuple(fact["host"] for fact in self.facts)
+        self.hosts, self.machines = (tuple(fact[name] for fact in self.facts) for name in ("host", "machine"))
 
     @property
     def local_ranks(self) -> list[int]:
         """The numbers of the processes on this host."""
-        return [rank for rank, host in enumerate(self.hosts) if host == self.host]
+        return [rank for rank, other in enumerate(self.machines) if other == self.machines[self.rank]]
 
     # ------------------------------------------------------------------------------------------------------- exchange
 
@@ -164,10 +167,12 @@ class Link(Alone):
         print(f"{self._me()}:\n{''.join(traceback.format_exception(error))}", file=self._errors, flush=True)
         self.failed(f"ended with {words.splitlines()[0][:500]}", 1)
 
-    def finish(self, shutdown: Callable[[], None] = lambda: None) -> None:
+    def finish(self, leave: Callable[[], None] = lambda: None, last: Callable[[], None] = lambda: None) -> None:
         self.wait("finish")
-        self._leaving = True
-        shutdown()
+        leave()
+        self._final = self._number + 1  # from its answer on, the end of a process is no death
+        self.wait("left")
+        last()
         self._send_quietly({"kind": "bye"})
 
     def _me(self) -> str:
@@ -190,6 +195,7 @@ class Link(Alone):
         try:
             while (message := self._connection.receive()) is not None:
                 if message["kind"] == "all":
+                    self._leaving = message["number"] == self._final
                     self._answers.put((message["number"], message["values"]))
                 elif message["kind"] == "end":
                     self._obey(message)
@@ -228,7 +234,8 @@ class Link(Alone):
             print(text, file=self._errors, flush=True)
         if self.first:
             time.sleep(LAST)
-        sys.stdout.flush()
+        with contextlib.suppress(BrokenPipeError):  # nothing reads what is left; the process must end all the same
+            sys.stdout.flush()
         os._exit(code)
 
     def _expect_answer(self, timeout: float) -> None:

@@ -1,7 +1,9 @@
 """Which process of a run this one is: from the flags, srun or mpirun. Pure Python: jax starts later."""
 
 import dataclasses
+import pathlib
 import re
+import socket
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,6 +39,11 @@ def find_place(config: Any, environment: Mapping[str, str]) -> Place | None:
     typed = config.coordinator is not None or config.processes is not None or config.process is not None
     how = "flags" if typed and how is None else how
     if how is None:
+        if config.start_timeout != type(config).start_timeout and not _launched(environment):
+            raise UserError(
+                f"--start-timeout {config.start_timeout}: there is one process, which waits for nobody; leave it out, "
+                "or name the processes with --coordinator, --processes and --process"
+            )
         return None
     count = count if config.processes is None else config.processes
     rank = rank if config.process is None else config.process
@@ -77,6 +84,18 @@ def _launcher(environment: Mapping[str, str]) -> tuple[int | None, int | None, s
     if all(name in environment for name in OPEN_MPI) and (number(OPEN_MPI[0]) or 0) > 1:
         return number(OPEN_MPI[0]), number(OPEN_MPI[1]), None, "Open MPI"  # nothing says where process 0 is
     return None, None, None, None
+
+
+def machine() -> str:
+    """The name of this machine or container, and the number of its kernel's boot: containers of two machines may have
+    the same name."""
+    boot = pathlib.Path("/proc/sys/kernel/random/boot_id")
+    return f"{socket.gethostname()} {boot.read_text().strip() if boot.exists() else ''}"
+
+
+def _launched(environment: Mapping[str, str]) -> bool:
+    """Whether srun or mpirun started this process, maybe as the only one."""
+    return SLURM[0] in environment or OPEN_MPI[0] in environment
 
 
 def first_node(nodes: str) -> str:

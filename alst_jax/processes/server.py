@@ -10,6 +10,7 @@ from alst_jax.processes.place import Place
 from alst_jax.processes.wire import BEAT, Connection
 
 AGREE = 0.5  # seconds in which process 0 may report the same mistake as another process
+UNREAD = "stopped, since nothing reads standard output of process 0 any more; go on with --resume"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -108,7 +109,10 @@ class Server:
         if kind == "give":
             self._give(rank, message["number"], message["name"], message["value"])
         elif kind == "say":
-            print(f"process {rank} ({self._hosts[rank]}): {message['text']}", flush=True)
+            try:
+                print(f"process {rank} ({self._hosts[rank]}): {message['text']}", flush=True)
+            except BrokenPipeError:
+                self.end(0, UNREAD, 141)
         elif kind == "fail":
             if rank and message["code"] == 2:
                 time.sleep(AGREE)

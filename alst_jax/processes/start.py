@@ -11,6 +11,7 @@ from typing import Any
 
 from alst_jax.declare import UserError, flag
 from alst_jax.process_flags import OF_A_PROCESS
+from alst_jax.processes.hang import seconds_for, within
 from alst_jax.processes.link import Link, link, use
 from alst_jax.processes.place import find_place
 from alst_jax.processes.service import Service
@@ -125,7 +126,12 @@ def _free_port() -> int:
 
 def finish() -> None:
     """End a run that went well: all processes wait for each other."""
-    if link().several:
-        import jax
+    if not link().several:
+        return
+    import jax
+    from jax._src import distributed
 
-        link().finish(jax.distributed.shutdown)
+    # jax aborts a process that loses the service before it has left it, and process 0 would end the service first.
+    service, distributed.global_state.service = distributed.global_state.service, None
+    with within("the end", seconds_for(0)):
+        link().finish(jax.distributed.shutdown, service.shutdown if service else lambda: None)

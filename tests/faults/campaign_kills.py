@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import hashlib
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -23,7 +24,7 @@ import tempfile
 import tyro
 
 from alst_jax.data.tokenizer import load_tokenizer
-from tests.faults import kills
+from tests.faults import kills, trials
 from tests.faults.kills import Kill
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -38,25 +39,14 @@ def campaign(kills_wanted: tyro.conf.Positional[int] = 200, results: pathlib.Pat
     """Add trials to the results until they hold this many kills. seconds: begin no trial after so many. stages: kill
     there alone, one trial each, in this order; STAGE:NUMBER names the call. Exit code 1 if a run was lost or a bit
     differs."""
-    done = [json.loads(line) for line in results.read_text().splitlines()] if results and results.exists() else []
-    if done and not stages:
-        first = max(line["trial"] for line in done) + 1
-    count, failed, started = sum(len(line["kills"]) for line in done), 0, datetime.datetime.now()
+    done = trials.read(results)
+    first = max(line["trial"] for line in done) + 1 if done and not stages else first
     kills.preload()
     with tempfile.TemporaryDirectory(prefix="kills-") as folder:
         bench = Bench(pathlib.Path(folder))
-        trial = first
-        while count < kills_wanted and (datetime.datetime.now() - started).total_seconds() < seconds:
-            if stages and trial - first == len(stages):
-                break
-            line = bench.trial(trial, stages[trial - first] if stages else None)
-            count, failed, trial = count + len(line["kills"]), failed + (not line["same"]), trial + 1
-            print(json.dumps(line), flush=True)
-            if results:
-                with results.open("a") as stream:
-                    stream.write(json.dumps(line) + "\n")
-    print(f"{count} kills, {failed} runs of this call lost or different")
-    return 1 if failed else 0
+        numbers = range(first, first + len(stages)) if stages else itertools.count(first)
+        trial = lambda number: bench.trial(number, stages[number - first] if stages else None)
+        return trials.play(trial, numbers, results, kills_wanted, lambda line: len(line["kills"]), "same", seconds)
 
 
 class Bench:

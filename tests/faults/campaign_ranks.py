@@ -6,7 +6,7 @@ names it. Then two processes go on to the end; each loss must be that of a run t
 numbered: the number is the seed. The results file gets a line a trial; a second call goes on where the first stopped.
 """
 
-import json
+import itertools
 import pathlib
 import random
 import sys
@@ -14,6 +14,7 @@ import tempfile
 
 import tyro
 
+from tests.faults import trials
 from tests.processes.ranks import Bench
 
 WITHIN = 60.0  # seconds
@@ -24,20 +25,13 @@ SECONDS = 8.0  # of a start, on a quiet machine
 
 def campaign(kills: tyro.conf.Positional[int] = 40, results: pathlib.Path | None = None) -> int:
     """Add trials to the results until they hold so many kills. Exit code 1 if a run was lost or different."""
-    done = [json.loads(line) for line in results.read_text().splitlines()] if results and results.exists() else []
-    trial, count, failed = len(done), sum(line["killed"] for line in done), 0
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         bench = Bench(pathlib.Path(folder))
         expected = bench.together("2", "2", "4")["losses"]
-        while count < kills:
-            line = one(bench, trial, expected)
-            trial, count, failed = trial + 1, count + line["killed"], failed + (not line["good"])
-            print(json.dumps(line), flush=True)
-            if results:
-                with results.open("a") as stream:
-                    stream.write(json.dumps(line) + "\n")
-    print(f"{count} kills, {failed} runs of this call lost or different")
-    return 1 if failed else 0
+        numbers = itertools.count(len(trials.read(results)))
+        return trials.play(
+            lambda trial: one(bench, trial, expected), numbers, results, kills, lambda line: line["killed"], "good"
+        )
 
 
 def one(bench: Bench, trial: int, expected: list[float]) -> dict:

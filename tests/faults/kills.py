@@ -17,11 +17,14 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Kill:
-    """SIGKILL at call `number` of the functions of a stage, counted from 1, or after `seconds`."""
+    """SIGKILL at call `number` of the functions of a stage, counted from 1, or after `seconds`. hang: stay there for
+    ever instead; limit: the seconds in which the parts of the run must end."""
 
     stage: str | None = None
     number: int = 1
     seconds: float | None = None
+    hang: bool = False
+    limit: float = 0.0
 
     def __str__(self) -> str:
         return f"{self.stage} {self.number}" if self.stage else f"after {self.seconds:.2f} s"
@@ -57,21 +60,27 @@ def die() -> None:
     time.sleep(60)
 
 
+def stay() -> None:
+    while True:
+        time.sleep(60)
+
+
 def plant(kill: Kill) -> None:
     """Make this process kill itself there."""
     if kill.stage is None:
         return
+    end = stay if kill.hang else die
     left = [kill.number]
 
     def counted(function: Callable) -> Callable:
         def call(*args, **kwargs):
             left[0] -= 1
             if left[0] == 0:
-                die()
+                end()
             result = function(*args, **kwargs)
             left[0] -= 1
             if left[0] == 0:
-                die()
+                end()
             return result
         return call
 
@@ -83,7 +92,7 @@ def plant(kill: Kill) -> None:
                 await original(self)
                 left[0] -= 1
                 if left[0] == 0:
-                    die()
+                    end()
 
             owner.finalize = finalize
         elif kill.stage == "rotating":
@@ -94,7 +103,7 @@ def plant(kill: Kill) -> None:
                 if "/checkpoints/" in where and "tmp" not in where:
                     left[0] -= 1
                     if left[0] == 0:
-                        die()
+                        end()
                 return original(path, *args, dir_fd=dir_fd)
 
             os.unlink = unlink

@@ -17,13 +17,14 @@ import time
 
 import numpy as np
 
+from alst_jax.processes import hang
 from tests.faults import kills
 from tests.faults.kills import Kill
 
 ROOT = pathlib.Path(__file__).parents[2]
 FLAGS = (
     "--seq-len 64 --schedule constant --warmup-steps 0 --learning-rate 1e-3 --eps 1e-4 --no-remat --no-tiled-loss "
-    "--no-tiled-mlp --data-cache off --sp 2 --start-timeout 50"
+    "--no-tiled-mlp --data-cache off --sp 2"
 ).split()
 
 
@@ -87,10 +88,14 @@ class Run:
             log = folder / f"log.{rank}"
             log.unlink(missing_ok=True)
             of_rank = (
-                [] if count == 1 else f"--coordinator 127.0.0.1:{port} --processes {count} --process {rank}".split()
+                []
+                if count == 1
+                else f"--coordinator 127.0.0.1:{port} --processes {count} --process {rank} --start-timeout 50".split()
             )
             child = os.fork()
             if child == 0:
+                if kill is not None and kill.hang:
+                    hang.LEAST = kill.limit
                 kills._in_child(
                     [*arguments, "--simulate-devices", str(devices), *of_rank], log, kill if rank == victim else None
                 )
@@ -135,10 +140,16 @@ class Bench:
             *more,
         ]
 
-    def losses(self, out: str) -> list[float]:
+    def losses(self, out: str, name: str = "loss") -> list[float]:
+        """The values of that name of all steps that have one."""
         file = self.folder / out / "metrics.jsonl"
         lines = file.read_text().splitlines() if file.exists() else []
-        return [json.loads(line)["loss"] for line in lines if line.startswith('{"step"') and '"loss"' in line]
+        return [json.loads(line)[name] for line in lines if line.startswith('{"step"') and f'"{name}"' in line]
+
+    def packed(self, out: str, *more: str) -> list[str]:
+        """Flags of a run with packs, and held-out data."""
+        held_out = f"--pack --eval-data {self.folder}/data.jsonl --eval-every 1".split()
+        return self.flags(out, *held_out, *more)
 
     def result(self, ended: list[Ended], **more: object) -> dict:
         return {
@@ -152,7 +163,7 @@ class Bench:
 
     def interrupted(self) -> dict:
         """2 x 2 devices until SIGTERM to process 1; then one process with 4 devices goes on for two steps."""
-        run = Run(self.folder, self.flags("two", "--steps", "900"), 2, 2)
+        run = Run(self.folder, self.packed("two", "--steps", "900"), 2, 2)
         while len(self.losses("two")) < 2 and all(
             os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None for pid in run.pids
         ):
@@ -169,14 +180,14 @@ class Bench:
             resumed=later.code,
             resumed_log=later.log,
             resumed_losses=self.losses("one"),
+            resumed_eval=self.losses("one", "eval_loss"),
         )
 
     def alone(self, steps: str = "0") -> dict:
         """One process with 4 devices. steps: 0 for those of the run that `interrupted` left."""
         steps = str(int(steps) or len(self.losses("one")))
-        return self.result(
-            Run(self.folder, self.flags("alone", "--steps", steps), 1, 4).wait(), losses=self.losses("alone")
-        )
+        ended = Run(self.folder, self.packed("alone", "--steps", steps), 1, 4).wait()
+        return self.result(ended, losses=self.losses("alone"), eval=self.losses("alone", "eval_loss"))
 
     def together(self, count: str, devices: str, steps: str, *more: str) -> dict:
         """count x devices, to the end, with an export. more: flags without their dashes."""
@@ -208,6 +219,29 @@ class Bench:
             int(devices),
         ).wait()
         return self.result(ended, losses=self.losses(out))
+
+    def adapters(self, count: str, devices: str) -> dict:
+        """count x devices train adapters for two steps, and other processes go on for two, with --eval-long."""
+        out = f"adapters-{count}x{devices}"
+        more = f"--pack --lora-rank 2 --seq-len 512 --eval-long {self.folder}/long.txt --eval-long-sequences 1".split()
+        text = "".join(f"The number {i} is less than {i * i}. " for i in range(100))
+        (self.folder / "long.txt").write_text(text)
+        ended = Run(self.folder, self.flags(out, *more, "--steps", "2"), int(count), int(devices)).wait()
+        if any(e.code for e in ended):
+            return self.result(ended)
+        again = ["--resume", "--out", f"{self.folder}/{out}", "--steps", "4"]
+        ended += Run(self.folder, again, int(count), int(devices)).wait()
+        lines = [json.loads(line) for line in (self.folder / out / "metrics.jsonl").read_text().splitlines()]
+        names = [name for name in lines[-1] if name.startswith("long_") and name != "long_seconds"]
+        long = {name: [line[name] for line in lines if name in line] for name in names}
+        return self.result(ended, losses=self.losses(out), long=long)
+
+    def hung(self, stage: str, victim: str, limit: str) -> dict:
+        """2 x 2 devices; process `victim` hangs at the second call of a stage; parts of a run may take `limit` seconds."""
+        kill = Kill(stage, 2, hang=True, limit=float(limit))
+        flags = self.flags(f"hung-{stage}", "--steps", "2", "--save-every", "1")
+        began = time.monotonic()
+        return self.result(Run(self.folder, flags, 2, 2, int(victim), kill).wait(), seconds=time.monotonic() - began)
 
     def killed(self, stage: str, number: str, victim: str) -> dict:
         """2 x 2 devices; process `victim` is killed at a call of a stage, or after "seconds"; then two others go on."""

@@ -47,8 +47,22 @@ try:
         raise UserError("--x 1: is wrong")
     if what == "crash" and rank == 1:
         raise ValueError("a mistake")
+    if what == "unread" and rank == 0:
+        import train
+        def fill():
+            print("ready", flush=True)
+            while True:
+                print("more", flush=True)
+                time.sleep(0.05)
+        sys.exit(train.while_read(fill))
+    if what == "hang" and rank == 1:
+        from alst_jax.processes.hang import within
+        with within("saving step 3", 1.0):
+            time.sleep(60)
     if what == "places":
         link.wait(f"place {rank}")
+    if what in ("unread", "hang"):
+        link.wait("for ever")
     if what in ("sleep", "short", "user", "crash"):
         print("ready", file=out, flush=True)
         link.wait("for ever") if rank == 0 else time.sleep(60)
@@ -169,6 +183,27 @@ def test_a_death_ends_the_other_with_a_line(victim, how, why):
     )
     processes[victim].kill()
     processes[victim].communicate()
+
+
+def test_a_part_of_a_run_that_hangs_ends_all():
+    """The process that hangs is alive and gives its signs of life: its own limit ends it, and the others name it."""
+    (code, _, err), (other_code, _, other) = ends(begin("hang"))
+    assert (code, other_code) == (1, 1)
+    words = "gives up: saving step 3 has run for 1 s: a collective or a disk that hangs"
+    assert re.fullmatch(rf"error: process 1 of 2 \(.*\) {words}; process 0 of 2 ends too. Go on with --resume", lines(err)[0])
+    assert words in other
+
+
+def test_nobody_reads_what_process_0_prints():
+    """As behind `| head`: the others do not wait for it."""
+    first, second = begin("unread")
+    assert first.stdout.readline() == "ready\n"
+    first.stdout.close()
+    assert second.wait(30) == 141 and first.wait(30) == 141
+    assert "stopped, since nothing reads standard output of process 0 any more" in first.stderr.read()
+    assert not lines(second.stderr.read())
+    for stream in (first.stderr, second.stderr, second.stdout):
+        stream.close()
 
 
 def test_a_number_twice_is_refused():

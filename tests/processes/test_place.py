@@ -38,6 +38,7 @@ def flags(**values):
         ({"coordinator": "other:7000"}, SLURM, Place("other", 7000, 16, 9, "SLURM")),
         ({"coordinator": "node1:6000"}, OPEN_MPI, Place("node1", 6000, 8, 3, "Open MPI")),
         ({}, OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "1"}, None),
+        ({"start_timeout": 60}, OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "1"}, None),  # the script of more hosts, on one
         ({"coordinator": "[fe80::1]:6000", "processes": 2, "process": 1}, {}, Place("fe80::1", 6000, 2, 1, "flags")),
     ],
 )
@@ -59,6 +60,8 @@ def test_the_place_of_a_process(values, environment, place):
         ({"coordinator": "a", "processes": 2, "process": 0}, {}, "--coordinator a: write HOST:PORT"),
         ({"coordinator": "a:70000", "processes": 2, "process": 0}, {}, "a port from 1 to 65535"),
         ({"processes": 1, "process": 3}, {}, "--process 3 with --processes 1"),
+        ({"process": 0}, {}, "several processes need --coordinator HOST:PORT and --processes;"),
+        ({"start_timeout": 60}, {}, "--start-timeout 60: there is one process, which waits for nobody"),
     ],
 )
 def test_what_names_no_place_is_refused(values, environment, words):
@@ -87,7 +90,10 @@ def test_the_first_node_of_a_list(nodes, first):
         ({"check_numerics": True}, True, "--check-numerics compares on the devices of one process"),
         ({"on_nonfinite": "rewind", "save_every": 1}, True, "--on-nonfinite rewind is written for one process"),
         ({"on_spike": "rewind", "save_every": 1}, True, "--on-spike rewind is written for one process"),
+        ({"merge_adapter": True, "lora_rank": 4}, True, "--merge-adapter needs the whole model in one process"),
         ({"plan_only": True, "processes": 2}, False, "--plan-only prints a plan and needs no other process"),
+        ({"plan_only": True, "process": 0}, False, "--plan-only prints a plan and needs no other process"),
+        ({"show_samples": 2, "start_timeout": 60}, False, "--show-samples prints samples and needs no other process"),
         ({"local_devices": (0, 1)}, False, "--local-devices divides a host's GPUs between several processes"),
         ({"local_devices": (-1,)}, True, "GPUs are counted from 0"),
     ],
@@ -122,6 +128,35 @@ def test_devices_are_ordered_by_host():
     ordered = by_host(devices, ("a", "b", "a", "b"))
     assert [d.id for d in ordered] == [0, 1, 20, 21, 10, 11, 30, 31]
     assert by_host(devices, ("a", "a", "b", "b")) == devices
+
+
+def test_containers_of_two_machines_may_have_one_name():
+    from alst_jax.processes.link import Link
+
+    link = Link.__new__(Link)
+    link.rank, link.hosts, link.machines = 1, ("c", "c", "c"), ("c 1", "c 2", "c 2")
+    assert link.local_ranks == [1, 2]
+    devices = [types.SimpleNamespace(process_index=p, id=p) for p in range(3)]
+    assert [d.id for d in by_host(devices, ("c 1", "c 2", "c 1"))] == [0, 2, 1]
+
+
+def test_an_event_of_all_is_told_once(monkeypatch):
+    """Those of a host are told by its first process, which names itself."""
+    from alst_jax import metrics
+    from alst_jax.watch import Event
+
+    said, shown = [], []
+    log = types.SimpleNamespace(event=lambda record: None)
+    for rank in range(4):  # two on each host
+        first = [0, 2][rank // 2]
+        of_rank = types.SimpleNamespace(rank=rank, first=rank == 0, local_ranks=[first, first + 1],
+                                        say=lambda text, rank=rank: said.append((rank, text)))
+        monkeypatch.setattr(metrics, "link", lambda of_rank=of_rank: of_rank)
+        tell = metrics.teller(types.SimpleNamespace(say=shown.append), log)
+        for kind in ("spike", "memory"):
+            tell(Event(kind, 3, "why", "none"))
+    assert shown == ["warning: step 3: spike: why; none", "warning: step 3: memory: why; none"]
+    assert said == [(2, "warning: step 3: memory: why; none")]
 
 
 @dataclasses.dataclass

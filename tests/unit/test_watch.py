@@ -140,6 +140,9 @@ def test_a_run_of_several_processes_gives_up_a_step_that_hangs(events):
     watched.start()
     watched.begin(4)
     assert not look(445.0)
+    assert [event.kind for event in events] == ["stall"]
+    assert look(10.0)  # also a step that was told to stall
+    given_up.clear()
     watched.rest()
     assert not look(1000.0)
     watched.begin(5)
