@@ -77,8 +77,8 @@ def test_metrics_count_documents_and_not_their_padding(packing, monkeypatch):
 
 def test_positions_of_packed_documents_start_at_0():
     tokens = np.arange(7, dtype=np.int32)
-    row = pad_sequence(Sequence(tokens, tokens, lengths=(3, 1, 3)), 10, 0, most=6)
-    assert row["positions"].tolist() == [0, 1, 2, 0, 0, 1, 2, 0, 0, 0] and row["lengths"].tolist() == [3, 1, 3, 3, 0, 0]
+    row = pad_sequence(Sequence(tokens, tokens, lengths=(3, 1, 3)), 10, 0, packed=True)
+    assert row["positions"].tolist() == [0, 1, 2, 0, 0, 1, 2, 0, 0, 0]
     assert pad_sequence(Sequence(tokens, tokens), 10, 0)["positions"].tolist() == list(range(10))
 
 
