@@ -241,7 +241,8 @@ def announce(
         print(describe_debug(model))
     if model.lora is not None:
         count, lora = sum(leaf.size for leaf in jax.tree.leaves(step.trained)), model.lora
-        print(f"lora    rank {lora.rank}, scale {lora.scale:g}, beside {', '.join(lora.targets)}: {count / 1e6:,.1f}M "
+        dropped = f", dropout {lora.dropout:g}" * bool(lora.dropout)
+        print(f"lora    rank {lora.rank}, scale {lora.scale:g}{dropped}, beside {', '.join(lora.targets)}: {count / 1e6:,.1f}M "
               "parameters are trained")
     elif config.freeze:
         count = sum(leaf.size for leaf in jax.tree.leaves(step.frozen))
