@@ -40,8 +40,8 @@ def lora_mistakes(config: Any) -> Iterator[tuple[Any, str]]:
     alpha = config.lora_alpha
     yield alpha is not None and not alpha > 0, f"--lora-alpha {alpha}: must be a positive number"
     yield (config.lora_dropout is not None and not 0 <= config.lora_dropout < 1,
-           f"--lora-dropout {config.lora_dropout}: must be at least 0 and below 1, the part of an adapter's inputs that "
-           "is set to zero")
+           f"--lora-dropout {config.lora_dropout}: must be at least 0 and below 1, the part of an adapter's inputs "
+           "that is set to zero")
     yield (config.merge_adapter and not config.export,
            "--merge-adapter with --no-export: merged weights are an export; leave one of them out")
     yield (adapters and config.resize_vocabulary,

@@ -242,8 +242,8 @@ def announce(
     if model.lora is not None:
         count, lora = sum(leaf.size for leaf in jax.tree.leaves(step.trained)), model.lora
         dropped = f", dropout {lora.dropout:g}" * bool(lora.dropout)
-        print(f"lora    rank {lora.rank}, scale {lora.scale:g}{dropped}, beside {', '.join(lora.targets)}: {count / 1e6:,.1f}M "
-              "parameters are trained")
+        print(f"lora    rank {lora.rank}, scale {lora.scale:g}{dropped}, beside {', '.join(lora.targets)}: "
+              f"{count / 1e6:,.1f}M parameters are trained")
     elif config.freeze:
         count = sum(leaf.size for leaf in jax.tree.leaves(step.frozen))
         print(f"frozen  {count / 1e6:,.1f}M parameters match --freeze {config.freeze}")

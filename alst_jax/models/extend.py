@@ -52,8 +52,8 @@ def extended(raw: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
     """The fields of config.json with the positions of the flags.
 
     The settings are written in two forms: `rope_parameters` is read by transformers 5; `rope_scaling` and `rope_theta`
-    are read by older ones and by inference engines, of Gemma 3 also `rope_local_base_freq`. A rotary embedding of sliding
-    windows stays as it is.
+    are read by older ones and by inference engines, of Gemma 3 also `rope_local_base_freq`. A rotary embedding of
+    sliding windows stays as it is.
     """
     fields = text_fields(raw, HARMLESS, "config.json")
     family = find_family(fields, FAMILIES, "config.json")

@@ -68,8 +68,8 @@ def modules_to_save(leaves: list[tuple[tuple, Any]], config: ModelConfig) -> lis
 
 
 class Base(NamedTuple):
-    """The base model of an adapter of ours: its name, a hash of its weights, and the flags that stretched its positions,
-    with --seq-len (None: none did)."""
+    """The base model of an adapter of ours: its name, a hash of its weights, and the flags that stretched its
+    positions, with --seq-len (None: none did)."""
 
     name: str | None
     hash: str
@@ -124,7 +124,8 @@ def read_lora(directory: str | pathlib.Path) -> Found:
     rank, alpha, dropout = raw.get("r", 8), raw.get("lora_alpha", 8), raw.get("lora_dropout", 0.0)
     for name, value, least in (("r", rank, 1), ("lora_alpha", alpha, 0), ("lora_dropout", dropout, 0)):
         number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not number or value < least or name == "lora_dropout" and value >= 1 or name == "r" and not isinstance(value, int):
+        wrong = name == "r" and not isinstance(value, int) or name == "lora_dropout" and number and value >= 1
+        if not number or value < least or wrong:
             raise UserError(f"{path / CONFIG}: {name}={value!r} is no value of this field")
     return Found(Lora(rank, float(alpha), _targets(path), bool(raw.get("use_rslora"))), float(dropout),
                  raw.get("base_model_name_or_path"))

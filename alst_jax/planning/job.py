@@ -214,7 +214,8 @@ def describe(job: Job) -> str:
     if job.freeze is not None:
         words.append(f"--freeze {shlex.quote(job.freeze)}")
     if job.model.lora is not None:
-        words.append(f"--lora-rank {job.model.lora.rank}" + f" --lora-dropout {job.model.dropout:g}" * bool(job.model.dropout))
+        words.append(f"--lora-rank {job.model.lora.rank}")
+        words += [f"--lora-dropout {job.model.dropout:g}"] * bool(job.model.dropout)
     if job.model.attention_layers is not None:
         words.append(f"--debug-attention-layers {job.model.attention_layers}")
     return " ".join(words) or "nothing offloaded, every layer's input kept"

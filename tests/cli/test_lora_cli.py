@@ -98,8 +98,8 @@ def test_an_adapter_goes_on(trained, flags, tmp_path, capsys):
     capsys.readouterr()
     for words, message in [
             (("--lora-rank", 4), "--lora-rank 4: the adapter in .* has 3; leave --lora-rank out"),
-            (("--model", other_model(tmp_path / "other")), "was trained beside .*base, and the weights of --model .*other"),
-            (("--rope-theta", 5e4), "was trained with the model's own positions, and this run has --rope-theta 50000.0;"),
+            (("--model", other_model(tmp_path / "other")), "trained beside .*base, and the weights of --model .*other"),
+            (("--rope-theta", 5e4), "trained with the model's own positions, and this run has --rope-theta 50000.0;"),
             (("--freeze", "."), "is of another base model than --model, or trains other modules: model.norm.weight is")]:
         assert run_here(*start, *words, "--steps", 1, "--adapter", trained / ADAPTER, "--out", tmp_path / "x") == 2
         assert re.search(message, capsys.readouterr().err)

@@ -31,7 +31,8 @@ def plain():
 
 
 def gradients_of(step):
-    loss, gradients = step.loss_and_grad(*begin(step), step.put_batch(**random_batch(), draws=DRAWS), jnp.float32(SCALE))
+    batch = step.put_batch(**random_batch(), draws=DRAWS)
+    loss, gradients = step.loss_and_grad(*begin(step), batch, jnp.float32(SCALE))
     return float(loss), to_numpy(gradients)
 
 

@@ -85,7 +85,8 @@ def test_windows_of_olmo3_have_no_older_form_of_another_base():
     """There `rope_theta` is of both types of layers, and only full attention's base changes."""
     new = extended(SHAPE | dict(model_type="olmo3", rope_theta=5e5), TrainConfig(rope_theta=8e6, seq_len=NEW))
     assert not {"rope_theta", "rope_scaling"} & new.keys()
-    assert [new["rope_parameters"][kind]["rope_theta"] for kind in ("full_attention", "sliding_attention")] == [8e6, 5e5]
+    bases = {kind: settings["rope_theta"] for kind, settings in new["rope_parameters"].items()}
+    assert bases == {"full_attention": 8e6, "sliding_attention": 5e5}
 
 
 @pytest.mark.parametrize("flags", [FLAGS["yarn"], pytest.param(FLAGS["theta"], marks=pytest.mark.slow)],

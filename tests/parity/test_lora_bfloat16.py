@@ -13,9 +13,13 @@ import transformers
 
 from alst_jax.models.lora import LINEARS, Lora
 from alst_jax.ops.dropout import fold_in, kept, token_keys
+from alst_jax.optim.adamw import AdamW
+from alst_jax.optim.formats import join_float32
 from tests.helpers import PLAIN, leaves, make_step, random_batch, relative_error, tiny, to_numpy
-from tests.parity.test_lora import gradients_of, load, their_leaves, their_loss, twins  # noqa: F401: a fixture
+from tests.parity import test_lora
+from tests.parity.test_lora import gradients_of, load, their_leaves, their_loss
 
+twins = test_lora.twins  # a fixture
 BFLOAT16 = dataclasses.replace(PLAIN, compute_dtype="bfloat16")
 TOLERANCE = 0.04  # of a gradient in the bfloat16 of both sides, whose numbers have 8 bits; float32 has 1e-4
 FREEZE = "proj|embed_tokens|lm_head|layernorm"  # the last norm is trained in full
@@ -89,15 +93,13 @@ def test_dropout_is_that_of_peft(twins):
 @pytest.mark.parametrize("master", ["float32", "low-bits"])
 def test_a_norm_in_bfloat16_beside_adapters_has_a_master(master):
     """Updates of 1e-4, each below half a step of bfloat16 numbers at 1, are not lost; adapters need no master."""
-    from alst_jax.optim.adamw import AdamW
-    from alst_jax.optim.formats import join_float32
-
     optimizer = AdamW(master=master, clip_norm=0.0, weight_decay=0.0)
     step = make_step(tiny(lora=Lora(2, 2.0), num_layers=1), profile=BFLOAT16, optimizer=optimizer,
                      dtype=jnp.bfloat16, freeze=FREEZE + "|_norm")
     trained, _ = step.split(step.init_params(jax.random.key(0), jnp.bfloat16))
     before, state = to_numpy(trained), step.init_optimizer(trained)
-    assert {name: str(x.dtype) for name, x in leaves(before).items() if "lora" not in name} == {"norm.scale": "bfloat16"}
+    full = {name: str(x.dtype) for name, x in leaves(before).items() if "lora" not in name}
+    assert full == {"norm.scale": "bfloat16"}
     for _ in range(8):  # a constant gradient: AdamW goes down by the learning rate
         gradients = jax.device_put(jax.tree.map(lambda p: np.ones(p.shape, p.dtype), step.trained),
                                    jax.tree.map(lambda p: p.sharding, step.trained))
