@@ -20,7 +20,7 @@ from alst_jax.models.sizes import needed_flops, parameter_sizes, trained_sizes
 from alst_jax.parallel.costs import Shapes, Traffic, head_groups, traffic, work
 from alst_jax.planning.compiled import job_of, plan_step
 from alst_jax.planning.estimate import estimate
-from alst_jax.planning.footprint import layer_work, state_bytes, trained_bytes, working_set
+from alst_jax.planning.footprint import dropout_work, layer_work, state_bytes, trained_bytes, working_set
 from alst_jax.planning.job import Job, describe, total
 from alst_jax.planning.planner import Planner
 from alst_jax.planning.seconds import collectives
@@ -124,8 +124,15 @@ def test_adapters_in_the_plan():
     assert moved(beside)["update"] < moved(job)["update"] / 50
     norms = dataclasses.replace(beside, freeze="proj|embed_tokens|lm_head")
     assert trained_sizes(model, norms.freeze).total == adapters + 65 * 4096
-    assert state_bytes(norms)[2] - state_bytes(beside)[2] == 12 * 65 * 4096
+    # Of the norms moments and master; where some parameters have a master, the adapters have one too.
+    assert state_bytes(norms)[2] - state_bytes(beside)[2] == 12 * 65 * 4096 + 4 * adapters
+    assert state_bytes(dataclasses.replace(norms, master="none"))[2] == 8 * (adapters + 65 * 4096)
     assert "--lora-rank 16" in describe(beside)
+    dropped = dataclasses.replace(beside, model=dataclasses.replace(model, lora=Lora(16, 16.0, dropout=0.1)))
+    assert "--lora-rank 16 --lora-dropout 0.1" in describe(dropped)
+    an_input_and_its_mask = 2 + 1
+    assert dropout_work(dropped) == dropped.tiles.mlp * (14336 + 2 * 4096) * an_input_and_its_mask
+    assert dropout_work(beside) == 0
 
 
 def test_a_plan_follows_the_steps_frozen_parameters():

@@ -98,6 +98,7 @@ def test_a_norm_in_bfloat16_beside_adapters_has_a_master(master):
                      dtype=jnp.bfloat16, freeze=FREEZE + "|_norm")
     trained, _ = step.split(step.init_params(jax.random.key(0), jnp.bfloat16))
     before, state = to_numpy(trained), step.init_optimizer(trained)
+    assert leaves(state["master"]).keys() == leaves(before).keys(), "as planned: one tree, adapters included"
     full = {name: str(x.dtype) for name, x in leaves(before).items() if "lora" not in name}
     assert full == {"norm.scale": "bfloat16"}
     for _ in range(8):  # a constant gradient: AdamW goes down by the learning rate
