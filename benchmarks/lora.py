@@ -4,7 +4,8 @@
     python -m benchmarks.lora --compiled   # the bytes by the compiler (extra cuda12 or cuda13); needs no GPU
 
 Nothing is measured: speeds are predictions. bfloat16 weights, batch 1, the flash kernel, 125 GiB of host memory. Full
-fine-tuning has float32 moments and master weights where they fit, otherwise 8-bit moments and no master.
+fine-tuning has float32 moments and master weights, or 8-bit moments and no master. Where nothing else fits, and for the
+longest lengths, --rebuild-inputs-alone is added.
 """
 
 import dataclasses
@@ -52,10 +53,16 @@ def cells(name: str, length: int | None, way: str, compiled: bool) -> str:
     from alst_jax.planning.job import describe
 
     planner, job = plan_for(name, length, way, compiled)
-    try:
-        choice = planner.longest(job) if length is None else planner.choose(job, lambda text: None)
-    except UserError as error:
-        return f"| | | does not fit: {str(error).partition('. What would')[0].partition(': ')[2]}"
+    choice, problem = None, ""
+    for alone in (False, True) if length else (True,):
+        least = job.changed(rebuild_inputs_alone=alone)
+        try:
+            choice = planner.choose(least, lambda text: None) if length else planner.longest(least)
+            break
+        except UserError as error:
+            problem = str(error).partition(". What would")[0].partition(": ")[2]
+    if choice is None:
+        return f"| | | does not fit: {problem}"
     plan, tokens = choice.plan, "" if length else f" ({choice.job.length:,} tokens)"
     return (f"{plan.device_bytes / 2**30:.1f} | {plan.host_bytes / 2**30:.1f} | "
             f"{plan.tokens / plan.step_seconds:,.0f}{tokens} | {describe(choice.job)}")

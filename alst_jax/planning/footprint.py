@@ -152,6 +152,7 @@ def rebuilt_bytes(job: Job, segment: Segment) -> int:
         return 0
     not_kept = sum(run.layers for run in segment.runs if not run.place)
     not_kept -= segment.runs[-1].place is None  # the last layer recomputes its output in its own turn
+    not_kept *= not job.profile.rebuild_inputs_alone  # and so do all
     return (segment.layers - 1) * job.sizes.hidden + not_kept * (job.sizes.heads + job.sizes.statistics)
 
 

@@ -214,6 +214,7 @@ class _Backward:
         segment's input h"""
         (dh, store), layer, tokens = carry, self.stack.layer, self.saved.tokens
         last, rebuilt = segment.runs[-1].stop - 1, []
+        hold = lambda run: not (run.place or self.stack.profile.rebuild_inputs_alone)
         for run, saved in zip(segment.runs, results, strict=True):
             if run.start >= last:
                 continue
@@ -225,11 +226,11 @@ class _Backward:
                 here = tokens.in_layer(i)
                 made = host.row(saved, row, run.place == HOST) if run.place else layer.attend(i, h, weights, here)
                 out = layer.after(h, made[0], weights, here)
-                return (out, host.put_row(stacks, (h, None if run.place else made), i - run.start, False)), None
+                return (out, host.put_row(stacks, (h, made if hold(run) else None), i - run.start, False)), None
 
             stop = min(run.stop, last)
             attend = lambda h, run=run: layer.attend(run.start, h, layer.load(self.read(store, 0)), tokens)
-            made = None if run.place else jax.eval_shape(attend, h)
+            made = jax.eval_shape(attend, h) if hold(run) else None
             stacks = jax.tree.map(lambda x: zeros_after(dh, (stop - run.start, *x.shape), x.dtype, h), (h, made))
             (h, stacks), _ = lax.scan(one, (h, stacks), jnp.arange(run.start, stop))
             rebuilt.append((Run(run.start, stop, run.place), stacks[0], saved if run.place else stacks[1]))

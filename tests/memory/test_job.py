@@ -20,7 +20,7 @@ from alst_jax.models.sizes import needed_flops, parameter_sizes, trained_sizes
 from alst_jax.parallel.costs import Shapes, Traffic, head_groups, traffic, work
 from alst_jax.planning.compiled import job_of, plan_step
 from alst_jax.planning.estimate import estimate
-from alst_jax.planning.footprint import dropout_work, layer_work, state_bytes, trained_bytes, working_set
+from alst_jax.planning.footprint import dropout_work, layer_work, rebuilt_bytes, state_bytes, trained_bytes, working_set
 from alst_jax.planning.job import Job, describe, total
 from alst_jax.planning.planner import Planner
 from alst_jax.planning.seconds import collectives
@@ -104,6 +104,20 @@ def test_all_layers_frozen():
     # No gradients to reuse buffers of, and no float32 sums of a layer's gradients.
     sums = 4 * parameter_sizes(LLAMA_8B).layer
     assert working_set(dataclasses.replace(job, freeze=None)) - working_set(job) == pytest.approx(1.015 * sums, abs=8)
+
+
+def test_rebuilt_inputs_alone():
+    """Segments of 4 layers: three of each compute attention once more, and their outputs are not held."""
+    held = Job(LLAMA_8B, dataclasses.replace(OFFLOADED, segment_layers=(4,), keep_attention_on_device=4), 1, 131072)
+    alone = held.changed(rebuild_inputs_alone=True)
+    assert held.recomputed_attention == list(range(28))
+    assert alone.recomputed_attention == sorted([*range(28), *(layer for layer in range(28) if layer % 4 != 3)])
+    assert alone.passes.attention_forward - held.passes.attention_forward == 21
+    assert rebuilt_bytes(held, held.segments[0]) - rebuilt_bytes(alone, alone.segments[0]) == 3 * (
+        held.sizes.heads + held.sizes.statistics)
+    assert rebuilt_bytes(alone, alone.segments[0]) == 3 * held.sizes.hidden
+    each = held.changed(segment_layers=(1,))
+    assert each.changed(rebuild_inputs_alone=True).recomputed_attention == each.recomputed_attention
 
 
 def test_adapters_in_the_plan():
