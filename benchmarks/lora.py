@@ -4,8 +4,8 @@
     python -m benchmarks.lora --compiled   # the bytes by the compiler (extra cuda12 or cuda13); needs no GPU
 
 Nothing is measured: speeds are predictions. bfloat16 weights, batch 1, the flash kernel, 125 GiB of host memory. Full
-fine-tuning has float32 moments and master weights, or 8-bit moments and no master. Where nothing else fits, and for the
-longest lengths, --rebuild-inputs-alone is added.
+fine-tuning has float32 moments and master weights, or 8-bit moments and no master. `--alone` adds
+--rebuild-inputs-alone, for longer sequences.
 """
 
 import dataclasses
@@ -31,6 +31,8 @@ class Options:
     ways: tuple[Literal["full, float32 states", "full, int8 states, no master", "LoRA, rank 16"], ...] = tuple(FORMATS)
     models: tuple[Literal["Llama-8B", "Qwen3-32B"], ...] = tuple(MODELS)
     lengths: tuple[int, ...] = (131_072, 524_288, 1_048_576)
+    alone: bool = False
+    """With --rebuild-inputs-alone."""
     longest: bool = False
     """Also look for the longest length of each way."""
 
@@ -42,33 +44,27 @@ def main():
     for name, length in CASES:
         if name in options.models and length in options.lengths:
             for way in options.ways:
-                print(f"| {name} | {length:,} | {way} | {cells(name, length, way, options.compiled)} |", flush=True)
+                print(f"| {name} | {length:,} | {way} | {cells(name, length, way, options)} |", flush=True)
     for name, way in [(name, way) for name in options.models for way in options.ways if options.longest]:
-        print(f"| {name} | longest | {way} | {cells(name, None, way, options.compiled)} |", flush=True)
+        print(f"| {name} | longest | {way} | {cells(name, None, way, options)} |", flush=True)
 
 
-def cells(name: str, length: int | None, way: str, compiled: bool) -> str:
+def cells(name: str, length: int | None, way: str, options: Options) -> str:
     """Device and host GiB, tokens a second and flags of the best plan. length: None for the longest."""
     from alst_jax.config import UserError
     from alst_jax.planning.job import describe
 
-    planner, job = plan_for(name, length, way, compiled)
-    choice, problem = None, ""
-    for alone in (False, True) if length else (True,):
-        least = job.changed(rebuild_inputs_alone=alone)
-        try:
-            choice = planner.choose(least, lambda text: None) if length else planner.longest(least)
-            break
-        except UserError as error:
-            problem = str(error).partition(". What would")[0].partition(": ")[2]
-    if choice is None:
-        return f"| | | does not fit: {problem}"
+    planner, job = plan_for(name, length, way, options)
+    try:
+        choice = planner.longest(job) if length is None else planner.choose(job, lambda text: None)
+    except UserError as error:
+        return f"| | | does not fit: {str(error).partition('. What would')[0].partition(': ')[2]}"
     plan, tokens = choice.plan, "" if length else f" ({choice.job.length:,} tokens)"
     return (f"{plan.device_bytes / 2**30:.1f} | {plan.host_bytes / 2**30:.1f} | "
             f"{plan.tokens / plan.step_seconds:,.0f}{tokens} | {describe(choice.job)}")
 
 
-def plan_for(name: str, length: int | None, way: str, compiled: bool) -> tuple[Any, Any]:
+def plan_for(name: str, length: int | None, way: str, options: Options) -> tuple[Any, Any]:
     """(the planner of the machine, the job) of one line."""
     import jax.numpy as jnp
 
@@ -86,11 +82,11 @@ def plan_for(name: str, length: int | None, way: str, compiled: bool) -> tuple[A
         model = dataclasses.replace(model, lora=Lora(RANK, float(RANK)))
     config = TrainConfig(plan_for=MACHINE, host_memory=HOST, plan_only=length is not None,
                          find_max_seq_len=length is None)
-    profile = Profile(attention="flash", compute_dtype="bfloat16")
+    profile = Profile(attention="flash", compute_dtype="bfloat16", rebuild_inputs_alone=options.alone)
     job = Job(model, profile, 1, length or ANY_LENGTH, states=states, master=master)
     cluster = with_room(parse_cluster(MACHINE, HOST), job)
     planner = Planner.of(config, cluster, functools.partial(make_step, config, cluster, jnp.dtype("bfloat16")))
-    return dataclasses.replace(planner, compiles=planner.compiles and compiled), job
+    return dataclasses.replace(planner, compiles=planner.compiles and options.compiled), job
 
 
 if __name__ == "__main__":
