@@ -23,7 +23,7 @@ def main() -> int:
     config = TrainConfig()
     try:
         config, given = parse_flags(sys.argv[1:])
-        start.join(config)  # before the run directory is read: all processes end with the one that cannot see it
+        start.join(config)  # before the run directory is read: if one process cannot see it, all end
         config = completed(config, given)
         if config.explain_run is not None:
             from alst_jax.storage.about import explain
@@ -45,7 +45,7 @@ def main() -> int:
             raise
         return link().failed(f"error: {out_of_memory(config, str(error))}", 2)
     except BrokenPipeError:
-        raise  # while_read knows what it means
+        raise  # while_read explains it
     except OSError as error:
         from alst_jax.storage import disk
 
@@ -63,15 +63,15 @@ def parse(arguments: list[str]) -> TrainConfig:
 
 
 def completed(config: TrainConfig, given: set[str]) -> TrainConfig:
-    """The flags with what follows from others. A resumed run starts from the flags it began with; flags typed now
-    change them. given: the fields that were typed."""
+    """The flags, with the values that follow from other flags. A resumed run starts from the
+    flags it began with; flags typed now change them. given: the fields that were typed."""
     typed = tuple(name for name in chosen_fields() if name in given)
     if config.resume and config.out is not None:
         from alst_jax.storage.run_directory import read_run_file
 
         saved = read_saved(read_run_file(config.out).get("flags", {}))
         check_saved(TrainConfig, saved, f"{config.out}/run.json")
-        # The run has its model with it; one that is typed must be the same.
+        # The run has its model with it; a typed one must be the same.
         saved |= {"model": None, "typed": tuple(sorted({*saved.get("typed", ()), *typed}))}
         saved |= {field.name: getattr(config, field.name) for field in dataclasses.fields(ProcessFlags)}
         return TrainConfig(**saved | {name: getattr(config, name) for name in given})
