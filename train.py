@@ -138,7 +138,7 @@ def run(config: TrainConfig) -> int:
     """The story of a run, from flags to a Hugging Face directory. Returns the exit code."""
     # jax reads its environment when it is imported: not before main() has prepared it.
     from alst_jax import run as setup
-    from alst_jax import run_data, run_long, run_lora, run_state
+    from alst_jax import run_data, run_long, run_lora, run_packs, run_state
     from alst_jax.metrics import MetricsLog, NoLog, peak_host_memory, peak_memory
     from alst_jax.planning.report import announce_plan, planned_against_measured, report
     from alst_jax.refused import Saves
@@ -160,7 +160,7 @@ def run(config: TrainConfig) -> int:
     run_state.check_before_data(config, job, setup.choose_dtype(config))
     if config.pack:  # the packs say how much attention is to compute
         read = link().in_turn("data", lambda: run_data.read_data(config, source, job))
-        job = run_data.with_packs(job, read[1])
+        job = run_packs.with_packs(job, read[1])
     if planner.cluster is not None:  # a run that does not fit is refused here, before it allocates memory
         started = time.perf_counter()
         choice = planner.choose(job)

@@ -164,7 +164,7 @@ def _over_documents(call: Callable, arrays: tuple, outputs: tuple, documents: Ar
                 rows, is_inside = plan.rows(kind, start + turn * kind.together)
                 # Rows behind the last token repeat it: they are outside of all documents.
                 results = call(tuple(x.at[rows].get(mode="clip") for x in arrays), is_inside)
-                # All rows that are not written have indices of their own behind the end, so that all indices are unique.
+                # Rows that are not written have indices behind the end, each its own: all indices are unique.
                 slots = jnp.arange(rows.size, dtype=jnp.int32).reshape(rows.shape)
                 target = jnp.where(is_inside, rows, tokens + slots)
                 return tuple(out.at[target].set(x.astype(out.dtype), mode="drop", unique_indices=True)
