@@ -20,10 +20,13 @@ class LoraFlags:
     """The adapters' output is scaled by this / rank."""
     lora_targets: str = "all"
     """Linear layers that get adapters: all, or names as in q_proj,v_proj."""
+    lora_dropout: Annotated[float | None, default("0; with --adapter, its own")] = None
+    """In training, the part of an adapter's inputs that is set to zero, other ones each step; 0 is none."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead."""
     adapter: Annotated[str | None, default("new adapters")] = None
-    """Go on from this adapter, a directory in PEFT's format. It says rank, alpha, targets and rslora."""
+    """Go on from this adapter, a directory in PEFT's format. It says rank, alpha, targets and rslora, and the
+    dropout unless --lora-dropout does."""
     merge_adapter: bool = False
     """Also write OUT/hf at the end: the model with its adapters merged into the weights."""
 
@@ -31,11 +34,14 @@ class LoraFlags:
 def lora_mistakes(config: Any) -> Iterator[tuple[Any, str]]:
     """(whether the flags are wrong, message) for each rule. config: all flags of the run."""
     adapters = config.lora_rank is not None or config.adapter is not None
-    for field in ("lora_alpha", "lora_targets", "rslora", "merge_adapter"):
+    for field in ("lora_alpha", "lora_targets", "lora_dropout", "rslora", "merge_adapter"):
         yield (not adapters and getattr(config, field) != getattr(LoraFlags, field),
                f"--{field.replace('_', '-')} is about adapters, and the run has none; add --lora-rank or --adapter")
     alpha = config.lora_alpha
     yield alpha is not None and not alpha > 0, f"--lora-alpha {alpha}: must be a positive number"
+    yield (config.lora_dropout is not None and not 0 <= config.lora_dropout < 1,
+           f"--lora-dropout {config.lora_dropout}: must be at least 0 and below 1, the part of an adapter's inputs "
+           "that is set to zero")
     yield (config.merge_adapter and not config.export,
            "--merge-adapter with --no-export: merged weights are an export; leave one of them out")
     yield (adapters and config.resize_vocabulary,

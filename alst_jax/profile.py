@@ -43,6 +43,10 @@ class Switches:
     share_gradients: Annotated[bool, Words("inputs of segments in the memory of gradients"), CHOSEN] = False
     """Keep inputs of segments in the host memory of gradients that are not written yet. For segments with weights and
     activations in host memory (--offload-weights --offload-activations)."""
+    rebuild_inputs_alone: Annotated[bool, Words("attention of rebuilt layers computed once more")] = False
+    """Hold the inputs alone of a segment that is computed again, not its attention outputs: each layer computes its own
+    once more. Less device memory for a third attention forward pass. For segments of several layers; --memory auto
+    keeps it as it is."""
     head_chunks: Annotated[int, AtLeast(1), Words("{} head chunks", off=1), CHOSEN] = 1
     """Groups of attention heads worked on one after the other, so that less memory is needed at a time."""
     stack: Literal["segments", "plain"] = "segments"
@@ -58,7 +62,7 @@ class Switches:
         if self.update_in_backward:
             self._check_update_in_backward(clip_norm, grad_accum)
         by_hand = [name for name in ("segment_layers", "keep_attention_on_device", "keep_attention_on_host",
-                                     "share_gradients", "update_in_backward")
+                                     "share_gradients", "rebuild_inputs_alone", "update_in_backward")
                    if getattr(self, name) != getattr(Switches, name)]
         recomputing = by_hand + ["offload_activations"] * self.offload_activations
         if recomputing and not self.remat:

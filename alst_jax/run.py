@@ -231,8 +231,9 @@ def announce(
         print(describe_debug(model))
     if model.lora is not None:
         count, lora = sum(leaf.size for leaf in jax.tree.leaves(step.trained)), model.lora
-        print(f"lora    rank {lora.rank}, scale {lora.scale:g}, beside {', '.join(lora.targets)}: {count / 1e6:,.1f}M "
-              "parameters are trained")
+        dropped = f", dropout {lora.dropout:g}" * bool(lora.dropout)
+        print(f"lora    rank {lora.rank}, scale {lora.scale:g}{dropped}, beside {', '.join(lora.targets)}: "
+              f"{count / 1e6:,.1f}M parameters are trained")
     elif config.freeze:
         count = sum(leaf.size for leaf in jax.tree.leaves(step.frozen))
         print(f"frozen  {count / 1e6:,.1f}M parameters match --freeze {config.freeze}")

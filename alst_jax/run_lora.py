@@ -12,12 +12,12 @@ from alst_jax.config import TrainConfig, UserError
 from alst_jax.declare import flag
 from alst_jax.models.block import abstract_params
 from alst_jax.models.config import ModelConfig
-from alst_jax.models.extend import is_extended
+from alst_jax.models.extend import is_extended, rope_flags
 from alst_jax.models.families import FAMILIES
 from alst_jax.models.lora import LINEARS, Lora, is_adapter, is_trained
 from alst_jax.models.merging import merged
 from alst_jax.models.other_weights import has_others
-from alst_jax.models.peft_files import load_adapter, read_lora, save_adapter
+from alst_jax.models.peft_files import BASE, CONFIG, Base, load_adapter, read_base, read_lora, save_adapter
 from alst_jax.models.tree import names
 from alst_jax.step import TrainStep
 from alst_jax.storage import run_directory
@@ -38,6 +38,7 @@ def with_adapter(config: TrainConfig) -> TrainConfig:
                             "start a new run with it")
         return config
     found, dropout, base = read_lora(config.adapter)
+    dropout = dropout if config.lora_dropout is None else config.lora_dropout
     said = {"lora_rank": found.rank, "lora_alpha": found.alpha, "rslora": found.rslora,
             "lora_targets": ",".join(found.targets)}
     for name, value in said.items():
@@ -48,12 +49,8 @@ def with_adapter(config: TrainConfig) -> TrainConfig:
         if typed and given != value:
             raise UserError(f"{flag(name)} {given}: the adapter in {config.adapter} has {value}; leave {flag(name)} "
                             "out")
-    print(f"adapter {config.adapter}: made beside {base or 'a model that it does not name'}; its files do not say "
-          "whether --model is the same", flush=True)
-    if dropout:
-        print(f"warning: the adapter in {config.adapter} was made with lora_dropout {dropout:g}; it is trained "
-              "without dropout here", file=sys.stderr, flush=True)
-    return dataclasses.replace(config, **said)
+    print(f"adapter {config.adapter}: made beside {base or 'a model that it does not name'}", flush=True)
+    return dataclasses.replace(config, **said, lora_dropout=dropout)
 
 
 def with_lora(config: TrainConfig, source: ModelSource) -> ModelConfig:
@@ -74,7 +71,8 @@ def with_lora(config: TrainConfig, source: ModelSource) -> ModelConfig:
         raise UserError(f"--lora-rank: {source.name} holds more than a language model, and PEFT names its layers "
                         "otherwise; adapters are implemented for language models alone")
     alpha = float(config.lora_rank if config.lora_alpha is None else config.lora_alpha)
-    model = dataclasses.replace(model, lora=Lora(config.lora_rank, alpha, targets, config.rslora))
+    model = dataclasses.replace(model, lora=Lora(
+        config.lora_rank, alpha, targets, config.rslora, config.lora_dropout or 0.0, config.seed))
     return model
 
 
@@ -110,7 +108,7 @@ def settings(lora: Lora | None) -> dict[str, Any]:
     if lora is None:
         return {}
     return {"lora_rank": lora.rank, "lora_alpha": lora.alpha, "lora_targets": ",".join(lora.targets),
-            "rslora": lora.rslora}
+            "rslora": lora.rslora, "lora_dropout": lora.dropout or None}  # None: of checkpoints before the flag
 
 
 # ------------------------------------------------------------------------------------------------------------- weights
@@ -118,10 +116,47 @@ def settings(lora: Lora | None) -> dict[str, Any]:
 
 def begin(config: TrainConfig, source: ModelSource, step: TrainStep, dtype: jnp.dtype) -> Any:
     """The parameters before the first step."""
+    if config.adapter is not None:
+        check_base(config, source)
     params = load_weights(source, step, dtype, config.seed)
     if config.adapter is None:
         return params
     return step.join(load_adapter(config.adapter, step.model, step.trained), step.split(params)[1])
+
+
+def check_base(config: TrainConfig, source: ModelSource) -> None:
+    """UserError if --adapter was trained beside other weights than --model's, or with other positions; a warning if its
+    files do not say."""
+    adapter, saved, now = config.adapter, read_base(config.adapter), identity(source, config.seed)
+    base = read_lora(adapter).base
+    if saved is not None:
+        _check_rope(config, saved)
+        base, hashed, escape = saved.name, saved.hash, f"remove {pathlib.Path(adapter) / BASE}"
+    elif base and pathlib.Path(base).is_dir():
+        there = dataclasses.replace(source, name=base, hf_weights=pathlib.Path(base), checkpoint=None)
+        hashed = identity(there, config.seed)["hash"]
+        escape = f"write --model's name into {pathlib.Path(adapter) / CONFIG}"
+    elif base == source.name:
+        return
+    else:
+        print(f"warning: --adapter {adapter}: its base model {base or 'has no name in it and'} is not here to be "
+              f"compared with --model {source.name}; its shapes are right, which says nothing of its weights",
+              file=sys.stderr, flush=True)
+        return
+    if hashed != now["hash"]:
+        raise UserError(f"--adapter {adapter} was trained beside {base or hashed}, and the weights of --model "
+                        f"{source.name} are other ones; name that model with --model, or {escape} to go on beside "
+                        "this one")
+
+
+def _check_rope(config: TrainConfig, saved: Base) -> None:
+    """UserError unless the flags stretch the positions as the adapter knows them."""
+    words = lambda given: " ".join(f"{flag(name)} {value}" for name, value in (given or {}).items()
+                                   if value is not None and name != "seq_len") or "the model's own positions"
+    was, now = words(saved.rope), words(rope_flags(config))
+    if was != now:
+        raise UserError(f"--adapter {config.adapter} was trained with {was}, and this run has {now}; give the run the "
+                        "same, or merge the adapter (python -m convert.merge) and stretch the merged model")
 
 
 def resume_base(config: TrainConfig, step: TrainStep, dtype: jnp.dtype) -> Any:
@@ -139,8 +174,10 @@ def resume_base(config: TrainConfig, step: TrainStep, dtype: jnp.dtype) -> Any:
 def export(config: TrainConfig, step: TrainStep, trained: Any) -> None:
     """Write OUT/adapter."""
     out = pathlib.Path(config.out)
-    base = run_directory.read_run_file(out)["base"]["name"]
+    saved = run_directory.read_run_file(out)["base"]
+    base = saved["name"]
     save_adapter(out / ADAPTER, trained, step.model, base)
+    Base(base, saved["hash"], rope_flags(config)).write(out / ADAPTER)
     if base and ((pathlib.Path(base) / "config.json").is_file() or not pathlib.Path(base).exists()):  # or of a hub
         load = f"peft.AutoPeftModelForCausalLM.from_pretrained({str(out / ADAPTER)!r})"
         print(f"wrote {out / ADAPTER}: {load} loads it beside {base}")
@@ -149,7 +186,8 @@ def export(config: TrainConfig, step: TrainStep, trained: Any) -> None:
               "one to load it: --merge-adapter writes the whole model")
     if is_extended(config):
         print(f"warning: the adapter was trained with another rotary embedding than that of {base}'s config.json; use "
-              f"it with {out / run_directory.MODEL / 'config.json'}, or merge it with --merge-adapter", file=sys.stderr)
+              f"it with {out / run_directory.MODEL / 'config.json'}, or merge it (--merge-adapter, convert.merge)",
+              file=sys.stderr)
 
 
 def merged_params(step: TrainStep, params: Any) -> Any:

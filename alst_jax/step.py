@@ -216,14 +216,15 @@ class TrainStep:
         return trees | {"count": put(np.int32(0), self._optimizer_shardings["count"])}
 
     def put_batch(
-        self, tokens: np.ndarray, labels: np.ndarray, positions: np.ndarray, documents: np.ndarray | None = None
+        self, tokens: np.ndarray, labels: np.ndarray, positions: np.ndarray, documents: np.ndarray | None = None,
+        draws: np.ndarray | None = None,
     ) -> Batch:
         """numpy int32 -> a Batch on the mesh, with the shapes given there. B divides over data, S over seq: ValueError
         if not."""
         if positions.max(initial=0) >= MAX_POSITION:
             raise UserError(f"position {positions.max()}: rotary embedding is exact below {MAX_POSITION} tokens; "
                             "use a shorter --seq-len")
-        arrays = Batch(tokens, labels, positions, documents)
+        arrays = Batch(tokens, labels, positions, documents, draws)
         return Batch(*(x if x is None else put(x, NamedSharding(self.mesh, spec))
                        for x, spec in zip(arrays, Batch.specs())))
 

@@ -109,7 +109,7 @@ def optimizer_step(
     labels = count_all_labels([count for batch in batches for count in labels_of_rows(batch["labels"])])
     scale = jnp.float32(1 / labels)
     loss, gradients = 0.0, step.zero_gradients() if len(batches) > 1 else None
-    for batch in batches:
+    for batch in with_draws(step, state, batches):
         inputs = state.trained, state.frozen, step.put_batch(**batch), scale
         if gradients is None:
             part, gradients = step.loss_and_grad(*inputs)
@@ -141,11 +141,21 @@ def one_by_one(batches: Arrays | list[Arrays]) -> list[Arrays]:
     return [{name: array[i] for name, array in batches.items()} for i in range(len(batches["tokens"]))]
 
 
+def with_draws(step: TrainStep, state: TrainState, batches: list[Arrays]) -> list[Arrays]:
+    """The batches of a step with `Batch.draws`, where the adapters have dropout."""
+    if not step.model.dropout:
+        return batches
+    earlier = np.cumsum([0, *(batch["tokens"].size for batch in batches[:-1])])
+    return [batch | {"draws": np.array([state.step, tokens % 2**32], np.uint32)}
+            for batch, tokens in zip(batches, earlier)]
+
+
 def _step_in_backward(step, state, batches, learning_rate, judge):
     batches, layers = one_by_one(batches), step.model.num_layers
     if len(batches) != 1:
         raise ValueError(f"{len(batches)} batches: gradients that are used at once cannot be summed over several")
-    labels, batch = count_all_labels(labels_of_rows(batches[0]["labels"])), step.put_batch(**batches[0])
+    labels = count_all_labels(labels_of_rows(batches[0]["labels"]))
+    batch = step.put_batch(**with_draws(step, state, batches)[0])
     loss, norm, finite, updated, trained, optimizer = step.update_in_backward(
         state.trained, state.frozen, state.optimizer, batch, jnp.float32(1 / labels), jnp.float32(learning_rate))
     values = {"loss": float(loss), "grad_norm": float(norm), "labels": labels}

@@ -8,12 +8,13 @@ import jax
 import numpy as np
 import tyro
 
-from alst_jax.config import UserError
+from alst_jax.config import TrainConfig, UserError
+from alst_jax.models.extend import record_extension
 from alst_jax.models.hf_config import model_config
 from alst_jax.models.hf_weights import write_tensors
 from alst_jax.models.lora import DOWN, UP
 from alst_jax.models.merging import merge
-from alst_jax.models.peft_files import adapter_tensors, read_lora
+from alst_jax.models.peft_files import adapter_tensors, read_base, read_lora
 from alst_jax.models.weight_files import Tensor, Unwritten, find_tensors, read_whole
 from alst_jax.storage.checksums import seal_weights, verify_weights
 from alst_jax.storage.run_directory import copy_model_files
@@ -27,13 +28,14 @@ def merge_adapter(
 ) -> tuple[int, int]:
     """Write the base model with the adapter added to its weights, as a Hugging Face directory.
 
-    Sums are made in float32 and rounded once, to the dtype of the base model's weight. shard_size: as in convert.to_hf.
+    Sums are made in float32 and rounded once, to the dtype of the base model's weight. Where the run stretched the
+    positions of the base model, the config.json says so. shard_size: as in convert.to_hf.
     Returns the number of tensors and their bytes.
     """
     most = parse_size(shard_size)
     lora, parts = read_lora(adapter).lora, adapter_tensors(adapter)
     model_config(base)  # refuses a directory without a model
-    tensors = find_tensors(base)
+    tensors, saved = find_tensors(base), read_base(adapter)
     kernels = {name.replace(f".{DOWN}.", "."): name for name in parts if f".{DOWN}." in name}
     whole = {name for name in parts if ".lora_" not in name}
     for name in parts:
@@ -51,6 +53,8 @@ def merge_adapter(
     with Unfinished(hf_dir) as out:
         verify_weights(base)
         copy_model_files(base, out)
+        if saved is not None and saved.rope is not None:
+            record_extension(out, TrainConfig(**saved.rope))
         with Progress("merging", sum(tensor.nbytes for tensor in results)) as progress:
             result = write_tensors(iter(results), out, most, progress.advance)
         seal_weights(out)

@@ -14,11 +14,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 from alst_jax.models.config import LayerKind, ModelConfig
 from alst_jax.models.lora import DOWN, Lora, adapted
 from alst_jax.models.tree import leaves_read_by, names
+from alst_jax.ops.dropout import dropout, fold_in
 from alst_jax.ops.linear import add_bias, linear, low_rank
 from alst_jax.ops.norm import mean_square, rms_norm
 from alst_jax.ops.rope import apply_rope, rope_tables
@@ -33,16 +34,32 @@ class Tokens(NamedTuple):
 
     documents: offsets of the packed documents into the B S tokens of this device's sequences (see `Kernel`), the same
     on all devices that share them; None: each sequence is one document.
+
+    draws: a key for each token, of the masks of the adapters' dropout; None: nothing is dropped.
     """
 
     cos: Float[Array, "*B R H2"]  # R rotary embeddings
     sin: Float[Array, "*B R H2"]
     documents: Int[Array, "D1"] | None = None
+    draws: UInt32[Array, "*B 2"] | None = None
 
     @property
-    def rows(self) -> tuple[Array, Array]:
-        """The fields with one entry a token."""
-        return self.cos, self.sin
+    def rows(self) -> tuple[Array, ...]:
+        """The fields with one entry a token; `of_rows` undoes it."""
+        return self.cos, self.sin, *self.drawn
+
+    @property
+    def drawn(self) -> tuple[Array, ...]:
+        """The keys of dropout, if there is dropout."""
+        return () if self.draws is None else (self.draws,)
+
+    @staticmethod
+    def of_rows(cos: Array, sin: Array, draws: Array | None = None) -> "Tokens":
+        return Tokens(cos, sin, draws=draws)
+
+    def in_layer(self, number: Array | int) -> "Tokens":
+        """The tokens with the keys of this layer."""
+        return self if self.draws is None else self._replace(draws=fold_in(self.draws, number))
 
     @staticmethod
     def of(config: ModelConfig, positions: Int[Array, "B T"], length: jax.Array | None = None) -> "Tokens":
@@ -52,7 +69,10 @@ class Tokens(NamedTuple):
 
     def rope(self, number: int) -> tuple[Float[Array, "*B 1 H2"], Float[Array, "*B 1 H2"]]:
         """cos and sin of one of the model's rotary embeddings."""
-        return tuple(x if x.shape[-2] == 1 else x[..., number : number + 1, :] for x in self.rows)
+        return tuple(x if x.shape[-2] == 1 else x[..., number : number + 1, :] for x in (self.cos, self.sin))
+
+
+Draws = UInt32[Array, "*B 2"] | None  # of `Tokens`
 
 
 class Linear(nnx.Module):
@@ -63,17 +83,21 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(jax.random.normal(rngs.params(), (in_dim, out_dim), dtype) * std)
         self.bias = nnx.Param(jnp.zeros((out_dim,), dtype)) if bias else None
 
-    def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
+    def __call__(self, x: Float[Array, "*B I"], draws: Draws = None) -> Float[Array, "*B O"]:
         y = linear(x, self.kernel[...])  # x @ kernel
         y = y if self.bias is None else add_bias(y, self.bias[...])
-        return y if self.lora is None else y + low_rank(x, self.lora_A[...], self.lora_B[...], self.lora.scale)
+        if self.lora is None:
+            return y
+        if draws is not None:
+            x = dropout(x, fold_in(draws, self.number), self.lora.dropout)
+        return y + low_rank(x, self.lora_A[...], self.lora_B[...], self.lora.scale)
 
     lora: Lora | None = None
 
-    def adapt(self, lora: Lora, rngs: nnx.Rngs) -> None:
-        """Add an adapter as PEFT begins it: uniform, then zeros."""
+    def adapt(self, lora: Lora, number: int, rngs: nnx.Rngs) -> None:
+        """Add an adapter as PEFT begins it: uniform, then zeros. number: the layer's in a block, for dropout."""
         (rows, outputs), dtype = self.kernel.shape, accumulation_dtype(self.kernel.dtype)
-        self.lora, bound = lora, rows**-0.5
+        self.lora, self.number, bound = lora, number, rows**-0.5
         self.lora_A = nnx.Param(jax.random.uniform(rngs.params(), (rows, lora.rank), dtype, -bound, bound))
         self.lora_B = nnx.Param(jnp.zeros((lora.rank, outputs), dtype))
 
@@ -119,8 +143,8 @@ class MLP(nnx.Module):
         self.down_proj = make(config.intermediate_size, config.hidden_size)
         self.activation = config.activation
 
-    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        return self.down_proj(GATED[self.activation](self.gate_proj(x), self.up_proj(x)))
+    def __call__(self, x: Float[Array, "*B D"], draws: Draws = None) -> Float[Array, "*B D"]:
+        return self.down_proj(GATED[self.activation](self.gate_proj(x, draws), self.up_proj(x, draws)), draws)
 
 
 class Block(nnx.Module):
@@ -141,14 +165,14 @@ class Block(nnx.Module):
         self.post_feedforward_layernorm = norm(config.norms != "before")
         self.head_dim, self.num_kv_heads = config.head_dim, config.num_kv_heads
         self.norms, self.qk_norm, self.residual_multiplier = config.norms, config.qk_norm, config.residual_multiplier
-        for linear_layer in adapted(self, config.lora):  # last: weights are drawn as without adapters
-            linear_layer.adapt(config.lora, rngs)
+        for number, linear_layer in adapted(self, config.lora):  # last: weights are drawn as without adapters
+            linear_layer.adapt(config.lora, number, rngs)
 
     def __call__(
         self, h: Float[Array, "*B D"], tokens: Tokens, attention: Callable, kind: LayerKind = LayerKind()
     ) -> Float[Array, "*B D"]:
         """The next hidden states. attention(q[*B, N, H], k[*B, K, H], v) -> o[*B, N, H]."""
-        return self.after(h, attention(*self.before(h, tokens, kind)))
+        return self.after(h, attention(*self.before(h, tokens, kind)), tokens.draws)
 
     def before(
         self, h: Float[Array, "*B D"], tokens: Tokens, kind: LayerKind = LayerKind(), squares: tuple = ()
@@ -156,7 +180,7 @@ class Block(nnx.Module):
         """Queries, keys and values, for as many heads as the projections have columns. squares: of `mean_squares`, if
         these are not all heads."""
         x, attn = self._attention_input(h), self.self_attn
-        q, k, v = (part(x) for part in (attn.q_proj, attn.k_proj, attn.v_proj))
+        q, k, v = (part(x, tokens.draws) for part in (attn.q_proj, attn.k_proj, attn.v_proj))
         if self.qk_norm == "all heads":
             q_square, k_square = squares or (None, None)
             q, k = attn.q_norm(q, q_square), attn.k_norm(k, k_square)
@@ -167,25 +191,29 @@ class Block(nnx.Module):
             q, k = apply_rope(q, *tokens.rope(kind.table)), apply_rope(k, *tokens.rope(kind.table))
         return q, k, v
 
-    def mean_squares(self, h: Float[Array, "*B D"]) -> tuple[Float[Array, "*B 1"], Float[Array, "*B 1"]]:
+    def mean_squares(
+        self, h: Float[Array, "*B D"], draws: Draws = None
+    ) -> tuple[Float[Array, "*B 1"], Float[Array, "*B 1"]]:
         """Mean squares of the queries and of the keys over all heads. `before` needs them if it works on some heads and
         norms go over all."""
         x = self._attention_input(h)
-        return mean_square(self.self_attn.q_proj(x)), mean_square(self.self_attn.k_proj(x))
+        return mean_square(self.self_attn.q_proj(x, draws)), mean_square(self.self_attn.k_proj(x, draws))
 
     def _attention_input(self, h):
         return h if self.input_layernorm is None else self.input_layernorm(h)
 
-    def after(self, h: Float[Array, "*B D"], o: Float[Array, "*B N H"]) -> Float[Array, "*B D"]:
+    def after(
+        self, h: Float[Array, "*B D"], o: Float[Array, "*B N H"], draws: Draws = None
+    ) -> Float[Array, "*B D"]:
         """The next hidden states, from the output of attention."""
         add = lambda h, x: h + (x if self.residual_multiplier == 1 else x * self.residual_multiplier)
-        x = self.self_attn.o_proj(o.reshape(*o.shape[:-2], -1))
+        x = self.self_attn.o_proj(o.reshape(*o.shape[:-2], -1), draws)
         if self.norms == "before":
             h = add(h, x)
-            return add(h, self.mlp(self.post_attention_layernorm(h)))
+            return add(h, self.mlp(self.post_attention_layernorm(h), draws))
         h = add(h, self.post_attention_layernorm(x))
         x = h if self.pre_feedforward_layernorm is None else self.pre_feedforward_layernorm(h)
-        return add(h, self.post_feedforward_layernorm(self.mlp(x)))
+        return add(h, self.post_feedforward_layernorm(self.mlp(x, draws)))
 
     def heads(self, i: jax.Array | int, n: int) -> "Block":
         """The block whose `before` makes group i of n of the query heads, and the kv heads that they read."""

@@ -75,6 +75,11 @@ class ModelConfig:
             raise UserError(f"layer kinds name more rotary embeddings than the {len(self.ropes)} of the model")
 
     @property
+    def dropout(self) -> float:
+        """The part of the adapters' inputs that training sets to zero."""
+        return 0.0 if self.lora is None else self.lora.dropout
+
+    @property
     def ropes(self) -> tuple[RopeConfig, ...]:
         """All rotary embeddings; a layer's kind says which it uses."""
         return self.rope, *self.more_ropes

@@ -14,12 +14,19 @@ from alst_jax.models.hf_rope import ORIGINAL
 from alst_jax.models.text_config import TEXT, is_wrapped, text_fields
 
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}  # of Llama 3.1
-REPLACED = ("rope_theta", "rope_scaling", "rope_parameters")
+LOCAL = "rope_local_base_freq"  # Gemma 3's name for the base of its sliding windows
+REPLACED = ("rope_theta", "rope_scaling", "rope_parameters", LOCAL)
 
 
 def is_extended(config: TrainConfig) -> bool:
     """Whether the flags change the positions of the model."""
     return config.rope_scaling is not None or config.rope_theta is not None
+
+
+def rope_flags(config: TrainConfig) -> dict[str, Any] | None:
+    """The flags that change the positions of the model, and the length that they were checked with."""
+    names = ("rope_scaling", "rope_factor", "rope_theta", "seq_len")
+    return {name: getattr(config, name) for name in names} if is_extended(config) else None
 
 
 def extend(model: ModelConfig, files: pathlib.Path | None, config: TrainConfig) -> ModelConfig:
@@ -45,7 +52,8 @@ def extended(raw: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
     """The fields of config.json with the positions of the flags.
 
     The settings are written in two forms: `rope_parameters` is read by transformers 5; `rope_scaling` and `rope_theta`
-    are read by older ones and by inference engines. A rotary embedding of sliding windows is unchanged.
+    are read by older ones and by inference engines, of Gemma 3 also `rope_local_base_freq`. A rotary embedding of
+    sliding windows is unchanged.
     """
     fields = text_fields(raw, HARMLESS, "config.json")
     family = find_family(fields, FAMILIES, "config.json")
@@ -64,15 +72,24 @@ def extended(raw: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
         new |= LLAMA3 if config.rope_scaling == "llama3" else {}
         # From this field transformers counts how the base grows with the length.
         new_length = length if config.rope_scaling == "dynamic" else round(length * config.rope_factor)
-    changed: dict[str, Any] = {"max_position_embeddings": new_length}
-    if others:  # a rotary embedding for each type of layer has one form alone
-        changed["rope_parameters"] = {FULL: new, SLIDING: others[0]}
-    else:
-        changed |= {"rope_parameters": new, "rope_theta": new["rope_theta"]}
-        if new["rope_type"] != "default":
-            changed["rope_scaling"] = {name: value for name, value in new.items() if name != "rope_theta"}
+    changed: dict[str, Any] = {"max_position_embeddings": new_length,
+                               "rope_parameters": {FULL: new, SLIDING: others[0]} if others else new}
+    changed |= _older_form(new, others[0] if others else None, LOCAL in family.implemented)
     kept = {name: value for name, value in (raw[TEXT] if is_wrapped(raw) else raw).items() if name not in REPLACED}
     return raw | {TEXT: kept | changed} if is_wrapped(raw) else kept | changed
+
+
+def _older_form(own: dict[str, Any], sliding: dict[str, Any] | None, local: bool) -> dict[str, Any]:
+    """The settings in the fields of transformers 4: `rope_scaling` is of full attention; sliding windows have no
+    scaling, and the base LOCAL where the family knows it (local). Empty if these fields cannot hold the settings."""
+    fields: dict[str, Any] = {"rope_theta": own["rope_theta"]}
+    if own["rope_type"] != "default":
+        fields["rope_scaling"] = {name: value for name, value in own.items() if name != "rope_theta"}
+    if sliding is None:
+        return fields
+    if sliding["rope_type"] != "default" or not local and sliding["rope_theta"] != own["rope_theta"]:
+        return {}
+    return fields | ({LOCAL: sliding["rope_theta"]} if local else {})
 
 
 def _settings(fields: dict[str, Any], family: Any) -> list[dict[str, Any]]:

@@ -19,13 +19,16 @@ DOWN, UP = "lora_A", "lora_B"
 class Lora:
     """The adapters of a model: which linear layers have one, and how their output is scaled.
 
-    targets: of LINEARS. rslora: scale is alpha / sqrt(rank) (arXiv 2312.03732).
+    targets: of LINEARS. rslora: scale is alpha / sqrt(rank) (arXiv 2312.03732). dropout: in training, the part of an
+    adapter's inputs that is set to zero; seed: of its masks (ops/dropout.py).
     """
 
     rank: int
     alpha: float
     targets: tuple[str, ...] = LINEARS
     rslora: bool = False
+    dropout: float = 0.0
+    seed: int = 0
 
     @property
     def scale(self) -> float:
@@ -50,7 +53,8 @@ def adapters_of(params: PyTree) -> tuple[PyTree, PyTree]:
     return partition(params, is_adapter)
 
 
-def adapted(block: Any, lora: Lora | None) -> list[Any]:
-    """The linear layers of a block that have adapters."""
-    targets = () if lora is None else [name for name in LINEARS if name in lora.targets]
-    return [getattr(part, name) for name in targets for part in (block.self_attn, block.mlp) if hasattr(part, name)]
+def adapted(block: Any, lora: Lora | None) -> list[tuple[int, Any]]:
+    """The linear layers of a block that have adapters, each with its number in LINEARS."""
+    targets = () if lora is None else [(n, name) for n, name in enumerate(LINEARS) if name in lora.targets]
+    return [(n, getattr(part, name)) for n, name in targets for part in (block.self_attn, block.mlp)
+            if hasattr(part, name)]

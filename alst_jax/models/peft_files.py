@@ -19,6 +19,7 @@ from alst_jax.models.weight_files import ADAPTER as CONFIG
 from alst_jax.models.weight_files import Tensor, find_tensors, write_file
 
 WEIGHTS = "adapter_model.safetensors"
+BASE = "base.json"  # ours, which PEFT does not read: see `Base`
 PREFIX = "base_model.model."  # of the names of a PEFT model's tensors
 READ = {"r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "modules_to_save"}
 # Fields that do not change the numbers that an adapter computes.
@@ -46,7 +47,7 @@ def save_adapter(
     number = lambda x: int(x) if x == int(x) else x  # PEFT's type is int
     fields = FIXED | {
         "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True, "r": lora.rank,
-        "lora_alpha": number(lora.alpha), "lora_dropout": 0.0, "use_rslora": lora.rslora,
+        "lora_alpha": number(lora.alpha), "lora_dropout": lora.dropout, "use_rslora": lora.rslora,
         "target_modules": list(lora.targets), "modules_to_save": kept or None, "fan_in_fan_out": False,
         "init_lora_weights": True}
     (out / CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True), encoding="utf-8")
@@ -61,6 +62,33 @@ def modules_to_save(leaves: list[tuple[tuple, Any]], config: ModelConfig) -> lis
             module = leaf_names(path, config)[0].rpartition(".")[0]
             found.append(module.rpartition(".")[2] if is_stacked(path) else module)
     return list(dict.fromkeys(found))
+
+
+# ---------------------------------------------------------------------------------------------------------- base model
+
+
+class Base(NamedTuple):
+    """The base model of an adapter of ours: its name, a hash of its weights, and the flags that stretched its
+    positions, with --seq-len (None: none did)."""
+
+    name: str | None
+    hash: str
+    rope: dict[str, Any] | None = None
+
+    def write(self, directory: pathlib.Path) -> None:
+        (directory / BASE).write_text(json.dumps(self._asdict(), indent=2) + "\n", encoding="utf-8")
+
+
+def read_base(directory: str | pathlib.Path) -> Base | None:
+    """None: the directory does not say."""
+    file = pathlib.Path(directory) / BASE
+    if not file.is_file():
+        return None
+    try:
+        return Base(**json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{file} is not what a run with adapters writes ({error}); remove it to use the adapter beside "
+                        "any model with its shapes") from error
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -96,7 +124,8 @@ def read_lora(directory: str | pathlib.Path) -> Found:
     rank, alpha, dropout = raw.get("r", 8), raw.get("lora_alpha", 8), raw.get("lora_dropout", 0.0)
     for name, value, least in (("r", rank, 1), ("lora_alpha", alpha, 0), ("lora_dropout", dropout, 0)):
         number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not number or value < least or name == "r" and not isinstance(value, int):
+        wrong = name == "r" and not isinstance(value, int) or name == "lora_dropout" and number and value >= 1
+        if not number or value < least or wrong:
             raise UserError(f"{path / CONFIG}: {name}={value!r} is no value of this field")
     return Found(Lora(rank, float(alpha), _targets(path), bool(raw.get("use_rslora"))), float(dropout),
                  raw.get("base_model_name_or_path"))

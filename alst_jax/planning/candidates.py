@@ -189,6 +189,7 @@ def segments_within(job: Job, search: Search, part: float) -> tuple[int, ...] | 
     output = size.heads + size.statistics
     on_device = layers - profile.keep_attention_on_device  # the first layer that keeps its output there
     not_kept = on_device - profile.keep_attention_on_host  # the number of layers that keep none
+    not_kept *= not profile.rebuild_inputs_alone  # rebuilt segments hold theirs
     # bytes on the device, by layer: outputs of the layers before it
     kept_before = [max(0, layer - on_device) * output for layer in range(layers + 1)]
     free = (room - kept_before[-1]) * part  # at the end of the forward pass

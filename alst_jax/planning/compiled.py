@@ -102,7 +102,7 @@ def _compile(
     documents: int = 0,
 ) -> tuple[Any, Any]:
     """The compiled gradient, or whole step where the backward pass updates; on GPUs that are here also the update."""
-    batch = Batch.abstract(rows, length, step.mesh, documents)
+    batch = Batch.abstract(rows, length, step.mesh, documents, step.model.dropout > 0)
     scalar, params = jax.ShapeDtypeStruct((), jnp.float32), (step.trained, step.frozen)
     if step.profile.update_in_backward and not absent:
         return step.update_in_backward.lower(*params, step.optimizer_state, batch, scalar, scalar).compile(), None

@@ -24,8 +24,10 @@ def states(job: Job) -> dict[str, list[Term]]:
     weights, written = (-(-sizes.bytes(job.width) // job.devices) for sizes in (job.parameters, job.trained))
     trained, stored = -(-job.trained.total // job.devices), not job.profile.update_in_backward
     moment = WIDTHS[job.states] + INT8_SCALES * (job.states == "int8")
-    narrow = -(-(job.trained.total - job.trained.adapters) // job.devices)  # adapters have no master weights
-    master = narrow * WIDTHS[job.master] * (job.width == 2)
+    narrow = -(-(job.trained.total - job.trained.adapters) // job.devices)
+    # Adapters, float32 themselves, have master weights only where others have: one tree holds both.
+    wide = 4 * -(-job.trained.adapters // job.devices) * (narrow > 0 and job.master != "none")
+    master = (narrow * WIDTHS[job.master] + wide) * (job.width == 2)
     return {
         "weights": [Term("weights", weights, "models/block")],
         "gradients": [Term("gradients", stored * written * (not job.sums_in_place), STACK),
@@ -150,6 +152,7 @@ def rebuilt_bytes(job: Job, segment: Segment) -> int:
         return 0
     not_kept = sum(run.layers for run in segment.runs if not run.place)
     not_kept -= segment.runs[-1].place is None  # the last layer recomputes its output in its own turn
+    not_kept *= not job.profile.rebuild_inputs_alone  # and so do all
     return (segment.layers - 1) * job.sizes.hidden + not_kept * (job.sizes.heads + job.sizes.statistics)
 
 
@@ -180,7 +183,8 @@ def layer_work(job: Job, rebuilt: bool = False) -> list[Term]:
     attention = [Term("q, k, v and their gradients", work.peak, MESH),
                  Term("workspace", workspace * job.count_workspace, ATTENTION),
                  Term("slices of documents", slices, ATTENTION)]
-    mlp = [Term("weights, and a tile of the MLP", mlp_work(job), LAYER), Term("copy of o", work.output_copy, XLA)]
+    mlp = [Term("weights, and a tile of the MLP", mlp_work(job), LAYER), Term("copy of o", work.output_copy, XLA),
+           Term("masks of dropout", dropout_work(job), "ops/dropout")]
     if rebuilt and (profile.head_chunks == 1 or not work.swaps):  # the old dh, until all its rows are read
         attention.append(Term("the old dh", size.hidden * work.swaps, XLA))
         mlp.append(Term("the old dh", size.hidden, XLA))
@@ -203,6 +207,12 @@ def mlp_work(job: Job) -> int:
     if tile < job.tokens:
         return size.layer + int(4.75 * tile * model.intermediate_size * job.width)
     return size.layer * (job.devices > 1) + 4 * tile * (model.intermediate_size + model.hidden_size) * job.width
+
+
+def dropout_work(job: Job) -> int:
+    """A tile's inputs of the MLP's adapters after dropout, with their masks. The keys of a step's tokens are small."""
+    columns = job.model.intermediate_size + 2 * job.model.hidden_size
+    return (job.model.dropout > 0) * job.tiles.mlp * columns * (job.width + 1)
 
 
 def update_work(job: Job) -> int:

@@ -175,9 +175,14 @@ class Job:
 
     @functools.cached_property
     def recomputed_attention(self) -> list[int]:
-        """Layers whose attention the backward pass computes again, in a rebuilt segment or in the layer's own turn."""
-        runs = [run for segment in self.segments for run in segment.runs if self.profile.remat and not run.place]
-        return [layer for run in runs for layer in range(run.start, run.stop)]
+        """Layers whose attention the backward pass computes again: in a rebuilt segment or in the layer's own turn, or,
+        where segments hold their inputs alone, in both, and then twice here."""
+        found, alone = [], self.profile.rebuild_inputs_alone
+        for segment in self.segments if self.profile.remat else ():
+            layers = [layer for run in segment.runs if not run.place for layer in range(run.start, run.stop)]
+            twice = alone and not segment.all_inputs
+            found += layers + [layer for layer in layers if twice and layer < segment.stop - 1]
+        return sorted(found)
 
     @functools.cached_property
     def passes(self) -> Passes:
@@ -231,6 +236,7 @@ def describe(job: Job) -> str:
         words.append(f"--freeze {shlex.quote(job.freeze)}")
     if job.model.lora is not None:
         words.append(f"--lora-rank {job.model.lora.rank}")
+        words += [f"--lora-dropout {job.model.dropout:g}"] * bool(job.model.dropout)
     if job.model.attention_layers is not None:
         words.append(f"--debug-attention-layers {job.model.attention_layers}")
     return " ".join(words) or "nothing offloaded, every layer's input kept"

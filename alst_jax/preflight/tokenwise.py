@@ -135,7 +135,7 @@ def _run(subject):
         weights = one.load(shards)
         plain = made(H, sizes[0])
         h, o = jnp.where(signs > 0, LOUD * jnp.sign(plain), plain), made(O, heads, sizes[1])
-        (q, kv), out = one.attend(number, h, weights, tokens), one.after(h, o, weights)
+        (q, kv), out = one.attend(number, h, weights, tokens), one.after(h, o, weights, tokens)
         dh, gradients = one.backward(number, h, weights, tokens, (o, None), made(DH, sizes[0]))
         wide = jax.tree.map(lambda w: w.astype(jnp.float32), shards.trained)
         return tuple(map(subject.pick, (q, *jnp.split(kv, 2, axis=2), out, dh))), one.scatter(gradients, wide)

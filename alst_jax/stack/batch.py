@@ -16,24 +16,30 @@ class Batch(NamedTuple):
     documents [data, D + 1], sharded over data: for each data-parallel replica the offsets of its packed documents into
     its B S / data tokens, from 0 to their number; repeated last offsets are empty documents. None: each sequence is one
     document.
+
+    draws uint32[2], equal on all devices: the number of the optimizer step, and the tokens of its earlier batches; they
+    say which inputs of adapters dropout sets to zero. None: none.
     """
 
     tokens: jax.Array
     labels: jax.Array
     positions: jax.Array
     documents: jax.Array | None = None
+    draws: jax.Array | None = None
 
     @staticmethod
     def specs() -> "Batch":
         """The PartitionSpec of each field."""
-        return Batch(BATCH_SPEC, BATCH_SPEC, BATCH_SPEC, DOCUMENTS_SPEC)
+        return Batch(BATCH_SPEC, BATCH_SPEC, BATCH_SPEC, DOCUMENTS_SPEC, P())
 
     @staticmethod
-    def abstract(rows: int, length: int, mesh: Mesh, documents: int = 0) -> "Batch":
+    def abstract(rows: int, length: int, mesh: Mesh, documents: int = 0, dropout: bool = False) -> "Batch":
         """The fields as ShapeDtypeStructs. documents: the largest number of documents of a replica; 0: not packed."""
-        made = lambda shape, spec: jax.ShapeDtypeStruct(shape, "int32", sharding=NamedSharding(mesh, spec))
+        made = lambda shape, spec, dtype="int32": jax.ShapeDtypeStruct(
+            shape, dtype, sharding=NamedSharding(mesh, spec))
         offsets = made((mesh.shape[DATA], documents + 1), DOCUMENTS_SPEC) if documents else None
-        return Batch(*[made((rows, length), BATCH_SPEC)] * 3, offsets)
+        draws = made((2,), P(), "uint32") if dropout else None
+        return Batch(*[made((rows, length), BATCH_SPEC)] * 3, offsets, draws)
 
 
 BATCH_SPEC = P(DATA, SEQ)  # [sequences/data, tokens/seq]

@@ -16,8 +16,9 @@ from alst_jax.models.config import ModelConfig
 from alst_jax.models.tiles import tile_sizes
 from alst_jax.models.tree import combine
 from alst_jax.ops.cross_entropy import LogitScaling, TokenLosses, cross_entropy, tiled_cross_entropy, token_losses
+from alst_jax.ops.dropout import token_keys
 from alst_jax.ops.linear import embed
-from alst_jax.parallel.mesh import AXES, SEQ
+from alst_jax.parallel.mesh import AXES, DATA, SEQ
 from alst_jax.parallel.sharding import drop_layer_dim, gather, is_spec
 from alst_jax.parallel.ulysses import Ulysses
 from alst_jax.profile import Profile
@@ -97,7 +98,16 @@ class Model:
         if any(rope.needs_length for rope in self.config.ropes):
             length = lax.pmax(jnp.max(batch.positions) + 1, AXES)
         documents = None if batch.documents is None else batch.documents[0]
-        return Tokens.of(self.config, batch.positions, length)._replace(documents=documents)
+        draws = None if batch.draws is None else self._draws(batch)
+        return Tokens.of(self.config, batch.positions, length)._replace(documents=documents, draws=draws)
+
+    def _draws(self, batch):
+        """Keys of the local tokens, from their numbers in the optimizer step."""
+        (rows, length), (step, earlier) = batch.tokens.shape, batch.draws
+        row = lax.axis_index(DATA).astype(jnp.uint32) * rows + jnp.arange(rows, dtype=jnp.uint32)
+        column = lax.axis_index(SEQ).astype(jnp.uint32) * length + jnp.arange(length, dtype=jnp.uint32)
+        numbers = earlier + row[:, None] * jnp.uint32(length * lax.axis_size(SEQ)) + column[None]
+        return token_keys(self.config.lora.seed, step, numbers)
 
     @jax.named_scope(scopes.LOSS)
     def head_loss(self, h_BTD: jax.Array, ends: Params, labels_BT: jax.Array, scale: jax.Array) -> jax.Array:

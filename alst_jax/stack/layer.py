@@ -87,7 +87,7 @@ class Layer:
                 self._projector(kind, h, weights, tokens), self.model.attention_spec(kind), h, tokens.documents))
 
     def after(
-        self, h: Float[Array, "B T D"], o: Float[Array, "B T N H"], weights: Weights
+        self, h: Float[Array, "B T D"], o: Float[Array, "B T N H"], weights: Weights, tokens: Tokens
     ) -> Float[Array, "B T D"]:
         """The next h, from the layer's input and the output of attention.
 
@@ -96,8 +96,9 @@ class Layer:
         """
         block = self._half(weights.block, "after")[0]
         with jax.named_scope(scopes.MLP):
-            _, (out,) = stream(lambda _, written, read: ((), (_widen(block).after(written[0], read[0]),)), (),
-                               written=(token_rows(h),), read=(token_rows(o),), rows=self._rows(h))
+            _, (out,) = stream(lambda _, written, read: ((), (_widen(block).after(*written, *read),)), (),
+                               written=(token_rows(h),), read=tuple(map(token_rows, (o, *tokens.drawn))),
+                               rows=self._rows(h))
         return out.reshape(h.shape)
 
     def backward(
@@ -113,7 +114,7 @@ class Layer:
         Besides these, h and o, only the gradients of keys and values and one group of heads have the sequence's length.
         """
         o_BTNH, _ = results
-        dafter, (dh_TD, do) = self._after_backward(weights, h, o_BTNH, dh)
+        dafter, (dh_TD, do) = self._after_backward(weights, h, o_BTNH, tokens, dh)
 
         def rest(kind):
             with jax.named_scope(scopes.ATTENTION):
@@ -159,6 +160,7 @@ class Layer:
         scan's results would be allocated long before, for all layers that no loop goes over at once."""
         before, chunks = self._half(weights.block, "before")[0], self.sequence.chunks
         read = tuple(map(token_rows, (h_BTD, *tokens.rows)))
+        last = len(read)  # squares may follow
 
         def in_tiles(one, read):
             places = tuple(zeros_after(h_BTD, x.shape, x.dtype) for x in jax.eval_shape(one, read))
@@ -166,26 +168,29 @@ class Layer:
             return stream(body, (), written=places, read=read, rows=self._rows(h_BTD))[1]
 
         if self.shares_squares:
-            read += in_tiles(lambda rows: _widen(before).mean_squares(rows[0]), read[:1])
+            alone = (read[0], *map(token_rows, tokens.drawn))
+            read += in_tiles(lambda rows: _widen(before).mean_squares(*rows), alone)
 
         def project(i):
             block = before if chunks == 1 else before.heads(i, chunks)
-            qkv = in_tiles(lambda rows: _widen(block).before(rows[0], Tokens(*rows[1:3]), kind, rows[3:]), read)
+            qkv = in_tiles(lambda rows: _widen(block).before(
+                rows[0], Tokens.of_rows(*rows[1:last]), kind, rows[last:]), read)
             return tuple(x.reshape(*h_BTD.shape[:2], *x.shape[1:]) for x in qkv)
 
         return project
 
-    def _after_backward(self, weights, h_BTD, o_BTNH, dh_BTD):
+    def _after_backward(self, weights, h_BTD, o_BTNH, tokens, dh_BTD):
         trained, frozen = self._half(weights.trained, "after")[0], weights.frozen
 
         def body(sums, written, read):
-            _, pullback = jax.vjp(lambda h, o, w: combine(w, frozen).after(h, o), *read, _widen(trained))
+            after = lambda h, o, w: combine(w, frozen).after(h, o, *read[2:])
+            _, pullback = jax.vjp(after, *read[:2], _widen(trained))
             *written, dweights = pullback(written[0])
             return _add(sums, dweights), tuple(written)
 
         # The zeros are all overwritten: a place for the gradient of o.
         written = token_rows(dh_BTD), zeros_after(dh_BTD, token_rows(o_BTNH).shape, o_BTNH.dtype)
-        read = token_rows(h_BTD), token_rows(o_BTNH)
+        read = tuple(map(token_rows, (h_BTD, o_BTNH, *tokens.drawn)))
         with jax.named_scope(scopes.MLP):
             return stream(body, _zeros_after(dh_BTD, trained), written=written, read=read, rows=self._rows(h_BTD))
 
@@ -193,7 +198,7 @@ class Layer:
         trained, frozen = self._half(weights.trained, "before")[0], weights.frozen
 
         def body(sums, written, read):
-            h, dqkv, rows = read[0], read[1:4], Tokens(*read[4:])
+            h, dqkv, rows = read[0], read[1:4], Tokens.of_rows(*read[4:])
             _, pullback = jax.vjp(lambda h, w: combine(w, frozen).before(h, rows, kind), h, _widen(trained))
             dx, dweights = pullback(dqkv)
             return _add(sums, dweights), (written[0] + dx,)

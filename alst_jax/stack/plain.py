@@ -25,7 +25,8 @@ def plain_stack(layer: Layer, h: jax.Array, layers: Weights, tokens: Tokens, pro
         shards, number = layer_and_number
         h = checkpoint_name(h, INPUT)  # on the first line: there it names the carry, which is the residual
         weights = layer.load_differentiable(host.to_device(shards) if profile.offload_weights else shards)
-        return layer.by_kind(number)(lambda kind: apply_block(layer, kind, h, weights, tokens)), None
+        here = tokens.in_layer(number)
+        return layer.by_kind(number)(lambda kind: apply_block(layer, kind, h, weights, here)), None
 
     if profile.remat:
         one = jax.checkpoint(one, policy=policy(profile))
@@ -45,15 +46,17 @@ def apply_block(layer: Layer, kind, h: jax.Array, weights: Weights, tokens: Toke
     block, chunks = weights.block, layer.sequence.chunks
     tile = layer.tile and even_tile(h.shape[0] * h.shape[1], layer.tile)
     h_TD, rows = token_rows(h), tuple(map(token_rows, tokens.rows))
-    squares = tiled(lambda h, block: block.mean_squares(h), h_TD, block, tile=tile) if layer.shares_squares else ()
+    drawn = tuple(map(token_rows, tokens.drawn))
+    squares_of = lambda h, block, *drawn: block.mean_squares(h, *drawn)
+    squares = tiled(squares_of, h_TD, block, *drawn, tile=tile) if layer.shares_squares else ()
 
     def project(i):
         part = block if chunks == 1 else block.heads(i, chunks)
         before = lambda h_and_squares, block, *rows: block.before(
-            h_and_squares[0], Tokens(*rows), kind, h_and_squares[1:])
+            h_and_squares[0], Tokens.of_rows(*rows), kind, h_and_squares[1:])
         qkv = tiled(before, (h_TD, *squares), part, *rows, tile=tile)
         return tuple(x.reshape(*h.shape[:2], *x.shape[1:]) for x in qkv)
 
     o, _ = layer.sequence.attend(project, layer.model.attention_spec(kind), h, tokens.documents)
-    after = lambda h_and_o, block: block.after(*h_and_o)
-    return tiled(after, (h_TD, token_rows(o)), block, tile=tile).reshape(h.shape)
+    after = lambda h_and_o, block, *drawn: block.after(*h_and_o, *drawn)
+    return tiled(after, (h_TD, token_rows(o)), block, *drawn, tile=tile).reshape(h.shape)

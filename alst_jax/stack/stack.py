@@ -77,8 +77,9 @@ class Stack:
 
                 def one(h, i, segment=segment, run=run):
                     weights = self.layer.load(self._shards(layers, i))
-                    results = self.layer.attend(i, h, weights, tokens)
-                    out = self.layer.after(h, results[0], weights)
+                    here = tokens.in_layer(i)
+                    results = self.layer.attend(i, h, weights, here)
+                    out = self.layer.after(h, results[0], weights, here)
                     return out, (_place(h, offload) if segment.all_inputs else None,
                                  _place(results, run.place == HOST) if run.place else None)
 
@@ -142,7 +143,8 @@ def run_stack(
     """
     def body(h, i):
         weights = stack.layer.load(stack._shards(layers, i))
-        return stack.layer.after(h, stack.layer.attend(i, h, weights, tokens)[0], weights), None
+        here = tokens.in_layer(i)
+        return stack.layer.after(h, stack.layer.attend(i, h, weights, here)[0], weights, here), None
 
     return lax.scan(body, h, jnp.arange(_count(layers)))[0]
 
@@ -188,7 +190,7 @@ class _Backward:
 
     def one(self, carry, i, h, results):
         """Back through layer i, from its input and the results of its attention (None: they are recomputed)."""
-        layer, tokens, (dh, store) = self.stack.layer, self.saved.tokens, carry
+        layer, tokens, (dh, store) = self.stack.layer, self.saved.tokens.in_layer(i), carry
         shards = read_after(dh, functools.partial(self.read, store), i)
         weights = layer.load(shards)
         if results is None:
@@ -212,6 +214,7 @@ class _Backward:
         segment's input h"""
         (dh, store), layer, tokens = carry, self.stack.layer, self.saved.tokens
         last, rebuilt = segment.runs[-1].stop - 1, []
+        hold = lambda run: not (run.place or self.stack.profile.rebuild_inputs_alone)
         for run, saved in zip(segment.runs, results, strict=True):
             if run.start >= last:
                 continue
@@ -220,13 +223,14 @@ class _Backward:
                 h, stacks = carry
                 weights = layer.load(read_after(dh, functools.partial(self.read, store), i))
                 row = index_after(dh, i - run.start)
-                made = host.row(saved, row, run.place == HOST) if run.place else layer.attend(i, h, weights, tokens)
-                out = layer.after(h, made[0], weights)
-                return (out, host.put_row(stacks, (h, None if run.place else made), i - run.start, False)), None
+                here = tokens.in_layer(i)
+                made = host.row(saved, row, run.place == HOST) if run.place else layer.attend(i, h, weights, here)
+                out = layer.after(h, made[0], weights, here)
+                return (out, host.put_row(stacks, (h, made if hold(run) else None), i - run.start, False)), None
 
             stop = min(run.stop, last)
             attend = lambda h, run=run: layer.attend(run.start, h, layer.load(self.read(store, 0)), tokens)
-            made = None if run.place else jax.eval_shape(attend, h)
+            made = jax.eval_shape(attend, h) if hold(run) else None
             stacks = jax.tree.map(lambda x: zeros_after(dh, (stop - run.start, *x.shape), x.dtype, h), (h, made))
             (h, stacks), _ = lax.scan(one, (h, stacks), jnp.arange(run.start, stop))
             rebuilt.append((Run(run.start, stop, run.place), stacks[0], saved if run.place else stacks[1]))

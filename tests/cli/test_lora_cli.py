@@ -1,5 +1,6 @@
 # pytest tests/cli/test_lora_cli.py
-"""train.py with adapters: resumed bit for bit beside the base model, exported for PEFT, merged; and what is refused."""
+"""train.py with adapters: resumed bit for bit beside the base model, with dropout, exported for PEFT, merged; and what
+is refused."""
 
 import json
 import re
@@ -29,7 +30,7 @@ def flags(base, tmp_path_factory):
     data = write_jsonl(tmp_path_factory.mktemp("data") / "train.jsonl", texts)
     return ("--model", base, "--data", data, "--seq-len", 128, "--dp", 1, "--sp", 2, "--schedule", "constant",
             "--learning-rate", 1e-2, "--warmup-steps", 0, "--lora-rank", 3, "--lora-targets", "q_proj,down_proj",
-            "--freeze", "proj|embed_tokens|lm_head|layernorm")
+            "--lora-dropout", 0.25, "--freeze", "proj|embed_tokens|lm_head|layernorm")
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +46,20 @@ def logits(model):
         return model.eval()(torch.arange(3, 83)[None]).logits
 
 
+def other_model(directory):
+    """A model of the shapes of `base` with other weights."""
+    model = AutoModelForCausalLM.from_pretrained(make_hf(directory))
+    for parameter in model.parameters():
+        parameter.data += 1e-3
+    model.save_pretrained(directory)
+    return directory
+
+
 def test_the_exports_compute_the_same(trained, base, tmp_path):
     """PEFT on the adapter, transformers on the merged model, and on that of the converter; another model than before."""
     adapted = peft.AutoPeftModelForCausalLM.from_pretrained(trained / ADAPTER)
     want = logits(adapted)
+    assert adapted.peft_config["default"].lora_dropout == 0.25
     assert {name for name, _ in adapted.named_parameters() if "modules_to_save" in name} == {
         "base_model.model.model.norm.modules_to_save.default.weight"}
     merge_adapter(trained / ADAPTER, base, tmp_path / "merged")
@@ -71,11 +82,7 @@ def test_a_checkpoint_holds_no_frozen_weight_and_a_resumed_run_is_bit_identical(
     assert (again / ADAPTER / WEIGHTS).read_bytes() == (trained / ADAPTER / WEIGHTS).read_bytes()
     assert (again / "hf/model.safetensors").read_bytes() == (trained / "hf/model.safetensors").read_bytes()
     shutil.rmtree(again / "checkpoints/3")
-    other = make_hf(tmp_path / "other")
-    for parameters in [AutoModelForCausalLM.from_pretrained(other)]:
-        for parameter in parameters.parameters():
-            parameter.data += 1e-3
-        parameters.save_pretrained(other)
+    other = other_model(tmp_path / "other")
     capsys.readouterr()
     assert run_here("--resume", "--out", again, "--model", other) == 2
     assert "is not the base model that the adapters were trained beside" in capsys.readouterr().err
@@ -91,6 +98,8 @@ def test_an_adapter_goes_on(trained, flags, tmp_path, capsys):
     capsys.readouterr()
     for words, message in [
             (("--lora-rank", 4), "--lora-rank 4: the adapter in .* has 3; leave --lora-rank out"),
+            (("--model", other_model(tmp_path / "other")), "trained beside .*base, and the weights of --model .*other"),
+            (("--rope-theta", 5e4), "trained with the model's own positions, and this run has --rope-theta 50000.0;"),
             (("--freeze", "."), "is of another base model than --model, or trains other modules: model.norm.weight is")]:
         assert run_here(*start, *words, "--steps", 1, "--adapter", trained / ADAPTER, "--out", tmp_path / "x") == 2
         assert re.search(message, capsys.readouterr().err)
@@ -100,6 +109,8 @@ def test_an_adapter_goes_on(trained, flags, tmp_path, capsys):
     (("--lora-rank", 0), "--lora-rank 0: must be at least 1"),
     (("--lora-targets", "q_proj,wq"), "--lora-targets q_proj,wq: 'wq' matches no linear layer; use all, or some of q_proj,"),
     (("--lora-targets", ""), "matches no linear layer"),
+    (("--lora-dropout", 1), "--lora-dropout 1.0: must be at least 0 and below 1"),
+    (("--lora-dropout", -0.1), "--lora-dropout -0.1: must be at least 0 and below 1"),
     (("--lora-alpha", 0), "--lora-alpha 0.0: must be a positive number"),
     (("--freeze", "embed_tokens"), "with adapters: layers.mlp.down_proj has an adapter or is trained in part"),
     (("--resize-vocabulary",), "--resize-vocabulary with adapters"),

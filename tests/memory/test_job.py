@@ -20,7 +20,7 @@ from alst_jax.models.sizes import needed_flops, parameter_sizes, trained_sizes
 from alst_jax.parallel.costs import Shapes, Traffic, head_groups, traffic, work
 from alst_jax.planning.compiled import job_of, plan_step
 from alst_jax.planning.estimate import estimate
-from alst_jax.planning.footprint import layer_work, state_bytes, trained_bytes, working_set
+from alst_jax.planning.footprint import dropout_work, layer_work, rebuilt_bytes, state_bytes, trained_bytes, working_set
 from alst_jax.planning.job import Job, describe, total
 from alst_jax.planning.planner import Planner
 from alst_jax.planning.seconds import collectives
@@ -106,6 +106,20 @@ def test_all_layers_frozen():
     assert working_set(dataclasses.replace(job, freeze=None)) - working_set(job) == pytest.approx(1.015 * sums, abs=8)
 
 
+def test_rebuilt_inputs_alone():
+    """Segments of 4 layers: three of each compute attention once more, and their outputs are not held."""
+    held = Job(LLAMA_8B, dataclasses.replace(OFFLOADED, segment_layers=(4,), keep_attention_on_device=4), 1, 131072)
+    alone = held.changed(rebuild_inputs_alone=True)
+    assert held.recomputed_attention == list(range(28))
+    assert alone.recomputed_attention == sorted([*range(28), *(layer for layer in range(28) if layer % 4 != 3)])
+    assert alone.passes.attention_forward - held.passes.attention_forward == 21
+    assert rebuilt_bytes(held, held.segments[0]) - rebuilt_bytes(alone, alone.segments[0]) == 3 * (
+        held.sizes.heads + held.sizes.statistics)
+    assert rebuilt_bytes(alone, alone.segments[0]) == 3 * held.sizes.hidden
+    each = held.changed(segment_layers=(1,))
+    assert each.changed(rebuild_inputs_alone=True).recomputed_attention == each.recomputed_attention
+
+
 def test_adapters_in_the_plan():
     """Rank 16 beside all linear layers of Llama-8B, by hand."""
     model = dataclasses.replace(LLAMA_8B, lora=Lora(16, 16.0))
@@ -124,8 +138,15 @@ def test_adapters_in_the_plan():
     assert moved(beside)["update"] < moved(job)["update"] / 50
     norms = dataclasses.replace(beside, freeze="proj|embed_tokens|lm_head")
     assert trained_sizes(model, norms.freeze).total == adapters + 65 * 4096
-    assert state_bytes(norms)[2] - state_bytes(beside)[2] == 12 * 65 * 4096
+    # Of the norms moments and master; where some parameters have a master, the adapters have one too.
+    assert state_bytes(norms)[2] - state_bytes(beside)[2] == 12 * 65 * 4096 + 4 * adapters
+    assert state_bytes(dataclasses.replace(norms, master="none"))[2] == 8 * (adapters + 65 * 4096)
     assert "--lora-rank 16" in describe(beside)
+    dropped = dataclasses.replace(beside, model=dataclasses.replace(model, lora=Lora(16, 16.0, dropout=0.1)))
+    assert "--lora-rank 16 --lora-dropout 0.1" in describe(dropped)
+    an_input_and_its_mask = 2 + 1
+    assert dropout_work(dropped) == dropped.tiles.mlp * (14336 + 2 * 4096) * an_input_and_its_mask
+    assert dropout_work(beside) == 0
 
 
 def test_a_plan_follows_the_steps_frozen_parameters():

@@ -52,11 +52,12 @@ def twins(request, tmp_path_factory):
     return model, base, adapter
 
 
-def load(base, adapter, *mesh, profile=PLAIN, freeze=None):
-    """(step, trained, frozen) of the two directories."""
-    config = dataclasses.replace(model_config(base), lora=read_lora(adapter).lora)
+def load(base, adapter, *mesh, profile=PLAIN, freeze=None, dtype="float32", **lora):
+    """(step, trained, frozen) of the two directories. lora: changes of the adapters' settings."""
+    config = dataclasses.replace(model_config(base), lora=dataclasses.replace(read_lora(adapter).lora, **lora))
     optimizer = AdamW(weight_decay=DECAY, clip_norm=0.0, eps=1e-6)
-    step = make_step(config, *mesh, profile=profile, optimizer=optimizer, freeze=freeze)
+    step = make_step(config, *mesh, profile=profile, optimizer=optimizer, freeze=freeze,
+                     dtype=dtype)
     weights = load_params(base, model_config(base), adapters_of(step.params)[1])
     trained = load_adapter(adapter, config, step.trained)
     return step, trained, step.split(weights)[1]
@@ -74,7 +75,7 @@ def their_logits(model, tokens):
 def their_loss(model, batch):
     labels = torch.tensor(batch["labels"], dtype=torch.long)
     logits = their_logits(model, batch["tokens"])
-    logits = logits.reshape(-1, logits.shape[-1])
+    logits = logits.reshape(-1, logits.shape[-1]).float()
     return torch.nn.functional.cross_entropy(logits, labels.reshape(-1), ignore_index=IGNORED)
 
 

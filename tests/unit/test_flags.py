@@ -114,7 +114,8 @@ def test_every_flag_has_a_help_text(capsys):
 EXAMPLES = dict(
     loss_tile=32, mlp_tile=32, remat=False, offload_activations=True, offload_weights=True, offload_optimizer=True,
     update_in_backward=True, segment_layers=(2,), keep_attention_on_device=1, keep_attention_on_host=1, head_chunks=2,
-    share_gradients=True, stack="plain", reduce_dtype="bfloat16", compute_dtype="bfloat16", attention="none such")
+    share_gradients=True, rebuild_inputs_alone=True, stack="plain", reduce_dtype="bfloat16", compute_dtype="bfloat16",
+    attention="none such")
 MODEL = tiny(num_layers=2)
 
 
@@ -138,6 +139,9 @@ def test_each_switch_changes_the_step(name, usual):
     if name in ("update_in_backward", "share_gradients", "attention"):  # refused without what it needs
         with pytest.raises((UserError, ValueError), match="Use it with --offload-weights|it needs --offload-weights|attention kernel"):
             program(**{name: EXAMPLES[name]})
+    elif name == "rebuild_inputs_alone":
+        assert program(**{name: True}) == usual
+        assert program(segment_layers=(2,), **{name: True}) != program(segment_layers=(2,))
     else:
         assert program(**{name: EXAMPLES[name]}) != usual
 
@@ -162,7 +166,7 @@ def test_what_memory_auto_chooses():
         "master_weights")
     assert marked(TrainConfig, AtLeast).keys() >= {"dp", "steps", "head_chunks", "show_samples"}
     words = [words.text for words in marked(Switches, Words).values()]
-    assert len(words) == 12 and Profile().words() == ["tiled loss", "tiled MLP", "remat"]
+    assert len(words) == 13 and Profile().words() == ["tiled loss", "tiled MLP", "remat"]
     assert Profile(head_chunks=4, segment_layers=(2, 1)).words()[3:] == ["segments of 2, 1 layers", "4 head chunks"]
 
 
