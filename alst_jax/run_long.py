@@ -13,6 +13,7 @@ from alst_jax.at_length.positions import doublings
 from alst_jax.at_length.tasks import Writer, make_cases
 from alst_jax.at_length.words import short
 from alst_jax.config import IGNORED, TrainConfig, UserError
+from alst_jax.data.batches import one_by_one
 from alst_jax.data.documents import Cutting
 from alst_jax.data.pieces import Sequence
 from alst_jax.data.prepare import cut_sources
@@ -27,7 +28,7 @@ from alst_jax.processes.link import link
 from alst_jax.run_data import cache_of, labels_of, pad_token, reading_of
 from alst_jax.step import TrainStep
 from alst_jax.storage.source import ModelSource
-from alst_jax.trainer import Data, TrainState, one_by_one
+from alst_jax.trainer import Data, TrainState
 
 HAYSTACK = 64  # sequences of tokens that a haystack has at most
 WORSE = 0.5  # nats: a loss so far above the unscaled one is told

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alst_jax.config import DEFAULT_LEARNING_RATE, TrainConfig, UserError
-from alst_jax.data.batches import Arrays, TrainingBatches
+from alst_jax.data.batches import Arrays, TrainingBatches, one_by_one
 from alst_jax.metrics import MetricsLog, ProgressDisplay, compilations, compiled, speed, summary, teller
 from alst_jax.models.tree import dotted, is_stacked, names
 from alst_jax.optim.schedule import learning_rate_schedule
@@ -132,13 +132,6 @@ def optimizer_step(
     trained, optimizer = step.update(state.trained, gradients, state.optimizer, norm, jnp.float32(learning_rate))
     jax.block_until_ready(trained)
     return state.after(trained, optimizer), values
-
-
-def one_by_one(batches: Arrays | list[Arrays]) -> list[Arrays]:
-    """The batches of a step, each of arrays [B, S]."""
-    if isinstance(batches, list):
-        return batches
-    return [{name: array[i] for name, array in batches.items()} for i in range(len(batches["tokens"]))]
 
 
 def with_draws(step: TrainStep, state: TrainState, batches: list[Arrays]) -> list[Arrays]:

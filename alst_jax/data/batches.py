@@ -114,6 +114,13 @@ class TrainingBatches:
         self._iterator.set_state(state)
 
 
+def one_by_one(batches: Arrays | list[Arrays]) -> list[Arrays]:
+    """The batches of a step, each of arrays [B, S]."""
+    if isinstance(batches, list):
+        return batches
+    return [{name: array[i] for name, array in batches.items()} for i in range(len(batches["tokens"]))]
+
+
 def evaluation_batches(
     sequences: Sequences, lengths: int | tuple[int, ...], rows: int, pad_token: int,
     packing: Packing | None = None, mine: frozenset[int] | None = None,
