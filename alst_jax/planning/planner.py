@@ -83,8 +83,13 @@ class Planner:
         if not self.compiles:
             return self.search.plan(job)
         if (other := self._of_same_bytes(job)) is not None:
-            own = estimate(job, self.cluster)
-            return dataclasses.replace(self.compile(other), seconds=own.seconds, flops=own.flops)
+            own, plan = estimate(job, self.cluster), self.compile(other)
+            if not self.config.planning:  # a debug run has programs of its own: its first step compiles nothing either
+                self._plan(job)
+            return dataclasses.replace(plan, seconds=own.seconds, flops=own.flops)
+        return self._plan(job)
+
+    def _plan(self, job: Job) -> Plan:
         return plan_step(self.step(job), job.rows, job.length, job.grad_accum, self.cluster, self.config.planning,
                          (job.documents, job.attention_share))
 
