@@ -86,12 +86,12 @@ class Planner:
             own, plan = estimate(job, self.cluster), self.compile(other)
             if not self.config.planning:  # a debug run has programs of its own: its first step compiles nothing either
                 self._plan(job)
-            return dataclasses.replace(plan, seconds=own.seconds, flops=own.flops)
+            return dataclasses.replace(plan, seconds=own.seconds, flops=own.flops, tokens=own.tokens)
         return self._plan(job)
 
     def _plan(self, job: Job) -> Plan:
         return plan_step(self.step(job), job.rows, job.length, job.grad_accum, self.cluster, self.config.planning,
-                         (job.documents, job.attention_share))
+                         job.packing)
 
     def _of_same_bytes(self, job: Job) -> Job | None:
         """The job whose program is compiled for the bytes of this one; None: its own."""
