@@ -159,13 +159,3 @@ def torch_gradients(model) -> dict[str, np.ndarray]:
         found.setdefault(".".join([*parts[:-1], last]), {})[layer] = gradient
     return {name: np.stack([rows[i] for i in sorted(rows)]) if None not in rows else rows[None]
             for name, rows in found.items()}
-
-
-def equations(jaxpr):
-    """All equations of a jaxpr and of those inside of it."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from equations(inner)

@@ -108,10 +108,8 @@ class Stack:
             carry, h = back.first_input(carry, n, inputs)
             h, rebuilt = back.rebuild(carry, segment, h, results)
             # The last layer's output is not needed, so its attention was not recomputed; its input is h.
-            # They are read after the segments behind: otherwise the last layers' outputs of many segments come at once.
             run, last = segment.runs[-1], segment.runs[-1].stop - 1
-            row = index_after(carry[0], last - run.start)
-            carry = back.one(carry, jnp.int32(last), h, host.row(results[-1], row, run.place == HOST))
+            carry = back.one(carry, jnp.int32(last), h, host.row(results[-1], last - run.start, run.place == HOST))
             for run, all_inputs, run_results in reversed(rebuilt):
                 carry = back.run(carry, run, all_inputs, False, run_results)
         return carry

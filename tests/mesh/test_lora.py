@@ -16,7 +16,6 @@ from tests.helpers import (
     PLAIN,
     QUIET_ADAMW,
     assert_trees_close,
-    equations,
     initial,
     leaves,
     make_step,
@@ -88,6 +87,16 @@ def test_packed_documents_compute_what_they_would_alone():
     (loss, gradients), (same, wanted) = gradients_of(step, together), gradients_of(step, alone)
     np.testing.assert_allclose(loss, same, rtol=1e-6)
     assert_trees_close(gradients, wanted, 1e-5)
+
+
+def equations(jaxpr):
+    """All equations of a jaxpr and of those inside of it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
 
 
 def weight_gradients(model, profile, freeze=None):
