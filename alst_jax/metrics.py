@@ -109,7 +109,7 @@ def _quiet_writer(failed: threading.ExceptHookArgs) -> None:
 
 
 def _step(line: str) -> float:
-    """The step of a line; one that cannot be read was no whole line, and goes."""
+    """The step of a line; infinity for a line that cannot be read, so that it is removed."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError):

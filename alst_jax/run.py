@@ -130,7 +130,7 @@ def make_profile(config: TrainConfig, dtype: jnp.dtype, model: ModelConfig) -> P
 
 def attention_kernel(config: TrainConfig, dtype: jnp.dtype, model: ModelConfig) -> Chosen:
     """The attention kernel of the run, and the reason for it. UserError if it cannot run here, or does not implement
-    what the model or the packs need."""
+    an option of the model or packed documents."""
     chosen = choose_kernel(
         config.attention, KERNELS, gpu_of(config), str(dtype), model.head_dim, config.deterministic)
     documents = config.pack and config.pack_attention == "documents"

@@ -179,7 +179,7 @@ def read_data(config: TrainConfig, source: ModelSource, job: Job) -> tuple[Data,
 def extended(
     config: TrainConfig, source: ModelSource, first: Part, per_step: int
 ) -> tuple[Any, Stats, Any, tuple[dict[str, Any], ...]]:
-    """(all sequences, their statistics, their order, the additions) of a run with what --add-data added to it."""
+    """(all sequences, their statistics, their order, the additions) of a run with --add-data."""
     added, parts, stats = additions(config), [first], first.stats
     if not added:
         return first.sequences, stats, first.mixture, ()
@@ -204,8 +204,8 @@ def extended(
 
 
 def additions(config: TrainConfig) -> list[dict[str, Any]]:
-    """Each addition to the data of the run in --out, the one of --add-data last, as run_directory.record_added has
-    it."""
+    """The additions to the data of the run in --out, in the form of run_directory.record_added. The flag --add-data
+    gives the last one."""
     if not config.resume:
         return []
     out = pathlib.Path(config.out)

@@ -52,8 +52,11 @@ def with_packs(job: Job, stats: Stats) -> Job:
     if stats.packing is None:
         return job
     packs, model, length = stats.fullness.packs, job.model, job.length
-    pairs = lambda lengths: sum(
-        n * model.causal_pairs(size) for size, n in zip(*map(np.ndarray.tolist, np.unique(lengths, return_counts=True))))
+
+    def pairs(lengths: np.ndarray) -> float:
+        sizes, counts = np.unique(lengths, return_counts=True)
+        return sum(n * model.causal_pairs(size) for size, n in zip(sizes.tolist(), counts.tolist()))
+
     spaces, whole = length - stats.fullness.tokens, packs * model.causal_pairs(length)
     job = dataclasses.replace(job, padding=float(spaces.sum()) / (packs * length))
     if stats.packing[1] is None:  # a pack is one text, with its padding behind it
@@ -73,10 +76,11 @@ def warn_of_slices(lengths: list[int], packs: int, length: int) -> None:
     pairs = lambda n: n * (n + 1) // 2
     part = buckets.computed_pairs(lengths, length) / (packs * pairs(length))
     if part > SLICES_WARNED:
-        print(f"warning: --attention cudnn computes each packed document in a slice of {buckets.SMALLEST} tokens or more: "
-              f"here {part:.0%} of the attention of whole sequences of {length:,} tokens, where documents have "
-              f"{sum(map(pairs, lengths)) / (packs * pairs(length)):.0%}. --attention flash (Hopper) and xla skip other "
-              "documents exactly; a longer --seq-len makes the part smaller", file=sys.stderr, flush=True)
+        needed = sum(map(pairs, lengths)) / (packs * pairs(length))
+        print(f"warning: --attention cudnn computes each packed document in a slice of {buckets.SMALLEST} tokens or "
+              f"more: here {part:.0%} of the attention of whole sequences of {length:,} tokens, where documents have "
+              f"{needed:.0%}. --attention flash (Hopper) and xla skip other documents exactly; a longer --seq-len "
+              "makes the part smaller", file=sys.stderr, flush=True)
 
 
 def of_short_documents(job: Job) -> Job:

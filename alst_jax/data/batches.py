@@ -20,8 +20,8 @@ Packing = tuple[int, int | None]  # data-parallel replicas, documents of a repli
 class TrainingBatches:
     """An endless iterator: every sequence once an epoch, each epoch in another order.
 
-    Yields {"tokens", "labels", "positions"}, int32[grad_accum, rows, padded_len]; what is beyond a document's end is
-    padding: pad token, label IGNORED. `get_state` / `set_state` save and restore the position exactly.
+    Yields {"tokens", "labels", "positions"}, int32[grad_accum, rows, padded_len]; positions beyond a document's end
+    are padding: pad token, label IGNORED. `get_state` / `set_state` save and restore the position exactly.
 
     lengths: padded_len, or several, ascending. Then it yields a list of grad_accum batches {...}, int32[rows, length]:
     the sequences of the step, the longest first. Each batch has the smallest length that holds its sequences. A step

@@ -11,7 +11,7 @@ import numpy as np
 
 from alst_jax.config import UserError
 from alst_jax.data.files import words
-from alst_jax.data.labels import Labels, tokenize, tokenize_texts
+from alst_jax.data.labels import Labels, Prepared, encode, prepare, tokenize_texts
 from alst_jax.data.records import Document
 
 TEXTS = ("text", "prompt/completion")  # formats whose documents get an end token
@@ -94,17 +94,20 @@ def tokenized(
     skip_bad: documents that cannot be tokenised are left out and counted as bad records, instead of refused.
     """
     for batch in _batches(documents):
-        plain = [not document.is_chat and not document.prompt for document in batch]
-        texts = [document.content for document, is_plain in zip(batch, plain) if is_plain]
-        ready = iter(tokenize_texts(texts, tokenizer) if texts else ())
-        for document, is_plain in zip(batch, plain):
+        kept: list[tuple[Document, str | Prepared]] = []
+        for document in batch:
             try:
-                tokens, learned = next(ready) if is_plain else tokenize(document, tokenizer, labels)
+                needs_labels = document.is_chat or document.prompt
+                kept.append((document, prepare(document, tokenizer, labels) if needs_labels else document.content))
             except UserError as error:
                 if not skip_bad:
                     raise
                 report.count_bad(error, document)
-                continue
+        texts = [content for _, content in kept if isinstance(content, str)]
+        plain = iter(tokenize_texts(texts, tokenizer) if texts else ())
+        labelled = iter(encode([content for _, content in kept if isinstance(content, Prepared)], tokenizer))
+        for document, content in kept:
+            tokens, learned = next(plain if isinstance(content, str) else labelled)
             report.tokens += tokens.size
             report.learned += int(np.count_nonzero(learned[1:]))  # nothing precedes a document's first token
             yield document, tokens, learned
@@ -115,7 +118,8 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     batch, characters = [], 0
     for document in documents:
         batch.append(document)
-        characters += 100 + (0 if document.is_chat else len(document.content))
+        messages = document.content if document.is_chat else [{"content": document.content}]
+        characters += 100 + sum(len(message.get("content") or "") for message in messages)
         if characters >= AT_ONCE:
             yield batch
             batch, characters = [], 0

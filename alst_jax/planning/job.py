@@ -170,7 +170,7 @@ class Job:
 
     @property
     def sums_in_place(self) -> bool:
-        """Whether gradients of several batches are summed without those of one batch beside the sums."""
+        """Whether gradients of several batches are summed without storing one batch's gradients beside the sums."""
         return self.grad_accum > 1 and self.profile.sums_in_place
 
     @functools.cached_property

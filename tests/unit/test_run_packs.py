@@ -9,8 +9,10 @@ import pytest
 from alst_jax import metrics, run_packs
 from alst_jax.config import TrainConfig
 from alst_jax.data.batches import pad_sequence
-from alst_jax.data.documents import Sequence, Stats
+from alst_jax.data.documents import Cutting, Sequence, Stats, cut
 from alst_jax.data.packing import Fullness, Groups
+from alst_jax.data.pieces import Tokenised
+from alst_jax.data.report import SourceReport
 from alst_jax.models.config import TINY_LLAMA
 from alst_jax.models.sizes import needed_flops
 from alst_jax.planning.estimate import estimate
@@ -96,3 +98,11 @@ def test_packing_of_a_run():
     job = Job(TINY_LLAMA, Profile(), 2, 1024)
     of = lambda **flags: run_packs.packing_of(TrainConfig(seq_len=1024, **flags), packs(None), job)
     assert of(pack=True) == (1, 8) and of(pack=True, pack_attention="across") == (1, None) and of() is None
+
+
+def test_documents_of_no_token_are_counted():
+    report = SourceReport("made up")
+    source = Tokenised(np.arange(5, dtype=np.int32), np.ones(5, bool), np.array([3, 0, 2]), [])
+    pieces, stats = cut(source, Cutting(None, 4, 10), report)
+    assert [piece.tokens.tolist() for piece in pieces] == [[0, 1, 2], [3, 4]] and stats.documents == 3
+    assert "; pieces left out: 1 of no token" in next(report.lines())

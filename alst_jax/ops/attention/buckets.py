@@ -3,7 +3,7 @@
 Slices have a few fixed sizes. A document runs in a slice of the smallest size that holds it, from the slice's first row
 on. The tokens behind the document in the slice change nothing: causal attention hides them from its queries, and their
 own rows are not written. Small documents of one size run several at a time, as the rows of one call; the last few of
-that size, too few for such a call, run one at a time. Each kind of call has a loop of its own, so that one compiled
+that size, too few for such a call, run one at a time. Each kind of call has a separate loop, so that one compiled
 program serves any number of documents.
 
 B rows, S tokens, P = B S packed tokens, D documents at most, G documents in a call, L tokens of a slice, N query heads,
@@ -47,7 +47,7 @@ class Bucket(NamedTuple):
 
 
 def buckets_of(length: int, documents: int) -> list[Bucket]:
-    """The buckets for sequences of `length` tokens and at most so many documents.
+    """The buckets for sequences of `length` tokens and at most `documents` documents.
 
     Sizes: SMALLEST times 1, 1.5, 2, 3, 4, 6, ... below `length`, and `length`.
     """
@@ -164,7 +164,7 @@ def _over_documents(call: Callable, arrays: tuple, outputs: tuple, documents: Ar
                 rows, is_inside = plan.rows(kind, start + turn * kind.together)
                 # Rows behind the last token repeat it: they are outside of all documents.
                 results = call(tuple(x.at[rows].get(mode="clip") for x in arrays), is_inside)
-                # All rows that are not written have indices of their own behind the end, so that all indices are unique.
+                # Rows that are not written have indices behind the end, each its own: all indices are unique.
                 slots = jnp.arange(rows.size, dtype=jnp.int32).reshape(rows.shape)
                 target = jnp.where(is_inside, rows, tokens + slots)
                 return tuple(out.at[target].set(x.astype(out.dtype), mode="drop", unique_indices=True)
