@@ -84,8 +84,8 @@ class Planner:
             return self.search.plan(job)
         if (other := self._of_same_bytes(job)) is not None:
             own, plan = estimate(job, self.cluster), self.compile(other)
-            if not self.config.planning:  # a debug run has programs of its own: its first step compiles nothing either
-                self._plan(job)
+            if job.model.attention_layers is not None and not self.config.planning:
+                self._plan(job)  # a debug run's own programs: its first step compiles nothing either
             return dataclasses.replace(plan, seconds=own.seconds, flops=own.flops, tokens=own.tokens)
         return self._plan(job)
 
