@@ -83,8 +83,13 @@ class Planner:
         if not self.compiles:
             return self.search.plan(job)
         if (other := self._of_same_bytes(job)) is not None:
-            own = estimate(job, self.cluster)
-            return dataclasses.replace(self.compile(other), seconds=own.seconds, flops=own.flops, tokens=own.tokens)
+            own, plan = estimate(job, self.cluster), self.compile(other)
+            if job.model.attention_layers is not None and not self.config.planning:
+                self._plan(job)  # a debug run's own programs: its first step compiles nothing either
+            return dataclasses.replace(plan, seconds=own.seconds, flops=own.flops, tokens=own.tokens)
+        return self._plan(job)
+
+    def _plan(self, job: Job) -> Plan:
         return plan_step(self.step(job), job.rows, job.length, job.grad_accum, self.cluster, self.config.planning,
                          job.packing)
 

@@ -5,16 +5,16 @@ import statistics
 
 import jax
 
-from alst_jax.config import UserError
+from alst_jax.at_length.costs import documents
+from alst_jax.config import TrainConfig, UserError
 from alst_jax.hardware.machines import GIB, Cluster
 from alst_jax.planning.estimate import ledger_of_bytes
-from alst_jax.planning.evaluation import evaluation_line, evaluation_seconds
 from alst_jax.planning.footprint import peak
 from alst_jax.planning.job import Job, Term, describe, describe_debug, total
 from alst_jax.planning.plan import ESTIMATED, Choice, Plan
 from alst_jax.planning.planner import Planner
 from alst_jax.planning.process import describe_process, host_outgrown, process_bytes
-from alst_jax.planning.seconds import by_reach, ledger
+from alst_jax.planning.seconds import by_reach, forward_seconds, ledger
 from alst_jax.profile import DEVICE
 
 MEASURED_ERROR = ("estimated by arithmetic, without a compiler: its measured error is in "
@@ -35,7 +35,7 @@ def report(planner: Planner, job: Job) -> str:
     if config.json:
         found = {"max_seq_len": choice.job.length} if config.find_max_seq_len else {}
         if config.eval_long is not None and cluster is not None:
-            found["evaluation_seconds"] = evaluation_seconds(config, choice.job, cluster)
+            found["evaluation_seconds"] = forward_seconds(choice.job, cluster, documents(config, choice.job.length))
         return json.dumps(json.loads(plan.to_json()) | {
             "flags": describe(choice.job), "seq_len": choice.job.length,
             "process_bytes": cluster and process_bytes(choice, cluster.per_host, cluster.processes),
@@ -67,6 +67,18 @@ def network(job: Job, cluster: Cluster) -> str:
     outside, inside = (sum(parts.values()) for parts in by_reach(job, cluster))
     return (f"collectives of a device in a step: {outside / GIB:.1f} GiB between hosts, {inside / GIB:.1f} GiB inside "
             f"of a host (seq {job.sp} {'inside of a host' if job.sp <= cluster.per_host else 'goes over hosts'})")
+
+
+def evaluation_line(config: TrainConfig, job: Job, cluster: Cluster | None) -> str:
+    """A line about the cost of --eval-long."""
+    sizes = documents(config, job.length)
+    tokens = sum(size * count for size, count in sizes.items())
+    if cluster is None:
+        cost = f"{tokens / job.length:.0f} sequences forward"
+    else:
+        cost = f"{forward_seconds(job, cluster, sizes):.1f} s ({tokens:,} tokens forward)"
+    every = f", every {config.eval_every} steps" if config.eval_every else ""
+    return f"evaluation at length: {cost} each, before the first step{every} and at the end"
 
 
 def explain(job: Job, cluster: Cluster | None, plan: Plan) -> str:

@@ -61,6 +61,21 @@ def ledger(job: Job, cluster: Cluster) -> list[Term]:
             Term("optimizer", moved["device"] / machine.bandwidth, "device memory: the update")]
 
 
+def forward_seconds(job: Job, cluster: Cluster, documents: dict[int, int]) -> float:
+    """Predicted seconds of the forward passes over so many documents of each length, packed into the job's batches."""
+    machine, tokens = cluster.machine, sum(length * count for length, count in documents.items())
+    width = 1 if job.width == 2 else 16
+    matmuls = 2.0 * tokens * (job.parameters.kernels + job.parameters.head) * width / (MATMUL * machine.peak_flops)
+    attention = sum(
+        count * 4.0 * job.model.num_heads * job.model.head_dim * job.model.causal_pairs(length)
+        / costs.speed(job.profile.attention, "forward", length, machine.peak_flops, packed=True)
+        for length, count in documents.items())
+    batches = -(-tokens // (job.rows * job.length))
+    copies = batches * state_bytes(job)[0] / machine.host_link if job.profile.offload_weights else 0.0
+    computed = (matmuls + attention) / job.devices
+    return computed + max(EXPOSED * copies, copies - computed)
+
+
 def traffic(job: Job) -> dict[str, float]:
     """Bytes that one device moves: "step", to and from host memory in a forward and backward pass; "update", the same
     in the update; "device", in device memory in the update."""

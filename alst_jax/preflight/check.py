@@ -14,7 +14,7 @@ from alst_jax.preflight.ends import check_batch, check_data, check_ends, check_r
 from alst_jax.preflight.limits import Row
 from alst_jax.preflight.subject import Subject
 from alst_jax.preflight.tokenwise import check_tokenwise
-from alst_jax.preflight.update import check_update
+from alst_jax.preflight.update import check_in_backward, check_update
 from alst_jax.preflight.whole import check_short, check_tiles
 from alst_jax.step import TrainStep
 
@@ -54,7 +54,7 @@ def run_checks(
         *(lambda check=check: check(subject) for check in (
             check_batch, check_rope, check_collectives, check_attention, check_tokenwise, check_ends)),
         lambda: check_short(subject, multiple), lambda: _without_copies(subject, check_tiles),
-        lambda: check_update(subject)]
+        lambda: check_in_backward(subject), lambda: check_update(subject)]
     for check in checks:
         yield from check()
 

@@ -1,4 +1,5 @@
-"""The norm of the gradient and two steps of AdamW, as the run stores and places them, against float64 numpy."""
+"""The norm of the gradient and two steps of AdamW, as the run stores and places them, against float64 numpy. The update
+during the backward pass against the update behind it."""
 
 from typing import Any
 
@@ -11,6 +12,8 @@ from alst_jax.optim.adamw import AdamW
 from alst_jax.preflight.limits import FLOAT32, Row, row, unit
 from alst_jax.preflight.subject import Subject
 from alst_jax.preflight.values import numbers, values
+from alst_jax.preflight.whole import roundings_of
+from alst_jax.step import count_labels
 
 G = 51  # seed
 ELEMENTS = 32  # of each parameter
@@ -55,6 +58,48 @@ def check_update(subject: Subject) -> list[Row]:
     limit += size / RATE * narrow * (1 if masters is not None else 4)
     return [*rows, Row("update: weights, in learning rates", far(jax.tree.leaves(trained)), limit,
                        f"{optimizer.states} moments, weights rounded to {subject.weight_dtype}")]
+
+
+def check_in_backward(subject: Subject) -> list[Row]:
+    """Where the run updates during the backward pass: such a step against the gradient and the update behind it, which
+    other checks judge. Uses up the parameters of `subject`.
+
+    After one step of Adam an element has moved by about one learning rate, against the sign of its gradient. So weights
+    show whether each gradient reached its parameter and layer, and the norm shows the gradients' size.
+    """
+    step, found = subject.few, []
+    if not step.profile.update_in_backward:
+        return []
+    batch, rate = step.put_batch(**subject.batch), jnp.float32(RATE)
+    scale = jnp.float32(1 / max(1, count_labels(subject.batch["labels"])))
+    read = _reader([_sample(leaf.shape, n) for n, leaf in enumerate(jax.tree.leaves(step.trained))])
+    for in_backward in (True, False):
+        trained, frozen = step.split(subject.params)
+        state = step.init_optimizer(trained)
+        if in_backward:
+            loss, norm, _, _, trained, _ = step.update_in_backward(trained, frozen, state, batch, scale, rate)
+        else:
+            loss, gradients = step.loss_and_grad(trained, frozen, batch, scale)
+            norm, signs = step.gradient_norm(gradients), read(jax.tree.leaves(gradients))
+            trained, _ = step.update(trained, gradients, state, norm, rate)
+        found.append((float(loss), float(norm), read(jax.tree.leaves(trained))))
+        del subject.__dict__["params"], trained
+    (loss, norm, mine), (own_loss, own_norm, own) = found
+    name, roundings = "in the backward pass", roundings_of(subject)
+    size = row(f"update {name}: loss and norm", max(abs(loss / own_loss - 1), abs(norm / own_norm - 1)), subject.dtype,
+               roundings, subject.rows * subject.length)
+
+    sizes = [float(np.sqrt(np.mean(gradient**2))) for gradient in signs]
+
+    def other_way(gradient, typical, ours, theirs):
+        """The part of the elements that moved differently, of those whose gradient is far above its error. The gradient
+        of a key's bias may be nothing but rounding: see `whole._error`."""
+        clear = np.abs(gradient) > 4 * size.limit * max(typical, 1e-2 * max(sizes))
+        return np.mean(np.abs(ours - theirs)[clear] > RATE / 2) if clear.any() else 0.0
+
+    parts = map(other_way, signs, sizes, mine, own)
+    return [size, Row(f"update {name}: part of the elements that move otherwise", float(max(parts)), 0.01,
+                      "signs of gradients that are far above their error")]
 
 
 class AdamSample:

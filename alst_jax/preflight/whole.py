@@ -79,9 +79,13 @@ def _layers(subject):
     return f"{subject.config.num_layers} layers"
 
 
+def roundings_of(subject: Subject) -> int:
+    """Roundings in a row, forward and backward, of the layers and the ends."""
+    return LAYER * subject.config.num_layers + 6
+
+
 def _row(subject, name, error, length):
-    roundings = LAYER * subject.config.num_layers + 6
-    return row(name, error, subject.dtype, roundings, subject.rows * length)
+    return row(name, error, subject.dtype, roundings_of(subject), subject.rows * length)
 
 
 def _error(mine, theirs):

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import pytest
 
 import train
+from alst_jax import lowered
 from alst_jax.config import TrainConfig, UserError
 from alst_jax.hardware.machines import GIB
 from alst_jax.ops.attention import flash
 from alst_jax.optim.adamw import AdamW
-from alst_jax.planning import compiled as plan
 from alst_jax.planning import planner as decide
 from alst_jax.planning.candidates import CONFIRMED, UNCONFIRMED
 from alst_jax.planning.estimate import estimate
@@ -61,11 +61,23 @@ def test_a_run_compiles_nothing_that_its_plan_has_compiled(tmp_path, monkeypatch
     assert compiled["jit(loss_and_grad)"] == compiled["jit(update)"] == 1, compiled
 
 
+def test_a_debug_run_compiles_its_own_programs_before_the_first_step(tmp_path, monkeypatch, compiled):
+    """One for the bytes of the whole run, one that runs. (On a CPU a plan compiles no update.)"""
+    monkeypatch.setattr(decide, "this_cluster", lambda host_memory_gib, devices: H100)
+    planned = []
+    monkeypatch.setattr("alst_jax.planning.report.announce_plan", lambda *_: planned.append(dict(compiled)))
+    (tmp_path / "data.txt").write_text("A long time ago. " * 100)
+    config = TrainConfig(data=(str(tmp_path / "data.txt"),), out=str(tmp_path / "run"), seq_len=128, dp=1, sp=1,
+                         steps=1, memory="manual", debug_attention_layers=1)
+    assert train.run(config) == 0
+    assert planned[0]["jit(loss_and_grad)"] == compiled["jit(loss_and_grad)"] == 2
+
+
 @pytest.mark.parametrize("accumulation, at_once", [(1, False), (1, True), (2, False)])
 def test_gradient_and_update_are_compiled_as_a_run_calls_them(compiled, accumulation, at_once):
     step = make_step(TINY, 1, 2, TILED, AdamW(), jnp.bfloat16)
     batches = {name: jnp.stack([array] * accumulation) for name, array in random_batch().items()}
-    programs = plan._compile(step, *batches["tokens"].shape[1:], accumulation, False, False, at_once)
+    programs = lowered.compile_programs(step, *batches["tokens"].shape[1:], accumulation, False, False, at_once)
     assert [program.memory_analysis().temp_size_in_bytes > 0 for program in programs] == [True, True]
     gradient = "jit(loss_and_grad)" if accumulation == 1 else "jit(loss_and_sums)"
     assert compiled[gradient] == compiled["jit(update)"] == 1, compiled
@@ -92,7 +104,7 @@ def test_a_kernel_whose_package_adds_options_to_jax_is_compiled_once(tmp_path, m
     try:
         step = make_step(TINY, 1, 1, dataclasses.replace(TILED, attention="flash"), AdamW(), jnp.float32)
         for _ in range(2):
-            plan._compile(step, 1, 64, 1, False, True, False)
+            lowered.compile_programs(step, 1, 64, 1, False, True, False)
         assert compiled["jit(loss_and_grad)"] == 1
     finally:
         sys.modules.pop("planted_launchers", None)
@@ -111,9 +123,9 @@ def test_programs_are_compiled_at_once_or_one_after_the_other(monkeypatch, at_on
             inside.remove(self)
 
     step = make_step(TINY, 1, 2, TILED, AdamW(), jnp.bfloat16)
-    monkeypatch.setattr(plan, "_lower_update", lambda *_: Program())
+    monkeypatch.setattr(lowered, "_lower_update", lambda *_: Program())
     monkeypatch.setattr(step, "loss_and_grad", type("Jitted", (), {"lower": lambda *_: Program()})())
-    plan._compile(step, 1, 64, 1, False, False, at_once)
+    lowered.compile_programs(step, 1, 64, 1, False, False, at_once)
     assert len(most) == 2 and (most == [1, 1]) == (not at_once)
 
 

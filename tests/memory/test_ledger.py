@@ -75,7 +75,7 @@ def test_a_debug_run_is_planned_as_the_whole_run(monkeypatch):
     some = dataclasses.replace(full, model=dataclasses.replace(LLAMA_8B, attention_layers=2))
     monkeypatch.setattr(planner, "plan_step", lambda step, *_: compiled.append(step.model) or estimate(full))
     plan = planner.Planner.of(TrainConfig(), None, make).compile(some)
-    assert compiled == [LLAMA_8B] and plan.device == estimate(full).device and plan.flops == some.flops < full.flops
+    assert compiled == [LLAMA_8B, some.model] and plan.device == estimate(full).device and plan.flops == some.flops < full.flops
 
 
 def test_a_debug_run_has_the_profile_of_the_whole_run():

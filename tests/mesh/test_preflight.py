@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from alst_jax import in_backward
 from alst_jax.config import IGNORED
 from alst_jax.models import block
 from alst_jax.models.config import LayerKind
@@ -23,6 +24,7 @@ from alst_jax.preflight.collectives import check_collectives
 from alst_jax.preflight.ends import check_batch, check_data, check_ends, check_rope
 from alst_jax.preflight.subject import Subject
 from alst_jax.preflight.tokenwise import check_tokenwise
+from alst_jax.preflight.update import check_in_backward
 from alst_jax.profile import Profile
 from alst_jax.stack import ends, layer
 from alst_jax.step import TrainStep
@@ -131,6 +133,20 @@ def test_kv_heads_that_are_repeated_in_the_wrong_order(monkeypatch):
     monkeypatch.setattr(ulysses, "qkv_to_heads", tiled)
     assert failed(check_attention(subject(sp=4))) == [
         "attention: output", "attention: dq", "attention: dk", "attention: dv"]
+
+
+@pytest.mark.slow
+def test_an_update_in_the_backward_pass_against_the_gradient(monkeypatch):
+    """Beside the eight: with --update-in-backward the gradient's own program does not run."""
+    early = dataclasses.replace(TILES, update_in_backward=True, offload_weights=True, offload_optimizer=True)
+    sound = subject(profile=early, optimizer=AdamW(clip_norm=0.0))
+    assert not failed(check_in_backward(sound)) and not check_in_backward(subject())
+    real = in_backward.LayerUpdates.write
+    monkeypatch.setattr(in_backward.LayerUpdates, "write", lambda self, store, i, shards, gradients: real(
+        self, store, i, shards, jax.tree.map(jnp.negative, gradients)))
+    planted = subject(profile=early, optimizer=AdamW(clip_norm=0.0))
+    assert failed(check_in_backward(planted)) == [
+        "update in the backward pass: part of the elements that move otherwise"]
 
 
 # ------------------------------------------------------------------------------------------------------- sound set-ups

@@ -11,7 +11,9 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
+import train
 from alst_jax.config import IGNORED, TrainConfig, UserError
+from alst_jax.data.tokenizer import byte_tokenizer
 from alst_jax.models.hf_config import model_config, record_vocabulary
 from alst_jax.models.hf_weights import load_params, save_params
 from alst_jax.models.other_weights import FILE
@@ -28,15 +30,15 @@ VISION = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_att
               patch_size=14)
 
 
-def gemma3():
-    text = transformers.Gemma3TextConfig(**TEXT, layer_types=["sliding_attention", "full_attention"])
+def gemma3(**changes):
+    text = transformers.Gemma3TextConfig(**TEXT | changes, layer_types=["sliding_attention", "full_attention"])
     vision = transformers.SiglipVisionConfig(**VISION)
     return transformers.Gemma3ForConditionalGeneration(transformers.Gemma3Config(
         text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=100))
 
 
-def mistral3():
-    text, vision = transformers.MistralConfig(**TEXT), transformers.PixtralVisionConfig(**VISION, head_dim=8)
+def mistral3(**changes):
+    text, vision = transformers.MistralConfig(**TEXT | changes), transformers.PixtralVisionConfig(**VISION, head_dim=8)
     return transformers.Mistral3ForConditionalGeneration(transformers.Mistral3Config(
         text_config=text, vision_config=vision, tie_word_embeddings=False))
 
@@ -128,6 +130,21 @@ def test_a_run_keeps_the_other_weights(twins, tmp_path):
         name for name in names if not name.startswith("language_model.")}
     record_vocabulary(tmp_path / "two" / "model", 128)
     assert model_config(tmp_path / "two" / "model").vocab_size == 128
+
+
+@pytest.mark.parametrize("kind", ["gemma3", pytest.param("mistral3", marks=pytest.mark.slow)])
+def test_train_py_from_end_to_end(kind, tmp_path):
+    """train.py --model on such a directory: the language model moves, the export has all other weights unchanged."""
+    MODELS[kind](vocab_size=264).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("A long time ago. " * 20)
+    assert train.run(TrainConfig(model=str(tmp_path / "model"), data=(str(tmp_path / "text.txt"),), seq_len=32, steps=1,
+                                 out=str(tmp_path / "run"), dp=1, sp=1, learning_rate=0.1)) == 0
+    before, after = (load_file(path / "model.safetensors") for path in (tmp_path / "model", tmp_path / "run" / "hf"))
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not np.array_equal(before[name], after[name])}
+    language = {name for name in before if "language_model" in name or "lm_head" in name}
+    assert {name for name in language if "proj" in name} <= moved <= language < before.keys()
 
 
 @pytest.fixture

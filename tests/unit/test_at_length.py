@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from alst_jax.at_length import longppl, pictures, tasks, words
+from alst_jax.at_length.costs import documents
 from alst_jax.at_length.evaluation import Evaluation, Packed, Results, Shape, choose_texts
 from alst_jax.at_length.longppl import LongPpl, Window
 from alst_jax.at_length.positions import bands, curve, doublings
@@ -21,8 +22,9 @@ from alst_jax.data.pieces import Pieces, Sequence, Tokenised
 from alst_jax.data.tokenizer import byte_tokenizer
 from alst_jax.flag_checks import check_run
 from alst_jax.hardware.machines import parse_cluster
-from alst_jax.planning.evaluation import documents, evaluation_line, evaluation_seconds
 from alst_jax.planning.job import Job
+from alst_jax.planning.report import evaluation_line
+from alst_jax.planning.seconds import forward_seconds
 from alst_jax.profile import Profile
 from tests.helpers import tiny
 
@@ -213,7 +215,8 @@ def test_the_plan_counts_what_is_read(writer):
     assert not sizes - planned and sizes[2048] == 3 + 2 * (5 + 3) and sizes[640] == 3 * 12
 
     job, cluster = Job(tiny(), Profile(attention="flash", compute_dtype="bfloat16"), 1, 2048), parse_cluster("H100-80")
-    once, twice = (evaluation_seconds(dataclasses.replace(config, eval_long_samples=n), job, cluster) for n in (0, 2))
+    once, twice = (forward_seconds(job, cluster, documents(dataclasses.replace(config, eval_long_samples=n), 2048))
+                   for n in (0, 2))
     assert 0 < once < twice
     assert "before the first step and at the end" in evaluation_line(config, job, cluster)
 
