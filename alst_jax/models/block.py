@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from alst_jax.models.config import LayerKind, ModelConfig
 from alst_jax.models.lora import DOWN, Lora, adapted
 from alst_jax.models.tree import leaves_read_by, names
-from alst_jax.ops.linear import add_bias, linear, low_rank
+from alst_jax.ops.linear import add_bias, instead, linear, low_rank
 from alst_jax.ops.norm import mean_square, rms_norm
 from alst_jax.ops.rope import apply_rope, rope_tables
 from alst_jax.ops.swiglu import GATED
@@ -120,7 +120,15 @@ class MLP(nnx.Module):
         self.activation = config.activation
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        return self.down_proj(GATED[self.activation](self.gate_proj(x), self.up_proj(x)))
+        return self.down(*self.gate_and_up(x))
+
+    def gate_and_up(self, x: Float[Array, "*B D"], known: tuple | None = None) -> tuple[Array, Array]:
+        """gate[*B, F] and up[*B, F]. known: their values, if they were saved: only gradients are computed."""
+        made = self.gate_proj(x), self.up_proj(x)
+        return made if known is None else tuple(map(instead, known, made))
+
+    def down(self, gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array, "*B D"]:
+        return self.down_proj(GATED[self.activation](gate, up))
 
 
 class Block(nnx.Module):
@@ -177,14 +185,19 @@ class Block(nnx.Module):
 
     def after(self, h: Float[Array, "*B D"], o: Float[Array, "*B N H"]) -> Float[Array, "*B D"]:
         """The next hidden states, from the output of attention."""
+        return self.after_and_gated(h, o)[0]
+
+    def after_and_gated(
+        self, h: Float[Array, "*B D"], o: Float[Array, "*B N H"], known: tuple | None = None
+    ) -> tuple[Float[Array, "*B D"], tuple[Array, Array]]:
+        """(the next hidden states, the MLP's gate and up). known: gate and up, if they were saved."""
         add = lambda h, x: h + (x if self.residual_multiplier == 1 else x * self.residual_multiplier)
+        before, apply = self.norms == "before", lambda norm, x: x if norm is None else norm(x)
         x = self.self_attn.o_proj(o.reshape(*o.shape[:-2], -1))
-        if self.norms == "before":
-            h = add(h, x)
-            return add(h, self.mlp(self.post_attention_layernorm(h)))
-        h = add(h, self.post_attention_layernorm(x))
-        x = h if self.pre_feedforward_layernorm is None else self.pre_feedforward_layernorm(h)
-        return add(h, self.post_feedforward_layernorm(self.mlp(x)))
+        h = add(h, x if before else self.post_attention_layernorm(x))
+        gated = self.mlp.gate_and_up(
+            apply(self.post_attention_layernorm if before else self.pre_feedforward_layernorm, h), known)
+        return add(h, apply(self.post_feedforward_layernorm, self.mlp.down(*gated))), gated
 
     def heads(self, i: jax.Array | int, n: int) -> "Block":
         """The block whose `before` makes group i of n of the query heads, and the kv heads that they read."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 
 from alst_jax.config import UserError
-from alst_jax.planning.candidates import CONFIRMED, PLACEMENTS, Search, bases, with_kept, with_tiles
+from alst_jax.planning.candidates import CONFIRMED, LEVELS, PLACEMENTS, Search, bases, with_kept, with_levels, with_tiles
 from alst_jax.planning.job import Job
 from alst_jax.planning.plan import Choice, Plan, in_gib
 from alst_jax.profile import Profile
@@ -38,6 +38,7 @@ def choose(job: Job, search: Search) -> Choice | None:
 def _fastest(candidates: Iterator[Job], search: Search, best: Choice | None) -> Choice | None:
     """The fastest of the candidates that fit and of the best so far."""
     for candidate in candidates:
+        candidate = with_levels(candidate, search, best.plan.step_seconds if best else math.inf)
         plan = search.plan(candidate)
         if not search.missing(plan) and (best is None or plan.step_seconds < best.plan.step_seconds):
             best = Choice(candidate, plan)
@@ -100,6 +101,8 @@ def _fastest_possible(job: Job, search: Search) -> float:
     profile, changes = job.profile, {}
     if profile.remat and not {"keep_attention_on_device", "keep_attention_on_host"} & search.fixed:
         changes = dict(keep_attention_on_device=job.model.num_layers, keep_attention_on_host=0)
+    if profile.remat:
+        changes |= {name: job.model.num_layers for name in LEVELS if name not in search.fixed}
     if profile.remat and "segment_layers" not in search.fixed:
         changes["segment_layers"] = (1,)
     return search.plan(job.changed(**changes)).step_seconds

@@ -32,6 +32,7 @@ def ledger(job: Job, cluster: Cluster) -> list[Term]:
     if model.qk_norm == "all heads" and job.profile.head_chunks > 1:  # the mean squares of all heads, apart
         squares = passes.attention_forward + model.num_layers
         products += squares * d * (model.num_heads + model.num_kv_heads) * h
+    products -= passes.gate_and_up_known * 2 * d * model.intermediate_size
     layers, weights = model.num_layers * (projections + others), job.trained  # frozen weights have no gradient
     products += layers + weights.kernels + 5 * weights.adapters + 2 * model.vocab_size * d + weights.head
     pairs = model.layer_pairs(job.length)
@@ -45,7 +46,8 @@ def ledger(job: Job, cluster: Cluster) -> list[Term]:
         Term("attention backward", sum(pairs) * BACKWARD * attention / speed("backward"), job.profile.attention),
         Term("matmuls", 2.0 * products * tokens * width / (MATMUL * machine.peak_flops), "projections, MLP, logits"),
         Term("matmuls", tile_sum_bytes(job) / machine.bandwidth, "device memory: float32 sums over tiles"),
-        Term("matmuls", adapter_bytes(job) / machine.bandwidth, "device memory: inputs and outputs of adapters")]
+        Term("matmuls", adapter_bytes(job) / machine.bandwidth, "device memory: inputs and outputs of adapters"),
+        Term("matmuls", kept_copies(job) / machine.bandwidth, "device memory: copies of kept q, k, v, gate and up")]
     hidden, moved, calls = total(terms), traffic(job), collectives(job)
     copies = moved["step"] / machine.host_link
     wires = machine.interconnect if cluster.hosts == 1 else machine.network
@@ -80,6 +82,13 @@ def tile_sum_bytes(job: Job) -> float:
     tiles = lambda tile: 0 if tile >= job.tokens else -(-job.tokens // tile)
     layers = job.model.num_layers * job.trained.layer * tiles(job.tiles.mlp)
     return 16.0 * (layers + job.trained.head * tiles(job.tiles.loss))
+
+
+def kept_copies(job: Job) -> float:
+    """Bytes moved to keep q, k, v, gate and up: their stacks are cleared, then copied to and read from; q, k and v of
+    a layer are copied again before their backward pass."""
+    profile, level = job.profile, job.level_bytes
+    return 4.0 * (profile.keep_qkv_on_device * level(True, False) + profile.keep_mlp_on_device * level(False, True))
 
 
 def by_reach(job: Job, cluster: Cluster) -> tuple[dict[str, int], dict[str, int]]:
