@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from alst_jax.models.config import LayerKind, ModelConfig
 from alst_jax.models.lora import DOWN, Lora, adapted
 from alst_jax.models.tree import leaves_read_by, names
-from alst_jax.ops.linear import add_bias, instead, linear, low_rank
+from alst_jax.ops.linear import add_bias, linear, low_rank
 from alst_jax.ops.norm import mean_square, rms_norm
 from alst_jax.ops.rope import apply_rope, rope_tables
 from alst_jax.ops.swiglu import GATED
@@ -122,10 +122,8 @@ class MLP(nnx.Module):
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         return self.down(*self.gate_and_up(x))
 
-    def gate_and_up(self, x: Float[Array, "*B D"], known: tuple | None = None) -> tuple[Array, Array]:
-        """gate[*B, F] and up[*B, F]. known: their values, if they were saved: only gradients are computed."""
-        made = self.gate_proj(x), self.up_proj(x)
-        return made if known is None else tuple(map(instead, known, made))
+    def gate_and_up(self, x: Float[Array, "*B D"]) -> tuple[Float[Array, "*B F"], Float[Array, "*B F"]]:
+        return self.gate_proj(x), self.up_proj(x)
 
     def down(self, gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array, "*B D"]:
         return self.down_proj(GATED[self.activation](gate, up))
@@ -188,15 +186,15 @@ class Block(nnx.Module):
         return self.after_and_gated(h, o)[0]
 
     def after_and_gated(
-        self, h: Float[Array, "*B D"], o: Float[Array, "*B N H"], known: tuple | None = None
+        self, h: Float[Array, "*B D"], o: Float[Array, "*B N H"], gate_and_up: Callable | None = None
     ) -> tuple[Float[Array, "*B D"], tuple[Array, Array]]:
-        """(the next hidden states, the MLP's gate and up). known: gate and up, if they were saved."""
+        """(the next hidden states, the MLP's gate and up). gate_and_up(x) -> gate, up: instead of the MLP's."""
         add = lambda h, x: h + (x if self.residual_multiplier == 1 else x * self.residual_multiplier)
         before, apply = self.norms == "before", lambda norm, x: x if norm is None else norm(x)
         x = self.self_attn.o_proj(o.reshape(*o.shape[:-2], -1))
         h = add(h, x if before else self.post_attention_layernorm(x))
-        gated = self.mlp.gate_and_up(
-            apply(self.post_attention_layernorm if before else self.pre_feedforward_layernorm, h), known)
+        x = apply(self.post_attention_layernorm if before else self.pre_feedforward_layernorm, h)
+        gated = (gate_and_up or self.mlp.gate_and_up)(x)
         return add(h, apply(self.post_feedforward_layernorm, self.mlp.down(*gated))), gated
 
     def heads(self, i: jax.Array | int, n: int) -> "Block":

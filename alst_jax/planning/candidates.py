@@ -13,6 +13,7 @@ from alst_jax.planning.estimate import estimate
 from alst_jax.planning.job import Job, total
 from alst_jax.planning.plan import Plan
 from alst_jax.planning.process import pinned_bytes
+from alst_jax.planning.seconds import spared_by_byte
 from alst_jax.profile import HOST, Profile
 
 UNCONFIRMED = 0.05  # of the memory, left free where no compiler confirms: the model's error (plan_accuracy.py)
@@ -138,19 +139,18 @@ def with_kept(job: Job, search: Search, on_device: Iterable[int], least: bool = 
             yield apart(candidate, search)
 
 
-def with_levels(job: Job, search: Search, beat: float) -> Job:
+def with_levels(job: Job, plan: Plan, search: Search, beat: float) -> Job:
     """The job with q, k and v, then gate and up, kept in as many of the last layers as device memory has room for; as
-    it is, if even all of them would not bring it below `beat` seconds.
+    it is, if the room of its plan does not bring it below `beat` seconds.
 
     A kept value spares the products of a column of a matrix, as many for each of these arrays, so that they are worth
     the same by byte; an attention output is worth more.
     """
     free, most = [name for name in LEVELS if name not in search.fixed], job.profile.keep_attention_on_device
+    room = search.cluster.machine.usable * (1 - search.margin) - plan.device_bytes
+    if not (free and most and plan.step_seconds - room * spared_by_byte(job, search.cluster) < beat):
+        return job
     fits = lambda job: not search.missing(search.plan(job))
-    if not (free and most and job.profile.remat and fits(job)):
-        return job
-    if search.plan(job.changed(**dict.fromkeys(free, most))).step_seconds >= beat:
-        return job
     for name in free:
         more = range(1, 1 + (most if name == LEVELS[0] else job.profile.keep_qkv_on_device))
         too_many = lambda n, job=job, name=name: not fits(job.changed(**{name: n}))

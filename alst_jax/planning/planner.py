@@ -102,7 +102,16 @@ class Planner:
         return dataclasses.replace(job.changed(attention="cudnn"), model=model, documents=0)
 
     def choose(self, job: Job, say: Callable[[str], None] = print) -> Choice:
-        """The job with the profile that --memory says, and its plan. UserError if it cannot fit."""
+        """The job with the profile that --memory says, and its plan. UserError if it cannot fit, or shares nothing in
+        spite of --share-gradients."""
+        choice = self._choose(job, say)
+        if choice.job.profile.share_gradients and not choice.job.shared_inputs:
+            raise UserError("--share-gradients: no input of a segment can be kept in the memory of gradients here: of "
+                            "each segment but the first (--segment-layers), of several layers, the layers up to its "
+                            "last need larger gradients than its input; leave it out")
+        return choice
+
+    def _choose(self, job: Job, say: Callable[[str], None]) -> Choice:
         check_profile(job.profile, job.model, job.sp)
         if self.cluster is None:
             return Choice(job, self.compile(job))

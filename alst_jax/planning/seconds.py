@@ -10,6 +10,7 @@ from alst_jax.profile import HOST
 MATMUL = 650 / 989  # the part of the peak that matrix products reach, measured on an H100 (docs/log.md)
 STREAMED = 0.94  # the part of the host link's rate that the streamed update reaches
 EXPOSED = 0.55  # of host traffic's time, not hidden (docs/log.md: 28,786 to 26,853 tok/s with all offloaded)
+COPIES = 4.0  # of kept q, k, v, gate and up in device memory
 BACKWARD = 2.5  # FLOPs of attention's backward pass, in forwards
 
 
@@ -88,7 +89,15 @@ def kept_copies(job: Job) -> float:
     """Bytes moved to keep q, k, v, gate and up: their stacks are cleared, then copied to and read from; q, k and v of
     a layer are copied again before their backward pass."""
     profile, level = job.profile, job.level_bytes
-    return 4.0 * (profile.keep_qkv_on_device * level(True, False) + profile.keep_mlp_on_device * level(False, True))
+    return COPIES * (profile.keep_qkv_on_device * level(True, False) + profile.keep_mlp_on_device * level(False, True))
+
+
+def spared_by_byte(job: Job, cluster: Cluster) -> float:
+    """Seconds of a step that a byte of kept q, k, v, gate or up spares at most: the products of a column of a matrix,
+    twice where a segment is rebuilt, less the copies."""
+    machine, times = cluster.machine, 1 if max(job.profile.segment_layers) == 1 else 2
+    products = times * 2.0 * job.model.hidden_size * (1 if job.width == 2 else 16) / (MATMUL * machine.peak_flops)
+    return max(0.0, job.grad_accum * (products / job.width - COPIES / machine.bandwidth))
 
 
 def by_reach(job: Job, cluster: Cluster) -> tuple[dict[str, int], dict[str, int]]:

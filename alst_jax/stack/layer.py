@@ -16,6 +16,7 @@ from alst_jax.models.block import Block, Tokens, halves
 from alst_jax.models.config import ModelConfig
 from alst_jax.models.tree import combine, names, partition
 from alst_jax.ops.attention import find_kernel, runs_where
+from alst_jax.ops.linear import instead
 from alst_jax.ops.tiling import even_tile, stream, token_rows
 from alst_jax.parallel.sequence import SequenceParallel
 from alst_jax.parallel.sharding import gather, is_spec, scatter, whole
@@ -106,8 +107,11 @@ class Layer:
         buffer | before | after
         h      | input  | the next h
         """
-        return self._after(h, o, weights, lambda block, h, o, start, gated: (
-            block.after_and_gated(h, o, kept.tile(start, h.shape[0]))[0], gated), None)[0]
+        def one(block, h, o, start, gated):
+            known = kept.tile(start, h.shape[0])
+            return block.after_and_gated(h, o, known and (lambda x: known))[0], gated
+
+        return self._after(h, o, weights, one, None)[0]
 
     def after_keeping(
         self, h: Float[Array, "B T D"], o: Float[Array, "B T N H"], weights: Weights, kept: Kept
@@ -219,8 +223,13 @@ class Layer:
         def body(carry, written, read):
             (sums, start), rows = carry, read[0].shape[0]
             known = kept.tile(start, rows)
-            _, pullback = jax.vjp(
-                lambda h, o, w: combine(w, frozen).after_and_gated(h, o, known)[0], *read, _widen(trained))
+
+            def after(h, o, w):
+                block = combine(w, frozen)
+                return block.after_and_gated(
+                    h, o, known and (lambda x: tuple(map(instead, known, block.mlp.gate_and_up(x)))))[0]
+
+            _, pullback = jax.vjp(after, *read, _widen(trained))
             *written, dweights = pullback(written[0])
             return (_add(sums, dweights), start + rows), tuple(written)
 
