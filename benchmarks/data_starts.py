@@ -2,9 +2,8 @@
 
     python -m benchmarks.data_starts --megabytes 10 500 --folder /tmp/data-starts
 
-Texts of web-like lengths (log-normal, median 1,800 characters) are made of random letters. A byte is a token, without
-the tokenizer, so that a megabyte gives as many tokens as four megabytes of English do. Each start is a process of its
-own.
+Texts of web-like lengths (log-normal, median 1,800 characters) are made of random letters. Four bytes are a token, as in
+English, without the tokenizer. Each start is a process of its own.
 """
 
 import dataclasses
@@ -26,6 +25,7 @@ class Options:
     folder: pathlib.Path = pathlib.Path("data-starts")
     """For the files and the cache; removed at the end."""
     seq_len: int = 131072
+    bytes_per_token: int = 4
     batches: int = 40
     """Sequences that are read to measure the loader."""
     start: pathlib.Path | None = None
@@ -43,7 +43,8 @@ def main():
         file = make_texts(options.folder / f"{megabytes}.jsonl", megabytes * 10**6)
         for name in ("first", "second"):
             command = [sys.executable, "-m", "benchmarks.data_starts", "--start", str(file), "--seq-len",
-                       str(options.seq_len), "--batches", str(options.batches)]
+                       str(options.seq_len), "--batches", str(options.batches), "--bytes-per-token",
+                       str(options.bytes_per_token)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             row = json.loads(done.stdout.splitlines()[-1])
             print(f"| {megabytes:,} MB | {name} | {row['tokens']:,} | {row['seconds']:.1f} (CPU {row['cpu']:.1f}) | "
@@ -75,8 +76,11 @@ def measure(options: Options) -> dict[str, float]:
     from alst_jax.profile import Profile
     from alst_jax.storage.source import ModelSource
 
-    report.tokenize_texts = lambda texts, _: [
-        (np.frombuffer(text.encode(), np.uint8).astype(np.int32), np.ones(len(text), bool)) for text in texts]
+    def tokenize(texts, _):
+        every = [np.frombuffer(text.encode(), np.uint8)[:: options.bytes_per_token] for text in texts]
+        return [(tokens.astype(np.int32), np.ones(len(tokens), bool)) for tokens in every]
+
+    report.tokenize_texts = tokenize
     config = TrainConfig(data=(str(options.start),), seq_len=options.seq_len, pack=True,
                          data_cache=str(options.start.with_suffix(".cache")))
     source = ModelSource("tiny", TINY_LLAMA, byte_tokenizer(), None)

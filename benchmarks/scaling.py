@@ -122,7 +122,7 @@ def measure(options: Options, dp: int, sp: int, length: int, flags: tuple[str, .
         measured = f"{peaks() / 2**30:.2f}" if peaks() > before else ""
         print(f"| {dp} x {sp} | {length:,} | {flag or ''} | {median:.3f} | {spread:.3f} | "
               f"{dp * length / median / len(devices):,.0f} | {flops / median / peak:.1%} | {planned / 2**30:.2f} | "
-              f"{measured} | {describe(shares)} |", flush=True)
+              f"{measured} | {describe(shares, len(devices))} |", flush=True)
 
 
 def compiler_option(flag: str) -> dict[str, Any]:
@@ -174,10 +174,12 @@ def union(events: list[tuple[Any, float, float]]) -> list[tuple[float, float]]:
     return merged
 
 
-def describe(shares: list[Shares]) -> str:
-    """Cells of the table: computing, collectives, collectives alone, kinds; means over GPUs."""
-    if not shares:
-        return "no GPU in the trace | | | "
+def describe(shares: list[Shares], gpus: int) -> str:
+    """Cells of the table: computing, collectives, collectives alone, kinds; means over the GPUs that ran anything.
+    gpus: how many the case uses; the trace has those that it leaves idle too."""
+    shares = [one for one in shares if one.span]
+    if len(shares) != gpus:
+        return f"{len(shares)} of {gpus} GPUs in the trace | | | "
     mean = lambda part: statistics.mean(part(one) / one.span for one in shares)
     kinds = ", ".join(f"{kind} {mean(lambda one: one.kinds.get(kind, 0.0)):.1%}"
                       for kind in sorted({kind for one in shares for kind in one.kinds}))

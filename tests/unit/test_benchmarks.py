@@ -46,8 +46,9 @@ def test_shares_of_a_trace():
               ("MemcpyH2D", 4.0, 9.0), ("gemm", 8.0, 10.0), ("attention", 8.5, 9.5)]
     shares = scaling.shares_of(events)
     assert shares == scaling.Shares(10.0, 5.0, 3.0, 2.0, {"all-to-all": 2.0, "all-gather": 1.0})
-    assert scaling.describe([shares]) == "50.0% | 30.0% | 20.0% | all-gather 10.0%, all-to-all 20.0%"
-    assert "no GPU" in scaling.describe([])
+    idle = scaling.shares_of([])
+    assert scaling.describe([shares, idle], 1) == "50.0% | 30.0% | 20.0% | all-gather 10.0%, all-to-all 20.0%"
+    assert "0 of 1 GPUs" in scaling.describe([idle], 1) and "1 of 2 GPUs" in scaling.describe([shares, idle], 2)
 
 
 def test_flags_of_the_compiler():
