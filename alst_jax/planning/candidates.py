@@ -152,9 +152,11 @@ def with_levels(job: Job, plan: Plan, search: Search, beat: float) -> Job:
         return job
     fits = lambda job: not search.missing(search.plan(job))
     for name in free:
-        more = range(1, 1 + (most if name == LEVELS[0] else job.profile.keep_qkv_on_device))
+        most = most if name == LEVELS[0] else job.profile.keep_qkv_on_device
+        # A layer alone is no loop: its arrays are copied. No number leaves one.
+        numbers = [n for n in range(1, most + 1) if 1 not in (n, most - n)]
         too_many = lambda n, job=job, name=name: not fits(job.changed(**{name: n}))
-        job = job.changed(**{name: bisect.bisect_left(more, True, key=too_many)})
+        job = job.changed(**{name: [0, *numbers][bisect.bisect_left(numbers, True, key=too_many)]})
     return job
 
 

@@ -68,14 +68,14 @@ SMALL = tiny(hidden_size=128, intermediate_size=256, num_heads=4, num_kv_heads=2
 def test_the_compiler_keeps_as_many_bytes_more():
     """Compiled for a CPU: as many bytes more as planned, and not one layer's beside them."""
     plans = []
-    for changes in (levels(4, 0), levels(4, 3, 2)):
+    for changes in (levels(4, 0), levels(4, 2, 2)):  # a run of one layer is no loop, and needs copies
         step = make_step(SMALL, 1, 1, Profile(loss_tile=128, mlp_tile=128, **changes), AdamW())
         plans.append((plan_step(step, 1, 8192), estimate(job_of(step, 1, 8192))))
     temporary = lambda plan: plan.device["working set"] + plan.device["kept activations"]
     compiled, planned = (temporary(more) - temporary(none) for none, more in zip(*plans))
-    expected = 8192 * 4 * (3 * (128 + 2 * 64) + 2 * 2 * 256)
+    expected = 8192 * 4 * 2 * (128 + 2 * 64 + 2 * 256)
     assert planned == pytest.approx(expected, rel=0.02)
-    assert compiled == pytest.approx(expected, rel=0.05)
+    assert compiled == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize("length,grad_accum,machine", [(32768, 12, "H100-80"), (65536, 1, "H200-141")])
@@ -90,8 +90,8 @@ def test_auto_fills_free_memory(length, grad_accum, machine):
     assert free.plan.step_seconds < none.plan.step_seconds and free.plan.device_bytes > none.plan.device_bytes
     assert profile.keep_mlp_on_device <= profile.keep_qkv_on_device <= profile.keep_attention_on_device
     name = "keep_qkv_on_device" if profile.keep_qkv_on_device < profile.keep_attention_on_device else "keep_mlp_on_device"
-    if getattr(profile, name) < 32:  # one more does not fit
-        more = free.job.changed(**{name: getattr(profile, name) + 1})
+    if getattr(profile, name) < 30:  # two more do not fit; one alone would be no loop
+        more = free.job.changed(**{name: getattr(profile, name) + 2})
         assert Search(cluster).missing(Search(cluster).plan(more))
 
 
