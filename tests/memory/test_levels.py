@@ -89,7 +89,8 @@ def test_auto_fills_free_memory(length, grad_accum, machine):
     assert profile.keep_qkv_on_device > 0 == none.job.profile.keep_qkv_on_device
     assert free.plan.step_seconds < none.plan.step_seconds and free.plan.device_bytes > none.plan.device_bytes
     assert profile.keep_mlp_on_device <= profile.keep_qkv_on_device <= profile.keep_attention_on_device
-    name = "keep_qkv_on_device" if profile.keep_qkv_on_device < profile.keep_attention_on_device else "keep_mlp_on_device"
+    all_qkv = profile.keep_qkv_on_device == profile.keep_attention_on_device
+    name = "keep_mlp_on_device" if all_qkv else "keep_qkv_on_device"
     if getattr(profile, name) < 30:  # two more do not fit; one alone would be no loop
         more = free.job.changed(**{name: getattr(profile, name) + 2})
         assert Search(cluster).missing(Search(cluster).plan(more))

@@ -85,8 +85,8 @@ def test_without_the_known_values_they_are_computed_again(monkeypatch):
 
 
 @pytest.mark.parametrize("changes,message", [
-    (dict(keep_qkv_on_device=1), "--keep-qkv-on-device 1: more than --keep-attention-on-device 0; a layer that keeps q, "
-     "k and v keeps its attention output too, so use --keep-attention-on-device 1 or more"),
+    (dict(keep_qkv_on_device=1), "--keep-qkv-on-device 1: more than --keep-attention-on-device 0; a layer that keeps "
+     "q, k and v keeps its attention output too, so use --keep-attention-on-device 1 or more"),
     (levels(2, 1, 2), "--keep-mlp-on-device 2: more than --keep-qkv-on-device 1"),
     (levels(1, 1) | dict(remat=False), "--keep-qkv-on-device are parts of rematerialisation"),
     (levels(1, 1) | dict(stack="plain"), "--keep-qkv-on-device needs --stack segments")], ids=str)
