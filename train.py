@@ -23,7 +23,7 @@ def main() -> int:
     config = TrainConfig()
     try:
         config, given = parse_flags(sys.argv[1:])
-        start.join(config)  # before the run directory is read: all processes end with the one that cannot see it
+        start.join(config)  # before the run directory is read: if one process cannot see it, all end
         config = completed(config, given)
         if config.explain_run is not None:
             from alst_jax.storage.about import explain
@@ -45,7 +45,7 @@ def main() -> int:
             raise
         return link().failed(f"error: {out_of_memory(config, str(error))}", 2)
     except BrokenPipeError:
-        raise  # while_read knows what it means
+        raise  # while_read explains it
     except OSError as error:
         from alst_jax.storage import disk
 
@@ -63,15 +63,15 @@ def parse(arguments: list[str]) -> TrainConfig:
 
 
 def completed(config: TrainConfig, given: set[str]) -> TrainConfig:
-    """The flags with what follows from others. A resumed run starts from the flags it began with; flags typed now
-    change them. given: the fields that were typed."""
+    """The flags, with the values that follow from other flags. A resumed run starts from the
+    flags it began with; flags typed now change them. given: the fields that were typed."""
     typed = tuple(name for name in chosen_fields() if name in given)
     if config.resume and config.out is not None:
         from alst_jax.storage.run_directory import read_run_file
 
         saved = read_saved(read_run_file(config.out).get("flags", {}))
         check_saved(TrainConfig, saved, f"{config.out}/run.json")
-        # The run has its model with it; one that is typed must be the same.
+        # The run has its model with it; a typed one must be the same.
         saved |= {"model": None, "typed": tuple(sorted({*saved.get("typed", ()), *typed}))}
         saved |= {field.name: getattr(config, field.name) for field in dataclasses.fields(ProcessFlags)}
         return TrainConfig(**saved | {name: getattr(config, name) for name in given})
@@ -138,7 +138,7 @@ def run(config: TrainConfig) -> int:
     """The story of a run, from flags to a Hugging Face directory. Returns the exit code."""
     # jax reads its environment when it is imported: not before main() has prepared it.
     from alst_jax import run as setup
-    from alst_jax import run_data, run_long, run_lora, run_state
+    from alst_jax import run_data, run_long, run_lora, run_packs, run_state
     from alst_jax.metrics import MetricsLog, NoLog, peak_host_memory, peak_memory
     from alst_jax.planning.report import announce_plan, planned_against_measured, report
     from alst_jax.refused import Saves
@@ -160,7 +160,7 @@ def run(config: TrainConfig) -> int:
     run_state.check_before_data(config, job, setup.choose_dtype(config))
     if config.pack:  # the packs say how much attention is to compute
         read = link().in_turn("data", lambda: run_data.read_data(config, source, job))
-        job = run_data.with_packs(job, read[1])
+        job = run_packs.with_packs(job, read[1])
     if planner.cluster is not None:  # a run that does not fit is refused here, before it allocates memory
         started = time.perf_counter()
         choice = planner.choose(job)

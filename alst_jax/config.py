@@ -113,7 +113,7 @@ class NumberFlags:
     """For bfloat16 weights: a float32 copy; the 16 missing bits (the same in 2 bytes less, but ties of weights round
     up); or stochastic rounding."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Weights and compute; bfloat16 keeps what makes it float32 in the optimizer, see --master-weights.
+    """Weights and compute; for bfloat16 weights the optimizer keeps float32 ones, see --master-weights.
     auto: bfloat16 on GPU, float32 on CPU."""
     attention: Literal["auto", "flash", "cudnn", "xla"] = "auto"
     """Attention kernel: flash (flash-attn-4: Hopper, extra `flash`), cudnn (GPU), xla (tiled, any device). auto: the
@@ -146,12 +146,12 @@ class PlanFlags:
     allow_narrow_optimizer: bool = False
     """Let --memory auto also choose --optimizer-states and --master-weights, which change the result by rounding."""
     plan_only: bool = False
-    """Print what a step needs, by part, and stop: allocates nothing, needs no --data and no --out."""
+    """Print the bytes of a step by part, and stop: allocates nothing, needs no --data and no --out."""
     plan_for: Annotated[str | None, default("the machine at hand")] = None
     """With --plan-only: plan for this machine instead of the one at hand: H100-80, 8xH100 or 4x8xH100 (4 hosts
     of 8)."""
-    host_memory: Annotated[float | None, default("what the host has; with --plan-for, what is usual for it")] = None
-    """GiB of host memory to use at most; with --plan-for, what each host has."""
+    host_memory: Annotated[float | None, default("the host's; with --plan-for, the usual size")] = None
+    """GiB of host memory to use at most; with --plan-for, of each host."""
     find_max_seq_len: bool = False
     """Find the longest sequence that fits, and stop; with --plan-for on another machine."""
     plan_picture: Annotated[str | None, default("no picture")] = None
@@ -159,7 +159,7 @@ class PlanFlags:
     json: bool = False
     """With --plan-only or --find-max-seq-len: one JSON object instead of a table."""
     explain_run: Annotated[str | None, default("none")] = None
-    """Print what is recorded beside the newest checkpoint of this run (or beside this checkpoint), and stop: flags,
+    """Print the record beside the newest checkpoint of this run (or beside this checkpoint), and stop: flags,
     versions, git revision, devices, plan, kernels."""
     explain: bool = False
     """With --plan-only: list the terms of which the plan's bytes and seconds are the sums."""

@@ -39,7 +39,7 @@ class DataFlags:
     ignore_fields: Annotated[tuple[str, ...], default("none")] = ()
     """Fields of a record that are left out, as if the data lacked them."""
     learn: Literal["assistant", "last", "all"] = "assistant"
-    """What is learned of a chat: all turns of the assistant, the last of them, or all tokens."""
+    """The learned part of a chat: all turns of the assistant, the last of them, or all tokens."""
     chat_template: Annotated[str | None, default("the model's own")] = None
     """File with a chat template (Jinja), used instead of the model's own and written to the export."""
     template_date: Annotated[str | None, default("the day on which the run began")] = None
@@ -47,7 +47,7 @@ class DataFlags:
     show_samples: Annotated[int | None, AtLeast(1), default("train")] = None
     """Print this many samples with their learned tokens marked, and stop: needs no --seq-len and no --out."""
     pack: bool = False
-    """Put several documents into one sequence of --seq-len tokens. Each computes what it would alone."""
+    """Put several documents into one sequence of --seq-len tokens. Each gives the same numbers as alone."""
     pack_attention: Literal["documents", "across"] = "documents"
     """With --pack. documents: attention stays inside a document and positions restart. across: a pack is one text."""
     long_documents: Literal["cut", "drop"] = "cut"

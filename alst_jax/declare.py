@@ -126,7 +126,7 @@ def _refusal(box: str) -> str:
         return f"{shortened(reason)}: {what}; {f'perhaps you meant {meant}; ' if meant else ''}{help_text}"
     if not text.startswith("Error parsing "):
         return f"{text.rstrip('.')}; {help_text}"
-    # Of a flag that may be None the last error is the one of its own type.
+    # A flag that may be None gives several errors; the last one belongs to its type.
     reason = re.split(r" - (?:<class '\w+'>|typing\..*?_action=None\)\]): ", reason)[-1]
     for pattern, plain in _PLAIN:
         reason = pattern.sub(plain, reason)
@@ -193,5 +193,5 @@ def too_small(flags: Any) -> Iterator[str]:
 
 
 def in_words(value: Any) -> str:
-    """A flag's value as it is typed: a tuple's elements one after the other."""
+    """A flag's value in the form that a user types: a tuple's elements one after the other."""
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

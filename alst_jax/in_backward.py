@@ -124,7 +124,7 @@ def update_in_backward(
 
 
 def _ends_of(model, trained):
-    """(the embedding, what the loss reads), of the trained parameters outside of the layers."""
+    """The trained parameters outside of the layers: (the embedding, the parameters that the loss reads)."""
     ends = model.ends(trained)
     head = "embed_tokens" if model.config.tie_word_embeddings else "lm_head"
     return ends["embed_tokens"], {name: ends[name] for name in ("norm", head)}

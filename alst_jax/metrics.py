@@ -109,7 +109,7 @@ def _quiet_writer(failed: threading.ExceptHookArgs) -> None:
 
 
 def _step(line: str) -> float:
-    """The step of a line; one that cannot be read was no whole line, and goes."""
+    """The step of a line; infinity for a line that cannot be read, so that it is removed."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError):
@@ -195,10 +195,10 @@ def speed(
     step: TrainStep, batches: list[Arrays], padding: list[np.ndarray | None], seconds: float
 ) -> dict[str, Any]:
     """Throughput over all positions that were computed, padding included. padding: for each batch, of its packed rows.
-    Then it is over the tokens of documents, whose attention stays inside of them."""
+    Then it is over the tokens of documents; attention stays inside of them, or of the pack that is one text."""
     tokens, flops, packed = 0, 0, {}
-    work = lambda lengths, counts: sum(
-        n * needed_flops(step.model, step.freeze, length) for length, n in zip(lengths.tolist(), counts.tolist()))
+    work = lambda lengths: sum(n * needed_flops(step.model, step.freeze, length) for length, n in zip(
+        *map(np.ndarray.tolist, np.unique(lengths, return_counts=True))))
     for batch, of_rows in zip(batches, padding):
         rows, length = batch["tokens"].shape
         tokens += rows * length
@@ -206,8 +206,7 @@ def speed(
             flops += rows * needed_flops(step.model, step.freeze, length)
             continue
         packed["padding"] = packed.get("padding", 0) + int(of_rows.sum())
-        flops += work(*np.unique(np.diff(batch["documents"]), return_counts=True))
-        flops -= work(*np.unique(of_rows, return_counts=True))
+        flops += work(np.diff(batch["documents"])) - work(of_rows) if "documents" in batch else work(length - of_rows)
     tokens -= packed.get("padding", 0)
     peak, (place, gibibytes) = peak_flops(step.mesh.devices.flat[0].device_kind), peak_memory()
     return {"tokens": tokens, **packed, "seconds": seconds, "tokens_per_second": tokens / seconds,

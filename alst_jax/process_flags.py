@@ -1,4 +1,4 @@
-"""The flags of a run in several processes, and what such a run refuses."""
+"""The flags of a run in several processes, and the flags that such a run refuses."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class Switches:
     offload_optimizer: Annotated[bool, Words("optimizer in host memory"), CHOSEN] = False
     """Keep optimizer state in host memory, streamed one layer at a time."""
     update_in_backward: Annotated[bool, Words("update in the backward pass")] = False
-    """Update each layer as soon as its gradient is there: gradients are never stored. For weights and optimizer in host
+    """Update each layer when its gradient is complete: gradients are never stored. For weights and optimizer in host
     memory (--offload-weights --offload-optimizer), with --clip-norm 0 and --grad-accum 1. A gradient that is no finite
     number is met after later layers were updated: the run ends at its last checkpoint."""
     segment_layers: Annotated[tuple[int, ...], AtLeast(1), Words("segments of {} layers", off=(1,)), CHOSEN] = (1,)
@@ -52,8 +52,8 @@ class Switches:
     head_chunks: Annotated[int, AtLeast(1), Words("{} head chunks", off=1), CHOSEN] = 1
     """Groups of attention heads worked on one after the other, so that less memory is needed at a time."""
     stack: Literal["segments", "plain"] = "segments"
-    """segments: layers with a hand-written backward pass. plain: by jax.checkpoint alone, to compare with; its plans
-    are those of segments of one layer."""
+    """segments: layers with a hand-written backward pass. plain: by jax.checkpoint alone, to compare with; it is
+    planned as segments of one layer."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype in which gradients are summed over devices."""
 
@@ -88,7 +88,7 @@ class Switches:
 
     @property
     def sums_in_place(self) -> bool:
-        """Whether the gradients of several batches are summed where they are made, and those of one never stored."""
+        """Whether gradients of several batches are summed where they are made. Then one batch's are never stored."""
         return self.remat and self.stack == "segments" and not self.share_gradients
 
     @property
@@ -235,7 +235,7 @@ def place_of(place: str, layers: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """Neighbouring layers of which either all inputs are kept or the first one's, from which the others are rebuilt."""
+    """Neighbouring layers. All inputs are kept, or the first layer's input, from which the others are recomputed."""
 
     all_inputs: bool
     runs: tuple[Run, ...]
@@ -254,10 +254,10 @@ class Segment:
 
 
 def segment_inputs(segments: list[Segment], on_host: bool, shared: int = 0) -> int:
-    """Rows of the array in which the inputs of segments are kept; that of the first is looked up again instead. shared:
-    the number of inputs that are kept in the memory of gradients."""
+    """Rows of the array in which the inputs of segments are kept. The first segment's input is embedded again instead.
+    shared: the number of inputs that are kept in the memory of gradients."""
     count = sum(not segment.all_inputs for segment in segments[1:]) - shared
-    # A single one would not be moved to the host, for copies there and back with no loop between cancel out.
+    # A single row would not be moved to the host: the copies to the host and back cancel without a loop between.
     return 2 if count == 1 and on_host else count
 
 

@@ -118,7 +118,7 @@ def _events(profile: jax.profiler.ProfileData) -> Iterator[tuple[str, str, str, 
                 continue
             for event in line.events:
                 stats = dict(event.stats)
-                # The threads of a CPU run other things besides; each device's operations name it.
+                # The threads of a CPU run other work too; each device's operations name it.
                 device = plane.name if on_gpu else stats.get("device_ordinal")
                 if on_gpu or (device is not None and "hlo_op" in stats):
                     names = (str(stats.get(name, "")) for name in ("hlo_op", "hlo_module"))

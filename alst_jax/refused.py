@@ -1,4 +1,4 @@
-"""Steps that are not applied: because a number is not finite, or because of a spike; and what the flags say of them."""
+"""Steps that are not applied: a number is not finite, or a spike; and the reactions that the flags choose."""
 
 import dataclasses
 from collections.abc import Callable
@@ -41,8 +41,8 @@ class Saves:
 
 
 class Refused:
-    """What --on-nonfinite and --on-spike say of steps that are not applied. left_out: positions of batches that a run
-    which went back must pass over."""
+    """The reactions of --on-nonfinite and --on-spike to steps that are not applied. left_out: positions of batches that
+    the run passes over after it went back."""
 
     def __init__(self, config: WatchFlags, save: Callable[[Any], None], tell: Callable[[Event], None]):
         self.config, self._save, self._tell = config, save, tell

@@ -14,7 +14,6 @@ import numpy as np
 
 from alst_jax.config import TrainConfig, UserError
 from alst_jax.data.documents import Stats
-from alst_jax.data.packing import room_for
 from alst_jax.data.report import print_sources
 from alst_jax.hardware.devices import absent_devices
 from alst_jax.hardware.machines import Cluster, parse_cluster
@@ -36,12 +35,12 @@ from alst_jax.planning.process import with_room
 from alst_jax.processes.link import link
 from alst_jax.profile import Profile
 from alst_jax.run_lora import check_others, with_lora
+from alst_jax.run_packs import of_short_documents
 from alst_jax.step import TrainStep
 from alst_jax.storage.about import about
 from alst_jax.storage.source import ModelSource, find_model
 from alst_jax.trainer import Data
 
-SHORT_DOCUMENT = 1024  # tokens
 OLDEST_JAX_ON_CUDA = (0, 11, 1)  # openxla/xla#46231
 
 
@@ -68,15 +67,6 @@ def subject(config: TrainConfig) -> tuple[ModelSource, Planner, Job]:
         job = of_short_documents(job)
     cluster = with_room(cluster, job)
     return source, Planner.of(config, cluster, functools.partial(make_step, config, cluster, dtype)), job
-
-
-def of_short_documents(job: Job) -> Job:
-    """The job of a plan that reads no data: packed documents of 1,024 tokens. A run counts its own."""
-    length = min(SHORT_DOCUMENT, job.length)
-    count = job.length // length
-    share = count * job.model.causal_pairs(length) / job.model.causal_pairs(job.length)
-    print(f"--pack: planned for documents of {length:,} tokens; a run counts its own", file=sys.stderr)
-    return dataclasses.replace(job, documents=room_for(count, job.rows // job.dp), attention_share=share)
 
 
 # ---------------------------------------------------------------------------------------------------- model and profile
@@ -140,7 +130,7 @@ def make_profile(config: TrainConfig, dtype: jnp.dtype, model: ModelConfig) -> P
 
 def attention_kernel(config: TrainConfig, dtype: jnp.dtype, model: ModelConfig) -> Chosen:
     """The attention kernel of the run, and the reason for it. UserError if it cannot run here, or does not implement
-    what the model or the packs need."""
+    an option of the model or packed documents."""
     chosen = choose_kernel(
         config.attention, KERNELS, gpu_of(config), str(dtype), model.head_dim, config.deterministic)
     documents = config.pack and config.pack_attention == "documents"

@@ -16,7 +16,6 @@ from alst_jax.data.files import Selection
 from alst_jax.data.labels import Labels
 from alst_jax.data.named import parse_sources
 from alst_jax.data.order import Stages
-from alst_jax.data.packing import Fullness, Groups, Packs, pack, room_for
 from alst_jax.data.pieces import Joined, Pieces
 from alst_jax.data.prepare import BySource, cut_sources, read_sources
 from alst_jax.data.records import Fields
@@ -26,6 +25,7 @@ from alst_jax.ops.attention import find_kernel
 from alst_jax.parallel.sequence import padded_length
 from alst_jax.planning.job import Job
 from alst_jax.preflight.check import check_numerics
+from alst_jax.run_packs import packed, packing_of
 from alst_jax.step import TrainStep
 from alst_jax.storage import run_directory
 from alst_jax.storage.checkpoint import Checkpoints
@@ -101,31 +101,6 @@ def read_sequences(
     return cut_sources(paths, reading_of(config, held_out), flag, cutting, cache_of(config))
 
 
-def packed(config: TrainConfig, sources: BySource) -> tuple[Any, Stats]:
-    """The sequences of all sources, one source behind the other, in packs with --pack; and their counts."""
-    packs, shifts, stats, pieces = [], [], Stats(), Joined([sequences for sequences, _ in sources.values()])
-    before = 0
-    for sequences, of_source in sources.values():
-        if config.pack and sequences:
-            packs.append(pack(sequences.lengths, config.seq_len, config.seed))
-            shifts.append(before)
-            of_source.sequences = of_source.sources[0].sequences = len(packs[-1])
-        before += len(sequences)
-        stats.add(of_source)
-    if not packs:
-        return pieces, stats
-    groups = Groups.joined(packs, shifts)
-    stats.fullness = Fullness.of(config.seq_len, pieces.lengths, groups)
-    return Packs(pieces, groups, together=config.pack_attention == "across"), stats
-
-
-def packing_of(config: TrainConfig, stats: Stats, job: Job) -> tuple[int, int] | None:
-    """(data-parallel replicas, documents of a replica at most); None where sequences are single documents."""
-    if not config.pack or config.pack_attention == "across":
-        return None
-    return job.dp, room_for(stats.fullness.most_documents(job.length), job.rows // job.dp)
-
-
 def known_hash(config: TrainConfig, sequences: Any, parts: list[Pieces]) -> str | None:
     """The `content_hash` of the sequences of a run, which the cache remembers; None if no source is in the cache.
 
@@ -141,16 +116,6 @@ def known_hash(config: TrainConfig, sequences: Any, parts: list[Pieces]) -> str 
     known = content_hash(sequences)
     cache.remember(file, known)
     return known
-
-
-def with_packs(job: Job, stats: Stats) -> Job:
-    """The job, with the numbers of the packs: room for documents, and the share of attention that they need."""
-    if stats.packing is None:
-        return job
-    lengths, counts = np.unique(stats.fullness.lengths, return_counts=True)
-    pairs = sum(n * job.model.causal_pairs(length) for length, n in zip(lengths.tolist(), counts.tolist()))
-    share = pairs / (stats.fullness.packs * job.model.causal_pairs(job.length))
-    return dataclasses.replace(job, documents=stats.packing[1], attention_share=share)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +179,7 @@ def read_data(config: TrainConfig, source: ModelSource, job: Job) -> tuple[Data,
 def extended(
     config: TrainConfig, source: ModelSource, first: Part, per_step: int
 ) -> tuple[Any, Stats, Any, tuple[dict[str, Any], ...]]:
-    """(all sequences, their statistics, their order, the additions) of a run with what --add-data added to it."""
+    """(all sequences, their statistics, their order, the additions) of a run with --add-data."""
     added, parts, stats = additions(config), [first], first.stats
     if not added:
         return first.sequences, stats, first.mixture, ()
@@ -239,8 +204,8 @@ def extended(
 
 
 def additions(config: TrainConfig) -> list[dict[str, Any]]:
-    """Each addition to the data of the run in --out, the one of --add-data last, as run_directory.record_added has
-    it."""
+    """The additions to the data of the run in --out, in the form of run_directory.record_added. The flag --add-data
+    gives the last one."""
     if not config.resume:
         return []
     out = pathlib.Path(config.out)

@@ -1,4 +1,4 @@
-"""From flags to the evaluation at length, and what a run says of its positions before the first step."""
+"""From flags to the evaluation at length, and a run's lines about its positions before the first step."""
 
 import dataclasses
 import math
@@ -86,7 +86,7 @@ def original(source: ModelSource) -> ModelConfig:
 
 
 def compare_positions(source: ModelSource, step: TrainStep, state: TrainState, data: Data) -> str:
-    """Lines: the loss by position of the first batch with and without the scaling, and what it means."""
+    """Lines: the loss by position of the first batch with and without the scaling, and their meaning."""
     position = data.training.get_state()
     batch = one_by_one(next(data.training))[0]
     data.training.set_state(position)
@@ -111,8 +111,8 @@ def compare_positions(source: ModelSource, step: TrainStep, state: TrainState, d
 
 
 def _meaning(rows: list[tuple[int, float, float]], known: int, guess: float) -> list[str]:
-    """What the losses of (end of band, with the flags, without) say. known: the positions that the model was made for.
-    guess: the loss of one that knows nothing."""
+    """Sentences about the rows (end of band, loss with the flags, loss without). known: the positions that the model
+    was made for. guess: the loss of a model that knows nothing."""
     within = [row for row in rows if row[0] <= known]
     beyond = [row for row in rows if row[0] > known]
     lines = []

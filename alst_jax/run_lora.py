@@ -27,7 +27,7 @@ ADAPTER = "adapter"  # OUT/adapter
 
 
 def with_adapter(config: TrainConfig) -> TrainConfig:
-    """The flags with those that --adapter says. A resumed run has them already."""
+    """The flags, with the settings that the directory of --adapter has. A resumed run has them already."""
     if config.adapter is None:
         return config
     if config.resume:
@@ -106,7 +106,7 @@ def check_others(freeze: str | None, model: ModelConfig) -> None:
 
 
 def settings(lora: Lora | None) -> dict[str, Any]:
-    """What a resumed run must share with its checkpoint, by the names of its flags."""
+    """The settings that a resumed run must share with its checkpoint, by the names of its flags."""
     if lora is None:
         return {}
     return {"lora_rank": lora.rank, "lora_alpha": lora.alpha, "lora_targets": ",".join(lora.targets),

@@ -94,7 +94,7 @@ def saved_params(step: TrainStep, state: TrainState) -> Any:
 def restore(
     step: TrainStep, data: Data, checkpoints: Checkpoints, at: int, frozen: Any | None = None
 ) -> TrainState:
-    """The state of a checkpoint; the data are put back to where they were. frozen: those of a run with adapters."""
+    """The state of a checkpoint; the data go back to their position. frozen: base weights of a run with adapters."""
     loop = checkpoints.restore_run(at)
     if frozen is None:
         trained, frozen = step.split(checkpoints.restore_params(at, step.params))
@@ -112,7 +112,7 @@ def go_back(step: TrainStep, data: Data, checkpoints: Checkpoints, state: TrainS
         return None
     frozen = None if step.model.lora is None else state.frozen
     for leaf in jax.tree.leaves((state.trained, state.optimizer, state.frozen if frozen is None else None)):
-        leaf.delete()  # those that an update reused are deleted already
+        leaf.delete()  # buffers that an update reused are deleted already
     return restore(step, data, checkpoints, steps[-1], frozen)
 
 

@@ -73,7 +73,7 @@ class TrainStep:
         self.optimizer_state = _with_shardings(state, state_shardings)
         self._optimizer_shardings, self._state_specs = state_shardings, state_specs
         self._scalar = NamedSharding(mesh, P())
-        self._local = Model(model, profile, self.specs, trained_ends(self.trained))  # what a device computes
+        self._local = Model(model, profile, self.specs, trained_ends(self.trained))  # the computation of one device
 
     def split(self, params: Any) -> tuple[Any, Any]:
         """(trained, frozen) of a tree over all parameters; `join` undoes it."""

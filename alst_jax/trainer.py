@@ -50,8 +50,8 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """The batches of a run. evaluation: for each held-out source, by name, what makes an iterator over its batches.
-    added: what --add-data added to the run, as run_directory.record_added stores it. long: of --eval-long."""
+    """The batches of a run. evaluation: for each held-out source, by name, a function that gives an iterator over its
+    batches. added: the additions of --add-data, as run_directory.record_added stores them. long: of --eval-long."""
 
     training: TrainingBatches
     evaluation: dict[str, Callable[[], Iterable[Arrays]]] = dataclasses.field(default_factory=dict)

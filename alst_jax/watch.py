@@ -43,8 +43,8 @@ REASONS = {  # of nvidia-smi: why a GPU's clock is held down. A power cap at ful
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """kind: "nonfinite", "spike", "stall", "memory", "throughput" or "throttled". step: the one in which it was
-    seen."""
+    """kind: "nonfinite", "spike", "stall", "memory", "throughput" or "throttled". step: the step in which it
+    was seen."""
 
     kind: str
     step: int
@@ -59,7 +59,7 @@ class Event:
 
 
 class Watch:
-    """tell(event): what happens to an event; called from a thread of its own for a stalled step. on_gpu: whether
+    """tell(event): prints or records an event; a separate thread calls it for a stalled step. on_gpu: whether
     nvidia-smi is asked. give_up(words): ends the run where a step in progress takes HUNG times as long as the longest.
     By default it ends all processes where there are several; a lone one may take as long as it wants."""
 

@@ -18,7 +18,7 @@ class WatchFlags:
     """A loss or gradient that is no finite number. stop: save the state before the step and end. skip: leave out the
     batch. rewind: go back to the last checkpoint and leave out the batch."""
     on_spike: Literal["warn", "stop", "skip", "rewind"] = "warn"
-    """A loss or gradient norm far above those of the last 50 steps. warn: print a line. The others as for
+    """A loss or gradient norm far above the last 50 steps'. warn: print a line. The others as for
     --on-nonfinite."""
     spike_deviations: float = 8.0
     """How far above their median, in standard deviations, a loss or the logarithm of a gradient norm is a spike."""

@@ -3,7 +3,7 @@
     python -m benchmarks.cpu_reference --layers 4 --seq-len 512
 
 Both sides get the same bfloat16 weights. The CPU side computes in float32 with the XLA attention, and so does a third
-run on the GPU: what it differs by is rounding of the order of the operations, what bfloat16 differs by is its own.
+run on the GPU: its difference is the rounding of another order of operations; bfloat16 adds its own.
 """
 
 import dataclasses

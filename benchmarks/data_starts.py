@@ -2,8 +2,8 @@
 
     python -m benchmarks.data_starts --megabytes 10 500 --folder /tmp/data-starts
 
-Texts of web-like lengths (log-normal, median 1,800 characters) are made of random letters. Four bytes are a token, as in
-English, without the tokenizer. Each start is a process of its own.
+Texts of web-like lengths (log-normal, median 1,800 characters) are made of random letters. Four bytes are a token, as
+in English, without the tokenizer. Each start is a process of its own.
 """
 
 import dataclasses

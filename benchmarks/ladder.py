@@ -30,7 +30,7 @@ RUNGS: list[tuple[str, dict]] = [
     ("+ 8 head chunks", dict(head_chunks=8)),
     ("+ update in the backward pass", dict(update_in_backward=True)),
 ]
-# By layers: what fits at 524,288 tokens for 32, and the like for 8, so that all rungs can be measured quickly.
+# By layers: a profile that fits at 524,288 tokens for 32, and its like for 8, so that rungs are measured quickly.
 KEPT = {  # attention outputs on the device and in host memory, and segments that leave them room
     32: dict(keep_attention_on_device=12, keep_attention_on_host=15, segment_layers=(5, 12, 8, 4, 2, 1)),
     8: dict(keep_attention_on_device=3, keep_attention_on_host=4, segment_layers=(2, 3, 2, 1))}
@@ -82,7 +82,7 @@ def main():
 
 
 def longest(profile: Profile, options: Options) -> str:
-    """The longest multiple of STEP that compiles to less than there is, within about 2%."""
+    """The longest multiple of STEP whose compiled bytes fit, within about 2%."""
     import jax.numpy as jnp
 
     from alst_jax.config import TrainConfig, UserError

@@ -1,4 +1,4 @@
-"""Speed and memory against length: what --memory auto plans for Llama-8B on one H100, and steps that were measured.
+"""Speed and memory against length: plans of --memory auto for Llama-8B on one H100, and measured steps.
 
     python -m benchmarks.lengths --measured benchmarks/results/2026-11-24-h100-steps.json --out lengths
 

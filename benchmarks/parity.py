@@ -144,7 +144,7 @@ def main():
 
 
 def run(chosen: list[Case], dtype: str, trained: Callable[[Case], dict[str, Any]]) -> list[str]:
-    """Prints a line for each case, one more for each that is beside another, and what all say; what failed."""
+    """Print a line for each case, one more for each pair, and a verdict. Returns the names of the failed cases."""
     kept, rounding, failed = {}, {}, []
     for number, case in enumerate(chosen):
         started = time.perf_counter()
@@ -169,7 +169,7 @@ def run(chosen: list[Case], dtype: str, trained: Callable[[Case], dict[str, Any]
 
 
 def last_line(ran: list[Case], failed: list[str]) -> str:
-    """What failed, and what --only kept from being asked."""
+    """The failures, and the comparisons that --only left out."""
     names = {case.name for case in ran}
     wrong = f'"{WRONG}", the case that must fail, without which nothing shows that errors are noticed'
     asked = [wrong] * (WRONG not in names)
@@ -213,7 +213,7 @@ def limits(case: Case, other: str, rounding: dict[str, dict[str, float]], dtype:
 
 
 def judge(case: Case, errors: dict[str, float], limits: dict[str, float]) -> str:
-    """"ok", or what is wrong with a case. A loss, norm or parameter that is not finite makes an error that is not."""
+    """"ok", or the fault of a case. A loss, norm or parameter that is not finite makes an error that is not."""
     if unknown := [part for part, error in errors.items() if not math.isfinite(error)]:
         return f"NOT FINITE: {', '.join(unknown)}"
     passed = [part for part, error in errors.items() if error > limits[part]]
@@ -270,7 +270,7 @@ def compare(result: dict[str, Any], reference: dict[str, Any]) -> dict[str, floa
 
     def length(a, b=None) -> float:  # of a - b, some numbers at a time: a difference is as large as its parameter
         a, b = a.reshape(-1), None if b is None else b.reshape(-1)
-        with np.errstate(all="ignore"):  # judge sees what is not finite
+        with np.errstate(all="ignore"):  # judge sees numbers that are not finite
             return math.hypot(*(float(np.linalg.norm(a[i:i + PIECE] if b is None else a[i:i + PIECE] - b[i:i + PIECE]))
                                 for i in range(0, a.size, PIECE)))
 

@@ -83,7 +83,7 @@ FITTED = [  # model, tokens, dp, sp, profile
     1) | chunks(8) | kept(6, 4)),
     ("32B", 524288, 1, 8, AW | chunks(8) | kept(20)), ("1B", 262144, 1, 1, A | kept(6, 10) | chunks(4)),
     ("1B", 786432, 1, 2, AW | segments(4) | chunks(2) | kept(4)), ("tiny", 786432, 1, 4, A | chunks(2) | kept(3, 3)),
-    # compiled to see what is alive, or held out until they were missed
+    # compiled to see the live arrays, or held out until they were missed
     ("8B", 65536, 1, 1, A | segments(2)), ("8B", 131072, 1, 2, A | segments(2)), ("1B", 393216, 1, 1, A | segments(2)),
     ("8B", 524288, 2, 2, AW | segments(2)), ("8B", 262144, 1, 2, AW | segments(3) | kept(6, 3)),
     ("8B", 262144, 1, 8, AW | segments(4) | chunks(2) | kept(4, 4) | tiles(32768, 0)),

@@ -1,4 +1,4 @@
-"""Forward and backward of a Llama-8B shape on meshes of the GPUs of one host: speed a GPU, and what collectives cost.
+"""Forward and backward of a Llama-8B shape on meshes of the GPUs of one host: speed a GPU, and the cost of collectives.
 
     python -m benchmarks.scaling --layers 4 --cases 2 1 65536 1 2 131072
     python -m benchmarks.scaling --layers 4 --cases 1 2 131072 --flags xla_gpu_enable_while_loop_double_buffering=true
@@ -147,7 +147,7 @@ def read_trace(directory: pathlib.Path) -> list[Shares]:
 
 
 def shares_of(events: list[tuple[str, float, float]]) -> Shares:
-    """Of the (name, start, end) of what one GPU ran. Copies are neither computing nor collectives."""
+    """Shares of the (name, start, end) of one GPU's kernels. Copies are neither computing nor collectives."""
     collectives = [event for event in events if re.search("nccl", event[0], re.IGNORECASE)]
     copies = [event for event in events if re.match("mem(cpy|set)", event[0], re.IGNORECASE)]
     others = {*collectives, *copies}

@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import threading
 import time
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 import tyro
@@ -22,6 +22,10 @@ import tyro
 from alst_jax.hardware import environment
 from alst_jax.profile import MemoryFlags, Profile
 from benchmarks.shapes import llama_8b
+
+if TYPE_CHECKING:  # jax starts after `environment.prepare`
+    from alst_jax.stack.batch import Batch
+    from alst_jax.step import TrainStep
 
 GIB = 2**30
 
@@ -52,22 +56,42 @@ class Options:
         return self.memory.profile(self.attention, "bfloat16")
 
 
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The compiled programs of a step. gradients: loss and gradient, or the whole step that updates in the backward
+    pass. norm, update: None where they do not run apart."""
+
+    gradients: Any
+    norm: Any = None
+    update: Any = None
+
+
 def main():
     options = tyro.cli(Options)
     environment.prepare(None, devices=options.dp * options.sp)
+    step = make_step(options)
+    import jax  # after `prepare`, which sets the environment that jax starts with
+
+    print(f"{options}, jax {jax.__version__}, {step.mesh.size} x {jax.devices()[0].device_kind}", flush=True)
+    programs = compile_programs(options, step)
+    if options.compile_only:
+        return
+    environment.return_freed_memory()
+    if options.reserve:
+        reserve(options.reserve, list(step.mesh.devices.flat))
+    run_steps(options, step, programs)
+
+
+def make_step(options: Options) -> "TrainStep":
+    """The step of the options, without arrays."""
     import jax
     import jax.numpy as jnp
-    import numpy as np
-    from jax.sharding import NamedSharding, PartitionSpec
 
     from alst_jax.config import UserError
     from alst_jax.optim.adamw import AdamW
     from alst_jax.parallel.mesh import choose_degrees, make_mesh
-    from alst_jax.planning.compiled import shard_bytes
-    from alst_jax.stack.batch import Batch
     from alst_jax.step import TrainStep
 
-    model, length = llama_8b(options.layers), options.seq_len
     in_backward = options.profile.update_in_backward
     if in_backward and not options.update:
         raise SystemExit("--update-in-backward with --no-update: leave one of them out")
@@ -77,79 +101,118 @@ def main():
         mesh = make_mesh(*choose_degrees(options.dp, options.sp, len(jax.devices())))
     except UserError as error:
         raise SystemExit(str(error)) from error
-    step = TrainStep(model, mesh, options.profile, optimizer, jnp.bfloat16)
-    print(f"{options}, jax {jax.__version__}, {mesh.size} x {jax.devices()[0].device_kind}", flush=True)
-    tokens = np.random.default_rng(0).integers(0, model.vocab_size, (options.dp, length), dtype=np.int32)
-    positions = np.tile(np.arange(length, dtype=np.int32), (options.dp, 1))
-    batch = step.put_batch(tokens, np.roll(tokens, -1, 1), positions)
-    scale = jnp.float32(1 / tokens.size)
-    abstract = Batch.abstract(*tokens.shape, step.mesh)
-    started = time.perf_counter()
-    number = jax.ShapeDtypeStruct((), jnp.float32)
+    return TrainStep(llama_8b(options.layers), mesh, options.profile, optimizer, jnp.bfloat16)
+
+
+def compile_programs(options: Options, step: "TrainStep") -> Programs:
+    """Compile loss and gradient, print planned bytes, and compile the update. SystemExit if the device is too small."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from alst_jax.stack.batch import Batch
+
+    in_backward, abstract = options.profile.update_in_backward, Batch.abstract(options.dp, options.seq_len, step.mesh)
+    number, started = jax.ShapeDtypeStruct((), jnp.float32), time.perf_counter()
     if in_backward:
-        compiled = step.update_in_backward.lower(
+        gradients = step.update_in_backward.lower(
             step.trained, step.frozen, step.optimizer_state, abstract, number, number).compile()
     else:
-        compiled = step.loss_and_grad.lower(step.trained, step.frozen, abstract, number).compile()
-    plan = compiled.memory_analysis()
-    device_plan = (plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes
-                   - plan.alias_size_in_bytes)
+        gradients = step.loss_and_grad.lower(step.trained, step.frozen, abstract, number).compile()
+    planned, limit = print_plan(options, step, gradients, time.perf_counter() - started), bytes_limit()
+    if planned > limit:
+        raise SystemExit(f"planned {planned / GIB:.2f} GiB, and jax may use {limit / GIB:.2f} of the device's")
+    if options.compile_only or in_backward or not options.update:
+        return Programs(gradients)
+    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(step.mesh, PartitionSpec()))
+    return Programs(
+        gradients, step.gradient_norm.lower(step.params).compile(),
+        step.update.lower(step.params, step.params, step.optimizer_state, scalar, scalar).compile())
+
+
+def bytes_limit() -> int:
+    """Bytes of a device that jax may use."""
+    import jax
+
+    return jax.devices()[0].memory_stats()["bytes_limit"]
+
+
+def print_plan(options: Options, step: "TrainStep", compiled: Any, seconds: float) -> int:
+    """Print the bytes that the compiler plans. Returns a device's bytes while gradients are computed."""
+    import jax
+
+    from alst_jax.planning.compiled import shard_bytes
+
+    plan, in_backward = compiled.memory_analysis(), options.profile.update_in_backward
     states = 0  # on the device while gradients are computed, beside the program that computes them
-    if options.update and not options.profile.offload_optimizer:
-        states = sum(map(shard_bytes, jax.tree.leaves(step.optimizer_state))) * (not in_backward)
-    device_plan += states
-    print(f"compiled in {time.perf_counter() - started:.0f} s; GiB planned: device temp "
+    if options.update and not options.profile.offload_optimizer and not in_backward:
+        states = sum(map(shard_bytes, jax.tree.leaves(step.optimizer_state)))
+    device_plan = (plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes
+                   - plan.alias_size_in_bytes + states)
+    print(f"compiled in {seconds:.0f} s; GiB planned: device temp "
           f"{plan.temp_size_in_bytes / GIB:.2f} + arguments {plan.argument_size_in_bytes / GIB:.2f} + outputs "
           f"{plan.output_size_in_bytes / GIB:.2f} + states {states / GIB:.2f} = {device_plan / GIB:.2f}; host temp "
           f"{plan.host_temp_size_in_bytes / GIB:.2f} + arguments {plan.host_argument_size_in_bytes / GIB:.2f} + "
           f"outputs {plan.host_output_size_in_bytes / GIB:.2f}", flush=True)
-    limit = jax.devices()[0].memory_stats()["bytes_limit"]
-    if device_plan > limit:
-        raise SystemExit(f"planned {device_plan / GIB:.2f} GiB, and jax may use {limit / GIB:.2f} of the device's")
-    if options.compile_only:
-        return
-    if options.update and not in_backward:
-        scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(step.mesh, PartitionSpec()))
-        norm_of = step.gradient_norm.lower(step.params).compile()
-        update = step.update.lower(step.params, step.params, step.optimizer_state, scalar, scalar).compile()
-    environment.return_freed_memory()
-    if options.reserve:
-        reserve(options.reserve, list(mesh.devices.flat))
-    started = time.perf_counter()
+    return device_plan
+
+
+def run_steps(options: Options, step: "TrainStep", programs: Programs) -> None:
+    """Make weights, states and a batch, run the steps, and print a line for each."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    length, started = options.seq_len, time.perf_counter()
+    tokens = np.random.default_rng(0).integers(0, step.model.vocab_size, (options.dp, length), dtype=np.int32)
+    positions = np.tile(np.arange(length, dtype=np.int32), (options.dp, 1))
+    batch = step.put_batch(tokens, np.roll(tokens, -1, 1), positions)
     params, frozen = step.split(jax.block_until_ready(step.init_params(jax.random.key(0), jnp.bfloat16)))
     state = jax.block_until_ready(step.init_optimizer(params)) if options.update else None
     print(f"weights and states made in {time.perf_counter() - started:.0f} s", flush=True)
     peak_flops = environment.peak_flops(jax.devices()[0].device_kind) or float("nan")
     for number in range(options.steps):
-        with Monitor(mesh.size) as monitor:
-            started = time.perf_counter()
-            gradients, norm, update_seconds = None, float("nan"), 0.0
-            if in_backward:
-                loss, norm, finite, layers, params, state = jax.block_until_ready(
-                    compiled(params, frozen, state, batch, scale, jnp.float32(1e-5)))
-                assert finite and layers == model.num_layers, (finite, layers)
-            else:
-                loss, gradients = jax.block_until_ready(compiled(params, frozen, batch, scale))
-            seconds = time.perf_counter() - started
-            print(f"step {number + 1}: loss {float(loss):.4f} after {seconds:.3f} s", flush=True)
-            if options.update and not in_backward:
-                after = time.perf_counter()
-                norm = norm_of(gradients)
-                rate = jax.device_put(jnp.float32(1e-5), scalar.sharding)
-                params, state = jax.block_until_ready(update(params, gradients, state, norm, rate))
-                update_seconds = time.perf_counter() - after
-        del gradients
+        with Monitor(step.mesh.size) as monitor:
+            params, state, loss, norm, (seconds, update_seconds) = run_step(
+                step, programs, params, frozen, state, batch, number)
         total = seconds + update_seconds
-        mfu = options.dp * model.flops_per_sequence(length) / total / mesh.size / peak_flops
-        device_peak = max(device.memory_stats()["peak_bytes_in_use"] for device in mesh.devices.flat)
-        print(f"step {number + 1}: loss {float(loss):.4f} norm {float(norm):.3f}  {seconds:.3f} + {update_seconds:.3f} "
+        mfu = options.dp * step.model.flops_per_sequence(length) / total / step.mesh.size / peak_flops
+        device_peak = max(device.memory_stats()["peak_bytes_in_use"] for device in step.mesh.devices.flat)
+        print(f"step {number + 1}: loss {loss:.4f} norm {norm:.3f}  {seconds:.3f} + {update_seconds:.3f} "
               f"s  {tokens.size / total:,.0f} tok/s  MFU {mfu:.1%}  forward+backward alone "
               f"{tokens.size / seconds:,.0f} tok/s  device peak {device_peak / GIB:.2f} GiB  {monitor.summary()}",
               flush=True)
 
 
+def run_step(
+    step: "TrainStep", programs: Programs, params: Any, frozen: Any, state: Any, batch: "Batch", number: int
+) -> tuple[Any, Any, float, float, tuple[float, float]]:
+    """(weights, states, loss, norm of the gradient, seconds of the gradients and of the update) of one step."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    scale, rate, norm = jnp.float32(1 / batch.tokens.size), jnp.float32(1e-5), float("nan")
+    started = time.perf_counter()
+    if step.profile.update_in_backward:
+        loss, norm, finite, layers, params, state = jax.block_until_ready(
+            programs.gradients(params, frozen, state, batch, scale, rate))
+        assert finite and layers == step.model.num_layers, (finite, layers)
+    else:
+        loss, gradients = jax.block_until_ready(programs.gradients(params, frozen, batch, scale))
+    seconds = time.perf_counter() - started
+    print(f"step {number + 1}: loss {float(loss):.4f} after {seconds:.3f} s", flush=True)
+    if programs.update is None:
+        return params, state, float(loss), float(norm), (seconds, 0.0)
+    started = time.perf_counter()
+    norm = programs.norm(gradients)
+    rate = jax.device_put(rate, NamedSharding(step.mesh, PartitionSpec()))
+    params, state = jax.block_until_ready(programs.update(params, gradients, state, norm, rate))
+    return params, state, float(loss), float(norm), (seconds, time.perf_counter() - started)
+
+
 def reserve(gibibytes: int, devices: list) -> None:
-    """`host.reserve`, with what it took."""
+    """`host.reserve`, with its seconds."""
     from alst_jax.xla import host
 
     started = time.perf_counter()

@@ -32,7 +32,7 @@ def merge_adapter(
     """
     most = parse_size(shard_size)
     lora, parts = read_lora(adapter).lora, adapter_tensors(adapter)
-    model_config(base)  # refuses what is no model
+    model_config(base)  # refuses a directory without a model
     tensors = find_tensors(base)
     kernels = {name.replace(f".{DOWN}.", "."): name for name in parts if f".{DOWN}." in name}
     whole = {name for name in parts if ".lora_" not in name}

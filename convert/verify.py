@@ -18,7 +18,7 @@ def verify(directory: tyro.conf.Positional[pathlib.Path], accept: bool = False) 
     """Compare the files of DIRECTORY with the checksums that were written with them. Nothing is run or changed.
 
     DIRECTORY: a run with its checkpoints and its export, a converted model, one checkpoint (RUN/checkpoints/STEP), or a
-    Hugging Face directory. accept: take the files as they are now as the right ones, and write their checksums.
+    Hugging Face directory. accept: trust the present files, and write their checksums.
     Exit code: 0 if all is as it was written, 1 if some files have no checksums, 2 if a file is damaged.
     """
     parts = _parts(directory)
@@ -39,7 +39,7 @@ def verify(directory: tyro.conf.Positional[pathlib.Path], accept: bool = False) 
 
 
 def _parts(directory: pathlib.Path) -> list[tuple[pathlib.Path, Callable[[], bool], Callable[[], None]]]:
-    """(name, whether it is verified, what writes its checksums) of each part of a directory."""
+    """(name, whether it is verified, the function that writes its checksums) of each part of a directory."""
     if not directory.is_dir():
         raise UserError(f"{directory}: {'it is a file' if directory.is_file() else 'no such directory'}; name a run, a "
                         "checkpoint, a converted model or a Hugging Face directory")

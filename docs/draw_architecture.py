@@ -1,65 +1,91 @@
-"""Draws docs/architecture.svg from the imports of alst_jax: its layers from bottom to top, their files, and who uses
-whom.
+"""Draw docs/architecture.svg: the layers of alst_jax from bottom to top, each with its purpose and its files.
 
-    python docs/draw_architecture.py
+    uv run python docs/draw_architecture.py
+
+The order is the one that tests/unit/test_layers.py holds; the files are read from the directory.
 """
 
-import ast
 import collections
 import pathlib
 import sys
+import textwrap
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
-from tests.unit.test_layers import LAYERS, imports  # noqa: E402  (the order that the test holds)
+from draw_ideas import picture, text  # noqa: E402
 
-ROW, LEFT, WIDTH = 42, 470, 1180
+from tests.unit.test_layers import LAYERS  # noqa: E402
+
+WIDTH, COLUMNS, PICTURE = 860, 150, ROOT / "docs" / "architecture.svg"
+PURPOSE = (  # neighbouring layers that are drawn as one box, and their purpose
+    (
+        "declare profile data_flags lora_flags watch_flags extend_flags process_flags config flag_checks",
+        "the flags, each declared once; the memory profile; errors of users",
+    ),
+    ("processes", "several processes of one run"),
+    ("hardware", "machines, limits of host memory, the environment of jax"),
+    ("xla", "orders and places that the compiler must be told"),
+    ("ops", "pure functions of local arrays: tiling, attention kernels, loss"),
+    ("data", "files -> documents -> sequences -> batches"),
+    ("models", "the block, the families, Hugging Face's format"),
+    ("parallel", "mesh, ZeRO-3 shards, Ulysses"),
+    ("stack", "one layer in tiles, all layers, embedding and loss"),
+    ("optim", "AdamW, its storage formats, the update in pieces"),
+    ("in_backward step", "the compiled programs of a step"),
+    ("storage", "run directories, checkpoints, checksums"),
+    ("metrics profiling watch refused trainer", "the loop, its log, its warnings"),
+    ("at_length", "the evaluation at length"),
+    ("planning", "bytes and seconds before a run; the choice of a profile"),
+    ("preflight", "a step against an independent computation"),
+    ("run_packs run_data run_long run_lora run_state run", "flags -> data, model, mesh, step, state"),
+)
 
 
-def layer_of(file: pathlib.Path) -> str:
-    return file.relative_to(ROOT / "alst_jax").as_posix().removesuffix(".py").split("/")[0]
-
-
-def read() -> tuple[dict[str, list[tuple[str, int]]], dict[str, set[str]]]:
-    """(files and their lines by layer, the layers that each layer imports)"""
-    files, uses = collections.defaultdict(list), collections.defaultdict(set)
+def files() -> dict[str, list[str]]:
+    """The files of each layer that is a directory, below it and without their suffix."""
+    found = collections.defaultdict(list)
     for file in sorted((ROOT / "alst_jax").rglob("*.py")):
-        layer, source = layer_of(file), file.read_text()
-        if layer not in LAYERS:
-            continue
-        ast.parse(source)
-        name = file.relative_to(ROOT / "alst_jax").as_posix()
-        if source.strip():
-            files[layer].append((name.removeprefix(f"{layer}/").removesuffix(".py"), source.count("\n")))
-        uses[layer] |= {other for other in (n.split(".")[0] for n in imports(source)) if other != layer}
-    return files, uses
+        layer, *below = file.relative_to(ROOT / "alst_jax").parts
+        if below and file.stem != "__init__":
+            found[layer].append("/".join(below).removesuffix(".py"))
+    return found
+
+
+def boxes() -> list[tuple[list[str], str]]:
+    """(neighbouring layers, their purpose), bottom to top. A layer without a purpose has a box of its own."""
+    found, purposes = [], {names.split()[0]: (names.split(), text) for names, text in PURPOSE}
+    covered = {name for names, _ in PURPOSE for name in names.split()}
+    for layer in LAYERS:
+        if layer in purposes or layer not in covered:
+            found.append(purposes.get(layer, ([layer], "")))
+    return found
 
 
 def draw() -> str:
-    files, uses = read()
-    y_of = {layer: 30 + ROW * row for row, layer in enumerate(reversed(LAYERS))}
-    height = 30 + ROW * len(LAYERS) + 10
-    lines = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" font-family="sans-serif">',
-             f'<rect width="{WIDTH}" height="{height}" fill="white"/>',
-             '<text x="10" y="18" font-size="12" fill="#555">A layer imports only from layers below it. '
-             "Curves: imports. Numbers: lines.</text>"]
-    for layer in LAYERS:
-        for other in uses[layer]:
-            top, bottom = y_of[layer] + ROW / 2 - 4, y_of[other] + ROW / 2 - 4
-            bend = LEFT - 20 - 13 * abs(LAYERS.index(layer) - LAYERS.index(other))
-            lines.append(f'<path d="M {LEFT} {top} C {bend} {top}, {bend} {bottom}, {LEFT} {bottom}" fill="none" '
-                         'stroke="#4477aa" stroke-opacity="0.35"/>')
-    for layer in LAYERS:
-        y, total = y_of[layer], sum(n for _, n in files[layer])
-        lines.append(f'<rect x="{LEFT}" y="{y}" width="{WIDTH - LEFT - 10}" height="{ROW - 8}" rx="4" fill="#eef3f8" '
-                     'stroke="#4477aa"/>')
-        lines.append(f'<text x="{LEFT + 8}" y="{y + 15}" font-size="13" font-weight="bold">{layer} '
-                     f'<tspan font-weight="normal" fill="#555">{total}</tspan></text>')
-        names = ", ".join(name for name, _ in files[layer] if name not in (layer, "__init__"))
-        lines.append(f'<text x="{LEFT + 8}" y="{y + 29}" font-size="10" fill="#333">{names}</text>')
-    return "\n".join([*lines, "</svg>"]) + "\n"
+    """The picture."""
+    names, y, lines = files(), 34, []
+    for layers, purpose in reversed(boxes()):
+        listed = textwrap.wrap(", ".join(name for layer in layers for name in names[layer]), COLUMNS)
+        title = ", ".join(reversed(layers)) if len(layers) > 1 else layers[0]
+        titles = textwrap.wrap(title, 105)
+        height = 8 + 16 * len(titles) + 15 + 13 * len(listed)
+        lines.append(
+            f'<rect x="10" y="{y}" width="{WIDTH - 20}" height="{height}" rx="4" fill="#eef3f8" stroke="#4477aa"/>'
+        )
+        at = y + 2
+        for style, size, part in (
+            [('font-weight="bold" fill="#222"', 13, line) for line in titles]
+            + [('fill="#a05a10"', 12, purpose)]
+            + [('fill="#444"', 10, line) for line in listed]
+        ):
+            at += size + 2.5
+            lines.append(f'<text x="18" y="{at}" font-size="{size}" {style}>{part.replace(">", "&gt;")}</text>')
+        y += height + 5
+    title = "alst_jax/: a file imports only from the layers below its own"
+    return picture(WIDTH, y + 4, [text(12, 20, title, 12, "start", "#555"), *lines])
 
 
 if __name__ == "__main__":
-    (ROOT / "docs" / "architecture.svg").write_text(draw())
+    PICTURE.write_text(draw())
+    print(f"{PICTURE.name}: {len(LAYERS)} layers")

@@ -1,7 +1,7 @@
-"""The evaluation at length: which sequences a run reads for it, and what their losses say.
+"""The evaluation at length: the sequences that a run reads for it, and the meaning of their losses.
 
-All sequences, those of held-out text, the short contexts of LongPPL and the generated cases, are packed as documents
-into the shape of a training batch. So one program, with the run's own profile, computes the losses of all of them.
+All sequences (held-out text, the short contexts of LongPPL, generated cases) are packed as documents into the shape
+of a training batch. So one program, with the run's own profile, computes all losses.
 """
 
 import dataclasses
@@ -54,7 +54,7 @@ class Packed:
 
     @staticmethod
     def of(sequences: list[Sequence], shape: Shape) -> "Packed":
-        """Best fit; where documents must be alike, a batch holds those of one length."""
+        """Best fit; where documents must be alike, a batch holds documents of one length."""
         sizes = np.asarray([sequence.tokens.size for sequence in sequences])
         groups: list[list[int]] = []
         for size in np.unique(sizes)[::-1] if shape.alike else (None,):
@@ -65,7 +65,7 @@ class Packed:
 
     @property
     def most(self) -> int:
-        """Documents of a replica at most, for which the program is compiled; the padding of a pack is one."""
+        """The most documents of a replica that the program is compiled for; the padding of a pack counts as one."""
         return room_for(max(map(len, self.groups)) + 1, self.shape.rows // self.shape.dp)
 
     def losses(self, step: TrainStep, state: TrainState) -> list[Losses]:
@@ -104,7 +104,7 @@ class _Rows:
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """What an evaluation says."""
+    """The results of one evaluation."""
 
     step: int
     seconds: float
@@ -174,7 +174,7 @@ class Evaluation:
         return results.metrics()
 
     def judge(self, step: TrainStep, state: TrainState) -> Results:
-        """Compute all losses and what they say."""
+        """Compute all losses and the results that follow from them."""
         started = time.perf_counter()
         found = self.packed.losses(step, state)
         count, per_text = len(self.texts), len(self.windows)
@@ -190,9 +190,9 @@ class Evaluation:
 
 
 def choose_texts(pieces: Any, length: int, count: int, flag: str, longest: int) -> list[Sequence]:
-    """`count` sequences of `length` tokens, evenly from all of that length; fewer if there are not as many.
+    """`count` sequences of `length` tokens, chosen evenly among all of this length; fewer if the data have fewer.
 
-    longest: the tokens of the longest document. UserError if there is none.
+    longest: the tokens of the longest document. UserError if no document is long enough.
     """
     whole = np.flatnonzero(pieces.lengths == length)
     if not whole.size:

@@ -38,7 +38,7 @@ def windows(length: int, context: int) -> list[Window]:
 
 
 def cut(sequence: Sequence, window: Window) -> Sequence:
-    """The window as a sequence of its own: views, no copies."""
+    """The window as a separate sequence: views, no copies."""
     return Sequence(sequence.tokens[window.start : window.stop], sequence.labels[window.start : window.stop])
 
 

@@ -4,7 +4,7 @@ each of its tokens has the largest logit after the ones before it (teacher-force
 needle     a sentence with a number, at a given depth of the haystack; the answer is the number
 variables  VAR A = 12345, VAR B = VAR A, ..., between other such chains; the answer is the value of the last one
 copy       a passage of the haystack between two marks; after the mark is repeated, the answer is the passage
-words      a list of words, of which one is far more common than the others; the answer is this word
+words      a list of words, one far more common than the others; the answer is this word
 
 Needle, variables and words are after RULER (arXiv 2404.06654), in the form of a text that goes on: no chat template.
 """
@@ -21,7 +21,7 @@ from alst_jax.data.pieces import Sequence
 TASKS = ("needle", "variables", "copy", "words")
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of a needle: 0 is the beginning of the text
 PARTS = (8, 4, 2, 1)  # lengths of the texts, as parts of a sequence
-HOPS, CHAINS = 3, 2  # variables after the first one of a chain; chains, of which one is asked for
+HOPS, CHAINS = 3, 2  # variables after the first of a chain; chains (the question asks for one of them)
 COPIED = 32  # tokens of a passage at most
 COMMON = 0.3  # part of the words that are the common one
 OTHERS = 50  # other words

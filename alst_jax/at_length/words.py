@@ -6,7 +6,7 @@ from alst_jax.at_length.tasks import TASKS
 
 
 def short(tokens: int) -> str:
-    """`32Ki` for 32,768, as --seq-len takes it; other numbers as they are."""
+    """`32Ki` for 32,768, as --seq-len takes it; other numbers unchanged."""
     return f"{tokens // 1024}Ki" if tokens and tokens % 1024 == 0 else f"{tokens:,}"
 
 

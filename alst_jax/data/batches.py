@@ -14,13 +14,14 @@ from alst_jax.data.packing import offsets_of, pieces_of
 
 Sequences = collections.abc.Sequence[Sequence]
 Arrays = dict[str, np.ndarray]
+Packing = tuple[int, int | None]  # data-parallel replicas, documents of a replica at most (None: a pack is one text)
 
 
 class TrainingBatches:
     """An endless iterator: every sequence once an epoch, each epoch in another order.
 
-    Yields {"tokens", "labels", "positions"}, int32[grad_accum, rows, padded_len]; what is beyond a document's end is
-    padding: pad token, label IGNORED. `get_state` / `set_state` save and restore the position exactly.
+    Yields {"tokens", "labels", "positions"}, int32[grad_accum, rows, padded_len]; positions beyond a document's end
+    are padding: pad token, label IGNORED. `get_state` / `set_state` save and restore the position exactly.
 
     lengths: padded_len, or several, ascending. Then it yields a list of grad_accum batches {...}, int32[rows, length]:
     the sequences of the step, the longest first. Each batch has the smallest length that holds its sequences. A step
@@ -30,12 +31,12 @@ class TrainingBatches:
 
     packing: for packed sequences, (data-parallel replicas, documents of a replica at most). Batches then also have
     "documents", int32[grad_accum, replicas, documents + 1] (see stack/batch.py), and "padding", int32[grad_accum,
-    rows], the tokens of padding in each row.
+    rows], the tokens of padding in each row. Without a number of documents a pack is one text: "padding" alone.
     """
 
     def __init__(
         self, sequences: Sequences, lengths: int | tuple[int, ...], rows: int, grad_accum: int, seed: int,
-        pad_token: int, order: list[tuple[int, float]] | Stages | None = None, packing: tuple[int, int] | None = None,
+        pad_token: int, order: list[tuple[int, float]] | Stages | None = None, packing: Packing | None = None,
     ):
         import grain
 
@@ -70,7 +71,7 @@ class TrainingBatches:
         self._iterator.set_state(state)
 
 
-def _fitted(arrays: Arrays, lengths: tuple[int, ...], packing: tuple[int, int] | None) -> Arrays:
+def _fitted(arrays: Arrays, lengths: tuple[int, ...], packing: Packing | None) -> Arrays:
     """A batch in the smallest length that holds its rows, with the fields of `TrainingBatches`. arrays: rows of
     `pad_sequence` in the last length, and "size", the tokens of each."""
     size = arrays["size"]
@@ -78,13 +79,16 @@ def _fitted(arrays: Arrays, lengths: tuple[int, ...], packing: tuple[int, int] |
     batch = {name: arrays[name][:, :length] for name in ("tokens", "labels", "positions")}
     if packing is None:
         return batch
+    batch["padding"] = np.int32(length) - size
+    if packing[1] is None:
+        return batch
     documents = [row[: np.count_nonzero(row) - (n < lengths[-1])].tolist() for row, n in zip(arrays["lengths"], size)]
-    return batch | {"documents": offsets_of(documents, length, *packing), "padding": np.int32(length) - size}
+    return batch | {"documents": offsets_of(documents, length, *packing)}
 
 
 def evaluation_batches(
     sequences: Sequences, lengths: int | tuple[int, ...], rows: int, pad_token: int,
-    packing: tuple[int, int] | None = None,
+    packing: Packing | None = None,
 ) -> Iterator[Arrays]:
     """Every sequence once, in order: int32[rows, length]; the last batch is filled up with rows without labels.
 

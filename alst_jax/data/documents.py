@@ -29,7 +29,7 @@ class Stats:
     held_out: list[SourceReport] = dataclasses.field(default_factory=list)
     fullness: Any = None  # of packs: a packing.Fullness
     lengths: str | None = None  # of sequences, in words, if several
-    packing: tuple[int, int] | None = None  # (data-parallel replicas, documents of a replica at most)
+    packing: tuple[int, int | None] | None = None  # of packs: a batches.Packing
 
     def add(self, other: "Stats") -> None:
         """Count the documents of another source too."""

@@ -51,7 +51,7 @@ def find_files(given: str, selection: Selection, flag: str, held_out: bool = Fal
     """The files that a path means, in the order of their paths. A file that is named itself is always read.
 
     In a directory these are left out and counted: hidden files, documentation and licences, metadata, files of other
-    kinds than data, empty files, and files of other splits. --include takes what its globs match instead of guessing;
+    kinds than data, empty files, and files of other splits. --include takes the files that its globs match instead;
     symbolic links are followed. UserError for a missing path, a cycle of links, a split that does not exist, or if
     no file is left.
     """

@@ -4,7 +4,7 @@ A text is learned whole; of a prompt with a completion, the completion; of a cha
 
 A chat is rendered once, as text, and tokenised once with character offsets, so the time is linear. An assistant's turn
 is learned from the end of the generation prompt (where a model starts to write) to the turn's end token. White space
-behind the end token is not learned. Templates with `{% generation %}` marks say themselves what is learned.
+behind the end token is not learned. In templates with `{% generation %}` marks, the marks decide.
 
 A token is learned if it holds a learned character. So a token that joins the last space of the prompt to the first
 word of the answer is learned.
@@ -130,7 +130,7 @@ def _tokenize_chat(document: Document, tokenizer: Any, labels: Labels) -> tuple[
 
 
 def _same_without_tools(template: ChatTemplate, rendered: Rendered, messages: list[dict[str, Any]]) -> bool:
-    """Whether the template writes the same without the tools. One that needs them writes something of them."""
+    """Whether the template writes the same text without the tools: then it ignores them."""
     try:
         return template.render(messages).text == rendered.text
     except UserError:
@@ -185,7 +185,7 @@ def _render(
 
 
 def _prints_python(rendered: Rendered, messages: list[dict[str, Any]]) -> bool:
-    """Whether a template prints an object of arguments as it is: {'now': True}, which is no JSON."""
+    """Whether a template prints the Python form of an object of arguments, {'now': True}, which is no JSON."""
     for message, spans in zip(messages, rendered.turns):
         for call in message.get("tool_calls", []):
             arguments = call["function"]["arguments"]
@@ -251,16 +251,16 @@ def _turn(rendered: Rendered, number: int) -> Span:
 
 
 def _opening(document: Document, template: ChatTemplate, number: int) -> str:
-    """The text between a prompt and the assistant's answer: what add_generation_prompt adds to the prompt.
+    """The text between a prompt and the assistant's answer: the text that add_generation_prompt adds.
 
-    For templates without a generation prompt: what they write before an answer, unless it is white space.
+    Templates without a generation prompt: the text that they write before an answer, unless it is white space.
     """
     prompt = document.content[:number] or [{"role": "user", "content": "?"}]
     try:
         plain, prompted = (template.render(prompt, document.tools, prompt=p) for p in (False, True))
         if prompted.text.startswith(plain.text):
             opening = prompted.text[len(plain.text) :]
-        else:  # the chat's end has a text of its own
+        else:  # the chat's end has separate text
             opening = prompted.text[prompted.tail :]
         if not opening:
             answered = template.render([*prompt, {"role": "assistant", "content": PROBE}], document.tools)

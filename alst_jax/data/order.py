@@ -72,7 +72,7 @@ class Mixed:
 
 
 class Extended:
-    """Sequences of which some were added later. Before an addition the order is the one without it. From there on,
+    """Sequences, some added later. Before an addition the order is the same as without it. From there on,
     first come the sequences that the epoch had left and all added ones, in an order drawn from the seed. Then come
     epochs over all. An addition costs 0.1 ms for each sequence that the epoch had left."""
 

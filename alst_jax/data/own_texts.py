@@ -49,7 +49,7 @@ def check_learned(learned: str, message: dict[str, Any], number: int) -> None:
 
 
 def _forms(text: str) -> tuple[str, str, str]:
-    """How templates write a text: as it is, or within JSON."""
+    """How templates write a text: unchanged, or within JSON."""
     return text, json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1]
 
 

@@ -172,7 +172,7 @@ def offsets_of(rows: list[list[int]], length: int, replicas: int, most: int) -> 
     """int32[replicas, most + 1]: offsets of the documents of each replica's share of the rows, as `Batch.documents`.
 
     rows: lengths of the documents in each sequence of `length` tokens; the padding is one document more.
-    most: documents of a replica at most, for which a program is compiled. ValueError for more.
+    most: the most documents of a replica that a program is compiled for. ValueError for more.
     """
     share, out = len(rows) // replicas, np.empty((replicas, most + 1), np.int32)
     for replica in range(replicas):
@@ -188,6 +188,6 @@ def offsets_of(rows: list[list[int]], length: int, replicas: int, most: int) -> 
 
 
 def room_for(most: int, rows: int) -> int:
-    """Documents of a replica for which a program is compiled, when a padded pack holds at most `most`: the next power
+    """The documents of a replica that a program is compiled for, if a padded pack holds at most `most`: the next power
     of two, so that other data of the kind need no other program."""
     return 1 << max(3, (most * rows - 1).bit_length())

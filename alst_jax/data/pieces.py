@@ -14,15 +14,15 @@ import numpy as np
 
 from alst_jax.config import IGNORED
 
-FLAGS_AT_ONCE = 1 << 20  # learned flags that are summed at a time, in int32: 4 MiB of sums, half a second for 500 million
+FLAGS_AT_ONCE = 1 << 20  # learned flags that are summed at a time, in int32: 4 MiB of sums, 0.5 s for 500 million
 RELEASE_AFTER = 1 << 26  # bytes of memory-mapped files that become resident before their pages are released
 NEIGHBOURS = 1 << 24  # bytes around a piece that are mapped with it, at most: large folios of 8 MiB in two files
 
 
 @dataclasses.dataclass(frozen=True)
 class Sequence:
-    """tokens int32[n] and labels int32[n], n <= seq_len; labels[t] is what follows tokens[t], or IGNORED. lengths:
-    those of packed documents; None: it is one document."""
+    """tokens int32[n] and labels int32[n], n <= seq_len; labels[t] is the token after tokens[t], or IGNORED.
+    lengths: of the packed documents; None: one document."""
 
     tokens: np.ndarray
     labels: np.ndarray

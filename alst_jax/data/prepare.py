@@ -19,7 +19,7 @@ BySource = dict[str, tuple[Pieces, Stats]]
 def read_sources(
     given: Collection[str], reading: Reading, flag: str
 ) -> Iterator[tuple[list[Document], SourceReport]]:
-    """The documents and counts of each source that --data or --eval-data (`flag`) names; of none, the embedded text."""
+    """The documents and counts of each source of --data or --eval-data (`flag`); without one, of the embedded text."""
     held_out = flag in HELD_OUT
     if not given:
         source = embedded(held_out)

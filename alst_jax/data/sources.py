@@ -111,7 +111,7 @@ def _records_of_files(files: list[FoundFile], top: pathlib.Path, document_per: s
 
 
 def _as_one(files: list[FoundFile], origin: str) -> Records:
-    """One text of several files, behind the errors of those that are not text."""
+    """One text of several files. Errors of files that are not text come first."""
     texts = []
     for file in files:
         text = read_text(file.path)

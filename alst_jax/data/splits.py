@@ -38,7 +38,7 @@ def split_of(parts: tuple[str, ...]) -> str | None:
 
 
 def choose_split(found: Iterable[str | None], wanted: str | None, place: str, held_out: bool) -> str | None:
-    """The split to read among those that the files have; None for a directory without splits.
+    """The split to read, of the splits that the files have; None for a directory without splits.
 
     wanted: --split or, for held-out data, --eval-split. Without it `train`, or for held-out data `validation`, else
     `test`. UserError if it does not exist.

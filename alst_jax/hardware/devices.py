@@ -21,7 +21,7 @@ def absent_devices(cluster: Cluster) -> list[jax.Device]:
 
 
 def is_absent(mesh: jax.sharding.Mesh) -> bool:
-    """Whether the mesh consists of absent devices. Those of other processes of the run are there."""
+    """Whether the mesh consists of absent devices. Devices of other processes of the run are not absent."""
     mine = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
     return not mine[0].addressable_memories()
 

@@ -29,8 +29,8 @@ def prepare(
     """Set the environment of a run; variables that the user has set stay. Call before anything imports jax.
 
     simulate_devices: that many CPU devices; None or 0: the machine's own devices. absent_devices: only to plan for, or
-    compile for, devices that are not here; those that are here are left alone. host_memory_gib: use no more of
-    the host. devices: of those that are here, the first so many share it; None: all do. deterministic: the compiler
+    compile for, devices that are not here; the machine's own devices are not used. host_memory_gib: use no more of
+    the host. devices: this many of the machine's devices share it; None: all do. deterministic: the compiler
     chooses only operations that sum in a fixed order. sharing: processes of the run on this host that see other GPUs
     each.
     """
@@ -53,7 +53,7 @@ def prepare(
         return
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # setting both names is an error
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(MEMORY_FRACTION))
-    # Each device has a pool of pinned memory of its own, which jax caps at 64 GiB unless told otherwise; weights and
+    # Each device has a separate pool of pinned memory, which jax caps at 64 GiB by default; weights and
     # optimizer states of an 8B model need more. The unit is GiB, whatever the name says.
     gpus = visible_gpus() * sharing
     share = pinned_share(host_memory(host_memory_gib), max(1, min(gpus, devices or gpus)))
@@ -83,8 +83,8 @@ def _add_flags(wanted: dict[str, str]) -> None:
 
 
 def return_freed_memory() -> None:
-    """Give the system what the compiler has freed and the C library keeps: of 3.3 GiB after compiling 8 layers of an 8B
-    model, 1.5. Does nothing where the library is not glibc."""
+    """Give freed memory that the C library keeps back to the system: 1.5 of 3.3 GiB after compiling 8 layers of an 8B
+    model. Does nothing where the library is not glibc."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -96,8 +96,8 @@ def has_cuda_compiler() -> bool:
 
 
 def visible_gpus() -> int:
-    """How many NVIDIA GPUs jax will see: those that are here, of which CUDA_VISIBLE_DEVICES may leave some out. Some
-    containers have no nvidia-smi: there the driver's files say it."""
+    """The number of NVIDIA GPUs that jax will see: the machine's, less the GPUs that CUDA_VISIBLE_DEVICES leaves out.
+    Asks nvidia-smi, or reads the driver's files where a container has no nvidia-smi."""
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=30, text=True, check=True).stdout
         here = sum(line.startswith("GPU ") for line in listed.splitlines())

@@ -19,8 +19,8 @@ def host_memory(cap_gib: float | int | None = None, root: pathlib.Path = pathlib
 
 
 def cgroup_limits(root: pathlib.Path) -> list[int]:
-    """Bytes that the process's own control group and those above it may have, of both versions. Inside a container the
-    group's path may be the host's, of which only the top is there."""
+    """Memory limits of the process's control group and of all groups above it, of both versions, in bytes. Inside a
+    container the path of the group may be the host's path, of which the container sees the top alone."""
     limits = []
     for mount, controller, file in MOUNTS:
         top = root / mount
@@ -42,7 +42,7 @@ def _group_paths(root: pathlib.Path, controller: str) -> list[str]:
 
 
 def _read(file: pathlib.Path) -> int | None:
-    """The number in a file; None for "max", which is no limit, and without such a file."""
+    """The number in a file; None without the file, and for "max" (no limit)."""
     try:
         text = file.read_text().strip()
     except OSError:

@@ -1,8 +1,9 @@
 """Machines by name: numbers of devices, hosts and the links between them. Pure Python, no jax.
 
 Memory, cores, caches and clocks are from the compiler's own target descriptions (openxla/xla,
-backends/gpu/target_config/specs) or the vendor's data sheet; peaks are dense bfloat16 from the data sheets. Links are
-what programs reach: measured on an H100 with PCIe 5 (docs/log.md), otherwise 85% of the data sheet's one-way rate.
+backends/gpu/target_config/specs) or the vendor's data sheet; peaks are dense bfloat16 from the data sheets. Links have
+the rate that programs reach: measured on an H100 with PCIe 5 (docs/log.md), otherwise 85% of the data sheet's
+one-way rate.
 """
 
 import dataclasses
@@ -105,7 +106,7 @@ MACHINES = {machine.name: machine for machine in (
 @dataclasses.dataclass(frozen=True)
 class Cluster:
     """Some hosts with the same number of the same devices. host_memory: bytes of one host; pinned: the bytes that
-    jax may pin for each device, None for what is usual; used: the devices that a run takes, None for all; processes:
+    jax may pin for each device, None for the usual share; used: the devices that a run takes, None for all; processes:
     of a run on each host."""
 
     machine: Machine
@@ -143,7 +144,7 @@ class Cluster:
 
 
 def pinned_share(total: int, devices: int) -> int:
-    """Bytes of a host's memory that jax may pin for each of so many devices."""
+    """Bytes of a host's memory that jax may pin for each of its `devices`."""
     reserved = max(LEAST_RESERVED, min(int(total * HOST_RESERVE), MOST_RESERVED)) + (devices - 1) * RESERVED_DEVICE
     return max(total - reserved, total // 4) // devices
 

@@ -29,7 +29,7 @@ Params = dict[str, Any]
 
 
 class Tokens(NamedTuple):
-    """The tokens' data for a block besides their hidden states, with the same leading dims.
+    """The data of tokens that a block needs beside their hidden states, with the same leading dims.
 
     documents: offsets of the packed documents into the B S tokens of this device's sequences (see `Kernel`), the same
     on all devices that share them; None: each sequence is one document.
@@ -174,7 +174,8 @@ class Block(nnx.Module):
         return q, k, v
 
     def mean_squares(self, h: Float[Array, "*B D"]) -> tuple[Float[Array, "*B 1"], Float[Array, "*B 1"]]:
-        """Of the queries and the keys of all heads: `before` needs them for some heads if norms go over all."""
+        """Mean squares of the queries and of the keys over all heads. `before` needs them if it works on some heads and
+        norms go over all."""
         x = self._attention_input(h)
         return mean_square(self.self_attn.q_proj(x)), mean_square(self.self_attn.k_proj(x))
 

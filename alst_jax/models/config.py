@@ -23,7 +23,7 @@ class LayerKind:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A Llama, unless an option says otherwise. What each option does: models/block.py, stack/ends.py.
+    """A Llama, unless an option says otherwise. The options are read in models/block.py and stack/ends.py.
 
     D hidden, F ffn, V vocabulary, L layers, N query heads, K kv heads, H head dim.
     """
@@ -124,7 +124,7 @@ class ModelConfig:
         """Model FLOPs of one forward and backward over one sequence, the measure behind MFU.
 
         6 x matmul parameters x S, plus causal attention: 4 x N x H for each pair of a query and a key forward (S^2 / 2
-        pairs a layer, fewer with a window) and twice that backward. What is recomputed is not counted. The embedding's
+        pairs a layer, fewer with a window) and twice that backward. Recompute is not counted. The embedding's
         row look-up is no matmul.
         """
         d, h = self.hidden_size, self.head_dim

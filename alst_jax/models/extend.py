@@ -45,7 +45,7 @@ def extended(raw: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
     """The fields of config.json with the positions of the flags.
 
     The settings are written in two forms: `rope_parameters` is read by transformers 5; `rope_scaling` and `rope_theta`
-    are read by older ones and by inference engines. A rotary embedding of sliding windows stays as it is.
+    are read by older ones and by inference engines. A rotary embedding of sliding windows is unchanged.
     """
     fields = text_fields(raw, HARMLESS, "config.json")
     family = find_family(fields, FAMILIES, "config.json")
@@ -56,7 +56,7 @@ def extended(raw: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
         if own["rope_type"] in ("dynamic", "longrope"):
             new_length = length  # these scalings are computed from it
         elif own["rope_type"] in ("yarn", "llama3"):
-            new.setdefault(ORIGINAL, length)  # what it is read as where it is not given
+            new.setdefault(ORIGINAL, length)  # the value that readers assume where it is missing
     else:
         _check(config, own["rope_type"], family.model_type, length)
         new = {"rope_type": config.rope_scaling, "rope_theta": own["rope_theta"], "factor": config.rope_factor}
@@ -76,7 +76,7 @@ def extended(raw: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
 
 
 def _settings(fields: dict[str, Any], family: Any) -> list[dict[str, Any]]:
-    """The settings of each rotary embedding in the form of `rope_parameters`; that of full attention first."""
+    """The settings of each rotary embedding in the form of `rope_parameters`; full attention first."""
     if family.ropes is None:
         given = [(fields.get("rope_scaling") or fields.get("rope_parameters") or {},
                   fields.get("rope_theta") or family.defaults.get("rope_theta", 10000.0))]

@@ -13,7 +13,7 @@ Fused = Mapping[str, tuple[str, ...]]  # pattern of the tensor's name -> names o
 def split(
     tensors: dict[str, Tensor], fused: Fused, layers: int, shapes: dict[str, tuple[int, ...]], where: str
 ) -> dict[str, Tensor]:
-    """The tensors with the parts of fused ones in their place. shapes: of all tensors that the model expects."""
+    """The tensors, with the parts of each fused tensor instead of it. shapes: of all tensors that the model expects."""
     result = dict(tensors)
     for layer in range(layers if fused else 0):
         for name, parts in _of_layer(fused, layer).items():

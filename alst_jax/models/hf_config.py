@@ -19,7 +19,7 @@ from alst_jax.models.text_config import text_fields, with_text_field
 from alst_jax.models.weight_files import refuse_adapter
 from alst_jax.ops.rope import RopeConfig
 
-# Fields with no bearing on what the model computes from tokens.
+# Fields that do not change the numbers that the model computes from tokens.
 HARMLESS = {
     "_model_name_or_path", "_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "id2label",
     "is_llama_config", "label2id", "model_type", "pad_token_id", "torch_dtype", "transformers_version", "use_cache",

@@ -7,7 +7,7 @@ from alst_jax.config import UserError
 from alst_jax.ops.rope import RopeConfig
 
 ORIGINAL = "original_max_position_embeddings"
-FIELDS = {  # of rope_parameters, per type: what must be there, what may
+FIELDS = {  # of rope_parameters, by type: (required fields, optional fields)
     "default": ((), ()),
     "linear": (("factor",), ()),
     "dynamic": (("factor",), ()),

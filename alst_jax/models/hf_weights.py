@@ -162,7 +162,7 @@ def leaf_dtypes(tensors: dict[str, Tensor], config: ModelConfig, where: str) -> 
 
 
 def load_params(hf_dir: str | pathlib.Path, config: ModelConfig, abstract: Any, resize: bool = False) -> Any:
-    """The parameter tree, read from a Hugging Face directory and cast to what `abstract` says.
+    """The parameter tree, read from a Hugging Face directory and cast to the dtypes of `abstract`.
 
     abstract: jax.ShapeDtypeStructs with shardings, for load_array. UserError if the files do not hold exactly the model
     that `config` describes. resize: see model_tensors.
@@ -210,7 +210,7 @@ def save_params(
     One file if it fits into max_shard_bytes, else several and an index. One tensor, a layer of a stack, is copied to
     host memory at a time. Files get their final names once all are complete, and older weights are removed. written:
     called with the bytes of each tensor that is written. model_dir: the model/ of a run, which may keep weights beside
-    those of the language model; they are written too.
+    the language model's; they are written too.
 
     The processes of a run write files in turn, each from the leaves that it can read; process 0 gives them their names.
     """

@@ -21,7 +21,7 @@ from alst_jax.models.weight_files import Tensor, find_tensors, write_file
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of the names of a PEFT model's tensors
 READ = {"r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "modules_to_save"}
-# Fields that say nothing about what an adapter computes.
+# Fields that do not change the numbers that an adapter computes.
 HARMLESS = {"auto_mapping", "base_model_name_or_path", "revision", "peft_version", "inference_mode", "task_type",
             "target_modules_bd_a", "megatron_core", "qalora_group_size", "init_lora_weights", "exclude_modules",
             "ensure_weight_tying", "runtime_config", "ephemeral_gpu_offload"}
@@ -75,7 +75,7 @@ class Found(NamedTuple):
 
 
 def read_lora(directory: str | pathlib.Path) -> Found:
-    """The adapters that a directory holds. UserError for what is not implemented."""
+    """The adapters that a directory holds. UserError for options that are not implemented."""
     path = pathlib.Path(directory)
     if not (path / CONFIG).is_file():
         raise UserError(f"--adapter {path}: no {CONFIG} there; name a directory that PEFT, or a run with --lora-rank, "

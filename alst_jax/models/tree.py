@@ -56,7 +56,7 @@ def partition(tree: PyTree, chosen: Callable[[tuple], bool]) -> tuple[PyTree, Py
 
 
 def combine(part: PyTree, other: PyTree) -> PyTree:
-    """The tree of which these are the two parts."""
+    """The tree that `partition` divided into these two parts."""
     is_none = lambda x: x is None
     return jax.tree.map(lambda a, b: b if a is None else a, part, other, is_leaf=is_none)
 

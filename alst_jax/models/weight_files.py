@@ -50,8 +50,8 @@ class Tensor(NamedTuple):
     key: str  # its name in the file
     shape: tuple[int, ...]
     dtype: np.dtype
-    first: int | None = None  # the row at which it begins in a fused tensor, of which it is a part
-    added: int = 0  # rows at the end that are not in the file: each is the mean of those that are
+    first: int | None = None  # of a part of a fused tensor: the row at which the part begins
+    added: int = 0  # rows at the end that are not in the file: each is the mean of the file's rows
 
 
 def find_tensors(hf_dir: str | pathlib.Path, files: list[pathlib.Path] | None = None) -> dict[str, Tensor]:

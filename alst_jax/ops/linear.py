@@ -1,8 +1,8 @@
 """Matrix products whose weight gradients keep the precision of the weight they are handed.
 
 Weights reach the ops as *carriers*: float32 values that hold, say, bfloat16 numbers. The product runs in the dtype of
-the activations (the compiler removes the convert-and-back), while the gradient of the weight comes out of the matrix
-product in float32 and is summed, over tiles and over devices, before anything rounds it.
+the activations; the compiler removes the conversion to float32 and back. The gradient of the weight leaves the matrix
+product in float32. It is summed over tiles and over devices before anything rounds it.
 """
 
 import functools

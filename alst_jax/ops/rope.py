@@ -78,7 +78,7 @@ def _llama3(rope: RopeConfig, plain: np.ndarray) -> np.ndarray:
 
 
 def _yarn(rope: RopeConfig, plain: np.ndarray, head_dim: int) -> np.ndarray:
-    """YaRN (arXiv 2309.00071): interpolate dims that turn slowly, keep those that turn fast, a linear ramp between."""
+    """YaRN (arXiv 2309.00071): interpolate dims that turn slowly, keep dims that turn fast, a linear ramp between."""
 
     def correction_dim(rotations: float) -> float:
         length = rope.original_max_position_embeddings
@@ -149,7 +149,7 @@ def rope_tables(
     if length is None and rope.needs_length:
         length = jnp.max(positions) + 1
     frequencies, factor = inverse_frequencies(rope, head_dim, length)
-    if rope.rope_type == "longrope":  # two sets of frequencies, of which the length chooses
+    if rope.rope_type == "longrope":  # two sets of frequencies; the length chooses one
         turned = int(head_dim * rope.partial_rotary_factor)
         coarse = _by_length(rope, tuple(map(_coarse, _longrope(rope, turned))), length)
     else:

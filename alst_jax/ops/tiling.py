@@ -28,8 +28,8 @@ def stream(
 ) -> tuple[PyTree, tuple]:
     """Overwrite arrays, `rows` rows of dim 0 at a time. Runs inside jit. Returns the last carry and the new `written`.
 
-    body(carry, written_rows, read_rows) -> (carry, new_written_rows) sees device arrays; a shorter last tile is a call
-    of its own, not padded. on_host: for each array of written + read, whether it lives in host memory; None: none does.
+    body(carry, written_rows, read_rows) -> (carry, new_written_rows) sees device arrays; a shorter last tile is a
+    separate call, not padded. on_host: for each array of written + read, whether it is in host memory; None: none is.
 
     buffer  | before            | after
     written | the old values    | the new values, in the same memory

@@ -20,8 +20,8 @@ from alst_jax.xla.dtypes import accumulation_dtype
 class AdamW:
     """Decoupled weight decay (arXiv 1711.05101) and global-norm clipping.
 
-    State of a parameter: first and second moment and, for a parameter narrower than float32, what makes it float32
-    again (an update of 1e-5 would vanish in bfloat16's 8 bits):
+    State of a parameter: first and second moment and, for a parameter narrower than float32, the bits that make it
+    float32 again (an update of 1e-5 would vanish in bfloat16's 8 bits):
 
     states: dtype of the moments. bfloat16 and int8 (see `formats.Log8`) are rounded stochastically; vectors stay
     float32. master: "float32" keeps a copy; "low-bits" keeps the 16 bits that a bfloat16 weight lacks, which is the
@@ -85,7 +85,7 @@ class AdamW:
         return join_float32(param, kept) if self.master == "low-bits" else kept
 
     def write_master(self, master: jax.Array, dtype: DTypeLike, key: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """(parameter of `dtype`, what is kept of the float32 weight besides)."""
+        """(parameter of `dtype`, the part of the float32 weight that is stored beside it)."""
         if not needs_master(dtype):
             return master.astype(dtype), None
         if self.master == "none":

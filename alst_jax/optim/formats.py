@@ -1,7 +1,7 @@
 """How optimizer state is stored: float32, bfloat16, or 8 bits with a scale a block; and how float32 becomes bfloat16.
 
 Narrow formats are rounded stochastically: to one of the two neighbours, with the probabilities that make the mean
-exact. Rounding to the nearest would lose what an exponential average with beta2 = 0.999 adds in a step.
+exact. Rounding to the nearest would lose the addition of one step to an exponential average with beta2 = 0.999.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ BLOCKS = (256, 128, 64, 32)  # values that share a scale: the largest of these t
 
 @dataclasses.dataclass(frozen=True)
 class Plain:
-    """An array of another dtype: float32 as it is, bfloat16 rounded stochastically."""
+    """An array of another dtype: float32 unchanged, bfloat16 rounded stochastically."""
 
     dtype: str
 

@@ -32,8 +32,8 @@ def global_norm(gradients: Any, on_host: bool) -> jax.Array:
 
 
 def square_sum(leaf: jax.Array, rows: int | None = None) -> jax.Array:
-    """Sum of squares over all devices, float32. rows: the array is in host memory, and so many are brought at a
-    time."""
+    """Sum of squares over all devices, float32. rows: the array is in host memory, and this many rows are copied
+    at a time."""
     add = lambda total, _, chunk: (total + jnp.sum(jnp.square(chunk[0].astype(jnp.float32))), ())
     zero = _zero_like(leaf)
     if rows is None:
@@ -96,13 +96,13 @@ def apply_update(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ParameterUpdate:
-    """How one parameter is stepped. written: what a step replaces, the parameter and what is kept for it (`stored`)."""
+    """The update of one parameter. written: the arrays that a step replaces: the parameter and its state (`stored`)."""
 
     optimizer: AdamW
     path: tuple
     param: jax.Array
     stored: tuple
-    structure: Any  # of what is kept: {"mu": ..., "nu": ..., maybe "master"}
+    structure: Any  # of the state: {"mu": ..., "nu": ..., maybe "master"}
     formats: dict[str, Plain | Log8]
     key: jax.Array
     count: jax.Array

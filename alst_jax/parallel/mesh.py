@@ -15,7 +15,7 @@ AXES = (DATA, SEQ)
 
 
 def choose_degrees(dp: int | None, sp: int | None, num_devices: int) -> tuple[int, int]:
-    """Fill in what the user left open: sp is 1, dp takes all other devices. UserError if they do not fit."""
+    """Fill in degrees that the user left open: sp is 1, dp takes all other devices. UserError if they do not fit."""
     sp = sp or 1
     if sp > num_devices:
         raise UserError(f"sp={sp} needs {sp} devices and there are {num_devices}; use a smaller --sp or, "

@@ -53,6 +53,6 @@ class SequenceParallel(Protocol):
 
 
 def padded_length(seq_len: int, sp: int, profile: Profile) -> int:
-    """seq_len, rounded up to what the mesh and the attention kernel divide; the rest is padding without labels."""
+    """seq_len, rounded up to a multiple for the mesh and the attention kernel; the rest is padding without labels."""
     multiple = math.lcm(sp, find_kernel(profile.attention).multiple)
     return -(-seq_len // multiple) * multiple

@@ -55,7 +55,7 @@ class Ulysses:
 
     project -> q[B, S/seq, N, H] -> all-to-all -> q[B, S, N/seq, H] -> attention -> all-to-all -> o[B, S/seq, N, H].
 
-    chunks > 1: that many groups of heads go through all of this one after the other, in both directions. Queries, keys,
+    chunks > 1: that many groups of heads go through these stages in turn, in both directions. Queries, keys,
     values and the kernel's workspace exist for one group at a time (UPipe, arXiv 2602.21196).
     """
 

@@ -29,10 +29,10 @@ from alst_jax.xla.dtypes import accumulation_dtype
 
 def plan_step(
     step: TrainStep, rows: int, length: int, grad_accum: int = 1, cluster: Cluster | None = None, at_once: bool = False,
-    packing: tuple[int, float] = (0, 1.0),
+    packing: tuple[int, float, float, float] = (0, 1.0, 0.0, 0.0),
 ) -> Plan:
     """The plan of a step over `rows` sequences of `length` tokens, `grad_accum` times. Compiles; allocates nothing.
-    packing: `documents` and `attention_share` of a Job.
+    packing: `Job.packing`.
 
     The step's mesh may be of `absent_devices`. cluster: limits and speeds; None: of this process's devices.
     at_once: compile the programs at the same time, which is faster and leaves more of the compiler's memory behind. A
@@ -40,7 +40,7 @@ def plan_step(
     copies that a GPU would not make.
     """
     cluster = this_cluster() if cluster is None else cluster
-    job = job_of(step, rows, length, grad_accum, *packing)
+    job = job_of(step, rows, length, grad_accum, packing)
     first = step.mesh.devices.flat[0]
     absent, on_cpu = is_absent(step.mesh), first.platform == "cpu"
     device, on_host = _state_bytes(step, grad_accum)
@@ -84,11 +84,12 @@ def _state_bytes(step: TrainStep, grad_accum: int) -> tuple[dict[str, int], dict
 
 
 def job_of(
-    step: TrainStep, rows: int, length: int, grad_accum: int = 1, documents: int = 0, attention_share: float = 1.0
+    step: TrainStep, rows: int, length: int, grad_accum: int = 1,
+    packing: tuple[int, float, float, float] = (0, 1.0, 0.0, 0.0)
 ) -> Job:
     """The job of a step."""
     return Job(step.model, step.profile, rows, length, step.mesh.shape[DATA], step.mesh.shape[SEQ], grad_accum,
-               step.optimizer.states, step.optimizer.master, True, step.freeze, documents, attention_share)
+               step.optimizer.states, step.optimizer.master, True, step.freeze, *packing)
 
 
 def shard_bytes(leaf: Any) -> int:

@@ -18,7 +18,7 @@ def estimate(job: Job, cluster: Cluster | None = None, correction: int = 0) -> P
     return Plan(
         ESTIMATED, cluster.machine.kind if cluster else "cpu", places[DEVICE], places[HOST],
         cluster and cluster.machine.usable, cluster and cluster.host_share, job.flops, collectives(job),
-        seconds(job, cluster) if cluster else {}, job.grad_accum * job.rows * job.length, job.devices)
+        seconds(job, cluster) if cluster else {}, job.step_tokens, job.devices)
 
 
 def ledger_of_bytes(job: Job) -> dict[str, dict[str, list[Term]]]:

@@ -40,7 +40,7 @@ def evaluation_seconds(config: TrainConfig, job: Job, cluster: Cluster) -> float
 
 
 def evaluation_line(config: TrainConfig, job: Job, cluster: Cluster | None) -> str:
-    """What --eval-long costs, in a line."""
+    """A line about the cost of --eval-long."""
     sizes = documents(config, job.length)
     tokens = sum(size * count for size, count in sizes.items())
     if cluster is None:

@@ -63,7 +63,8 @@ class Job:
 
     freeze: a regular expression; parameters whose dotted name (`layers.mlp.up_proj.kernel`) it matches are not trained.
     documents: packed documents of a data-parallel replica at most; 0: not packed. attention_share: the pairs of a query
-    and a key in the documents, as a part of those in whole sequences.
+    and a key in the documents and in the padding, as a part of those in whole sequences. padding, padding_share: the
+    padding's part of the tokens, and of those pairs.
     """
 
     model: ModelConfig
@@ -79,6 +80,18 @@ class Job:
     freeze: str | None = None
     documents: int = 0
     attention_share: float = 1.0
+    padding: float = 0.0
+    padding_share: float = 0.0
+
+    @property
+    def packing(self) -> tuple[int, float, float, float]:
+        """documents, attention_share, padding, padding_share."""
+        return self.documents, self.attention_share, self.padding, self.padding_share
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of a step on all devices; of packs without their padding."""
+        return round(self.grad_accum * self.rows * self.length * (1 - self.padding))
 
     @property
     def devices(self) -> int:
@@ -91,10 +104,13 @@ class Job:
 
     @property
     def flops(self) -> float:
-        """Model FLOPs of the step, of packed documents those inside of them (see `needed_flops`)."""
+        """Model FLOPs of the step; of packs those of the tokens of documents and of attention inside of documents (see
+        `needed_flops`)."""
         model = self.model
-        outside = (1 - self.attention_share) * 12.0 * model.causal_pairs(self.length) * model.num_heads * model.head_dim
-        return self.grad_accum * self.rows * (needed_flops(model, self.freeze, self.length) - outside)
+        attention = 12.0 * model.causal_pairs(self.length) * model.num_heads * model.head_dim
+        others = needed_flops(model, self.freeze, self.length) - attention
+        inside = self.attention_share - self.padding_share
+        return self.grad_accum * self.rows * (others * (1 - self.padding) + attention * inside)
 
     @property
     def width(self) -> int:
@@ -156,7 +172,7 @@ class Job:
 
     @property
     def sums_in_place(self) -> bool:
-        """Whether gradients of several batches are summed without those of one batch beside the sums."""
+        """Whether gradients of several batches are summed without storing one batch's gradients beside the sums."""
         return self.grad_accum > 1 and self.profile.sums_in_place
 
     @functools.cached_property

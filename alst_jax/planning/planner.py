@@ -85,9 +85,9 @@ class Planner:
             return self.search.plan(job)
         if (other := self._of_same_bytes(job)) is not None:
             own = estimate(job, self.cluster)
-            return dataclasses.replace(self.compile(other), seconds=own.seconds, flops=own.flops)
+            return dataclasses.replace(self.compile(other), seconds=own.seconds, flops=own.flops, tokens=own.tokens)
         return plan_step(self.step(job), job.rows, job.length, job.grad_accum, self.cluster, self.config.planning,
-                         (job.documents, job.attention_share))
+                         job.packing)
 
     def _of_same_bytes(self, job: Job) -> Job | None:
         """The job whose program is compiled for the bytes of this one; None: its own."""

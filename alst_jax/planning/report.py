@@ -63,7 +63,7 @@ def report(planner: Planner, job: Job) -> str:
 
 
 def network(job: Job, cluster: Cluster) -> str:
-    """A line about the bytes that a device sends in a step: those of collectives that go over hosts, and the others."""
+    """A line about the bytes that a device sends in a step: over hosts, and inside a host."""
     outside, inside = (sum(parts.values()) for parts in by_reach(job, cluster))
     return (f"collectives of a device in a step: {outside / GIB:.1f} GiB between hosts, {inside / GIB:.1f} GiB inside "
             f"of a host (seq {job.sp} {'inside of a host' if job.sp <= cluster.per_host else 'goes over hosts'})")

@@ -1,4 +1,4 @@
-"""Choosing a memory profile: the fastest, by the cost model, of those that fit; the compiler has the last word."""
+"""Choosing a memory profile: the cost model proposes the fastest one that fits, and the compiler confirms it."""
 
 import dataclasses
 import itertools

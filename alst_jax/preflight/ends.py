@@ -24,7 +24,7 @@ from alst_jax.step import count_labels
 
 H, DH = 31, 32  # seeds
 WORDS = 64  # sampled rows of the tables
-TWO_PARTS = 4096  # positions: angles of multiples of so many and of the rest are made apart, each a float32 product
+TWO_PARTS = 4096  # positions: angles of multiples of this and of the rest are separate float32 products
 
 
 # ----------------------------------------------------------------------------------------------------------------- rope
@@ -59,8 +59,7 @@ def check_rope(subject: Subject) -> list[Row]:
 
 
 def check_batch(subject: Subject) -> list[Row]:
-    """The arrays that devices hold are those that the host gave; labels follow their tokens across borders of
-    shards."""
+    """The devices hold the arrays that the host gave; labels follow their tokens across borders of shards."""
     given = subject.batch
     batch, wrong = subject.few.put_batch(**given)._asdict(), 0
     for name, array in given.items():

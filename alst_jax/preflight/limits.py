@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 LAMBDA = 4.0
 FLOAT32 = 2.0**-24
-TENSOR_FLOAT32 = 2.0**-11  # to which GPUs round float32 factors, unless jax_default_matmul_precision forbids it
+TENSOR_FLOAT32 = 2.0**-11  # GPUs round float32 factors to this, unless jax_default_matmul_precision forbids it
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,8 +16,8 @@ G = 51  # seed
 ELEMENTS = 32  # of each parameter
 RATE = 2.0**-4  # so large that the rounding of a bfloat16 weight does not hide the step
 
-# The largest error of an update of size one, from moments stored narrow: the gap between two codes of the first, half
-# of that of the second, which is under a root.
+# The largest error of an update of size one, from moments stored narrow: the gap between two codes of the first moment,
+# half of the second moment's gap, which is under a root.
 GAPS = {"float32": 0.0, "bfloat16": 2.0**-7 * 1.5, "int8": 2 ** (1 / 6) - 1 + (2 ** (1 / 8) - 1) / 2}
 
 

@@ -18,7 +18,7 @@ from alst_jax.preflight.tokenwise import DEEP, flat, rotations
 from alst_jax.profile import Profile
 from alst_jax.step import TrainStep, count_labels
 
-SHORT = 512  # tokens, rounded up to what mesh and kernel divide
+SHORT = 512  # tokens, rounded up to a multiple for mesh and kernel
 LAYER = 2 * DEEP + 4  # roundings, forward and backward, attention included
 
 
@@ -86,8 +86,8 @@ def _row(subject, name, error, length):
 
 
 def _error(mine, theirs):
-    """The largest error of a parameter's gradient, relative to its norm. One that is nothing but rounding (of a key's
-    bias, which shifts all scores alike) is measured against the largest norm."""
+    """The largest error of a parameter's gradient, relative to its norm. A gradient that is only rounding (of a
+    key's bias, which shifts all scores alike) is measured against the largest norm."""
     device = lambda tree: {name: jax.device_put(x, x.sharding.with_memory_kind("device")) for name, x in tree.items()}
     norm = lambda x: jnp.sqrt(jnp.sum(jnp.square(x)))
     wide = lambda tree: {name: x.astype(jnp.float32) for name, x in tree.items()}

@@ -92,7 +92,7 @@ class Model:
         return h_BTD if multiplier == 1 else h_BTD * jnp.asarray(multiplier, h_BTD.dtype)
 
     def tokens(self, batch: Batch) -> Tokens:
-        """What the tokens bring: rotary embeddings of their positions [B, T] in their documents, and the documents."""
+        """The rotary embeddings of the positions [B, T] of tokens in their documents, and the documents."""
         length = None
         if any(rope.needs_length for rope in self.config.ropes):
             length = lax.pmax(jnp.max(batch.positions) + 1, AXES)
@@ -118,7 +118,7 @@ class Model:
         return TokenLosses(*(x.reshape(labels_BT.shape) for x in found))
 
     def head(self, h_BTD: jax.Array, ends: Params) -> tuple[jax.Array, jax.Array, int | None, LogitScaling]:
-        """What the logits are made of: the normed output of the last layer [B T, D], the whole table of the head
+        """The factors of the logits: the normed output of the last layer [B T, D], the whole table of the head
         [V, D], the tokens of a tile (None: all), the scaling."""
         norm = jax.tree.map(self._gather, ends["norm"], self.specs["norm"])
         h_BTD = norm(h_BTD)

@@ -30,9 +30,9 @@ def about(
     config: TrainConfig, step: TrainStep, attention: Chosen, settings: dict[str, Any], shapes: dict[str, Any],
     plan: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """The record that `--explain-run` prints, as JSON: the run as it is now, a resumed one too.
+    """The record that `--explain-run` prints, as JSON: the current state of the run, also after a resume.
 
-    settings: those that a resumed run must share. shapes: of the step. plan: of --memory auto, None without one.
+    settings: the settings that a resumed run must share. shapes: of the step. plan: of --memory auto, None without one.
     """
     return {
         "command": [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]], "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
@@ -77,7 +77,7 @@ def _devices(step: TrainStep) -> dict[str, Any]:
 
 
 def _kernels(step: TrainStep, attention: Chosen) -> list[list[str]]:
-    """[what, the kernel, the reason] of each part that has several."""
+    """[part, kernel, reason] of each part of a step that has several kernels."""
     profile, model = step.profile, step.model
     tiles = lambda tile: "whole" if tile is None else f"tiles of {tile or 'the default number of'} tokens"
     rows = [[f"attention, {kind}" if len(model.kinds) > 1 else "attention", profile.attention,

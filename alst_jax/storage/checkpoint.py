@@ -179,7 +179,7 @@ class Checkpoints:
             raise self._unreadable(step, error) from error
 
     def check_run_files(self, step: int) -> None:
-        """UserError unless run.json and model/ are those that the checkpoint was saved with."""
+        """UserError unless run.json and model/ are the files that the checkpoint was saved with."""
         checksums.verify_run_files(self.directory / str(step), self.run_dir)
 
     def _verify(self, step: int, item: str) -> None:
@@ -224,7 +224,7 @@ def _read(array: ts.TensorStore, bounds: Bounds) -> np.ndarray:
 
 
 def advice(bad: pathlib.Path) -> str:
-    """What to do without the checkpoint in `bad`: the newest of the others whose checksums are right, and the command
+    """Advice without the checkpoint in `bad`: the newest other one whose checksums are right, and the command
     that makes a run go on from it."""
     steps = sorted(int(p.name) for p in bad.parent.iterdir() if p.name.isdigit() and p != bad)
     found = None

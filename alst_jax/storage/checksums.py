@@ -22,7 +22,7 @@ from alst_jax.storage.parts import LATE
 
 FILE = parts.CHECKSUMS.name
 WEIGHTS_FILE = "model.safetensors.checksums.json"
-ALGORITHM = "sha256"  # of those in hashlib one of the fastest, and the one that the hub names its files by
+ALGORITHM = "sha256"  # one of the fastest in hashlib, and the hub names its files by it
 THREADS = 16
 
 Entry = list[Any]  # [bytes, hash]
@@ -85,7 +85,7 @@ def compare(
     top: pathlib.Path, recorded: dict[str, Entry], others: Iterable[str] = (), together: bool = False
 ) -> None:
     """Damaged unless the files below `top` are the recorded ones. others: files found beside them. together: each
-    process of the run reads a part of the files, and all learn what each found.
+    process of the run reads a part of the files, and all learn all results.
 
     Sizes are compared before a file is read.
     """
@@ -153,7 +153,7 @@ def verify_step(folder: pathlib.Path, item: str | None = None, together: bool = 
 
 
 def verify_run_files(folder: pathlib.Path, run_dir: pathlib.Path) -> None:
-    """UserError unless run.json and model/ are those that the checkpoint in a step's folder was saved with."""
+    """UserError unless run.json and model/ are the files that the checkpoint in a step's folder was saved with."""
     try:
         record = read_record(folder / FILE)
         compare(run_dir, record["run"] if record else {})
@@ -168,7 +168,7 @@ def _promises(folder: pathlib.Path) -> bool:
         loop = json.loads((folder / parts.LOOP.name / "metadata").read_text())
         return all(loop.get(name) == value for name, value in parts.CHECKED.items())
     except (OSError, ValueError, AttributeError, RecursionError):
-        return False  # restoring `loop` says what is wrong with it
+        return False  # restoring `loop` names the fault
 
 
 # ----------------------------------------------------------------------------------------- Hugging Face directories

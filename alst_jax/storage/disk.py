@@ -1,4 +1,4 @@
-"""Words for what a disk refuses: full, out of inodes, over quota, read-only, gone."""
+"""Messages for a disk that refuses: full, out of inodes, over quota, read-only, gone."""
 
 import errno
 import os
@@ -47,7 +47,7 @@ def describe(error: OSError) -> str:
 
 
 def stopped(error: OSError, out: str | None) -> str:
-    """The message of a run that an OSError ended: what, where in the program, what is safe, how to go on."""
+    """The message of a run that an OSError ended: the error, its place in the program, the safe checkpoint, advice."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "alst_jax" in frame.filename]
     where = f" ({pathlib.Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     return f"{describe(error)}{where}. {what_is_safe(out)}"

@@ -6,7 +6,7 @@
                          about.json      versions, git revision, flags, devices, plan, kernels (about.py)
                          checksums.json  of each file of the step, of run.json and of model/ (checksums.py)
 
-Random numbers have no state of their own: they follow from the seed, the count of updates and the position in the data.
+Random numbers have no stored state: they follow from the seed, the count of updates and the position in the data.
 The watch's usual values are not saved: a resumed run learns them from its first steps.
 """
 

@@ -107,13 +107,13 @@ def _model_files(model: str, weights: bool = True) -> pathlib.Path:
 def _hub_directory(model: str, weights: bool) -> pathlib.Path:
     path = pathlib.Path(model)
     if path.exists() or model.count("/") != 1 or model.startswith((".", "/", "~")):
-        return path  # model_config says what is wrong with it
+        return path  # model_config names the fault
     from huggingface_hub import snapshot_download
 
     try:
         ignored = ["*.bin", "*.pth", "*.gguf", "original/*", *(() if weights else ("*.safetensors",))]
         return pathlib.Path(snapshot_download(model, ignore_patterns=ignored))
-    except Exception as error:  # the hub's client raises many kinds, all of which mean: not to be had
+    except Exception as error:  # the hub's client raises many kinds; all mean: not available
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"--model {model}: no such directory, and no such model could be fetched from the hub "
                         f"({reason})") from error

@@ -1,5 +1,5 @@
-"""Arrays from files, put where they will live a part at a time: beside pinned memory that takes nearly all of a host,
-there is no room for a second copy of one (3.5 GiB of an 8B model's largest stack; docs/log.md)."""
+"""Arrays from files, put in their memory a part at a time. Pinned memory takes nearly all of a host, so that a second
+copy of an array has no room (3.5 GiB of an 8B model's largest stack; docs/log.md)."""
 
 import functools
 import math
@@ -26,8 +26,8 @@ def load_array(wanted: jax.ShapeDtypeStruct, read: Callable[[Bounds], np.ndarray
     """The array that `wanted` describes, dtype and sharding included; read(bounds) gives any part of it.
 
     Each device's part is read by itself, AT_ONCE bytes or one row of its first dim (a layer of a stack) at a time, and
-    the next is read when it has been handed over: two of them are held at most. Larger parts are put together on their
-    device, also those that will live in host memory, so a device needs room for one of them.
+    the next is read when it has been handed over: two pieces are held at most. Larger parts are put together on their
+    device, even parts that will live in host memory, so a device needs room for one part.
     """
     devices_of = {}
     for device, index in wanted.sharding.addressable_devices_indices_map(wanted.shape).items():
@@ -44,8 +44,7 @@ def _load_part(
     read: Callable[[Bounds], np.ndarray], bounds: Bounds, dtype: np.dtype,
     places: list[jax.sharding.SingleDeviceSharding],
 ) -> list[jax.Array]:
-    """What read(bounds) gives, at each of the places; of a large part, only some rows at a time are in numpy's
-    hands."""
+    """The result of read(bounds) at each of the places. numpy holds only some rows of a large part at a time."""
     shape = [stop - start for start, stop in bounds]
     rows = max(1, AT_ONCE // max(1, math.prod(shape[1:]) * dtype.itemsize))
     if not shape or rows >= shape[0]:

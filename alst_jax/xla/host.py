@@ -54,8 +54,8 @@ def reserve(gibibytes: int, devices: list[jax.Device]) -> None:
     """Make jax's pools of pinned host memory, one for each device, of one piece of this size each, before anything else
     is put there.
 
-    A pool grows by pieces of twice the last one's size and never gives one back: what a step needs in one piece, tens
-    of GiB, would be asked for beside pieces that hold weights, and be refused where it fits. Takes about a second a
+    A pool grows by pieces of twice the last one's size and never gives one back. A step needs tens of GiB in one
+    piece; asked for beside pieces that hold weights, it would be refused although it fits. Takes about a second a
     GiB. Raises jax.errors.JaxRuntimeError (RESOURCE_EXHAUSTED) where the machine or the pools' limit,
     XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB, has less.
     """

@@ -1,8 +1,8 @@
 """Order without a barrier: values that the compiler cannot know before an array is computed.
 
-An optimization barrier does not order anything on GPUs, where it is removed before instructions are scheduled; and
-zeros that several loops start from become one operation that makes all of them at once, long before they are needed
-(measured at 524,288 tokens: 242 GiB of temporary memory instead of 66).
+An optimization barrier orders nothing on GPUs: it is removed before instructions are scheduled. Zeros that several
+loops start from become one operation, which makes all of them at once, long before they are needed. (Measured at
+524,288 tokens: 242 GiB of temporary memory instead of 66.)
 """
 
 from collections.abc import Callable
@@ -18,8 +18,8 @@ from alst_jax.xla.varying import vary_like, varying_axes
 
 
 def after(arrays: Any, x: jax.Array) -> jax.Array:
-    """x, but not before all of `arrays`, a tree, exist. Writes one element of x, in place where x is not needed
-    otherwise."""
+    """x, available only after all of `arrays` (a tree) exist. Adds zero to one element of x, in place where x has no
+    other use."""
     leaves = jax.tree.leaves(arrays)
     if not leaves:
         return x
@@ -33,21 +33,21 @@ def index_after(array: jax.Array, index: ArrayLike) -> jax.Array:
 
 
 def read_after(array: jax.Array, read: Callable, index: ArrayLike) -> Any:
-    """read(index), a tree of arrays, but not before `array` exists; equal arrays on all devices are read at once,
-    for an index that waits may differ between devices."""
+    """read(index), a tree of arrays, after `array` exists. Arrays that are equal on all devices are read at once: for
+    jax, an index that waits may differ between devices."""
     soon, late = read(index), read(index_after(array, index))
     return jax.tree.map(lambda s, l: l if varying_axes(s) == varying_axes(l) else s, soon, late)
 
 
 def read_back(array: jax.Array, row: jax.Array, on_host: bool) -> jax.Array:
-    """The first element of a row, on the device: what is done `after` it waits until the row was written."""
+    """The first element of a row, on the device: operations `after` it wait until the row was written."""
     element = lax.dynamic_slice(array, (row, *[0] * (array.ndim - 1)), (1,) * array.ndim)
     return host.to_device(element) if on_host else element
 
 
 @jax.custom_vjp
 def gradient_first(h: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """h and weight as they are; on the way back, the weight's gradient is made before h's."""
+    """h and weight, unchanged; in the backward pass the weight's gradient is computed before h's."""
     return h, weight
 
 

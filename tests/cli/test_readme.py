@@ -60,6 +60,9 @@ def test_without_flags_a_model_learns(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "mesh    dp 1 x sp 4 on cpu" in done.stdout and "eval loss" in done.stdout
     (run,) = (tmp_path / "runs").iterdir()
-    losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    page = (ROOT / "docs" / "metrics.md").read_text()
+    assert [field for line in lines for field in line if f"`{field}`" not in page] == []
+    losses = [line["loss"] for line in lines]
     assert len(losses) == 12 and losses[-1] < losses[0] - 1
     assert (run / "hf" / "model.safetensors").is_file()

@@ -70,13 +70,15 @@ def test_borders_count(one_by_one):
         assert_trees_close(gradients, one_by_one[1], 1e-3)
 
 
-def test_257_documents_in_one_sequence():
-    rows = [[1] * 128 + [2] * 129]
-    step = make_step(MODEL)
+@pytest.mark.parametrize("mesh", [(1, 1), pytest.param((1, 4), marks=pytest.mark.slow),
+                                  pytest.param((2, 4), marks=pytest.mark.slow)], ids=str)
+def test_257_documents_in_one_sequence(mesh):
+    rows = [[1] * 128 + [2] * 129] * mesh[0]
+    step, one = make_step(MODEL, *mesh), make_step(MODEL)
     params = initial(step)
-    together, alone = packed(rows, 512, 1)
+    together, alone = packed(rows, 512, mesh[0])[0], packed(rows, 512, 1)[1]
     results = summed(step, params, together)
-    expected = summed(step, params, {name: x[:, :2] for name, x in alone.items()})
+    expected = summed(one, initial(one), {name: x[:, :2] for name, x in alone.items()})
     assert results[0] == pytest.approx(expected[0], rel=1e-5)
     assert_trees_close(results[1], expected[1], 1e-5)
 

@@ -81,9 +81,10 @@ def test_borders_count(kernels):
 
 
 def test_no_call_reads_the_packed_tokens_as_one(kernels, monkeypatch):
-    """Traced: one shape of q for each size of slices."""
+    """Traced: one shape of q for each size of slices, and one more where several run together."""
     small_slices(monkeypatch)
-    assert set(kernels[2]) == {(bucket.together, bucket.size, 4, 8) for bucket in buckets.buckets_of(LENGTH, MOST)}
+    expected = {(2, 32), (1, 32), (1, 48), (1, 64), (1, 96), (1, 128), (1, 144)}
+    assert set(kernels[2]) == {(*shape, 4, 8) for shape in expected}
 
 
 def test_sizes_of_slices(monkeypatch):
@@ -95,10 +96,12 @@ def test_sizes_of_slices(monkeypatch):
 
 def test_cost_follows_the_documents():
     """Calls and pairs by hand."""
-    assert buckets.calls_of([1, 512, 0, 300, 7, 9, 8, 7, 6, 513, 5, 3000, 4097, 4096], 4200) == {
-        (512, 8): 2, (768, 5): 1, (3072, 1): 1, (4096, 1): 1, (4200, 1): 1}
+    lengths = [1, 512, 0, 300, 7, 9, 8, 7, 6, 513, 5, 3000, 4097, 4096]
+    assert buckets.calls_of(lengths, 4200, 64) == {
+        (512, 8): 1, (512, 1): 1, (768, 1): 1, (3072, 1): 1, (4096, 1): 1, (4200, 1): 1}
+    assert buckets.calls_of([600] * 13, 4200, 64) == {(768, 5): 2, (768, 1): 3}
     assert buckets.computed_pairs([512, 1], 1024) == 2 * 512 * 513 // 2
-    assert buckets.computed_pairs([513, 500, 11], 1024) == 3 * 512 * 513 // 2 + 3 * 768 * 769 // 2
+    assert buckets.computed_pairs([513, 500, 11], 1024) == 2 * 512 * 513 // 2 + 768 * 769 // 2
     mixed, length = [40000, 30000, 20000, 15000, 10000, 8000, 5000, 3072], 131072
     sizes = [49152, 32768, 24576, 16384, 12288, 8192, 6144, 3072]
     assert buckets.computed_pairs(mixed, length) == sum(n * (n + 1) // 2 for n in sizes)
@@ -106,4 +109,6 @@ def test_cost_follows_the_documents():
     assert 1.39 < buckets.computed_pairs(mixed, length) / useful < 1.40
     assert buckets.computed_pairs(mixed, length) < 0.27 * full
     assert buckets.computed_pairs([2048] * 64, length) == 64 * 2048 * 2049 // 2
-    assert all(buckets.computed_pairs([n], length) <= 2.25 * n * (n + 1) // 2 for n in range(512, length, 997))
+    for n in range(512, length, 997):  # compiled for so many documents that small slices run together
+        pairs = sum(count * call.pairs for call, count in buckets.calls_of([n], length, 64).items())
+        assert pairs == buckets.computed_pairs([n], length) <= 2.25 * n * (n + 1) // 2

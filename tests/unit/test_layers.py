@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parents[2] / "alst_jax"
 LAYERS = ("declare", "profile", "data_flags", "lora_flags", "watch_flags", "extend_flags", "process_flags", "config",
           "flag_checks", "processes", "hardware", "xla", "ops", "data", "models", "parallel", "stack", "optim",
           "in_backward", "step", "storage", "metrics", "profiling", "watch", "refused", "trainer", "at_length",
-          "planning", "preflight", "run_data", "run_long", "run_lora", "run_state", "run")  # docs/architecture.md
+          "planning", "preflight", "run_packs", "run_data", "run_long", "run_lora", "run_state", "run")  # docs/architecture.md
 ORDER = {name: number for number, name in enumerate(LAYERS)}
 
 

@@ -1,7 +1,7 @@
 """Gemma 3, text alone: scaled embeddings, norms by 1 + w on both sides of attention and MLP and of queries and keys, a
 sliding window in most layers, a rotary embedding for each type of layer, gelu, and a soft cap of the logits.
 
-transformers 5.24 reads `attn_logit_softcapping`, and applies it nowhere in Gemma 3. Nor do we.
+transformers 5.24 reads `attn_logit_softcapping`, and applies it nowhere in Gemma 3. It is ignored here too.
 """
 
 from typing import Any

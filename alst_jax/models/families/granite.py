@@ -1,4 +1,4 @@
-"""Granite: a Llama with four scalars, of the embeddings, the attention scores, what a layer adds, and the logits."""
+"""Granite: a Llama with four scalars: of embeddings, attention scores, residual additions and logits."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Fields of config.json that say which layers have a sliding window: `layer_types`, `sliding_window` and their like."""
+"""Fields of config.json that say which layers have a sliding window: `layer_types`, `sliding_window` and similar."""
 
 import dataclasses
 from typing import Any

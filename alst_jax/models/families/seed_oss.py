@@ -1,4 +1,4 @@
-"""Seed-OSS: a Llama whose query, key and value projections have a bias, and the output projection one of its own."""
+"""Seed-OSS: a Llama with biases of the query, key and value projections, and a switch for the output's bias."""
 
 from typing import Any
 

@@ -22,7 +22,7 @@ def options(raw: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _ropes(raw: dict[str, Any], where: str) -> list[bool]:
-    """For each layer, whether it turns queries and keys. `no_rope_layers` has a 1 for those that do."""
+    """For each layer, whether it turns queries and keys. `no_rope_layers` has a 1 for each layer that does."""
     given, layers, every = raw.get("no_rope_layers"), raw["num_hidden_layers"], raw.get("no_rope_layer_interval", 4)
     if given is None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:

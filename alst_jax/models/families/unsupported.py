@@ -37,7 +37,7 @@ LINEAR = re.compile(r"linear_.*|ssm_.*|mamba_.*|conv_kernel_size")
 
 
 def find_family(raw: dict[str, Any], families: dict[str, Family], where: str) -> Family:
-    """The family of a config.json. UserError for one that is not supported, and for quantised weights."""
+    """The family of a config.json. UserError for an unsupported family, and for quantised weights."""
     kind = raw.get("model_type")
     family = families.get(kind) if isinstance(kind, str) else None
     architectures = raw.get("architectures") or [family.architecture if family else None]

@@ -27,7 +27,7 @@ CAUSAL = AttentionSpec()
 
 
 def find_kernel(kernel: str | Kernel) -> Kernel:
-    """The kernel of this name; a kernel of one's own is returned as it is. ValueError for an unknown name."""
+    """The kernel of this name; a `Kernel` is returned unchanged. ValueError for an unknown name."""
     if isinstance(kernel, Kernel):
         return kernel
     if kernel not in KERNELS:

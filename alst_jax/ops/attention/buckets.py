@@ -2,8 +2,9 @@
 
 Slices have a few fixed sizes. A document runs in a slice of the smallest size that holds it, from the slice's first row
 on. The tokens behind the document in the slice change nothing: causal attention hides them from its queries, and their
-own rows are not written. Small documents of one size run several at a time, as the rows of one call. Each size has a
-loop of its own, so that one compiled program serves any number of documents.
+own rows are not written. Small documents of one size run several at a time, as the rows of one call; the last few of
+that size, too few for such a call, run one at a time. Each kind of call has a separate loop, so that one compiled
+program serves any number of documents.
 
 B rows, S tokens, P = B S packed tokens, D documents at most, G documents in a call, L tokens of a slice, N query heads,
 K kv heads, H head dim.
@@ -35,13 +36,18 @@ class Bucket(NamedTuple):
     together: int
 
     @property
+    def calls(self) -> tuple["Bucket", ...]:
+        """The kinds of its calls: full ones, and ones of a single slice for the rest."""
+        return (self,) if self.together == 1 else (self, Bucket(self.size, 1))
+
+    @property
     def pairs(self) -> int:
         """Pairs of a query and a key in the causal half of one call."""
         return self.together * (self.size * (self.size + 1) // 2)
 
 
 def buckets_of(length: int, documents: int) -> list[Bucket]:
-    """The buckets for sequences of `length` tokens and at most so many documents.
+    """The buckets for sequences of `length` tokens and at most `documents` documents.
 
     Sizes: SMALLEST times 1, 1.5, 2, 3, 4, 6, ... below `length`, and `length`.
     """
@@ -52,22 +58,23 @@ def buckets_of(length: int, documents: int) -> list[Bucket]:
     return [Bucket(size, max(1, min(TOGETHER // size, documents))) for size in (*sizes, length)]
 
 
-def calls_of(lengths: Sequence[int], length: int, documents: int | None = None) -> dict[Bucket, int]:
-    """Dense calls of each bucket for documents of these lengths; empty documents need none.
+def calls_of(lengths: Sequence[int], length: int, documents: int) -> dict[Bucket, int]:
+    """Dense calls of each kind for documents of these lengths; empty documents need none.
 
-    documents: the number that the program is compiled for; None: the number of documents.
+    documents: the number that the program is compiled for.
     """
-    buckets = buckets_of(length, len(lengths) if documents is None else documents)
-    members = [0] * len(buckets)
-    for n in lengths:
-        if n:
-            members[next(i for i, bucket in enumerate(buckets) if bucket.size >= n)] += 1
-    return {bucket: -(-count // bucket.together) for bucket, count in zip(buckets, members) if count}
+    buckets, calls = buckets_of(length, documents), {}
+    for bucket, smaller in zip(buckets, [Bucket(0, 1), *buckets]):
+        count = sum(smaller.size < n <= bucket.size for n in lengths)
+        for call in bucket.calls:
+            calls[call], count = divmod(count, call.together)
+    return {call: count for call, count in calls.items() if count}
 
 
-def computed_pairs(lengths: Sequence[int], length: int, documents: int | None = None) -> int:
-    """Pairs of a query and a key that the dense calls compute for documents of these lengths."""
-    return sum(calls * bucket.pairs for bucket, calls in calls_of(lengths, length, documents).items())
+def computed_pairs(lengths: Sequence[int], length: int) -> int:
+    """Pairs of a query and a key that the dense calls compute for documents of these lengths, however many they are
+    compiled for."""
+    return sum(calls * call.pairs for call, calls in calls_of(lengths, length, len(lengths)).items())
 
 
 def forward(
@@ -134,14 +141,11 @@ class _Plan(NamedTuple):
         first = jnp.searchsorted(number[order], jnp.arange(len(buckets) + 1), side="left").astype(jnp.int32)
         return cls(documents[:-1], lengths, order, first)
 
-    def rows(self, bucket: Bucket, at: Array, end: Array) -> tuple[Int[Array, "G L"], Bool[Array, "G L"]]:
-        """Rows of the slices of the documents order[at], ..., and whether each is inside of its document. `end`: of the
-        bucket's documents; slices from there on are empty."""
-        member = at + jnp.arange(bucket.together, dtype=jnp.int32)
-        document = self.order[jnp.minimum(member, self.order.shape[0] - 1)]
-        length = jnp.where(member < end, self.lengths[document], 0)
-        row = jnp.arange(bucket.size, dtype=jnp.int32)[None]
-        return self.starts[document][:, None] + row, row < length[:, None]
+    def rows(self, call: Bucket, at: Array) -> tuple[Int[Array, "G L"], Bool[Array, "G L"]]:
+        """Rows of the slices of the documents order[at], ..., and whether each is inside of its document."""
+        document = self.order[at + jnp.arange(call.together, dtype=jnp.int32)]
+        row = jnp.arange(call.size, dtype=jnp.int32)[None]
+        return self.starts[document][:, None] + row, row < self.lengths[document][:, None]
 
 
 def _over_documents(call: Callable, arrays: tuple, outputs: tuple, documents: Array, length: int) -> tuple:
@@ -154,17 +158,19 @@ def _over_documents(call: Callable, arrays: tuple, outputs: tuple, documents: Ar
     outputs = tuple(vary_like(x, *arrays, plan.starts) for x in outputs)
     for i, bucket in enumerate(buckets):
         start, end = plan.first[i], plan.first[i + 1]
+        for kind in bucket.calls:
 
-        def one(turn, outputs, bucket=bucket, start=start, end=end):
-            rows, is_inside = plan.rows(bucket, start + turn * bucket.together, end)
-            # Rows behind the last token repeat it: they are outside of all documents.
-            results = call(tuple(x.at[rows].get(mode="clip") for x in arrays), is_inside)
-            # All rows that are not written have indices of their own behind the end, so that all indices are unique.
-            slots = jnp.arange(rows.size, dtype=jnp.int32).reshape(rows.shape)
-            target = jnp.where(is_inside, rows, tokens + slots)
-            return tuple(out.at[target].set(x.astype(out.dtype), mode="drop", unique_indices=True)
-                         for out, x in zip(outputs, results))
+            def one(turn, outputs, kind=kind, start=start):
+                rows, is_inside = plan.rows(kind, start + turn * kind.together)
+                # Rows behind the last token repeat it: they are outside of all documents.
+                results = call(tuple(x.at[rows].get(mode="clip") for x in arrays), is_inside)
+                # Rows that are not written have indices behind the end, each its own: all indices are unique.
+                slots = jnp.arange(rows.size, dtype=jnp.int32).reshape(rows.shape)
+                target = jnp.where(is_inside, rows, tokens + slots)
+                return tuple(out.at[target].set(x.astype(out.dtype), mode="drop", unique_indices=True)
+                             for out, x in zip(outputs, results))
 
-        turns = (end - start + bucket.together - 1) // bucket.together
-        outputs = lax.fori_loop(0, turns, one, outputs)
+            turns = (end - start) // kind.together
+            outputs = lax.fori_loop(0, turns, one, outputs)
+            start = start + turns * kind.together
     return outputs

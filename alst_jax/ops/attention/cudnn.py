@@ -76,8 +76,8 @@ def _forward(q, k, v, spec):
 
 
 def _backward(q, k, v, o, lse, do, spec):
-    # jax has no public call for the backward pass alone. The pullback is a tree of what the forward pass kept: trace
-    # that once more, put in what was kept then, and the forward traced here is dead code.
+    # jax has no public call for the backward pass alone. The pullback is a tree of the forward pass's
+    # residuals: trace the forward pass again and put in the kept residuals. The forward traced here is dead code.
     fresh, pullback = jax.vjp(lambda q, k, v: _cudnn(q, k, v, spec), q, k, v)
     leaves, treedef = jax.tree.flatten(pullback)
     kept = iter((lse,))

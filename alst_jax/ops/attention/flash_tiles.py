@@ -43,7 +43,7 @@ class BackwardTiles:
 
     @property
     def head_dim_multiple(self) -> int:
-        """To which the head dim of float32 accumulators is rounded up. The head dims served need no rounding."""
+        """The head dim of float32 accumulators is a multiple of this, after rounding up. Served head dims need none."""
         return 64 if self.swap_dkv else 32
 
 

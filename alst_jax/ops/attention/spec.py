@@ -23,7 +23,7 @@ class AttentionSpec:
         return head_dim**-0.5 if self.scale is None else self.scale
 
     def features(self, documents: bool) -> frozenset[str]:
-        """What a kernel must be able to do beside causal attention: "scale", "window", "soft cap", "full", "sinks",
+        """Abilities that a kernel needs beside causal attention: "scale", "window", "soft cap", "full", "sinks",
         "documents"."""
         wanted = {"scale": self.scale is not None, "window": self.window is not None,
                   "soft cap": self.soft_cap is not None, "full": not self.causal, "sinks": self.sinks,
