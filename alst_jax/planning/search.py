@@ -8,7 +8,15 @@ from collections.abc import Callable, Iterator
 from alst_jax.config import UserError
 from alst_jax.planning import footprint
 from alst_jax.planning.candidates import (
-    CONFIRMED, LEVELS, PLACEMENTS, Search, bases, with_kept, with_levels, with_tiles)
+    CONFIRMED,
+    LEVELS,
+    PLACEMENTS,
+    Search,
+    bases,
+    with_kept,
+    with_levels,
+    with_tiles,
+)
 from alst_jax.planning.job import Job, total
 from alst_jax.planning.plan import Choice, Plan, in_gib
 from alst_jax.planning.seconds import spared_by_byte

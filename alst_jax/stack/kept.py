@@ -9,7 +9,6 @@ B batch, T local tokens, N query heads, K kv heads, H head dim, F ffn.
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
