@@ -114,7 +114,8 @@ def test_every_flag_has_a_help_text(capsys):
 EXAMPLES = dict(
     loss_tile=32, mlp_tile=32, remat=False, offload_activations=True, offload_weights=True, offload_optimizer=True,
     update_in_backward=True, segment_layers=(2,), keep_attention_on_device=1, keep_attention_on_host=1, head_chunks=2,
-    keep_qkv_on_device=1, keep_mlp_on_device=1, share_gradients=True, stack="plain", reduce_dtype="bfloat16", compute_dtype="bfloat16", attention="none such")
+    keep_qkv_on_device=1, keep_mlp_on_device=1, share_gradients=True, stack="plain", reduce_dtype="bfloat16",
+    compute_dtype="bfloat16", attention="none such")
 MODEL = tiny(num_layers=2)
 
 
