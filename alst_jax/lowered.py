@@ -1,4 +1,4 @@
-"""The programs of a step, compiled from abstract arrays as a run calls them: a run that follows compiles nothing again."""
+"""The programs of a step, compiled from abstract arrays as a run calls them: that run compiles nothing again."""
 
 import concurrent.futures
 import functools

@@ -40,6 +40,12 @@ class Switches:
     """Layers, the last ones, whose attention output is kept, so that attention is not run again for them."""
     keep_attention_on_host: Annotated[int, AtLeast(0), Words("of {} kept in host memory", off=0), CHOSEN] = 0
     """Layers, those before them, whose attention output is kept in host memory."""
+    keep_qkv_on_device: Annotated[int, AtLeast(0), Words("q, k and v of {} kept", off=0), CHOSEN] = 0
+    """Layers, the last ones, whose queries, keys and values are kept on the device too, so that their projections are
+    not computed again. Not more than --keep-attention-on-device."""
+    keep_mlp_on_device: Annotated[int, AtLeast(0), Words("gate and up of {} kept", off=0), CHOSEN] = 0
+    """Layers, the last ones, whose MLP's gate and up, 2 x ffn values a token, are kept on the device too. Not more than
+    --keep-qkv-on-device."""
     share_gradients: Annotated[bool, Words("inputs of segments in the memory of gradients"), CHOSEN] = False
     """Keep inputs of segments in the host memory of gradients that are not written yet. For segments with weights and
     activations in host memory (--offload-weights --offload-activations)."""
@@ -61,9 +67,7 @@ class Switches:
             raise UserError(message)
         if self.update_in_backward:
             self._check_update_in_backward(clip_norm, grad_accum)
-        by_hand = [name for name in ("segment_layers", "keep_attention_on_device", "keep_attention_on_host",
-                                     "share_gradients", "rebuild_inputs_alone", "update_in_backward")
-                   if getattr(self, name) != getattr(Switches, name)]
+        by_hand = [name for name in BY_HAND if getattr(self, name) != getattr(Switches, name)]
         recomputing = by_hand + ["offload_activations"] * self.offload_activations
         if recomputing and not self.remat:
             several = len(recomputing) > 1
@@ -72,10 +76,19 @@ class Switches:
         if by_hand and self.stack == "plain":
             raise UserError("--stack plain saves each layer's input and nothing else: "
                             f"{', '.join(map(flag, by_hand))} needs --stack segments")
+        self._check_levels()
         if self.share_gradients and not self.can_share:
             raise UserError("--share-gradients keeps layer inputs where gradients will be, both in host memory: it "
                             "needs --offload-weights and --offload-activations, and gradients that are stored (no "
                             "--update-in-backward)")
+
+    def _check_levels(self) -> None:
+        for name, below, kept in (
+                ("keep_qkv_on_device", "keep_attention_on_device", "q, k and v keeps its attention output"),
+                ("keep_mlp_on_device", "keep_qkv_on_device", "gate and up keeps its q, k and v")):
+            if (count := getattr(self, name)) > (most := getattr(self, below)):
+                raise UserError(f"{flag(name)} {count}: more than {flag(below)} {most}; a layer that keeps {kept} too, "
+                                f"so use {flag(below)} {count} or more")
 
     @property
     def sums_in_place(self) -> bool:
@@ -123,6 +136,9 @@ class Switches:
                 for name, words in marked(Switches, Words).items() if (value := getattr(self, name)) != words.off]
 
 
+BY_HAND = ("segment_layers", "keep_attention_on_device", "keep_attention_on_host", "keep_qkv_on_device",
+           "keep_mlp_on_device", "share_gradients", "rebuild_inputs_alone",
+           "update_in_backward")  # parts of the hand-written backward pass
 TILES = {"loss_tile": "tiled_loss", "mlp_tile": "tiled_mlp"}  # the size of a tile, and the flag that switches it off
 
 
@@ -167,10 +183,10 @@ class Profile(Switches):
         if len(lengths) == 1:
             lengths = [min(lengths[0], num_layers - at) for at in range(0, num_layers, lengths[0])]
         for length in lengths:
-            run = Run(start, start + length, self.attention_place(start, num_layers))
+            run = self._run(start, start + length, num_layers)
             before = segments[-1] if segments else None
-            if length == 1 and before and before.all_inputs and before.runs[0].place == run.place:
-                segments[-1] = Segment(True, (Run(before.runs[0].start, run.stop, run.place),))
+            if length == 1 and before and before.all_inputs and before.runs[0].saves == run.saves:
+                segments[-1] = Segment(True, (self._run(before.runs[0].start, run.stop, num_layers),))
             else:
                 segments.append(Segment(length == 1, tuple(self._runs(start, start + length, num_layers))))
             start += length
@@ -179,19 +195,32 @@ class Profile(Switches):
     def _runs(self, start, stop, num_layers):
         first = start
         for layer in range(start + 1, stop + 1):
-            place = self.attention_place(first, num_layers)
-            if layer == stop or self.attention_place(layer, num_layers) != place:
-                yield Run(first, layer, place)
+            run = self._run(first, layer, num_layers)
+            if layer == stop or self._run(layer, layer + 1, num_layers).saves != run.saves:
+                yield run
                 first = layer
+
+    def _run(self, start, stop, num_layers):
+        """The layers start, ..., stop - 1, which all save what the first one saves."""
+        among_last = lambda count: start >= num_layers - count
+        return Run(start, stop, self.attention_place(start, num_layers), among_last(self.keep_qkv_on_device),
+                   among_last(self.keep_mlp_on_device))
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Layers start, ..., stop - 1, whose attention outputs are all kept in one place."""
+    """Layers start, ..., stop - 1, which save the same. place: of their attention outputs. qkv, mlp: whether q, k and
+    v, and gate and up, are kept on the device."""
 
     start: int
     stop: int
     place: str | None
+    qkv: bool = False
+    mlp: bool = False
+
+    @property
+    def saves(self) -> tuple[str | None, bool, bool]:
+        return self.place, self.qkv, self.mlp
 
     @property
     def layers(self) -> int:

@@ -144,7 +144,15 @@ class MLP(nnx.Module):
         self.activation = config.activation
 
     def __call__(self, x: Float[Array, "*B D"], draws: Draws = None) -> Float[Array, "*B D"]:
-        return self.down_proj(GATED[self.activation](self.gate_proj(x, draws), self.up_proj(x, draws)), draws)
+        return self.down(*self.gate_and_up(x, draws), draws)
+
+    def gate_and_up(
+        self, x: Float[Array, "*B D"], draws: Draws = None
+    ) -> tuple[Float[Array, "*B F"], Float[Array, "*B F"]]:
+        return self.gate_proj(x, draws), self.up_proj(x, draws)
+
+    def down(self, gate: Float[Array, "*B F"], up: Float[Array, "*B F"], draws: Draws = None) -> Float[Array, "*B D"]:
+        return self.down_proj(GATED[self.activation](gate, up), draws)
 
 
 class Block(nnx.Module):
@@ -206,14 +214,20 @@ class Block(nnx.Module):
         self, h: Float[Array, "*B D"], o: Float[Array, "*B N H"], draws: Draws = None
     ) -> Float[Array, "*B D"]:
         """The next hidden states, from the output of attention."""
+        return self.after_and_gated(h, o, draws=draws)[0]
+
+    def after_and_gated(
+        self, h: Float[Array, "*B D"], o: Float[Array, "*B N H"], gate_and_up: Callable | None = None,
+        draws: Draws = None,
+    ) -> tuple[Float[Array, "*B D"], tuple[Array, Array]]:
+        """(the next hidden states, the MLP's gate and up). gate_and_up(x) -> gate, up: instead of the MLP's."""
         add = lambda h, x: h + (x if self.residual_multiplier == 1 else x * self.residual_multiplier)
+        before, apply = self.norms == "before", lambda norm, x: x if norm is None else norm(x)
         x = self.self_attn.o_proj(o.reshape(*o.shape[:-2], -1), draws)
-        if self.norms == "before":
-            h = add(h, x)
-            return add(h, self.mlp(self.post_attention_layernorm(h), draws))
-        h = add(h, self.post_attention_layernorm(x))
-        x = h if self.pre_feedforward_layernorm is None else self.pre_feedforward_layernorm(h)
-        return add(h, self.post_feedforward_layernorm(self.mlp(x, draws)))
+        h = add(h, x if before else self.post_attention_layernorm(x))
+        x = apply(self.post_attention_layernorm if before else self.pre_feedforward_layernorm, h)
+        gated = gate_and_up(x) if gate_and_up else self.mlp.gate_and_up(x, draws)
+        return add(h, apply(self.post_feedforward_layernorm, self.mlp.down(*gated, draws))), gated
 
     def heads(self, i: jax.Array | int, n: int) -> "Block":
         """The block whose `before` makes group i of n of the query heads, and the kv heads that they read."""

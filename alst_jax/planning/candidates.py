@@ -1,5 +1,6 @@
 """Search: the free choices and the memory they must fit; and the candidates, the profiles that a search tries."""
 
+import bisect
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -12,6 +13,7 @@ from alst_jax.planning.estimate import estimate
 from alst_jax.planning.job import Job, total
 from alst_jax.planning.plan import Plan
 from alst_jax.planning.process import pinned_bytes
+from alst_jax.planning.seconds import spared_by_byte
 from alst_jax.profile import HOST, Profile
 
 UNCONFIRMED = 0.05  # of the memory, left free where no compiler confirms: the model's error (plan_accuracy.py)
@@ -22,6 +24,7 @@ BUDGETS = (0.0, 0.25, 0.5, 1.0)  # parts of the free device memory that rebuildi
 NARROWER = (("bfloat16", "float32"), ("int8", "float32"), ("int8", "none"))  # moments, master
 LARGER_TILES = 4  # times the usual: fewer sums of weight gradients, more memory
 PLACEMENTS = ("offload_activations", "offload_weights", "offload_optimizer")  # the first needs remat
+LEVELS = ("keep_qkv_on_device", "keep_mlp_on_device")  # each within the one before, the first in the kept attention
 EARLY_LOADS = 4  # layers whose weights XLA loads from the host before their turn; segments leave room for them
 
 
@@ -121,7 +124,8 @@ def with_kept(job: Job, search: Search, on_device: Iterable[int], least: bool = 
     on_device = [profile.keep_attention_on_device] if "keep_attention_on_device" in fixed else on_device
     for kept, budget in itertools.product(on_device, BUDGETS[:1] if "segment_layers" in fixed else BUDGETS):
         def make(on_host, kept=kept, budget=budget):
-            made = job.changed(keep_attention_on_device=kept, keep_attention_on_host=on_host)
+            least_levels = {name: 0 for name in LEVELS if name not in fixed}
+            made = job.changed(keep_attention_on_device=kept, keep_attention_on_host=on_host, **least_levels)
             if "segment_layers" in fixed:
                 return sharing(made, fixed)
             lengths = segments_within(made, search, budget)
@@ -133,6 +137,27 @@ def with_kept(job: Job, search: Search, on_device: Iterable[int], least: bool = 
             candidate = make(0) if least else _most_on_host(make, layers - kept, search)
         if candidate is not None:
             yield apart(candidate, search)
+
+
+def with_levels(job: Job, plan: Plan, search: Search, beat: float) -> Job:
+    """The job with q, k and v, then gate and up, kept in as many of the last layers as device memory has room for; as
+    it is, if the room of its plan does not bring it below `beat` seconds.
+
+    A kept value spares the products of a column of a matrix, as many for each of these arrays, so that they are worth
+    the same by byte; an attention output is worth more.
+    """
+    free, most = [name for name in LEVELS if name not in search.fixed], job.profile.keep_attention_on_device
+    room = search.cluster.machine.usable * (1 - search.margin) - plan.device_bytes
+    if not (free and most and plan.step_seconds - room * spared_by_byte(job, search.cluster) < beat):
+        return job
+    fits = lambda job: not search.missing(search.plan(job))
+    for name in free:
+        most = most if name == LEVELS[0] else job.profile.keep_qkv_on_device
+        # A layer alone is no loop: its arrays are copied. No number leaves one.
+        numbers = [n for n in range(1, most + 1) if 1 not in (n, most - n)]
+        too_many = lambda n, job=job, name=name: not fits(job.changed(**{name: n}))
+        job = job.changed(**{name: [0, *numbers][bisect.bisect_left(numbers, True, key=too_many)]})
+    return job
 
 
 def apart(job: Job, search: Search) -> Job:
@@ -187,11 +212,13 @@ def segments_within(job: Job, search: Search, part: float) -> tuple[int, ...] | 
     room -= size.table * (job.devices > 1)  # the embedding, gathered to look up the first segment's input again
     room -= EARLY_LOADS * size.layer // job.devices * profile.offload_weights
     output = size.heads + size.statistics
+    qkv, mlp = layers - profile.keep_qkv_on_device, layers - profile.keep_mlp_on_device  # the first layers that do
     on_device = layers - profile.keep_attention_on_device  # the first layer that keeps its output there
     not_kept = on_device - profile.keep_attention_on_host  # the number of layers that keep none
     not_kept *= not profile.rebuild_inputs_alone  # rebuilt segments hold theirs
-    # bytes on the device, by layer: outputs of the layers before it
-    kept_before = [max(0, layer - on_device) * output for layer in range(layers + 1)]
+    # bytes on the device, by layer: kept arrays of the layers before it
+    held = ((layer >= on_device) * output + job.level_bytes(layer >= qkv, layer >= mlp) for layer in range(layers))
+    kept_before = list(itertools.accumulate(held, initial=0))
     free = (room - kept_before[-1]) * part  # at the end of the forward pass
     if free < 0:
         return None

@@ -124,7 +124,7 @@ def in_backward(job: Job) -> list[Term]:
             kept += size.hidden if count == 1 else inputs_on_device * count
         for run in segment.runs:
             if run.memory == DEVICE:
-                here, kept = here + run.layers, kept + job.outputs_bytes(run.layers)
+                here, kept = here + run.layers, kept + job.run_bytes(run)
         terms = [Term(KEPT, kept, STACK), Term("recomputed residuals", rebuilt_bytes(job, segment), STACK)]
         if swap.output_copy:  # made before its swap, as soon as the outputs exist
             # The copy waits neither for the norm's gradient nor for the segment to be rebuilt.

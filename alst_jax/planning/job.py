@@ -15,7 +15,7 @@ from alst_jax.models.tiles import Tiles, tile_sizes
 from alst_jax.ops.tiling import even_tile
 from alst_jax.parallel.costs import Shapes, Work
 from alst_jax.parallel.ulysses import Ulysses
-from alst_jax.profile import DEVICE, HOST, Profile, Segment, place_of, segment_inputs, shared_inputs
+from alst_jax.profile import DEVICE, HOST, Profile, Run, Segment, place_of, segment_inputs, shared_inputs
 from alst_jax.stack.shared import holds
 
 _even_tile = functools.cache(even_tile)
@@ -40,6 +40,7 @@ class Sizes(NamedTuple):
     hidden: int  # [B, T, D]
     heads: int  # [B, T, N, H]
     kv: int  # [B, T, K, H]
+    gated: int  # gate and up, [B, T, 2 F]
     statistics: int  # float32 [B, T, N], of a kernel that returns them
     layer: int  # one layer's weights, gathered
     table: int  # the head's table, gathered
@@ -53,6 +54,7 @@ class Passes(NamedTuple):
     projections: int  # of q, k and v, forward
     after_attention: int  # output projection and MLP, forward
     loads: int  # a layer's weights brought to the device or gathered
+    gate_and_up_known: int = 0  # of `after_attention`, those that read gate and up instead of computing them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +132,7 @@ class Job:
         per_token = lambda columns: self.tokens * columns * self.width
         return Sizes(
             hidden=per_token(model.hidden_size), heads=per_token(model.num_heads * model.head_dim),
-            kv=per_token(model.num_kv_heads * model.head_dim),
+            kv=per_token(model.num_kv_heads * model.head_dim), gated=per_token(2 * model.intermediate_size),
             statistics=self.tokens * model.num_heads * 4 if self.profile.attention != "xla" else 0,
             layer=parameters.layer * self.width + parameters.adapters // model.num_layers * (4 - self.width),
             table=parameters.head * self.width,
@@ -189,9 +191,12 @@ class Job:
         layers, profile = self.model.num_layers, self.profile
         if not profile.remat:
             return Passes(layers, layers, layers * (1 if profile.mlp_tile is None else 2), layers)
-        rebuilt = sum(segment.layers - 1 for segment in self.segments if not segment.all_inputs)
-        again = len(self.recomputed_attention)
-        return Passes(layers + again, 3 * layers + again, 2 * layers + rebuilt, 2 * layers + rebuilt)
+        rebuilt = [layer for segment in self.segments if not segment.all_inputs
+                   for layer in range(segment.start, segment.stop - 1)]
+        again, qkv, mlp = len(self.recomputed_attention), profile.keep_qkv_on_device, profile.keep_mlp_on_device
+        known = mlp + sum(layer >= layers - mlp for layer in rebuilt)
+        twice = 2 * layers + len(rebuilt)
+        return Passes(layers + again, 3 * layers + again - qkv, twice, twice, known)
 
     @functools.cached_property
     def kept(self) -> dict[str, int]:
@@ -206,13 +211,18 @@ class Job:
                 kept[place_of(inputs, segment.layers)] += hidden * segment.layers
             for run in segment.runs:
                 if run.place:
-                    kept[run.memory] += self.outputs_bytes(run.layers)
+                    kept[run.memory] += self.run_bytes(run)
         return kept
 
-    def outputs_bytes(self, layers: int) -> int:
-        """The attention outputs that a run of layers saves; a single layer's also transposed for its swap."""
-        copy = self.attention_work.lone_output_copy * (layers == 1)
-        return layers * (self.sizes.heads + self.sizes.statistics) + copy
+    def run_bytes(self, run: Run) -> int:
+        """The attention outputs that a run of layers saves, a single layer's also transposed for its swap; on the
+        device with them q, k, v, gate and up."""
+        copy = self.attention_work.lone_output_copy * (run.layers == 1)
+        return run.layers * (self.sizes.heads + self.sizes.statistics + self.level_bytes(run.qkv, run.mlp)) + copy
+
+    def level_bytes(self, qkv: bool, mlp: bool) -> int:
+        """One layer's q, k and v, and gate and up, where they are kept."""
+        return (self.sizes.heads + 2 * self.sizes.kv) * qkv + self.sizes.gated * mlp
 
     def _unremat_layer(self) -> int:
         """Bytes that differentiation saves of a layer without remat; a tiled MLP and the norms are recomputed."""

@@ -18,6 +18,7 @@ from alst_jax.planning.compiled import plan_step
 from alst_jax.planning.estimate import estimate
 from alst_jax.planning.job import Job
 from alst_jax.planning.plan import Choice, Plan, in_gib
+from alst_jax.profile import BY_HAND
 from alst_jax.step import TrainStep, check_profile
 
 ANY_LENGTH = 1024  # the length of a job whose length is searched
@@ -67,7 +68,7 @@ class Planner:
         """The choices that --memory auto has; with manual, none."""
         fixed = {name for name in chosen_fields() if self.config.memory == "manual" or name in self.config.typed}
         if self.config.stack == "plain":  # it has no others
-            fixed |= {"segment_layers", "keep_attention_on_device", "keep_attention_on_host"}
+            fixed |= {name for name in BY_HAND if name in chosen_fields()}
         return Search(self.cluster, frozenset(fixed), self.config.allow_narrow_optimizer,
                       CONFIRMED if self.compiles else UNCONFIRMED)
 
@@ -106,7 +107,16 @@ class Planner:
         return dataclasses.replace(job.changed(attention="cudnn"), model=model, documents=0)
 
     def choose(self, job: Job, say: Callable[[str], None] = print) -> Choice:
-        """The job with the profile that --memory says, and its plan. UserError if it cannot fit."""
+        """The job with the profile that --memory says, and its plan. UserError if it cannot fit, or shares nothing in
+        spite of --share-gradients."""
+        choice = self._choose(job, say)
+        if choice.job.profile.share_gradients and not choice.job.shared_inputs:
+            raise UserError("--share-gradients: no input of a segment can be kept in the memory of gradients here: of "
+                            "each segment but the first (--segment-layers), of several layers, the layers up to its "
+                            "last need larger gradients than its input; leave it out")
+        return choice
+
+    def _choose(self, job: Job, say: Callable[[str], None]) -> Choice:
         check_profile(job.profile, job.model, job.sp)
         if self.cluster is None:
             return Choice(job, self.compile(job))

@@ -6,9 +6,20 @@ import math
 from collections.abc import Callable, Iterator
 
 from alst_jax.config import UserError
-from alst_jax.planning.candidates import CONFIRMED, PLACEMENTS, Search, bases, with_kept, with_tiles
-from alst_jax.planning.job import Job
+from alst_jax.planning import footprint
+from alst_jax.planning.candidates import (
+    CONFIRMED,
+    LEVELS,
+    PLACEMENTS,
+    Search,
+    bases,
+    with_kept,
+    with_levels,
+    with_tiles,
+)
+from alst_jax.planning.job import Job, total
 from alst_jax.planning.plan import Choice, Plan, in_gib
+from alst_jax.planning.seconds import spared_by_byte
 from alst_jax.profile import Profile
 
 KEPT_STEPS = 12  # numbers of layers, with outputs kept on the device, that are tried
@@ -38,9 +49,12 @@ def choose(job: Job, search: Search) -> Choice | None:
 def _fastest(candidates: Iterator[Job], search: Search, best: Choice | None) -> Choice | None:
     """The fastest of the candidates that fit and of the best so far."""
     for candidate in candidates:
-        plan = search.plan(candidate)
-        if not search.missing(plan) and (best is None or plan.step_seconds < best.plan.step_seconds):
-            best = Choice(candidate, plan)
+        if search.missing(plan := search.plan(candidate)):
+            continue
+        job = with_levels(candidate, plan, search, best.plan.step_seconds if best else math.inf)
+        plan = plan if job is candidate else search.plan(job)
+        if best is None or plan.step_seconds < best.plan.step_seconds:
+            best = Choice(job, plan)
     return best
 
 
@@ -102,7 +116,12 @@ def _fastest_possible(job: Job, search: Search) -> float:
         changes = dict(keep_attention_on_device=job.model.num_layers, keep_attention_on_host=0)
     if profile.remat and "segment_layers" not in search.fixed:
         changes["segment_layers"] = (1,)
-    return search.plan(job.changed(**changes)).step_seconds
+    least = job.changed(**changes)
+    if not (profile.remat and set(LEVELS) - search.fixed):
+        return search.plan(least).step_seconds
+    states = sum(total(terms) for part, terms in footprint.states(job).items() if not profile.on_host(part))
+    room = search.cluster.machine.usable - states - total(footprint.layer_work(job))
+    return search.plan(least).step_seconds - max(0, room) * spared_by_byte(job, search.cluster)
 
 
 def _next_faster(best: Choice, search: Search, larger: Profile) -> tuple[Job, Plan, dict[str, int]] | None:

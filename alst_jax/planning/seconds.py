@@ -10,6 +10,7 @@ from alst_jax.profile import HOST
 MATMUL = 650 / 989  # the part of the peak that matrix products reach, measured on an H100 (docs/log.md)
 STREAMED = 0.94  # the part of the host link's rate that the streamed update reaches
 EXPOSED = 0.55  # of host traffic's time, not hidden (docs/log.md: 28,786 to 26,853 tok/s with all offloaded)
+COPIES = 4.0  # of kept q, k, v, gate and up in device memory
 BACKWARD = 2.5  # FLOPs of attention's backward pass, in forwards
 
 
@@ -32,6 +33,7 @@ def ledger(job: Job, cluster: Cluster) -> list[Term]:
     if model.qk_norm == "all heads" and job.profile.head_chunks > 1:  # the mean squares of all heads, apart
         squares = passes.attention_forward + model.num_layers
         products += squares * d * (model.num_heads + model.num_kv_heads) * h
+    products -= passes.gate_and_up_known * 2 * d * model.intermediate_size
     layers, weights = model.num_layers * (projections + others), job.trained  # frozen weights have no gradient
     products += layers + weights.kernels + 5 * weights.adapters + 2 * model.vocab_size * d + weights.head
     pairs = model.layer_pairs(job.length)
@@ -45,7 +47,8 @@ def ledger(job: Job, cluster: Cluster) -> list[Term]:
         Term("attention backward", sum(pairs) * BACKWARD * attention / speed("backward"), job.profile.attention),
         Term("matmuls", 2.0 * products * tokens * width / (MATMUL * machine.peak_flops), "projections, MLP, logits"),
         Term("matmuls", tile_sum_bytes(job) / machine.bandwidth, "device memory: float32 sums over tiles"),
-        Term("matmuls", adapter_bytes(job) / machine.bandwidth, "device memory: inputs and outputs of adapters")]
+        Term("matmuls", adapter_bytes(job) / machine.bandwidth, "device memory: inputs and outputs of adapters"),
+        Term("matmuls", kept_copies(job) / machine.bandwidth, "device memory: copies of kept q, k, v, gate and up")]
     hidden, moved, calls = total(terms), traffic(job), collectives(job)
     copies = moved["step"] / machine.host_link
     wires = machine.interconnect if cluster.hosts == 1 else machine.network
@@ -95,6 +98,21 @@ def tile_sum_bytes(job: Job) -> float:
     tiles = lambda tile: 0 if tile >= job.tokens else -(-job.tokens // tile)
     layers = job.model.num_layers * job.trained.layer * tiles(job.tiles.mlp)
     return 16.0 * (layers + job.trained.head * tiles(job.tiles.loss))
+
+
+def kept_copies(job: Job) -> float:
+    """Bytes moved to keep q, k, v, gate and up: their stacks are cleared, then copied to and read from; q, k and v of
+    a layer are copied again before their backward pass."""
+    profile, level = job.profile, job.level_bytes
+    return COPIES * (profile.keep_qkv_on_device * level(True, False) + profile.keep_mlp_on_device * level(False, True))
+
+
+def spared_by_byte(job: Job, cluster: Cluster) -> float:
+    """Seconds of a step that a byte of kept q, k, v, gate or up spares at most: the products of a column of a matrix,
+    twice where a segment is rebuilt, less the copies."""
+    machine, times = cluster.machine, 1 if max(job.profile.segment_layers) == 1 else 2
+    products = times * 2.0 * job.model.hidden_size * (1 if job.width == 2 else 16) / (MATMUL * machine.peak_flops)
+    return max(0.0, job.grad_accum * (products / job.width - COPIES / machine.bandwidth))
 
 
 def by_reach(job: Job, cluster: Cluster) -> tuple[dict[str, int], dict[str, int]]:

@@ -200,4 +200,5 @@ def few_layers_of(profile: Profile) -> Profile:
     return dataclasses.replace(
         profile, segment_layers=(min(2, max(profile.segment_layers)),),
         keep_attention_on_device=min(1, profile.keep_attention_on_device),
-        keep_attention_on_host=min(1, profile.keep_attention_on_host))
+        keep_attention_on_host=min(1, profile.keep_attention_on_host),
+        keep_qkv_on_device=min(1, profile.keep_qkv_on_device), keep_mlp_on_device=min(1, profile.keep_mlp_on_device))

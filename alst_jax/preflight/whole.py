@@ -64,7 +64,8 @@ def other_tiles(profile: Profile, subject: Subject) -> Profile:
     return dataclasses.replace(
         profile, loss_tile=smaller(profile.loss_tile or usual.loss),
         mlp_tile=smaller(profile.mlp_tile or usual.mlp), head_chunks=(more or [profile.head_chunks])[0],
-        segment_layers=(1,), keep_attention_on_device=0, keep_attention_on_host=0)
+        segment_layers=(1,), keep_attention_on_device=0, keep_attention_on_host=0, keep_qkv_on_device=0,
+        keep_mlp_on_device=0)
 
 
 def _divides(model, sp, chunks):

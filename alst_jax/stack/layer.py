@@ -16,9 +16,11 @@ from alst_jax.models.block import Block, Tokens, halves
 from alst_jax.models.config import ModelConfig
 from alst_jax.models.tree import combine, names, partition
 from alst_jax.ops.attention import find_kernel, runs_where
+from alst_jax.ops.linear import instead
 from alst_jax.ops.tiling import even_tile, stream, token_rows
 from alst_jax.parallel.sequence import SequenceParallel
 from alst_jax.parallel.sharding import gather, is_spec, scatter, whole
+from alst_jax.stack.kept import Kept, put_tile
 from alst_jax.xla import scopes
 from alst_jax.xla.dtypes import accumulation_dtype
 from alst_jax.xla.order import zeros_after
@@ -82,30 +84,52 @@ class Layer:
     ) -> tuple[Float[Array, "B T N H"], Array]:
         """The output of attention and its log-sum-exps, from the layer's input. number: the layer's."""
         with jax.named_scope(scopes.ATTENTION):
-            sequence = self._sequence(number)
-            return self.by_kind(number)(lambda kind: sequence.attend(
-                self._projector(kind, h, weights, tokens), self.model.attention_spec(kind), h, tokens.documents))
+            return self.by_kind(number)(lambda kind: self._attend(
+                kind, number, self._projector(kind, h, weights, tokens, self.sequence.chunks), h, tokens))
+
+    def attend_keeping(
+        self, number: Array | int, h: Float[Array, "B T D"], weights: Weights, tokens: Tokens
+    ) -> tuple[tuple[Float[Array, "B T N H"], Array], tuple]:
+        """(the results of `attend`, q, k and v of all heads)"""
+        def one(kind):
+            qkv = self._projector(kind, h, weights, tokens, 1)(0)
+            project = Kept(tuple(x[None] for x in qkv)).projector(self.sequence.chunks)
+            return self._attend(kind, number, project, h, tokens), qkv
+
+        with jax.named_scope(scopes.ATTENTION):
+            return self.by_kind(number)(one)
 
     def after(
-        self, h: Float[Array, "B T D"], o: Float[Array, "B T N H"], weights: Weights, tokens: Tokens
+        self, h: Float[Array, "B T D"], o: Float[Array, "B T N H"], weights: Weights, tokens: Tokens,
+        kept: Kept = Kept(),
     ) -> Float[Array, "B T D"]:
         """The next h, from the layer's input and the output of attention.
 
         buffer | before | after
         h      | input  | the next h
         """
-        block = self._half(weights.block, "after")[0]
-        with jax.named_scope(scopes.MLP):
-            _, (out,) = stream(lambda _, written, read: ((), (_widen(block).after(*written, *read),)), (),
-                               written=(token_rows(h),), read=tuple(map(token_rows, (o, *tokens.drawn))),
-                               rows=self._rows(h))
-        return out.reshape(h.shape)
+        def one(block, h, o, start, gated, draws=None):
+            known = kept.tile(start, h.shape[0])
+            return block.after_and_gated(h, o, known and (lambda x: known), draws)[0], gated
+
+        return self._after(h, o, weights, tokens, one, None)[0]
+
+    def after_keeping(
+        self, h: Float[Array, "B T D"], o: Float[Array, "B T N H"], weights: Weights, tokens: Tokens, kept: Kept
+    ) -> tuple[Float[Array, "B T D"], tuple]:
+        """(the next h, the stacks of gate and up with this layer's row written)"""
+        def one(block, h, o, start, gated, draws=None):
+            out, new = block.after_and_gated(h, o, draws=draws)
+            return out, put_tile(gated, new, kept.row, start)
+
+        return self._after(h, o, weights, tokens, one, kept.gated)
 
     def backward(
         self, number: Array | int, h: Float[Array, "B T D"], weights: Weights, tokens: Tokens, results: tuple,
-        dh: Float[Array, "B T D"],
+        dh: Float[Array, "B T D"], kept: Kept = Kept(),
     ) -> tuple[Float[Array, "B T D"], Block]:
         """The gradients of the layer's input h and of its trained weights, the latter float32. results: of `attend`.
+        kept: arrays that are not computed again.
 
         buffer     | before               | after
         dh         | gradient of the next h | gradient of h
@@ -114,13 +138,14 @@ class Layer:
         Besides these, h and o, only the gradients of keys and values and one group of heads have the sequence's length.
         """
         o_BTNH, _ = results
-        dafter, (dh_TD, do) = self._after_backward(weights, h, o_BTNH, tokens, dh)
+        dafter, (dh_TD, do) = self._after_backward(weights, h, o_BTNH, tokens, dh, kept)
 
         def rest(kind):
+            chunks = self.sequence.chunks
             with jax.named_scope(scopes.ATTENTION):
+                project = kept.projector(chunks) if kept.qkv else self._projector(kind, h, weights, tokens, chunks)
                 dqkv = self._sequence(number).attend_backward(
-                    self._projector(kind, h, weights, tokens), self.model.attention_spec(kind), results,
-                    do.reshape(o_BTNH.shape), tokens.documents)
+                    project, self.model.attention_spec(kind), results, do.reshape(o_BTNH.shape), tokens.documents)
             return self._before_backward(kind, weights, h, tokens, dqkv, dh_TD)
 
         dbefore, (dh_TD,) = self.by_kind(number)(rest)
@@ -132,6 +157,25 @@ class Layer:
     def shares_squares(self) -> bool:
         """Whether a group of heads needs `Block.mean_squares` of all heads."""
         return self.sequence.chunks > 1 and self.model.qk_norm == "all heads"
+
+    def _attend(self, kind, number, project, h, tokens):
+        return self._sequence(number).attend(project, self.model.attention_spec(kind), h, tokens.documents)
+
+    def _after(self, h_BTD, o_BTNH, weights, tokens, one, gated):
+        """one(block, h, o, start, gated, *draws) -> (the next h, gated), for the tokens of a tile; start: its first
+        token."""
+        block = self._half(weights.block, "after")[0]
+
+        def body(carry, written, read):
+            start, gated = carry
+            out, gated = one(_widen(block), written[0], read[0], start, gated, *read[1:])
+            return (start + out.shape[0], gated), (out,)
+
+        with jax.named_scope(scopes.MLP):
+            (_, gated), (out,) = stream(body, (jnp.int32(0), gated), written=(token_rows(h_BTD),),
+                                        read=tuple(map(token_rows, (o_BTNH, *tokens.drawn))),
+                                        rows=self._rows(h_BTD))
+        return out.reshape(h_BTD.shape), gated
 
     def by_kind(self, number: Array | int) -> Callable:
         """apply(fn) = fn(kind of the layer `number`). Where layers differ, the compiled program has one branch a
@@ -155,10 +199,10 @@ class Layer:
         wanted = getattr(halves(self.model), half)
         return partition(block, lambda path: names(path) in wanted)
 
-    def _projector(self, kind, h_BTD, weights, tokens):
+    def _projector(self, kind, h_BTD, weights, tokens, chunks):
         """project(i) -> q, k, v of chunk i, a tile of tokens at a time. Their buffers are allocated after h: those of a
         scan's results would be allocated long before, for all layers that no loop goes over at once."""
-        before, chunks = self._half(weights.block, "before")[0], self.sequence.chunks
+        before = self._half(weights.block, "before")[0]
         read = tuple(map(token_rows, (h_BTD, *tokens.rows)))
         last = len(read)  # squares may follow
 
@@ -167,7 +211,7 @@ class Layer:
             body = lambda _, written, rows: ((), one(rows))
             return stream(body, (), written=places, read=read, rows=self._rows(h_BTD))[1]
 
-        if self.shares_squares:
+        if chunks > 1 and self.shares_squares:
             alone = (read[0], *map(token_rows, tokens.drawn))
             read += in_tiles(lambda rows: _widen(before).mean_squares(*rows), alone)
 
@@ -179,20 +223,29 @@ class Layer:
 
         return project
 
-    def _after_backward(self, weights, h_BTD, o_BTNH, tokens, dh_BTD):
+    def _after_backward(self, weights, h_BTD, o_BTNH, tokens, dh_BTD, kept):
         trained, frozen = self._half(weights.trained, "after")[0], weights.frozen
 
-        def body(sums, written, read):
-            after = lambda h, o, w: combine(w, frozen).after(h, o, *read[2:])
+        def body(carry, written, read):
+            (sums, start), rows = carry, read[0].shape[0]
+            known, draws = kept.tile(start, rows), read[2] if tokens.drawn else None
+
+            def after(h, o, w):
+                block = combine(w, frozen)
+                return block.after_and_gated(h, o, known and (
+                    lambda x: tuple(map(instead, known, block.mlp.gate_and_up(x, draws)))), draws)[0]
+
             _, pullback = jax.vjp(after, *read[:2], _widen(trained))
             *written, dweights = pullback(written[0])
-            return _add(sums, dweights), tuple(written)
+            return (_add(sums, dweights), start + rows), tuple(written)
 
         # The zeros are all overwritten: a place for the gradient of o.
         written = token_rows(dh_BTD), zeros_after(dh_BTD, token_rows(o_BTNH).shape, o_BTNH.dtype)
         read = tuple(map(token_rows, (h_BTD, o_BTNH, *tokens.drawn)))
         with jax.named_scope(scopes.MLP):
-            return stream(body, _zeros_after(dh_BTD, trained), written=written, read=read, rows=self._rows(h_BTD))
+            (sums, _), written = stream(body, (_zeros_after(dh_BTD, trained), jnp.int32(0)), written=written, read=read,
+                                        rows=self._rows(h_BTD))
+        return sums, written
 
     def _before_backward(self, kind, weights, h_BTD, tokens, dqkv, dh_TD):
         trained, frozen = self._half(weights.trained, "before")[0], weights.frozen

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from alst_jax.models.block import Tokens
-from alst_jax.profile import HOST, Profile, Run, segment_inputs
+from alst_jax.profile import HOST, Profile, segment_inputs
+from alst_jax.stack.kept import Kept, places
 from alst_jax.stack.layer import Layer, Weights
 from alst_jax.stack.shared import SharedRows
 from alst_jax.xla import host
@@ -28,8 +29,8 @@ PyTree = Any
 
 
 class Saved(NamedTuple):
-    """The residuals that the forward pass saves. segments: for each, its inputs (or the row of `firsts`) and the
-    results of attention that are saved, by run. stacks: places of gradients, where they hold inputs until then."""
+    """The residuals that the forward pass saves. segments: for each, its inputs (or the row of `firsts`) and by run the
+    results of attention and the `Kept` arrays. stacks: places of gradients, where they hold inputs until then."""
 
     segments: list
     firsts: jax.Array | None
@@ -48,9 +49,10 @@ class Stack:
     their gradients go the same way back.
 
     Each of `profile.segments` saves the input of its first layer (or of all its layers), on the device or, offloaded,
-    in host memory, and the attention outputs that the profile names. The backward pass recomputes the other inputs of a
-    segment one after the other (matrix products alone, where attention was saved), then goes back through one layer at
-    a time. Where several layers make the first segment, its input is not saved: `embed` recomputes it.
+    in host memory, and the attention outputs, q, k, v, gate and up that the profile names. The backward pass recomputes
+    the other inputs of a segment one after the other (matrix products alone, where attention was saved), then goes back
+    through one layer at a time. Where several layers make the first segment, its input is not saved: `embed` recomputes
+    it.
     """
 
     layer: Layer
@@ -75,16 +77,15 @@ class Stack:
                 inputs, number = number, number + 1
             for run in segment.runs:
 
-                def one(h, i, segment=segment, run=run):
-                    weights = self.layer.load(self._shards(layers, i))
-                    here = tokens.in_layer(i)
-                    results = self.layer.attend(i, h, weights, here)
-                    out = self.layer.after(h, results[0], weights, here)
-                    return out, (_place(h, offload) if segment.all_inputs else None,
-                                 _place(results, run.place == HOST) if run.place else None)
+                def one(carry, i, segment=segment, run=run):
+                    (h, gated), weights = carry, self.layer.load(self._shards(layers, i))
+                    out, gated, results, qkv = self._forward_one(run, i, h, weights, tokens.in_layer(i), gated)
+                    return (out, gated), (_place(h, offload) if segment.all_inputs else None,
+                                          _place(results, run.place == HOST) if run.place else None, qkv)
 
-                h, (all_inputs, results) = lax.scan(one, h, jnp.arange(run.start, run.stop))
-                saved.append(results)
+                carry = h, places(run, h, self.layer.model.intermediate_size)
+                (h, gated), (all_inputs, results, qkv) = lax.scan(one, carry, jnp.arange(run.start, run.stop))
+                saved.append((results, Kept(qkv, gated)))
             residuals.append((all_inputs if segment.all_inputs else inputs, saved))
         return h, Saved(residuals, firsts, stacks, source, layers, tokens)
 
@@ -104,16 +105,26 @@ class Stack:
         for n, (segment, (inputs, results)) in reversed(list(enumerate(zip(segments, saved.segments, strict=True)))):
             if segment.all_inputs:
                 (run,) = segment.runs
-                carry = back.run(carry, run, inputs, self.profile.offload_activations, results[0])
+                carry = back.run(carry, run, inputs, self.profile.offload_activations, *results[0])
                 continue
             carry, h = back.first_input(carry, n, inputs)
             h, rebuilt = back.rebuild(carry, segment, h, results)
             # The last layer's output is not needed, so its attention was not recomputed; its input is h.
             run, last = segment.runs[-1], segment.runs[-1].stop - 1
-            carry = back.one(carry, jnp.int32(last), h, host.row(results[-1], last - run.start, run.place == HOST))
-            for run, all_inputs, run_results in reversed(rebuilt):
-                carry = back.run(carry, run, all_inputs, False, run_results)
+            (made, kept), row = results[-1], last - run.start
+            carry = back.one(carry, jnp.int32(last), h, host.row(made, row, run.place == HOST), kept._replace(row=row))
+            for run, all_inputs, run_results, kept in reversed(rebuilt):
+                carry = back.run(carry, run, all_inputs, False, run_results, kept)
         return carry
+
+    def _forward_one(self, run, i, h, weights, tokens, gated):
+        """(the next h, the stacks of gate and up, the results of attention, q, k and v where the run keeps them)"""
+        results, qkv = (self.layer.attend_keeping if run.qkv else lambda *layer: (self.layer.attend(*layer), None))(
+            i, h, weights, tokens)
+        if not run.mlp:
+            return self.layer.after(h, results[0], weights, tokens), None, results, qkv
+        out, gated = self.layer.after_keeping(h, results[0], weights, tokens, Kept(None, gated, i - run.start))
+        return out, gated, results, qkv
 
     def shared(self, h: jax.Array, layers: Weights) -> SharedRows | None:
         """Where inputs of segments are kept in the memory of gradients; None: nowhere."""
@@ -188,44 +199,46 @@ class _Backward:
     write: Callable
     wide: bool = False  # gradients are written in float32
 
-    def one(self, carry, i, h, results):
-        """Back through layer i, from its input and the results of its attention (None: they are recomputed)."""
+    def one(self, carry, i, h, results, kept):
+        """Back through layer i, from its input, the results of its attention (None: they are recomputed) and what else
+        was kept."""
         layer, tokens, (dh, store) = self.stack.layer, self.saved.tokens.in_layer(i), carry
         shards = read_after(dh, functools.partial(self.read, store), i)
         weights = layer.load(shards)
         if results is None:
             results = layer.attend(i, h, weights, tokens)
-        dh, dweights = layer.backward(i, h, weights, tokens, results, dh)
+        dh, dweights = layer.backward(i, h, weights, tokens, results, dh, kept)
         gradients = layer.scatter(dweights, shards.trained, self.wide)
         # Outside of a loop, the float32 sums of many layers would wait all together (on GPUs; not seen on a CPU).
         return after(gradients, dh), self.write(store, i, shards.trained, gradients)
 
-    def run(self, carry, run, inputs, inputs_on_host, results):
-        """Back through the layers of a run, whose inputs and attention results (or None) are stacked."""
+    def run(self, carry, run, inputs, inputs_on_host, results, kept):
+        """Back through the layers of a run, whose inputs, attention results (or None) and kept arrays are stacked."""
         def body(carry, i):
             row = index_after(carry[0], i - run.start)
             h = host.row(inputs, row, inputs_on_host)
-            return self.one(carry, i, h, host.row(results, row, self._on_host(run, results))), None
+            results_of_row = host.row(results, row, self._on_host(run, results))
+            return self.one(carry, i, h, results_of_row, kept._replace(row=row)), None
 
         return lax.scan(body, carry, jnp.arange(run.start, run.stop), reverse=True)[0]
 
     def rebuild(self, carry, segment, h, results):
-        """(the input of a segment's last layer, [(run, inputs, attention results) of the layers before]), from the
-        segment's input h"""
+        """(the input of a segment's last layer, [(run, inputs, attention results, kept arrays) of the layers before]),
+        from the segment's input h"""
         (dh, store), layer, tokens = carry, self.stack.layer, self.saved.tokens
         last, rebuilt = segment.runs[-1].stop - 1, []
         hold = lambda run: not (run.place or self.stack.profile.rebuild_inputs_alone)
-        for run, saved in zip(segment.runs, results, strict=True):
+        for run, (saved, kept) in zip(segment.runs, results, strict=True):
             if run.start >= last:
                 continue
 
-            def one(carry, i, run=run, saved=saved):
+            def one(carry, i, run=run, saved=saved, kept=kept):
                 h, stacks = carry
                 weights = layer.load(read_after(dh, functools.partial(self.read, store), i))
                 row = index_after(dh, i - run.start)
                 here = tokens.in_layer(i)
                 made = host.row(saved, row, run.place == HOST) if run.place else layer.attend(i, h, weights, here)
-                out = layer.after(h, made[0], weights, here)
+                out = layer.after(h, made[0], weights, here, kept._replace(row=row))
                 return (out, host.put_row(stacks, (h, made if hold(run) else None), i - run.start, False)), None
 
             stop = min(run.stop, last)
@@ -233,7 +246,7 @@ class _Backward:
             made = jax.eval_shape(attend, h) if hold(run) else None
             stacks = jax.tree.map(lambda x: zeros_after(dh, (stop - run.start, *x.shape), x.dtype, h), (h, made))
             (h, stacks), _ = lax.scan(one, (h, stacks), jnp.arange(run.start, stop))
-            rebuilt.append((Run(run.start, stop, run.place), stacks[0], saved if run.place else stacks[1]))
+            rebuilt.append((dataclasses.replace(run, stop=stop), stacks[0], saved if run.place else stacks[1], kept))
         return h, rebuilt
 
     def first_input(self, carry, segment, row):

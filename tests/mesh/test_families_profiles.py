@@ -33,7 +33,7 @@ FIELDS = {
         type="longrope", short_factor=[1.0, 1.0], long_factor=[1.5, 4.0])),
 }
 EVERYTHING = dict(loss_tile=7, mlp_tile=5, remat=True, offload_activations=True, offload_weights=True, offload_optimizer=True,
-                  keep_attention_on_host=1)
+                  keep_attention_on_host=1, keep_attention_on_device=1, keep_qkv_on_device=1, keep_mlp_on_device=1)
 # Lengths of the documents of each row: a whole row, documents of one token, over borders of shards, padding behind. One
 # document a row these are 8 rows.
 ROWS, LENGTH = [[64], [20, 1, 30], [33, 31], [40, 16]], 64

@@ -31,7 +31,8 @@ TILES = dict(loss_tile=24, mlp_tile=24)
 CASES = {
     "one device, in host memory": ((1, 1), dict(segment_layers=(2, 1), keep_attention_on_host=1, **TILES, **HOST)),
     "ulysses, head chunks": ((1, 4), dict(
-        segment_layers=(3,), head_chunks=2, keep_attention_on_device=1, rebuild_inputs_alone=True, **TILES, **HOST)),
+        segment_layers=(3,), head_chunks=2, keep_attention_on_device=1, keep_qkv_on_device=1, keep_mlp_on_device=1,
+        rebuild_inputs_alone=True, **TILES, **HOST)),
     "plain stack, tiles, head chunks": ((2, 2), dict(stack="plain", head_chunks=2, **TILES)),
 }
 UNCLIPPED = dataclasses.replace(QUIET_ADAMW, clip_norm=0.0)

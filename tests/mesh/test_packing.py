@@ -18,7 +18,8 @@ LENGTH = 64
 # of one token, a document over three shards, one that is the whole row, padding behind.
 ROWS = [[16, 16, 1, 1, 30], [64], [7, 40, 17], [1, 2, 3, 50]]
 HOST = dict(offload_activations=True, offload_weights=True, offload_optimizer=True)
-EVERYTHING = dict(segment_layers=(2,), keep_attention_on_host=1, head_chunks=2, loss_tile=7, mlp_tile=5, **HOST)
+EVERYTHING = dict(segment_layers=(2,), keep_attention_on_host=1, keep_attention_on_device=1, keep_qkv_on_device=1,
+                  keep_mlp_on_device=1, head_chunks=2, loss_tile=7, mlp_tile=5, **HOST)
 
 
 def summed(step, params, batch):

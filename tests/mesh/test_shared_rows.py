@@ -9,8 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alst_jax.config import UserError
+from alst_jax.config import TrainConfig, UserError
+from alst_jax.hardware.machines import parse_cluster
+from alst_jax.planning import planner
+from alst_jax.planning.job import Job
 from alst_jax.profile import Profile, segment_inputs, shared_inputs
+from benchmarks.shapes import llama_8b
 from tests.helpers import PLAIN, initial, loss_and_grad, make_step, random_batch, tiny
 
 # Room for 192 of the 256 tokens in the gradients of one layer: 32 (q) + 16 (k) + 16 (v) + 32 (o) + 3 x 32 (MLP).
@@ -78,3 +82,15 @@ def test_no_array_is_left_for_them():
 def test_refused_where_there_is_nothing_to_share(changes):
     with pytest.raises(UserError, match="--share-gradients keeps layer inputs where gradients will be"):
         dataclasses.replace(Profile(share_gradients=True, **HOST), **changes).check()
+
+
+def test_refused_where_no_input_finds_room():
+    """Segments of one layer keep all inputs; an input larger than the gradients of the layers before finds no room."""
+    job = lambda length, **changes: Job(
+        llama_8b(8), Profile(attention="flash", compute_dtype="bfloat16", share_gradients=True, **HOST, **changes), 1,
+        length, states="int8", master="none")
+    choose = planner.Planner(TrainConfig(memory="manual"), parse_cluster("H200-141", 500), False, None).choose
+    assert choose(job(131072, segment_layers=(4,))).job.shared_inputs == 1
+    for refused in (job(131072), job(524288, segment_layers=(4,))):
+        with pytest.raises(UserError, match="--share-gradients: no input of a segment can be kept"):
+            choose(refused)

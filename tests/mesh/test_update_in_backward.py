@@ -43,7 +43,8 @@ def run(step, in_backward, steps=3):
 
 @pytest.mark.parametrize("mesh,changes", [
     ((1, 1), {}), ((1, 1), dict(segment_layers=(2,), head_chunks=2)), ((2, 2), dict(**TILES, **HOST)),
-    ((1, 4), dict(segment_layers=(3, 1), keep_attention_on_host=2, keep_attention_on_device=1, **TILES, **HOST)),
+    ((1, 4), dict(segment_layers=(3, 1), keep_attention_on_host=2, keep_attention_on_device=1, keep_qkv_on_device=1,
+                  keep_mlp_on_device=1, **TILES, **HOST)),
     ((1, 1), dict(segment_layers=(2, 1, 1), keep_attention_on_device=1, head_chunks=4))], ids=name)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_equals_the_update_behind_it(mesh, changes, tied):

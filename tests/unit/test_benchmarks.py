@@ -10,7 +10,7 @@ import tyro
 
 from alst_jax.config import UserError
 from alst_jax.step import check_profile
-from benchmarks import ladder, parity, scaling, step
+from benchmarks import ladder, levels, parity, scaling, step
 
 PRINTED = """compiled in 18 s; GiB planned: device temp 45.34 + arguments 0.00 + outputs 0.00 = 45.34
 step 1: loss 12.5735 after 42.591 s
@@ -247,3 +247,11 @@ def test_parameters_are_compared_in_pieces(monkeypatch):
     assert whole["updates"] == pytest.approx(
         np.sqrt(sum(norm(a - b) ** 2 for a, b in zip(here["updates"], there["updates"], strict=True))
                 / sum(norm(b) ** 2 for b in there["updates"])))
+
+
+def test_the_ladder_of_save_levels():
+    """GiB a layer at 131,072 tokens: 4096 columns, the same and 32 log-sum-exps, 6144, 28672; the first spares most."""
+    cells = [row for _, row in levels.rows(levels.Options())]
+    assert [row[1] for row in cells] == ["1.000", "1.016", "1.016", "1.500", "7.000"]
+    in_host, on_device, qkv, gated = (float(row[3]) for row in cells[1:])
+    assert on_device > in_host > 20 * qkv > 0 and qkv == gated  # the products of a column each

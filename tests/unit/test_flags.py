@@ -114,8 +114,8 @@ def test_every_flag_has_a_help_text(capsys):
 EXAMPLES = dict(
     loss_tile=32, mlp_tile=32, remat=False, offload_activations=True, offload_weights=True, offload_optimizer=True,
     update_in_backward=True, segment_layers=(2,), keep_attention_on_device=1, keep_attention_on_host=1, head_chunks=2,
-    share_gradients=True, rebuild_inputs_alone=True, stack="plain", reduce_dtype="bfloat16", compute_dtype="bfloat16",
-    attention="none such")
+    keep_qkv_on_device=1, keep_mlp_on_device=1, share_gradients=True, rebuild_inputs_alone=True, stack="plain",
+    reduce_dtype="bfloat16", compute_dtype="bfloat16", attention="none such")
 MODEL = tiny(num_layers=2)
 
 
@@ -136,8 +136,9 @@ def usual():
 def test_each_switch_changes_the_step(name, usual):
     """A switch that nothing reads leaves the program as it was."""
     assert EXAMPLES[name] != getattr(Profile(), name)
-    if name in ("update_in_backward", "share_gradients", "attention"):  # refused without what it needs
-        with pytest.raises((UserError, ValueError), match="Use it with --offload-weights|it needs --offload-weights|attention kernel"):
+    refused = "Use it with --offload-weights|it needs --offload-weights|attention kernel|so use --keep-(attention|qkv)"
+    if name in ("update_in_backward", "share_gradients", "attention", "keep_qkv_on_device", "keep_mlp_on_device"):
+        with pytest.raises((UserError, ValueError), match=refused):  # without what it needs
             program(**{name: EXAMPLES[name]})
     elif name == "rebuild_inputs_alone":
         assert program(**{name: True}) == usual
@@ -162,11 +163,11 @@ def test_a_profile_printed_as_flags_is_parsed_again():
 def test_what_memory_auto_chooses():
     assert chosen_fields() == (
         "loss_tile", "mlp_tile", "offload_activations", "offload_weights", "offload_optimizer", "segment_layers",
-        "keep_attention_on_device", "keep_attention_on_host", "share_gradients", "head_chunks", "optimizer_states",
-        "master_weights")
+        "keep_attention_on_device", "keep_attention_on_host", "keep_qkv_on_device", "keep_mlp_on_device",
+        "share_gradients", "head_chunks", "optimizer_states", "master_weights")
     assert marked(TrainConfig, AtLeast).keys() >= {"dp", "steps", "head_chunks", "show_samples"}
     words = [words.text for words in marked(Switches, Words).values()]
-    assert len(words) == 13 and Profile().words() == ["tiled loss", "tiled MLP", "remat"]
+    assert len(words) == 15 and Profile().words() == ["tiled loss", "tiled MLP", "remat"]
     assert Profile(head_chunks=4, segment_layers=(2, 1)).words()[3:] == ["segments of 2, 1 layers", "4 head chunks"]
 
 
