@@ -32,7 +32,7 @@ PURPOSE = (  # neighbouring layers that are drawn as one box, and their purpose
     ("parallel", "mesh, ZeRO-3 shards, Ulysses"),
     ("stack", "one layer in tiles, all layers, embedding and loss"),
     ("optim", "AdamW, its storage formats, the update in pieces"),
-    ("in_backward step", "the compiled programs of a step"),
+    ("in_backward step lowered", "the compiled programs of a step"),
     ("storage", "run directories, checkpoints, checksums"),
     ("metrics profiling watch refused trainer", "the loop, its log, its warnings"),
     ("at_length", "the evaluation at length"),

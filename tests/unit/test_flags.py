@@ -129,6 +129,8 @@ def program(**changes):
 
 @pytest.fixture(scope="module")
 def usual():
+    program()  # of the first trace the constants have other names
+    assert program() == program()
     return program()
 
 
