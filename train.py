@@ -95,6 +95,8 @@ def out_of_memory(config: TrainConfig, reason: str, job=None) -> str:
         ("--tiled-mlp", profile.mlp_tile is not None),
         ("--optimizer-states int8", (config.optimizer_states if job is None else job.states) == "int8"),
         ("--head-chunks", profile.head_chunks > 1), ("--segment-layers", profile.segment_layers != (1,))) if not on]
+    off += [f"fewer --{name.replace('_', '-')}" for name in (
+        "keep_mlp_on_device", "keep_qkv_on_device", "keep_attention_on_device") if getattr(profile, name)]
     less = ", ".join([*off, "a larger --sp"])
     words = f"out of memory: {reason.strip().splitlines()[0][:300]}. "
     if job is not None and config.memory == "auto":
@@ -203,7 +205,9 @@ def run(config: TrainConfig) -> int:
 
     saves = None if config.debug_attention_layers is not None else Saves(
         save, lambda state: run_state.go_back(step, data, checkpoints, state))
-    with StopSignal() as stop, naming_the_profile(config, job):  # until all is written: a first signal cuts nothing off
+    planned = choice and choice.plan.step_seconds or None
+    # Until all is written: a first signal cuts nothing off.
+    with StopSignal(planned) as stop, naming_the_profile(config, job):
         try:
             run_long.begin(config, source, step, state, data, log)
             state = train(config, step, state, steps, data, log, saves, stop)

@@ -44,7 +44,7 @@ class DataFlags:
     """File with a chat template (Jinja), used instead of the model's own and written to the export."""
     template_date: Annotated[str | None, default("the day on which the run began")] = None
     """Date that chat templates print, as 2026-11-27."""
-    show_samples: Annotated[int | None, AtLeast(1), default("train")] = None
+    show_samples: Annotated[int | None, AtLeast(1), default("none")] = None
     """Print this many samples with their learned tokens marked, and stop: needs no --seq-len and no --out."""
     pack: bool = False
     """Put several documents into one sequence of --seq-len tokens. Each gives the same numbers as alone."""

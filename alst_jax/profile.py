@@ -12,8 +12,8 @@ DEVICE, HOST = "device", "pinned_host"  # jax's names of memory kinds
 
 @dataclasses.dataclass(frozen=True)
 class Switches:
-    """Each switch changes memory and speed, never the result. Each field is declared here alone: default, check, help
-    text, words. None for a tile means untiled; 0 the default size."""
+    """Each switch changes memory and speed; `reduce_dtype` alone changes results, by rounding. Each field is declared
+    here alone: default, check, help text, words. None for a tile means untiled; 0 the default size."""
 
     loss_tile: Annotated[Length | None, AtLeast(0), Words("tiled loss", off=None), CHOSEN,
                          default("about 1 GiB of float32 logits; --memory auto may take four times that")] = 0

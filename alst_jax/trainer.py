@@ -23,7 +23,7 @@ from alst_jax.processes.link import link
 from alst_jax.profiling import StepProfile
 from alst_jax.refused import NotFinite, Refused, Spike, not_applied
 from alst_jax.step import TrainStep, count_all_labels, labels_of_rows
-from alst_jax.watch import Watch
+from alst_jax.watch import Watch, limits_of
 
 
 @dataclasses.dataclass
@@ -61,11 +61,12 @@ class Data:
 
 
 class StopSignal:
-    """Ctrl-C and SIGTERM ask for a stop after the step in progress; a second one stops at once."""
+    """Ctrl-C and SIGTERM ask for a stop after the step in progress; a second one stops at once. planned: seconds of a
+    step by the plan."""
 
-    def __init__(self):
+    def __init__(self, planned: float | None = None):
         self.received: signal.Signals | None = None
-        self.began, self.seconds = 0.0, None  # when the step in progress began; seconds of the last one
+        self.began, self.seconds = 0.0, planned  # when the step in progress began; seconds of the last one
 
     def __enter__(self):
         self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -224,7 +225,8 @@ def train(
     schedule = learning_rate_schedule(config, steps, config.learning_rate or DEFAULT_LEARNING_RATE)
     display, profile = ProgressDisplay(state.step, steps), StepProfile.of(config.profile_steps, config.out)
     first, saver, tell = state.step + 1, _Saver(step, save, state.step), teller(display, log)
-    refused, watch = Refused(config, save, tell), Watch(config, tell, jax.default_backend() == "gpu")
+    limits = limits_of(stop.seconds, bool(config.lengths))
+    refused, watch = Refused(config, save, tell), Watch(config, tell, jax.default_backend() == "gpu", limits=limits)
     try:
         watch.start()
         while state.step < steps and not stop.shared():

@@ -59,14 +59,25 @@ class Event:
         return {"step": self.step, "event": self.kind, "cause": self.cause, "action": self.action}
 
 
+def limits_of(planned: float | None, several_lengths: bool) -> tuple[float, float]:
+    """Seconds that each of the first two steps may take, which are compiled, and each other step at least.
+
+    planned: seconds of a step by the plan. several_lengths: any step may be compiled, and slower than those before it.
+    """
+    first = FIRST + HUNG * (planned or 0.0)
+    return first, first if several_lengths else max(LEAST_HUNG, HUNG * (planned or 0.0))
+
+
 class Watch:
     """tell(event): prints or records an event; a separate thread calls it for a stalled step. on_gpu: whether
     nvidia-smi is asked. give_up(words): ends the run where a step in progress takes HUNG times as long as the longest.
-    By default it ends all processes where there are several; a lone one may take as long as it wants."""
+    By default it ends all processes where there are several; a lone one may take as long as it wants. limits:
+    see `limits_of`."""
 
     def __init__(self, config: WatchFlags, tell: Callable[[Event], None], on_gpu: bool = False, clock=time.monotonic,
-                 give_up: Callable[[str], None] | None = None):
+                 give_up: Callable[[str], None] | None = None, limits: tuple[float, float] = (FIRST, LEAST_HUNG)):
         self.config, self.tell, self._clock, self._give_up = config, tell, clock, give_up
+        self._limits = limits
         if give_up is None and link().several:
             self._give_up = functools.partial(link().failed, code=1)
         self._values = {name: collections.deque(maxlen=WINDOW) for name in FLOORS}
@@ -174,13 +185,13 @@ class Watch:
                 continue
             seconds = self._clock() - began
             if len(self._seconds) < 2:  # the first steps are compiled
-                if self._give_up is not None and seconds > FIRST:
+                if self._give_up is not None and seconds > self._limits[0]:
                     self._give_up(f"gives up: step {step}, one of the first two, has run for {seconds:.0f} s: a "
                                   "collective that hangs")
                 continue
             usual = statistics.median(self._seconds)
             longest = max(self._seconds)
-            if self._give_up is not None and seconds > max(LEAST_HUNG, HUNG * longest):
+            if self._give_up is not None and seconds > max(self._limits[1], HUNG * longest):
                 self._give_up(f"gives up: step {step} has run for {seconds:.0f} s, and the longest of the last ones "
                               f"took {longest:.1f} s: a collective that hangs")
             if step != told and seconds > max(LEAST_STALL, STALLED * usual):

@@ -93,16 +93,7 @@ def tokenized(
 
     skip_bad: documents that cannot be tokenised are left out and counted as bad records, instead of refused.
     """
-    for batch in _batches(documents):
-        kept: list[tuple[Document, str | Prepared]] = []
-        for document in batch:
-            try:
-                needs_labels = document.is_chat or document.prompt
-                kept.append((document, prepare(document, tokenizer, labels) if needs_labels else document.content))
-            except UserError as error:
-                if not skip_bad:
-                    raise
-                report.count_bad(error, document)
+    for kept in _batches(_prepared(documents, tokenizer, labels, report, skip_bad)):
         texts = [content for _, content in kept if isinstance(content, str)]
         plain = iter(tokenize_texts(texts, tokenizer) if texts else ())
         labelled = iter(encode([content for _, content in kept if isinstance(content, Prepared)], tokenizer))
@@ -113,16 +104,34 @@ def tokenized(
             yield document, tokens, learned
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Neighbours of together about AT_ONCE characters of text."""
-    batch, characters = [], 0
+def _prepared(
+    documents: Iterable[Document], tokenizer: Any, labels: Labels, report: SourceReport, skip_bad: bool
+) -> Iterator[tuple[Document, str | Prepared]]:
+    """Each document with its text, which of chats and completions says what is learned."""
     for document in documents:
-        batch.append(document)
-        messages = document.content if document.is_chat else [{"content": document.content}]
-        characters += 100 + sum(len(message.get("content") or "") for message in messages)
-        if characters >= AT_ONCE:
-            yield batch
-            batch, characters = [], 0
+        try:
+            needs_labels = document.is_chat or document.prompt
+            yield document, prepare(document, tokenizer, labels) if needs_labels else document.content
+        except UserError as error:
+            if not skip_bad:
+                raise
+            report.count_bad(error, document)
+
+
+def _batches(documents: Iterable[tuple[Document, str | Prepared]]) -> Iterator[list[tuple[Document, str | Prepared]]]:
+    """Neighbours of together about AT_ONCE characters of text. Those before an error come before it."""
+    batch, characters = [], 0
+    documents = iter(documents)
+    try:
+        for document, content in documents:
+            batch.append((document, content))
+            characters += 100 + len(content if isinstance(content, str) else content.text)
+            if characters >= AT_ONCE:
+                yield batch
+                batch, characters = [], 0
+    except UserError:
+        yield batch
+        raise
     yield batch
 
 

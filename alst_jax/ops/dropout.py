@@ -39,7 +39,8 @@ def kept(keys: UInt32[Array, "*B 2"], features: int, rate: float) -> Bool[Array,
 def dropout(x: Float[Array, "*B D"], keys: UInt32[Array, "*B 2"], rate: float) -> Float[Array, "*B D"]:
     """x with a part `rate` of its elements set to zero, the others divided by 1 - rate."""
     scale = STEPS / (STEPS - dropped_of_steps(rate))  # of the rounded rate: the mean over masks is x
-    return jnp.where(kept(keys, x.shape[-1], rate), x * jnp.asarray(scale, x.dtype), jnp.zeros((), x.dtype))
+    scaled = (x.astype(jnp.float32) * scale).astype(x.dtype)  # in bfloat16 the scale alone would be rounded
+    return jnp.where(kept(keys, x.shape[-1], rate), scaled, jnp.zeros((), x.dtype))
 
 
 def dropped_of_steps(rate: float) -> int:

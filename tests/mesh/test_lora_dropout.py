@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from alst_jax.models.lora import Lora
+from alst_jax.ops.dropout import dropout
 from alst_jax.stack.batch import Batch
+from alst_jax.trainer import TrainState, optimizer_step
 from tests.helpers import PLAIN, assert_trees_close, make_step, random_batch, tiny, to_numpy
 from tests.mesh.test_lora import HOST, TILES, UNCLIPPED, begin
 
@@ -79,3 +81,27 @@ def test_without_draws_the_program_is_that_without_dropout():
     dropped = Lora(4, 8.0, dropout=0.3)
     assert program(dropped, draws=False) == program(Lora(4, 8.0), draws=False)
     assert "threefry2x32" in program(dropped, draws=True)
+
+
+def test_a_step_of_training_draws_the_masks(plain):
+    """Two batches are one batch, and the number of the step decides."""
+    whole = random_batch()
+
+    def loss(number, *parts):
+        trained, frozen = begin(plain)
+        state = TrainState(trained, frozen, plain.init_optimizer(trained), number)
+        return optimizer_step(plain, state, [{name: x[part] for name, x in whole.items()} for part in parts], 0.0)[1]["loss"]
+
+    one, (trained, frozen) = loss(7, slice(0, 4)), begin(plain)
+    np.testing.assert_allclose(loss(7, slice(0, 2), slice(2, 4)), one, rtol=1e-6)
+    assert abs(loss(8, slice(0, 4)) - one) > 1e-6
+    labels = np.count_nonzero(whole["labels"] >= 0)
+    without = float(plain.loss(trained, frozen, plain.put_batch(**whole), jnp.float32(1 / labels)))
+    assert abs(without - one) > 1e-6
+
+
+def test_the_mean_over_masks_is_the_input_in_bfloat16():
+    x, keys = jnp.full((64, 4096), 3.0, jnp.bfloat16), jnp.arange(128, dtype=jnp.uint32).reshape(64, 2)
+    dropped = dropout(x, keys, 0.1).astype(jnp.float32)
+    kept = dropped[dropped > 0]
+    assert float(kept[0]) == float(jnp.bfloat16(3 / 0.9)) and abs(kept.size / x.size - 0.9) < 2e-3

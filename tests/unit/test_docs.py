@@ -83,7 +83,7 @@ def test_the_page_of_memory_flags_has_every_flag():
 
 FOREIGN = {  # of uv, of converters and campaigns, of benchmarks, of launchers (docs/clusters.md)
     "--extra", "--help", "--accept", "--results", "--megabytes", "--longest", "--compiled", "--alone", "--ways",
-    "--models", "--lengths", "--measure"} | {f"--{name}" for name in (
+    "--models", "--lengths", "--measure", "--folder"} | {f"--{name}" for name in (
         "nodes requeue gpus-per-node kill-on-bad-exit gpus-per-task ntasks-per-node map-by open-mode bind-to hostfile "
         "signal cpus-per-task job-name mem time").split()}
 

@@ -20,7 +20,7 @@ from alst_jax.flag_checks import check_run
 from alst_jax.metrics import MetricsLog
 from alst_jax.refused import MOST_REFUSED, NotFinite, Saves, Spike
 from alst_jax.step import TrainStep
-from alst_jax.watch import ENOUGH, Watch
+from alst_jax.watch import ENOUGH, Watch, limits_of
 from alst_jax.watch_flags import WatchFlags
 from tests.helpers import TINY
 
@@ -151,6 +151,8 @@ def test_a_run_of_several_processes_gives_up_a_step_that_hangs(events):
         pass
     watched.close()
     assert "step 5 has run for" in given_up[0] and "the longest of the last ones took 150.0 s" in given_up[0]
+    assert limits_of(None, False) == (3600, 300) and limits_of(7200.0, False) == (25200, 21600)
+    assert limits_of(10.0, True) == (3630, 3630)
 
 
 # ------------------------------------------------------------------------------------------------------------ the loop
@@ -262,7 +264,7 @@ def test_a_spike_is_refused_before_the_update():
     """`optimizer_step` itself asks between gradient and update: the weights are those before."""
     updates = []
     step = step_with(
-        put_batch=lambda **arrays: arrays,
+        model=TINY, put_batch=lambda **arrays: arrays,
         loss_and_grad=lambda *_: (jnp.float32(7), jnp.float32(0)), gradient_norm=lambda _: jnp.float32(2),
         update=lambda *_: updates.append(1) or (jnp.float32(0), None))
     state, asked = trainer.TrainState(jnp.float32(1), None, None, 3), []
