@@ -84,8 +84,9 @@ class Layer:
     ) -> tuple[Float[Array, "B T N H"], Array]:
         """The output of attention and its log-sum-exps, from the layer's input. number: the layer's."""
         with jax.named_scope(scopes.ATTENTION):
-            return self.by_kind(number)(lambda kind: self._attend(
-                kind, number, self._projector(kind, h, weights, tokens, self.sequence.chunks), h, tokens))
+            return self.by_kind(number)(lambda kind: self._sequence(number).attend(
+                self._projector(kind, h, weights, tokens, self.sequence.chunks), self.model.attention_spec(kind), h,
+                tokens.documents))
 
     def attend_keeping(
         self, number: Array | int, h: Float[Array, "B T D"], weights: Weights, tokens: Tokens
@@ -94,7 +95,8 @@ class Layer:
         def one(kind):
             qkv = self._projector(kind, h, weights, tokens, 1)(0)
             project = Kept(tuple(x[None] for x in qkv)).projector(self.sequence.chunks)
-            return self._attend(kind, number, project, h, tokens), qkv
+            spec = self.model.attention_spec(kind)
+            return self._sequence(number).attend(project, spec, h, tokens.documents), qkv
 
         with jax.named_scope(scopes.ATTENTION):
             return self.by_kind(number)(one)
@@ -157,9 +159,6 @@ class Layer:
     def shares_squares(self) -> bool:
         """Whether a group of heads needs `Block.mean_squares` of all heads."""
         return self.sequence.chunks > 1 and self.model.qk_norm == "all heads"
-
-    def _attend(self, kind, number, project, h, tokens):
-        return self._sequence(number).attend(project, self.model.attention_spec(kind), h, tokens.documents)
 
     def _after(self, h_BTD, o_BTNH, weights, tokens, one, gated):
         """one(block, h, o, start, gated, *draws) -> (the next h, gated), for the tokens of a tile; start: its first

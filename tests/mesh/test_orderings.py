@@ -14,6 +14,7 @@ from alst_jax.models.block import Tokens
 from alst_jax.profile import Profile
 from alst_jax.stack import ends, stack
 from alst_jax.stack.ends import Model
+from alst_jax.stack.kept import Kept
 from alst_jax.stack.layer import Weights
 from alst_jax.stack.stack import Saved, _Backward
 from tests.helpers import make_step, random_batch, tiny
@@ -68,9 +69,8 @@ def backward(h):
     tokens = Tokens.of(step().model, jnp.zeros(h.shape[:2], jnp.int32))
     saved = Saved([], None, None, (), shards, tokens)
     loop = _Backward(model.stack, saved, lambda store, i: shards, lambda store, i, shards, gradients: gradients)
-    dh, gradients = loop.one((h, ()), 1, h, None)
+    dh, gradients = loop.one((h, ()), 1, h, None, Kept())
     return dh, *jax.tree.leaves(gradients)
-
 
 
 @pytest.mark.parametrize("fn,module,name,identity", [
