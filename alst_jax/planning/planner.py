@@ -107,9 +107,12 @@ class Planner:
         return dataclasses.replace(job.changed(attention="cudnn"), model=model, documents=0)
 
     def choose(self, job: Job, say: Callable[[str], None] = print) -> Choice:
-        """The job with the profile that --memory says, and its plan. UserError if it cannot fit, or shares nothing in
-        spite of --share-gradients."""
+        """The job with the profile that --memory says, and its plan. UserError if it cannot fit, or if --share-gradients
+        or --rebuild-inputs-alone has no effect in it."""
         choice = self._choose(job, say)
+        if choice.job.profile.rebuild_inputs_alone and max(choice.job.profile.segment_layers) == 1:
+            raise UserError("--rebuild-inputs-alone: no segment has several layers here, so that none is rebuilt; add "
+                            "--segment-layers, or leave it out")
         if choice.job.profile.share_gradients and not choice.job.shared_inputs:
             raise UserError("--share-gradients: no input of a segment can be kept in the memory of gradients here: of "
                             "each segment but the first (--segment-layers), of several layers, the layers up to its "

@@ -94,3 +94,12 @@ def test_refused_where_no_input_finds_room():
     for refused in (job(131072), job(524288, segment_layers=(4,))):
         with pytest.raises(UserError, match="--share-gradients: no input of a segment can be kept"):
             choose(refused)
+
+
+def test_rebuilt_inputs_alone_are_refused_where_nothing_is_rebuilt():
+    job = lambda **changes: Job(llama_8b(8), Profile(
+        attention="flash", compute_dtype="bfloat16", rebuild_inputs_alone=True, **HOST, **changes), 1, 131072)
+    choose = planner.Planner(TrainConfig(memory="manual"), parse_cluster("H200-141", 500), False, None).choose
+    assert choose(job(segment_layers=(4,))).job.profile.rebuild_inputs_alone
+    with pytest.raises(UserError, match="--rebuild-inputs-alone: no segment has several layers"):
+        choose(job())
