@@ -107,8 +107,8 @@ class Planner:
         return dataclasses.replace(job.changed(attention="cudnn"), model=model, documents=0)
 
     def choose(self, job: Job, say: Callable[[str], None] = print) -> Choice:
-        """The job with the profile that --memory says, and its plan. UserError if it cannot fit, or if --share-gradients
-        or --rebuild-inputs-alone has no effect in it."""
+        """The job with the profile that --memory says, and its plan. UserError if it cannot fit, or if
+        --share-gradients or --rebuild-inputs-alone has no effect in it."""
         choice = self._choose(job, say)
         if choice.job.profile.rebuild_inputs_alone and max(choice.job.profile.segment_layers) == 1:
             raise UserError("--rebuild-inputs-alone: no segment has several layers here, so that none is rebuilt; add "
