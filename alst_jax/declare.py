@@ -148,9 +148,9 @@ def declared(flags: type) -> dict[str, tuple[Any, ...]]:
 
 def marked(flags: type, mark: type | str) -> dict[str, Any]:
     """The fields whose types have a mark, or a mark of this class, and that mark."""
-    found = {}
+    found, wanted = {}, lambda m: isinstance(m, mark) if isinstance(mark, type) else m is mark
     for name, marks in declared(flags).items():
-        found |= {name: m for m in marks if (isinstance(m, mark) if isinstance(mark, type) else m is mark)}  # noqa: B035
+        found.update((name, m) for m in marks if wanted(m))
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from alst_jax.config import TrainConfig, UserError
-from alst_jax.data.batches import TrainingBatches, content_hash, evaluation_batches, fingerprint
+from alst_jax.data.batches import Layout, TrainingBatches, content_hash, evaluation_batches, fingerprint
 from alst_jax.data.cache import Cache, default_directory
 from alst_jax.data.documents import Cutting, Stats, check_length, check_targets
 from alst_jax.data.files import Selection
@@ -162,7 +162,7 @@ def read_data(config: TrainConfig, source: ModelSource, job: Job) -> tuple[Data,
     lengths, stats.packing = lengths_of(config, job), packing_of(config, stats, job)
     stats.lengths = words_of(sequences, lengths) if config.lengths else None
     training = TrainingBatches(
-        sequences, lengths, job.rows, job.grad_accum, config.seed, pad, order, stats.packing, mine)
+        sequences, lengths, job.rows, job.grad_accum, config.seed, pad, order, Layout(stats.packing, mine))
     evaluation = {}
     # Held-out documents are never read across borders. Kernels that allow `across` may not keep packed documents apart.
     across = config.pack_attention == "across"

@@ -3,7 +3,7 @@
 import collections.abc
 import hashlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,6 +16,13 @@ Sequences = collections.abc.Sequence[Sequence]
 Arrays = dict[str, np.ndarray]
 Packing = tuple[int, int | None]  # data-parallel replicas, documents of a replica at most (None: a pack is one text)
 EMPTY = Sequence(np.zeros(0, np.int32), np.zeros(0, np.int32))
+
+
+class Layout(NamedTuple):
+    """How rows are filled, and which of them. packing, mine: see Rows."""
+
+    packing: Packing | None = None
+    mine: frozenset[int] | None = None
 
 
 class Rows:
@@ -78,17 +85,16 @@ class TrainingBatches:
     the sequences of the step, the longest first. Each batch has the smallest length that holds its sequences. A step
     takes the same sequences as with the last length alone.
 
-    order: see order.ordered. packing, mine: see Rows.
+    order: see order.ordered.
     """
 
     def __init__(
         self, sequences: Sequences, lengths: int | tuple[int, ...], rows: int, grad_accum: int, seed: int,
-        pad_token: int, order: list[tuple[int, float]] | Stages | None = None, packing: Packing | None = None,
-        mine: frozenset[int] | None = None,
+        pad_token: int, order: list[tuple[int, float]] | Stages | None = None, layout: Layout = Layout(),
     ):
         import grain
 
-        self._shape, self._rows = (grad_accum, rows), Rows(sequences, lengths, pad_token, packing, mine)
+        self._shape, self._rows = (grad_accum, rows), Rows(sequences, lengths, pad_token, *layout)
         # Of indices: tokens are read only for the rows of this process. The batch is cut from the endless stream, so a
         # step may hold the end of one epoch and the start of the next.
         dataset = ordered(range(len(sequences)), seed, order).batch(grad_accum * rows)

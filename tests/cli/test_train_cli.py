@@ -33,17 +33,6 @@ HELD_OUT = ["A short one.", "Now a longer text: the loss is a mean over all labe
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make_hf(tmp_path_factory.mktemp("model") / "llama")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    texts = [" ".join(f"{i} x {n} is {i * n}." for n in range(4 + 3 * i)) for i in range(1, 8)]
-    return write_jsonl(tmp_path_factory.mktemp("data") / "train.jsonl", texts)
-
-
-@pytest.fixture(scope="module")
 def long_flags(model, data):
     return ("--model", model, "--data", data, "--seq-len", 128, "--simulate-devices", 2, "--dp", 1, "--sp", 2,
             "--grad-accum", 2, "--steps", LONG_RUN, "--learning-rate", 1e-3)
@@ -224,16 +213,6 @@ def test_flags_of_runs_with_one_held_out_source_are_read(tmp_path, saved, held_o
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input
-
-
-@pytest.fixture
-def call(capsys):
-    """(exit code, standard error on one line) of train.main() in this process."""
-
-    def call(*arguments) -> tuple[int, str]:
-        return run_here(*arguments), " ".join(capsys.readouterr().err.split())
-
-    return call
 
 
 def test_the_directory_of_another_run_is_kept(call, saving, model, data):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from alst_jax.config import IGNORED
-from alst_jax.data.batches import TrainingBatches
+from alst_jax.data.batches import Layout, TrainingBatches
 from alst_jax.data.documents import Sequence
 from alst_jax.data.packing import Packs, pack
 from alst_jax.data.pieces import Joined
@@ -34,7 +34,7 @@ def test_a_process_reads_its_own_rows_alone(lengths):
     def steps_of(mine):
         source = Counted(documents)
         source.read = []
-        made = TrainingBatches(Joined([Packs(source, groups_of)]), lengths, 2, 2, 0, 0, None, (2, 8), mine)
+        made = TrainingBatches(Joined([Packs(source, groups_of)]), lengths, 2, 2, 0, 0, None, Layout((2, 8), mine))
         found = [next(made) for _ in range(steps)]
         return [one for step in found for one in (step if isinstance(step, list) else
                                                   [{k: v[i] for k, v in step.items()} for i in (0, 1)])], source.read

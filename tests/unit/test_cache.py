@@ -21,15 +21,6 @@ PAIRS = [{"prompt": "2+3=", "completion": "5"}, {"prompt": "a" * 40, "completion
 DATED = "{{ strftime_now('%Y') }}" + byte_tokenizer().chat_template
 
 
-@pytest.fixture
-def deaf(monkeypatch):
-    """From now on nothing can be tokenised."""
-    def stop():
-        refuse = lambda *_, **__: pytest.fail("tokenised again")
-        monkeypatch.setattr(type(byte_tokenizer()), "__call__", refuse)
-    return stop
-
-
 # --------------------------------------------------------------------------------------------------- the same, and once
 
 

@@ -16,16 +16,6 @@ from alst_jax.profile import Profile
 from alst_jax.storage.source import ModelSource
 from tests.unit.cached import CHATS, TEXTS, stores, write
 
-
-@pytest.fixture
-def deaf(monkeypatch):
-    """From now on nothing can be tokenised."""
-    def stop():
-        refuse = lambda *_, **__: pytest.fail("tokenised again")
-        monkeypatch.setattr(type(byte_tokenizer()), "__call__", refuse)
-    return stop
-
-
 # ----------------------------------------------------------------------------------------------------------- whole runs
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alst_jax.data.batches import TrainingBatches
+from alst_jax.data.batches import Layout, TrainingBatches
 from alst_jax.data.documents import Sequence
 from alst_jax.data.order import Extended, Stages
 from alst_jax.data.packing import Packs, pack
@@ -66,7 +66,7 @@ def test_a_step_in_lengths_holds_the_tokens_of_the_step_without(data, seed, shor
         return
     packs = Packs(Lengthy(numbered(lengths)), pack(lengths, capacity, seed))
     choices = (*sorted({n for n in shorter if n < capacity}), capacity)
-    make = lambda lengths: TrainingBatches(packs, lengths, rows, accumulation, seed, 0, None, (1, 400))
+    make = lambda lengths: TrainingBatches(packs, lengths, rows, accumulation, seed, 0, None, Layout((1, 400)))
     plain, several = make(capacity), make(choices)
     for _ in range(3):
         whole, parts = next(plain), next(several)
