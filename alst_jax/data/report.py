@@ -121,7 +121,6 @@ def _prepared(
 def _batches(documents: Iterable[tuple[Document, str | Prepared]]) -> Iterator[list[tuple[Document, str | Prepared]]]:
     """Neighbours of together about AT_ONCE characters of text. Those before an error come before it."""
     batch, characters = [], 0
-    documents = iter(documents)
     try:
         for document, content in documents:
             batch.append((document, content))
