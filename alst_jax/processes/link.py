@@ -174,6 +174,8 @@ class Link(Alone):
         self.wait("left")
         last()
         self._send_quietly({"kind": "bye"})
+        if self.first:
+            self._server.outlive()
 
     def _me(self) -> str:
         return f"{self.place} ({self.host})"

@@ -7,7 +7,7 @@ from typing import Any
 
 from alst_jax.declare import UserError
 from alst_jax.processes.place import Place
-from alst_jax.processes.wire import BEAT, Connection
+from alst_jax.processes.wire import BEAT, SILENCE, Connection
 
 AGREE = 0.5  # seconds in which process 0 may report the same mistake as another process
 UNREAD = "stopped, since nothing reads standard output of process 0 any more; go on with --resume"
@@ -25,6 +25,7 @@ class Server:
         self._hosts: dict[int, str] = {}
         self._given: dict[int, dict[int, tuple[str, Any]]] = {}  # number of an exchange -> rank -> (name, value)
         self._gone: set[int] = set()  # processes that have said goodbye
+        self._all_gone = threading.Event()
         self._over: tuple[int, str, int] | None = None  # the process that ended the run, why, exit code
         for target in (self._accept, self._beat, self._expect_all):
             threading.Thread(target=target, daemon=True).start()
@@ -118,7 +119,10 @@ class Server:
                 time.sleep(AGREE)
             self.end(rank, message["text"], message["code"])
         elif kind == "bye":
-            self._gone.add(rank)
+            with self._lock:
+                self._gone.add(rank)
+                if len(self._gone) == self._place.count:
+                    self._all_gone.set()
 
     def _give(self, rank: int, number: int, name: str, value: Any) -> None:
         with self._lock:
@@ -136,6 +140,10 @@ class Server:
         values = [given[rank][1] for rank in range(self._place.count)]
         for connection in members:
             self._send(connection, {"kind": "all", "number": number, "values": values})
+
+    def outlive(self) -> None:
+        """Return when all processes have said goodbye: one that has not may still wait for what this one must send."""
+        self._all_gone.wait(SILENCE)
 
     def end(self, rank: int, text: str, code: int) -> None:
         """Tell all processes to end because of process `rank`. Only the first call counts."""

@@ -8,9 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
+
+from alst_jax.processes.place import Place
+from alst_jax.processes.server import Server
+from alst_jax.processes.wire import Connection
 
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPT = """
@@ -235,3 +240,22 @@ def test_a_port_in_use():
         f"process 0 cannot listen on port {port}" in first[2]
         and "what listens there is no process 0 of a run" in second[2]
     )
+
+
+def test_process_0_outlives_the_others():
+    """The last answer to another process may still be on its way when process 0 has its own."""
+    place = Place(host="127.0.0.1", port=free_port(), count=2, rank=0, how="flags")
+    server = Server(place, 60)
+    members = [Connection(socket.create_connection((place.host, place.port))) for _ in range(2)]
+    for rank, member in enumerate(members):
+        member.send({"kind": "hello", "rank": rank, "count": 2, "host": "here"})
+    waiting = threading.Thread(target=server.outlive)
+    waiting.start()
+    members[0].send({"kind": "bye"})
+    waiting.join(0.5)
+    assert waiting.is_alive()
+    members[1].send({"kind": "bye"})
+    waiting.join(30)
+    assert not waiting.is_alive()
+    for member in members:
+        member.close()
