@@ -33,8 +33,14 @@ def main() -> int:
             print(explain(config.explain_run))
             return 0
         check_run(config, link().several)
-        environment.prepare(config.simulate_devices, config.plan_for is not None, config.host_memory, config.devices,
-                            config.deterministic, start.sharing())
+        environment.prepare(
+            config.simulate_devices,
+            config.plan_for is not None,
+            config.host_memory,
+            config.devices,
+            config.deterministic,
+            start.sharing(),
+        )
         start.start_jax(config, environment.visible_gpus)
         code = run(config) if config.show_samples is None else show_samples(config)
         start.finish()
@@ -88,23 +94,38 @@ def out_of_memory(config: TrainConfig, reason: str, job=None) -> str:
     """The allocation that did not fit, and the flags that are left to try, cheapest first. job: with the profile that
     ran, which --memory auto may have chosen; None: the flags' profile."""
     profile = config.profile("xla", "float32") if job is None else job.profile
-    off = [f"--{name.replace('_', '-')}" for name in ("offload_optimizer", "offload_activations", "offload_weights")
-           if not getattr(profile, name)]
-    off += [flag for flag, on in (
-        ("--remat", profile.remat), ("--tiled-loss", profile.loss_tile is not None),
-        ("--tiled-mlp", profile.mlp_tile is not None),
-        ("--optimizer-states int8", (config.optimizer_states if job is None else job.states) == "int8"),
-        ("--head-chunks", profile.head_chunks > 1), ("--segment-layers", profile.segment_layers != (1,))) if not on]
-    off += [f"fewer --{name.replace('_', '-')}" for name in (
-        "keep_mlp_on_device", "keep_qkv_on_device", "keep_attention_on_device") if getattr(profile, name)]
+    off = [
+        f"--{name.replace('_', '-')}"
+        for name in ("offload_optimizer", "offload_activations", "offload_weights")
+        if not getattr(profile, name)
+    ]
+    off += [
+        flag
+        for flag, on in (
+            ("--remat", profile.remat),
+            ("--tiled-loss", profile.loss_tile is not None),
+            ("--tiled-mlp", profile.mlp_tile is not None),
+            ("--optimizer-states int8", (config.optimizer_states if job is None else job.states) == "int8"),
+            ("--head-chunks", profile.head_chunks > 1),
+            ("--segment-layers", profile.segment_layers != (1,)),
+        )
+        if not on
+    ]
+    off += [
+        f"fewer --{name.replace('_', '-')}"
+        for name in ("keep_mlp_on_device", "keep_qkv_on_device", "keep_attention_on_device")
+        if getattr(profile, name)
+    ]
     less = ", ".join([*off, "a larger --sp"])
     words = f"out of memory: {reason.strip().splitlines()[0][:300]}. "
     if job is not None and config.memory == "auto":
         from alst_jax.planning.job import describe
 
         words += f"The step ran with {describe(job)} (--memory auto keeps what is typed). "
-    return (f"{words}These need less: {less}, or a shorter --seq-len. Checkpoints saved before are complete; go on "
-            "from them with --resume")
+    return (
+        f"{words}These need less: {less}, or a shorter --seq-len. Checkpoints saved before are complete; go on "
+        "from them with --resume"
+    )
 
 
 @contextlib.contextmanager
@@ -123,8 +144,14 @@ def with_demo_defaults(config: TrainConfig) -> TrainConfig:
     if config.model is not None or config.resume or config.plan_for:
         return config
     sp = config.sp or 4
-    demo = dict(sp=sp, simulate_devices=-(-sp * (config.dp or 1) // link().count), steps=80, seq_len=2048,
-                learning_rate=3e-3, out=link().told("out", lambda: f"runs/{time.strftime('%Y%m%d-%H%M%S')}"))
+    demo = dict(
+        sp=sp,
+        simulate_devices=-(-sp * (config.dp or 1) // link().count),
+        steps=80,
+        seq_len=2048,
+        learning_rate=3e-3,
+        out=link().told("out", lambda: f"runs/{time.strftime('%Y%m%d-%H%M%S')}"),
+    )
     if config.find_max_seq_len:
         del demo["seq_len"]
     return dataclasses.replace(config, **{k: v for k, v in demo.items() if getattr(config, k) is None})
@@ -190,8 +217,10 @@ def run(config: TrainConfig) -> int:
     with within("loading the weights or the checkpoint", seconds_for(size)):
         checkpoints, state = run_state.begin(config, source, step, data, geometry)
     if state.step > steps:
-        raise UserError(f"--resume: the newest checkpoint is of step {state.step}, beyond --steps {steps}; type "
-                        "--steps with the number to go on to")
+        raise UserError(
+            f"--resume: the newest checkpoint is of step {state.step}, beyond --steps {steps}; type "
+            "--steps with the number to go on to"
+        )
     checkpoints.about = setup.about_run(config, step, job, geometry, choice and choice.plan)
     setup.announce(config, source, step, job, stats, steps, state.step, data)
 
@@ -203,8 +232,11 @@ def run(config: TrainConfig) -> int:
         with within(f"saving step {state.step}", seconds_for(size)):
             checkpoints.save(state.step, run_state.saved_params(step, state), state.optimizer, loop)
 
-    saves = None if config.debug_attention_layers is not None else Saves(
-        save, lambda state: run_state.go_back(step, data, checkpoints, state))
+    saves = (
+        None
+        if config.debug_attention_layers is not None
+        else Saves(save, lambda state: run_state.go_back(step, data, checkpoints, state))
+    )
     planned = choice and choice.plan.step_seconds or None
     # Until all is written: a first signal cuts nothing off.
     with StopSignal(planned) as stop, naming_the_profile(config, job):
@@ -232,9 +264,12 @@ def end(config: TrainConfig, source, step, state, steps: int, stop) -> int:
     if stop.received is not None and state.step < steps:
         begun = run_directory.read_run_file(config.out).get("flags", {}).get("steps")
         steps_flag = "" if config.steps == begun else f" --steps {config.steps}"
-        print(f"stopped by {stop.received.name} before a step was applied; nothing is saved" if not state.step else
-              f"stopped by {stop.received.name}; step {state.step} is saved. Go on with: "
-              f"python train.py --resume --out {config.out}{steps_flag}")
+        print(
+            f"stopped by {stop.received.name} before a step was applied; nothing is saved"
+            if not state.step
+            else f"stopped by {stop.received.name}; step {state.step} is saved. Go on with: "
+            f"python train.py --resume --out {config.out}{steps_flag}"
+        )
         return 128 + stop.received
     if config.export:
         with within("the export", seconds_for(run_state.size_of(step))):
@@ -254,8 +289,9 @@ def while_read(main: Callable[[], int]) -> int:
         if link().several:
             return link().failed(UNREAD, 141)
         if not {"-h", "--help"} & set(sys.argv):
-            print("\nerror: stopped, since nothing reads standard output any more; go on with --resume",
-                  file=sys.stderr)
+            print(
+                "\nerror: stopped, since nothing reads standard output any more; go on with --resume", file=sys.stderr
+            )
         return 141  # the shell's code of a process that SIGPIPE ends
 
 

@@ -9,16 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from alst_jax.data_flags import DataFlags
-from alst_jax.declare import (  # noqa: F401
-    CHOSEN,
-    AtLeast,
-    Length,
-    UserError,
-    command_line,
-    default,
-    marked,
-    parse_length,
-)
+from alst_jax.declare import CHOSEN, AtLeast, Length, UserError, command_line, default, marked, parse_length  # noqa: F401
 from alst_jax.extend_flags import ExtendFlags
 from alst_jax.lora_flags import LoraFlags
 from alst_jax.process_flags import ProcessFlags
@@ -181,9 +172,19 @@ class InspectionFlags:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(
-    InspectionFlags, PlanFlags, WatchFlags, SavingFlags, NumberFlags, MemoryFlags, LoraFlags, TrainingFlags,
+    InspectionFlags,
+    PlanFlags,
+    WatchFlags,
+    SavingFlags,
+    NumberFlags,
+    MemoryFlags,
+    LoraFlags,
+    TrainingFlags,
     ProcessFlags,
-    DeviceFlags, ExtendFlags, DataFlags, ModelFlags
+    DeviceFlags,
+    ExtendFlags,
+    DataFlags,
+    ModelFlags,
 ):
     """Train a Llama on long sequences.
 
@@ -209,15 +210,20 @@ class TrainConfig(
 
 
 GROUPS: dict[str, type] = {
-    base.__name__.removesuffix("Flags").lower(): base for base in reversed(TrainConfig.__bases__)}
+    base.__name__.removesuffix("Flags").lower(): base for base in reversed(TrainConfig.__bases__)
+}
 """The groups of `--help`, in their order."""
 
 
 def parse_flags(arguments: list[str]) -> tuple[TrainConfig, set[str]]:
     """(the flags, the fields that were typed). The parser runs once; `--help` prints the groups and exits."""
-    grouped = dataclasses.make_dataclass("Flags", [
-        (name, tyro.conf.OmitArgPrefixes[group], dataclasses.field(default_factory=group))
-        for name, group in GROUPS.items()])
+    grouped = dataclasses.make_dataclass(
+        "Flags",
+        [
+            (name, tyro.conf.OmitArgPrefixes[group], dataclasses.field(default_factory=group))
+            for name, group in GROUPS.items()
+        ],
+    )
     parsed = command_line(grouped, args=arguments, description=TrainConfig.__doc__)
     values = {name: value for group in GROUPS for name, value in vars(getattr(parsed, group)).items()}
     fields = {field.name: field.name for field in dataclasses.fields(TrainConfig)}

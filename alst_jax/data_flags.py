@@ -65,28 +65,46 @@ class DataFlags:
 
 def data_mistakes(config: Any) -> Iterator[tuple[Any, str]]:
     """(whether the flags are wrong, message) for each rule about data. config: all flags of the run."""
-    yield (config.split is not None and config.document_per is not None,
-           f"--split {config.split} is for data sets, and --document-per {config.document_per} for texts of all kinds; "
-           "leave one of them out, or name the directory of the split")
+    yield (
+        config.split is not None and config.document_per is not None,
+        f"--split {config.split} is for data sets, and --document-per {config.document_per} for texts of all kinds; "
+        "leave one of them out, or name the directory of the split",
+    )
     for field in ("split", "include", "exclude", "document_per", "skip_bad_records", "ignore_fields"):
-        yield (getattr(config, field) and not config.data and not config.eval_data and not config.planning,
-               f"--{field.replace('_', '-')} says how --data is read; name files with --data")
-    yield (config.eval_split is not None and not config.eval_data,
-           f"--eval-split {config.eval_split} says how --eval-data is read; name files with --eval-data")
-    yield (config.eval_every is not None and not config.eval_data and config.eval_long is None,
-           "--eval-every needs --eval-data or --eval-long, the file to evaluate on")
-    yield (config.add_data and not config.resume,
-           "--add-data adds to the data of a run that is resumed: use --data, or name the run with --resume --out")
-    yield (config.pack_attention == "across" and not config.pack,
-           "--pack-attention across says what attention reads in a pack; it needs --pack")
+        yield (
+            getattr(config, field) and not config.data and not config.eval_data and not config.planning,
+            f"--{field.replace('_', '-')} says how --data is read; name files with --data",
+        )
+    yield (
+        config.eval_split is not None and not config.eval_data,
+        f"--eval-split {config.eval_split} says how --eval-data is read; name files with --eval-data",
+    )
+    yield (
+        config.eval_every is not None and not config.eval_data and config.eval_long is None,
+        "--eval-every needs --eval-data or --eval-long, the file to evaluate on",
+    )
+    yield (
+        config.add_data and not config.resume,
+        "--add-data adds to the data of a run that is resumed: use --data, or name the run with --resume --out",
+    )
+    yield (
+        config.pack_attention == "across" and not config.pack,
+        "--pack-attention across says what attention reads in a pack; it needs --pack",
+    )
     yield config.data_cache == "", "--data-cache '': name a directory, or `off`"
-    yield (config.template_date is not None and not _is_date(config.template_date),
-           f"--template-date {config.template_date}: write a date as 2026-11-27")
-    yield (config.show_samples is not None and config.planning,
-           f"--show-samples {config.show_samples} reads data, and --plan-only and --find-max-seq-len need none; leave "
-           "one of them out")
-    yield (config.model is not None and not config.data and not config.planning,
-           "--model without --data: name the files to train on (--data FILE_OR_DIR...)")
+    yield (
+        config.template_date is not None and not _is_date(config.template_date),
+        f"--template-date {config.template_date}: write a date as 2026-11-27",
+    )
+    yield (
+        config.show_samples is not None and config.planning,
+        f"--show-samples {config.show_samples} reads data, and --plan-only and --find-max-seq-len need none; leave "
+        "one of them out",
+    )
+    yield (
+        config.model is not None and not config.data and not config.planning,
+        "--model without --data: name the files to train on (--data FILE_OR_DIR...)",
+    )
 
 
 def _is_date(text: str) -> bool:

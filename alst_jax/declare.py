@@ -72,15 +72,24 @@ def shortened(text: str, most: int = 60) -> str:
     return text if len(text) <= most else text[:most] + "..."
 
 
-Length = Annotated[int, tyro.constructors.PrimitiveConstructorSpec(
-    nargs=1, metavar="TOKENS", instance_from_str=lambda args: parse_length(args[0]),
-    is_instance=lambda x: isinstance(x, int), str_from_instance=lambda x: [str(x)])]
+Length = Annotated[
+    int,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="TOKENS",
+        instance_from_str=lambda args: parse_length(args[0]),
+        is_instance=lambda x: isinstance(x, int),
+        str_from_instance=lambda x: [str(x)],
+    ),
+]
 
 
 # Words of Python and tyro about values -> plain words.
-_PLAIN = ((re.compile(r"invalid literal for int\(\) with base 10: (.*)"), r"\1 is not a whole number"),
-          (re.compile(r"could not convert string to float: (.*)"), r"\1 is not a number"),
-          (re.compile(r"Could not find valid parse for arguments: (.*)"), r"\1 are not all values of this flag"))
+_PLAIN = (
+    (re.compile(r"invalid literal for int\(\) with base 10: (.*)"), r"\1 is not a whole number"),
+    (re.compile(r"could not convert string to float: (.*)"), r"\1 is not a number"),
+    (re.compile(r"Could not find valid parse for arguments: (.*)"), r"\1 are not all values of this flag"),
+)
 
 
 def command_line(target: Callable[..., Any], **options: Any) -> Any:
@@ -158,13 +167,17 @@ def check_saved(flags: type, saved: dict[str, Any], where: str) -> None:
     """UserError for a saved flag that does not exist or has a value of another type. `where` names the file."""
     types = typing.get_type_hints(flags)
     if unknown := sorted(saved.keys() - types.keys()):
-        raise UserError(f"{where} has flags that do not exist here ({', '.join(unknown)}): another version wrote it. "
-                        "Resume with that version, or start a new run with --model on its directory")
+        raise UserError(
+            f"{where} has flags that do not exist here ({', '.join(unknown)}): another version wrote it. "
+            "Resume with that version, or start a new run with --model on its directory"
+        )
     for name, value in saved.items():
         if not _fits(value, types[name]):
             given = list(value) if isinstance(value, tuple) else value
-            raise UserError(f"{where}: {flag(name)} {shortened(repr(given))} is no value of this flag, and no run "
-                            f"writes it. Set it right, or start a new run with --model on its directory")
+            raise UserError(
+                f"{where}: {flag(name)} {shortened(repr(given))} is no value of this flag, and no run "
+                f"writes it. Set it right, or start a new run with --model on its directory"
+            )
 
 
 def _fits(value: Any, kind: Any) -> bool:

@@ -35,22 +35,39 @@ class ExtendFlags:
 
 def extend_mistakes(config: Any) -> Iterator[tuple[Any, str]]:
     """(whether the flags are wrong, message) for each rule. config: all flags of the run."""
-    yield (config.rope_scaling is not None and config.rope_factor is None,
-           f"--rope-scaling {config.rope_scaling} stretches the positions by a factor: add --rope-factor, the new "
-           "length divided by the model's own")
-    yield (config.rope_factor is not None and config.rope_scaling is None,
-           f"--rope-factor {config.rope_factor} has no meaning without --rope-scaling: add yarn, linear, llama3 or "
-           "dynamic")
-    yield (config.rope_factor is not None and not config.rope_factor > 1,
-           f"--rope-factor {config.rope_factor}: must be above 1, the new length divided by the model's own")
-    yield (config.rope_theta is not None and config.rope_scaling is not None,
-           f"--rope-theta {config.rope_theta:g} and --rope-scaling {config.rope_scaling} stretch the same positions "
-           "twice; leave one of them out" if config.rope_theta is not None else "")
-    yield (config.rope_theta is not None and not config.rope_theta > 1,
-           f"--rope-theta {config.rope_theta}: must be above 1")
+    yield (
+        config.rope_scaling is not None and config.rope_factor is None,
+        f"--rope-scaling {config.rope_scaling} stretches the positions by a factor: add --rope-factor, the new "
+        "length divided by the model's own",
+    )
+    yield (
+        config.rope_factor is not None and config.rope_scaling is None,
+        f"--rope-factor {config.rope_factor} has no meaning without --rope-scaling: add yarn, linear, llama3 or "
+        "dynamic",
+    )
+    yield (
+        config.rope_factor is not None and not config.rope_factor > 1,
+        f"--rope-factor {config.rope_factor}: must be above 1, the new length divided by the model's own",
+    )
+    yield (
+        config.rope_theta is not None and config.rope_scaling is not None,
+        f"--rope-theta {config.rope_theta:g} and --rope-scaling {config.rope_scaling} stretch the same positions "
+        "twice; leave one of them out"
+        if config.rope_theta is not None
+        else "",
+    )
+    yield (
+        config.rope_theta is not None and not config.rope_theta > 1,
+        f"--rope-theta {config.rope_theta}: must be above 1",
+    )
     yield config.eval_long == "", f"--eval-long '': name a file or a directory, or `{REFERENCE}`"
-    yield (config.eval_long is None and (config.eval_long_sequences, config.eval_long_samples, config.eval_long_context)
-           != (8, 1, 4096), "--eval-long-sequences, --eval-long-samples and --eval-long-context say how --eval-long "
-           "judges; name its file, or leave them out")
-    yield (config.eval_long is not None and config.debug_attention_layers is not None,
-           "--eval-long judges a model, and --debug-attention-layers leaves most of it out; leave one of them out")
+    yield (
+        config.eval_long is None
+        and (config.eval_long_sequences, config.eval_long_samples, config.eval_long_context) != (8, 1, 4096),
+        "--eval-long-sequences, --eval-long-samples and --eval-long-context say how --eval-long "
+        "judges; name its file, or leave them out",
+    )
+    yield (
+        config.eval_long is not None and config.debug_attention_layers is not None,
+        "--eval-long judges a model, and --debug-attention-layers leaves most of it out; leave one of them out",
+    )

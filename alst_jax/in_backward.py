@@ -70,19 +70,30 @@ class LayerUpdates:
         progress = progress.after(gradients, 1)
         result = []
         for update, written, gradient, old in zip(
-                self.updates, arrays, gradients, jax.tree.leaves(shards), strict=True):
+            self.updates, arrays, gradients, jax.tree.leaves(shards), strict=True
+        ):
             kept = host.row(written[1:], i, self.on_host[1])
             rows = jax.tree.map(lambda x: x[None], (old, *kept))
             new = update.step(i, rows, gradient[None].astype(update.wide))
             new = [jnp.where(progress.finite, x, was)[0] for x, was in zip(new, rows, strict=True)]
-            result.append((host.put_row(written[0], new[0], i, self.on_host[0]),
-                           *host.put_row(written[1:], tuple(new[1:]), i, self.on_host[1])))
+            result.append(
+                (
+                    host.put_row(written[0], new[0], i, self.on_host[0]),
+                    *host.put_row(written[1:], tuple(new[1:]), i, self.on_host[1]),
+                )
+            )
         return result, progress
 
 
 def update_in_backward(
-    model: Model, optimizer: AdamW, trained_specs: Params, trained: Params, frozen: Params, state: dict[str, Any],
-    batch: Batch, rates: tuple[jax.Array, jax.Array],
+    model: Model,
+    optimizer: AdamW,
+    trained_specs: Params,
+    trained: Params,
+    frozen: Params,
+    state: dict[str, Any],
+    batch: Batch,
+    rates: tuple[jax.Array, jax.Array],
 ) -> Result:
     """One optimizer step. rates: (scale of the loss, learning rate)."""
     scale, learning_rate = rates
@@ -115,8 +126,9 @@ def update_in_backward(
     progress = progress.after(jax.tree.leaves(dtable), 0)
     gradients = iter(jax.tree.leaves({"embed_tokens": dtable, **dhead}))
     layers_written = iter(layers_written)
-    result_of = lambda update: next(layers_written) if is_stacked(update.path) else _step_end(
-        update, next(gradients), progress, on_host)
+    result_of = lambda update: (
+        next(layers_written) if is_stacked(update.path) else _step_end(update, next(gradients), progress, on_host)
+    )
     results = list(map(result_of, updates))
     params, new_state = join_updates(trained, state, updates, results)
     new_state["count"] = jnp.where(progress.finite, new_state["count"], state["count"])
@@ -133,6 +145,7 @@ def _ends_of(model, trained):
 @jax.named_scope(scopes.UPDATE)
 def _step_end(update, gradient, progress, on_host):
     """`update.written` of a parameter outside of the layers, stepped where all gradients are finite."""
+
     def step(chunk, written, read):
         new = update.step(chunk, written, read[0].astype(update.wide))
         return chunk + 1, tuple(jnp.where(progress.finite, x, was) for x, was in zip(new, written, strict=True))

@@ -35,18 +35,28 @@ def lora_mistakes(config: Any) -> Iterator[tuple[Any, str]]:
     """(whether the flags are wrong, message) for each rule. config: all flags of the run."""
     adapters = config.lora_rank is not None or config.adapter is not None
     for field in ("lora_alpha", "lora_targets", "lora_dropout", "rslora", "merge_adapter"):
-        yield (not adapters and getattr(config, field) != getattr(LoraFlags, field),
-               f"--{field.replace('_', '-')} is about adapters, and the run has none; add --lora-rank or --adapter")
+        yield (
+            not adapters and getattr(config, field) != getattr(LoraFlags, field),
+            f"--{field.replace('_', '-')} is about adapters, and the run has none; add --lora-rank or --adapter",
+        )
     alpha = config.lora_alpha
     yield alpha is not None and not alpha > 0, f"--lora-alpha {alpha}: must be a positive number"
-    yield (config.lora_dropout is not None and not 0 <= config.lora_dropout < 1,
-           f"--lora-dropout {config.lora_dropout}: must be at least 0 and below 1, the part of an adapter's inputs "
-           "that is set to zero")
-    yield (config.merge_adapter and not config.export,
-           "--merge-adapter with --no-export: merged weights are an export; leave one of them out")
-    yield (adapters and config.resize_vocabulary,
-           "--resize-vocabulary with adapters: they would have no rows for the new tokens; add the rows in a run "
-           "without --lora-rank first, or leave --resize-vocabulary out")
-    yield (adapters and config.check_numerics,
-           "--check-numerics compares the layers without adapters; check the base model in a run without --lora-rank "
-           "and --adapter")
+    yield (
+        config.lora_dropout is not None and not 0 <= config.lora_dropout < 1,
+        f"--lora-dropout {config.lora_dropout}: must be at least 0 and below 1, the part of an adapter's inputs "
+        "that is set to zero",
+    )
+    yield (
+        config.merge_adapter and not config.export,
+        "--merge-adapter with --no-export: merged weights are an export; leave one of them out",
+    )
+    yield (
+        adapters and config.resize_vocabulary,
+        "--resize-vocabulary with adapters: they would have no rows for the new tokens; add the rows in a run "
+        "without --lora-rank first, or leave --resize-vocabulary out",
+    )
+    yield (
+        adapters and config.check_numerics,
+        "--check-numerics compares the layers without adapters; check the base model in a run without --lora-rank "
+        "and --adapter",
+    )

@@ -18,7 +18,13 @@ from alst_jax.xla.dtypes import accumulation_dtype
 
 
 def compile_programs(
-    step: TrainStep, rows: int, length: int, grad_accum: int, absent: bool, on_cpu: bool, at_once: bool,
+    step: TrainStep,
+    rows: int,
+    length: int,
+    grad_accum: int,
+    absent: bool,
+    on_cpu: bool,
+    at_once: bool,
     documents: int = 0,
 ) -> tuple[Any, Any]:
     """The compiled gradient, or whole step where the backward pass updates; on GPUs that are here also the update.

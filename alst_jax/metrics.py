@@ -163,6 +163,7 @@ def compilations() -> int:
 def teller(display: ProgressDisplay, log: MetricsLog) -> Callable[[Any], None]:
     """A function that prints an event of watch.py and writes it into the log. In several processes process 0 does so,
     and prints those of other hosts with the number of the process."""
+
     def tell(event: Any) -> None:
         if link().first:
             display.say(f"warning: {event}")
@@ -178,7 +179,8 @@ def _compiled() -> list[float]:
     """The seconds of each compilation from now on; jax appends to it."""
     seconds: list[float] = []
     jax.monitoring.register_event_duration_secs_listener(
-        lambda event, duration, **_: seconds.append(duration) if event == COMPILED else None)
+        lambda event, duration, **_: seconds.append(duration) if event == COMPILED else None
+    )
     return seconds
 
 
@@ -196,14 +198,14 @@ def peak_host_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def speed(
-    step: TrainStep, batches: list[Arrays], padding: list[np.ndarray | None], seconds: float
-) -> dict[str, Any]:
+def speed(step: TrainStep, batches: list[Arrays], padding: list[np.ndarray | None], seconds: float) -> dict[str, Any]:
     """Throughput over all positions that were computed, padding included. padding: for each batch, of its packed rows.
     Then it is over the tokens of documents; attention stays inside of them, or of the pack that is one text."""
     tokens, flops, packed = 0, 0, {}
-    work = lambda lengths: sum(n * needed_flops(step.model, step.freeze, length) for length, n in zip(
-        *map(np.ndarray.tolist, np.unique(lengths, return_counts=True))))
+    work = lambda lengths: sum(
+        n * needed_flops(step.model, step.freeze, length)
+        for length, n in zip(*map(np.ndarray.tolist, np.unique(lengths, return_counts=True)))
+    )
     for batch, of_rows in zip(batches, padding):
         rows, length = batch["tokens"].shape
         tokens += rows * length
@@ -214,9 +216,14 @@ def speed(
         flops += work(np.diff(batch["documents"])) - work(of_rows) if "documents" in batch else work(length - of_rows)
     tokens -= packed.get("padding", 0)
     peak, (place, gibibytes) = peak_flops(step.mesh.devices.flat[0].device_kind), peak_memory()
-    return {"tokens": tokens, **packed, "seconds": seconds, "tokens_per_second": tokens / seconds,
-            "mfu": flops / seconds / (peak * step.mesh.size) if peak else None,
-            f"peak_{place.lower()}_gib": gibibytes}
+    return {
+        "tokens": tokens,
+        **packed,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "mfu": flops / seconds / (peak * step.mesh.size) if peak else None,
+        f"peak_{place.lower()}_gib": gibibytes,
+    }
 
 
 def compiled(values: dict[str, Any], batches: list[Arrays]) -> str:
@@ -229,5 +236,7 @@ def summary(values: dict[str, Any]) -> str:
     """One line of a step's values."""
     memory = next(f"{k.split('_')[1].upper()} {v:.1f} GiB" for k, v in values.items() if k.startswith("peak_"))
     mfu = f"  MFU {values['mfu']:.0%}" if values["mfu"] is not None else ""
-    return (f"loss {values['loss']:.4f}  grad {values['grad_norm']:.3f}  lr {values['learning_rate']:.2e}  "
-            f"{values['tokens_per_second']:,.0f} tok/s{mfu}  {memory}")
+    return (
+        f"loss {values['loss']:.4f}  grad {values['grad_norm']:.3f}  lr {values['learning_rate']:.2e}  "
+        f"{values['tokens_per_second']:,.0f} tok/s{mfu}  {memory}"
+    )

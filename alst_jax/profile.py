@@ -15,11 +15,21 @@ class Switches:
     """Each switch changes memory and speed; `reduce_dtype` alone changes results, by rounding. Each field is declared
     here alone: default, check, help text, words. None for a tile means untiled; 0 the default size."""
 
-    loss_tile: Annotated[Length | None, AtLeast(0), Words("tiled loss", off=None), CHOSEN,
-                         default("about 1 GiB of float32 logits; --memory auto may take four times that")] = 0
+    loss_tile: Annotated[
+        Length | None,
+        AtLeast(0),
+        Words("tiled loss", off=None),
+        CHOSEN,
+        default("about 1 GiB of float32 logits; --memory auto may take four times that"),
+    ] = 0
     """Tokens per tile of logits."""
-    mlp_tile: Annotated[Length | None, AtLeast(0), Words("tiled MLP", off=None), CHOSEN,
-                        default("the hidden size; --memory auto may take four times that")] = 0
+    mlp_tile: Annotated[
+        Length | None,
+        AtLeast(0),
+        Words("tiled MLP", off=None),
+        CHOSEN,
+        default("the hidden size; --memory auto may take four times that"),
+    ] = 0
     """Tokens per MLP tile."""
     remat: Annotated[bool, Words("remat")] = True
     """Recompute each layer in the backward pass instead of keeping its intermediates."""
@@ -71,24 +81,33 @@ class Switches:
         recomputing = by_hand + ["offload_activations"] * self.offload_activations
         if recomputing and not self.remat:
             several = len(recomputing) > 1
-            raise UserError(f"{', '.join(map(flag, recomputing))} {'are parts' if several else 'is a part'} of "
-                            f"rematerialisation; {'they need' if several else 'it needs'} --remat, not --no-remat")
+            raise UserError(
+                f"{', '.join(map(flag, recomputing))} {'are parts' if several else 'is a part'} of "
+                f"rematerialisation; {'they need' if several else 'it needs'} --remat, not --no-remat"
+            )
         if by_hand and self.stack == "plain":
-            raise UserError("--stack plain saves each layer's input and nothing else: "
-                            f"{', '.join(map(flag, by_hand))} needs --stack segments")
+            raise UserError(
+                "--stack plain saves each layer's input and nothing else: "
+                f"{', '.join(map(flag, by_hand))} needs --stack segments"
+            )
         self._check_levels()
         if self.share_gradients and not self.can_share:
-            raise UserError("--share-gradients keeps layer inputs where gradients will be, both in host memory: it "
-                            "needs --offload-weights and --offload-activations, and gradients that are stored (no "
-                            "--update-in-backward)")
+            raise UserError(
+                "--share-gradients keeps layer inputs where gradients will be, both in host memory: it "
+                "needs --offload-weights and --offload-activations, and gradients that are stored (no "
+                "--update-in-backward)"
+            )
 
     def _check_levels(self) -> None:
         for name, below, kept in (
-                ("keep_qkv_on_device", "keep_attention_on_device", "q, k and v keeps its attention output"),
-                ("keep_mlp_on_device", "keep_qkv_on_device", "gate and up keeps its q, k and v")):
+            ("keep_qkv_on_device", "keep_attention_on_device", "q, k and v keeps its attention output"),
+            ("keep_mlp_on_device", "keep_qkv_on_device", "gate and up keeps its q, k and v"),
+        ):
             if (count := getattr(self, name)) > (most := getattr(self, below)):
-                raise UserError(f"{flag(name)} {count}: more than {flag(below)} {most}; a layer that keeps {kept} too, "
-                                f"so use {flag(below)} {count} or more")
+                raise UserError(
+                    f"{flag(name)} {count}: more than {flag(below)} {most}; a layer that keeps {kept} too, "
+                    f"so use {flag(below)} {count} or more"
+                )
 
     @property
     def sums_in_place(self) -> bool:
@@ -102,15 +121,22 @@ class Switches:
         return stored and self.offload_activations and self.remat and self.stack == "segments"
 
     def _check_update_in_backward(self, clip_norm: float, grad_accum: int) -> None:
-        for given, wrong in (("--no-remat", not self.remat), (f"--grad-accum {grad_accum}", grad_accum != 1),
-                             (f"--clip-norm {clip_norm:g}", clip_norm != 0)):
+        for given, wrong in (
+            ("--no-remat", not self.remat),
+            (f"--grad-accum {grad_accum}", grad_accum != 1),
+            (f"--clip-norm {clip_norm:g}", clip_norm != 0),
+        ):
             if wrong:
-                raise UserError(f"--update-in-backward with {given}: a layer is updated before the other gradients are "
-                                "known, so that they can be neither clipped by their common norm nor summed over "
-                                "batches; use --clip-norm 0, --grad-accum 1 and --remat with it")
+                raise UserError(
+                    f"--update-in-backward with {given}: a layer is updated before the other gradients are "
+                    "known, so that they can be neither clipped by their common norm nor summed over "
+                    "batches; use --clip-norm 0, --grad-accum 1 and --remat with it"
+                )
         if not (self.offload_weights and self.offload_optimizer):  # stacks there would be copied once for each loop
-            raise UserError("--update-in-backward saves the host memory of gradients; on the device it would save "
-                            "none. Use it with --offload-weights and --offload-optimizer, or leave it out")
+            raise UserError(
+                "--update-in-backward saves the host memory of gradients; on the device it would save "
+                "none. Use it with --offload-weights and --offload-optimizer, or leave it out"
+            )
 
     def on_host(self, part: str) -> bool:
         """Whether "weights", "gradients" or "optimizer" live in host memory."""
@@ -132,13 +158,23 @@ class Switches:
 
     def words(self) -> list[str]:
         """The features that are on, in words."""
-        return [words.text.format(", ".join(map(str, value)) if isinstance(value, tuple) else value)
-                for name, words in marked(Switches, Words).items() if (value := getattr(self, name)) != words.off]
+        return [
+            words.text.format(", ".join(map(str, value)) if isinstance(value, tuple) else value)
+            for name, words in marked(Switches, Words).items()
+            if (value := getattr(self, name)) != words.off
+        ]
 
 
-BY_HAND = ("segment_layers", "keep_attention_on_device", "keep_attention_on_host", "keep_qkv_on_device",
-           "keep_mlp_on_device", "share_gradients", "rebuild_inputs_alone",
-           "update_in_backward")  # parts of the hand-written backward pass
+BY_HAND = (
+    "segment_layers",
+    "keep_attention_on_device",
+    "keep_attention_on_host",
+    "keep_qkv_on_device",
+    "keep_mlp_on_device",
+    "share_gradients",
+    "rebuild_inputs_alone",
+    "update_in_backward",
+)  # parts of the hand-written backward pass
 TILES = {"loss_tile": "tiled_loss", "mlp_tile": "tiled_mlp"}  # the size of a tile, and the flag that switches it off
 
 
@@ -203,8 +239,13 @@ class Profile(Switches):
     def _run(self, start, stop, num_layers):
         """The layers start, ..., stop - 1, which all save what the first one saves."""
         among_last = lambda count: start >= num_layers - count
-        return Run(start, stop, self.attention_place(start, num_layers), among_last(self.keep_qkv_on_device),
-                   among_last(self.keep_mlp_on_device))
+        return Run(
+            start,
+            stop,
+            self.attention_place(start, num_layers),
+            among_last(self.keep_qkv_on_device),
+            among_last(self.keep_mlp_on_device),
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -58,8 +58,16 @@ class Refused:
         self._count = self._count + 1 if at <= self._at else 1
         self._at = max(at, self._at)
         if policy == "stop" or self._count > MOST_REFUSED:
-            self._tell(Event(kind, at + 1, str(problem), "the run ends" if policy == "stop" else
-                             f"{MOST_REFUSED} batches were left out here already: the run ends"))
+            self._tell(
+                Event(
+                    kind,
+                    at + 1,
+                    str(problem),
+                    "the run ends"
+                    if policy == "stop"
+                    else f"{MOST_REFUSED} batches were left out here already: the run ends",
+                )
+            )
             return None
         if policy == "skip":
             self._tell(Event(kind, at + 1, str(problem), f"its batch is left out ({words})"))
@@ -70,8 +78,14 @@ class Refused:
             self._tell(Event(kind, at + 1, str(problem), "no checkpoint was saved to go back to: the run ends"))
             return None
         self.left_out.append(position)
-        self._tell(Event(kind, at + 1, str(problem),
-                         f"back to the checkpoint of step {back.step}; its batch is left out ({words})"))
+        self._tell(
+            Event(
+                kind,
+                at + 1,
+                str(problem),
+                f"back to the checkpoint of step {back.step}; its batch is left out ({words})",
+            )
+        )
         return back
 
 
@@ -79,11 +93,14 @@ def not_applied(profile: Profile, done: int, problem: NotFinite | Spike, saved: 
     """The message of a step that was refused."""
     if problem.state is None:
         last = f"the last checkpoint, step {saved}, with --resume" if saved else "the beginning: none was saved"
-        return (f"step {done + 1}: {problem}. Later layers were updated already (--update-in-backward), so nothing is "
-                f"saved; go on from {last}. A smaller --learning-rate, --save-every, or a run without "
-                "--update-in-backward, which would not apply such a step, may help")
+        return (
+            f"step {done + 1}: {problem}. Later layers were updated already (--update-in-backward), so nothing is "
+            f"saved; go on from {last}. A smaller --learning-rate, --save-every, or a run without "
+            "--update-in-backward, which would not apply such a step, may help"
+        )
     kept = "is where the run began" if not done else "is saved" if saved == done else "is not saved"
-    return (f"step {done + 1}: {problem}. The step was not applied; the state before it, step {done}, {kept}. A "
-            f"smaller --learning-rate{'' if profile.update_in_backward else ' or --clip-norm'}, or --dtype "
-            "float32, may help.")
-
+    return (
+        f"step {done + 1}: {problem}. The step was not applied; the state before it, step {done}, {kept}. A "
+        f"smaller --learning-rate{'' if profile.update_in_backward else ' or --clip-norm'}, or --dtype "
+        "float32, may help."
+    )

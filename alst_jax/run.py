@@ -61,8 +61,18 @@ def subject(config: TrainConfig) -> tuple[ModelSource, Planner, Job]:
     if config.attention == "auto" and for_gpu(config):
         print(f"attention {profile.attention}: {attention_kernel(config, dtype, source.config).why}", file=sys.stderr)
     seq_len = ANY_LENGTH if config.find_max_seq_len else check_seq_len(config, source.config)
-    job = Job(debug_model(config, model), profile, dp * config.batch_size, padded_length(seq_len, sp, profile),
-              dp, sp, accumulation(config, dp), config.optimizer_states, config.master_weights, freeze=config.freeze)
+    job = Job(
+        debug_model(config, model),
+        profile,
+        dp * config.batch_size,
+        padded_length(seq_len, sp, profile),
+        dp,
+        sp,
+        accumulation(config, dp),
+        config.optimizer_states,
+        config.master_weights,
+        freeze=config.freeze,
+    )
     if config.plan_only and config.pack and config.pack_attention == "documents":
         job = of_short_documents(job)
     cluster = with_room(cluster, job)
@@ -83,11 +93,16 @@ def check_freeze(pattern: str | None, model: ModelConfig) -> None:
     try:
         frozen = [name for name in parameters if re.search(pattern, name)]
     except re.error as error:
-        raise UserError(f"--freeze {pattern!r} is not a regular expression: {error}. It is searched for in the names "
-                        f"of parameters: {names}") from error
+        raise UserError(
+            f"--freeze {pattern!r} is not a regular expression: {error}. It is searched for in the names "
+            f"of parameters: {names}"
+        ) from error
     if not frozen or model.lora is None and len(frozen) == len(parameters):
-        rule = "matches none of the {}, and must match at least one" if not frozen else (
-            "matches all {}, and must leave at least one to train")
+        rule = (
+            "matches none of the {}, and must match at least one"
+            if not frozen
+            else ("matches all {}, and must leave at least one to train")
+        )
         raise UserError(f"--freeze {pattern!r} {rule.format(len(parameters))}. Names of parameters: {names}")
 
 
@@ -97,11 +112,15 @@ def debug_model(config: TrainConfig, model: ModelConfig) -> ModelConfig:
     if layers is None:
         return model
     if layers > model.num_layers:
-        raise UserError(f"--debug-attention-layers {layers}: the model has {model.num_layers} layers; give fewer, to "
-                        "leave attention out of the others")
+        raise UserError(
+            f"--debug-attention-layers {layers}: the model has {model.num_layers} layers; give fewer, to "
+            "leave attention out of the others"
+        )
     if config.stack == "plain" or not config.remat:
-        raise UserError("--debug-attention-layers leaves attention out of the layers whose backward pass is written by "
-                        "hand; it needs --stack segments and --remat")
+        raise UserError(
+            "--debug-attention-layers leaves attention out of the layers whose backward pass is written by "
+            "hand; it needs --stack segments and --remat"
+        )
     return dataclasses.replace(model, attention_layers=layers)
 
 
@@ -115,32 +134,38 @@ def choose_dtype(config: TrainConfig) -> jnp.dtype:
     auto = "bfloat16" if for_gpu(config) else "float32"
     dtype = jnp.dtype(auto if config.dtype == "auto" else config.dtype)
     if dtype == jnp.float32 and config.master_weights != "float32":
-        raise UserError(f"--master-weights {config.master_weights} is for bfloat16 weights; these are float32 "
-                        "(--dtype)")
+        raise UserError(
+            f"--master-weights {config.master_weights} is for bfloat16 weights; these are float32 (--dtype)"
+        )
     return dtype
 
 
 def make_profile(config: TrainConfig, dtype: jnp.dtype, model: ModelConfig) -> Profile:
     """The memory profile the flags describe. UserError if the attention kernel cannot run here."""
     if for_gpu(config) and jax.__version_info__ < OLDEST_JAX_ON_CUDA:
-        raise UserError(f"jax {jax.__version__} gives wrong gradients for offloaded activations on CUDA without a "
-                        f"word; install {'.'.join(map(str, OLDEST_JAX_ON_CUDA))} or newer")
+        raise UserError(
+            f"jax {jax.__version__} gives wrong gradients for offloaded activations on CUDA without a "
+            f"word; install {'.'.join(map(str, OLDEST_JAX_ON_CUDA))} or newer"
+        )
     return config.profile(attention_kernel(config, dtype, model).kernel.name, str(dtype))
 
 
 def attention_kernel(config: TrainConfig, dtype: jnp.dtype, model: ModelConfig) -> Chosen:
     """The attention kernel of the run, and the reason for it. UserError if it cannot run here, or does not implement
     an option of the model or packed documents."""
-    chosen = choose_kernel(
-        config.attention, KERNELS, gpu_of(config), str(dtype), model.head_dim, config.deterministic)
+    chosen = choose_kernel(config.attention, KERNELS, gpu_of(config), str(dtype), model.head_dim, config.deterministic)
     documents = config.pack and config.pack_attention == "documents"
     if documents and any(rope.needs_length for rope in model.ropes):
-        raise UserError("--pack: this model's rotary embedding (dynamic or longrope) depends on the length of the "
-                        "batch, so that a packed document would not compute what it does alone; use --pack-attention "
-                        "across, or leave --pack out")
+        raise UserError(
+            "--pack: this model's rotary embedding (dynamic or longrope) depends on the length of the "
+            "batch, so that a packed document would not compute what it does alone; use --pack-attention "
+            "across, or leave --pack out"
+        )
     if config.lengths and any(rope.needs_length for rope in model.ropes):
-        raise UserError("--lengths: this model's rotary embedding (dynamic or longrope) depends on the length of the "
-                        "batch, so that a document would compute something else in a shorter one; leave --lengths out")
+        raise UserError(
+            "--lengths: this model's rotary embedding (dynamic or longrope) depends on the length of the "
+            "batch, so that a document would compute something else in a shorter one; leave --lengths out"
+        )
     for kind in model.kinds:
         if reason := refusal(chosen.kernel, model.attention_spec(kind), documents):
             raise UserError(f"{reason} (attention {chosen.kernel.name}: {chosen.why})")
@@ -169,16 +194,22 @@ def accumulation(config: TrainConfig, dp: int) -> int:
     given = f"--samples-per-step {samples}"
     if samples % at_once:
         near = max(1, samples // at_once) * at_once
-        raise UserError(f"{given}: dp {dp} x --batch-size {config.batch_size} = {at_once} sequences are worked on at "
-                        f"a time, and must divide it; use {near}, {near + at_once} or another multiple, or change --dp "
-                        "or --batch-size")
+        raise UserError(
+            f"{given}: dp {dp} x --batch-size {config.batch_size} = {at_once} sequences are worked on at "
+            f"a time, and must divide it; use {near}, {near + at_once} or another multiple, or change --dp "
+            "or --batch-size"
+        )
     batches = samples // at_once
     if config.grad_accum not in (1, batches):
-        raise UserError(f"{given} is {batches} batches of dp {dp} x --batch-size {config.batch_size}, and --grad-accum "
-                        f"{config.grad_accum} says another number; leave one of them out (on --resume: --grad-accum 1)")
+        raise UserError(
+            f"{given} is {batches} batches of dp {dp} x --batch-size {config.batch_size}, and --grad-accum "
+            f"{config.grad_accum} says another number; leave one of them out (on --resume: --grad-accum 1)"
+        )
     if config.update_in_backward and batches != 1:
-        raise UserError(f"{given} is {batches} batches, and --update-in-backward cannot sum the gradients of several; "
-                        f"use --samples-per-step {at_once}, or leave --update-in-backward out")
+        raise UserError(
+            f"{given} is {batches} batches, and --update-in-backward cannot sum the gradients of several; "
+            f"use --samples-per-step {at_once}, or leave --update-in-backward out"
+        )
     return batches
 
 
@@ -187,15 +218,21 @@ def check_seq_len(config: TrainConfig, model: ModelConfig) -> int:
     if config.seq_len is not None and config.seq_len > MAX_POSITION:
         raise UserError(f"--seq-len {config.seq_len}: rotary embedding is exact up to {MAX_POSITION} tokens")
     if config.seq_len is None:
-        raise UserError(f"--seq-len: how many tokens a sequence? The model's config says up to "
-                        f"{model.max_position_embeddings} (max_position_embeddings)")
+        raise UserError(
+            f"--seq-len: how many tokens a sequence? The model's config says up to "
+            f"{model.max_position_embeddings} (max_position_embeddings)"
+        )
     longest = model_length(model)
     if config.seq_len > longest:
         scaling = "" if model.rope.rope_type == "default" else f" (RoPE scaling {model.rope.rope_type} included)"
-        print(f"warning: --seq-len {config.seq_len} is beyond the {longest} positions the model was made for{scaling}: "
-              "attention has not learned such distances, so the loss starts high and the model must learn them. To "
-              f"stretch the positions it knows instead, use --rope-scaling yarn --rope-factor "
-              f"{-(-config.seq_len // longest)}", file=sys.stderr, flush=True)
+        print(
+            f"warning: --seq-len {config.seq_len} is beyond the {longest} positions the model was made for{scaling}: "
+            "attention has not learned such distances, so the loss starts high and the model must learn them. To "
+            f"stretch the positions it knows instead, use --rope-scaling yarn --rope-factor "
+            f"{-(-config.seq_len // longest)}",
+            file=sys.stderr,
+            flush=True,
+        )
     return config.seq_len
 
 
@@ -221,10 +258,14 @@ def announce(
     profile, model = step.profile, step.model
     idle = jax.device_count() - dp * sp
     if link().several:
-        print(f"hosts   {len(set(link().machines))} with {link().count} processes (found by: {link().how}) and "
-              f"{jax.device_count()} devices: {seq_over_hosts(sp, link().machines)}")
-    print(f"model   {source.name}: {model.num_params / 1e6:,.1f}M parameters, {model.num_layers} layers, "
-          f"{profile.compute_dtype}, attention {profile.attention}")
+        print(
+            f"hosts   {len(set(link().machines))} with {link().count} processes (found by: {link().how}) and "
+            f"{jax.device_count()} devices: {seq_over_hosts(sp, link().machines)}"
+        )
+    print(
+        f"model   {source.name}: {model.num_params / 1e6:,.1f}M parameters, {model.num_layers} layers, "
+        f"{profile.compute_dtype}, attention {profile.attention}"
+    )
     print(f"mesh    dp {dp} x sp {sp} on {kind}{f'; {idle} devices stay idle' if idle else ''}")
     print(f"memory  {', '.join(profile.words()) or 'no feature on'}")
     if config.debug_attention_layers is not None:
@@ -232,8 +273,10 @@ def announce(
     if model.lora is not None:
         count, lora = sum(leaf.size for leaf in jax.tree.leaves(step.trained)), model.lora
         dropped = f", dropout {lora.dropout:g}" * bool(lora.dropout)
-        print(f"lora    rank {lora.rank}, scale {lora.scale:g}{dropped}, beside {', '.join(lora.targets)}: "
-              f"{count / 1e6:,.1f}M parameters are trained")
+        print(
+            f"lora    rank {lora.rank}, scale {lora.scale:g}{dropped}, beside {', '.join(lora.targets)}: "
+            f"{count / 1e6:,.1f}M parameters are trained"
+        )
     elif config.freeze:
         count = sum(leaf.size for leaf in jax.tree.leaves(step.frozen))
         print(f"frozen  {count / 1e6:,.1f}M parameters match --freeze {config.freeze}")
@@ -252,8 +295,11 @@ def announce(
     for report in stats.sources if stats.sources and stats.sources[0].weight is not None else ():
         times = steps * a_step * report.weight / report.sequences
         print(f"weight  {report.weight:.3g} of the sequences from {report.name}: each {times:.1f} times")
-    print(f"steps   {steps} of {a_step} sequences, {steps * a_step / stats.sequences:.1f} times the data{start} -> "
-          f"{pathlib.Path(config.out)}", flush=True)
+    print(
+        f"steps   {steps} of {a_step} sequences, {steps * a_step / stats.sequences:.1f} times the data{start} -> "
+        f"{pathlib.Path(config.out)}",
+        flush=True,
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------- step
@@ -261,7 +307,15 @@ def announce(
 
 def make_step(config: TrainConfig, cluster: Cluster | None, dtype: jnp.dtype, job: Job) -> TrainStep:
     """The step of a job on this process's devices, or on the absent devices of --plan-for."""
-    optimizer = AdamW(config.beta1, config.beta2, config.eps, config.weight_decay, config.clip_norm,
-                      job.states, job.master, config.seed)
+    optimizer = AdamW(
+        config.beta1,
+        config.beta2,
+        config.eps,
+        config.weight_decay,
+        config.clip_norm,
+        job.states,
+        job.master,
+        config.seed,
+    )
     mesh = make_mesh(job.dp, job.sp, absent_devices(cluster) if config.plan_for else None)
     return TrainStep(job.model, mesh, job.profile, optimizer, dtype, job.freeze)

@@ -37,8 +37,9 @@ from alst_jax.trainer import Data
 def reading_of(config: TrainConfig, held_out: bool = False) -> Reading:
     """The flags that say how files and records are read. UserError for flags of directories, if none is given."""
     _check_directories(config)
-    selection = Selection(config.eval_split if held_out else config.split, config.include, config.exclude,
-                          config.document_per)
+    selection = Selection(
+        config.eval_split if held_out else config.split, config.include, config.exclude, config.document_per
+    )
     fields = Fields(config.text_field, config.messages_field, config.ignore_fields)
     return Reading(fields, selection, config.skip_bad_records)
 
@@ -48,12 +49,15 @@ def _check_directories(config: TrainConfig) -> None:
     data = parse_sources(config.data, "--data") + parse_sources(config.add_data, "--add-data")
     held_out = parse_sources(config.eval_data, "--eval-data", held_out=True)
     flags = {"split": data, "eval_split": held_out} | dict.fromkeys(
-        ("include", "exclude", "document_per"), data + held_out)
+        ("include", "exclude", "document_per"), data + held_out
+    )
     for flag, sources in flags.items():
         if getattr(config, flag) and sources and all(pathlib.Path(source.path).is_file() for source in sources):
             names = ", ".join(source.path for source in sources)
-            raise UserError(f"--{flag.replace('_', '-')} says what is read of a directory, and {names} is no "
-                            "directory; leave it out, or name the directory")
+            raise UserError(
+                f"--{flag.replace('_', '-')} says what is read of a directory, and {names} is no "
+                "directory; leave it out, or name the directory"
+            )
 
 
 def labels_of(config: TrainConfig) -> Labels:
@@ -97,8 +101,14 @@ def read_sequences(
     flag, paths = ("--eval-data", config.eval_data) if held_out else ("--data", config.data)
     if added:
         flag, paths = "--add-data", added
-    cutting = Cutting(source.tokenizer, config.seq_len, source.config.vocab_size, labels_of(config),
-                      config.skip_bad_records, config.long_documents == "drop")
+    cutting = Cutting(
+        source.tokenizer,
+        config.seq_len,
+        source.config.vocab_size,
+        labels_of(config),
+        config.skip_bad_records,
+        config.long_documents == "drop",
+    )
     return cut_sources(paths, reading_of(config, held_out), flag, cutting, cache_of(config))
 
 
@@ -155,14 +165,17 @@ def read_data(config: TrainConfig, source: ModelSource, job: Job) -> tuple[Data,
     for count, weight in part.mixture or [(len(part.sequences), 1.0)]:
         if count < math.ceil(per_step * weight - 1e-9):
             of = f" and its weight {weight:.3g}" if part.mixture else ""
-            raise UserError(f"--data gives {count} sequences, fewer than the {per_step} of one step (--dp x "
-                            f"--batch-size x --grad-accum, or --samples-per-step){of}: the same would be repeated in "
-                            "it. Use more data or smaller steps")
+            raise UserError(
+                f"--data gives {count} sequences, fewer than the {per_step} of one step (--dp x "
+                f"--batch-size x --grad-accum, or --samples-per-step){of}: the same would be repeated in "
+                "it. Use more data or smaller steps"
+            )
     sequences, stats, order, added = extended(config, source, part, per_step)
     lengths, stats.packing = lengths_of(config, job), packing_of(config, stats, job)
     stats.lengths = words_of(sequences, lengths) if config.lengths else None
     training = TrainingBatches(
-        sequences, lengths, job.rows, job.grad_accum, config.seed, pad, order, Layout(stats.packing, mine))
+        sequences, lengths, job.rows, job.grad_accum, config.seed, pad, order, Layout(stats.packing, mine)
+    )
     evaluation = {}
     # Held-out documents are never read across borders. Kernels that allow `across` may not keep packed documents apart.
     across = config.pack_attention == "across"
@@ -173,7 +186,8 @@ def read_data(config: TrainConfig, source: ModelSource, job: Job) -> tuple[Data,
             stats.held_out += of_source.sources
             held_out, counts = packed(alone, {name: (held_out, of_source)})
             evaluation[name] = functools.partial(
-                evaluation_batches, held_out, lengths, job.rows, pad, packing_of(alone, counts, job), mine)
+                evaluation_batches, held_out, lengths, job.rows, pad, packing_of(alone, counts, job), mine
+            )
     warn_without_end(source.tokenizer, stats.sources)
     return Data(training, evaluation, added), stats, part.hash
 
@@ -188,20 +202,25 @@ def extended(
     for addition in added:
         part = read_part(config, source, tuple(addition["data"]))
         if addition.setdefault("hash", part.hash) != part.hash:
-            raise UserError(f"--resume: the data that were added at step {addition['step']} have changed since then "
-                            f"({', '.join(addition['data'])}), or are read with other flags; set them back, type the "
-                            "--include, --text-field and other flags that --add-data was typed with, or start a new "
-                            "run with --model on this run's directory")
+            raise UserError(
+                f"--resume: the data that were added at step {addition['step']} have changed since then "
+                f"({', '.join(addition['data'])}), or are read with other flags; set them back, type the "
+                "--include, --text-field and other flags that --add-data was typed with, or start a new "
+                "run with --model on this run's directory"
+            )
         parts.append(part)
         stats.add(part.stats)
         if stats.fullness is not None:
             stats.fullness = stats.fullness.plus(part.stats.fullness)
     if any(part.mixture for part in parts):
-        raise UserError("--add-data and weights of sources (PATH:0.3): the weights say how often each source is met, "
-                        "and an addition would change them; leave the weights out, or start a new run with --model on "
-                        "this run's directory")
-    stages = Stages(tuple(len(part.sequences) for part in parts),
-                    (0, *(per_step * addition["batches"] for addition in added)))
+        raise UserError(
+            "--add-data and weights of sources (PATH:0.3): the weights say how often each source is met, "
+            "and an addition would change them; leave the weights out, or start a new run with --model on "
+            "this run's directory"
+        )
+    stages = Stages(
+        tuple(len(part.sequences) for part in parts), (0, *(per_step * addition["batches"] for addition in added))
+    )
     return Joined([part.sequences for part in parts]), stats, stages, tuple(added)
 
 
@@ -219,15 +238,19 @@ def additions(config: TrainConfig) -> list[dict[str, Any]]:
         known = paths_of(paths)
         within = lambda path: any(path == old or old in path.parents or path in old.parents for old in known)
         if twice := [path for path in paths_of(config.add_data) if within(path)]:
-            raise UserError(f"--add-data {', '.join(map(str, sorted(twice)))}: the run has these data since {when}, so "
-                            "that they would be met twice as often; leave them out")
+            raise UserError(
+                f"--add-data {', '.join(map(str, sorted(twice)))}: the run has these data since {when}, so "
+                "that they would be met twice as often; leave them out"
+            )
     step = run_directory.find_checkpoint(out)[1]
     checkpoints = Checkpoints(out)
     batches = checkpoints.restore_run(step)["data"]["next_index"]  # more than the steps where batches were left out
     checkpoints.close()
     if added and added[-1]["batches"] > batches:
-        raise UserError(f"--add-data: data were added at step {added[-1]['step']} already, and the newest checkpoint "
-                        f"is of step {step}; resume without --add-data to there, then add")
+        raise UserError(
+            f"--add-data: data were added at step {added[-1]['step']} already, and the newest checkpoint "
+            f"is of step {step}; resume without --add-data to there, then add"
+        )
     return [*added, {"data": [str(path) for path in config.add_data], "step": step, "batches": batches}]
 
 

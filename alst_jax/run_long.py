@@ -46,15 +46,17 @@ def with_evaluation(config: TrainConfig, source: ModelSource, job: Job, data: Da
     cases = make_cases(writer, config.seq_len, config.eval_long_samples, config.seed)
     alike = any(rope.needs_length for rope in job.model.ropes)
     shape = Shape(job.rows, job.length, job.dp, pad_token(source.tokenizer), alike)
-    return dataclasses.replace(data, long=Evaluation.of(
-        texts, cases, config.eval_long_context, shape, pathlib.Path(config.out)))
+    return dataclasses.replace(
+        data, long=Evaluation.of(texts, cases, config.eval_long_context, shape, pathlib.Path(config.out))
+    )
 
 
 def held_out_texts(config: TrainConfig, source: ModelSource) -> tuple[list[Sequence], np.ndarray]:
     """(sequences of --seq-len tokens of --eval-long, the tokens of its documents). UserError if they are too short."""
     given = () if config.eval_long == REFERENCE else (config.eval_long,)
-    cutting = Cutting(source.tokenizer, config.seq_len, source.config.vocab_size, labels_of(config),
-                      config.skip_bad_records)
+    cutting = Cutting(
+        source.tokenizer, config.seq_len, source.config.vocab_size, labels_of(config), config.skip_bad_records
+    )
     reading = reading_of(config, held_out=True)
     ((pieces, stats),) = cut_sources(given, reading, "--eval-long", cutting, cache_of(config)).values()
     flag = f"--eval-long {config.eval_long}"
@@ -73,8 +75,11 @@ def begin(
     if state.step:
         return
     if is_extended(config) and config.debug_attention_layers is None:
-        say("rope    the first batch is compared with and without the flags in one process only" if link().several
-            else compare_positions(source, step, state, data))
+        say(
+            "rope    the first batch is compared with and without the flags in one process only"
+            if link().several
+            else compare_positions(source, step, state, data)
+        )
     if data.long is not None:
         values = data.long(step, state, say)
         log.event({"step": 0, "event": "long", **values})
@@ -93,13 +98,19 @@ def compare_positions(source: ModelSource, step: TrainStep, state: TrainState, d
     data.training.set_state(position)
     batch.pop("padding", None)
     old = original(source)
-    plain = dataclasses.replace(step.model, rope=old.rope, more_ropes=old.more_ropes, layer_kinds=old.layer_kinds,
-                                max_position_embeddings=old.max_position_embeddings)
+    plain = dataclasses.replace(
+        step.model,
+        rope=old.rope,
+        more_ropes=old.more_ropes,
+        layer_kinds=old.layer_kinds,
+        max_position_embeddings=old.max_position_embeddings,
+    )
     dtype = jax.tree.leaves(step.params)[0].dtype
     other = TrainStep(plain, step.mesh, step.profile, step.optimizer, jnp.dtype(dtype), step.freeze)
     arrays = step.put_batch(**batch)
     new_losses, old_losses = (
-        np.asarray(each.token_losses(state.trained, state.frozen, arrays).losses) for each in (step, other))
+        np.asarray(each.token_losses(state.trained, state.frozen, arrays).losses) for each in (step, other)
+    )
     length, valid = int(batch["positions"].max()) + 1, batch["labels"] != IGNORED
     lines, rows = ["rope    loss of the first batch by position   with the flags   without"], []
     borders = doublings(length)
@@ -119,15 +130,21 @@ def _meaning(rows: list[tuple[int, float, float]], known: int, guess: float) -> 
     lines = []
     if within and max(new - old for _, new, old in within) > WORSE:
         where, new, old = max(within, key=lambda row: row[1] - row[2])
-        lines.append(f"warning: below position {where:,} the flags raise the loss from {old:.2f} to {new:.2f}: the "
-                     "model does not recognise the stretched positions yet and has to learn them. yarn raises it "
-                     "least, and a smaller --rope-factor raises it less. A loss that stays there after some hundred "
-                     "steps says that they are too few, or the learning rate too small")
+        lines.append(
+            f"warning: below position {where:,} the flags raise the loss from {old:.2f} to {new:.2f}: the "
+            "model does not recognise the stretched positions yet and has to learn them. yarn raises it "
+            "least, and a smaller --rope-factor raises it less. A loss that stays there after some hundred "
+            "steps says that they are too few, or the learning rate too small"
+        )
     if beyond and min(new - old for _, new, old in beyond) > -0.01:
-        lines.append(f"warning: beyond the model's {known:,} positions the flags lower the loss nowhere: they are of "
-                     "no use for these data yet")
+        lines.append(
+            f"warning: beyond the model's {known:,} positions the flags lower the loss nowhere: they are of "
+            "no use for these data yet"
+        )
     if rows and min(new for _, new, _ in rows) > 0.9 * guess:
-        lines.append(f"warning: a loss near {guess:.2f} is that of a model that knows nothing of the text, at any "
-                     "position: its weights or its tokenizer are not the right ones, or it was not trained; no scaling "
-                     "mends that")
+        lines.append(
+            f"warning: a loss near {guess:.2f} is that of a model that knows nothing of the text, at any "
+            "position: its weights or its tokenizer are not the right ones, or it was not trained; no scaling "
+            "mends that"
+        )
     return lines or [f"rope    a first loss within {WORSE} of the unscaled one is good: training goes on from there"]

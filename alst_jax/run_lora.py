@@ -33,22 +33,29 @@ def with_adapter(config: TrainConfig) -> TrainConfig:
     if config.resume:
         begun = run_directory.read_run_file(config.out).get("flags", {}).get("adapter")
         if config.adapter != begun:
-            raise UserError(f"--adapter {config.adapter} with --resume: the run in {config.out} began with "
-                            f"{begun or 'no adapter'}, and its checkpoint goes on from there; leave --adapter out, or "
-                            "start a new run with it")
+            raise UserError(
+                f"--adapter {config.adapter} with --resume: the run in {config.out} began with "
+                f"{begun or 'no adapter'}, and its checkpoint goes on from there; leave --adapter out, or "
+                "start a new run with it"
+            )
         return config
     found, dropout, base = read_lora(config.adapter)
     dropout = dropout if config.lora_dropout is None else config.lora_dropout
-    said = {"lora_rank": found.rank, "lora_alpha": found.alpha, "rslora": found.rslora,
-            "lora_targets": ",".join(found.targets)}
+    said = {
+        "lora_rank": found.rank,
+        "lora_alpha": found.alpha,
+        "rslora": found.rslora,
+        "lora_targets": ",".join(found.targets),
+    }
     for name, value in said.items():
         given = getattr(config, name)
         typed = given != getattr(TrainConfig, name)
         if name == "lora_targets" and _targets(config) == found.targets:  # in another order
             continue
         if typed and given != value:
-            raise UserError(f"{flag(name)} {given}: the adapter in {config.adapter} has {value}; leave {flag(name)} "
-                            "out")
+            raise UserError(
+                f"{flag(name)} {given}: the adapter in {config.adapter} has {value}; leave {flag(name)} out"
+            )
     print(f"adapter {config.adapter}: made beside {base or 'a model that it does not name'}", flush=True)
     return dataclasses.replace(config, **said, lora_dropout=dropout)
 
@@ -64,15 +71,20 @@ def with_lora(config: TrainConfig, source: ModelSource) -> ModelConfig:
         fused |= {part.split(".")[-2]: whole.split(".")[-2] for part in parts}
     if wrong := [name for name in targets if name in fused]:
         rest = ",".join(name for name in LINEARS if name not in fused)
-        raise UserError(f"--lora-targets {config.lora_targets}: in {model.family} {', '.join(wrong)} are parts of "
-                        f"{', '.join(dict.fromkeys(fused[name] for name in wrong))}, whose adapters are not "
-                        f"implemented; use --lora-targets {rest}")
+        raise UserError(
+            f"--lora-targets {config.lora_targets}: in {model.family} {', '.join(wrong)} are parts of "
+            f"{', '.join(dict.fromkeys(fused[name] for name in wrong))}, whose adapters are not "
+            f"implemented; use --lora-targets {rest}"
+        )
     if source.files is not None and has_others(source.files):
-        raise UserError(f"--lora-rank: {source.name} holds more than a language model, and PEFT names its layers "
-                        "otherwise; adapters are implemented for language models alone")
+        raise UserError(
+            f"--lora-rank: {source.name} holds more than a language model, and PEFT names its layers "
+            "otherwise; adapters are implemented for language models alone"
+        )
     alpha = float(config.lora_rank if config.lora_alpha is None else config.lora_alpha)
-    model = dataclasses.replace(model, lora=Lora(
-        config.lora_rank, alpha, targets, config.rslora, config.lora_dropout or 0.0, config.seed))
+    model = dataclasses.replace(
+        model, lora=Lora(config.lora_rank, alpha, targets, config.rslora, config.lora_dropout or 0.0, config.seed)
+    )
     return model
 
 
@@ -82,8 +94,10 @@ def _targets(config: TrainConfig) -> tuple[str, ...]:
     asked = [name.strip() for name in config.lora_targets.split(",")]
     unknown = [name for name in asked if name not in LINEARS]
     if unknown:
-        raise UserError(f"--lora-targets {config.lora_targets}: {', '.join(map(repr, unknown))} matches no linear "
-                        f"layer; use all, or some of {','.join(LINEARS)}")
+        raise UserError(
+            f"--lora-targets {config.lora_targets}: {', '.join(map(repr, unknown))} matches no linear "
+            f"layer; use all, or some of {','.join(LINEARS)}"
+        )
     return tuple(name for name in LINEARS if name in asked)
 
 
@@ -95,20 +109,29 @@ def check_others(freeze: str | None, model: ModelConfig) -> None:
             modules.setdefault(names(path)[:-1], set()).add(is_trained(path, freeze, model.lora))
     for module, trained in modules.items():
         if True in trained and (module[-1] in model.lora.targets or len(trained) > 1):
-            raise UserError(f"--freeze {freeze!r} with adapters: {'.'.join(module)} has an adapter or is trained in "
-                            "part, and PEFT saves whole modules without adapters; let --freeze match it, as in "
-                            "--freeze 'proj|embed_tokens|lm_head', which trains the norms")
+            raise UserError(
+                f"--freeze {freeze!r} with adapters: {'.'.join(module)} has an adapter or is trained in "
+                "part, and PEFT saves whole modules without adapters; let --freeze match it, as in "
+                "--freeze 'proj|embed_tokens|lm_head', which trains the norms"
+            )
     if model.tie_word_embeddings and True in modules["embed_tokens",]:
-        raise UserError(f"--freeze {freeze!r} with adapters: embedding and head are one table here, which PEFT cannot "
-                        "save as one; let --freeze match embed_tokens")
+        raise UserError(
+            f"--freeze {freeze!r} with adapters: embedding and head are one table here, which PEFT cannot "
+            "save as one; let --freeze match embed_tokens"
+        )
 
 
 def settings(lora: Lora | None) -> dict[str, Any]:
     """The settings that a resumed run must share with its checkpoint, by the names of its flags."""
     if lora is None:
         return {}
-    return {"lora_rank": lora.rank, "lora_alpha": lora.alpha, "lora_targets": ",".join(lora.targets),
-            "rslora": lora.rslora, "lora_dropout": lora.dropout or None}  # None: of checkpoints before the flag
+    return {
+        "lora_rank": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_targets": ",".join(lora.targets),
+        "rslora": lora.rslora,
+        "lora_dropout": lora.dropout or None,
+    }  # None: of checkpoints before the flag
 
 
 # ------------------------------------------------------------------------------------------------------------- weights
@@ -139,24 +162,35 @@ def check_base(config: TrainConfig, source: ModelSource) -> None:
     elif base == source.name:
         return
     else:
-        print(f"warning: --adapter {adapter}: its base model {base or 'has no name in it and'} is not here to be "
-              f"compared with --model {source.name}; its shapes are right, which says nothing of its weights",
-              file=sys.stderr, flush=True)
+        print(
+            f"warning: --adapter {adapter}: its base model {base or 'has no name in it and'} is not here to be "
+            f"compared with --model {source.name}; its shapes are right, which says nothing of its weights",
+            file=sys.stderr,
+            flush=True,
+        )
         return
     if hashed != now["hash"]:
-        raise UserError(f"--adapter {adapter} was trained beside {base or hashed}, and the weights of --model "
-                        f"{source.name} are other ones; name that model with --model, or {escape} to go on beside "
-                        "this one")
+        raise UserError(
+            f"--adapter {adapter} was trained beside {base or hashed}, and the weights of --model "
+            f"{source.name} are other ones; name that model with --model, or {escape} to go on beside "
+            "this one"
+        )
 
 
 def _check_rope(config: TrainConfig, saved: Base) -> None:
     """UserError unless the flags stretch the positions as the adapter knows them."""
-    words = lambda given: " ".join(f"{flag(name)} {value}" for name, value in (given or {}).items()
-                                   if value is not None and name != "seq_len") or "the model's own positions"
+    words = lambda given: (
+        " ".join(
+            f"{flag(name)} {value}" for name, value in (given or {}).items() if value is not None and name != "seq_len"
+        )
+        or "the model's own positions"
+    )
     was, now = words(saved.rope), words(rope_flags(config))
     if was != now:
-        raise UserError(f"--adapter {config.adapter} was trained with {was}, and this run has {now}; give the run the "
-                        "same, or merge the adapter (python -m convert.merge) and stretch the merged model")
+        raise UserError(
+            f"--adapter {config.adapter} was trained with {was}, and this run has {now}; give the run the "
+            "same, or merge the adapter (python -m convert.merge) and stretch the merged model"
+        )
 
 
 def resume_base(config: TrainConfig, step: TrainStep, dtype: jnp.dtype) -> Any:
@@ -166,8 +200,10 @@ def resume_base(config: TrainConfig, step: TrainStep, dtype: jnp.dtype) -> Any:
     source = find_model(dataclasses.replace(config, resume=False, model=name), tokenizer=False)
     now, saved = identity(source, config.seed), run["base"]
     if now["hash"] != saved["hash"]:
-        raise UserError(f"--resume: {source.name} is not the base model that the adapters were trained beside, "
-                        f"{saved['name']}: its weights differ. Put that model back, or name its place with --model")
+        raise UserError(
+            f"--resume: {source.name} is not the base model that the adapters were trained beside, "
+            f"{saved['name']}: its weights differ. Put that model back, or name its place with --model"
+        )
     return step.split(load_weights(source, step, dtype, config.seed))[1]
 
 
@@ -182,12 +218,16 @@ def export(config: TrainConfig, step: TrainStep, trained: Any) -> None:
         load = f"peft.AutoPeftModelForCausalLM.from_pretrained({str(out / ADAPTER)!r})"
         print(f"wrote {out / ADAPTER}: {load} loads it beside {base}")
     else:
-        print(f"wrote {out / ADAPTER}, in PEFT's format; its base model is no Hugging Face directory, so PEFT needs "
-              "one to load it: --merge-adapter writes the whole model")
+        print(
+            f"wrote {out / ADAPTER}, in PEFT's format; its base model is no Hugging Face directory, so PEFT needs "
+            "one to load it: --merge-adapter writes the whole model"
+        )
     if is_extended(config):
-        print(f"warning: the adapter was trained with another rotary embedding than that of {base}'s config.json; use "
-              f"it with {out / run_directory.MODEL / 'config.json'}, or merge it (--merge-adapter, convert.merge)",
-              file=sys.stderr)
+        print(
+            f"warning: the adapter was trained with another rotary embedding than that of {base}'s config.json; use "
+            f"it with {out / run_directory.MODEL / 'config.json'}, or merge it (--merge-adapter, convert.merge)",
+            file=sys.stderr,
+        )
 
 
 def merged_params(step: TrainStep, params: Any) -> Any:

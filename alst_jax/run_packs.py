@@ -64,8 +64,7 @@ def with_packs(job: Job, stats: Stats) -> Job:
     if job.profile.attention == "cudnn":
         warn_of_slices(np.concatenate([stats.fullness.lengths, spaces]).tolist(), packs, length)
     inside, padded = pairs(stats.fullness.lengths) / whole, pairs(spaces) / whole  # the padding is one document more
-    return dataclasses.replace(
-        job, documents=stats.packing[1], attention_share=inside + padded, padding_share=padded)
+    return dataclasses.replace(job, documents=stats.packing[1], attention_share=inside + padded, padding_share=padded)
 
 
 def warn_of_slices(lengths: list[int], packs: int, length: int) -> None:
@@ -77,10 +76,14 @@ def warn_of_slices(lengths: list[int], packs: int, length: int) -> None:
     part = buckets.computed_pairs(lengths, length) / (packs * pairs(length))
     if part > SLICES_WARNED:
         needed = sum(map(pairs, lengths)) / (packs * pairs(length))
-        print(f"warning: --attention cudnn computes each packed document in a slice of {buckets.SMALLEST} tokens or "
-              f"more: here {part:.0%} of the attention of whole sequences of {length:,} tokens, where documents have "
-              f"{needed:.0%}. --attention flash (Hopper) and xla skip other documents exactly; a longer --seq-len "
-              "makes the part smaller", file=sys.stderr, flush=True)
+        print(
+            f"warning: --attention cudnn computes each packed document in a slice of {buckets.SMALLEST} tokens or "
+            f"more: here {part:.0%} of the attention of whole sequences of {length:,} tokens, where documents have "
+            f"{needed:.0%}. --attention flash (Hopper) and xla skip other documents exactly; a longer --seq-len "
+            "makes the part smaller",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def of_short_documents(job: Job) -> Job:

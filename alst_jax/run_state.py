@@ -30,10 +30,20 @@ from alst_jax.xla import host
 
 def geometry(config: TrainConfig, job: Job, dtype: jnp.dtype, data: str) -> dict[str, Any]:
     """The settings that a resumed run must share with its checkpoint. data: hash of the sequences."""
-    return {"data": data, "seed": config.seed, "samples_per_step": job.rows * job.grad_accum,
-            "seq_len": config.seq_len, "dtype": str(dtype), "optimizer_states": job.states,
-            "master_weights": job.master, "freeze": config.freeze, "rope_scaling": config.rope_scaling,
-            "rope_factor": config.rope_factor, "rope_theta": config.rope_theta, **run_lora.settings(job.model.lora)}
+    return {
+        "data": data,
+        "seed": config.seed,
+        "samples_per_step": job.rows * job.grad_accum,
+        "seq_len": config.seq_len,
+        "dtype": str(dtype),
+        "optimizer_states": job.states,
+        "master_weights": job.master,
+        "freeze": config.freeze,
+        "rope_scaling": config.rope_scaling,
+        "rope_factor": config.rope_factor,
+        "rope_theta": config.rope_theta,
+        **run_lora.settings(job.model.lora),
+    }
 
 
 KNOWN_BEFORE_DATA = ("seed", "samples_per_step", "seq_len", "dtype", "freeze")
@@ -77,8 +87,10 @@ def begin(
     run_directory.check_same_model(run_directory.saved_model(out), source.config)
     run_directory.check_geometry(loop["geometry"], settings)
     if config.add_data and config.steps is not None and config.steps <= loop["step"]:
-        raise UserError(f"--add-data: the {config.steps} steps of the run are done, so that it would learn nothing of "
-                        "them; name more with --steps")
+        raise UserError(
+            f"--add-data: the {config.steps} steps of the run are done, so that it would learn nothing of "
+            "them; name more with --steps"
+        )
     frozen = None if step.model.lora is None else run_lora.resume_base(config, step, jnp.dtype(settings["dtype"]))
     state = restore(step, data, checkpoints, at, frozen)
     link().wait("restored")
@@ -99,9 +111,7 @@ def saved_params(step: TrainStep, state: TrainState) -> Any:
     return step.join(state.trained, state.frozen) if step.model.lora is None else state.trained
 
 
-def restore(
-    step: TrainStep, data: Data, checkpoints: Checkpoints, at: int, frozen: Any | None = None
-) -> TrainState:
+def restore(step: TrainStep, data: Data, checkpoints: Checkpoints, at: int, frozen: Any | None = None) -> TrainState:
     """The state of a checkpoint; the data go back to their position. frozen: base weights of a run with adapters."""
     loop = checkpoints.restore_run(at)
     if frozen is None:
@@ -124,9 +134,7 @@ def go_back(step: TrainStep, data: Data, checkpoints: Checkpoints, state: TrainS
     return restore(step, data, checkpoints, steps[-1], frozen)
 
 
-def export_all(
-    config: TrainConfig, source: ModelSource, step: TrainStep, state: TrainState, dtype: jnp.dtype
-) -> None:
+def export_all(config: TrainConfig, source: ModelSource, step: TrainStep, state: TrainState, dtype: jnp.dtype) -> None:
     """Write OUT/hf, of a run with adapters OUT/adapter and, if it merges them, OUT/hf."""
     params = step.join(state.trained, state.frozen)
     if step.model.lora is not None:
@@ -188,6 +196,8 @@ def make_host_pool(plan: Plan) -> None:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         reason = str(error).splitlines()[0][:200]
-        raise UserError(f"{times}{gibibytes} GiB of host memory could not be pinned: {reason}. Free some, raise "
-                        f"{HOST_LIMIT} where it is set, or keep less there "
-                        "(--keep-attention-on-host, --optimizer-states int8, a shorter --seq-len)") from error
+        raise UserError(
+            f"{times}{gibibytes} GiB of host memory could not be pinned: {reason}. Free some, raise "
+            f"{HOST_LIMIT} where it is set, or keep less there "
+            "(--keep-attention-on-host, --optimizer-states int8, a shorter --seq-len)"
+        ) from error

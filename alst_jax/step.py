@@ -51,7 +51,12 @@ class TrainStep:
     """
 
     def __init__(
-        self, model: ModelConfig, mesh: Mesh, profile: Profile, optimizer: AdamW, dtype: DTypeLike,
+        self,
+        model: ModelConfig,
+        mesh: Mesh,
+        profile: Profile,
+        optimizer: AdamW,
+        dtype: DTypeLike,
         freeze: str | None = None,
     ):
         check_profile(profile, model, mesh.shape[SEQ])
@@ -84,8 +89,11 @@ class TrainStep:
         """The tree over all parameters."""
         return combine(trained, frozen)
 
-    @program(lambda step: (step._trained_specs, step._frozen_specs, Batch.specs(), P()),
-             lambda step: (P(), step._trained_specs), lambda step: (step._scalar, step._trained_shardings))
+    @program(
+        lambda step: (step._trained_specs, step._frozen_specs, Batch.specs(), P()),
+        lambda step: (P(), step._trained_specs),
+        lambda step: (step._scalar, step._trained_shardings),
+    )
     def loss_and_grad(
         self, trained: Params, frozen: Params, batch: Batch, scale: jax.Array
     ) -> tuple[jax.Array, Params]:
@@ -96,8 +104,12 @@ class TrainStep:
         """
         return jax.value_and_grad(self._local.loss)(trained, frozen, batch, scale)
 
-    @program(lambda step: (step._trained_specs, step._trained_specs, step._frozen_specs, Batch.specs(), P()),
-             lambda step: (P(), step._trained_specs), lambda step: (step._scalar, step._trained_shardings), donate=(0,))
+    @program(
+        lambda step: (step._trained_specs, step._trained_specs, step._frozen_specs, Batch.specs(), P()),
+        lambda step: (P(), step._trained_specs),
+        lambda step: (step._scalar, step._trained_shardings),
+        donate=(0,),
+    )
     def loss_and_sums(
         self, sums: Params, trained: Params, frozen: Params, batch: Batch, scale: jax.Array
     ) -> tuple[jax.Array, Params]:
@@ -108,19 +120,26 @@ class TrainStep:
         """
         ends = lambda tree: {name: part for name, part in tree.items() if name != "layers"}
         loss_of = lambda mine, layers: self._local.loss(
-            mine | {"layers": trained["layers"]}, frozen, batch, scale, layers)
+            mine | {"layers": trained["layers"]}, frozen, batch, scale, layers
+        )
         loss, (dends, layers) = jax.value_and_grad(loss_of, argnums=(0, 1))(ends(trained), sums["layers"])
         added = add_gradients(ends(sums), dends, on_host=self.profile.offload_weights)
         return loss, added | {"layers": layers}
 
-    @program(lambda step: (step._trained_specs, step._frozen_specs, Batch.specs(), P()), lambda step: P(),
-             lambda step: step._scalar)
+    @program(
+        lambda step: (step._trained_specs, step._frozen_specs, Batch.specs(), P()),
+        lambda step: P(),
+        lambda step: step._scalar,
+    )
     def loss(self, trained: Params, frozen: Params, batch: Batch, scale: jax.Array) -> jax.Array:
         """scale x the loss summed over all labels of all devices, in nats, float32; without gradients."""
         return self._local.loss(trained, frozen, batch, scale)
 
-    @program(lambda step: (step._trained_specs, step._frozen_specs, Batch.specs()),
-             lambda step: TokenLosses(BATCH_SPEC, BATCH_SPEC), lambda step: step._scalar)
+    @program(
+        lambda step: (step._trained_specs, step._frozen_specs, Batch.specs()),
+        lambda step: TokenLosses(BATCH_SPEC, BATCH_SPEC),
+        lambda step: step._scalar,
+    )
     def token_losses(self, trained: Params, frozen: Params, batch: Batch) -> TokenLosses:
         """The loss of each token [B, S] in nats, and whether its label has the largest logit; 0 and False without a
         label. Computed in shards, and then the same on all devices: S floats a sequence."""
@@ -141,14 +160,22 @@ class TrainStep:
         """Zeros in which gradients of several batches are summed: float32, shaped and placed like `trained`."""
         return jax.tree.map(lambda p: jnp.zeros(p.shape, accumulation_dtype(p.dtype)), self.trained)
 
-    @program(lambda step: (step._trained_specs, step._trained_specs), lambda step: step._trained_specs,
-             lambda step: step._trained_shardings, donate=(0,))
+    @program(
+        lambda step: (step._trained_specs, step._trained_specs),
+        lambda step: step._trained_specs,
+        lambda step: step._trained_shardings,
+        donate=(0,),
+    )
     def add_gradients(self, sums: Params, gradients: Params) -> Params:
         """sums + gradients, in place: `sums` is donated."""
         return add_gradients(sums, gradients, on_host=self.profile.offload_weights)
 
-    @program(lambda step: (step._trained_specs, step._trained_specs, step._state_specs, P(), P()),
-             lambda step: (step._trained_specs, step._state_specs), lambda step: step._results, donate=(0, 2))
+    @program(
+        lambda step: (step._trained_specs, step._trained_specs, step._state_specs, P(), P()),
+        lambda step: (step._trained_specs, step._state_specs),
+        lambda step: step._results,
+        donate=(0, 2),
+    )
     def update(
         self, trained: Params, gradients: Params, state: dict[str, Any], norm: jax.Array, learning_rate: jax.Array
     ) -> tuple[Params, dict[str, Any]]:
@@ -157,14 +184,30 @@ class TrainStep:
         norm: of the gradients, a float32 scalar; they are scaled down where it is above the optimizer's clip_norm.
         learning_rate: float32 scalar.
         """
-        return apply_update(self.optimizer, trained, gradients, state, norm, learning_rate, specs=self._trained_specs,
-                            on_host=(self.profile.offload_weights, self.profile.offload_optimizer))
+        return apply_update(
+            self.optimizer,
+            trained,
+            gradients,
+            state,
+            norm,
+            learning_rate,
+            specs=self._trained_specs,
+            on_host=(self.profile.offload_weights, self.profile.offload_optimizer),
+        )
 
-    @program(lambda step: (step._trained_specs, step._frozen_specs, step._state_specs, Batch.specs(), P(), P()),
-             lambda step: (P(),) * 4 + (step._trained_specs, step._state_specs),
-             lambda step: (step._scalar,) * 4 + step._results, donate=(0, 2))
+    @program(
+        lambda step: (step._trained_specs, step._frozen_specs, step._state_specs, Batch.specs(), P(), P()),
+        lambda step: (P(),) * 4 + (step._trained_specs, step._state_specs),
+        lambda step: (step._scalar,) * 4 + step._results,
+        donate=(0, 2),
+    )
     def update_in_backward(
-        self, trained: Params, frozen: Params, state: dict[str, Any], batch: Batch, scale: jax.Array,
+        self,
+        trained: Params,
+        frozen: Params,
+        state: dict[str, Any],
+        batch: Batch,
+        scale: jax.Array,
         learning_rate: jax.Array,
     ) -> tuple[Any, ...]:
         """The fields of `in_backward.Result`: a whole step in which each layer's gradient is used as soon as it is
@@ -172,8 +215,11 @@ class TrainStep:
 
         UserError, when the step is made, unless the profile and the optimizer allow it.
         """
-        return tuple(update_in_backward(self._local, self.optimizer, self._trained_specs, trained, frozen, state, batch,
-                                        (scale, learning_rate)))
+        return tuple(
+            update_in_backward(
+                self._local, self.optimizer, self._trained_specs, trained, frozen, state, batch, (scale, learning_rate)
+            )
+        )
 
     @property
     def _results(self):
@@ -208,25 +254,34 @@ class TrainStep:
         for n, (leaf, spec) in enumerate(zip(leaves, specs, strict=True)):
             made = jax.shard_map(
                 lambda p, spec=spec: {k: v for k, v in self.optimizer.init_one(fetch(p), spec).items() if k in names},
-                mesh=self.mesh, in_specs=(spec,),
-                out_specs={name: column(self._state_specs, name, n) for name in names})
+                mesh=self.mesh,
+                in_specs=(spec,),
+                out_specs={name: column(self._state_specs, name, n) for name in names},
+            )
             places = {name: column(self._optimizer_shardings, name, n) for name in names}
             states.append(jax.jit(made, out_shardings=places)(leaf))
         trees = {name: treedef.unflatten([state[name] for state in states]) for name in names}
         return trees | {"count": put(np.int32(0), self._optimizer_shardings["count"])}
 
     def put_batch(
-        self, tokens: np.ndarray, labels: np.ndarray, positions: np.ndarray, documents: np.ndarray | None = None,
+        self,
+        tokens: np.ndarray,
+        labels: np.ndarray,
+        positions: np.ndarray,
+        documents: np.ndarray | None = None,
         draws: np.ndarray | None = None,
     ) -> Batch:
         """numpy int32 -> a Batch on the mesh, with the shapes given there. B divides over data, S over seq: ValueError
         if not."""
         if positions.max(initial=0) >= MAX_POSITION:
-            raise UserError(f"position {positions.max()}: rotary embedding is exact below {MAX_POSITION} tokens; "
-                            "use a shorter --seq-len")
+            raise UserError(
+                f"position {positions.max()}: rotary embedding is exact below {MAX_POSITION} tokens; "
+                "use a shorter --seq-len"
+            )
         arrays = Batch(tokens, labels, positions, documents, draws)
-        return Batch(*(x if x is None else put(x, NamedSharding(self.mesh, spec))
-                       for x, spec in zip(arrays, Batch.specs())))
+        return Batch(
+            *(x if x is None else put(x, NamedSharding(self.mesh, spec)) for x, spec in zip(arrays, Batch.specs()))
+        )
 
 
 def check_profile(profile: Profile, model: ModelConfig, sp: int) -> None:
@@ -238,13 +293,16 @@ def check_profile(profile: Profile, model: ModelConfig, sp: int) -> None:
             raise UserError(reason)
     segments, layers = profile.segment_layers, model.num_layers
     if len(segments) != 1 and sum(segments) != layers:
-        raise UserError(f"--segment-layers {' '.join(map(str, segments))}: {sum(segments)} layers in all, where the "
-                        f"model has {layers}; give one number for all segments alike, or one each that add up to "
-                        f"{layers}")
+        raise UserError(
+            f"--segment-layers {' '.join(map(str, segments))}: {sum(segments)} layers in all, where the "
+            f"model has {layers}; give one number for all segments alike, or one each that add up to "
+            f"{layers}"
+        )
     kept = profile.keep_attention_on_device + profile.keep_attention_on_host
     if kept > layers:
-        raise UserError(f"--keep-attention-on-device + --keep-attention-on-host = {kept} layers, where the model has "
-                        f"{layers}")
+        raise UserError(
+            f"--keep-attention-on-device + --keep-attention-on-host = {kept} layers, where the model has {layers}"
+        )
 
 
 def _with_shardings(tree: Any, shardings: Any) -> Any:

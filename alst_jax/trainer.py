@@ -93,7 +93,10 @@ class StopSignal:
 
 
 def optimizer_step(
-    step: TrainStep, state: TrainState, batches: Arrays | list[Arrays], learning_rate: float,
+    step: TrainStep,
+    state: TrainState,
+    batches: Arrays | list[Arrays],
+    learning_rate: float,
     judge: Callable[[dict[str, float]], str | None] = lambda values: None,
 ) -> tuple[TrainState, dict[str, float]]:
     """One step over `batches`: int32 arrays [accumulation, B, S], or a list of batches [B, S], each with its own S. The
@@ -140,8 +143,9 @@ def with_draws(step: TrainStep, state: TrainState, batches: list[Arrays]) -> lis
     if not step.model.dropout:
         return batches
     earlier = np.cumsum([0, *(batch["tokens"].size for batch in batches[:-1])])
-    return [batch | {"draws": np.array([state.step, tokens % 2**32], np.uint32)}
-            for batch, tokens in zip(batches, earlier)]
+    return [
+        batch | {"draws": np.array([state.step, tokens % 2**32], np.uint32)} for batch, tokens in zip(batches, earlier)
+    ]
 
 
 def _step_in_backward(step, state, batches, learning_rate, judge):
@@ -151,13 +155,16 @@ def _step_in_backward(step, state, batches, learning_rate, judge):
     labels = count_all_labels(labels_of_rows(batches[0]["labels"]))
     batch = step.put_batch(**with_draws(step, state, batches)[0])
     loss, norm, finite, updated, trained, optimizer = step.update_in_backward(
-        state.trained, state.frozen, state.optimizer, batch, jnp.float32(1 / labels), jnp.float32(learning_rate))
+        state.trained, state.frozen, state.optimizer, batch, jnp.float32(1 / labels), jnp.float32(learning_rate)
+    )
     values = {"loss": float(loss), "grad_norm": float(norm), "labels": labels}
     if not finite:
         where = "the embedding" if updated == layers else f"layer {layers - 1 - int(updated)} of {layers}"
         where = f"first met in {where}, going back" if updated else "first met in the loss, the head or the last layer"
-        raise NotFinite(f"loss {values['loss']}, gradient norm {values['grad_norm']}, {where}",
-                        None if updated else state.after(trained, optimizer, steps=0))
+        raise NotFinite(
+            f"loss {values['loss']}, gradient norm {values['grad_norm']}, {where}",
+            None if updated else state.after(trained, optimizer, steps=0),
+        )
     if cause := judge(values):
         raise Spike(cause, None)
     jax.block_until_ready(trained)
@@ -181,8 +188,10 @@ def where_not_finite(step: TrainStep, gradients: Any) -> str | None:
 def check_weights(step: TrainStep, state: TrainState) -> None:
     """UserError unless all trained weights are finite."""
     if not math.isfinite(float(step.gradient_norm(state.trained))):
-        raise UserError(f"step {state.step} made weights that are not finite numbers; they are not saved. A smaller "
-                        "--learning-rate or --weight-decay may help; go on from an earlier checkpoint with --resume")
+        raise UserError(
+            f"step {state.step} made weights that are not finite numbers; they are not saved. A smaller "
+            "--learning-rate or --weight-decay may help; go on from an earlier checkpoint with --resume"
+        )
 
 
 def evaluate(step: TrainStep, state: TrainState, batches: Iterable[dict[str, np.ndarray]]) -> tuple[float, int]:
@@ -197,7 +206,9 @@ def evaluate(step: TrainStep, state: TrainState, batches: Iterable[dict[str, np.
 
 
 def evaluate_sources(
-    step: TrainStep, state: TrainState, sources: dict[str, Callable[[], Iterable[dict[str, np.ndarray]]]],
+    step: TrainStep,
+    state: TrainState,
+    sources: dict[str, Callable[[], Iterable[dict[str, np.ndarray]]]],
     say: Callable[[str], None],
 ) -> dict[str, float]:
     """Loss and perplexity over the labels of all held-out sources, and of each of several by its name."""
@@ -207,14 +218,22 @@ def evaluate_sources(
     for name, (value, count) in {"": (loss, labels), **(results if len(results) > 1 else {})}.items():
         values["eval_loss" + f"/{name}" * bool(name)] = value
         values["eval_perplexity" + f"/{name}" * bool(name)] = perplexity = math.exp(value) if value < 700 else math.inf
-        say(f"step {state.step}: eval loss {value:.4f} over {count} labels, perplexity {perplexity:.4g}"
-            + f" ({name})" * bool(name))
+        say(
+            f"step {state.step}: eval loss {value:.4f} over {count} labels, perplexity {perplexity:.4g}"
+            + f" ({name})" * bool(name)
+        )
     return values
 
 
 def train(
-    config: TrainConfig, step: TrainStep, state: TrainState, steps: int, data: Data, log: MetricsLog,
-    save: Callable[[TrainState], None] | None, stop: StopSignal,
+    config: TrainConfig,
+    step: TrainStep,
+    state: TrainState,
+    steps: int,
+    data: Data,
+    log: MetricsLog,
+    save: Callable[[TrainState], None] | None,
+    stop: StopSignal,
 ) -> TrainState:
     """Train until `steps` steps are done, or `stop` received a signal; returns the state then.
 
@@ -251,8 +270,13 @@ def train(
                     saver(state)
                 raise UserError(not_applied(step.profile, at, problem, saver.saved)) from problem
             stop.seconds = seconds = time.perf_counter() - started
-            values = {"step": state.step, **values, **speed(step, batches, padding, seconds),
-                      "learning_rate": learning_rate, "compilations": compilations() - before}
+            values = {
+                "step": state.step,
+                **values,
+                **speed(step, batches, padding, seconds),
+                "learning_rate": learning_rate,
+                "compilations": compilations() - before,
+            }
             watch.end(values)
             if values["compilations"] and state.step > first:
                 display.say(compiled(values, batches))

@@ -39,7 +39,8 @@ ASK_GPU = 60.0  # seconds between two looks at the GPUs' clocks
 REASONS = {  # of nvidia-smi: why a GPU's clock is held down. A power cap at full load is usual and not asked for.
     "clocks_throttle_reasons.hw_thermal_slowdown": "it is too hot",
     "clocks_throttle_reasons.sw_thermal_slowdown": "it is hot",
-    "clocks_throttle_reasons.hw_power_brake_slowdown": "its power supply is short"}
+    "clocks_throttle_reasons.hw_power_brake_slowdown": "its power supply is short",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +75,15 @@ class Watch:
     By default it ends all processes where there are several; a lone one may take as long as it wants. limits:
     see `limits_of`."""
 
-    def __init__(self, config: WatchFlags, tell: Callable[[Event], None], on_gpu: bool = False, clock=time.monotonic,
-                 give_up: Callable[[str], None] | None = None, limits: tuple[float, float] = (FIRST, LEAST_HUNG)):
+    def __init__(
+        self,
+        config: WatchFlags,
+        tell: Callable[[Event], None],
+        on_gpu: bool = False,
+        clock=time.monotonic,
+        give_up: Callable[[str], None] | None = None,
+        limits: tuple[float, float] = (FIRST, LEAST_HUNG),
+    ):
         self.config, self.tell, self._clock, self._give_up = config, tell, clock, give_up
         self._limits = limits
         if give_up is None and link().several:
@@ -114,8 +122,10 @@ class Watch:
             if deviations > self.config.spike_deviations:
                 words = "loss" if name == "loss" else "gradient norm"
                 median = math.exp(median) if name == "grad_norm" else median
-                cause = (f"{words} {values[name]:.4g} is {deviations:.1f} standard deviations above {median:.4g}, the "
-                         f"median of {len(usual)} steps")
+                cause = (
+                    f"{words} {values[name]:.4g} is {deviations:.1f} standard deviations above {median:.4g}, the "
+                    f"median of {len(usual)} steps"
+                )
                 if self.config.on_spike != "warn":
                     return cause
                 self.tell(Event("spike", step, cause, "the step is applied (--on-spike)"))
@@ -154,8 +164,15 @@ class Watch:
             return
         now = statistics.median(self._rates)
         if now < SLOWER * self._best:
-            self.tell(Event("throughput", self._step, f"{now:,.0f} tokens/s, the median of {ENOUGH} steps, after "
-                            f"{self._best:,.0f}: another process, a hot GPU or a slow disk", "none"))
+            self.tell(
+                Event(
+                    "throughput",
+                    self._step,
+                    f"{now:,.0f} tokens/s, the median of {ENOUGH} steps, after "
+                    f"{self._best:,.0f}: another process, a hot GPU or a slow disk",
+                    "none",
+                )
+            )
             self._best = now  # one line for each fall
         self._best = max(self._best, now)
 
@@ -163,9 +180,15 @@ class Watch:
         left, total = memory_left(), host_memory()
         if left < LEFT * total and not self._memory_low:
             self._memory_low = True
-            self.tell(Event("memory", self._step, f"{left / 2**30:.1f} of {total / 2**30:.1f} GiB of host memory are "
-                            "left; the kernel ends processes when none is",
-                            "none; end other processes, or resume with a smaller plan (--host-memory)"))
+            self.tell(
+                Event(
+                    "memory",
+                    self._step,
+                    f"{left / 2**30:.1f} of {total / 2**30:.1f} GiB of host memory are "
+                    "left; the kernel ends processes when none is",
+                    "none; end other processes, or resume with a smaller plan (--host-memory)",
+                )
+            )
         self._memory_low &= left < LEFT_AGAIN * total
 
     def _check_gpus(self):
@@ -186,19 +209,29 @@ class Watch:
             seconds = self._clock() - began
             if len(self._seconds) < 2:  # the first steps are compiled
                 if self._give_up is not None and seconds > self._limits[0]:
-                    self._give_up(f"gives up: step {step}, one of the first two, has run for {seconds:.0f} s: a "
-                                  "collective that hangs")
+                    self._give_up(
+                        f"gives up: step {step}, one of the first two, has run for {seconds:.0f} s: a "
+                        "collective that hangs"
+                    )
                 continue
             usual = statistics.median(self._seconds)
             longest = max(self._seconds)
             if self._give_up is not None and seconds > max(self._limits[1], HUNG * longest):
-                self._give_up(f"gives up: step {step} has run for {seconds:.0f} s, and the longest of the last ones "
-                              f"took {longest:.1f} s: a collective that hangs")
+                self._give_up(
+                    f"gives up: step {step} has run for {seconds:.0f} s, and the longest of the last ones "
+                    f"took {longest:.1f} s: a collective that hangs"
+                )
             if step != told and seconds > max(LEAST_STALL, STALLED * usual):
                 told = step
-                self.tell(Event("stall", step, f"it has run for {seconds:.0f} s, and {usual:.1f} s are usual: a device "
-                                "or a collective that hangs, or memory that is swapped",
-                                "none; if it does not end, kill the process and go on with --resume"))
+                self.tell(
+                    Event(
+                        "stall",
+                        step,
+                        f"it has run for {seconds:.0f} s, and {usual:.1f} s are usual: a device "
+                        "or a collective that hangs, or memory that is swapped",
+                        "none; if it does not end, kill the process and go on with --resume",
+                    )
+                )
 
 
 def memory_left() -> int:
@@ -214,5 +247,6 @@ def throttled(nvidia_smi: str) -> list[tuple[str, str]]:
     except (OSError, subprocess.SubprocessError):  # no answer is no event
         return []
     found = [[part.strip() for part in line.split(",")] for line in lines]
-    return [(gpu, reason) for gpu, *states in found
-            for state, reason in zip(states, REASONS.values()) if state == "Active"]
+    return [
+        (gpu, reason) for gpu, *states in found for state, reason in zip(states, REASONS.values()) if state == "Active"
+    ]

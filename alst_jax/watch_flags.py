@@ -26,16 +26,23 @@ class WatchFlags:
 
 def watch_mistakes(config: Any) -> Iterator[tuple[Any, str]]:
     """(whether the flags are wrong, message) for each rule. config: all flags of the run."""
-    yield (config.check_numerics and config.planning,
-           "--check-numerics computes on the devices of a run, and --plan-only and --find-max-seq-len run nothing; "
-           "leave one of them out")
-    yield (config.show_samples is not None and (config.check_numerics or config.debug_attention_layers is not None),
-           "--show-samples prints samples and ends: leave out --check-numerics and --debug-attention-layers")
+    yield (
+        config.check_numerics and config.planning,
+        "--check-numerics computes on the devices of a run, and --plan-only and --find-max-seq-len run nothing; "
+        "leave one of them out",
+    )
+    yield (
+        config.show_samples is not None and (config.check_numerics or config.debug_attention_layers is not None),
+        "--show-samples prints samples and ends: leave out --check-numerics and --debug-attention-layers",
+    )
     yield (not config.spike_deviations > 0, f"--spike-deviations {config.spike_deviations}: must be above 0")
     for field in ("on_nonfinite", "on_spike"):
         name, value = f"--{field.replace('_', '-')}", getattr(config, field)
-        yield (value == "skip" and config.update_in_backward,
-               f"{name} skip: with --update-in-backward the step is applied before its loss is known; use {name} "
-               "rewind")
-        yield (value == "rewind" and config.save_every is None and not config.planning,
-               f"{name} rewind goes back to a checkpoint; say how often one is saved with --save-every")
+        yield (
+            value == "skip" and config.update_in_backward,
+            f"{name} skip: with --update-in-backward the step is applied before its loss is known; use {name} rewind",
+        )
+        yield (
+            value == "rewind" and config.save_every is None and not config.planning,
+            f"{name} rewind goes back to a checkpoint; say how often one is saved with --save-every",
+        )

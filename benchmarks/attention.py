@@ -19,10 +19,7 @@ import tyro
 from alst_jax.hardware import environment
 
 HEAD_DIM, BACKWARD = 128, 2.5
-DOCUMENTS = {
-    "docs-8": [40000, 30000, 20000, 15000, 10000, 8000, 5000, 3072],
-    "docs-64": [2048] * 64,
-}
+DOCUMENTS = {"docs-8": [40000, 30000, 20000, 15000, 10000, 8000, 5000, 3072], "docs-64": [2048] * 64}
 EMPTY = 8  # empty documents behind the others
 DOCUMENT_HEADS = (32, 8)
 
@@ -54,9 +51,13 @@ class Row:
     def words(self) -> str:
         if self.error:
             return f"{self.shape:12} {self.kernel:19} {self.error}"
-        parts = [f"{ms:9.2f} ms +-{100 * spread:4.1f}% {tflops:4.0f}" for ms, spread, tflops in (
-            (self.forward_ms, self.forward_spread, self.forward_tflops),
-            (self.backward_ms, self.backward_spread, self.backward_tflops))]
+        parts = [
+            f"{ms:9.2f} ms +-{100 * spread:4.1f}% {tflops:4.0f}"
+            for ms, spread, tflops in (
+                (self.forward_ms, self.forward_spread, self.forward_tflops),
+                (self.backward_ms, self.backward_spread, self.backward_tflops),
+            )
+        ]
         return f"{self.shape:12} {self.kernel:19} {parts[0]}   {parts[1]}"
 
 
@@ -96,8 +97,10 @@ def arrays_of(lengths: list[int], heads: int, kv_heads: int):
     import numpy as np
 
     keys = jax.random.split(jax.random.key(0), 4)
-    made = [jax.random.normal(key, (1, sum(lengths), n, HEAD_DIM), jnp.bfloat16)
-            for key, n in zip(keys, (heads, kv_heads, kv_heads, heads))]
+    made = [
+        jax.random.normal(key, (1, sum(lengths), n, HEAD_DIM), jnp.bfloat16)
+        for key, n in zip(keys, (heads, kv_heads, kv_heads, heads))
+    ]
     ends = [*np.cumsum(lengths), *[sum(lengths)] * EMPTY]
     return *made, None if len(lengths) == 1 else jnp.asarray([0, *ends], jnp.int32)
 
@@ -114,8 +117,11 @@ def measure(shape: str, name: str, repeats: int) -> Row:
         find_kernel(name).prepare()
         q, k, v, do, documents = arrays_of(lengths, heads, kv_heads)
         forward = jax.jit(lambda q, k, v, documents: attention_forward(q, k, v, spec, documents, kernel=name))
-        backward = jax.jit(lambda q, k, v, o, lse, do, documents: attention_backward(
-            q, k, v, (o, lse), do, spec, documents, kernel=name))
+        backward = jax.jit(
+            lambda q, k, v, o, lse, do, documents: attention_backward(
+                q, k, v, (o, lse), do, spec, documents, kernel=name
+            )
+        )
         there, there_spread = timed(forward, (q, k, v, documents), repeats)
         o, lse = forward(q, k, v, documents)
         back, back_spread = timed(backward, (q, k, v, o, lse, do, documents), repeats)
@@ -130,8 +136,12 @@ def pairs(options: Options) -> list[tuple[str, str]]:
     from alst_jax.ops.attention import KERNELS, find_kernel
 
     names = options.kernels or tuple(name for name in KERNELS if name != "xla")
-    return [(shape, name) for shape in options.shapes for name in names
-            if len(parse_shape(shape)[0]) == 1 or "documents" in find_kernel(name).serves]
+    return [
+        (shape, name)
+        for shape in options.shapes
+        for name in names
+        if len(parse_shape(shape)[0]) == 1 or "documents" in find_kernel(name).serves
+    ]
 
 
 def main():
@@ -141,8 +151,10 @@ def main():
 
     card = f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
     print(f"{card}; causal, head dim {HEAD_DIM}, bfloat16; median of {options.repeats}, spread (max - min) / median")
-    print(f"{"shape":12} {"kernel":19} {'forward':>12} {'spread':>6} TFLOPS {'backward':>11} {'spread':>6} TFLOPS",
-          flush=True)
+    print(
+        f"{'shape':12} {'kernel':19} {'forward':>12} {'spread':>6} TFLOPS {'backward':>11} {'spread':>6} TFLOPS",
+        flush=True,
+    )
     rows = []
     for shape, name in pairs(options):
         rows.append(measure(shape, name, options.repeats))

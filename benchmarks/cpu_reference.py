@@ -52,19 +52,25 @@ def main():
     runs = {
         "float32, xla": (jnp.float32, Profile()),
         "bfloat16, cudnn": (jnp.bfloat16, Profile(attention="cudnn", compute_dtype="bfloat16")),
-        "bfloat16, cudnn, all offloaded": (jnp.bfloat16, Profile(
-            attention="cudnn", compute_dtype="bfloat16", offload_weights=True, offload_activations=True)),
+        "bfloat16, cudnn, all offloaded": (
+            jnp.bfloat16,
+            Profile(attention="cudnn", compute_dtype="bfloat16", offload_weights=True, offload_activations=True),
+        ),
     }
     print(f"CPU float32 loss {exact_loss:.6f}")
     for name, (dtype, profile) in runs.items():
         loss, gradients = run(gpu, params, dtype, profile)
-        errors = jax.tree_util.tree_leaves_with_path(jax.tree.map(
-            lambda a, b: float(np.linalg.norm(a - b) / np.linalg.norm(b)), gradients, exact))
+        errors = jax.tree_util.tree_leaves_with_path(
+            jax.tree.map(lambda a, b: float(np.linalg.norm(a - b) / np.linalg.norm(b)), gradients, exact)
+        )
         finite = all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
         path, worst = max(errors, key=lambda item: item[1])
-        print(f"GPU {name}: loss {loss:.6f} ({loss - exact_loss:+.1e}), finite {finite}, gradients' relative error: "
-              f"median {sorted(e for _, e in errors)[len(errors) // 2]:.1e}, worst {worst:.1e} "
-              f"({jax.tree_util.keystr(path)})", flush=True)
+        print(
+            f"GPU {name}: loss {loss:.6f} ({loss - exact_loss:+.1e}), finite {finite}, gradients' relative error: "
+            f"median {sorted(e for _, e in errors)[len(errors) // 2]:.1e}, worst {worst:.1e} "
+            f"({jax.tree_util.keystr(path)})",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

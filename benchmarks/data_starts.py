@@ -42,13 +42,26 @@ def main():
     for megabytes in options.megabytes:
         file = make_texts(options.folder / f"{megabytes}.jsonl", megabytes * 10**6)
         for name in ("first", "second"):
-            command = [sys.executable, "-m", "benchmarks.data_starts", "--start", str(file), "--seq-len",
-                       str(options.seq_len), "--batches", str(options.batches), "--bytes-per-token",
-                       str(options.bytes_per_token)]
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.data_starts",
+                "--start",
+                str(file),
+                "--seq-len",
+                str(options.seq_len),
+                "--batches",
+                str(options.batches),
+                "--bytes-per-token",
+                str(options.bytes_per_token),
+            ]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             row = json.loads(done.stdout.splitlines()[-1])
-            print(f"| {megabytes:,} MB | {name} | {row['tokens']:,} | {row['seconds']:.1f} (CPU {row['cpu']:.1f}) | "
-                  f"{row['before']} MiB | {row['peak']} MiB | {row['speed']:,.0f} |", flush=True)
+            print(
+                f"| {megabytes:,} MB | {name} | {row['tokens']:,} | {row['seconds']:.1f} (CPU {row['cpu']:.1f}) | "
+                f"{row['before']} MiB | {row['peak']} MiB | {row['speed']:,.0f} |",
+                flush=True,
+            )
     shutil.rmtree(options.folder)
 
 
@@ -81,8 +94,12 @@ def measure(options: Options) -> dict[str, float]:
         return [(tokens.astype(np.int32), np.ones(len(tokens), bool)) for tokens in every]
 
     report.tokenize_texts = tokenize
-    config = TrainConfig(data=(str(options.start),), seq_len=options.seq_len, pack=True,
-                         data_cache=str(options.start.with_suffix(".cache")))
+    config = TrainConfig(
+        data=(str(options.start),),
+        seq_len=options.seq_len,
+        pack=True,
+        data_cache=str(options.start.with_suffix(".cache")),
+    )
     source = ModelSource("tiny", TINY_LLAMA, byte_tokenizer(), None)
     job = Job(TINY_LLAMA, Profile(), 1, options.seq_len)
     before, started, cpu = resident(), time.perf_counter(), time.process_time()
@@ -93,8 +110,14 @@ def measure(options: Options) -> dict[str, float]:
     for _ in range(options.batches):
         next(data.training)
     reading = time.process_time() - reading
-    return dict(tokens=stats.tokens, seconds=seconds, cpu=cpu, before=before["VmRSS"], peak=resident()["VmHWM"],
-                speed=options.batches * options.seq_len / reading)
+    return dict(
+        tokens=stats.tokens,
+        seconds=seconds,
+        cpu=cpu,
+        before=before["VmRSS"],
+        peak=resident()["VmHWM"],
+        speed=options.batches * options.seq_len / reading,
+    )
 
 
 def resident() -> dict[str, int]:

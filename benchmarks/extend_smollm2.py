@@ -18,7 +18,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -51,8 +51,10 @@ def make(folder: pathlib.Path) -> None:
         with gzip.open(folder / f"{name}.jsonl.gz", "wt", encoding="utf-8") as file:
             for package, text in texts:
                 file.write(json.dumps({"text": text, "package": package}) + "\n")
-        print(f"{name}: {len(texts)} packages, {sum(len(text) for _, text in texts) / 1e6:.1f} MB: "
-              f"{', '.join(package for package, _ in texts)}")
+        print(
+            f"{name}: {len(texts)} packages, {sum(len(text) for _, text in texts) / 1e6:.1f} MB: "
+            f"{', '.join(package for package, _ in texts)}"
+        )
 
 
 def packages():
@@ -74,12 +76,36 @@ def packages():
 def flags(options: Options) -> list[str]:
     """The command line of the run."""
     length = 1024 if options.tiny else 65536
-    size = ["--eval-long-sequences", "2", "--eval-long-context", "256", "--steps", "2"] if options.tiny else [
-        "--steps", str(options.steps), "--grad-accum", "4", "--warmup-steps", "5"]
-    return ["--model", str(options.folder / "model"), "--data", str(options.folder / "train.jsonl.gz"), "--eval-long",
-            str(options.folder / "held-out.jsonl.gz"), "--seq-len", str(length), "--rope-scaling", options.scaling,
-            "--rope-factor", "8", "--learning-rate", str(options.learning_rate), "--ignore-fields", "package",
-            "--data-cache", "off", "--dp", "1", "--out", str(options.out), *size]
+    size = (
+        ["--eval-long-sequences", "2", "--eval-long-context", "256", "--steps", "2"]
+        if options.tiny
+        else ["--steps", str(options.steps), "--grad-accum", "4", "--warmup-steps", "5"]
+    )
+    return [
+        "--model",
+        str(options.folder / "model"),
+        "--data",
+        str(options.folder / "train.jsonl.gz"),
+        "--eval-long",
+        str(options.folder / "held-out.jsonl.gz"),
+        "--seq-len",
+        str(length),
+        "--rope-scaling",
+        options.scaling,
+        "--rope-factor",
+        "8",
+        "--learning-rate",
+        str(options.learning_rate),
+        "--ignore-fields",
+        "package",
+        "--data-cache",
+        "off",
+        "--dp",
+        "1",
+        "--out",
+        str(options.out),
+        *size,
+    ]
 
 
 def run(options: Options) -> None:
@@ -88,8 +114,10 @@ def run(options: Options) -> None:
     subprocess.run([sys.executable, "train.py", *flags(options)], cwd=ROOT, check=True)
     seconds = time.perf_counter() - started
     before, *_, after = [json.loads(file.read_text()) for file in sorted((options.out / "long").glob("step-*.json"))]
-    print(f"\n{seconds:.0f} s in all, {before['seconds'] + after['seconds']:.0f} s of them for both evaluations "
-          f"({(before['seconds'] + after['seconds']) / seconds:.0%})")
+    print(
+        f"\n{seconds:.0f} s in all, {before['seconds'] + after['seconds']:.0f} s of them for both evaluations "
+        f"({(before['seconds'] + after['seconds']) / seconds:.0%})"
+    )
     at = {band["start"]: band["loss"] for band in before["bands"]}
     print("| positions | before | after |\n|---|---|---|")
     for band in after["bands"]:
@@ -97,13 +125,17 @@ def run(options: Options) -> None:
     for name, results in (("before", before), ("after", after)):
         found = results["long_ppl"]
         value = "none" if found["long_ppl"] is None else f"{found['long_ppl']:.3f}"
-        print(f"LongPPL {name}: {value} over {found['keys']:,} key tokens of {found['judged']:,}, whose perplexity is "
-              f"{found['perplexity']:.3f}")
+        print(
+            f"LongPPL {name}: {value} over {found['keys']:,} key tokens of {found['judged']:,}, whose perplexity is "
+            f"{found['perplexity']:.3f}"
+        )
         for task in dict.fromkeys(cell["task"] for cell in results["cells"]):
-            own = [cell for cell in results["cells"] if cell["task"] == task]
-            print(f"  {task}: " + ", ".join(
-                f"{cell['length']:,}{'' if cell['depth'] is None else f' at {cell['depth']:.0%}'}: {cell['exact']:.0%} "
-                f"{cell['loss']:.2f}" for cell in own))
+            print(f"  {task}: {', '.join(_score(cell) for cell in results['cells'] if cell['task'] == task)}")
+
+
+def _score(cell: dict[str, Any]) -> str:
+    depth = "" if cell["depth"] is None else f" at {cell['depth']:.0%}"
+    return f"{cell['length']:,}{depth}: {cell['exact']:.0%} {cell['loss']:.2f}"
 
 
 def check(options: Options) -> None:
@@ -132,8 +164,10 @@ def check(options: Options) -> None:
     after = json.loads(sorted((options.out / "long").glob("step-*.json"))[-1].read_text())
     borders = [0, *(band["stop"] for band in after["bands"])]
     for ours, theirs in zip(after["bands"], bands(losses, [text.labels for text in texts], borders)):
-        print(f"{ours['start']:,} to {ours['stop']:,}: {ours['loss']:.4f}, in transformers {theirs.loss:.4f}, "
-              f"relative difference {abs(ours['loss'] / theirs.loss - 1):.1e}")
+        print(
+            f"{ours['start']:,} to {ours['stop']:,}: {ours['loss']:.4f}, in transformers {theirs.loss:.4f}, "
+            f"relative difference {abs(ours['loss'] / theirs.loss - 1):.1e}"
+        )
         assert np.isclose(ours["loss"], theirs.loss, rtol=1e-2)
 
 

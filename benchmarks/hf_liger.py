@@ -41,17 +41,33 @@ class Options:
 def main():
     options = tyro.cli(Options)
     if options.side is not None:
-        measure = {"ours": functools.partial(ours, keep=options.layers),
-                   "ours, all recomputed": functools.partial(ours, keep=0), "hf+liger": hf_liger}[options.side]
+        measure = {
+            "ours": functools.partial(ours, keep=options.layers),
+            "ours, all recomputed": functools.partial(ours, keep=0),
+            "hf+liger": hf_liger,
+        }[options.side]
         print("RESULT " + json.dumps(measure(options, options.seq_lens[0])))
         return
     print(f"{'side':20} {'tokens':>8} {'seconds':>8} {'spread':>7} {'tok/s':>8} {'MFU':>6} {'peak GiB':>9} {'loss':>8}")
     for seq_len in options.seq_lens:
         speeds = {}
         for side in options.sides:
-            command = [sys.executable, "-m", "benchmarks.hf_liger", "--side", side, "--layers", str(options.layers),
-                       "--seq-lens", str(seq_len), "--steps", str(options.steps), "--attention", options.attention,
-                       *" ".join(options.memory.profile("", "").flags()).split()]
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.hf_liger",
+                "--side",
+                side,
+                "--layers",
+                str(options.layers),
+                "--seq-lens",
+                str(seq_len),
+                "--steps",
+                str(options.steps),
+                "--attention",
+                options.attention,
+                *" ".join(options.memory.profile("", "").flags()).split(),
+            ]
             done = subprocess.run(command, capture_output=True, text=True)
             line = next((x for x in done.stdout.splitlines() if x.startswith("RESULT ")), None)
             if line is None:
@@ -61,8 +77,11 @@ def main():
             median, spread = statistics.median(result["seconds"]), max(result["seconds"]) - min(result["seconds"])
             speeds[side] = seq_len / median
             mfu = llama_8b(options.layers).flops_per_sequence(seq_len) / median / (result["peak_flops"] or float("nan"))
-            print(f"{side:20} {seq_len:8} {median:8.3f} {spread:7.3f} {speeds[side]:8.0f} {mfu:6.1%} "
-                  f"{result['peak_gib']:9.2f} {result['loss']:8.4f}   {result['versions']}", flush=True)
+            print(
+                f"{side:20} {seq_len:8} {median:8.3f} {spread:7.3f} {speeds[side]:8.0f} {mfu:6.1%} "
+                f"{result['peak_gib']:9.2f} {result['loss']:8.4f}   {result['versions']}",
+                flush=True,
+            )
         for side in speeds:
             if side != "hf+liger" and "hf+liger" in speeds:
                 print(f"ratio {side} / hf+liger at {seq_len}: {speeds[side] / speeds['hf+liger']:.3f}", flush=True)
@@ -78,8 +97,7 @@ def ours(options: Options, seq_len: int, keep: int) -> dict:
     from alst_jax.parallel.mesh import make_mesh
     from alst_jax.step import TrainStep
 
-    profile = dataclasses.replace(
-        options.memory.profile(options.attention, "bfloat16"), keep_attention_on_device=keep)
+    profile = dataclasses.replace(options.memory.profile(options.attention, "bfloat16"), keep_attention_on_device=keep)
     step = TrainStep(llama_8b(options.layers), make_mesh(1, 1), profile, AdamW(), jnp.bfloat16)
     params = step.init_params(jax.random.key(0), jnp.bfloat16)
     tokens = np.random.default_rng(0).integers(0, 128256, (1, seq_len), dtype=np.int32)
@@ -92,8 +110,13 @@ def ours(options: Options, seq_len: int, keep: int) -> dict:
         seconds.append(time.perf_counter() - started)
         del gradients
     device = jax.devices()[0]
-    return {"seconds": seconds[2:], "loss": float(loss), "peak_flops": environment.peak_flops(device.device_kind),
-            "peak_gib": device.memory_stats()["peak_bytes_in_use"] / 2**30, "versions": f"jax {jax.__version__}"}
+    return {
+        "seconds": seconds[2:],
+        "loss": float(loss),
+        "peak_flops": environment.peak_flops(device.device_kind),
+        "peak_gib": device.memory_stats()["peak_bytes_in_use"] / 2**30,
+        "versions": f"jax {jax.__version__}",
+    }
 
 
 def hf_liger(options: Options, seq_len: int) -> dict:
@@ -123,9 +146,13 @@ def hf_liger(options: Options, seq_len: int) -> dict:
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
         model.zero_grad(set_to_none=True)
-    return {"seconds": seconds[2:], "loss": loss.item(), "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
-            "peak_flops": environment.peak_flops(torch.cuda.get_device_name()),
-            "versions": f"torch {torch.__version__}, transformers {transformers.__version__}"}
+    return {
+        "seconds": seconds[2:],
+        "loss": loss.item(),
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "peak_flops": environment.peak_flops(torch.cuda.get_device_name()),
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+    }
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@ RUNGS: list[tuple[str, dict]] = [
 # By layers: a profile that fits at 524,288 tokens for 32, and its like for 8, so that rungs are measured quickly.
 KEPT = {  # attention outputs on the device and in host memory, and segments that leave them room
     32: dict(keep_attention_on_device=12, keep_attention_on_host=15, segment_layers=(5, 12, 8, 4, 2, 1)),
-    8: dict(keep_attention_on_device=3, keep_attention_on_host=4, segment_layers=(2, 3, 2, 1))}
+    8: dict(keep_attention_on_device=3, keep_attention_on_host=4, segment_layers=(2, 3, 2, 1)),
+}
 STEP = 4096  # lengths that are looked at
 
 
@@ -55,9 +56,10 @@ def profiles(layers: int) -> list[tuple[str, Profile]]:
     """Name and profile of each rung, for a model of so many layers."""
     kept = KEPT[layers]
     outputs, segments = kept["keep_attention_on_device"] + kept["keep_attention_on_host"], kept["segment_layers"]
-    last = [(f"+ segments of {layers // 4} layers", dict(segment_layers=(layers // 4,))),
-            (f"+ attention outputs of {outputs} of {layers} layers kept, segments of "
-             f"{' '.join(map(str, segments))}", kept)]
+    last = [
+        (f"+ segments of {layers // 4} layers", dict(segment_layers=(layers // 4,))),
+        (f"+ attention outputs of {outputs} of {layers} layers kept, segments of {' '.join(map(str, segments))}", kept),
+    ]
     profile, found = Profile(attention="flash", compute_dtype="bfloat16"), []
     for name, changes in RUNGS + last:
         profile = dataclasses.replace(profile, **changes)
@@ -110,16 +112,31 @@ def longest(profile: Profile, options: Options) -> str:
     plan = plan_at(low)
     if plan.lacks:
         return f"less than {STEP:,} | | | "
-    return (f"{low * STEP:,} | {plan.device_bytes / GIB:.1f} of {plan.device_limit / GIB:.1f} | "
-            f"{plan.host_bytes / GIB:.1f} of {plan.host_limit / GIB:.1f} | {plan.tokens / plan.step_seconds:,.0f}")
+    return (
+        f"{low * STEP:,} | {plan.device_bytes / GIB:.1f} of {plan.device_limit / GIB:.1f} | "
+        f"{plan.host_bytes / GIB:.1f} of {plan.host_limit / GIB:.1f} | {plan.tokens / plan.step_seconds:,.0f}"
+    )
 
 
 def measured(profile: Profile, options: Options) -> str:
     """The last of some steps, in a process of its own."""
     flags = " ".join([*profile.flags(), "--attention", profile.attention]).split()
-    command = [sys.executable, "-m", "benchmarks.step", "--layers", str(options.layers), "--seq-len",
-               str(options.seq_len), "--steps", str(options.steps), "--optimizer-states", "int8",
-               "--master-weights", "none", *flags]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.step",
+        "--layers",
+        str(options.layers),
+        "--seq-len",
+        str(options.seq_len),
+        "--steps",
+        str(options.steps),
+        "--optimizer-states",
+        "int8",
+        "--master-weights",
+        "none",
+        *flags,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     return cells_of(done.stdout) or f"failed: {(done.stderr or done.stdout).strip()[-200:]} | | | "
 

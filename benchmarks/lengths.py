@@ -49,11 +49,15 @@ def main():
             print(f"| {length:,} | does not fit | | | | |", flush=True)
             continue
         plan = choice.plan
-        row = dict(tokens=length, seconds=plan.step_seconds, device_gib=plan.device_bytes / GIB,
-                   host_gib=plan.host_bytes / GIB)
+        row = dict(
+            tokens=length, seconds=plan.step_seconds, device_gib=plan.device_bytes / GIB, host_gib=plan.host_bytes / GIB
+        )
         planned.append(row)
-        print(f"| {length:,} | {length / row['seconds']:,.0f} | {row['seconds']:.1f} | {row['device_gib']:.1f} | "
-              f"{row['host_gib']:.1f} | {describe(choice.job)} |", flush=True)
+        print(
+            f"| {length:,} | {length / row['seconds']:,.0f} | {row['seconds']:.1f} | {row['device_gib']:.1f} | "
+            f"{row['host_gib']:.1f} | {describe(choice.job)} |",
+            flush=True,
+        )
     draw(planned, measured, options)
 
 

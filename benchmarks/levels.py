@@ -31,10 +31,13 @@ def levels(layers: int) -> list[tuple[str, str | None, dict]]:
     """Name of each level, of the level that it extends, and its flags, for all layers."""
     attention = dict(keep_attention_on_device=layers)
     qkv = attention | dict(keep_qkv_on_device=layers)
-    return [("input", None, {}),
-            ("+ attention output, in host memory", "input", dict(keep_attention_on_host=layers)),
-            ("+ attention output", "input", attention), ("+ q, k, v", "+ attention output", qkv),
-            ("+ gate and up", "+ q, k, v", qkv | dict(keep_mlp_on_device=layers))]
+    return [
+        ("input", None, {}),
+        ("+ attention output, in host memory", "input", dict(keep_attention_on_host=layers)),
+        ("+ attention output", "input", attention),
+        ("+ q, k, v", "+ attention output", qkv),
+        ("+ gate and up", "+ q, k, v", qkv | dict(keep_mlp_on_device=layers)),
+    ]
 
 
 def rows(options: Options) -> list[tuple[Profile, list[str]]]:
@@ -52,9 +55,20 @@ def rows(options: Options) -> list[tuple[Profile, list[str]]]:
         known[name] = sum(job.kept.values()), plan.step_seconds
         gibibytes = (known[name][0] - known[below][0]) / options.layers / GIB
         spared = 1000 * (known[below][1] - known[name][1]) / options.layers if below else 0.0
-        found.append((profile, [name, f"{gibibytes:.3f}", f"{spared:.1f}", f"{spared / gibibytes:.1f}",
-                                f"{plan.device_bytes / GIB:.1f}", f"{plan.host_bytes / GIB:.1f}",
-                                f"{plan.step_seconds:.2f}"]))
+        found.append(
+            (
+                profile,
+                [
+                    name,
+                    f"{gibibytes:.3f}",
+                    f"{spared:.1f}",
+                    f"{spared / gibibytes:.1f}",
+                    f"{plan.device_bytes / GIB:.1f}",
+                    f"{plan.host_bytes / GIB:.1f}",
+                    f"{plan.step_seconds:.2f}",
+                ],
+            )
+        )
     return found
 
 
@@ -66,8 +80,11 @@ def main():
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
     for profile, cells in rows(options):
         if options.measure:
-            cells.append(ladder.measured(profile, ladder.Options(
-                layers=options.layers, seq_len=options.seq_len, steps=options.steps)))
+            cells.append(
+                ladder.measured(
+                    profile, ladder.Options(layers=options.layers, seq_len=options.seq_len, steps=options.steps)
+                )
+            )
         print(f"| {' | '.join(cells)} |", flush=True)
 
 

@@ -19,9 +19,16 @@ from benchmarks.shapes import LLAMA_8B, LLAMA_70B, QWEN3_32B
 
 MODELS = {"Llama-8B": LLAMA_8B, "Llama-70B": LLAMA_70B, "Qwen3-32B": QWEN3_32B}
 CLUSTERS = {1: "H100-80", 8: "8xH100-80", 32: "4x8xH100-80"}
-ALST = {("Llama-8B", 1): "500K", ("Llama-8B", 8): "3.7M", ("Llama-8B", 32): "15M", ("Llama-70B", 8): "200K",
+ALST = {
+    ("Llama-8B", 1): "500K",
+    ("Llama-8B", 8): "3.7M",
+    ("Llama-8B", 32): "15M",
+    ("Llama-70B", 8): "200K",
     ("Llama-70B", 32): "4.0M",
-        ("Qwen3-32B", 1): "230K", ("Qwen3-32B", 8): "1.55M", ("Qwen3-32B", 32): "7.0M"}
+    ("Qwen3-32B", 1): "230K",
+    ("Qwen3-32B", 8): "1.55M",
+    ("Qwen3-32B", 32): "7.0M",
+}
 
 
 @dataclasses.dataclass
@@ -56,19 +63,25 @@ def main():
             master = "float32" if states == "float32" else "none"
             memory = None if options.host_memory is None else options.host_memory * min(gpus, 8)
             config = TrainConfig(plan_for=machine, host_memory=memory, find_max_seq_len=True)
-            job = Job(model, Profile(attention="cudnn", compute_dtype="bfloat16"), 1, 1024, 1, gpus, states=states,
-                master=master)
+            job = Job(
+                model,
+                Profile(attention="cudnn", compute_dtype="bfloat16"),
+                1,
+                1024,
+                1,
+                gpus,
+                states=states,
+                master=master,
+            )
             cluster = with_room(parse_cluster(machine, memory), job)
-            planner = Planner.of(
-                config, cluster, functools.partial(make_step, config, cluster, jnp.dtype("bfloat16")))
+            planner = Planner.of(config, cluster, functools.partial(make_step, config, cluster, jnp.dtype("bfloat16")))
             planner = dataclasses.replace(planner, compiles=planner.compiles and gpus in options.compiled)
             cell = f"| {name} | {gpus} | {states} "
             try:
                 choice = planner.longest(job)
                 plan = choice.plan
                 host = f"{plan.host_bytes / 2**30:.0f} of {plan.host_limit / 2**30:.0f}"
-                cell += (f"| {choice.job.length:,} | {plan.source} | {host} | "
-                         f"{describe(choice.job)} ")
+                cell += f"| {choice.job.length:,} | {plan.source} | {host} | {describe(choice.job)} "
             except UserError as error:
                 cell += f"| none | | | {str(error).partition('. What would')[0]} "
             print(cell + f"| {ALST.get((name, gpus), '')} |", flush=True)

@@ -19,8 +19,11 @@ from benchmarks.shapes import LLAMA_8B, QWEN3_32B
 
 MODELS = {"Llama-8B": LLAMA_8B, "Qwen3-32B": QWEN3_32B}
 MACHINE, HOST, RANK = "H100-80", 125.0, 16
-FORMATS = {"full, float32 states": ("float32", "float32"), "full, int8 states, no master": ("int8", "none"),
-           f"LoRA, rank {RANK}": ("float32", "float32")}
+FORMATS = {
+    "full, float32 states": ("float32", "float32"),
+    "full, int8 states, no master": ("int8", "none"),
+    f"LoRA, rank {RANK}": ("float32", "float32"),
+}
 CASES = (("Llama-8B", 131_072), ("Llama-8B", 524_288), ("Llama-8B", 1_048_576), ("Qwen3-32B", 131_072))
 
 
@@ -60,8 +63,10 @@ def cells(name: str, length: int | None, way: str, options: Options) -> str:
     except UserError as error:
         return f"| | | does not fit: {str(error).partition('. What would')[0].partition(': ')[2]}"
     plan, tokens = choice.plan, "" if length else f" ({choice.job.length:,} tokens)"
-    return (f"{plan.device_bytes / 2**30:.1f} | {plan.host_bytes / 2**30:.1f} | "
-            f"{plan.tokens / plan.step_seconds:,.0f}{tokens} | {describe(choice.job)}")
+    return (
+        f"{plan.device_bytes / 2**30:.1f} | {plan.host_bytes / 2**30:.1f} | "
+        f"{plan.tokens / plan.step_seconds:,.0f}{tokens} | {describe(choice.job)}"
+    )
 
 
 def plan_for(name: str, length: int | None, way: str, options: Options) -> tuple[Any, Any]:
@@ -80,8 +85,9 @@ def plan_for(name: str, length: int | None, way: str, options: Options) -> tuple
     (states, master), model = FORMATS[way], MODELS[name]
     if way.startswith("LoRA"):
         model = dataclasses.replace(model, lora=Lora(RANK, float(RANK)))
-    config = TrainConfig(plan_for=MACHINE, host_memory=HOST, plan_only=length is not None,
-                         find_max_seq_len=length is None)
+    config = TrainConfig(
+        plan_for=MACHINE, host_memory=HOST, plan_only=length is not None, find_max_seq_len=length is None
+    )
     profile = Profile(attention="flash", compute_dtype="bfloat16", rebuild_inputs_alone=options.alone)
     job = Job(model, profile, 1, length or ANY_LENGTH, states=states, master=master)
     cluster = with_room(parse_cluster(MACHINE, HOST), job)

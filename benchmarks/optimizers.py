@@ -55,7 +55,8 @@ def main():
 
     tokenizer = byte_tokenizer()
     read = lambda held_out: make_sequences(
-        python_reference(held_out), tokenizer, options.seq_len, TINY_LLAMA.vocab_size)[0]
+        python_reference(held_out), tokenizer, options.seq_len, TINY_LLAMA.vocab_size
+    )[0]
     sequences, held_out = read(False), read(True)
     schedule = learning_rate_schedule(TrainConfig(), options.steps, options.learning_rate)
     profile = Profile(compute_dtype="bfloat16", offload_weights=True, offload_optimizer=True)
@@ -71,8 +72,11 @@ def main():
                 losses.append(values["loss"])
             tested, _ = evaluate(step, state, evaluation_batches(held_out, options.seq_len, 1, 0))
             curves[f"{name}, seed {seed}"] = losses
-            print(f"{name:34} seed {seed}  training loss {statistics.mean(losses[-options.steps // 10 :]):.4f}  "
-                  f"held out {tested:.4f}", flush=True)
+            print(
+                f"{name:34} seed {seed}  training loss {statistics.mean(losses[-options.steps // 10 :]):.4f}  "
+                f"held out {tested:.4f}",
+                flush=True,
+            )
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.with_suffix(".json").write_text(json.dumps(curves))
     if options.plot:

@@ -95,17 +95,27 @@ def cases(options: Options, devices: int) -> list[Case]:
     plain = Profile(attention=options.attention, compute_dtype=options.dtype)
     untiled = dataclasses.replace(plain, loss_tile=None, mlp_tile=None)
     everything = dataclasses.replace(
-        plain, offload_activations=True, offload_weights=True, offload_optimizer=True, head_chunks=2,
-        segment_layers=(options.layers - 1, 1), keep_attention_on_host=1, keep_attention_on_device=1)
+        plain,
+        offload_activations=True,
+        offload_weights=True,
+        offload_optimizer=True,
+        head_chunks=2,
+        segment_layers=(options.layers - 1, 1),
+        keep_attention_on_host=1,
+        keep_attention_on_device=1,
+    )
     control = dataclasses.replace(plain, loss_tile=512, mlp_tile=1024)
     degrees = [sp for sp in (2, 4, 8, 16) if sp <= devices and devices % sp == 0] if options.meshes else []
     in_host_memory = dataclasses.replace(untiled, offload_weights=True, offload_optimizer=True)  # else it does not fit
-    found = [Case(PLAIN, 1, 1, plain), Case(CONTROL_NAME, 1, 1, control, rounding=True),
-             Case(UNTILED, 1, 1, in_host_memory, rounding=True),
-             *(Case("sequence parallel", devices // sp, sp, plain) for sp in degrees),
-             Case(DATA_PARALLEL, devices, 1, untiled, like=UNTILED),
-             Case(ALL, 1, devices, everything, beside=DATA_PARALLEL),
-             Case(WRONG, 1, devices, plain, wrong=True)]
+    found = [
+        Case(PLAIN, 1, 1, plain),
+        Case(CONTROL_NAME, 1, 1, control, rounding=True),
+        Case(UNTILED, 1, 1, in_host_memory, rounding=True),
+        *(Case("sequence parallel", devices // sp, sp, plain) for sp in degrees),
+        Case(DATA_PARALLEL, devices, 1, untiled, like=UNTILED),
+        Case(ALL, 1, devices, everything, beside=DATA_PARALLEL),
+        Case(WRONG, 1, devices, plain, wrong=True),
+    ]
     for name in options.only:
         if not any(case.name.startswith(name) for case in found):
             names = ", ".join(f'"{name}"' for name in dict.fromkeys(case.name for case in found))
@@ -149,9 +159,11 @@ def run(chosen: list[Case], dtype: str, trained: Callable[[Case], dict[str, Any]
     for number, case in enumerate(chosen):
         started = time.perf_counter()
         result = kept[case.name] = trained(case)
-        print(f"{case.name} (dp {case.dp} x sp {case.sp}): losses {' '.join(f'{x:.6f}' for x in result['losses'])}  "
-              f"norms {' '.join(f'{x:.5f}' for x in result['norms'])}  ({time.perf_counter() - started:.0f} s)",
-              flush=True)
+        print(
+            f"{case.name} (dp {case.dp} x sp {case.sp}): losses {' '.join(f'{x:.6f}' for x in result['losses'])}  "
+            f"norms {' '.join(f'{x:.5f}' for x in result['norms'])}  ({time.perf_counter() - started:.0f} s)",
+            flush=True,
+        )
         for other in filter(kept.__contains__, (case.like, case.beside)):
             errors = compare(result, kept[other])
             verdict = judge(case, errors, limits(case, other, rounding, dtype))
@@ -161,8 +173,11 @@ def run(chosen: list[Case], dtype: str, trained: Callable[[Case], dict[str, Any]
                 rounding[case.name] = errors
             words = ", ".join(f"{part} {error:.1e}" for part, error in errors.items())
             print(f"    beside {other}: relative errors: {words}  {verdict}", flush=True)
-        kept = {name: old for name, old in kept.items()
-                if any(name in (later.like, later.beside) for later in chosen[number + 1:])}
+        kept = {
+            name: old
+            for name, old in kept.items()
+            if any(name in (later.like, later.beside) for later in chosen[number + 1 :])
+        }
         del result
     print(last_line(chosen, failed), flush=True)
     return failed
@@ -182,21 +197,28 @@ def check(options: Options, devices: int) -> None:
     if devices < 2:
         raise UserError(f"{devices} device here: at least 2 are compared with one (--simulate-devices)")
     if options.layers < 2:
-        raise UserError(f"--layers {options.layers}: at least 2, of which one keeps its attention output in host "
-                        "memory")
+        raise UserError(
+            f"--layers {options.layers}: at least 2, of which one keeps its attention output in host memory"
+        )
     if options.seq_len % devices:
         raise UserError(f"--seq-len {options.seq_len}: must be a multiple of the {devices} devices")
     if options.dtype == "bfloat16" and options.seq_len < 2048:
-        raise UserError(f"--seq-len {options.seq_len}: the control's tiles of 1,024 tokens would be the whole "
-                        "sequence; at least 2048, or --dtype float32")
+        raise UserError(
+            f"--seq-len {options.seq_len}: the control's tiles of 1,024 tokens would be the whole "
+            "sequence; at least 2048, or --dtype float32"
+        )
 
 
 def narrowed(options: Options) -> ModelConfig:
     """The 8B shape, of fewer layers and heads."""
     model, width = llama_8b(options.layers), options.width
     return dataclasses.replace(
-        model, hidden_size=model.hidden_size // width, intermediate_size=model.intermediate_size // width,
-        num_heads=model.num_heads // width, num_kv_heads=model.num_kv_heads // width)
+        model,
+        hidden_size=model.hidden_size // width,
+        intermediate_size=model.intermediate_size // width,
+        num_heads=model.num_heads // width,
+        num_kv_heads=model.num_kv_heads // width,
+    )
 
 
 def limits(case: Case, other: str, rounding: dict[str, dict[str, float]], dtype: str) -> dict[str, float]:
@@ -213,7 +235,7 @@ def limits(case: Case, other: str, rounding: dict[str, dict[str, float]], dtype:
 
 
 def judge(case: Case, errors: dict[str, float], limits: dict[str, float]) -> str:
-    """"ok", or the fault of a case. A loss, norm or parameter that is not finite makes an error that is not."""
+    """ "ok", or the fault of a case. A loss, norm or parameter that is not finite makes an error that is not."""
     if unknown := [part for part, error in errors.items() if not math.isfinite(error)]:
         return f"NOT FINITE: {', '.join(unknown)}"
     passed = [part for part, error in errors.items() if error > limits[part]]
@@ -239,8 +261,9 @@ def train(model: ModelConfig, case: Case, dtype, tokens, learning_rate: float) -
     params = step.init_params(jax.random.key(0), dtype)
     state = TrainState.begin(step, params)
     # By way of the device: numpy would look into an array in pinned memory, which then cannot be updated in place.
-    here = lambda tree: [np.array(jax.device_put(x, x.sharding.with_memory_kind("device")), np.float32)
-                         for x in jax.tree.leaves(tree)]
+    here = lambda tree: [
+        np.array(jax.device_put(x, x.sharding.with_memory_kind("device")), np.float32) for x in jax.tree.leaves(tree)
+    ]
     masters = lambda state: here(state.optimizer.get("master", state.trained))
     start, losses, norms = masters(state), [], []
     del params
@@ -249,8 +272,11 @@ def train(model: ModelConfig, case: Case, dtype, tokens, learning_rate: float) -
         positions %= len(positions) // case.sp
     for rows in tokens:
         shape = (len(rows) // case.dp, case.dp, len(positions))
-        batches = {"tokens": rows.reshape(shape), "labels": np.roll(rows, -1, -1).reshape(shape),
-                   "positions": np.broadcast_to(positions, shape)}
+        batches = {
+            "tokens": rows.reshape(shape),
+            "labels": np.roll(rows, -1, -1).reshape(shape),
+            "positions": np.broadcast_to(positions, shape),
+        }
         state, values = optimizer_step(step, state, batches, learning_rate)
         losses.append(values["loss"])
         norms.append(values["grad_norm"])
@@ -271,8 +297,12 @@ def compare(result: dict[str, Any], reference: dict[str, Any]) -> dict[str, floa
     def length(a, b=None) -> float:  # of a - b, some numbers at a time: a difference is as large as its parameter
         a, b = a.reshape(-1), None if b is None else b.reshape(-1)
         with np.errstate(all="ignore"):  # judge sees numbers that are not finite
-            return math.hypot(*(float(np.linalg.norm(a[i:i + PIECE] if b is None else a[i:i + PIECE] - b[i:i + PIECE]))
-                                for i in range(0, a.size, PIECE)))
+            return math.hypot(
+                *(
+                    float(np.linalg.norm(a[i : i + PIECE] if b is None else a[i : i + PIECE] - b[i : i + PIECE]))
+                    for i in range(0, a.size, PIECE)
+                )
+            )
 
     with np.errstate(all="ignore"), concurrent.futures.ThreadPoolExecutor(THREADS) as threads:  # billions of numbers
         numbers = lambda name: float(np.max(np.abs(np.divide(result[name], reference[name]) - 1)))
@@ -280,8 +310,10 @@ def compare(result: dict[str, Any], reference: dict[str, Any]) -> dict[str, floa
         for name in ("moments", "updates"):
             off = np.array(list(threads.map(length, result[name], reference[name])))
             size = np.array(list(threads.map(length, reference[name])))
-            errors |= {name: float(np.linalg.norm(off) / np.linalg.norm(size)),
-                       f"worst of {name}": float(np.max(off / size))}
+            errors |= {
+                name: float(np.linalg.norm(off) / np.linalg.norm(size)),
+                f"worst of {name}": float(np.max(off / size)),
+            }
     return errors
 
 

@@ -46,8 +46,10 @@ def compare(
         memory = {name: max(line[name] for line in lines) for name in lines[0] if name.startswith("peak_")}
         speed = statistics.median(line["tokens_per_second"] for line in lines[1:])
         losses, plan = [line["loss"] for line in lines], re.findall(r"^plan .*", log, re.M)
-        print(json.dumps({"shape": shape, "losses": losses, "tokens_per_second": speed, **memory, "plan": plan}),
-              flush=True)
+        print(
+            json.dumps({"shape": shape, "losses": losses, "tokens_per_second": speed, **memory, "plan": plan}),
+            flush=True,
+        )
         results[shape] = losses, weights(run_dir)
     for i, shape in enumerate(shapes):
         for other in shapes[:i]:
@@ -68,8 +70,11 @@ def distance(ours, theirs) -> dict[str, float | bool]:
     (losses, tensors), (other_losses, other_tensors) = ours, theirs
     apart = lambda a, b: float(np.linalg.norm(a - b) / np.linalg.norm(b))
     same = losses == other_losses and all(np.array_equal(tensors[name], other_tensors[name]) for name in tensors)
-    return {"loss": max(abs(a - b) / abs(b) for a, b in zip(losses, other_losses, strict=True)),
-            "weights": max(apart(tensors[name], other_tensors[name]) for name in other_tensors), "identical": same}
+    return {
+        "loss": max(abs(a - b) / abs(b) for a, b in zip(losses, other_losses, strict=True)),
+        "weights": max(apart(tensors[name], other_tensors[name]) for name in other_tensors),
+        "identical": same,
+    }
 
 
 def start(arguments: list[str], count: int) -> str:

@@ -41,8 +41,12 @@ def main() -> None:
         for case, (_, _, devices, _) in CASES.items():
             flags = f"--xla_force_host_platform_device_count={devices}"
             done = subprocess.run(
-                [sys.executable, "-m", "benchmarks.saves", "--case", case, *cores], stdout=subprocess.PIPE, text=True,
-                check=True, env=environment | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags})
+                [sys.executable, "-m", "benchmarks.saves", "--case", case, *cores],
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
+                env=environment | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+            )
             size, seconds, memory, written = map(float, done.stdout.split())
             print(f"{case:43} {size / 1e9:8.3f} {seconds:8.1f} {memory / 1e9:8.2f} {written / 1e9:8.3f}", flush=True)
 
@@ -68,7 +72,8 @@ def _measure(shape: tuple[int, ...], itemsize: int, devices: int, dim: int, core
     if cores:
         os.cpu_count = lambda: cores
         tensorstore_utils.get_ts_context = functools.partial(
-            tensorstore_utils.get_ts_context, data_copy_concurrency_limit=cores)
+            tensorstore_utils.get_ts_context, data_copy_concurrency_limit=cores
+        )
     bits = np.random.default_rng(0).integers(0, 256**itemsize, shape, np.dtype(f"u{itemsize}"))
     sharding = NamedSharding(jax.make_mesh((devices,), ("x",)), PartitionSpec(*[None] * dim, "x"))
     array = jax.block_until_ready(jax.device_put(bits.view({2: ml_dtypes.bfloat16, 4: np.float32}[itemsize]), sharding))

@@ -27,8 +27,12 @@ from alst_jax.hardware import environment
 from alst_jax.profile import Profile
 from benchmarks.shapes import llama_8b
 
-KINDS = {"SendRecv": "all-to-all", "AllGather": "all-gather", "ReduceScatter": "reduce-scatter",
-         "AllReduce": "all-reduce"}
+KINDS = {
+    "SendRecv": "all-to-all",
+    "AllGather": "all-gather",
+    "ReduceScatter": "reduce-scatter",
+    "AllReduce": "all-reduce",
+}
 """Parts of the names of NCCL's kernels, and the collectives they serve."""
 
 
@@ -73,8 +77,21 @@ def main():
     except UserError as error:
         sys.exit(str(error))
     print(f"jax {jax.__version__}, {len(jax.devices())} x {jax.devices()[0].device_kind}; {options}")
-    columns = ("dp x sp", "tokens", "flag", "seconds", "spread", "tok/s a GPU", "MFU", "GiB planned", "measured",
-               "computing", "NCCL", "NCCL alone", "kinds")
+    columns = (
+        "dp x sp",
+        "tokens",
+        "flag",
+        "seconds",
+        "spread",
+        "tok/s a GPU",
+        "MFU",
+        "GiB planned",
+        "measured",
+        "computing",
+        "NCCL",
+        "NCCL alone",
+        "kinds",
+    )
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
     for i, (dp, sp, length) in enumerate(cases, 1):
         measure(options, dp, sp, length, options.flags if i == len(cases) else ())
@@ -91,8 +108,13 @@ def measure(options: Options, dp: int, sp: int, length: int, flags: tuple[str, .
     from alst_jax.step import TrainStep
 
     model, devices = llama_8b(options.layers), jax.devices()[: dp * sp]
-    profile = Profile(attention=options.attention, compute_dtype="bfloat16", keep_attention_on_device=options.layers,
-                      mlp_tile=16384, loss_tile=8192)
+    profile = Profile(
+        attention=options.attention,
+        compute_dtype="bfloat16",
+        keep_attention_on_device=options.layers,
+        mlp_tile=16384,
+        loss_tile=8192,
+    )
     step = TrainStep(model, make_mesh(dp, sp), profile, AdamW(), jnp.bfloat16)
     params = step.init_params(jax.random.key(0), jnp.bfloat16)
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, (dp, length), dtype=np.int32)
@@ -105,8 +127,9 @@ def measure(options: Options, dp: int, sp: int, length: int, flags: tuple[str, .
         before = peaks()
         compiled = lowered.compile(compiler_options=compiler_option(flag) if flag else None)
         plan = compiled.memory_analysis()
-        planned = (plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes
-                   - plan.alias_size_in_bytes)
+        planned = (
+            plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes - plan.alias_size_in_bytes
+        )
 
         def seconds() -> float:
             started = time.perf_counter()
@@ -120,9 +143,12 @@ def measure(options: Options, dp: int, sp: int, length: int, flags: tuple[str, .
             shares = read_trace(pathlib.Path(directory))
         median, spread = statistics.median(times), max(times) - min(times)
         measured = f"{peaks() / 2**30:.2f}" if peaks() > before else ""
-        print(f"| {dp} x {sp} | {length:,} | {flag or ''} | {median:.3f} | {spread:.3f} | "
-              f"{dp * length / median / len(devices):,.0f} | {flops / median / peak:.1%} | {planned / 2**30:.2f} | "
-              f"{measured} | {describe(shares, len(devices))} |", flush=True)
+        print(
+            f"| {dp} x {sp} | {length:,} | {flag or ''} | {median:.3f} | {spread:.3f} | "
+            f"{dp * length / median / len(devices):,.0f} | {flops / median / peak:.1%} | {planned / 2**30:.2f} | "
+            f"{measured} | {describe(shares, len(devices))} |",
+            flush=True,
+        )
 
 
 def compiler_option(flag: str) -> dict[str, Any]:
@@ -142,8 +168,7 @@ def read_trace(directory: pathlib.Path) -> list[Shares]:
     planes = [plane for plane in jax.profiler.ProfileData.from_file(str(newest)).planes if "/device:GPU" in plane.name]
     streams = lambda plane: (line for line in plane.lines if line.name.startswith("Stream"))
     times = lambda event: (event.name, event.start_ns / 1e9, event.end_ns / 1e9)
-    return [shares_of([times(event) for line in streams(plane) for event in line.events])
-            for plane in planes]
+    return [shares_of([times(event) for line in streams(plane) for event in line.events]) for plane in planes]
 
 
 def shares_of(events: list[tuple[str, float, float]]) -> Shares:
@@ -181,10 +206,14 @@ def describe(shares: list[Shares], gpus: int) -> str:
     if len(shares) != gpus:
         return f"{len(shares)} of {gpus} GPUs in the trace | | | "
     mean = lambda part: statistics.mean(part(one) / one.span for one in shares)
-    kinds = ", ".join(f"{kind} {mean(lambda one: one.kinds.get(kind, 0.0)):.1%}"
-                      for kind in sorted({kind for one in shares for kind in one.kinds}))
-    return (f"{mean(lambda one: one.computing):.1%} | {mean(lambda one: one.collectives):.1%} | "
-            f"{mean(lambda one: one.exposed):.1%} | {kinds}")
+    kinds = ", ".join(
+        f"{kind} {mean(lambda one: one.kinds.get(kind, 0.0)):.1%}"
+        for kind in sorted({kind for one in shares for kind in one.kinds})
+    )
+    return (
+        f"{mean(lambda one: one.computing):.1%} | {mean(lambda one: one.collectives):.1%} | "
+        f"{mean(lambda one: one.exposed):.1%} | {kinds}"
+    )
 
 
 if __name__ == "__main__":

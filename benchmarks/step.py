@@ -95,8 +95,9 @@ def make_step(options: Options) -> "TrainStep":
     in_backward = options.profile.update_in_backward
     if in_backward and not options.update:
         raise SystemExit("--update-in-backward with --no-update: leave one of them out")
-    optimizer = AdamW(states=options.optimizer_states, master=options.master_weights,
-                      clip_norm=0.0 if in_backward else 1.0)
+    optimizer = AdamW(
+        states=options.optimizer_states, master=options.master_weights, clip_norm=0.0 if in_backward else 1.0
+    )
     try:
         mesh = make_mesh(*choose_degrees(options.dp, options.sp, len(jax.devices())))
     except UserError as error:
@@ -116,7 +117,8 @@ def compile_programs(options: Options, step: "TrainStep") -> Programs:
     number, started = jax.ShapeDtypeStruct((), jnp.float32), time.perf_counter()
     if in_backward:
         gradients = step.update_in_backward.lower(
-            step.trained, step.frozen, step.optimizer_state, abstract, number, number).compile()
+            step.trained, step.frozen, step.optimizer_state, abstract, number, number
+        ).compile()
     else:
         gradients = step.loss_and_grad.lower(step.trained, step.frozen, abstract, number).compile()
     planned, limit = print_plan(options, step, gradients, time.perf_counter() - started), bytes_limit()
@@ -126,8 +128,10 @@ def compile_programs(options: Options, step: "TrainStep") -> Programs:
         return Programs(gradients)
     scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(step.mesh, PartitionSpec()))
     return Programs(
-        gradients, step.gradient_norm.lower(step.params).compile(),
-        step.update.lower(step.params, step.params, step.optimizer_state, scalar, scalar).compile())
+        gradients,
+        step.gradient_norm.lower(step.params).compile(),
+        step.update.lower(step.params, step.params, step.optimizer_state, scalar, scalar).compile(),
+    )
 
 
 def bytes_limit() -> int:
@@ -147,13 +151,21 @@ def print_plan(options: Options, step: "TrainStep", compiled: Any, seconds: floa
     states = 0  # on the device while gradients are computed, beside the program that computes them
     if options.update and not options.profile.offload_optimizer and not in_backward:
         states = sum(map(shard_bytes, jax.tree.leaves(step.optimizer_state)))
-    device_plan = (plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes
-                   - plan.alias_size_in_bytes + states)
-    print(f"compiled in {seconds:.0f} s; GiB planned: device temp "
-          f"{plan.temp_size_in_bytes / GIB:.2f} + arguments {plan.argument_size_in_bytes / GIB:.2f} + outputs "
-          f"{plan.output_size_in_bytes / GIB:.2f} + states {states / GIB:.2f} = {device_plan / GIB:.2f}; host temp "
-          f"{plan.host_temp_size_in_bytes / GIB:.2f} + arguments {plan.host_argument_size_in_bytes / GIB:.2f} + "
-          f"outputs {plan.host_output_size_in_bytes / GIB:.2f}", flush=True)
+    device_plan = (
+        plan.argument_size_in_bytes
+        + plan.output_size_in_bytes
+        + plan.temp_size_in_bytes
+        - plan.alias_size_in_bytes
+        + states
+    )
+    print(
+        f"compiled in {seconds:.0f} s; GiB planned: device temp "
+        f"{plan.temp_size_in_bytes / GIB:.2f} + arguments {plan.argument_size_in_bytes / GIB:.2f} + outputs "
+        f"{plan.output_size_in_bytes / GIB:.2f} + states {states / GIB:.2f} = {device_plan / GIB:.2f}; host temp "
+        f"{plan.host_temp_size_in_bytes / GIB:.2f} + arguments {plan.host_argument_size_in_bytes / GIB:.2f} + "
+        f"outputs {plan.host_output_size_in_bytes / GIB:.2f}",
+        flush=True,
+    )
     return device_plan
 
 
@@ -174,14 +186,17 @@ def run_steps(options: Options, step: "TrainStep", programs: Programs) -> None:
     for number in range(options.steps):
         with Monitor(step.mesh.size) as monitor:
             params, state, loss, norm, (seconds, update_seconds) = run_step(
-                step, programs, params, frozen, state, batch, number)
+                step, programs, params, frozen, state, batch, number
+            )
         total = seconds + update_seconds
         mfu = options.dp * step.model.flops_per_sequence(length) / total / step.mesh.size / peak_flops
         device_peak = max(device.memory_stats()["peak_bytes_in_use"] for device in step.mesh.devices.flat)
-        print(f"step {number + 1}: loss {loss:.4f} norm {norm:.3f}  {seconds:.3f} + {update_seconds:.3f} "
-              f"s  {tokens.size / total:,.0f} tok/s  MFU {mfu:.1%}  forward+backward alone "
-              f"{tokens.size / seconds:,.0f} tok/s  device peak {device_peak / GIB:.2f} GiB  {monitor.summary()}",
-              flush=True)
+        print(
+            f"step {number + 1}: loss {loss:.4f} norm {norm:.3f}  {seconds:.3f} + {update_seconds:.3f} "
+            f"s  {tokens.size / total:,.0f} tok/s  MFU {mfu:.1%}  forward+backward alone "
+            f"{tokens.size / seconds:,.0f} tok/s  device peak {device_peak / GIB:.2f} GiB  {monitor.summary()}",
+            flush=True,
+        )
 
 
 def run_step(
@@ -196,7 +211,8 @@ def run_step(
     started = time.perf_counter()
     if step.profile.update_in_backward:
         loss, norm, finite, layers, params, state = jax.block_until_ready(
-            programs.gradients(params, frozen, state, batch, scale, rate))
+            programs.gradients(params, frozen, state, batch, scale, rate)
+        )
         assert finite and layers == step.model.num_layers, (finite, layers)
     else:
         loss, gradients = jax.block_until_ready(programs.gradients(params, frozen, batch, scale))
@@ -217,8 +233,11 @@ def reserve(gibibytes: int, devices: list) -> None:
 
     started = time.perf_counter()
     host.reserve(gibibytes, devices)
-    print(f"{len(devices)} x {gibibytes} GiB of pinned memory made in {time.perf_counter() - started:.0f} s, "
-          f"{used_gib():.1f} GiB of host memory in use", flush=True)
+    print(
+        f"{len(devices)} x {gibibytes} GiB of pinned memory made in {time.perf_counter() - started:.0f} s, "
+        f"{used_gib():.1f} GiB of host memory in use",
+        flush=True,
+    )
 
 
 def used_gib() -> float:
@@ -234,8 +253,15 @@ class Monitor:
         self.gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")[:gpus]
 
     def __enter__(self):
-        command = ["nvidia-smi", "-i", ",".join(self.gpus), "--query-gpu=utilization.gpu,clocks.sm,power.draw",
-                   "--format=csv,noheader,nounits", "-l", "1"]
+        command = [
+            "nvidia-smi",
+            "-i",
+            ",".join(self.gpus),
+            "--query-gpu=utilization.gpu,clocks.sm,power.draw",
+            "--format=csv,noheader,nounits",
+            "-l",
+            "1",
+        ]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         self.samples, self.host_peak = [], used_gib()
         self._thread = threading.Thread(target=self._read, daemon=True)

@@ -38,9 +38,14 @@ class Progress:
 
     def __init__(self, title: str, total: int):
         self._bar = rich.progress.Progress(
-            rich.progress.TextColumn("{task.description}"), rich.progress.BarColumn(), rich.progress.DownloadColumn(),
-            rich.progress.TransferSpeedColumn(), rich.progress.TimeRemainingColumn(),
-            console=rich.console.Console(stderr=True), disable=not sys.stderr.isatty())
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(),
+            rich.progress.DownloadColumn(),
+            rich.progress.TransferSpeedColumn(),
+            rich.progress.TimeRemainingColumn(),
+            console=rich.console.Console(stderr=True),
+            disable=not sys.stderr.isatty(),
+        )
         self._task = self._bar.add_task(title, total=total)
 
     def __enter__(self) -> "Progress":

@@ -40,16 +40,22 @@ def verify(run_dir: pathlib.Path, step: int, config: ModelConfig, hf_dir: pathli
     checkpoints = Checkpoints(run_dir)
     ours = _logits(config, dict(checkpoints.open_params(step)), tokens)
     checkpoints.close()
-    model = getattr(transformers, auto_class(hf_dir)).from_pretrained(
-        hf_dir, dtype=torch.float32, trust_remote_code=False, use_safetensors=True).eval()
+    model = (
+        getattr(transformers, auto_class(hf_dir))
+        .from_pretrained(hf_dir, dtype=torch.float32, trust_remote_code=False, use_safetensors=True)
+        .eval()
+    )
     with torch.no_grad():
         theirs = model(torch.tensor(tokens).long(), use_cache=False).logits.numpy()
     difference = float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
     if not difference <= TOLERANCE:
-        raise UserError(f"--verify: the logits of {LENGTH} tokens differ from those of transformers by "
-                        f"{difference:.2g} of their norm, more than {TOLERANCE:.0e}; nothing of the conversion is kept")
-    print(f"verified: the logits of {LENGTH} tokens differ from those of transformers by {difference:.1e} of their "
-          "norm")
+        raise UserError(
+            f"--verify: the logits of {LENGTH} tokens differ from those of transformers by "
+            f"{difference:.2g} of their norm, more than {TOLERANCE:.0e}; nothing of the conversion is kept"
+        )
+    print(
+        f"verified: the logits of {LENGTH} tokens differ from those of transformers by {difference:.1e} of their norm"
+    )
     return difference
 
 
@@ -58,7 +64,8 @@ def _logits(config: ModelConfig, stored: dict[tuple[str, ...], Stored], tokens: 
     abstract = abstract_params(config, np.float32)
     read = lambda name, index: jnp.asarray(stored[name][index], jnp.float32)
     part = lambda key, index: jax.tree_util.tree_map_with_path(
-        lambda path, _: read((key, *names(path)), index), abstract[key])
+        lambda path, _: read((key, *names(path)), index), abstract[key]
+    )
     table = ("embed_tokens", "embedding")
     h = jnp.stack([read(table, int(token)) for token in tokens[0]])[None] * config.embedding_multiplier
     extra = Tokens.of(config, jnp.arange(LENGTH)[None])

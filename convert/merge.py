@@ -23,8 +23,10 @@ from convert.to_hf import parse_size
 
 
 def merge_adapter(
-    adapter: tyro.conf.Positional[pathlib.Path], base: tyro.conf.Positional[pathlib.Path],
-    hf_dir: tyro.conf.Positional[pathlib.Path], shard_size: str = "5GB",
+    adapter: tyro.conf.Positional[pathlib.Path],
+    base: tyro.conf.Positional[pathlib.Path],
+    hf_dir: tyro.conf.Positional[pathlib.Path],
+    shard_size: str = "5GB",
 ) -> tuple[int, int]:
     """Write the base model with the adapter added to its weights, as a Hugging Face directory.
 
@@ -45,11 +47,18 @@ def merge_adapter(
         expected = _shape(name, kernels, parts, lora.rank)
         if name not in tensors or tensors[name].shape != expected:
             found = list(tensors[name].shape) if name in tensors else "missing"
-            raise UserError(f"{adapter} is not an adapter of {base}: {name} is {found} there, and the adapter's is "
-                            f"{list(expected)}")
-    results = [Unwritten(name, tensor.shape, tensor.dtype,
-                         functools.partial(_read, name, tensor, parts, kernels.get(name), lora.scale))
-               for name, tensor in tensors.items()]
+            raise UserError(
+                f"{adapter} is not an adapter of {base}: {name} is {found} there, and the adapter's is {list(expected)}"
+            )
+    results = [
+        Unwritten(
+            name,
+            tensor.shape,
+            tensor.dtype,
+            functools.partial(_read, name, tensor, parts, kernels.get(name), lora.scale),
+        )
+        for name, tensor in tensors.items()
+    ]
     with Unfinished(hf_dir) as out:
         verify_weights(base)
         copy_model_files(base, out)
@@ -71,8 +80,10 @@ def _shape(name: str, kernels: dict[str, str], parts: dict[str, Tensor], rank: i
         raise UserError(f"the adapter has {down} and no {up}: it is not whole")
     ranks = parts[down].shape[0], parts[up].shape[1]
     if ranks != (rank, rank):
-        raise UserError(f"adapter_config.json says r={rank}, and {down} and {up} have the ranks {ranks[0]} and "
-                        f"{ranks[1]}; the scale of the adapter would be wrong")
+        raise UserError(
+            f"adapter_config.json says r={rank}, and {down} and {up} have the ranks {ranks[0]} and "
+            f"{ranks[1]}; the scale of the adapter would be wrong"
+        )
     return parts[up].shape[0], parts[down].shape[1]
 
 

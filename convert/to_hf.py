@@ -21,8 +21,10 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "M
 
 
 def to_hf(
-    checkpoint: tyro.conf.Positional[pathlib.Path], hf_dir: tyro.conf.Positional[pathlib.Path],
-    shard_size: str = "5GB", verify: bool = False,
+    checkpoint: tyro.conf.Positional[pathlib.Path],
+    hf_dir: tyro.conf.Positional[pathlib.Path],
+    shard_size: str = "5GB",
+    verify: bool = False,
 ) -> tuple[int, int]:
     """Write a converted or trained checkpoint (a run's newest step, or the one given) as a Hugging Face directory.
 

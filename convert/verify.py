@@ -41,8 +41,10 @@ def verify(directory: tyro.conf.Positional[pathlib.Path], accept: bool = False) 
 def _parts(directory: pathlib.Path) -> list[tuple[pathlib.Path, Callable[[], bool], Callable[[], None]]]:
     """(name, whether it is verified, the function that writes its checksums) of each part of a directory."""
     if not directory.is_dir():
-        raise UserError(f"{directory}: {'it is a file' if directory.is_file() else 'no such directory'}; name a run, a "
-                        "checkpoint, a converted model or a Hugging Face directory")
+        raise UserError(
+            f"{directory}: {'it is a file' if directory.is_file() else 'no such directory'}; name a run, a "
+            "checkpoint, a converted model or a Hugging Face directory"
+        )
     if not is_checkpoint(directory):
         return [_weights(directory)]
     run_dir, newest = find_checkpoint(directory)
@@ -55,8 +57,14 @@ def _parts(directory: pathlib.Path) -> list[tuple[pathlib.Path, Callable[[], boo
         checksums.verify_run_files(folder / str(step), run_dir)
         return verified
 
-    parts = [(folder / str(step), lambda step=step: check(step),
-              lambda step=step: checksums.seal(folder / str(step), step, run_dir)) for step in steps]
+    parts = [
+        (
+            folder / str(step),
+            lambda step=step: check(step),
+            lambda step=step: checksums.seal(folder / str(step), step, run_dir),
+        )
+        for step in steps
+    ]
     return parts + ([_weights(run_dir / EXPORT)] if (run_dir / EXPORT).is_dir() and not one else [])
 
 

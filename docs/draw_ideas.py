@@ -36,11 +36,7 @@ def tiled(wide: str, small: str, result: str) -> list[str]:
         text(175, 108, f"{small}, one tile"),
     ]
     parts += [box(100, 45, 150, 112, "none", GRAY, "4 3"), text(175, 172, f"{wide}, never stored", color=GRAY)]
-    return parts + [
-        arrow(254, 85, 290, 85),
-        text(332, 89, result),
-        text(332, 120, "then the next tile", 10),
-    ]
+    return parts + [arrow(254, 85, 290, 85), text(332, 89, result), text(332, 120, "then the next tile", 10)]
 
 
 def ulysses() -> list[str]:

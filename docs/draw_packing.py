@@ -34,7 +34,9 @@ def main() -> None:
     alone = data.sum() / (DOCUMENTS * SEQ_LEN)
     packed = data.sum() / (len(pack(data, SEQ_LEN, 0)) * SEQ_LEN)
     full.bar(["one document\na sequence", "--pack"], [100 * alone, 100 * packed], color=["tab:gray", "tab:blue"])
-    full.set(title=f"positions with a token, %\n{DOCUMENTS:,} web-like documents,\n{SEQ_LEN:,} positions", ylim=(0, 108))
+    full.set(
+        title=f"positions with a token, %\n{DOCUMENTS:,} web-like documents,\n{SEQ_LEN:,} positions", ylim=(0, 108)
+    )
     for i, part in enumerate((alone, packed)):
         full.text(i, 100 * part + 1, f"{100 * part:.1f}", ha="center")
     figure.tight_layout()

@@ -6,8 +6,18 @@ import pathlib
 # Full fine-tuning of Llama-8B on one H100, optimizer step included: (tokens in a sequence, tokens a second, note).
 OURS = [(131072, 3365, "125 GiB host"), (524288, 1027, "125 GiB host")]  # benchmarks/results/2026-11-27-flash.md
 # ml_dataflow's recorded runs of 2025-09: its smallest and largest host memory at each length.
-ML_DATAFLOW = [(131072, 3253, "112 GiB"), (262144, 1810, "160 GiB"), (524288, 928, "256 GiB"), (1048576, 481, "464 GiB")]
-ML_DATAFLOW_MORE = [(131072, 3385, "128 GiB"), (262144, 2070, "224 GiB"), (524288, 1128, "356 GiB"), (1048576, 505, "496 GiB")]
+ML_DATAFLOW = [
+    (131072, 3253, "112 GiB"),
+    (262144, 1810, "160 GiB"),
+    (524288, 928, "256 GiB"),
+    (1048576, 481, "464 GiB"),
+]
+ML_DATAFLOW_MORE = [
+    (131072, 3385, "128 GiB"),
+    (262144, 2070, "224 GiB"),
+    (524288, 1128, "356 GiB"),
+    (1048576, 505, "496 GiB"),
+]
 ALST = [(500_000, 495, "1.9 TB node")]  # arXiv 2506.13996, 1,010 s a step
 # Four layers, forward and backward, one script: benchmarks/results/2026-11-27-flash.md
 FOUR_LAYERS = {"alst_jax": 24448, "transformers\n+ Liger": 19499}
@@ -29,11 +39,34 @@ def main() -> None:
 
     figure, (lengths, layers) = plt.subplots(1, 2, figsize=(10, 3.8), width_ratios=(3, 1))
     curve(lengths, OURS, "alst_jax", (8, -3), marker="o", color="tab:blue", linestyle="")
-    curve(lengths, ML_DATAFLOW_MORE, "ml_dataflow, most host memory", (6, 7), marker="^", color="tab:orange", linestyle="--")
-    curve(lengths, ML_DATAFLOW, "ml_dataflow, least host memory", (-14, -13), marker="v", color="tab:orange", linestyle=":")
+    curve(
+        lengths,
+        ML_DATAFLOW_MORE,
+        "ml_dataflow, most host memory",
+        (6, 7),
+        marker="^",
+        color="tab:orange",
+        linestyle="--",
+    )
+    curve(
+        lengths,
+        ML_DATAFLOW,
+        "ml_dataflow, least host memory",
+        (-14, -13),
+        marker="v",
+        color="tab:orange",
+        linestyle=":",
+    )
     curve(lengths, ALST, "ALST", (8, -3), marker="s", color="tab:red", linestyle="")
-    lengths.set(xscale="log", yscale="log", xlabel="tokens in a sequence", ylabel="tokens a second",
-                title="Llama-8B, full step, one H100 80 GB (host memory at each point)", xlim=(1e5, 1.6e6), ylim=(380, 4600))
+    lengths.set(
+        xscale="log",
+        yscale="log",
+        xlabel="tokens in a sequence",
+        ylabel="tokens a second",
+        title="Llama-8B, full step, one H100 80 GB (host memory at each point)",
+        xlim=(1e5, 1.6e6),
+        ylim=(380, 4600),
+    )
     ticks = [131072, 262144, 524288, 1048576]
     lengths.set_xticks(ticks, [f"{n:,}" for n in ticks])
     lengths.set_yticks([500, 1000, 2000, 3000], ["500", "1,000", "2,000", "3,000"])

@@ -19,8 +19,17 @@ from alst_jax.profile import Profile
 from alst_jax.step import TrainStep, count_labels
 
 TINY = ModelConfig(
-    vocab_size=96, hidden_size=64, intermediate_size=96, num_layers=3, num_heads=8, num_kv_heads=2, head_dim=16,
-    rms_norm_eps=1e-5, attention_bias=True, mlp_bias=True)
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=96,
+    num_layers=3,
+    num_heads=8,
+    num_kv_heads=2,
+    head_dim=16,
+    rms_norm_eps=1e-5,
+    attention_bias=True,
+    mlp_bias=True,
+)
 PLAIN = Profile(loss_tile=None, mlp_tile=None, remat=False)  # every feature off
 
 
@@ -33,7 +42,9 @@ def tiny(**changes) -> ModelConfig:
 QUIET_ADAMW = AdamW(eps=1e-4)
 
 
-def make_step(model=TINY, dp=1, sp=1, profile=PLAIN, optimizer=QUIET_ADAMW, dtype=jnp.float32, freeze=None) -> TrainStep:
+def make_step(
+    model=TINY, dp=1, sp=1, profile=PLAIN, optimizer=QUIET_ADAMW, dtype=jnp.float32, freeze=None
+) -> TrainStep:
     return TrainStep(model, make_mesh(dp, sp), profile, optimizer, jnp.dtype(dtype), freeze)
 
 
@@ -166,9 +177,16 @@ def torch_gradients(model) -> dict[str, np.ndarray]:
     for name, parameter in model.named_parameters():
         parts = name.removeprefix("model.").split(".")
         layer = int(parts.pop(1)) if parts[0] == "layers" else None
-        last = "scale" if "norm" in parts[-2] else "embedding" if parts[-2] in ("embed_tokens", "lm_head") else {
-            "weight": "kernel", "bias": "bias"}[parts[-1]]
+        last = (
+            "scale"
+            if "norm" in parts[-2]
+            else "embedding"
+            if parts[-2] in ("embed_tokens", "lm_head")
+            else {"weight": "kernel", "bias": "bias"}[parts[-1]]
+        )
         gradient = parameter.grad.numpy().T if last == "kernel" else parameter.grad.numpy()
         found.setdefault(".".join([*parts[:-1], last]), {})[layer] = gradient
-    return {name: np.stack([rows[i] for i in sorted(rows)]) if None not in rows else rows[None]
-            for name, rows in found.items()}
+    return {
+        name: np.stack([rows[i] for i in sorted(rows)]) if None not in rows else rows[None]
+        for name, rows in found.items()
+    }

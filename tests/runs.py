@@ -16,8 +16,15 @@ from alst_jax.data.tokenizer import byte_tokenizer
 from alst_jax.hardware import environment
 
 ROOT = pathlib.Path(__file__).parents[1]
-SHAPE = dict(vocab_size=264, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, max_position_embeddings=256)
+SHAPE = dict(
+    vocab_size=264,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+)
 
 
 def make_hf(directory: pathlib.Path, **changes) -> pathlib.Path:

@@ -33,7 +33,7 @@ def _bwd(residuals, do):
     weights = jnp.exp(_scores(q, k) - lse[..., None])
     dweights = jnp.einsum("btnh,bsnh->bnts", do, jnp.repeat(v, repeats, axis=2))
     delta = jnp.einsum("btnh,btnh->bnt", do, o)
-    dscores = weights * (dweights - delta[..., None]) * q.shape[-1]**-0.5
+    dscores = weights * (dweights - delta[..., None]) * q.shape[-1] ** -0.5
     dq = jnp.einsum("bnts,bsnh->btnh", dscores, jnp.repeat(k, repeats, axis=2))
     dk = jnp.einsum("bnts,btnh->bsnh", dscores, q)
     dv = jnp.einsum("bnts,btnh->bsnh", weights, do)

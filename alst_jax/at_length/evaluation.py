@@ -135,10 +135,19 @@ class Results:
     def as_json(self) -> dict[str, Any]:
         found = self.long_ppl
         long_ppl = found and {
-            "long_ppl": found.value, "keys": found.keys, "perplexity": found.usual, "judged": found.judged}
-        return {"step": self.step, "seconds": self.seconds, "bands": [band._asdict() for band in self.bands],
-                "curve": [band._asdict() for band in self.curve], "long_ppl": long_ppl,
-                "cells": [dataclasses.asdict(cell) for cell in self.cells]}
+            "long_ppl": found.value,
+            "keys": found.keys,
+            "perplexity": found.usual,
+            "judged": found.judged,
+        }
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "bands": [band._asdict() for band in self.bands],
+            "curve": [band._asdict() for band in self.curve],
+            "long_ppl": long_ppl,
+            "cells": [dataclasses.asdict(cell) for cell in self.cells],
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,8 +173,10 @@ class Evaluation:
     def summary(self) -> str:
         """The texts, windows and cases, and the sequences of the run's length that they fill."""
         short_contexts = len(self.windows) * len(self.texts)
-        return (f"{len(self.texts)} texts of {self.texts[0].tokens.size:,} tokens, {short_contexts:,} short contexts "
-                f"of LongPPL, {len(self.cases)} generated cases: {len(self.packed.groups)} sequences an evaluation")
+        return (
+            f"{len(self.texts)} texts of {self.texts[0].tokens.size:,} tokens, {short_contexts:,} short contexts "
+            f"of LongPPL, {len(self.cases)} generated cases: {len(self.packed.groups)} sequences an evaluation"
+        )
 
     def __call__(self, step: TrainStep, state: TrainState, say: Callable[[str], None]) -> dict[str, float]:
         """Judge the model: say a table, write OUT/long/step-N.json and the pictures. Returns the metrics."""
@@ -195,8 +206,14 @@ class Evaluation:
             short = longppl.short_losses(length, list(zip(self.windows, of_windows)))
             long_ppl = LongPpl.of(long, short, label).plus(long_ppl or LongPpl())
         cells = tasks.judge(self.cases, found[count + count * per_text :])
-        return Results(state.step, time.perf_counter() - started, bands(losses, labels, doublings(length)),
-                       curve(losses, labels, length), long_ppl, cells)
+        return Results(
+            state.step,
+            time.perf_counter() - started,
+            bands(losses, labels, doublings(length)),
+            curve(losses, labels, length),
+            long_ppl,
+            cells,
+        )
 
 
 def choose_texts(pieces: Any, length: int, count: int, flag: str, longest: int) -> list[Sequence]:
@@ -206,6 +223,8 @@ def choose_texts(pieces: Any, length: int, count: int, flag: str, longest: int) 
     """
     whole = np.flatnonzero(pieces.lengths == length)
     if not whole.size:
-        raise UserError(f"{flag}: its longest document has {longest:,} tokens, and a loss at {length:,} (--seq-len) "
-                        "needs a document as long; use longer documents or a shorter --seq-len")
+        raise UserError(
+            f"{flag}: its longest document has {longest:,} tokens, and a loss at {length:,} (--seq-len) "
+            "needs a document as long; use longer documents or a shorter --seq-len"
+        )
     return [pieces[int(i)] for i in whole[np.unique(np.linspace(0, whole.size - 1, count).round().astype(int))]]

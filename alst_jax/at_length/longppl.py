@@ -33,8 +33,10 @@ class Window(NamedTuple):
 def windows(length: int, context: int) -> list[Window]:
     """The short contexts of a sequence; none if it is not longer than `context`."""
     step = max(1, context // 4)
-    return [Window(start, min(start + context + step, length), start + context - 1)
-            for start in range(0, length - context, step)]
+    return [
+        Window(start, min(start + context + step, length), start + context - 1)
+        for start in range(0, length - context, step)
+    ]
 
 
 def cut(sequence: Sequence, window: Window) -> Sequence:

@@ -95,10 +95,13 @@ class Writer:
         values = rng.choice(90000, CHAINS, replace=False) + 10000
         lines = []
         for chain, value in enumerate(values.tolist()):
-            own = names[chain :: CHAINS]
+            own = names[chain::CHAINS]
             lines.append([f"\nVAR {own[0]} = {value}\n", *(f"\nVAR {b} = VAR {a}\n" for a, b in zip(own, own[1:]))])
-        inserts = [((hop * CHAINS + chain + 1) / (CHAINS * (HOPS + 1) + 1), self.encode(lines[chain][hop]))
-                   for hop in range(HOPS + 1) for chain in range(CHAINS)]
+        inserts = [
+            ((hop * CHAINS + chain + 1) / (CHAINS * (HOPS + 1) + 1), self.encode(lines[chain][hop]))
+            for hop in range(HOPS + 1)
+            for chain in range(CHAINS)
+        ]
         return inserts, self.encode(f"\nThe value of VAR {names[-CHAINS]} is"), self.encode(f" {values[0]}")
 
     def _copy(self, length, rng, depth):
@@ -153,8 +156,10 @@ def make_cases(writer: Writer, length: int, samples: int, seed: int) -> list[Cas
     made = [case for case in cases if case is not None]
     missing = [task for task in TASKS if not any(case.task == task for case in made)] if samples else []
     if missing:
-        raise UserError(f"--eval-long: {length:,} tokens (--seq-len) are too few for the task {missing[0]}: its own "
-                        "words would fill more than half of them; use longer sequences, or --eval-long-samples 0")
+        raise UserError(
+            f"--eval-long: {length:,} tokens (--seq-len) are too few for the task {missing[0]}: its own "
+            "words would fill more than half of them; use longer sequences, or --eval-long-samples 0"
+        )
     return made
 
 

@@ -13,14 +13,19 @@ def short(tokens: int) -> str:
 def table(results: dict[str, Any], before: dict[str, Any] | None, context: int) -> str:
     """Loss by position, LongPPL and the tasks. before: the run's first evaluation, shown beside."""
     head = f"   step {before['step']}" if before else ""
-    lines = [f"long    step {results['step']}: judged at {short(results['bands'][-1]['stop'])} tokens in "
-             f"{results['seconds']:.0f} s", f"        position        loss{head}"]
+    lines = [
+        f"long    step {results['step']}: judged at {short(results['bands'][-1]['stop'])} tokens in "
+        f"{results['seconds']:.0f} s",
+        f"        position        loss{head}",
+    ]
     old = {band["start"]: band["loss"] for band in before["bands"]} if before else {}
     for band in results["bands"]:
         where = f"{short(band['start'])} to {short(band['stop'])}"
         lines.append(f"        {where:14}{_number(band['loss'])}{_number(old.get(band['start'])) if before else ''}")
-    lines.append(f"        {_long_ppl(results, context)}" + (f"; step {before['step']}: {_long_ppl(before, context)}"
-                                                              if before else ""))
+    lines.append(
+        f"        {_long_ppl(results, context)}"
+        + (f"; step {before['step']}: {_long_ppl(before, context)}" if before else "")
+    )
     for task in TASKS:
         cells = [cell for cell in results["cells"] if cell["task"] == task]
         lines += [f"        {line}" for line in _grid(task, cells)]
@@ -36,8 +41,10 @@ def _long_ppl(results: dict[str, Any], context: int) -> str:
     if found is None:
         return f"LongPPL: none, since sequences are not longer than its short context of {context:,} tokens"
     value = "none" if found["long_ppl"] is None else f"{found['long_ppl']:.4g}"
-    return (f"LongPPL {value} over {found['keys']:,} key tokens of {found['judged']:,}, whose perplexity is "
-            f"{found['perplexity']:.4g}")
+    return (
+        f"LongPPL {value} over {found['keys']:,} key tokens of {found['judged']:,}, whose perplexity is "
+        f"{found['perplexity']:.4g}"
+    )
 
 
 def _grid(task: str, cells: list[dict[str, Any]]) -> list[str]:

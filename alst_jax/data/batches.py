@@ -37,8 +37,12 @@ class Rows:
     """
 
     def __init__(
-        self, sequences: Sequences, lengths: int | tuple[int, ...], pad_token: int,
-        packing: Packing | None = None, mine: frozenset[int] | None = None,
+        self,
+        sequences: Sequences,
+        lengths: int | tuple[int, ...],
+        pad_token: int,
+        packing: Packing | None = None,
+        mine: frozenset[int] | None = None,
     ):
         self.lengths = (lengths,) if isinstance(lengths, int) else tuple(lengths)
         self._sequences, self._pad, self._packing, self._mine = sequences, pad_token, packing, mine
@@ -89,8 +93,15 @@ class TrainingBatches:
     """
 
     def __init__(
-        self, sequences: Sequences, lengths: int | tuple[int, ...], rows: int, grad_accum: int, seed: int,
-        pad_token: int, order: list[tuple[int, float]] | Stages | None = None, layout: Layout = Layout(),
+        self,
+        sequences: Sequences,
+        lengths: int | tuple[int, ...],
+        rows: int,
+        grad_accum: int,
+        seed: int,
+        pad_token: int,
+        order: list[tuple[int, float]] | Stages | None = None,
+        layout: Layout = Layout(),
     ):
         import grain
 
@@ -128,8 +139,12 @@ def one_by_one(batches: Arrays | list[Arrays]) -> list[Arrays]:
 
 
 def evaluation_batches(
-    sequences: Sequences, lengths: int | tuple[int, ...], rows: int, pad_token: int,
-    packing: Packing | None = None, mine: frozenset[int] | None = None,
+    sequences: Sequences,
+    lengths: int | tuple[int, ...],
+    rows: int,
+    pad_token: int,
+    packing: Packing | None = None,
+    mine: frozenset[int] | None = None,
 ) -> Iterator[Arrays]:
     """Every sequence once, in order: int32[rows, length]; the last batch is filled up with rows without labels.
 
@@ -160,9 +175,7 @@ def pad_sequence(sequence: Sequence, padded_len: int, pad_token: int, packed: bo
     return {"tokens": tokens, "labels": labels, "positions": positions}
 
 
-def fingerprint(
-    sequences: Sequences, mixture: list[tuple[int, float]] | None = None, known: str | None = None
-) -> str:
+def fingerprint(sequences: Sequences, mixture: list[tuple[int, float]] | None = None, known: str | None = None) -> str:
     """A hash of all tokens and labels and of how they are cut, with the mixture of sources: the same data, or other.
 
     known: the `content_hash` of the sequences, if it is known.

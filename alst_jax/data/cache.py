@@ -81,16 +81,21 @@ class Cache:
         for key in keys:
             if (store := self._read(key, source.report)) is not None:
                 check_vocabulary(store.highs, cutting.vocab_size)
-                print(f"cache   {source.report.name}: {store.tokens.size:,} tokens of {store.lengths.size:,} documents "
-                      f"from {self.directory / key}", flush=True)
+                print(
+                    f"cache   {source.report.name}: {store.tokens.size:,} tokens of {store.lengths.size:,} documents "
+                    f"from {self.directory / key}",
+                    flush=True,
+                )
                 return store
         with shown(source, size) as documents:
             key = self._write(keys, dataclasses.replace(source, documents=documents), cutting)
         print(f"cache   {source.report.name}: tokenised into {self.directory / key}", flush=True)
         if (store := self._read(key)) is None:
-            raise UserError(f"--data-cache {self.directory}: the tokens of {source.report.place} were written to {key} "
-                            "and are no longer there; does another program clear the directory? Start again, name "
-                            "another directory, or use --data-cache off")
+            raise UserError(
+                f"--data-cache {self.directory}: the tokens of {source.report.place} were written to {key} "
+                "and are no longer there; does another program clear the directory? Start again, name "
+                "another directory, or use --data-cache off"
+            )
         return store
 
     # --------------------------------------------------------------------------------------------------------- reading
@@ -104,8 +109,10 @@ class Cache:
         except (FileNotFoundError, ValueError):
             return None
         except OSError as error:
-            raise Unusable(f"--data-cache {self.directory}: cannot be read: {error}; name another directory, or use "
-                            "--data-cache off") from error
+            raise Unusable(
+                f"--data-cache {self.directory}: cannot be read: {error}; name another directory, or use "
+                "--data-cache off"
+            ) from error
         if not isinstance(meta, dict) or (meta.get("format"), meta.get("key")) != (FORMAT, key):
             return None
         if damaged := self._damaged(folder, meta, sizes):
@@ -132,8 +139,10 @@ class Cache:
             with concurrent.futures.ThreadPoolExecutor(len(DTYPES)) as pool:
                 found = dict(zip(DTYPES, pool.map(lambda name: file_checksum(folder / f"{name}.bin"), DTYPES)))
         except OSError as error:
-            raise Unusable(f"--data-cache {self.directory}: cannot be read: {error}; name another directory, or use "
-                            "--data-cache off") from error
+            raise Unusable(
+                f"--data-cache {self.directory}: cannot be read: {error}; name another directory, or use "
+                "--data-cache off"
+            ) from error
         return next((f"{name}.bin" for name in DTYPES if found[name] != meta["checksums"][name]), None)
 
     # --------------------------------------------------------------------------------------------------------- writing
@@ -152,8 +161,14 @@ class Cache:
             key = keys[any(name not in TEXTS for name in report.formats)]
             counts = {name: getattr(report, name) for name in (*COUNTS, *COUNTERS)} | {"ignored": list(report.ignored)}
             sizes = {name: (folder / f"{name}.bin").stat().st_size for name in DTYPES}
-            meta = {"format": FORMAT, "key": key, "sizes": sizes, "highs": highs, "report": counts,
-                    "checksums": {name: file.checksum for name, file in zip(DTYPES, files)}}
+            meta = {
+                "format": FORMAT,
+                "key": key,
+                "sizes": sizes,
+                "highs": highs,
+                "report": counts,
+                "checksums": {name: file.checksum for name, file in zip(DTYPES, files)},
+            }
             meta["self"] = checksum_of(meta)
             with _Output(folder / "store.json", self, report) as file:
                 file.write(np.frombuffer(json.dumps(meta).encode(), np.uint8))
@@ -199,9 +214,11 @@ class Cache:
         """The error of a store that cannot be written."""
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         hint = "; they need five bytes each. Make room, name" if full else ". Name"
-        return UserError(f"--data-cache {self.directory}: the tokens of {report.place} cannot be written there "
-                         f"({error.strerror or error}){hint} another directory, or use --data-cache off, which keeps "
-                         "them in memory")
+        return UserError(
+            f"--data-cache {self.directory}: the tokens of {report.place} cannot be written there "
+            f"({error.strerror or error}){hint} another directory, or use --data-cache off, which keeps "
+            "them in memory"
+        )
 
     # --------------------------------------------------------------------------------------------------- fingerprints
 
@@ -225,8 +242,11 @@ class Cache:
                 stream.write(f"{text} {checksum_of(text)}")
             os.replace(stream.name, file)
         except OSError as error:
-            print(f"cache   the hash of the sequences is not kept: {file.parent} cannot be written "
-                  f"({error.strerror or error})", flush=True)
+            print(
+                f"cache   the hash of the sequences is not kept: {file.parent} cannot be written "
+                f"({error.strerror or error})",
+                flush=True,
+            )
 
 
 class _Output:

@@ -22,8 +22,16 @@ HEAD = 1 << 16  # bytes at both ends of a file that are part of its key
 
 def keys_of(source: OpenSource, reading: Reading, tokenizer: Any, labels: Labels) -> tuple[str, str]:
     """The names of a source's store: without chats, and with chats, which may hold the date."""
-    parts = [FORMAT, programs(), source.given, os.path.abspath(source.given), dataclasses.asdict(reading),
-             [_stamp(file) for file in source.files], tokenizer_hash(tokenizer), labels.learn]
+    parts = [
+        FORMAT,
+        programs(),
+        source.given,
+        os.path.abspath(source.given),
+        dataclasses.asdict(reading),
+        [_stamp(file) for file in source.files],
+        tokenizer_hash(tokenizer),
+        labels.learn,
+    ]
     prints_date = "strftime_now" in json.dumps(tokenizer.chat_template or "")
     date = labels.date or datetime.date.today().isoformat()
     return hash_of(*parts), hash_of(*parts, date if prints_date else "no date")
@@ -50,8 +58,11 @@ def programs() -> str:
     import transformers
 
     files = sorted(pathlib.Path(__file__).parent.glob("*.py"))
-    return hash_of(transformers.__version__, tokenizers.__version__,
-                 *(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in files))
+    return hash_of(
+        transformers.__version__,
+        tokenizers.__version__,
+        *(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in files),
+    )
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -59,8 +70,10 @@ def tokenizer_hash(tokenizer: Any) -> str:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         files = sorted(path for path in pathlib.Path(folder).rglob("*") if path.is_file())
-        return hash_of(type(tokenizer).__name__, *(
-            f"{file.relative_to(folder)} {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in files))
+        return hash_of(
+            type(tokenizer).__name__,
+            *(f"{file.relative_to(folder)} {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in files),
+        )
 
 
 def hash_of(*parts: Any) -> str:

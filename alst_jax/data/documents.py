@@ -41,8 +41,10 @@ class Stats:
     def summary(self, seq_len: int) -> str:
         padding = 1 - self.tokens / max(1, self.sequences * seq_len)
         dropped = f", {self.dropped} pieces without anything to predict left out" if self.dropped else ""
-        return (f"{self.documents:,} documents, {self.tokens:,} tokens ({self.labels:,} to predict; longest document "
-                f"{self.longest:,}) -> {self.sequences:,} sequences of {seq_len:,}, {padding:.1%} padding{dropped}")
+        return (
+            f"{self.documents:,} documents, {self.tokens:,} tokens ({self.labels:,} to predict; longest document "
+            f"{self.longest:,}) -> {self.sequences:,} sequences of {seq_len:,}, {padding:.1%} padding{dropped}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +61,12 @@ class Cutting:
 
 
 def make_sequences(
-    documents: Iterable[Document], tokenizer: Any, seq_len: int, vocab_size: int, flag: str = "--data",
-    labels: Labels = Labels()
+    documents: Iterable[Document],
+    tokenizer: Any,
+    seq_len: int,
+    vocab_size: int,
+    flag: str = "--data",
+    labels: Labels = Labels(),
 ) -> tuple[Pieces, Stats]:
     """Tokenise, cut and check. UserError without a token to predict, if the longest document fills less than half a
     sequence, or if the tokenizer has tokens the model does not know."""
@@ -97,8 +103,7 @@ def checked_tokens(
 
     UserError if the tokenizer has tokens the model does not know.
     """
-    for document, tokens, learned in tokenized(
-            documents, cutting.tokenizer, cutting.labels, report, cutting.skip_bad):
+    for document, tokens, learned in tokenized(documents, cutting.tokenizer, cutting.labels, report, cutting.skip_bad):
         highest = int(tokens.max(initial=-1))
         if not highs or highest > highs[-1][0]:
             highs.append((highest, document.origin))
@@ -110,9 +115,11 @@ def check_vocabulary(highs: list[tuple[int, str]], vocab_size: int) -> None:
     """UserError, for the first document with a token that the model does not know."""
     for token, origin in highs:
         if token >= vocab_size:
-            raise UserError(f"{origin}: token {token} is outside the model's vocabulary of {vocab_size}: the tokenizer "
-                            "belongs to another model, or tokens were added to it; --resize-vocabulary gives the model "
-                            "rows for added tokens")
+            raise UserError(
+                f"{origin}: token {token} is outside the model's vocabulary of {vocab_size}: the tokenizer "
+                "belongs to another model, or tokens were added to it; --resize-vocabulary gives the model "
+                "rows for added tokens"
+            )
 
 
 def cut(source: Tokenised, cutting: Cutting, report: SourceReport) -> tuple[Pieces, Stats]:
@@ -127,8 +134,11 @@ def cut(source: Tokenised, cutting: Cutting, report: SourceReport) -> tuple[Piec
     labels = labels_in(source, spans)
     stats.longest = int(source.lengths[kept].max(initial=0))
     stats.dropped = int(np.count_nonzero(labels == 0))
-    left_out = {f"longer than {seq_len:,} tokens": np.count_nonzero(~kept), "without anything to learn": stats.dropped,
-                "of no token": np.count_nonzero(source.lengths == 0)}
+    left_out = {
+        f"longer than {seq_len:,} tokens": np.count_nonzero(~kept),
+        "without anything to learn": stats.dropped,
+        "of no token": np.count_nonzero(source.lengths == 0),
+    }
     report.pieces_left_out.update({reason: int(count) for reason, count in left_out.items() if count})
     report.cut = int(np.count_nonzero(source.lengths[kept] > seq_len))
     if cutting.drop_long:  # the rest is not learned
@@ -144,19 +154,24 @@ def check_length(stats: Stats, seq_len: int, flag: str, pack: bool = False) -> N
     sequence."""
     check_targets(stats, flag)
     if pack and stats.tokens * 2 < seq_len:
-        raise UserError(f"{flag} is shorter than asked for: {stats.documents} documents have {stats.tokens} tokens in "
-                        f"all, so that more than half of a sequence of {seq_len} would be padding. Use a shorter "
-                        "--seq-len, or more data")
+        raise UserError(
+            f"{flag} is shorter than asked for: {stats.documents} documents have {stats.tokens} tokens in "
+            f"all, so that more than half of a sequence of {seq_len} would be padding. Use a shorter "
+            "--seq-len, or more data"
+        )
     if not pack and stats.longest * 2 < seq_len:
         fitting = min(-(-stats.longest // 128) * 128, 2 * stats.longest)
         raise UserError(
             f"{flag} is shorter than asked for: the longest of {stats.documents} documents has {stats.longest} tokens, "
             f"so that more than half of every sequence of {seq_len} would be padding. Use --seq-len {fitting} or less, "
-            "longer documents, or --pack, which puts several into one sequence")
+            "longer documents, or --pack, which puts several into one sequence"
+        )
 
 
 def check_targets(stats: Stats, place: str) -> None:
     """UserError without a token to predict."""
     if not stats.sequences:
-        raise UserError(f"{place}: {stats.documents} documents and nothing in them to predict (fewer than two tokens "
-                        "each)" + "".join(report.left_out() for report in stats.sources))
+        raise UserError(
+            f"{place}: {stats.documents} documents and nothing in them to predict (fewer than two tokens "
+            "each)" + "".join(report.left_out() for report in stats.sources)
+        )

@@ -15,8 +15,10 @@ def python_reference(held_out: bool = False) -> list[Document]:
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
-        raise UserError("the embedded text is the Python language reference in pydoc_data, which this Python was "
-                        "installed without; name a file with --data") from error
+        raise UserError(
+            "the embedded text is the Python language reference in pydoc_data, which this Python was "
+            "installed without; name a file with --data"
+        ) from error
     names = sorted(name for name in topics if len(topics[name].encode()) >= LONG_ENOUGH)
     chosen = [n for i, n in enumerate(names) if (i % HELD_OUT_EVERY == HELD_OUT_EVERY - 1) == held_out]
     return [Document(topics[name], f"pydoc_data.topics[{name!r}]") for name in chosen]

@@ -14,10 +14,18 @@ from alst_jax.data.splits import choose_split, split_of
 
 DOCUMENTATION = re.compile(
     r"(readme|licen[cs]e|copying|notice|citation|changelog|contributing|authors|code_of_conduct|security|dataset_?card)"
-    r"([-_.].*)?", re.IGNORECASE)
+    r"([-_.].*)?",
+    re.IGNORECASE,
+)
 DOCUMENTATION_KINDS = ("", ".md", ".txt", ".rst", ".cff", ".bib", ".html", ".pdf", ".apache", ".mit")
-METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "croissant.json",
-            "data_files.json")
+METADATA = (
+    "dataset_info.json",
+    "dataset_infos.json",
+    "dataset_dict.json",
+    "state.json",
+    "croissant.json",
+    "data_files.json",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +84,10 @@ def find_files(given: str, selection: Selection, flag: str, held_out: bool = Fal
             found.left_out[reason] += 1
     if not found.files:
         what = f"; left out: {words(found.left_out)}" if found.left_out else ""
-        raise UserError(f"{flag} {given}: the directory holds no files to read{what}. --include GLOB takes files of "
-                        "any kind, as in --include '*.py'")
+        raise UserError(
+            f"{flag} {given}: the directory holds no files to read{what}. --include GLOB takes files of "
+            "any kind, as in --include '*.py'"
+        )
     _keep_split(found, path, selection, f"{flag} {given}", held_out)
     return found
 
@@ -88,14 +98,20 @@ def words(counts: collections.Counter[str]) -> str:
 
 
 def _walk(
-    folder: pathlib.Path, below: tuple[str, ...], above: tuple[pathlib.Path, ...], selection: Selection,
-    left_out: collections.Counter[str], place: str,
+    folder: pathlib.Path,
+    below: tuple[str, ...],
+    above: tuple[pathlib.Path, ...],
+    selection: Selection,
+    left_out: collections.Counter[str],
+    place: str,
 ) -> Iterator[FoundFile]:
     """All files that are neither hidden nor excluded. above: the real paths of the directories that lead here."""
     real = folder.resolve()
     if real in above:
-        raise UserError(f"{place}: {folder} is a link to {real}, a directory above it, and would be read without end; "
-                        f"--exclude {folder.name} leaves it out")
+        raise UserError(
+            f"{place}: {folder} is a link to {real}, a directory above it, and would be read without end; "
+            f"--exclude {folder.name} leaves it out"
+        )
     for entry in folder.iterdir():
         parts = (*below, entry.name)
         if entry.name.startswith("."):

@@ -116,8 +116,10 @@ def _decoded(content: bytes, origin: str) -> str | UserError:
     except UnicodeDecodeError as error:
         if content.startswith((b"\xff\xfe", b"\xfe\xff")):
             return UserError(f"{origin}: the text is UTF-16, and data are UTF-8; convert it (iconv -f UTF-16 -t UTF-8)")
-        return UserError(f"{origin}: not UTF-8 text (byte {error.start}); data are .jsonl, .json, .csv, .tsv, "
-                         ".parquet, .arrow or UTF-8 text files. In a directory, --include and --exclude choose files")
+        return UserError(
+            f"{origin}: not UTF-8 text (byte {error.start}); data are .jsonl, .json, .csv, .tsv, "
+            ".parquet, .arrow or UTF-8 text files. In a directory, --include and --exclude choose files"
+        )
 
 
 def read_text(file: pathlib.Path) -> str | UserError:
@@ -173,8 +175,9 @@ def _json(file: pathlib.Path) -> Records:
     try:
         value = json.loads("".join(whole))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not valid JSON: {error}; a .json file is a list of objects, one object, or one "
-                        "object a line") from error
+        raise UserError(
+            f"{file}: not valid JSON: {error}; a .json file is a list of objects, one object, or one object a line"
+        ) from error
     for row, record in enumerate(value if isinstance(value, list) else [value]):
         yield record, f"{file}[{row}]"
 
@@ -202,8 +205,13 @@ def _csv(file: pathlib.Path, delimiter: str) -> Records:
         if broken:
             yield broken.pop(), origin
         elif len(row) != len(names):
-            yield UserError(f"{origin}: {len(row)} fields in a row, and the first row names {len(names)} columns "
-                            f"({', '.join(names)})"), origin
+            yield (
+                UserError(
+                    f"{origin}: {len(row)} fields in a row, and the first row names {len(names)} columns "
+                    f"({', '.join(names)})"
+                ),
+                origin,
+            )
         else:
             yield dict(zip(names[nameless:], row[nameless:])), origin
 
@@ -229,8 +237,9 @@ def _csv_rows(rows: Any, file: pathlib.Path) -> Iterator[tuple[int, list[str]]]:
         except StopIteration:
             return
         except csv.Error as error:
-            raise UserError(f"{file}:{number}: not valid CSV: {error} (a quote within a quoted field is written "
-                            "twice)") from error
+            raise UserError(
+                f"{file}:{number}: not valid CSV: {error} (a quote within a quoted field is written twice)"
+            ) from error
         if row:
             yield number, row
 

@@ -11,8 +11,12 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 def is_hub_name(path: str) -> bool:
     """Whether `owner/name` is a name on the hub: no such path exists, and `owner` is no existing directory."""
-    return bool(HUB_NAME.fullmatch(path) and not pathlib.Path(path).exists() and not pathlib.Path(path).parent.exists()
-                and kind_of(path) not in (*RECORD_KINDS, *TEXT_KINDS))
+    return bool(
+        HUB_NAME.fullmatch(path)
+        and not pathlib.Path(path).exists()
+        and not pathlib.Path(path).parent.exists()
+        and kind_of(path) not in (*RECORD_KINDS, *TEXT_KINDS)
+    )
 
 
 def download(name: str, flag: str, include: tuple[str, ...] = ()) -> pathlib.Path:
@@ -29,5 +33,7 @@ def download(name: str, flag: str, include: tuple[str, ...] = ()) -> pathlib.Pat
         return pathlib.Path(snapshot_download(name, repo_type="dataset", allow_patterns=patterns))
     except Exception as error:  # the hub's client raises many kinds; all mean: not available
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{flag} {name}: no such file or directory, and no data set of this name could be fetched from "
-                        f"the hub ({reason})") from error
+        raise UserError(
+            f"{flag} {name}: no such file or directory, and no data set of this name could be fetched from "
+            f"the hub ({reason})"
+        ) from error

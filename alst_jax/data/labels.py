@@ -61,9 +61,11 @@ def prepare(document: Document, tokenizer: Any, labels: Labels) -> Prepared:
     """A chat, or a prompt with its completion, ready for `encode`. UserError: see `tokenize`."""
     prepared = _prepare_chat(document, tokenizer, labels) if document.is_chat else _prepare_completion(document, labels)
     if not tokenizer.is_fast:
-        raise UserError(f"{document.origin}: the model's tokenizer ({type(tokenizer).__name__}) does not tell which "
-                        "characters a token holds, so answers cannot be told from prompts; use a model with a "
-                        "tokenizer.json")
+        raise UserError(
+            f"{document.origin}: the model's tokenizer ({type(tokenizer).__name__}) does not tell which "
+            "characters a token holds, so answers cannot be told from prompts; use a model with a "
+            "tokenizer.json"
+        )
     return prepared
 
 
@@ -74,8 +76,14 @@ def encode(prepared: list[Prepared], tokenizer: Any) -> list[tuple[np.ndarray, n
         chosen = [i for i, one in enumerate(prepared) if one.special == special]
         if not chosen:
             continue
-        out = tokenizer([prepared[i].text for i in chosen], add_special_tokens=special, return_offsets_mapping=True,
-                        return_attention_mask=False, return_token_type_ids=False, verbose=False)
+        out = tokenizer(
+            [prepared[i].text for i in chosen],
+            add_special_tokens=special,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
         for i, row, characters in zip(chosen, out["input_ids"], out["offset_mapping"], strict=True):
             ids, offsets = np.asarray(row, np.int32), np.asarray(characters, np.int64).reshape(-1, 2)
             learned = _tokens_in(offsets, prepared[i].spans, len(prepared[i].text))
@@ -132,14 +140,19 @@ def _prepare_chat(document: Document, tokenizer: Any, labels: Labels) -> Prepare
     turns = _learned_turns(document, labels)
     try:
         if document.tools and _same_without_tools(template, rendered, messages):
-            raise UserError("the chat template does not write the tools, so the model would not see them; use a "
-                            "template with tools (--chat-template FILE)")
+            raise UserError(
+                "the chat template does not write the tools, so the model would not see them; use a "
+                "template with tools (--chat-template FILE)"
+            )
         document = dataclasses.replace(document, content=messages)
         spans = spans_of(document, tokenizer, template, rendered, turns)
         check_written(rendered, messages)
         if labels.learn == "all":
-            silent = [turn_of(rendered, i) for i, message in enumerate(messages)
-                      if message["role"] == "assistant" and document.learned and not document.learned[i]]
+            silent = [
+                turn_of(rendered, i)
+                for i, message in enumerate(messages)
+                if message["role"] == "assistant" and document.learned and not document.learned[i]
+            ]
             edges = [0, *itertools.chain(*silent), len(rendered.text)]
             spans = list(zip(edges[::2], edges[1::2]))
     except UserError as error:
@@ -165,8 +178,10 @@ def _learned_turns(document: Document, labels: Labels) -> list[int]:
         last = max(i for i, message in enumerate(document.content) if message["role"] == "assistant")
         turns = [i for i in turns if i == last]
     if not turns:
-        raise UserError(f"{document.origin}: nothing in the chat is to be learned: --learn {labels.learn}, and the "
-                        "last turn of the assistant has weight 0")
+        raise UserError(
+            f"{document.origin}: nothing in the chat is to be learned: --learn {labels.learn}, and the "
+            "last turn of the assistant has weight 0"
+        )
     return turns
 
 
@@ -177,13 +192,13 @@ def chat_template(tokenizer: Any, tools: Any, labels: Labels) -> ChatTemplate:
     return ChatTemplate(source, tokenizer.special_tokens_map, date)
 
 
-def _render(
-    document: Document, tokenizer: Any, labels: Labels
-) -> tuple[ChatTemplate, Rendered, list[dict[str, Any]]]:
+def _render(document: Document, tokenizer: Any, labels: Labels) -> tuple[ChatTemplate, Rendered, list[dict[str, Any]]]:
     """The template, the rendered chat, and the messages in the form that the template took."""
     if not tokenizer.chat_template:
-        raise UserError(f"{document.origin}: a chat, but the model's tokenizer has no chat template; use a model with "
-                        "one (an Instruct model), name one with --chat-template FILE, or give text instead")
+        raise UserError(
+            f"{document.origin}: a chat, but the model's tokenizer has no chat template; use a model with "
+            "one (an Instruct model), name one with --chat-template FILE, or give text instead"
+        )
     forms = [document.content]
     if any("tool_calls" in message for message in document.content):
         forms.append([_as_api_form(message) for message in document.content])
@@ -208,8 +223,11 @@ def _prints_python(rendered: Rendered, messages: list[dict[str, Any]]) -> bool:
         for call in message.get("tool_calls", []):
             arguments = call["function"]["arguments"]
             printed = str(arguments) if isinstance(arguments, dict) and arguments else None
-            if printed and printed not in (message.get("content") or "") and any(
-                    printed in rendered.text[start:end] for start, end in spans):
+            if (
+                printed
+                and printed not in (message.get("content") or "")
+                and any(printed in rendered.text[start:end] for start, end in spans)
+            ):
                 return True
     return False
 
@@ -219,6 +237,8 @@ def _as_api_form(message: dict[str, Any]) -> dict[str, Any]:
     if "tool_calls" not in message:
         return message
     text = lambda arguments: json.dumps(arguments, ensure_ascii=False)
-    calls = [call | {"function": call["function"] | {"arguments": text(call["function"]["arguments"])}}
-             for call in message["tool_calls"]]
+    calls = [
+        call | {"function": call["function"] | {"arguments": text(call["function"]["arguments"])}}
+        for call in message["tool_calls"]
+    ]
     return {"content": None} | message | {"tool_calls": calls}

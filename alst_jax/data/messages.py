@@ -18,9 +18,21 @@ from alst_jax.config import UserError
 
 # ShareGPT's names of roles.
 ROLES = {
-    "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant",
-    "model": "assistant", "bing": "assistant", "bard": "assistant", "system": "system", "tool": "tool",
-    "observation": "tool", "function_response": "tool", "tool_response": "tool", "function_call": "assistant"}
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+    "function_call": "assistant",
+}
 REASONING = ("reasoning_content", "thinking", "reasoning")
 UNDERSTOOD = frozenset({"role", "content", "weight", "tool_calls", "tool_call_id", "name", *REASONING})
 PLAIN = {"role", "content"}
@@ -58,8 +70,11 @@ def chat_messages(value: Any, origin: str, field: str, prompt: bool = False, ign
         if sharegpt:
             message = _from_sharegpt(message, place)
         present = {name: item for name, item in message.items() if item is not None}
-        if not isinstance(present.get("role", ""), str) or "role" not in present or (
-                "content" not in present and not present.get("tool_calls")):
+        if (
+            not isinstance(present.get("role", ""), str)
+            or "role" not in present
+            or ("content" not in present and not present.get("tool_calls"))
+        ):
             raise UserError(f"{place} lacks 'role' or 'content'; {rule}")
         _check_role(present["role"], place)
         messages.append(_message(present, place, ignore))
@@ -70,22 +85,30 @@ def chat_messages(value: Any, origin: str, field: str, prompt: bool = False, ign
         raise UserError(f"{origin}: every assistant message has weight 0, so nothing in the chat is to be learned")
     for i, message in enumerate(messages):
         if learned[i] and not prompt and _is_empty(message):
-            raise UserError(f"{origin}: message {i} of the assistant is empty, so an empty answer would be learned; "
-                            "take it out of the data, or give it weight 0")
+            raise UserError(
+                f"{origin}: message {i} of the assistant is empty, so an empty answer would be learned; "
+                "take it out of the data, or give it weight 0"
+            )
     return Chat(messages, tuple(learned), sharegpt)
 
 
 def _is_plain(message: Any) -> bool:
     """Whether a message is a role and a text, which nothing has to be checked of: most messages are."""
-    return (isinstance(message, dict) and message.keys() == PLAIN and isinstance(message["role"], str)
-            and isinstance(message["content"], str))
+    return (
+        isinstance(message, dict)
+        and message.keys() == PLAIN
+        and isinstance(message["role"], str)
+        and isinstance(message["content"], str)
+    )
 
 
 def _check_role(role: str, place: str) -> None:
     """UserError for another name of the assistant, whose messages would not be learned."""
     if role != "assistant" and ROLES.get(role.lower()) == "assistant":
-        raise UserError(f"{place}: the role {role!r}, which means the assistant and would not be learned; write "
-                        "'assistant', or ShareGPT's 'from' and 'value'")
+        raise UserError(
+            f"{place}: the role {role!r}, which means the assistant and would not be learned; write "
+            "'assistant', or ShareGPT's 'from' and 'value'"
+        )
 
 
 def _is_empty(message: dict[str, Any]) -> bool:
@@ -99,9 +122,11 @@ def _message(message: dict[str, Any], place: str, ignore: tuple[str, ...]) -> di
     role = message["role"]
     unknown = sorted(message.keys() - UNDERSTOOD - HARMLESS - set(ignore))
     if unknown:
-        raise UserError(f"{place}: {', '.join(map(repr, unknown))} is not understood, and it could say what is to be "
-                        f"learned; a message has {', '.join(sorted(UNDERSTOOD))}. Ignore it with --ignore-fields "
-                        f"{' '.join(unknown)}")
+        raise UserError(
+            f"{place}: {', '.join(map(repr, unknown))} is not understood, and it could say what is to be "
+            f"learned; a message has {', '.join(sorted(UNDERSTOOD))}. Ignore it with --ignore-fields "
+            f"{' '.join(unknown)}"
+        )
     plain = {"role": role}
     if "content" in message:
         plain["content"] = _content(message["content"], place)
@@ -128,8 +153,10 @@ def _content(content: Any, place: str) -> str:
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
         if kind != "text" or not isinstance(part.get("text"), str):
-            raise UserError(f"{place}: a content part of the type {kind!r}; only parts of the type 'text', with a text "
-                            "each, are supported")
+            raise UserError(
+                f"{place}: a content part of the type {kind!r}; only parts of the type 'text', with a text "
+                "each, are supported"
+            )
     return "".join(part["text"] for part in content)
 
 
@@ -161,10 +188,14 @@ def _tool_calls(calls: Any, place: str) -> list[dict[str, Any]]:
         if isinstance(arguments, str):
             arguments = _parsed(arguments or "{}", place, "arguments")
         if not isinstance(arguments, dict):
-            raise UserError(f"{place}: the arguments of {function['name']} are an object, or a JSON text of one, not "
-                            f"{type(arguments).__name__}")
-        extra = sorted((function.keys() - {"name", "arguments", "id", "type"})
-                       | (call.keys() - {"function", "id", "type", "index", "name", "arguments"}))
+            raise UserError(
+                f"{place}: the arguments of {function['name']} are an object, or a JSON text of one, not "
+                f"{type(arguments).__name__}"
+            )
+        extra = sorted(
+            (function.keys() - {"name", "arguments", "id", "type"})
+            | (call.keys() - {"function", "id", "type", "index", "name", "arguments"})
+        )
         if extra:
             raise UserError(f"{place}: {', '.join(map(repr, extra))} in a tool call is not understood")
         outer = {"id": call["id"]} if call.get("id") is not None else {}
@@ -177,8 +208,9 @@ def tool_schemas(tools: Any, origin: str) -> list[dict[str, Any]] | None:
     if isinstance(tools, str):
         tools = _parsed(tools, origin, "tools") if tools.strip() else []
     if not isinstance(tools, list):
-        raise UserError(f"{origin}: 'tools' is a list of JSON schemas, or a JSON text of one, not "
-                        f"{type(tools).__name__}")
+        raise UserError(
+            f"{origin}: 'tools' is a list of JSON schemas, or a JSON text of one, not {type(tools).__name__}"
+        )
     schemas = [_parsed(tool, origin, "tools") if isinstance(tool, str) else tool for tool in tools]
     for schema in schemas:
         function = schema.get("function", schema) if isinstance(schema, dict) else None

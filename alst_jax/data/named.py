@@ -36,17 +36,23 @@ def parse_sources(given: Iterable[str], flag: str = "--data", held_out: bool = F
         if twice is not None:
             first = sources[keys.index(keys[twice])]
             fix = f"name one of them otherwise: {flag} NAME=PATH" if kind == "name" else "leave out one of them"
-            raise UserError(f"{flag} {first.path} {sources[twice].path}: two sources of one {kind} "
-                            f"({sources[twice].name}); {fix}" + ("" if held_out else ". A weight (PATH:0.7) makes a "
-                            "source count for more"))
+            raise UserError(
+                f"{flag} {first.path} {sources[twice].path}: two sources of one {kind} "
+                f"({sources[twice].name}); {fix}"
+                + ("" if held_out else ". A weight (PATH:0.7) makes a source count for more")
+            )
     weighed = [source for source in sources if source.weight is not None]
     if weighed and held_out:
-        raise UserError(f"{flag} {weighed[0].path}:{weighed[0].weight:g}: held-out data have no weights; each source "
-                        "is evaluated whole")
+        raise UserError(
+            f"{flag} {weighed[0].path}:{weighed[0].weight:g}: held-out data have no weights; each source "
+            "is evaluated whole"
+        )
     if weighed and len(weighed) < len(sources):
         without = next(source for source in sources if source.weight is None)
-        raise UserError(f"{flag} {without.path}: no weight, and {weighed[0].path} has {weighed[0].weight:g}; give all "
-                        "sources a weight or none (PATH:0.3)")
+        raise UserError(
+            f"{flag} {without.path}: no weight, and {weighed[0].path} has {weighed[0].weight:g}; give all "
+            "sources a weight or none (PATH:0.3)"
+        )
     total = sum(source.weight for source in weighed)
     return [dataclasses.replace(s, weight=s.weight / total) if weighed else s for s in sources]
 
@@ -78,6 +84,7 @@ def _weight(text: str, word: str, flag: str) -> float:
     except ValueError:
         weight = math.nan
     if not 0 < weight < math.inf:
-        raise UserError(f"{flag} {word}: the weight {text!r} is not a positive number, and no file has this name; "
-                        "write PATH:0.3")
+        raise UserError(
+            f"{flag} {word}: the weight {text!r} is not a positive number, and no file has this name; write PATH:0.3"
+        )
     return weight

@@ -20,9 +20,7 @@ class Stages(NamedTuple):
     starts: tuple[int, ...]
 
 
-def ordered(
-    sequences: collections.abc.Sequence, seed: int, order: list[tuple[int, float]] | Stages | None
-) -> Any:
+def ordered(sequences: collections.abc.Sequence, seed: int, order: list[tuple[int, float]] | Stages | None) -> Any:
     """An endless grain data set over the sequences.
 
     order: None: every sequence once an epoch, each epoch in another order. (number of sequences, weight) of each

@@ -69,14 +69,17 @@ def check_written(rendered: Rendered, messages: list[dict[str, Any]]) -> None:
         at = next((position for position in found if position >= 0), -1)
         if at < 0:
             shown = text if len(text) <= 300 else text[:300] + " ..."
-            raise UserError(f"the chat template does not write message {i} of the role {message['role']!r}, so the "
-                            f"model would not see it. Lost: {shown!r}. Take it out of the data, or use a template that "
-                            "writes it (--chat-template FILE)")
+            raise UserError(
+                f"the chat template does not write message {i} of the role {message['role']!r}, so the "
+                f"model would not see it. Lost: {shown!r}. Take it out of the data, or use a template that "
+                "writes it (--chat-template FILE)"
+            )
 
 
 def _refuse_lost(text: str, learned: str, number: int) -> None:
     lines = [line for line in text.split("\n") if line.strip() and line.strip() not in learned]
     lost = "\n".join(lines) or text.strip()
     shown = lost if len(lost) <= 300 else lost[:300] + " ..."
-    raise UserError(f"the chat template leaves text of message {number} out of what is learned. Lost: {shown!r}. "
-                    f"Instead, {CHANGE}")
+    raise UserError(
+        f"the chat template leaves text of message {number} out of what is learned. Lost: {shown!r}. Instead, {CHANGE}"
+    )

@@ -58,8 +58,10 @@ class Groups(Sequence):
         """The groups of several parts, with a number added to the members of each part."""
         ends = np.cumsum([0, *(part.members.size for part in parts)]).tolist()
         empty = np.zeros(0, np.int64)
-        return Groups(np.concatenate([empty, *(part.members + shift for part, shift in zip(parts, shifts))]),
-                      np.concatenate([empty, *(part.ends + end for part, end in zip(parts, ends))]))
+        return Groups(
+            np.concatenate([empty, *(part.members + shift for part, shift in zip(parts, shifts))]),
+            np.concatenate([empty, *(part.ends + end for part, end in zip(parts, ends))]),
+        )
 
 
 def pack(lengths: np.ndarray, capacity: int, seed: int) -> Groups:
@@ -160,13 +162,19 @@ class Fullness:
 
     def summary(self) -> str:
         """One line, and the lengths of the documents as bars: one a doubling."""
-        line = (f"{self.lengths.size:,} documents in {self.packs:,} packs of {self.capacity:,}, {self.part:.1%} full; "
-                f"at most {self.counts.max():,} in a pack")
+        line = (
+            f"{self.lengths.size:,} documents in {self.packs:,} packs of {self.capacity:,}, {self.part:.1%} full; "
+            f"at most {self.counts.max():,} in a pack"
+        )
         edges = [0] + [2**i for i in range(4, int(self.capacity).bit_length())] + [self.capacity + 1]
         tokens = np.histogram(self.lengths, edges, weights=self.lengths)[0]
         counts = np.histogram(self.lengths, edges)[0]
-        bars = [f"  {low:>9,} {'#' * max(1, round(40 * n / tokens.max())):40} {count:,} documents, "
-                f"{n / tokens.sum():.0%} of the tokens" for low, n, count in zip(edges, tokens, counts) if count]
+        bars = [
+            f"  {low:>9,} {'#' * max(1, round(40 * n / tokens.max())):40} {count:,} documents, "
+            f"{n / tokens.sum():.0%} of the tokens"
+            for low, n, count in zip(edges, tokens, counts)
+            if count
+        ]
         return "\n".join([line, *bars])
 
 

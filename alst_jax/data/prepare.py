@@ -16,9 +16,7 @@ HELD_OUT = ("--eval-data", "--eval-long")  # flags that name held-out text
 BySource = dict[str, tuple[Pieces, Stats]]
 
 
-def read_sources(
-    given: Collection[str], reading: Reading, flag: str
-) -> Iterator[tuple[list[Document], SourceReport]]:
+def read_sources(given: Collection[str], reading: Reading, flag: str) -> Iterator[tuple[list[Document], SourceReport]]:
     """The documents and counts of each source of --data or --eval-data (`flag`); without one, of the embedded text."""
     held_out = flag in HELD_OUT
     if not given:
@@ -46,8 +44,10 @@ def cut_sources(
             report.check_documents()
         sequences, stats = cut(tokenised, cutting, report)
         if report.weight is not None and not sequences:
-            raise UserError(f"{report.place}: {stats.documents} documents and nothing in them to predict, so that no "
-                            "weight can be given to it")
+            raise UserError(
+                f"{report.place}: {stats.documents} documents and nothing in them to predict, so that no "
+                "weight can be given to it"
+            )
         sources[report.name] = sequences, stats
     return sources
 

@@ -21,8 +21,13 @@ def shown(source: OpenSource, size: int) -> Iterator[Iterable[Document]]:
     if not console.is_terminal:
         yield source.documents
         return
-    columns = (TextColumn("tokenising {task.description}"), BarColumn(), TextColumn("{task.fields[done]}"),
-               TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("tokenising {task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[done]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(source.report.name, total=size if all(map(_is_plain, source.files)) else None, done="")
 

@@ -20,11 +20,13 @@ from alst_jax.config import UserError
 from alst_jax.data.messages import chat_messages, tool_schemas
 
 # Keys of a record that say where it is from. They are ignored, and named once for each source.
-HARMLESS = frozenset("""
+HARMLESS = frozenset(
+    """
     _id added author blob_id category chat_id commit conv_id conversation_id created created_at dataset date domain
     dump file file_name file_path filename hash id idx index lang language language_score license licenses meta
     metadata model name num_turns original_id path prompt_id repo repo_name repository row_id sha1 sha256 size
-    source split subset tags task timestamp title token_count topic url uuid version warc_record_id""".split())
+    source split subset tags task timestamp title token_count topic url uuid version warc_record_id""".split()
+)
 SHAREGPT = ("conversations", "conversation")
 DEEPEST = 100  # levels of lists and objects
 OUTPUTS, INPUTS = ("output", "response"), ("input", "context")
@@ -77,22 +79,28 @@ class Reader:
         document = to_document(record, origin, self._fields)
         first = self._first = self._first or document
         if document.format != first.format:
-            raise UserError(f"{origin}: a record of the format {document.format}, in a file that began with "
-                            f"{first.format} ({first.origin}); a file has one format, so make two files of it")
+            raise UserError(
+                f"{origin}: a record of the format {document.format}, in a file that began with "
+                f"{first.format} ({first.origin}); a file has one format, so make two files of it"
+            )
         return document
 
 
 def to_document(record: Any, origin: str, fields: Fields) -> Document:
     """The document of one record. UserError names the record's file and line, and the key that is wrong or unknown."""
     if not isinstance(record, dict):
-        raise UserError(f"{origin}: a record is a JSON object with {fields.text!r} or {fields.messages!r}, not "
-                        f"{type(record).__name__}")
+        raise UserError(
+            f"{origin}: a record is a JSON object with {fields.text!r} or {fields.messages!r}, not "
+            f"{type(record).__name__}"
+        )
     present = {name: value for name, value in record.items() if value is not None and name not in fields.ignore}
     keys = _recognise(tuple(present), fields)
     if len(keys.formats) > 1:
         given = " and ".join(map(repr, keys.used))
-        raise UserError(f"{origin}: both {given}, which are keys of {len(keys.formats)} formats; leave out those of "
-                        "one (--ignore-fields NAME...), or name another field with --text-field or --messages-field")
+        raise UserError(
+            f"{origin}: both {given}, which are keys of {len(keys.formats)} formats; leave out those of "
+            "one (--ignore-fields NAME...), or name another field with --text-field or --messages-field"
+        )
     if not keys.formats:
         filled = [n for n, value in record.items() if value is not None or n not in (fields.text, fields.messages)]
         raise UserError(no_format(origin, filled, fields))
@@ -104,9 +112,11 @@ def to_document(record: Any, origin: str, fields: Fields) -> Document:
     # The first question of a chat is often repeated as `prompt`.
     unknown = [n for n in keys.unknown if n != "prompt" or not _repeats(present[n], document)]
     if unknown:
-        raise UserError(f"{origin}: {', '.join(map(repr, unknown))} beside {', '.join(map(repr, keys.used))} is not "
-                        "understood, and it could say what is to be learned. Take it out of the data, or ignore it "
-                        f"with --ignore-fields {' '.join(unknown)}")
+        raise UserError(
+            f"{origin}: {', '.join(map(repr, unknown))} beside {', '.join(map(repr, keys.used))} is not "
+            "understood, and it could say what is to be learned. Take it out of the data, or ignore it "
+            f"with --ignore-fields {' '.join(unknown)}"
+        )
     return dataclasses.replace(document, ignored=keys.harmless + keys.unknown)
 
 
@@ -115,24 +125,29 @@ def _check_texts(content: Any, origin: str, levels: int = DEEPEST) -> None:
     for lists and objects nested deeper than DEEPEST levels, at which programs that follow them would end."""
     if isinstance(content, dict | list):
         if not levels:
-            raise UserError(f"{origin}: lists and objects are nested deeper than {DEEPEST} levels; write them flatter, "
-                            "or leave the record out")
+            raise UserError(
+                f"{origin}: lists and objects are nested deeper than {DEEPEST} levels; write them flatter, "
+                "or leave the record out"
+            )
         for part in (*content, *content.values()) if isinstance(content, dict) else content:
             _check_texts(part, origin, levels - 1)
     elif isinstance(content, str) and not content.isascii():
         try:
             content.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise UserError(f"{origin}: not Unicode text (character {error.start} is half of a surrogate "
-                            "pair)") from error
+            raise UserError(
+                f"{origin}: not Unicode text (character {error.start} is half of a surrogate pair)"
+            ) from error
 
 
 def no_format(origin: str, names: Any, fields: Fields) -> str:
     """The error message for keys that fit no format."""
     has = ", ".join(names) or "none"
-    return (f"{origin}: neither a {fields.text!r} nor a {fields.messages!r} field (it has: {has}); name the right one "
-            "with --text-field or --messages-field, or use the keys of another format: conversations; prompt and "
-            "completion; instruction and output")
+    return (
+        f"{origin}: neither a {fields.text!r} nor a {fields.messages!r} field (it has: {has}); name the right one "
+        "with --text-field or --messages-field, or use the keys of another format: conversations; prompt and "
+        "completion; instruction and output"
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- recognition
@@ -176,14 +191,21 @@ class _Record:
 @functools.lru_cache(maxsize=1024)
 def _recognise(names: tuple[str, ...], fields: Fields) -> _Keys:
     """The formats that keys fit. Cached, because the records of a file repeat their keys."""
-    required = {"text": [fields.text], "messages": [n for n in (fields.messages, *SHAREGPT) if n in names] or ["\0"],
-                "prompt/completion": ["prompt", "completion"],
-                "instruction": ["instruction", next((n for n in OUTPUTS if n in names), "\0")]}
+    required = {
+        "text": [fields.text],
+        "messages": [n for n in (fields.messages, *SHAREGPT) if n in names] or ["\0"],
+        "prompt/completion": ["prompt", "completion"],
+        "instruction": ["instruction", next((n for n in OUTPUTS if n in names), "\0")],
+    }
     formats = tuple(name for name, keys in required.items() if set(keys) <= set(names))
     used = [key for name in formats for key in required[name]]
     if len(formats) == 1:
-        extra = {"text": (), "messages": ("tools", "system"), "prompt/completion": ("tools", "system"),
-                 "instruction": ("system", *[n for n in INPUTS if n in names][:1])}[formats[0]]
+        extra = {
+            "text": (),
+            "messages": ("tools", "system"),
+            "prompt/completion": ("tools", "system"),
+            "instruction": ("system", *[n for n in INPUTS if n in names][:1]),
+        }[formats[0]]
         used += [key for key in extra if key in names]
     rest = [name for name in names if name not in used]
     harmless = tuple(name for name in rest if name in HARMLESS)
@@ -211,8 +233,9 @@ def _text(record: _Record) -> Document:
 def _messages(record: _Record) -> Document:
     fields = [key for key in record.keys.used if key not in ("tools", "system")]
     if len(fields) > 1:
-        raise UserError(f"{record.origin}: both {' and '.join(map(repr, fields))}; leave out one of them "
-                        "(--ignore-fields NAME...)")
+        raise UserError(
+            f"{record.origin}: both {' and '.join(map(repr, fields))}; leave out one of them (--ignore-fields NAME...)"
+        )
     chat = chat_messages(record.values[fields[0]], record.origin, fields[0], ignore=record.fields.ignore)
     return _chat(record, chat.messages, chat.learned, "ShareGPT" if chat.sharegpt else "messages")
 
@@ -222,18 +245,25 @@ def _prompt_completion(record: _Record) -> Document:
     if all(isinstance(value, str) for value in values):
         extra = [name for name in ("tools", "system") if name in record.keys.used]
         if extra:
-            raise UserError(f"{record.origin}: {extra[0]!r} belongs to a chat, and prompt and completion are texts; "
-                            "write them as lists of messages")
+            raise UserError(
+                f"{record.origin}: {extra[0]!r} belongs to a chat, and prompt and completion are texts; "
+                "write them as lists of messages"
+            )
         if not values[1].strip():
             raise UserError(f"{record.origin}: an empty 'completion', so nothing in the record is to be learned")
         return record.document("".join(values), "prompt/completion", prompt=len(values[0]))
     if not all(isinstance(value, list) for value in values):
-        raise UserError(f"{record.origin}: 'prompt' and 'completion' are two texts or two lists of messages, not "
-                        f"{' and '.join(type(value).__name__ for value in values)}")
-    prompt, completion = (chat_messages(value, record.origin, name, name == "prompt", record.fields.ignore)
-                          for value, name in zip(values, ("prompt", "completion")))
-    document = _chat(record, prompt.messages + completion.messages, prompt.learned + completion.learned,
-                     "prompt/completion messages")
+        raise UserError(
+            f"{record.origin}: 'prompt' and 'completion' are two texts or two lists of messages, not "
+            f"{' and '.join(type(value).__name__ for value in values)}"
+        )
+    prompt, completion = (
+        chat_messages(value, record.origin, name, name == "prompt", record.fields.ignore)
+        for value, name in zip(values, ("prompt", "completion"))
+    )
+    document = _chat(
+        record, prompt.messages + completion.messages, prompt.learned + completion.learned, "prompt/completion messages"
+    )
     return dataclasses.replace(document, prompt=len(document.content) - len(completion.messages))
 
 

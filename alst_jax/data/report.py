@@ -67,8 +67,13 @@ class SourceReport:
     def lines(self) -> Iterator[str]:
         """The source in one line, and a second for ignored keys."""
         counts = [_counted(self.files, "file") + (f" of split {self.split}" if self.split else "")] * bool(self.files)
-        counts += [", ".join(self.formats) or "nothing", _counted(self.records, "record"),
-                   _counted(self.documents, "document"), _counted(self.tokens, "token"), f"{self.learned:,} learned"]
+        counts += [
+            ", ".join(self.formats) or "nothing",
+            _counted(self.records, "record"),
+            _counted(self.documents, "document"),
+            _counted(self.tokens, "token"),
+            f"{self.learned:,} learned",
+        ]
         counts += [_counted(self.cut, "document") + " cut"] * bool(self.cut)
         yield f"{self.name}: {', '.join(counts)}{self.left_out() or '; nothing left out'}"
         if self.ignored:
@@ -76,9 +81,15 @@ class SourceReport:
 
     def left_out(self) -> str:
         """The counts of files, records and pieces of documents that were left out, by reason."""
-        text = "".join(f"; {what} left out: {words(counts)}" for what, counts in (
-                       ("files", self.files_left_out), ("records", self.records_left_out),
-                       ("pieces", self.pieces_left_out)) if counts)
+        text = "".join(
+            f"; {what} left out: {words(counts)}"
+            for what, counts in (
+                ("files", self.files_left_out),
+                ("records", self.records_left_out),
+                ("pieces", self.pieces_left_out),
+            )
+            if counts
+        )
         return text + (f"; the first bad one: {self.first_bad}" if self.first_bad else "")
 
 
@@ -145,9 +156,12 @@ def warn_without_end(tokenizer: Any, sources: Iterable[SourceReport]) -> None:
     """Print a warning if texts end without an end token, because the tokenizer has none."""
     texts = sum(count for source in sources for name, count in source.formats.items() if name in TEXTS)
     if texts and tokenizer.eos_token_id is None:
-        print(f"warning: the tokenizer names no end token (eos_token in tokenizer_config.json), so {texts:,} texts end "
-              "without one: the model does not learn where a text ends, and what is generated does not stop by itself",
-              file=sys.stderr, flush=True)
+        print(
+            f"warning: the tokenizer names no end token (eos_token in tokenizer_config.json), so {texts:,} texts end "
+            "without one: the model does not learn where a text ends, and what is generated does not stop by itself",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def print_samples(
@@ -175,9 +189,7 @@ def runs(tokens: np.ndarray, learned: np.ndarray) -> Iterator[tuple[np.ndarray, 
             yield run, bool(flags[0])
 
 
-def print_sample(
-    origin: str, tokens: np.ndarray, learned: np.ndarray, tokenizer: Any, console: Any = None
-) -> None:
+def print_sample(origin: str, tokens: np.ndarray, learned: np.ndarray, tokenizer: Any, console: Any = None) -> None:
     """Print one sample: learned tokens in colour on a terminal, in double brackets elsewhere.
 
     A document's first token is never learned, because nothing precedes it. console: of rich; default: standard output.

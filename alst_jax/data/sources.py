@@ -24,8 +24,11 @@ class Reading:
 
 
 def read_documents(
-    paths: Iterable[str], text_field: str = "text", messages_field: str = "messages", flag: str = "--data",
-    ignore_fields: tuple[str, ...] = ()
+    paths: Iterable[str],
+    text_field: str = "text",
+    messages_field: str = "messages",
+    flag: str = "--data",
+    ignore_fields: tuple[str, ...] = (),
 ) -> list[Document]:
     """All documents of the files and directories, read with the defaults of all other flags."""
     reading = Reading(Fields(text_field, messages_field, tuple(ignore_fields)))
@@ -65,8 +68,9 @@ def open_source(source: Source, reading: Reading, flag: str = "--data", held_out
     if is_hub_name(path):
         path = str(download(path, flag, reading.selection.include))
     found = find_files(path, reading.selection, flag, held_out)
-    report = SourceReport(source.name, f"{flag} {source.path}", source.weight, len(found.files), found.split,
-                          found.left_out)
+    report = SourceReport(
+        source.name, f"{flag} {source.path}", source.weight, len(found.files), found.split, found.left_out
+    )
     return OpenSource(path, found.files, report, _documents(path, found.files, reading, report))
 
 

@@ -48,8 +48,10 @@ def turn_of(rendered: Rendered, number: int) -> Span:
     spans = rendered.turns[number]
     if len(spans) != 1:
         how = "in several places" if spans else "outside of a loop over the messages, or not at all"
-        raise UserError(f"the chat template writes message {number} {how}, so that it cannot be told from the rest; "
-                        "use a template that writes each message in a loop (--chat-template FILE)")
+        raise UserError(
+            f"the chat template writes message {number} {how}, so that it cannot be told from the rest; "
+            "use a template that writes each message in a loop (--chat-template FILE)"
+        )
     return spans[0]
 
 

@@ -9,8 +9,18 @@ from collections.abc import Iterable
 from alst_jax.config import UserError
 from alst_jax.data.formats import RECORD_KINDS, TEXT_KINDS, kind_of, stem_of
 
-WORDS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
-         "dev": "validation", "test": "test", "testing": "test", "eval": "test", "evaluation": "test"}
+WORDS = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+    "eval": "test",
+    "evaluation": "test",
+}
 HELD_OUT = ("validation", "test")  # the splits that --eval-data looks for, in this order
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")
 
@@ -51,6 +61,8 @@ def choose_split(found: Iterable[str | None], wanted: str | None, place: str, he
     choices = (WORDS.get(wanted.lower(), wanted),) if wanted is not None else HELD_OUT if held_out else ("train",)
     chosen = next((split for split in choices if split in there), None)
     if chosen is None:
-        raise UserError(f"{place}: no split {' or '.join(map(repr, choices))}; it has: {', '.join(there)} "
-                        f"({flag} {there[0]}, or name files)")
+        raise UserError(
+            f"{place}: no split {' or '.join(map(repr, choices))}; it has: {', '.join(there)} "
+            f"({flag} {there[0]}, or name files)"
+        )
     return chosen

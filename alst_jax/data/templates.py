@@ -59,8 +59,10 @@ class ChatTemplate:
         marker = _Marker(messages)
         marked = self._marked.render(variables, alst_turn=marker.turn, alst_end=marker.end)
         if MARK.sub("", marked) != text:
-            raise UserError("the chat template changes text that it has rendered, so that turns cannot be told apart; "
-                            "use a template that writes each message in a loop (--chat-template FILE)")
+            raise UserError(
+                "the chat template changes text that it has rendered, so that turns cannot be told apart; "
+                "use a template that writes each message in a loop (--chat-template FILE)"
+            )
         return _read_marks(marked, len(messages))
 
 
@@ -139,8 +141,11 @@ def _after_loops(node: nodes.Node, numbers: dict[int, int]) -> None:
     for name, value in node.iter_fields():
         if isinstance(value, list) and any(isinstance(item, nodes.For) for item in value):
             end = lambda loop: _call("alst_end", numbers[id(loop)], line=loop.lineno)
-            setattr(node, name, [each for item in value for each in (
-                (item, end(item)) if isinstance(item, nodes.For) else (item,))])
+            setattr(
+                node,
+                name,
+                [each for item in value for each in ((item, end(item)) if isinstance(item, nodes.For) else (item,))],
+            )
     for child in node.iter_child_nodes():
         _after_loops(child, numbers)
 

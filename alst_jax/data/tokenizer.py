@@ -15,7 +15,8 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}"
     "{% generation %}{{ message['content'] }}<|end_of_turn|>{% endgeneration %}"
     "{% else %}{{ message['content'] }}<|end_of_turn|>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}")
+    "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
+)
 
 
 def has_tokenizer(directory: pathlib.Path) -> bool:
@@ -29,8 +30,10 @@ def load_tokenizer(directory: str | pathlib.Path) -> Any:
 
     path = pathlib.Path(directory)
     if not has_tokenizer(path):
-        raise UserError(f"{path} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json); copy the files of "
-                        "the tokenizer the model was trained with into it")
+        raise UserError(
+            f"{path} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json); copy the files of "
+            "the tokenizer the model was trained with into it"
+        )
     _check_readable(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
@@ -50,9 +53,11 @@ def _check_readable(path: pathlib.Path) -> None:
         with open(file, "rb") as raw:
             package = "sentencepiece" if raw.read(1) == b"\n" else "tiktoken"  # a protobuf message, or lines of text
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"{path}: its only tokenizer is tokenizer.model, which the package {package} reads; "
-                            f"install {package}, or make tokenizer.json where it is installed (transformers: "
-                            "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR))")
+            raise UserError(
+                f"{path}: its only tokenizer is tokenizer.model, which the package {package} reads; "
+                f"install {package}, or make tokenizer.json where it is installed (transformers: "
+                "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR))"
+            )
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         try:
             read = json.loads((path / name).read_text(encoding="utf-8")) if (path / name).is_file() else {}
@@ -63,9 +68,11 @@ def _check_readable(path: pathlib.Path) -> None:
         settings |= {(name, key): value for key, value in read.items()}
     for (name, key), value in settings.items():
         if key in SPECIAL and (value.get("content") if isinstance(value, dict) else value) == "":
-            raise UserError(f"{path / name}: {key} is \"\", which is no token. Early conversions of LLaMA have this "
-                            "mistake: there eos_token is \"</s>\", bos_token \"<s>\", unk_token \"<unk>\". Write the "
-                            "token, or remove the field if there is none")
+            raise UserError(
+                f'{path / name}: {key} is "", which is no token. Early conversions of LLaMA have this '
+                'mistake: there eos_token is "</s>", bos_token "<s>", unk_token "<unk>". Write the '
+                "token, or remove the field if there is none"
+            )
 
 
 def _check_same_tokens(tokenizer: Any, path: pathlib.Path) -> None:
@@ -87,10 +94,12 @@ def _check_same_tokens(tokenizer: Any, path: pathlib.Path) -> None:
     if given != expected:
         import transformers
 
-        raise UserError(f"{path}: transformers {transformers.__version__} loads the tokenizer as "
-                        f"{type(tokenizer).__name__}, which makes {len(given)} tokens of a text of which "
-                        f"tokenizer.json makes {len(expected)} others; install a newer transformers, or set "
-                        "\"tokenizer_class\": \"PreTrainedTokenizerFast\" in tokenizer_config.json")
+        raise UserError(
+            f"{path}: transformers {transformers.__version__} loads the tokenizer as "
+            f"{type(tokenizer).__name__}, which makes {len(given)} tokens of a text of which "
+            f"tokenizer.json makes {len(expected)} others; install a newer transformers, or set "
+            '"tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json'
+        )
 
 
 def use_template(tokenizer: Any, file: str | None, same: bool = False) -> None:
@@ -108,8 +117,10 @@ def use_template(tokenizer: Any, file: str | None, same: bool = False) -> None:
     if not template.strip():
         raise UserError(f"--chat-template {file}: the file is empty")
     if same and tokenizer.chat_template != template:
-        raise UserError(f"--chat-template {file}: not the template that the run began with; a resumed run keeps its "
-                        "own. Leave it out, or start a new run with --model on this run's directory")
+        raise UserError(
+            f"--chat-template {file}: not the template that the run began with; a resumed run keeps its "
+            "own. Leave it out, or start a new run with --model on this run's directory"
+        )
     tokenizer.chat_template = template
 
 
@@ -123,7 +134,12 @@ def byte_tokenizer() -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD,
-        additional_special_tokens=[TURN_START, TURN_END], clean_up_tokenization_spaces=False)
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        additional_special_tokens=[TURN_START, TURN_END],
+        clean_up_tokenization_spaces=False,
+    )
     fast.chat_template = CHAT_TEMPLATE
     return fast

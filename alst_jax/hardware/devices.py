@@ -16,7 +16,8 @@ def absent_devices(cluster: Cluster) -> list[jax.Device]:
     from jax.experimental import topologies
 
     topology = topologies.get_topology_desc(
-        "", "cuda", target_config=cluster.machine.target_config, topology=cluster.topology)
+        "", "cuda", target_config=cluster.machine.target_config, topology=cluster.topology
+    )
     return list(topology.devices)
 
 
@@ -42,12 +43,15 @@ def this_cluster(host_memory_gib: float | int | None = None, devices: int | None
     pinned = pinned_limit()
     hosts = len(set(link().machines))
     per_host = jax.device_count() // hosts if link().several else jax.local_device_count()
-    cluster = Cluster(machine, hosts, per_host, host_memory(host_memory_gib), used=devices,
-                      processes=len(link().local_ranks))
+    cluster = Cluster(
+        machine, hosts, per_host, host_memory(host_memory_gib), used=devices, processes=len(link().local_ranks)
+    )
     if pinned is None:
         return cluster
     if cluster.sharing > 1 and pinned * cluster.sharing > host_memory():
-        raise UserError(f"{HOST_LIMIT}={pinned // GIB}: jax may pin that for each of {cluster.sharing} devices, and "
-                        f"the host has {host_memory() / GIB:.0f} GiB; set it to {cluster.host_share // GIB} or less "
-                        "(unset, it is what is left to each GPU that nvidia-smi lists)")
+        raise UserError(
+            f"{HOST_LIMIT}={pinned // GIB}: jax may pin that for each of {cluster.sharing} devices, and "
+            f"the host has {host_memory() / GIB:.0f} GiB; set it to {cluster.host_share // GIB} or less "
+            "(unset, it is what is left to each GPU that nvidia-smi lists)"
+        )
     return dataclasses.replace(cluster, pinned=min(pinned, host_memory()))

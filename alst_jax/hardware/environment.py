@@ -23,8 +23,12 @@ CUDA_PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 
 
 def prepare(
-    simulate_devices: int | None, absent_devices: bool = False, host_memory_gib: float | int | None = None,
-    devices: int | None = None, deterministic: bool = False, sharing: int = 1,
+    simulate_devices: int | None,
+    absent_devices: bool = False,
+    host_memory_gib: float | int | None = None,
+    devices: int | None = None,
+    deterministic: bool = False,
+    sharing: int = 1,
 ) -> None:
     """Set the environment of a run; variables that the user has set stay. Call before anything imports jax.
 

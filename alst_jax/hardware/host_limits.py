@@ -5,8 +5,11 @@ import pathlib
 from alst_jax.hardware.machines import GIB
 
 # Where the controllers are mounted, and the files of their limits: version 2 alone, beside version 1, version 1.
-MOUNTS = (("sys/fs/cgroup", "", "memory.max"), ("sys/fs/cgroup/unified", "", "memory.max"),
-          ("sys/fs/cgroup/memory", "memory", "memory.limit_in_bytes"))
+MOUNTS = (
+    ("sys/fs/cgroup", "", "memory.max"),
+    ("sys/fs/cgroup/unified", "", "memory.max"),
+    ("sys/fs/cgroup/memory", "memory", "memory.limit_in_bytes"),
+)
 
 
 def host_memory(cap_gib: float | int | None = None, root: pathlib.Path = pathlib.Path("/")) -> int:

@@ -79,28 +79,84 @@ class Machine:
         datacenter = self.capability in ((8, 0), (9, 0), (10, 0))
         shared_memory = {(8, 0): 167936, (8, 9): 102400}.get(self.capability, 233472)
         return _TARGET.format(
-            shared_memory=shared_memory, shared_memory_optin=shared_memory - 1024, threads=2048 if datacenter else 1536,
-            cores=self.cores, fpus=64 if self.capability == (8, 0) else 128, bandwidth=int(self.bandwidth), l2=self.l2,
-            clock=self.clock, memory=self.memory, major=self.capability[0], minor=self.capability[1], kind=self.kind)
+            shared_memory=shared_memory,
+            shared_memory_optin=shared_memory - 1024,
+            threads=2048 if datacenter else 1536,
+            cores=self.cores,
+            fpus=64 if self.capability == (8, 0) else 128,
+            bandwidth=int(self.bandwidth),
+            l2=self.l2,
+            clock=self.clock,
+            memory=self.memory,
+            major=self.capability[0],
+            minor=self.capability[1],
+            kind=self.kind,
+        )
 
 
 # name, kind, memory, host memory, peak, and bandwidths; then capability, cores, L2 cache, GHz
-MACHINES = {machine.name: machine for machine in (
-    Machine("H100-80", "H100", 84929347584, 221 * GIB, 989e12, 3.352e12, 53e9, 380e9, 42e9,
-            (9, 0), 132, 52428800, 1.98),
-    Machine("H200-141", "H200", 150754820096, 221 * GIB, 989e12, 4.8e12, 53e9, 380e9, 42e9,
-            (9, 0), 132, 52428800, 1.98),
-    Machine("GH200-96", "GH200", 101468602368, 480 * GIB, 989e12, 4.0e12, 300e9, 380e9, 42e9,
-            (9, 0), 132, 52428800, 1.98),
-    Machine("A100-80", "A100", 85100068864, 144 * GIB, 312e12, 2.039e12, 26e9, 255e9, 21e9,
-            (8, 0), 108, 41943040, 1.41),
-    Machine("L40S-48", "L40S", 47697362944, 192 * GIB, 362e12, 0.864e12, 26e9, 26e9, 10e9,
-            (8, 9), 142, 100663296, 2.52),
-    Machine("RTX-4090-24", "RTX 4090", 25756696576, 64 * GIB, 165e12, 1.008e12, 26e9, 20e9, 10e9,
-            (8, 9), 128, 75497472, 2.52),
-    Machine("B200", "B200", 191514411008, 256 * GIB, 2250e12, 7.672e12, 53e9, 765e9, 42e9,
-            (10, 0), 148, 132644864, 1.965),
-)}
+MACHINES = {
+    machine.name: machine
+    for machine in (
+        Machine(
+            "H100-80", "H100", 84929347584, 221 * GIB, 989e12, 3.352e12, 53e9, 380e9, 42e9, (9, 0), 132, 52428800, 1.98
+        ),
+        Machine(
+            "H200-141", "H200", 150754820096, 221 * GIB, 989e12, 4.8e12, 53e9, 380e9, 42e9, (9, 0), 132, 52428800, 1.98
+        ),
+        Machine(
+            "GH200-96",
+            "GH200",
+            101468602368,
+            480 * GIB,
+            989e12,
+            4.0e12,
+            300e9,
+            380e9,
+            42e9,
+            (9, 0),
+            132,
+            52428800,
+            1.98,
+        ),
+        Machine(
+            "A100-80", "A100", 85100068864, 144 * GIB, 312e12, 2.039e12, 26e9, 255e9, 21e9, (8, 0), 108, 41943040, 1.41
+        ),
+        Machine(
+            "L40S-48", "L40S", 47697362944, 192 * GIB, 362e12, 0.864e12, 26e9, 26e9, 10e9, (8, 9), 142, 100663296, 2.52
+        ),
+        Machine(
+            "RTX-4090-24",
+            "RTX 4090",
+            25756696576,
+            64 * GIB,
+            165e12,
+            1.008e12,
+            26e9,
+            20e9,
+            10e9,
+            (8, 9),
+            128,
+            75497472,
+            2.52,
+        ),
+        Machine(
+            "B200",
+            "B200",
+            191514411008,
+            256 * GIB,
+            2250e12,
+            7.672e12,
+            53e9,
+            765e9,
+            42e9,
+            (10, 0),
+            148,
+            132644864,
+            1.965,
+        ),
+    )
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +196,8 @@ class Cluster:
         some = f"{self.used} of " if self.sharing < self.per_host else ""
         hosts = f"{self.hosts} hosts of " if self.hosts > 1 else some
         return f"{hosts}{self.per_host} x {self.machine.name}, {self.host_memory / GIB:.0f} GiB of host memory" + (
-            " each" if self.hosts > 1 else "")
+            " each" if self.hosts > 1 else ""
+        )
 
 
 def pinned_share(total: int, devices: int) -> int:
@@ -159,8 +216,10 @@ def parse_cluster(text: str, host_memory_gib: float | int | None = None) -> Clus
     if hosts < 1 or per_host < 1:
         raise UserError(f"--plan-for {text}: must be at least one host of one device, as in 8xH100-80 or 4x8xH100-80")
     if per_host > LARGEST_HOST:
-        raise UserError(f"--plan-for {text}: a host has at most {LARGEST_HOST} devices; for several hosts write "
-                        f"HOSTSxDEVICESxNAME, as in {-(-per_host // LARGEST_HOST)}x{LARGEST_HOST}x{machine.name}")
+        raise UserError(
+            f"--plan-for {text}: a host has at most {LARGEST_HOST} devices; for several hosts write "
+            f"HOSTSxDEVICESxNAME, as in {-(-per_host // LARGEST_HOST)}x{LARGEST_HOST}x{machine.name}"
+        )
     memory = machine.host_memory * per_host if host_memory_gib is None else int(host_memory_gib * GIB)
     return Cluster(machine, hosts, per_host, memory)
 
@@ -174,8 +233,10 @@ def find_machine(name: str) -> Machine:
     lower = {key.lower(): key for key in MACHINES}
     closest = difflib.get_close_matches(name.lower(), lower, 1, 0.0)
     why = "several machines begin so" if found else "no such machine"
-    raise UserError(f"--plan-for {name or '(nothing)'}: {why}; known are {', '.join(MACHINES)}; the closest is "
-                    f"{lower[closest[0]] if closest else next(iter(MACHINES))}")
+    raise UserError(
+        f"--plan-for {name or '(nothing)'}: {why}; known are {', '.join(MACHINES)}; the closest is "
+        f"{lower[closest[0]] if closest else next(iter(MACHINES))}"
+    )
 
 
 def machine_of_kind(device_kind: str) -> Machine | None:

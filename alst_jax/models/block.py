@@ -210,14 +210,15 @@ class Block(nnx.Module):
     def _attention_input(self, h):
         return h if self.input_layernorm is None else self.input_layernorm(h)
 
-    def after(
-        self, h: Float[Array, "*B D"], o: Float[Array, "*B N H"], draws: Draws = None
-    ) -> Float[Array, "*B D"]:
+    def after(self, h: Float[Array, "*B D"], o: Float[Array, "*B N H"], draws: Draws = None) -> Float[Array, "*B D"]:
         """The next hidden states, from the output of attention."""
         return self.after_and_gated(h, o, draws=draws)[0]
 
     def after_and_gated(
-        self, h: Float[Array, "*B D"], o: Float[Array, "*B N H"], gate_and_up: Callable | None = None,
+        self,
+        h: Float[Array, "*B D"],
+        o: Float[Array, "*B N H"],
+        gate_and_up: Callable | None = None,
         draws: Draws = None,
     ) -> tuple[Float[Array, "*B D"], tuple[Array, Array]]:
         """(the next hidden states, the MLP's gate and up). gate_and_up(x) -> gate, up: instead of the MLP's."""
@@ -243,8 +244,10 @@ class Block(nnx.Module):
 def init_params(config: ModelConfig, dtype: DTypeLike, key: jax.Array) -> Params:
     """Random weights: normal with `initializer_range`, norms one, biases zero; layers stacked on dim 0."""
     rngs = nnx.Rngs(params=key)
-    table = lambda: {"embedding": jax.random.normal(rngs.params(), (config.vocab_size, config.hidden_size), dtype)
-                     * jnp.asarray(config.initializer_range, dtype)}
+    table = lambda: {
+        "embedding": jax.random.normal(rngs.params(), (config.vocab_size, config.hidden_size), dtype)
+        * jnp.asarray(config.initializer_range, dtype)
+    }
     params = {"embed_tokens": table()}
     params["layers"] = nnx.vmap(lambda rngs: Block(config, dtype, rngs))(rngs.fork(split=config.num_layers))
     params["norm"] = RMSNorm(config.hidden_size, config, dtype)
@@ -271,8 +274,9 @@ def halves(config: ModelConfig) -> Halves:
     h, tokens = jnp.zeros((2, config.hidden_size)), Tokens.of(config, jnp.zeros((2, 1), jnp.int32))
     tokens = Tokens(*(x[:, 0] for x in tokens.rows))
     o = jnp.zeros((2, config.num_heads, config.head_dim))
-    before = frozenset().union(*(leaves_read_by(lambda b, kind=kind: b.before(h, tokens, kind), block)
-                                 for kind in config.kinds))
+    before = frozenset().union(
+        *(leaves_read_by(lambda b, kind=kind: b.before(h, tokens, kind), block) for kind in config.kinds)
+    )
     after = leaves_read_by(lambda b: b.after(h, o), block)
     if before & after or len(before | after) != len(jax.tree.leaves(block)):
         raise ValueError(f"each parameter of a block belongs to one half: before {before}, after {after}")

@@ -61,8 +61,15 @@ class ModelConfig:
     lora: Lora | None = None  # adapters beside the weights
 
     def __post_init__(self):
-        for field in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
-                      "head_dim"):
+        for field in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+        ):
             if getattr(self, field) < 1:
                 raise UserError(f"{field}={getattr(self, field)} in the model's config must be at least 1")
         if self.num_heads % self.num_kv_heads:
@@ -122,8 +129,10 @@ class ModelConfig:
         full = seq_len**2 / 2
         pairs = lambda window: full if window is None or window >= seq_len else window * (seq_len - window / 2)
         kinds = self.layer_kinds or (LayerKind(),) * self.num_layers
-        return [pairs(kind.window) if layer < (self.attention_layers or self.num_layers) else 0.0
-                for layer, kind in enumerate(kinds)]
+        return [
+            pairs(kind.window) if layer < (self.attention_layers or self.num_layers) else 0.0
+            for layer, kind in enumerate(kinds)
+        ]
 
     def flops_per_sequence(self, seq_len: int) -> float:
         """Model FLOPs of one forward and backward over one sequence, the measure behind MFU.
@@ -141,5 +150,13 @@ class ModelConfig:
 
 # The model that `train.py` trains when it is given none.
 TINY_LLAMA = ModelConfig(
-    vocab_size=261, hidden_size=128, intermediate_size=352, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=32,
-    rms_norm_eps=1e-5, max_position_embeddings=32768)
+    vocab_size=261,
+    hidden_size=128,
+    intermediate_size=352,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    rms_norm_eps=1e-5,
+    max_position_embeddings=32768,
+)

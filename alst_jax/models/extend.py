@@ -72,8 +72,10 @@ def extended(raw: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
         new |= LLAMA3 if config.rope_scaling == "llama3" else {}
         # From this field transformers counts how the base grows with the length.
         new_length = length if config.rope_scaling == "dynamic" else round(length * config.rope_factor)
-    changed: dict[str, Any] = {"max_position_embeddings": new_length,
-                               "rope_parameters": {FULL: new, SLIDING: others[0]} if others else new}
+    changed: dict[str, Any] = {
+        "max_position_embeddings": new_length,
+        "rope_parameters": {FULL: new, SLIDING: others[0]} if others else new,
+    }
     changed |= _older_form(new, others[0] if others else None, LOCAL in family.implemented)
     kept = {name: value for name, value in (raw[TEXT] if is_wrapped(raw) else raw).items() if name not in REPLACED}
     return raw | {TEXT: kept | changed} if is_wrapped(raw) else kept | changed
@@ -95,29 +97,43 @@ def _older_form(own: dict[str, Any], sliding: dict[str, Any] | None, local: bool
 def _settings(fields: dict[str, Any], family: Any) -> list[dict[str, Any]]:
     """The settings of each rotary embedding in the form of `rope_parameters`; full attention first."""
     if family.ropes is None:
-        given = [(fields.get("rope_scaling") or fields.get("rope_parameters") or {},
-                  fields.get("rope_theta") or family.defaults.get("rope_theta", 10000.0))]
+        given = [
+            (
+                fields.get("rope_scaling") or fields.get("rope_parameters") or {},
+                fields.get("rope_theta") or family.defaults.get("rope_theta", 10000.0),
+            )
+        ]
     else:
         given = family.ropes(fields, "config.json")
-    return [{name: value for name, value in settings.items() if name != "type" and value is not None} | {
-        "rope_type": settings.get("rope_type") or settings.get("type") or "default",
-        "rope_theta": settings.get("rope_theta") or theta} for settings, theta in given]
+    return [
+        {name: value for name, value in settings.items() if name != "type" and value is not None}
+        | {
+            "rope_type": settings.get("rope_type") or settings.get("type") or "default",
+            "rope_theta": settings.get("rope_theta") or theta,
+        }
+        for settings, theta in given
+    ]
 
 
 def _check(config: TrainConfig, kind: str, family: str, length: int) -> None:
     """UserError if --rope-scaling cannot be applied to a model made for `length` positions with this kind of rope."""
     given = f"--rope-scaling {config.rope_scaling} --rope-factor {config.rope_factor:g}"
     if family == "phi3":
-        raise UserError(f"{given}: transformers' Phi-3 has no such scaling, so that it could not read the export; use "
-                        "--rope-theta")
+        raise UserError(
+            f"{given}: transformers' Phi-3 has no such scaling, so that it could not read the export; use --rope-theta"
+        )
     if kind != "default":
-        raise UserError(f"{given}: the positions of this model are scaled already (rope_type {kind}, {length:,} "
-                        "positions), and two scalings contradict each other; use --rope-theta, or remove the scaling "
-                        "from its config.json")
+        raise UserError(
+            f"{given}: the positions of this model are scaled already (rope_type {kind}, {length:,} "
+            "positions), and two scalings contradict each other; use --rope-theta, or remove the scaling "
+            "from its config.json"
+        )
     if config.seq_len is not None and config.seq_len > length * config.rope_factor:
-        raise UserError(f"{given}: the model's {length:,} positions become {round(length * config.rope_factor):,}, and "
-                        f"--seq-len {config.seq_len} is beyond; use --rope-factor {-(-config.seq_len // length)} or "
-                        "more")
+        raise UserError(
+            f"{given}: the model's {length:,} positions become {round(length * config.rope_factor):,}, and "
+            f"--seq-len {config.seq_len} is beyond; use --rope-factor {-(-config.seq_len // length)} or "
+            "more"
+        )
 
 
 def longest(model: ModelConfig) -> int:

@@ -22,8 +22,10 @@ def split(
             whole, first = result.pop(name), 0
             expected = (sum(shapes[part][0] for part in parts), *shapes[parts[0]][1:])
             if whole.shape != expected:
-                raise UserError(f"{where}: the weights are not those config.json describes: {name} "
-                                f"{list(whole.shape)}, not {list(expected)}")
+                raise UserError(
+                    f"{where}: the weights are not those config.json describes: {name} "
+                    f"{list(whole.shape)}, not {list(expected)}"
+                )
             for part in parts:
                 result[part] = whole._replace(shape=shapes[part], first=first)
                 first += shapes[part][0]
@@ -32,8 +34,12 @@ def split(
 
 def join(tensors: Iterable[Unwritten], fused: Fused, layers: int) -> Iterator[Unwritten]:
     """The tensors with the fused ones in place of their parts. A part is held, unread, until the others come."""
-    of_parts = {part: (name, parts) for layer in range(layers if fused else 0)
-                for name, parts in _of_layer(fused, layer).items() for part in parts}
+    of_parts = {
+        part: (name, parts)
+        for layer in range(layers if fused else 0)
+        for name, parts in _of_layer(fused, layer).items()
+        for part in parts
+    }
     held: dict[str, Unwritten] = {}
     for tensor in tensors:
         if tensor.name not in of_parts:

@@ -12,8 +12,10 @@ FIELDS = {  # of rope_parameters, by type: (required fields, optional fields)
     "linear": (("factor",), ()),
     "dynamic": (("factor",), ()),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor"), (ORIGINAL,)),
-    "yarn": (("factor",), (ORIGINAL, "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
-                           "truncate")),
+    "yarn": (
+        ("factor",),
+        (ORIGINAL, "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
     "longrope": (("short_factor", "long_factor"), (ORIGINAL, "factor", "attention_factor")),
 }
 LISTS = ("short_factor", "long_factor")
@@ -63,8 +65,9 @@ def _partial(value: Any, head_dim: int, implemented: bool, where: str) -> float:
         raise UserError(f"{where}: partial_rotary_factor is not implemented")
     whole = not isinstance(value, bool) and isinstance(value, (int, float)) and 0 < value <= 1
     if not whole or int(head_dim * value) < 2 or int(head_dim * value) % 2:
-        raise UserError(f"{where}: partial_rotary_factor={value!r} must make an even number of 2 or more of "
-                        f"head_dim={head_dim}")
+        raise UserError(
+            f"{where}: partial_rotary_factor={value!r} must make an even number of 2 or more of head_dim={head_dim}"
+        )
     return float(value)
 
 
@@ -104,8 +107,10 @@ def _check_values(kind: str, fields: dict[str, Any], head_dim: int, where: str) 
         raise UserError(f"{start}beta_fast must not be below beta_slow")
     for name in LISTS:
         if name in fields and len(fields[name]) != head_dim // 2:
-            raise UserError(f"{start}{name} has {len(fields[name])} numbers, where a rotation of {head_dim} dims of a "
-                            f"head needs {head_dim // 2}")
+            raise UserError(
+                f"{start}{name} has {len(fields[name])} numbers, where a rotation of {head_dim} dims of a "
+                f"head needs {head_dim // 2}"
+            )
 
 
 def rope_fields(rope: RopeConfig) -> dict[str, Any]:

@@ -113,14 +113,25 @@ def check_tensors(tensors: dict[str, Tensor], config: ModelConfig, where: str) -
         extra.remove(HEAD)
         _check_tied(tensors, where)
     missing = [name for name in expected if name not in tensors]
-    wrong = [f"{name} {list(tensors[name].shape)}, not {list(shape)}"
-             for name, shape in expected.items() if name in tensors and tensors[name].shape != shape]
-    problems = [f"{kind} ({len(found)}): {', '.join(found[:10])}{', ...' * (len(found) > 10)}"
-                for kind, found in (("missing", missing), ("extra", extra), ("of another shape", wrong)) if found]
+    wrong = [
+        f"{name} {list(tensors[name].shape)}, not {list(shape)}"
+        for name, shape in expected.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    problems = [
+        f"{kind} ({len(found)}): {', '.join(found[:10])}{', ...' * (len(found) > 10)}"
+        for kind, found in (("missing", missing), ("extra", extra), ("of another shape", wrong))
+        if found
+    ]
     if problems:
-        hint = "" if missing != [HEAD] else (
-            "; a model saved without its head has none to train, and one whose head is its embedding says so in "
-            "config.json (\"tie_word_embeddings\": true)")
+        hint = (
+            ""
+            if missing != [HEAD]
+            else (
+                "; a model saved without its head has none to train, and one whose head is its embedding says so in "
+                'config.json ("tie_word_embeddings": true)'
+            )
+        )
         raise UserError(f"{where}: the weights are not those config.json describes. " + "; ".join(problems) + hint)
 
 
@@ -131,10 +142,13 @@ def _check_tied(tensors: dict[str, Tensor], where: str) -> None:
     count, rows = head.shape[0], max(1, AT_ONCE // max(1, math.prod(head.shape[1:]) * head.dtype.itemsize))
     same = (head.shape, head.dtype) == (table.shape, table.dtype) and all(
         _read(head, HEAD, part).tobytes() == _read(table, EMBEDDING, part).tobytes()
-        for part in ((slice(start, min(start + rows, count)),) for start in range(0, count, rows)))
+        for part in ((slice(start, min(start + rows, count)),) for start in range(0, count, rows))
+    )
     if not same:
-        raise UserError(f"{where}: tie_word_embeddings is true, yet lm_head.weight differs from "
-                        "model.embed_tokens.weight; set it to false if they are meant to differ")
+        raise UserError(
+            f"{where}: tie_word_embeddings is true, yet lm_head.weight differs from "
+            "model.embed_tokens.weight; set it to false if they are meant to differ"
+        )
 
 
 def _read(tensor: Tensor, name: str, index: tuple[slice, ...]) -> np.ndarray:
@@ -154,8 +168,10 @@ def leaf_dtypes(tensors: dict[str, Tensor], config: ModelConfig, where: str) -> 
         of_layers = leaf_names(path, config)
         found = {tensors[name].dtype for name in of_layers}
         if len(found) > 1:
-            raise UserError(f"{where}: {of_layers[0]} and its like in other layers have different dtypes "
-                            f"({', '.join(sorted(map(str, found)))}); save the model with one dtype first")
+            raise UserError(
+                f"{where}: {of_layers[0]} and its like in other layers have different dtypes "
+                f"({', '.join(sorted(map(str, found)))}); save the model with one dtype first"
+            )
         return found.pop()
 
     return jax.tree_util.tree_map_with_path(dtype, abstract_params(config, np.float32))
@@ -173,6 +189,7 @@ def load_params(hf_dir: str | pathlib.Path, config: ModelConfig, abstract: Any, 
 
 def load_leaf(path: tuple, leaf: jax.ShapeDtypeStruct, tensors: dict[str, Tensor], config: ModelConfig) -> jax.Array:
     """The leaf at `path`, from the tensors that hold it, as `leaf` says."""
+
     def read(bounds):
         part = np.empty([stop - start for start, stop in bounds], leaf.dtype)
         read_part(part, path, bounds, tensors, config)
@@ -201,8 +218,11 @@ def read_part(
 
 
 def save_params(
-    leaves: Iterable[tuple[tuple, jax.Array | np.ndarray | Stored]], config: ModelConfig, out_dir: str | pathlib.Path,
-    max_shard_bytes: int = 5 * 2**30, written: Callable[[int], object] = lambda _: None,
+    leaves: Iterable[tuple[tuple, jax.Array | np.ndarray | Stored]],
+    config: ModelConfig,
+    out_dir: str | pathlib.Path,
+    max_shard_bytes: int = 5 * 2**30,
+    written: Callable[[int], object] = lambda _: None,
     model_dir: str | pathlib.Path | None = None,
 ) -> tuple[int, int]:
     """Write (path, leaf) pairs as safetensors with Hugging Face's names; returns the number of tensors and their bytes.
@@ -219,7 +239,9 @@ def save_params(
 
 
 def write_tensors(
-    tensors: Iterator[Unwritten], out_dir: str | pathlib.Path, max_shard_bytes: int,
+    tensors: Iterator[Unwritten],
+    out_dir: str | pathlib.Path,
+    max_shard_bytes: int,
     written: Callable[[int], object] = lambda _: None,
 ) -> tuple[int, int]:
     """Write tensors as `save_params` says; returns their number and their bytes."""
@@ -241,14 +263,21 @@ def write_tensors(
 
 def check_leaves(leaves: Iterable[tuple[tuple, Stored]], config: ModelConfig, where: str) -> None:
     """UserError unless stored arrays have the names and shapes of the model: nothing is allocated before."""
-    expected = {names(path): tuple(leaf.shape) for path, leaf in
-                jax.tree_util.tree_leaves_with_path(abstract_params(config, np.float32))}
+    expected = {
+        names(path): tuple(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config, np.float32))
+    }
     found = {names(path): tuple(leaf.shape) for path, leaf in leaves}
-    wrong = [f"{'.'.join(name)} is {found.get(name, 'missing')}, not {expected.get(name, 'there')}"
-             for name in {**found, **expected} if found.get(name) != expected.get(name)]
+    wrong = [
+        f"{'.'.join(name)} is {found.get(name, 'missing')}, not {expected.get(name, 'there')}"
+        for name in {**found, **expected}
+        if found.get(name) != expected.get(name)
+    ]
     if wrong:
-        raise UserError(f"{where}: the weights are not those of its model/config.json: {'; '.join(wrong[:5])}"
-                        f"{', ...' * (len(wrong) > 5)}")
+        raise UserError(
+            f"{where}: the weights are not those of its model/config.json: {'; '.join(wrong[:5])}"
+            f"{', ...' * (len(wrong) > 5)}"
+        )
 
 
 def tensors_of(leaves, config: ModelConfig) -> Iterator[Unwritten]:
@@ -256,8 +285,12 @@ def tensors_of(leaves, config: ModelConfig) -> Iterator[Unwritten]:
     for path, leaf in leaves:
         for row, name in enumerate(leaf_names(path, config)):
             shape = leaf.shape[1:] if is_stacked(path) else leaf.shape
-            yield Unwritten(name, tuple(shape[::-1] if is_transposed(path) else shape), np.dtype(leaf.dtype),
-                            functools.partial(_tensor, path, leaf, row if is_stacked(path) else None))
+            yield Unwritten(
+                name,
+                tuple(shape[::-1] if is_transposed(path) else shape),
+                np.dtype(leaf.dtype),
+                functools.partial(_tensor, path, leaf, row if is_stacked(path) else None),
+            )
 
 
 def _tensor(path: tuple, leaf: jax.Array | np.ndarray | Stored, row: int | None) -> np.ndarray:

@@ -56,5 +56,6 @@ def adapters_of(params: PyTree) -> tuple[PyTree, PyTree]:
 def adapted(block: Any, lora: Lora | None) -> list[tuple[int, Any]]:
     """The linear layers of a block that have adapters, each with its number in LINEARS."""
     targets = () if lora is None else [(n, name) for n, name in enumerate(LINEARS) if name in lora.targets]
-    return [(n, getattr(part, name)) for n, name in targets for part in (block.self_attn, block.mlp)
-            if hasattr(part, name)]
+    return [
+        (n, getattr(part, name)) for n, name in targets for part in (block.self_attn, block.mlp) if hasattr(part, name)
+    ]

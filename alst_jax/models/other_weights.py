@@ -84,8 +84,10 @@ def other_sizes(model_dir: str | pathlib.Path) -> tuple[int, int]:
 def _kept(file: pathlib.Path) -> tuple[list[Unwritten], str]:
     """The other weights of a run, and the form of the language model's names."""
     if not file.is_file():
-        raise UserError(f"{file} is missing: it holds the weights beside the language model, without which the whole "
-                        "model cannot be written. Runs with --random-weights have none; others get it from --model")
+        raise UserError(
+            f"{file} is missing: it holds the weights beside the language model, without which the whole "
+            "model cannot be written. Runs with --random-weights have none; others get it from --model"
+        )
     with safe_open(file, "numpy") as handle:
         form = (handle.metadata() or {}).get("form")
     if form not in FORMS:
@@ -103,8 +105,10 @@ def _form(tensors: dict[str, Tensor], where: str | pathlib.Path) -> str:
         if any(name.startswith(starts[0][0]) for name in tensors):
             return form
     starts = " or ".join(starts[0][0] for starts in FORMS.values())
-    raise UserError(f"{where}: config.json has a text_config, but no tensor's name begins with {starts}: the weights "
-                    "of the language model are not found")
+    raise UserError(
+        f"{where}: config.json has a text_config, but no tensor's name begins with {starts}: the weights "
+        "of the language model are not found"
+    )
 
 
 def _renamed(name: str, starts: tuple[tuple[str, str], ...]) -> str | None:

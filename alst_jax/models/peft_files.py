@@ -23,9 +23,22 @@ BASE = "base.json"  # ours, which PEFT does not read: see `Base`
 PREFIX = "base_model.model."  # of the names of a PEFT model's tensors
 READ = {"r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "modules_to_save"}
 # Fields that do not change the numbers that an adapter computes.
-HARMLESS = {"auto_mapping", "base_model_name_or_path", "revision", "peft_version", "inference_mode", "task_type",
-            "target_modules_bd_a", "megatron_core", "qalora_group_size", "init_lora_weights", "exclude_modules",
-            "ensure_weight_tying", "runtime_config", "ephemeral_gpu_offload"}
+HARMLESS = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "peft_version",
+    "inference_mode",
+    "task_type",
+    "target_modules_bd_a",
+    "megatron_core",
+    "qalora_group_size",
+    "init_lora_weights",
+    "exclude_modules",
+    "ensure_weight_tying",
+    "runtime_config",
+    "ephemeral_gpu_offload",
+}
 FIXED = {"peft_type": "LORA", "bias": "none"}
 BEGINNINGS = (True, False, "gaussian", "orthogonal", "eva", None)  # others change the base weights too
 
@@ -33,9 +46,7 @@ BEGINNINGS = (True, False, "gaussian", "orthogonal", "eva", None)  # others chan
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def save_adapter(
-    out: pathlib.Path, trained: Any, config: ModelConfig, base: str | None
-) -> None:
+def save_adapter(out: pathlib.Path, trained: Any, config: ModelConfig, base: str | None) -> None:
     """Write the trained parameters, the adapters of `config.lora` and others. base: name of the base model."""
     out.mkdir(parents=True, exist_ok=True)
     leaves = jax.tree_util.tree_leaves_with_path(trained)
@@ -46,10 +57,18 @@ def save_adapter(
     lora, kept = config.lora, modules_to_save(leaves, config)
     number = lambda x: int(x) if x == int(x) else x  # PEFT's type is int
     fields = FIXED | {
-        "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True, "r": lora.rank,
-        "lora_alpha": number(lora.alpha), "lora_dropout": lora.dropout, "use_rslora": lora.rslora,
-        "target_modules": list(lora.targets), "modules_to_save": kept or None, "fan_in_fan_out": False,
-        "init_lora_weights": True}
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": lora.rank,
+        "lora_alpha": number(lora.alpha),
+        "lora_dropout": lora.dropout,
+        "use_rslora": lora.rslora,
+        "target_modules": list(lora.targets),
+        "modules_to_save": kept or None,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+    }
     (out / CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True), encoding="utf-8")
 
 
@@ -87,8 +106,10 @@ def read_base(directory: str | pathlib.Path) -> Base | None:
     try:
         return Base(**json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{file} is not what a run with adapters writes ({error}); remove it to use the adapter beside "
-                        "any model with its shapes") from error
+        raise UserError(
+            f"{file} is not what a run with adapters writes ({error}); remove it to use the adapter beside "
+            "any model with its shapes"
+        ) from error
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -106,15 +127,17 @@ def read_lora(directory: str | pathlib.Path) -> Found:
     """The adapters that a directory holds. UserError for options that are not implemented."""
     path = pathlib.Path(directory)
     if not (path / CONFIG).is_file():
-        raise UserError(f"--adapter {path}: no {CONFIG} there; name a directory that PEFT, or a run with --lora-rank, "
-                        "has written")
+        raise UserError(
+            f"--adapter {path}: no {CONFIG} there; name a directory that PEFT, or a run with --lora-rank, has written"
+        )
     try:
         raw = json.loads((path / CONFIG).read_text(encoding="utf-8"))
         fields = dict(raw)
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path / CONFIG} is not valid JSON: {error}") from error
-    wrong = [f"{name}={raw.get(name)!r} ({value!r} is)" for name, value in FIXED.items()
-             if raw.get(name, value) != value]
+    wrong = [
+        f"{name}={raw.get(name)!r} ({value!r} is)" for name, value in FIXED.items() if raw.get(name, value) != value
+    ]
     known = READ | HARMLESS | FIXED.keys()
     wrong += [f"{name}={value!r}" for name, value in fields.items() if value and name not in known]
     if raw.get("init_lora_weights", True) not in BEGINNINGS:
@@ -127,8 +150,11 @@ def read_lora(directory: str | pathlib.Path) -> Found:
         wrong = name == "r" and not isinstance(value, int) or name == "lora_dropout" and number and value >= 1
         if not number or value < least or wrong:
             raise UserError(f"{path / CONFIG}: {name}={value!r} is no value of this field")
-    return Found(Lora(rank, float(alpha), _targets(path), bool(raw.get("use_rslora"))), float(dropout),
-                 raw.get("base_model_name_or_path"))
+    return Found(
+        Lora(rank, float(alpha), _targets(path), bool(raw.get("use_rslora"))),
+        float(dropout),
+        raw.get("base_model_name_or_path"),
+    )
 
 
 def _targets(path: pathlib.Path) -> tuple[str, ...]:
@@ -136,8 +162,10 @@ def _targets(path: pathlib.Path) -> tuple[str, ...]:
     found = {name.split(".")[-3] for name in adapter_tensors(path) if ".lora_" in name}
     others = sorted(found - set(LINEARS))
     if others or not found:
-        raise UserError(f"{path / WEIGHTS}: adapters of {', '.join(others) or 'no module'}; implemented are those of "
-                        f"{', '.join(LINEARS)}")
+        raise UserError(
+            f"{path / WEIGHTS}: adapters of {', '.join(others) or 'no module'}; implemented are those of "
+            f"{', '.join(LINEARS)}"
+        )
     return tuple(name for name in LINEARS if name in found)
 
 
@@ -163,13 +191,17 @@ def load_adapter(directory: str | pathlib.Path, config: ModelConfig, abstract: A
         shape = leaf.shape[1:] if is_stacked(where) else leaf.shape
         for name in leaf_names(where, config):
             expected[name] = tuple(shape[::-1] if is_transposed(where) else shape)
-    problems = [f"{name} is {_shape(tensors.get(name))} there and {list(expected.get(name, ())) or 'nothing'} here"
-                for name in {**expected, **tensors}
-                if name not in tensors or tensors[name].shape != expected.get(name)]
+    problems = [
+        f"{name} is {_shape(tensors.get(name))} there and {list(expected.get(name, ())) or 'nothing'} here"
+        for name in {**expected, **tensors}
+        if name not in tensors or tensors[name].shape != expected.get(name)
+    ]
     if problems:
-        raise UserError(f"--adapter {path} is of another base model than --model, or trains other modules: "
-                        f"{'; '.join(problems[:3])}{', ...' * (len(problems) > 3)}. Name the base model of the adapter "
-                        "with --model; of modules trained in full (modules_to_save), --freeze must leave the same ones")
+        raise UserError(
+            f"--adapter {path} is of another base model than --model, or trains other modules: "
+            f"{'; '.join(problems[:3])}{', ...' * (len(problems) > 3)}. Name the base model of the adapter "
+            "with --model; of modules trained in full (modules_to_save), --freeze must leave the same ones"
+        )
     return jax.tree_util.tree_map_with_path(lambda where, leaf: load_leaf(where, leaf, tensors, config), abstract)
 
 

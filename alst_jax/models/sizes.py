@@ -53,14 +53,20 @@ def _sizes(model: ModelConfig, chosen: Callable[[tuple], bool]) -> ParameterSize
     others = [(name, leaf) for name, stacked, leaf in trained if not stacked]
     head = "embed_tokens" if model.tie_word_embeddings else "lm_head"
     return ParameterSizes(
-        total=sum(leaf.size for _, _, leaf in trained), layer=sum(stacks) // model.num_layers, layer_leaves=len(stacks),
-        other_leaves=len(others), tables=sum(leaf.size for _, leaf in others if leaf.ndim > 1),
-        head=sum(leaf.size for name, leaf in others if name[0] == head), largest_stack=max(stacks, default=0),
+        total=sum(leaf.size for _, _, leaf in trained),
+        layer=sum(stacks) // model.num_layers,
+        layer_leaves=len(stacks),
+        other_leaves=len(others),
+        tables=sum(leaf.size for _, leaf in others if leaf.ndim > 1),
+        head=sum(leaf.size for name, leaf in others if name[0] == head),
+        largest_stack=max(stacks, default=0),
         largest=max((leaf.size for _, _, leaf in trained), default=0),
         kernels=sum(leaf.size for name, _, leaf in trained if name[-1] == "kernel"),
         adapters=sum(leaf.size for name, _, leaf in trained if is_adapter(name)),
-        matrices=tuple(leaf.shape[1:] for name, stacked, leaf in trained
-                       if stacked and leaf.ndim == 3 and not is_adapter(name)))
+        matrices=tuple(
+            leaf.shape[1:] for name, stacked, leaf in trained if stacked and leaf.ndim == 3 and not is_adapter(name)
+        ),
+    )
 
 
 def needed_flops(model: ModelConfig, freeze: str | None, length: int) -> float:

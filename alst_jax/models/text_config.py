@@ -20,14 +20,30 @@ class Wrapper(NamedTuple):
 
 WRAPPERS = {
     "gemma3": Wrapper(
-        "Gemma3ForConditionalGeneration", "gemma3_text", {"vocab_size": 262208, "num_attention_heads": 8}),
+        "Gemma3ForConditionalGeneration", "gemma3_text", {"vocab_size": 262208, "num_attention_heads": 8}
+    ),
     "mistral3": Wrapper("Mistral3ForConditionalGeneration", "mistral", {}),
 }
 # Fields beside `text_config` that say nothing of how text alone is computed.
 BESIDE = {
-    TEXT, "vision_config", "image_token_index", "image_token_id", "boi_token_index", "boi_token_id", "eoi_token_index",
-    "eoi_token_id", "mm_tokens_per_image", "projector_hidden_act", "vision_feature_layer", "multimodal_projector_bias",
-    "spatial_merge_size", "initializer_range", "tie_word_embeddings", "vocab_size", "processor_class"}
+    TEXT,
+    "vision_config",
+    "image_token_index",
+    "image_token_id",
+    "boi_token_index",
+    "boi_token_id",
+    "eoi_token_index",
+    "eoi_token_id",
+    "mm_tokens_per_image",
+    "projector_hidden_act",
+    "vision_feature_layer",
+    "multimodal_projector_bias",
+    "spatial_merge_size",
+    "initializer_range",
+    "tie_word_embeddings",
+    "vocab_size",
+    "processor_class",
+}
 
 
 def is_wrapped(raw: dict[str, Any]) -> bool:
@@ -48,9 +64,13 @@ def text_fields(raw: dict[str, Any], harmless: set[str], where: str) -> dict[str
             f"{where}: text_config: this checkpoint (model_type {kind!r}, architectures {architectures}) holds more "
             f"than a language model. Language models are trained inside of {these}. Of others, save the language model "
             "alone: with transformers, make AutoModelForCausalLM.from_config(config.text_config), load into it the "
-            "weights of the checkpoint's `language_model` and `lm_head`, and save_pretrained it")
-    unknown = [f"{name}={value!r}" for name, value in raw.items()
-               if name not in BESIDE | harmless and value is not None and value is not False]
+            "weights of the checkpoint's `language_model` and `lm_head`, and save_pretrained it"
+        )
+    unknown = [
+        f"{name}={value!r}"
+        for name, value in raw.items()
+        if name not in BESIDE | harmless and value is not None and value is not False
+    ]
     if unknown:
         raise UserError(f"{where}: not implemented beside text_config: {', '.join(unknown)}")
     given = {name: value for name, value in raw[TEXT].items() if name != "architectures"}

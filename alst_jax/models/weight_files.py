@@ -24,8 +24,10 @@ TYPES = {dtype: name for name, dtype in DTYPES.items()}
 DERIVED = re.compile(r".*rotary_emb\.(original_inv_freq|inv_freq|cos_cached|sin_cached)")
 # Scales of an 8-bit KV cache, which only inference uses. transformers leaves them out too.
 CACHE_SCALES = re.compile(r".*\.(k_scale|v_scale|kv_scale|(k|v)_proj\.output_scale)")
-QUANTISED = re.compile(r".*\.(weight_(scale(_inv|_2)?|zero_point|packed|shape|format)|input_scale|qweight|qzeros|"
-                       r"scales|g_idx|SCB|(weight|bias)\.(absmax|quant_map|nested_.*|quant_state\..*))")
+QUANTISED = re.compile(
+    r".*\.(weight_(scale(_inv|_2)?|zero_point|packed|shape|format)|input_scale|qweight|qzeros|"
+    r"scales|g_idx|SCB|(weight|bias)\.(absmax|quant_map|nested_.*|quant_state\..*))"
+)
 ADAPTED = re.compile(r".*\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|modules_to_save)\..*")
 WRAPPERS = ("module.", "_orig_mod.")  # of torch's DistributedDataParallel and torch.compile
 
@@ -60,8 +62,10 @@ def find_tensors(hf_dir: str | pathlib.Path, files: list[pathlib.Path] | None = 
     for file in files or _files(pathlib.Path(hf_dir)):
         for name, tensor in _header(file).items():
             if name in tensors:
-                raise UserError(f"{name} is in {tensors[name].file} and in {file}: which one counts is not defined. "
-                                "Remove the file that does not belong to the model")
+                raise UserError(
+                    f"{name} is in {tensors[name].file} and in {file}: which one counts is not defined. "
+                    "Remove the file that does not belong to the model"
+                )
             tensors[name] = tensor
     return tensors
 
@@ -93,28 +97,36 @@ def refuse_adapter(path: pathlib.Path) -> None:
         base = json.loads((path / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError):  # the advice does without the name
         base = "its base model"
-    raise UserError(f"{path} has {ADAPTER}: it is an adapter of {base}, not a whole model. To train it further, name "
-                    f"the base model with --model and this directory with --adapter. Merge the two first to use them "
-                    f"as a model (python -m convert.merge {path} BASE DIR). To use the base model alone, "
-                    f"move {ADAPTER} away")
+    raise UserError(
+        f"{path} has {ADAPTER}: it is an adapter of {base}, not a whole model. To train it further, name "
+        f"the base model with --model and this directory with --adapter. Merge the two first to use them "
+        f"as a model (python -m convert.merge {path} BASE DIR). To use the base model alone, "
+        f"move {ADAPTER} away"
+    )
 
 
 def _other_weights(path: pathlib.Path) -> str:
     """The files of other formats, and the command that converts them."""
-    load = "python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained("
+    load = 'python -c "from transformers import AutoModelForCausalLM as M; M.from_pretrained('
     command = lambda options: f"{load}{str(path)!r}, dtype='auto'{options}).save_pretrained('NEW_DIR')\""
     for pattern, what, advice in (
-            ("pytorch_model*.bin", "pickled files, which can execute code", command("")),
-            ("*.gguf", "GGUF files, mostly quantised", command(", gguf_file='{name}'")),
-            ("consolidated*", "files of the model's authors, not in Hugging Face's format",
-             "download the Hugging Face version of the model"),
-            ("*.bin", "pickled files, which can execute code", command("")),
-            ("*.pt*", "pickled files, which can execute code", "save the model with transformers' save_pretrained"),
-            ("*.safetensors", "files without an index", f"write {INDEX}, or give the only file the name {SINGLE}")):
+        ("pytorch_model*.bin", "pickled files, which can execute code", command("")),
+        ("*.gguf", "GGUF files, mostly quantised", command(", gguf_file='{name}'")),
+        (
+            "consolidated*",
+            "files of the model's authors, not in Hugging Face's format",
+            "download the Hugging Face version of the model",
+        ),
+        ("*.bin", "pickled files, which can execute code", command("")),
+        ("*.pt*", "pickled files, which can execute code", "save the model with transformers' save_pretrained"),
+        ("*.safetensors", "files without an index", f"write {INDEX}, or give the only file the name {SINGLE}"),
+    ):
         found = sorted(file.name for file in path.glob(pattern) if file.is_file())
         if found:
-            return (f": neither {SINGLE} nor {INDEX}, but {', '.join(found[:3])}{', ...' * (len(found) > 3)} ({what}). "
-                    f"For safetensors: {advice.replace('{name}', found[0])}")
+            return (
+                f": neither {SINGLE} nor {INDEX}, but {', '.join(found[:3])}{', ...' * (len(found) > 3)} ({what}). "
+                f"For safetensors: {advice.replace('{name}', found[0])}"
+            )
     return f": neither {SINGLE} nor {INDEX}"
 
 
@@ -129,13 +141,18 @@ def _header(file: pathlib.Path) -> dict[str, Tensor]:
                 if dtype is not None:
                     tensors[name] = Tensor(file, name, tuple(entry.get_shape()), dtype)
                 elif not DERIVED.fullmatch(name) and not CACHE_SCALES.fullmatch(name):
-                    raise UserError(f"{file}: {name} is {entry.get_dtype()}; weights must be one of "
-                                    f"{', '.join(DTYPES)}. Quantised models cannot be trained; use the original")
+                    raise UserError(
+                        f"{file}: {name} is {entry.get_dtype()}; weights must be one of "
+                        f"{', '.join(DTYPES)}. Quantised models cannot be trained; use the original"
+                    )
     except (SafetensorError, OSError) as error:
         with open(file, "rb") as raw:
             pointer = raw.read(24) == b"version https://git-lfs."
-        raise UserError(f"{file} is a pointer of Git LFS, not the weights; fetch them with `git lfs pull`" if pointer
-                        else f"{file} is corrupt or cut short: {error}") from error
+        raise UserError(
+            f"{file} is a pointer of Git LFS, not the weights; fetch them with `git lfs pull`"
+            if pointer
+            else f"{file} is corrupt or cut short: {error}"
+        ) from error
     return tensors
 
 
@@ -203,16 +220,22 @@ def of_model(tensors: dict[str, Tensor], tied: bool, where: str) -> dict[str, Te
     if not any(name.startswith("model.") for name in tensors):
         bare = ("layers.", "embed_tokens.", "norm.", "rotary_emb.")
         tensors = {f"model.{name}" if name.startswith(bare) else name: tensor for name, tensor in tensors.items()}
-    for pattern, what in ((QUANTISED, "of quantised weights; use the original model"),
-                          (ADAPTED, "of an adapter; merge it first (peft: merge_and_unload)")):
+    for pattern, what in (
+        (QUANTISED, "of quantised weights; use the original model"),
+        (ADAPTED, "of an adapter; merge it first (peft: merge_and_unload)"),
+    ):
         found = [name for name in tensors if pattern.fullmatch(name)]
         if found:
             some = ", ".join(found[:3]) + ", ..." * (len(found) > 3)
             raise UserError(f"{where}: {len(found)} tensors ({some}) are those {what}")
     scales = [name for name in tensors if CACHE_SCALES.fullmatch(name)]
     if scales:
-        print(f"warning: {where}: {len(scales)} scales of a KV cache are left out ({scales[0]} ...): training does not "
-              "use them, and trained weights need new ones", file=sys.stderr, flush=True)
+        print(
+            f"warning: {where}: {len(scales)} scales of a KV cache are left out ({scales[0]} ...): training does not "
+            "use them, and trained weights need new ones",
+            file=sys.stderr,
+            flush=True,
+        )
     kept = {name: tensor for name, tensor in tensors.items() if name not in scales and not DERIVED.fullmatch(name)}
     if tied and HEAD in kept and EMBEDDING not in kept:
         kept[EMBEDDING] = kept.pop(HEAD)
@@ -222,9 +245,11 @@ def of_model(tensors: dict[str, Tensor], tied: bool, where: str) -> dict[str, Te
 def extended(tensors: dict[str, Tensor], before: int, rows: int) -> dict[str, Tensor]:
     """The tensors with an embedding and a head of `rows` rows instead of `before`; new rows are the mean of the
     others."""
-    longer = {name: tensor._replace(shape=(rows, *tensor.shape[1:]), added=rows - tensor.shape[0])
-              for name, tensor in tensors.items()
-              if name in (EMBEDDING, HEAD) and len(tensor.shape) == 2 and tensor.shape[0] == before < rows}
+    longer = {
+        name: tensor._replace(shape=(rows, *tensor.shape[1:]), added=rows - tensor.shape[0])
+        for name, tensor in tensors.items()
+        if name in (EMBEDDING, HEAD) and len(tensor.shape) == 2 and tensor.shape[0] == before < rows
+    }
     return tensors | longer
 
 
@@ -232,7 +257,9 @@ def extended(tensors: dict[str, Tensor], before: int, rows: int) -> dict[str, Te
 
 
 def write_file(
-    file: pathlib.Path, tensors: list[Unwritten], written: Callable[[int], object] = lambda _: None,
+    file: pathlib.Path,
+    tensors: list[Unwritten],
+    written: Callable[[int], object] = lambda _: None,
     metadata: dict[str, str] | None = None,
 ) -> None:
     """Write one safetensors file. One tensor is in memory at a time; the library's own writer needs all of them, twice.
@@ -258,8 +285,9 @@ def write_file(
 
 def publish(out: pathlib.Path, files: list[pathlib.Path], weight_map: dict[str, int], total: int) -> None:
     """Give complete files of weights their names. weight_map: number of the file of each tensor. total: bytes."""
-    final = [SINGLE] if len(files) == 1 else [
-        f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
+    final = (
+        [SINGLE] if len(files) == 1 else [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
+    )
     # Readers would take old files for the new ones.
     for old in (out / SINGLE, out / INDEX, *out.glob("model-*-of-*.safetensors")):
         old.unlink(missing_ok=True)

@@ -72,11 +72,15 @@ class TokenLosses(NamedTuple):
 
 
 def token_losses(
-    h: Float[Array, "T D"], table: Float[Array, "V D"], labels: Int[Array, "T"], tile: int | None,
+    h: Float[Array, "T D"],
+    table: Float[Array, "V D"],
+    labels: Int[Array, "T"],
+    tile: int | None,
     scaling: LogitScaling = AS_THEY_ARE,
 ) -> TokenLosses:
     """The terms of `cross_entropy`, `tile` tokens at a time: the logits of one tile exist at a time. Of equal logits
     the first one counts as the largest."""
+
     def of_tile(h, table, labels):
         logits = scaling(_logits(h, table))
         losses = _token_losses(logits, labels)[0].astype(jnp.float32)
@@ -86,7 +90,10 @@ def token_losses(
 
 
 def tiled_cross_entropy(
-    h: Float[Array, "T D"], table: Float[Array, "V D"], labels: Int[Array, "T"], tile: int,
+    h: Float[Array, "T D"],
+    table: Float[Array, "V D"],
+    labels: Int[Array, "T"],
+    tile: int,
     scaling: LogitScaling = AS_THEY_ARE,
 ) -> Float[Array, ""]:
     """`cross_entropy`, `tile` tokens at a time; when differentiated, each tile's gradients are made with its logits.
@@ -125,7 +132,8 @@ def _fwd(tile, scaling, h, table, labels):
         dh = dlogits @ narrow
         if trained:
             dtable += jax.lax.dot_general(
-                dlogits, h_tile, (((0,), (0,)), ((), ())), preferred_element_type=dtable.dtype)
+                dlogits, h_tile, (((0,), (0,)), ((), ())), preferred_element_type=dtable.dtype
+            )
         return (total + jnp.sum(losses), dtable), (dh,)
 
     wide = accumulation_dtype(h.dtype)

@@ -6,7 +6,10 @@ from jaxtyping import Array, Float
 
 
 def rms_norm(
-    x: Float[Array, "*B D"], scale: Float[Array, "D"], eps: float, offset: float = 0.0,
+    x: Float[Array, "*B D"],
+    scale: Float[Array, "D"],
+    eps: float,
+    offset: float = 0.0,
     square: Float[Array, "*B 1"] | None = None,
 ) -> Float[Array, "*B D"]:
     """x / rms(x) * (scale + offset) over the last dim, computed in float32 and returned in the dtype of x.

@@ -126,8 +126,9 @@ def _map_tiles(body, carry, read, like, tile, others):
     """body(carry, rows of `read`) -> (carry, rows of a tree like `like`), as one `stream` into zeros."""
     leaves, treedef = jax.tree.flatten(read)
     length = leaves[0].shape[0]
-    zeros = tuple(vary_like(jnp.zeros((length, *s.shape[1:]), s.dtype), *leaves, *others)
-                  for s in jax.tree.leaves(like))
+    zeros = tuple(
+        vary_like(jnp.zeros((length, *s.shape[1:]), s.dtype), *leaves, *others) for s in jax.tree.leaves(like)
+    )
 
     def step(carry, _, rows):
         carry, new = body(carry, treedef.unflatten(rows))

@@ -47,6 +47,7 @@ def square_sum(leaf: jax.Array, rows: int | None = None) -> jax.Array:
 def count_not_finite(gradients: Any, on_host: bool) -> Any:
     """For each parameter int32[layers] (int32[1] where it is not stacked): its elements that are no finite numbers,
     over all devices. Runs inside the shard_map; host gradients are streamed."""
+
     def count(path, leaf):
         rows = host.chunk_rows(leaf.shape, is_stacked(path))
         layers = leaf.shape[0] if is_stacked(path) else 1
@@ -59,8 +60,7 @@ def count_not_finite(gradients: Any, on_host: bool) -> Any:
 
         counts = jnp.zeros(layers, jnp.int32)
         counts = lax.pcast(counts, varying, to="varying") if varying else counts
-        (_, counts), _ = stream(
-            add, (jnp.int32(0), counts), written=(), read=(leaf,), rows=rows, on_host=(on_host,))
+        (_, counts), _ = stream(add, (jnp.int32(0), counts), written=(), read=(leaf,), rows=rows, on_host=(on_host,))
         return lax.psum(counts, varying) if varying else counts
 
     return jax.tree_util.tree_map_with_path(count, gradients)
@@ -74,8 +74,14 @@ def _zero_like(leaf: jax.Array) -> jax.Array:
 
 @jax.named_scope(scopes.UPDATE)
 def apply_update(
-    optimizer: AdamW, params: Any, gradients: Any, state: dict[str, Any], gradient_norm: jax.Array,
-    learning_rate: jax.Array, specs: Any, on_host: tuple[bool, bool],
+    optimizer: AdamW,
+    params: Any,
+    gradients: Any,
+    state: dict[str, Any],
+    gradient_norm: jax.Array,
+    learning_rate: jax.Array,
+    specs: Any,
+    on_host: tuple[bool, bool],
 ) -> tuple[Any, dict[str, Any]]:
     """Clip, then step every parameter. on_host: whether parameters (and their gradients), and optimizer state, live in
     host memory."""
@@ -86,7 +92,9 @@ def apply_update(
     results = []
     for update, gradient in zip(updates, jax.tree.leaves(gradients), strict=True):
         step = lambda chunk, written, read, update=update: (
-            chunk + 1, update.step(chunk, written, read[0].astype(update.wide) * scale))
+            chunk + 1,
+            update.step(chunk, written, read[0].astype(update.wide) * scale),
+        )
         places = (on_host[0],) + (on_host[1],) * len(update.stored) + (on_host[0],)
         rows = host.chunk_rows(gradient.shape, is_stacked(update.path))
         _, new = stream(step, jnp.int32(0), written=update.written, read=(gradient,), rows=rows, on_host=places)
@@ -124,7 +132,8 @@ class ParameterUpdate:
         mu, nu = (self.formats[name].decode(old[name], self.wide) for name in ("mu", "nu"))
         master = self.optimizer.read_master(written[0], old.get("master"))
         master, mu, nu = self.optimizer.update_values(
-            master, gradient, mu, nu, self.count, self.learning_rate, decays(self.path))
+            master, gradient, mu, nu, self.count, self.learning_rate, decays(self.path)
+        )
         new_param, kept = self.optimizer.write_master(master, written[0].dtype, keys[0])
         new = {"mu": self.formats["mu"].encode(mu, keys[1]), "nu": self.formats["nu"].encode(nu, keys[2])}
         if kept is not None:
@@ -147,8 +156,19 @@ def parameter_updates(
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(optimizer.seed), count), i)
         if varying_axes(param):  # a replicated parameter is rounded alike everywhere
             key = jax.random.fold_in(key, lax.axis_index(AXES))
-        updates.append(ParameterUpdate(optimizer, path, param, tuple(stored), structure,
-                                       optimizer.formats(param, spec), key, count, learning_rate))
+        updates.append(
+            ParameterUpdate(
+                optimizer,
+                path,
+                param,
+                tuple(stored),
+                structure,
+                optimizer.formats(param, spec),
+                key,
+                count,
+                learning_rate,
+            )
+        )
     return updates
 
 

@@ -67,8 +67,9 @@ def why_not(heads: int, kv_heads: int, degree: int, chunks: int) -> str | None:
         return f"--head-chunks {chunks} must divide {heads} query heads; use {_divisors(heads)}"
     if heads // chunks % degree:
         of_chunk = f" of each of {chunks} chunks (--head-chunks)" if chunks > 1 else ""
-        return (f"sp={degree} must divide {heads // chunks} query heads{of_chunk}; use "
-                f"{_divisors(heads // chunks)} (--sp)")
+        return (
+            f"sp={degree} must divide {heads // chunks} query heads{of_chunk}; use {_divisors(heads // chunks)} (--sp)"
+        )
     if chunks % kv_heads and kv_heads % chunks:
         return f"--head-chunks {chunks}: must divide the {kv_heads} kv heads or be a multiple of them"
     return None

@@ -18,16 +18,22 @@ def choose_degrees(dp: int | None, sp: int | None, num_devices: int) -> tuple[in
     """Fill in degrees that the user left open: sp is 1, dp takes all other devices. UserError if they do not fit."""
     sp = sp or 1
     if sp > num_devices:
-        raise UserError(f"sp={sp} needs {sp} devices and there are {num_devices}; use a smaller --sp or, "
-                        f"on CPU, --simulate-devices {sp}")
+        raise UserError(
+            f"sp={sp} needs {sp} devices and there are {num_devices}; use a smaller --sp or, "
+            f"on CPU, --simulate-devices {sp}"
+        )
     if dp is None:
         if num_devices % sp:
-            raise UserError(f"sp={sp} does not divide the {num_devices} devices; choose --dp too "
-                            f"(at most {num_devices // sp}), or an --sp that divides {num_devices}")
+            raise UserError(
+                f"sp={sp} does not divide the {num_devices} devices; choose --dp too "
+                f"(at most {num_devices // sp}), or an --sp that divides {num_devices}"
+            )
         dp = num_devices // sp
     if dp * sp > num_devices:
-        raise UserError(f"dp={dp} x sp={sp} needs {dp * sp} devices and there are {num_devices}; use smaller --dp or "
-                        f"--sp or, on CPU, --simulate-devices {dp * sp}")
+        raise UserError(
+            f"dp={dp} x sp={sp} needs {dp * sp} devices and there are {num_devices}; use smaller --dp or "
+            f"--sp or, on CPU, --simulate-devices {dp * sp}"
+        )
     return dp, sp
 
 
@@ -36,8 +42,10 @@ def make_mesh(dp: int, sp: int, devices: list[jax.Device] | None = None) -> Mesh
     if devices is None:
         devices = by_host(jax.devices(), link().machines) if link().several else jax.devices()
     if link().several and dp * sp != len(devices):
-        raise UserError(f"dp={dp} x sp={sp} needs {dp * sp} devices, and the {link().count} processes have "
-                        f"{len(devices)}: some would have no part in a step; use all (--dp, --sp), or fewer processes")
+        raise UserError(
+            f"dp={dp} x sp={sp} needs {dp * sp} devices, and the {link().count} processes have "
+            f"{len(devices)}: some would have no part in a step; use all (--dp, --sp), or fewer processes"
+        )
     return Mesh(np.asarray(devices[: dp * sp]).reshape(dp, sp), AXES, axis_types=(AxisType.Auto,) * 2)
 
 
@@ -46,8 +54,11 @@ def own_rows(rows: int, dp: int, sp: int) -> frozenset[int] | None:
     if not link().several:
         return None
     devices, share = make_mesh(dp, sp).devices, rows // dp
-    mine = [replica for replica in range(dp)
-            if any(device.process_index == jax.process_index() for device in devices[replica])]
+    mine = [
+        replica
+        for replica in range(dp)
+        if any(device.process_index == jax.process_index() for device in devices[replica])
+    ]
     return frozenset(row for replica in mine for row in range(replica * share, (replica + 1) * share))
 
 

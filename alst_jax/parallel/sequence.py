@@ -30,7 +30,11 @@ class SequenceParallel(Protocol):
         on all devices that share them (see `Kernel`); None: each sequence is one document."""
 
     def attend_backward(
-        self, project: Callable, spec: AttentionSpec, results: tuple[jax.Array, Any], do: jax.Array,
+        self,
+        project: Callable,
+        spec: AttentionSpec,
+        results: tuple[jax.Array, Any],
+        do: jax.Array,
         documents: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The gradients of q, k and v of all heads, from the results of `attend` and the gradient of o.

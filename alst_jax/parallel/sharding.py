@@ -49,7 +49,8 @@ def drop_layer_dim(spec: P) -> P:
 def shardings(specs: Any, mesh: Mesh, memory_kind: str) -> Any:
     """NamedShardings for a tree of specs; memory_kind is "device" or "pinned_host"."""
     return jax.tree.map(
-        lambda spec: NamedSharding(mesh, spec, memory_kind=memory_kind), specs, is_leaf=lambda x: isinstance(x, P))
+        lambda spec: NamedSharding(mesh, spec, memory_kind=memory_kind), specs, is_leaf=lambda x: isinstance(x, P)
+    )
 
 
 @jax.named_scope(scopes.GATHER)

@@ -72,6 +72,7 @@ class Ulysses:
         self, project: Callable, spec: AttentionSpec, ready: Array, documents: Array | None = None
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "C B n S"]]:
         """o, and the log-sum-exps of this device's heads, stacked over the chunks (see `SequenceParallel`)."""
+
         def one(i):
             q, k, v = qkv_to_heads(*project(i), self.axis)
             results = attention_forward(*lax.stop_gradient((q, k, v)), spec, documents, kernel=self.kernel)
@@ -91,7 +92,11 @@ class Ulysses:
         return lax.scan(body, out, jnp.arange(self.chunks))
 
     def attend_backward(
-        self, project: Callable, spec: AttentionSpec, results: tuple, do: Float[Array, "B T N H"],
+        self,
+        project: Callable,
+        spec: AttentionSpec,
+        results: tuple,
+        do: Float[Array, "B T N H"],
         documents: Array | None = None,
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
         """The gradients of q, k and v; q's is written over `do` chunk by chunk (see `SequenceParallel`)."""
@@ -101,7 +106,8 @@ class Ulysses:
         q, k, v = jax.eval_shape(project, 0)
         shared = self.chunks > self.num_kv_heads  # several chunks read the same kv head: sum their gradients in float32
         zeros = lambda s: zeros_after(
-            do, (*s.shape[:2], self.num_kv_heads, s.shape[3]), accumulation_dtype(s.dtype) if shared else s.dtype)
+            do, (*s.shape[:2], self.num_kv_heads, s.shape[3]), accumulation_dtype(s.dtype) if shared else s.dtype
+        )
 
         def body(grads, chunk):
             i, lse = chunk

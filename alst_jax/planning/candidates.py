@@ -60,8 +60,10 @@ class Search:
         """The search after the compiler refused a profile; and the compiler's excess over the estimate, by memory that
         does not suffice. A correction is a tenth larger than the excess, at least 0.1 GiB, so that the same choice does
         not come back."""
-        more = {"device": compiled.device_bytes - estimated.device_bytes,
-                "host": compiled.host_bytes - estimated.host_bytes - self.host_correction}
+        more = {
+            "device": compiled.device_bytes - estimated.device_bytes,
+            "host": compiled.host_bytes - estimated.host_bytes - self.host_correction,
+        }
         more = {place: more[place] for place in compiled.lacks}
         add = lambda place: max(GIB // 10, int(1.1 * more[place])) if place in more else 0
         everywhere, kind, of_kinds = add("device"), kind_of(profile), dict(self.of_kinds)
@@ -71,9 +73,12 @@ class Search:
             everywhere = min(everywhere, max(others, default=0))
             of_kinds = {other: max(0, bytes - everywhere) for other, bytes in of_kinds.items()}
             of_kinds[kind] = of_kinds.get(kind, 0) + add("device") - everywhere
-        return dataclasses.replace(self, device_correction=self.device_correction + everywhere,
-                                   host_correction=self.host_correction + add("host"),
-                                   of_kinds=tuple(of_kinds.items())), more
+        return dataclasses.replace(
+            self,
+            device_correction=self.device_correction + everywhere,
+            host_correction=self.host_correction + add("host"),
+            of_kinds=tuple(of_kinds.items()),
+        ), more
 
 
 def kind_of(profile: Profile) -> tuple[int, int]:
@@ -83,11 +88,13 @@ def kind_of(profile: Profile) -> tuple[int, int]:
 
 def bases(job: Job, search: Search, larger: bool) -> Iterator[Job]:
     """Jobs with all placements, formats and head chunks, largest memory first. larger: with larger tiles than usual."""
-    free = [name for name in PLACEMENTS[not job.profile.remat:] if name not in search.fixed]
+    free = [name for name in PLACEMENTS[not job.profile.remat :] if name not in search.fixed]
     formats = [(job.states, job.master)]
     if search.narrow:
-        free_pair = lambda pair: all(name not in search.fixed or value == now for name, value, now in zip(
-            ("optimizer_states", "master_weights"), pair, formats[0]))
+        free_pair = lambda pair: all(
+            name not in search.fixed or value == now
+            for name, value, now in zip(("optimizer_states", "master_weights"), pair, formats[0])
+        )
         formats += [p for p in NARROWER if p != formats[0] and free_pair(p) and (p[1] == "float32" or job.width == 2)]
     chunks = [job.profile.head_chunks]
     if "head_chunks" not in search.fixed:
@@ -123,6 +130,7 @@ def with_kept(job: Job, search: Search, on_device: Iterable[int], least: bool = 
         return
     on_device = [profile.keep_attention_on_device] if "keep_attention_on_device" in fixed else on_device
     for kept, budget in itertools.product(on_device, BUDGETS[:1] if "segment_layers" in fixed else BUDGETS):
+
         def make(on_host, kept=kept, budget=budget):
             least_levels = {name: 0 for name in LEVELS if name not in fixed}
             made = job.changed(keep_attention_on_device=kept, keep_attention_on_host=on_host, **least_levels)

@@ -24,7 +24,12 @@ from alst_jax.xla import host
 
 
 def plan_step(
-    step: TrainStep, rows: int, length: int, grad_accum: int = 1, cluster: Cluster | None = None, at_once: bool = False,
+    step: TrainStep,
+    rows: int,
+    length: int,
+    grad_accum: int = 1,
+    cluster: Cluster | None = None,
+    at_once: bool = False,
     packing: tuple[int, float, float, float] = (0, 1.0, 0.0, 0.0),
 ) -> Plan:
     """The plan of a step over `rows` sequences of `length` tokens, `grad_accum` times. Compiles; allocates nothing.
@@ -58,10 +63,18 @@ def plan_step(
     on_host["kept activations"] = max(0, memory.host_temp_size_in_bytes - at_rest)
     on_host["saving"] = saving_bytes(job, on_host["kept activations"] + on_host.get("gradients", 0))
     text, plan = compiled.as_text(), estimate(job, cluster)
-    calls = {name: numbers | {"instructions": len(re.findall(rf"= [^=]*\b{name}(?:-start)?\(", text))}
-             for name, numbers in plan.collectives.items()}
-    return dataclasses.replace(plan, source=ABSENT if absent else COMPILED, device_kind=first.device_kind,
-                               device=device, host=on_host, collectives=calls)
+    calls = {
+        name: numbers | {"instructions": len(re.findall(rf"= [^=]*\b{name}(?:-start)?\(", text))}
+        for name, numbers in plan.collectives.items()
+    }
+    return dataclasses.replace(
+        plan,
+        source=ABSENT if absent else COMPILED,
+        device_kind=first.device_kind,
+        device=device,
+        host=on_host,
+        collectives=calls,
+    )
 
 
 def _state_bytes(step: TrainStep, grad_accum: int) -> tuple[dict[str, int], dict[str, int]]:
@@ -80,12 +93,27 @@ def _state_bytes(step: TrainStep, grad_accum: int) -> tuple[dict[str, int], dict
 
 
 def job_of(
-    step: TrainStep, rows: int, length: int, grad_accum: int = 1,
-    packing: tuple[int, float, float, float] = (0, 1.0, 0.0, 0.0)
+    step: TrainStep,
+    rows: int,
+    length: int,
+    grad_accum: int = 1,
+    packing: tuple[int, float, float, float] = (0, 1.0, 0.0, 0.0),
 ) -> Job:
     """The job of a step."""
-    return Job(step.model, step.profile, rows, length, step.mesh.shape[DATA], step.mesh.shape[SEQ], grad_accum,
-               step.optimizer.states, step.optimizer.master, True, step.freeze, *packing)
+    return Job(
+        step.model,
+        step.profile,
+        rows,
+        length,
+        step.mesh.shape[DATA],
+        step.mesh.shape[SEQ],
+        grad_accum,
+        step.optimizer.states,
+        step.optimizer.master,
+        True,
+        step.freeze,
+        *packing,
+    )
 
 
 def shard_bytes(leaf: Any) -> int:

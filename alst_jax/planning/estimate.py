@@ -12,13 +12,23 @@ from alst_jax.profile import DEVICE, HOST
 def estimate(job: Job, cluster: Cluster | None = None, correction: int = 0) -> Plan:
     """The plan of a job by the cost model. cluster: the devices' limits and speeds; None: a CPU, without either.
     correction: bytes that the compiler needed beyond the cost model, added to the working set."""
-    places = {place: {part: total(terms) for part, terms in parts.items()}
-              for place, parts in ledger_of_bytes(job).items()}
+    places = {
+        place: {part: total(terms) for part, terms in parts.items()} for place, parts in ledger_of_bytes(job).items()
+    }
     places[DEVICE]["working set"] = max(0, places[DEVICE]["working set"] + correction)
     return Plan(
-        ESTIMATED, cluster.machine.kind if cluster else "cpu", places[DEVICE], places[HOST],
-        cluster and cluster.machine.usable, cluster and cluster.host_share, job.flops, collectives(job),
-        seconds(job, cluster) if cluster else {}, job.step_tokens, job.devices)
+        ESTIMATED,
+        cluster.machine.kind if cluster else "cpu",
+        places[DEVICE],
+        places[HOST],
+        cluster and cluster.machine.usable,
+        cluster and cluster.host_share,
+        job.flops,
+        collectives(job),
+        seconds(job, cluster) if cluster else {},
+        job.step_tokens,
+        job.devices,
+    )
 
 
 def ledger_of_bytes(job: Job) -> dict[str, dict[str, list[Term]]]:
@@ -27,7 +37,9 @@ def ledger_of_bytes(job: Job) -> dict[str, dict[str, list[Term]]]:
     freed = total([term for term in alive if term.name == KEPT]) - kept
     device = {"kept activations": [Term(KEPT, kept, STACK)]}
     device |= {part: terms for part, terms in states(job).items() if not job.profile.on_host(part)}
-    device["working set"] = [*(term for term in alive if term.name != KEPT),
-                             Term("kept activations that are freed before", freed, STACK)]
+    device["working set"] = [
+        *(term for term in alive if term.name != KEPT),
+        Term("kept activations that are freed before", freed, STACK),
+    ]
     device["batch"] = [Term("batch", 3 * 4 * job.tokens, "stack/batch")]
     return {DEVICE: device, HOST: host_ledger(job)}

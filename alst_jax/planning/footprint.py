@@ -30,10 +30,15 @@ def states(job: Job) -> dict[str, list[Term]]:
     master = (narrow * WIDTHS[job.master] + wide) * (job.width == 2)
     return {
         "weights": [Term("weights", weights, "models/block")],
-        "gradients": [Term("gradients", stored * written * (not job.sums_in_place), STACK),
-                      Term("their float32 sums over batches", 4 * trained * stored * (job.grad_accum > 1), UPDATE)],
-        "optimizer": [Term(f"moments, {job.states}", int(trained * 2 * moment), "optim/formats"),
-                      Term(f"master weights, {job.master}", master, "optim/formats")]}
+        "gradients": [
+            Term("gradients", stored * written * (not job.sums_in_place), STACK),
+            Term("their float32 sums over batches", 4 * trained * stored * (job.grad_accum > 1), UPDATE),
+        ],
+        "optimizer": [
+            Term(f"moments, {job.states}", int(trained * 2 * moment), "optim/formats"),
+            Term(f"master weights, {job.master}", master, "optim/formats"),
+        ],
+    }
 
 
 def state_bytes(job: Job) -> tuple[int, int, int]:
@@ -69,8 +74,10 @@ def at_loss(job: Job) -> list[Term]:
         Term("hidden states", (3 if tile < tokens else 2) * size.hidden, ENDS),
         Term("a tile of the hidden state", (tile < tokens) * tile * job.model.hidden_size * job.width, LOSS),
         Term("the head's table, logits, their gradients", head_work(job), LOSS),
-        Term("rotary embeddings", size.rope, "models/block"), gathered_embedding(job),
-        Term("arrays in the buffers of gradients", -in_results(job), XLA)]
+        Term("rotary embeddings", size.rope, "models/block"),
+        gathered_embedding(job),
+        Term("arrays in the buffers of gradients", -in_results(job), XLA),
+    ]
 
 
 def head_work(job: Job) -> int:
@@ -180,11 +187,16 @@ def layer_work(job: Job, rebuilt: bool = False) -> list[Term]:
     heads = (job.attention.local_heads, job.attention.local_kv_heads, job.model.head_dim)
     workspace = costs.workspace(profile.attention, job.rows // job.dp, job.length, *heads, job.documents)
     slices = costs.document_slices(profile.attention, job.length, *heads, job.width) * (job.documents > 0)
-    attention = [Term("q, k, v and their gradients", work.peak, MESH),
-                 Term("workspace", workspace * job.count_workspace, ATTENTION),
-                 Term("slices of documents", slices, ATTENTION)]
-    mlp = [Term("weights, and a tile of the MLP", mlp_work(job), LAYER), Term("copy of o", work.output_copy, XLA),
-           Term("masks of dropout", dropout_work(job), "ops/dropout")]
+    attention = [
+        Term("q, k, v and their gradients", work.peak, MESH),
+        Term("workspace", workspace * job.count_workspace, ATTENTION),
+        Term("slices of documents", slices, ATTENTION),
+    ]
+    mlp = [
+        Term("weights, and a tile of the MLP", mlp_work(job), LAYER),
+        Term("copy of o", work.output_copy, XLA),
+        Term("masks of dropout", dropout_work(job), "ops/dropout"),
+    ]
     if rebuilt and (profile.head_chunks == 1 or not work.swaps):  # the old dh, until all its rows are read
         attention.append(Term("the old dh", size.hidden * work.swaps, XLA))
         mlp.append(Term("the old dh", size.hidden, XLA))
@@ -192,10 +204,15 @@ def layer_work(job: Job, rebuilt: bool = False) -> list[Term]:
     # The head's gradient waits to be copied to the host, or a tied one for the embedding's.
     waits = profile.offload_weights or job.model.tie_word_embeddings
     head = job.trained.head * (job.width if profile.offload_weights else 4) // job.devices if waits else 0
-    return [Term("h and dh", 2 * size.hidden, LAYER), Term("o and do", 2 * size.heads, LAYER),
-            Term("rotary embeddings", size.rope, "models/block"), Term("log-sum-exps", size.statistics, ATTENTION),
-            Term("float32 sums of weight gradients", sums, LAYER), Term("the head's gradient", head, ENDS),
-            *max(attention, mlp, key=total)]
+    return [
+        Term("h and dh", 2 * size.hidden, LAYER),
+        Term("o and do", 2 * size.heads, LAYER),
+        Term("rotary embeddings", size.rope, "models/block"),
+        Term("log-sum-exps", size.statistics, ATTENTION),
+        Term("float32 sums of weight gradients", sums, LAYER),
+        Term("the head's gradient", head, ENDS),
+        *max(attention, mlp, key=total),
+    ]
 
 
 def mlp_work(job: Job) -> int:

@@ -131,26 +131,38 @@ class Job:
         model, parameters = self.model, self.parameters
         per_token = lambda columns: self.tokens * columns * self.width
         return Sizes(
-            hidden=per_token(model.hidden_size), heads=per_token(model.num_heads * model.head_dim),
-            kv=per_token(model.num_kv_heads * model.head_dim), gated=per_token(2 * model.intermediate_size),
+            hidden=per_token(model.hidden_size),
+            heads=per_token(model.num_heads * model.head_dim),
+            kv=per_token(model.num_kv_heads * model.head_dim),
+            gated=per_token(2 * model.intermediate_size),
             statistics=self.tokens * model.num_heads * 4 if self.profile.attention != "xla" else 0,
             layer=parameters.layer * self.width + parameters.adapters // model.num_layers * (4 - self.width),
             table=parameters.head * self.width,
-            rope=self.tokens * model.head_dim * 4 * len(model.ropes))
+            rope=self.tokens * model.head_dim * 4 * len(model.ropes),
+        )
 
     @functools.cached_property
     def tiles(self) -> Tiles:
         """Tokens of a tile of the loss and of the token-wise parts of a layer; untiled: the tokens of the device."""
         tiles, tokens = tile_sizes(self.profile, self.model), self.tokens
-        return Tiles(tokens if tiles.loss is None else min(tiles.loss, tokens),
-                     tokens if tiles.mlp is None else min(_even_tile(tokens, tiles.mlp), tokens))
+        return Tiles(
+            tokens if tiles.loss is None else min(tiles.loss, tokens),
+            tokens if tiles.mlp is None else min(_even_tile(tokens, tiles.mlp), tokens),
+        )
 
     @functools.cached_property
     def attention(self) -> Shapes:
         """One layer's attention, as its sequence parallelism counts it."""
         model = self.model
-        return Shapes(self.sizes.heads, self.sizes.kv, model.num_heads, model.num_kv_heads, self.sp,
-                      self.profile.head_chunks, 4 // self.width)
+        return Shapes(
+            self.sizes.heads,
+            self.sizes.kv,
+            model.num_heads,
+            model.num_kv_heads,
+            self.sp,
+            self.profile.head_chunks,
+            4 // self.width,
+        )
 
     @functools.cached_property
     def attention_work(self) -> Work:
@@ -191,8 +203,12 @@ class Job:
         layers, profile = self.model.num_layers, self.profile
         if not profile.remat:
             return Passes(layers, layers, layers * (1 if profile.mlp_tile is None else 2), layers)
-        rebuilt = [layer for segment in self.segments if not segment.all_inputs
-                   for layer in range(segment.start, segment.stop - 1)]
+        rebuilt = [
+            layer
+            for segment in self.segments
+            if not segment.all_inputs
+            for layer in range(segment.start, segment.stop - 1)
+        ]
         again, qkv, mlp = len(self.recomputed_attention), profile.keep_qkv_on_device, profile.keep_mlp_on_device
         known = mlp + sum(layer >= layers - mlp for layer in rebuilt)
         twice = 2 * layers + len(rebuilt)
@@ -240,8 +256,11 @@ def describe(job: Job) -> str:
     words = list(job.profile.flags())
     if job.profile.update_in_backward:
         words.append("--clip-norm 0")
-    words += [f"--{name} {value}" for name, value in (("optimizer-states", job.states), ("master-weights", job.master))
-              if value != "float32"]
+    words += [
+        f"--{name} {value}"
+        for name, value in (("optimizer-states", job.states), ("master-weights", job.master))
+        if value != "float32"
+    ]
     if job.freeze is not None:
         words.append(f"--freeze {shlex.quote(job.freeze)}")
     if job.model.lora is not None:
@@ -254,6 +273,8 @@ def describe(job: Job) -> str:
 
 def describe_debug(model: ModelConfig) -> str:
     """The warning of a model whose later layers have no attention."""
-    return (f"DEBUG   attention runs in {model.attention_layers} of {model.num_layers} layers "
-            "(--debug-attention-layers): planned bytes are those of a full run (docs/log.md has the differences of "
-            "measured ones), seconds are not; losses and weights mean nothing, and nothing is saved or exported")
+    return (
+        f"DEBUG   attention runs in {model.attention_layers} of {model.num_layers} layers "
+        "(--debug-attention-layers): planned bytes are those of a full run (docs/log.md has the differences of "
+        "measured ones), seconds are not; losses and weights mean nothing, and nothing is saved or exported"
+    )

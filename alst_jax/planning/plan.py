@@ -62,19 +62,27 @@ class Plan:
 
     def missing(self, margin: float = 0.0, more_on_host: int = 0) -> dict[str, int]:
         """Bytes that are missing of "device" and "host" memory, where a part of each, `margin`, must stay free."""
-        places = {"device": (self.device_bytes, self.device_limit),
-                  "host": (self.pinned_bytes + more_on_host, self.host_limit)}
+        places = {
+            "device": (self.device_bytes, self.device_limit),
+            "host": (self.pinned_bytes + more_on_host, self.host_limit),
+        }
         over = {place: need - int(limit * (1 - margin)) for place, (need, limit) in places.items() if limit is not None}
         return {place: bytes for place, bytes in over.items() if bytes > 0}
 
     def to_json(self) -> str:
         """One JSON object: the fields and the properties. Bytes are integers."""
-        return json.dumps(dataclasses.asdict(self) | {
-            "device_bytes": self.device_bytes, "host_bytes": self.host_bytes,
-            "headroom": None if self.device_limit is None else self.device_limit - self.device_bytes,
-            "step_seconds": self.step_seconds,
-            "tokens_per_second": self.tokens / self.step_seconds if self.step_seconds else None,
-            "limiting_term": self.limiting_term, "fits": not self.lacks})
+        return json.dumps(
+            dataclasses.asdict(self)
+            | {
+                "device_bytes": self.device_bytes,
+                "host_bytes": self.host_bytes,
+                "headroom": None if self.device_limit is None else self.device_limit - self.device_bytes,
+                "step_seconds": self.step_seconds,
+                "tokens_per_second": self.tokens / self.step_seconds if self.step_seconds else None,
+                "limiting_term": self.limiting_term,
+                "fits": not self.lacks,
+            }
+        )
 
     def table(self) -> str:
         """For people, in GiB."""
@@ -87,10 +95,18 @@ class Plan:
         if any(limit is not None for limit in limits):
             spare = (limit and limit - need for limit, need in zip(limits, (self.device_bytes, self.pinned_bytes)))
             rows += [row("there is", *limits), row("headroom", *spare)]
-        rows.append("collectives a step, and what a device sends in them: " + (", ".join(
-            f"{calls['calls']} {name} ({calls['bytes'] / GIB:.2f} GiB" + (
-                f", {calls['instructions']} in the program)" if "instructions" in calls else ")")
-            for name, calls in self.collectives.items() if calls["calls"]) or "none"))
+        rows.append(
+            "collectives a step, and what a device sends in them: "
+            + (
+                ", ".join(
+                    f"{calls['calls']} {name} ({calls['bytes'] / GIB:.2f} GiB"
+                    + (f", {calls['instructions']} in the program)" if "instructions" in calls else ")")
+                    for name, calls in self.collectives.items()
+                    if calls["calls"]
+                )
+                or "none"
+            )
+        )
         rows.append(f"model FLOPs a step: {self.flops:.3e}; tokens {self.tokens:,}")
         if self.step_seconds:
             longest_first = sorted(self.seconds, key=self.seconds.get, reverse=True)
@@ -119,8 +135,10 @@ class Plan:
         try:
             import matplotlib
         except ImportError as error:
-            raise UserError("--plan-picture draws with matplotlib, which is not installed; install the extra `plot`, "
-                            "or leave the flag out") from error
+            raise UserError(
+                "--plan-picture draws with matplotlib, which is not installed; install the extra `plot`, "
+                "or leave the flag out"
+            ) from error
         matplotlib.use("Agg")
         from matplotlib import pyplot
 

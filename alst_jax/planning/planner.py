@@ -30,13 +30,17 @@ def target(config: TrainConfig) -> Cluster | None:
         cluster = parse_cluster(config.plan_for, config.host_memory)
         each, rest = divmod(config.processes or cluster.hosts, cluster.hosts)
         if rest or not each or cluster.per_host % each:
-            raise UserError(f"--processes {config.processes}: must be the same number on each host of {cluster}, and "
-                            f"share its devices evenly; use {cluster.hosts} or {cluster.devices}")
+            raise UserError(
+                f"--processes {config.processes}: must be the same number on each host of {cluster}, and "
+                f"share its devices evenly; use {cluster.hosts} or {cluster.devices}"
+            )
         return dataclasses.replace(cluster, used=config.devices, processes=each)
     cluster = this_cluster(config.host_memory, config.devices)
     if cluster is None and config.host_memory is not None:
-        raise UserError(f"--host-memory {config.host_memory:g}: limits what GPUs may keep in host memory, and jax sees "
-                        "no GPU; leave it out, or name a machine with --plan-for")
+        raise UserError(
+            f"--host-memory {config.host_memory:g}: limits what GPUs may keep in host memory, and jax sees "
+            "no GPU; leave it out, or name a machine with --plan-for"
+        )
     return cluster
 
 
@@ -69,8 +73,12 @@ class Planner:
         fixed = {name for name in chosen_fields() if self.config.memory == "manual" or name in self.config.typed}
         if self.config.stack == "plain":  # it has no others
             fixed |= {name for name in BY_HAND if name in chosen_fields()}
-        return Search(self.cluster, frozenset(fixed), self.config.allow_narrow_optimizer,
-                      CONFIRMED if self.compiles else UNCONFIRMED)
+        return Search(
+            self.cluster,
+            frozenset(fixed),
+            self.config.allow_narrow_optimizer,
+            CONFIRMED if self.compiles else UNCONFIRMED,
+        )
 
     def step(self, job: Job) -> TrainStep:
         """The step of a job; the cached one if it was made for the same job."""
@@ -91,8 +99,9 @@ class Planner:
         return self._plan(job)
 
     def _plan(self, job: Job) -> Plan:
-        return plan_step(self.step(job), job.rows, job.length, job.grad_accum, self.cluster, self.config.planning,
-                         job.packing)
+        return plan_step(
+            self.step(job), job.rows, job.length, job.grad_accum, self.cluster, self.config.planning, job.packing
+        )
 
     def _of_same_bytes(self, job: Job) -> Job | None:
         """The job whose program is compiled for the bytes of this one; None: its own."""
@@ -111,12 +120,16 @@ class Planner:
         --share-gradients or --rebuild-inputs-alone has no effect in it."""
         choice = self._choose(job, say)
         if choice.job.profile.rebuild_inputs_alone and max(choice.job.profile.segment_layers) == 1:
-            raise UserError("--rebuild-inputs-alone: no segment has several layers here, so that none is rebuilt; add "
-                            "--segment-layers, or leave it out")
+            raise UserError(
+                "--rebuild-inputs-alone: no segment has several layers here, so that none is rebuilt; add "
+                "--segment-layers, or leave it out"
+            )
         if choice.job.profile.share_gradients and not choice.job.shared_inputs:
-            raise UserError("--share-gradients: no input of a segment can be kept in the memory of gradients here: of "
-                            "each segment but the first (--segment-layers), of several layers, the layers up to its "
-                            "last need larger gradients than its input; leave it out")
+            raise UserError(
+                "--share-gradients: no input of a segment can be kept in the memory of gradients here: of "
+                "each segment but the first (--segment-layers), of several layers, the layers up to its "
+                "last need larger gradients than its input; leave it out"
+            )
         return choice
 
     def _choose(self, job: Job, say: Callable[[str], None]) -> Choice:
@@ -152,23 +165,29 @@ class Planner:
             if not plan.lacks:
                 return Choice(found, plan)
             search, _ = search.corrected(found.profile, search.plan(found), plan)
-        raise UserError("--find-max-seq-len: the compiler and the cost model did not agree on any length; plan one "
-                        "length at a time with --plan-only --seq-len")
+        raise UserError(
+            "--find-max-seq-len: the compiler and the cost model did not agree on any length; plan one "
+            "length at a time with --plan-only --seq-len"
+        )
 
     def too_large(self, job: Job, missing: dict[str, int]) -> str:
         """Why a job does not fit, the longest length that does, and the flags that would help."""
         search = self.search
         if not (longest := auto.longest(job, search, job.length - 1)):
             return self.never_fits(job, search)
-        return (f"--seq-len {job.length}: does not fit {self.cluster}: {in_gib(missing)} missing. The longest that "
-                f"fits with these flags is about {longest}" + _help(job, search))
+        return (
+            f"--seq-len {job.length}: does not fit {self.cluster}: {in_gib(missing)} missing. The longest that "
+            f"fits with these flags is about {longest}" + _help(job, search)
+        )
 
     def never_fits(self, job: Job, search: Search) -> str:
         """Why a model does not fit at any length."""
         short = dataclasses.replace(job, length=auto.length_step(job))
         least = in_gib(_least_missing(short, search))
-        return (f"the model ({job.parameters.total / 1e9:.1f} billion parameters) does not fit {self.cluster} at any "
-                f"length: at {short.length} tokens {least} missing{_help(short, search)}")
+        return (
+            f"the model ({job.parameters.total / 1e9:.1f} billion parameters) does not fit {self.cluster} at any "
+            f"length: at {short.length} tokens {least} missing{_help(short, search)}"
+        )
 
 
 def _least_missing(job: Job, search: Search) -> dict[str, int]:
@@ -194,9 +213,11 @@ def _help(job: Job, search: Search) -> str:
 
 def _switches_that_cost(job: Job, search: Search) -> str | None:
     """The fewest flags that switch features off, without which the job fits; None if it never fits, or with all."""
-    switches = (("--no-remat", {"remat": True}, not job.profile.remat),
-                ("--no-tiled-loss", {"loss_tile": 0}, job.profile.loss_tile is None),
-                ("--no-tiled-mlp", {"mlp_tile": 0}, job.profile.mlp_tile is None))
+    switches = (
+        ("--no-remat", {"remat": True}, not job.profile.remat),
+        ("--no-tiled-loss", {"loss_tile": 0}, job.profile.loss_tile is None),
+        ("--no-tiled-mlp", {"mlp_tile": 0}, job.profile.mlp_tile is None),
+    )
     off = [(name, change) for name, change, is_off in switches if is_off]
     for some in (some for n in range(1, len(off) + 1) for some in itertools.combinations(off, n)):
         names, changes = zip(*some)

@@ -43,8 +43,10 @@ def saving_bytes(job: Job, free: int) -> int:
     on_host, masters = min(job.devices, LARGEST_HOST), job.width == 2 and job.master != "none"
     widest, held, saved = max(WIDTHS[job.states], WIDTHS[job.master] * masters), 0, 0
     weights = job.parameters if job.model.lora is None else job.trained  # checkpoints of adapters hold no base model
-    for part, width, arrays, sizes in (("weights", job.width, 1, weights),
-                                       ("optimizer", widest, 2 + masters, job.trained)):
+    for part, width, arrays, sizes in (
+        ("weights", job.width, 1, weights),
+        ("optimizer", widest, 2 + masters, job.trained),
+    ):
         size = sizes.total * width // job.devices
         saved += arrays * size
         if not job.profile.on_host(part):
@@ -103,8 +105,10 @@ def describe_process(choice: Choice, cluster: Cluster) -> str:
     here = min(choice.plan.devices, cluster.per_host)
     process, pools = process_bytes(choice, here, cluster.processes), here * pool_bytes(choice.plan)
     whole = "the whole process" if cluster.processes == 1 else f"the {cluster.processes} processes of a host"
-    return (f"{whole}: about {process / GIB:.0f} of {cluster.host_memory / GIB:.0f} GiB of host memory: "
-            f"{pools / GIB:.0f} in jax's pools, the rest Python, CUDA's libraries, the compiler, loading and saving")
+    return (
+        f"{whole}: about {process / GIB:.0f} of {cluster.host_memory / GIB:.0f} GiB of host memory: "
+        f"{pools / GIB:.0f} in jax's pools, the rest Python, CUDA's libraries, the compiler, loading and saving"
+    )
 
 
 def host_outgrown(choice: Choice, cluster: Cluster) -> str:

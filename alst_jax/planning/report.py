@@ -17,9 +17,11 @@ from alst_jax.planning.process import describe_process, host_outgrown, process_b
 from alst_jax.planning.seconds import by_reach, forward_seconds, ledger
 from alst_jax.profile import DEVICE
 
-MEASURED_ERROR = ("estimated by arithmetic, without a compiler: its measured error is in "
-                  "benchmarks/results/2026-11-27-plan-accuracy.md; install the extra cuda12 or cuda13 to compile for "
-                  "these devices without having them")
+MEASURED_ERROR = (
+    "estimated by arithmetic, without a compiler: its measured error is in "
+    "benchmarks/results/2026-11-27-plan-accuracy.md; install the extra cuda12 or cuda13 to compile for "
+    "these devices without having them"
+)
 
 
 def report(planner: Planner, job: Job) -> str:
@@ -36,10 +38,17 @@ def report(planner: Planner, job: Job) -> str:
         found = {"max_seq_len": choice.job.length} if config.find_max_seq_len else {}
         if config.eval_long is not None and cluster is not None:
             found["evaluation_seconds"] = forward_seconds(choice.job, cluster, documents(config, choice.job.length))
-        return json.dumps(json.loads(plan.to_json()) | {
-            "flags": describe(choice.job), "seq_len": choice.job.length,
-            "process_bytes": cluster and process_bytes(choice, cluster.per_host, cluster.processes),
-            "host_memory": cluster and cluster.host_memory, "fits": not plan.lacks and not outgrown} | found)
+        return json.dumps(
+            json.loads(plan.to_json())
+            | {
+                "flags": describe(choice.job),
+                "seq_len": choice.job.length,
+                "process_bytes": cluster and process_bytes(choice, cluster.per_host, cluster.processes),
+                "host_memory": cluster and cluster.host_memory,
+                "fits": not plan.lacks and not outgrown,
+            }
+            | found
+        )
     lines = []
     if config.find_max_seq_len:
         lines.append(f"longest sequence: {choice.job.length:,} tokens, with {describe(choice.job)}")
@@ -65,8 +74,10 @@ def report(planner: Planner, job: Job) -> str:
 def network(job: Job, cluster: Cluster) -> str:
     """A line about the bytes that a device sends in a step: over hosts, and inside a host."""
     outside, inside = (sum(parts.values()) for parts in by_reach(job, cluster))
-    return (f"collectives of a device in a step: {outside / GIB:.1f} GiB between hosts, {inside / GIB:.1f} GiB inside "
-            f"of a host (seq {job.sp} {'inside of a host' if job.sp <= cluster.per_host else 'goes over hosts'})")
+    return (
+        f"collectives of a device in a step: {outside / GIB:.1f} GiB between hosts, {inside / GIB:.1f} GiB inside "
+        f"of a host (seq {job.sp} {'inside of a host' if job.sp <= cluster.per_host else 'goes over hosts'})"
+    )
 
 
 def evaluation_line(config: TrainConfig, job: Job, cluster: Cluster | None) -> str:
@@ -123,9 +134,11 @@ def planned_against_measured(choice: Choice, peak_gib: float, host_peak_gib: flo
     here = min(plan.devices, jax.local_device_count())  # plans are of one device, a process has several
     device, process = plan.device_bytes / GIB, process_bytes(choice, here) / GIB
     against = lambda measured, planned: f"{measured:.1f} measured ({measured / planned - 1:+.0%})"
-    parts = [f"device {device:.1f} GiB planned, {against(peak_gib, device)}",
-             f"host {plan.host_bytes * here / GIB:.1f} GiB planned, the whole process {process:.1f}, its peak "
-             f"{against(host_peak_gib, process)}"]
+    parts = [
+        f"device {device:.1f} GiB planned, {against(peak_gib, device)}",
+        f"host {plan.host_bytes * here / GIB:.1f} GiB planned, the whole process {process:.1f}, its peak "
+        f"{against(host_peak_gib, process)}",
+    ]
     if later and plan.step_seconds:
         median = statistics.median(later)
         parts.append(f"{plan.step_seconds:.1f} s a step planned, {against(median, plan.step_seconds)}")

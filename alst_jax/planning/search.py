@@ -84,8 +84,10 @@ def confirm(
             return dataclasses.replace(choice, plan=compiled)
         search, more = search.corrected(choice.job.profile, choice.plan, compiled)
         say(f"the compiler needs {in_gib(more, '+')} against the estimate: choosing again")
-    raise UserError(f"--memory auto: no profile was found that the compiler says fits {search.cluster}; "
-                    "use a shorter --seq-len, a larger --sp, or choose by hand with --memory manual")
+    raise UserError(
+        f"--memory auto: no profile was found that the compiler says fits {search.cluster}; "
+        "use a shorter --seq-len, a larger --sp, or choose by hand with --memory manual"
+    )
 
 
 def length_step(job: Job) -> int:
@@ -131,8 +133,10 @@ def _next_faster(best: Choice, search: Search, larger: Profile) -> tuple[Job, Pl
     changes = [{name: False, "share_gradients": False} for name in PLACEMENTS if getattr(profile, name)]
     changes += [{"mlp_tile": larger.mlp_tile, "loss_tile": larger.loss_tile}, {"segment_layers": (1,)}]
     if profile.remat and kept < layers:
-        changes += [{"keep_attention_on_device": profile.keep_attention_on_device + 1},
-                    {"keep_attention_on_host": profile.keep_attention_on_host + 1}]
+        changes += [
+            {"keep_attention_on_device": profile.keep_attention_on_device + 1},
+            {"keep_attention_on_host": profile.keep_attention_on_host + 1},
+        ]
     found = []
     for change in changes:
         if any(name in search.fixed and value != getattr(profile, name) for name, value in change.items()):

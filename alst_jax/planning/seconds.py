@@ -40,7 +40,8 @@ def ledger(job: Job, cluster: Cluster) -> list[Term]:
     again = sum(pairs[layer] for layer in job.recomputed_attention)
     attention = 4.0 * model.num_heads * h * rows / job.sp * job.attention_share  # FLOPs of a pair, forward
     speed = lambda which: costs.speed(
-        job.profile.attention, which, int(job.length * job.attention_share), machine.peak_flops, job.documents > 0)
+        job.profile.attention, which, int(job.length * job.attention_share), machine.peak_flops, job.documents > 0
+    )
     width = 1 if job.width == 2 else 16  # float32 products do not use the same units
     terms = [
         Term("attention forward", (sum(pairs) + again) * attention / speed("forward"), job.profile.attention),
@@ -48,7 +49,8 @@ def ledger(job: Job, cluster: Cluster) -> list[Term]:
         Term("matmuls", 2.0 * products * tokens * width / (MATMUL * machine.peak_flops), "projections, MLP, logits"),
         Term("matmuls", tile_sum_bytes(job) / machine.bandwidth, "device memory: float32 sums over tiles"),
         Term("matmuls", adapter_bytes(job) / machine.bandwidth, "device memory: inputs and outputs of adapters"),
-        Term("matmuls", kept_copies(job) / machine.bandwidth, "device memory: copies of kept q, k, v, gate and up")]
+        Term("matmuls", kept_copies(job) / machine.bandwidth, "device memory: copies of kept q, k, v, gate and up"),
+    ]
     hidden, moved, calls = total(terms), traffic(job), collectives(job)
     copies = moved["step"] / machine.host_link
     wires = machine.interconnect if cluster.hosts == 1 else machine.network
@@ -58,10 +60,13 @@ def ledger(job: Job, cluster: Cluster) -> list[Term]:
     terms += [
         Term("host traffic", max(EXPOSED * copies, copies - hidden), "host link: what arithmetic does not hide"),
         Term("collectives", swapped, "all-to-all"),
-        Term("collectives", max(0.0, gathered - hidden), "gather and reduce-scatter, beyond arithmetic")]
-    return [*(term._replace(value=batches * term.value) for term in terms),
-            Term("host traffic", moved["update"] / (STREAMED * machine.host_link), "host link: the update"),
-            Term("optimizer", moved["device"] / machine.bandwidth, "device memory: the update")]
+        Term("collectives", max(0.0, gathered - hidden), "gather and reduce-scatter, beyond arithmetic"),
+    ]
+    return [
+        *(term._replace(value=batches * term.value) for term in terms),
+        Term("host traffic", moved["update"] / (STREAMED * machine.host_link), "host link: the update"),
+        Term("optimizer", moved["device"] / machine.bandwidth, "device memory: the update"),
+    ]
 
 
 def forward_seconds(job: Job, cluster: Cluster, documents: dict[int, int]) -> float:
@@ -70,9 +75,14 @@ def forward_seconds(job: Job, cluster: Cluster, documents: dict[int, int]) -> fl
     width = 1 if job.width == 2 else 16
     matmuls = 2.0 * tokens * (job.parameters.kernels + job.parameters.head) * width / (MATMUL * machine.peak_flops)
     attention = sum(
-        count * 4.0 * job.model.num_heads * job.model.head_dim * job.model.causal_pairs(length)
+        count
+        * 4.0
+        * job.model.num_heads
+        * job.model.head_dim
+        * job.model.causal_pairs(length)
         / costs.speed(job.profile.attention, "forward", length, machine.peak_flops, packed=True)
-        for length, count in documents.items())
+        for length, count in documents.items()
+    )
     batches = -(-tokens // (job.rows * job.length))
     copies = batches * state_bytes(job)[0] / machine.host_link if job.profile.offload_weights else 0.0
     computed = (matmuls + attention) / job.devices
@@ -122,8 +132,10 @@ def by_reach(job: Job, cluster: Cluster) -> tuple[dict[str, int], dict[str, int]
     """
     sent = {name: call["bytes"] for name, call in collectives(job).items()}
     over = lambda name: cluster.hosts > 1 and (name != "all-to-all" or job.sp > cluster.per_host)
-    return ({name: size for name, size in sent.items() if over(name)},
-            {name: size for name, size in sent.items() if not over(name)})
+    return (
+        {name: size for name, size in sent.items() if over(name)},
+        {name: size for name, size in sent.items() if not over(name)},
+    )
 
 
 def adapter_bytes(job: Job) -> float:
@@ -145,13 +157,19 @@ def collectives(job: Job) -> dict[str, dict[str, int]]:
         others = lambda elements, width: batches * elements * width * (n - 1) // n
         width = 2 if job.profile.reduce_dtype == "bfloat16" else 4
         # Beside the layers: the embedding's table, the norm, the head's table.
-        calls["all-gather"] = {"calls": batches * (sizes.layer_leaves * passes.loads + 3),
-                               "bytes": others(sizes.layer * passes.loads + sizes.head * 2, job.width)}
-        calls["reduce-scatter"] = {"calls": batches * (trained.layer_leaves * layers + trained.other_leaves),
-                                   "bytes": others(trained.layer * layers + trained.tables, width)}
+        calls["all-gather"] = {
+            "calls": batches * (sizes.layer_leaves * passes.loads + 3),
+            "bytes": others(sizes.layer * passes.loads + sizes.head * 2, job.width),
+        }
+        calls["reduce-scatter"] = {
+            "calls": batches * (trained.layer_leaves * layers + trained.other_leaves),
+            "bytes": others(trained.layer * layers + trained.tables, width),
+        }
         calls["all-reduce"] = {"calls": batches + 1, "bytes": 4 * (batches + 1)}
     swaps = Ulysses.traffic(job.attention)
     both = lambda forward, backward: batches * (passes.attention_forward * forward + layers * backward)
-    calls["all-to-all"] = {"calls": both(swaps.forward_calls, swaps.backward_calls),
-                           "bytes": both(swaps.forward_bytes, swaps.backward_bytes)}
+    calls["all-to-all"] = {
+        "calls": both(swaps.forward_calls, swaps.backward_calls),
+        "bytes": both(swaps.forward_bytes, swaps.backward_bytes),
+    }
     return calls

@@ -5,7 +5,7 @@ at sampled tokens, for the first and the last kv head: they need the softmax of 
 at a time. Positions, borders of documents and windows are computed here, from the offsets alone.
 
 B rows, S tokens, T local tokens, N query heads, K kv heads, G = N / K, H head dim, R sampled tokens, C queries of a
-block. """
+block."""
 
 import functools
 import math
@@ -51,8 +51,10 @@ def _check(subject, spec):
     window = f", window {spec.window}" if spec.window else ""
     repeats = math.ceil(math.log2(max(1, subject.mesh.shape["seq"] // subject.config.num_kv_heads) + 1))
     roundings = {"output": 2, "dq": 4, "dk": 4 + repeats, "dv": 3 + repeats}
-    return [row(f"attention{window}: {name}", max(found), subject.dtype, roundings[name], subject.length)
-            for name, found in errors.items()]
+    return [
+        row(f"attention{window}: {name}", max(found), subject.dtype, roundings[name], subject.length)
+        for name, found in errors.items()
+    ]
 
 
 def _error(mine, theirs, size):
@@ -106,8 +108,12 @@ def _inputs(subject, spec, b, n):
     size, row = jnp.arange(model.head_dim), jnp.reshape(b, (1,))
     of_heads = lambda seed, t: values(seed, row, t, heads, size)[0]
     of_kv = lambda seed, t: values(seed, row, t, jnp.reshape(n, (1,)), size)[0, :, 0]
-    return (lambda t: of_heads(Q, t) * _loudness(subject, spec), lambda t: of_heads(DO, t),
-            lambda t: of_kv(K, t), lambda t: of_kv(V, t))
+    return (
+        lambda t: of_heads(Q, t) * _loudness(subject, spec),
+        lambda t: of_heads(DO, t),
+        lambda t: of_kv(K, t),
+        lambda t: of_kv(V, t),
+    )
 
 
 def _softmax(q, k, t, s, start, spec):
@@ -158,12 +164,14 @@ def _of_keys(subject, spec, b, n, at):
         p, slope = p[..., at] * counts[:, None, None], slope[..., at]
         dp = jnp.einsum("tgh,sh->tgs", do, v[at])
         size = p * slope * (jnp.abs(dp) + wide) * scale
-        parts = (jnp.einsum("tgs,tgh->sh", p * slope * (dp - delta) * scale, q),
-                 jnp.einsum("tgs,tgh->sh", size**2, q * q), jnp.einsum("tgs,tgh->sh", p, do),
-                 jnp.einsum("tgs,tgh->sh", p * p, do * do))
+        parts = (
+            jnp.einsum("tgs,tgh->sh", p * slope * (dp - delta) * scale, q),
+            jnp.einsum("tgs,tgh->sh", size**2, q * q),
+            jnp.einsum("tgs,tgh->sh", p, do),
+            jnp.einsum("tgs,tgh->sh", p * p, do * do),
+        )
         return tuple(x + part for x, part in zip(sums, parts))
 
     zeros = jnp.zeros((len(at), subject.config.head_dim))
     dk, dk_size, dv, dv_size = lax.fori_loop(0, -(-length // block), add, (zeros,) * 4)
     return (dk, jnp.sqrt(dk_size)), (dv, jnp.sqrt(dv_size))
-

@@ -30,8 +30,10 @@ def check_numerics(
     None: their labels are not checked.
     """
     started, rows = time.perf_counter(), []
-    say(f"checks  at {job.length:,} tokens, dp {job.dp} x sp {job.sp}, {job.profile.compute_dtype}, attention "
-        f"{job.profile.attention if isinstance(job.profile.attention, str) else job.profile.attention.name}")
+    say(
+        f"checks  at {job.length:,} tokens, dp {job.dp} x sp {job.sp}, {job.profile.compute_dtype}, attention "
+        f"{job.profile.attention if isinstance(job.profile.attention, str) else job.profile.attention.name}"
+    )
     say(f"{'':5}{'error':>9}{'limit':>10}  what: reason of the limit")
     for row in run_checks(Subject(step, job.rows, job.length, job.documents), multiple, first_batch, seq_len):
         rows.append(row)
@@ -39,8 +41,10 @@ def check_numerics(
     seconds, failed = time.perf_counter() - started, [row for row in rows if not row.passed]
     if failed:
         found = "; ".join(f"{row.name} is off by {row.error:.1e}, allowed {row.limit:.1e}" for row in failed)
-        raise UserError(f"--check-numerics: {len(failed)} of {len(rows)} checks failed, so that the run does not start:"
-                        f" {found}. {advice(failed)}")
+        raise UserError(
+            f"--check-numerics: {len(failed)} of {len(rows)} checks failed, so that the run does not start:"
+            f" {found}. {advice(failed)}"
+        )
     say(f"checks  {len(rows)} of {len(rows)} passed in {seconds:.0f} s")
     return rows
 
@@ -51,10 +55,15 @@ def run_checks(
     """Row by row."""
     checks: list[Callable[[], list[Row]]] = [
         lambda: [] if first_batch is None else check_data(first_batch, seq_len),
-        *(lambda check=check: check(subject) for check in (
-            check_batch, check_rope, check_collectives, check_attention, check_tokenwise, check_ends)),
-        lambda: check_short(subject, multiple), lambda: _without_copies(subject, check_tiles),
-        lambda: check_in_backward(subject), lambda: check_update(subject)]
+        *(
+            lambda check=check: check(subject)
+            for check in (check_batch, check_rope, check_collectives, check_attention, check_tokenwise, check_ends)
+        ),
+        lambda: check_short(subject, multiple),
+        lambda: _without_copies(subject, check_tiles),
+        lambda: check_in_backward(subject),
+        lambda: check_update(subject),
+    ]
     for check in checks:
         yield from check()
 
@@ -68,11 +77,16 @@ def _without_copies(subject: Subject, check: Callable[[Subject], list[Row]]) -> 
 def advice(failed: list[Row]) -> str:
     """The flags that avoid the part that failed."""
     found: dict[str, Any] = {
-        "attention": "another --attention kernel or more --head-chunks", "rope": "a shorter --seq-len",
-        "all-to-all": "--sp 1", "gather": "another jax or driver", "reduce-scatter": "--reduce-dtype float32",
-        "batch": "a report to the project", "labels": "--show-samples, to see what is learned",
+        "attention": "another --attention kernel or more --head-chunks",
+        "rope": "a shorter --seq-len",
+        "all-to-all": "--sp 1",
+        "gather": "another jax or driver",
+        "reduce-scatter": "--reduce-dtype float32",
+        "batch": "a report to the project",
+        "labels": "--show-samples, to see what is learned",
         "sums": "--reduce-dtype float32 or another --mlp-tile",
-        "update": "--optimizer-states float32 --master-weights float32"}
+        "update": "--optimizer-states float32 --master-weights float32",
+    }
     words = dict.fromkeys(word for row in failed for start, word in found.items() if row.name.startswith(start))
     words = ", ".join(words) or "other tiles (--loss-tile, --mlp-tile) or --head-chunks"
     return f"Try {words}; docs/preflight.md says what each line means"

@@ -26,10 +26,12 @@ def check_collectives(subject: Subject) -> list[Row]:
     reduce = subject.step.profile.reduce_dtype
     # Sums of numbers of 8 bits are exact in float32.
     limit = subject.mesh.size * unit("bfloat16") * 2 * subject.mesh.size if reduce == "bfloat16" else 0.0
-    return [exact("all-to-all to heads, elements that differ", moved),
-            exact("all-to-all to tokens, elements that differ", back),
-            exact("gather of weights", gathered),
-            Row("reduce-scatter of gradients", float(scattered), limit, f"numbers of 8 bits, summed in {reduce}")]
+    return [
+        exact("all-to-all to heads, elements that differ", moved),
+        exact("all-to-all to tokens, elements that differ", back),
+        exact("gather of weights", gathered),
+        Row("reduce-scatter of gradients", float(scattered), limit, f"numbers of 8 bits, summed in {reduce}"),
+    ]
 
 
 def _all_to_all(subject):

@@ -44,14 +44,27 @@ def check_rope(subject: Subject) -> list[Row]:
         angles, wanted = np.asarray(angles), rope64.frequencies(rope, model.head_dim, longest)
         # A power has the error of its exponent times the logarithm of its base.
         limit = FLOAT32 * (8 + 4 * float(np.log(rope.theta)))
-        rows.append(Row(f"rope{name}: frequencies", float(np.max(np.abs(angles / wanted - 1))), limit,
-                        "a power of theta in float32"))
+        rows.append(
+            Row(
+                f"rope{name}: frequencies",
+                float(np.max(np.abs(angles / wanted - 1))),
+                limit,
+                "a power of theta in float32",
+            )
+        )
         mine = np.concatenate([cos[:, number], sin[:, number]], axis=-1)
         error = np.max(np.abs(mine - np.concatenate(rope64.cos_sin(rope, angles, at), axis=-1)))
         whole = longest if rope.rope_type == "dynamic" else TWO_PARTS + 4 * np.pi * longest / TWO_PARTS
-        rows.append(Row(f"rope{name}: cos and sin to position {longest - 1:,}", float(error),
-                        rope64.factor(rope) * FLOAT32 * (8 + whole), "angles as float32 products, in two parts"
-                        if rope.rope_type != "dynamic" else "angles as float32 products"))
+        rows.append(
+            Row(
+                f"rope{name}: cos and sin to position {longest - 1:,}",
+                float(error),
+                rope64.factor(rope) * FLOAT32 * (8 + whole),
+                "angles as float32 products, in two parts"
+                if rope.rope_type != "dynamic"
+                else "angles as float32 products",
+            )
+        )
     return rows
 
 
@@ -87,8 +100,16 @@ def check_data(batches: dict[str, np.ndarray], seq_len: int) -> list[Row]:
 
 def check_ends(subject: Subject) -> list[Row]:
     model, tokens, labels = subject.config, subject.batch["tokens"], subject.batch["labels"]
-    words = np.unique(np.concatenate([[0, model.vocab_size - 1], tokens[0, :4], labels[labels != IGNORED][:8],
-                                      numbers(33, model.vocab_size, np.arange(WORDS))]))
+    words = np.unique(
+        np.concatenate(
+            [
+                [0, model.vocab_size - 1],
+                tokens[0, :4],
+                labels[labels != IGNORED][:8],
+                numbers(33, model.vocab_size, np.arange(WORDS)),
+            ]
+        )
+    )
     scale = np.float32(1 / max(1, count_labels(labels)))
     trained, frozen = (subject.model.ends(part) for part in subject.few.split(subject.params))
     h, loss, dh, gradients = _run(subject, frozen)(trained, frozen, tokens, labels, scale)
@@ -99,10 +120,17 @@ def check_ends(subject: Subject) -> list[Row]:
     looked_up = np.asarray(subject.weights["embed_tokens"]["embedding"][tokens[rows.b, rows.t]])
     looked_up = looked_up * model.embedding_multiplier
     count, dtype = subject.rows * subject.length, subject.dtype
-    result = [row("embedding", _relative(h, looked_up), dtype, 2, 1),
-              row("loss", abs(float(loss) - want_loss) / abs(want_loss), dtype, 4, count),
-              row("loss: gradient of the hidden state", _relative(dh, np.asarray(own_dh, np.float64) * scale), dtype, 6,
-                  model.vocab_size)]
+    result = [
+        row("embedding", _relative(h, looked_up), dtype, 2, 1),
+        row("loss", abs(float(loss) - want_loss) / abs(want_loss), dtype, 4, count),
+        row(
+            "loss: gradient of the hidden state",
+            _relative(dh, np.asarray(own_dh, np.float64) * scale),
+            dtype,
+            6,
+            model.vocab_size,
+        ),
+    ]
     for name, wanted in (("embedding", want_embedding / scale), ("head", want_head)):
         if gradients.get(name) is not None:
             mine = np.asarray(jax.jit(lambda x: x[words])(gradients[name]))
@@ -133,13 +161,17 @@ def _run(subject, frozen):
         (of_embedding,) = back(made(DH))
         loss_of = lambda h, t: model.head_loss(h, combine(t, frozen), labels, scale)
         loss, (dh, of_head) = jax.value_and_grad(loss_of, (0, 1))(made(H), trained)
-        gradients = {"embedding": of_embedding["embed_tokens"]["embedding"],
-                     "head": of_head["embed_tokens" if tied else "lm_head"]["embedding"]}
+        gradients = {
+            "embedding": of_embedding["embed_tokens"]["embedding"],
+            "head": of_head["embed_tokens" if tied else "lm_head"]["embedding"],
+        }
         return subject.pick(h), loss, subject.pick(dh), gradients
 
     specs = [model.ends(part) for part in subject.few.split(subject.few.specs)]
-    tables = {"embedding": specs[0]["embed_tokens"]["embedding"],
-              "head": specs[0]["embed_tokens" if tied else "lm_head"]["embedding"]}
+    tables = {
+        "embedding": specs[0]["embed_tokens"]["embedding"],
+        "head": specs[0]["embed_tokens" if tied else "lm_head"]["embedding"],
+    }
     return subject.on_mesh(local, (*specs, BATCH_SPEC, BATCH_SPEC, P()), (P(), P(), P(), tables))
 
 

@@ -20,6 +20,7 @@ Dict = dict[str, Any]
 
 def independent(fn: Callable, **options: Any) -> Callable:
     """fn compiled, with float32 products where GPUs would round the factors."""
+
     def in_float32(*args):
         with jax.default_matmul_precision("highest"):
             return fn(*args)
@@ -65,6 +66,7 @@ def gate(model: ModelConfig, x: jax.Array) -> jax.Array:
 
 def after(model: ModelConfig, w: Dict, h: jax.Array, o: jax.Array) -> jax.Array:
     """The next h[R, D], of h and the output of attention o[R, N, H]."""
+
     def mlp(x):
         m = w["mlp"]
         return dense(gate(model, dense(x, m["gate_proj"])) * dense(x, m["up_proj"]), m["down_proj"])

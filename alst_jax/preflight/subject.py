@@ -47,8 +47,14 @@ class Subject:
     def few(self) -> TrainStep:
         """The step of the same model with two layers, or one of each kind: all else as in the run."""
         step = self.step
-        return TrainStep(few_layers(step.model), step.mesh, few_layers_of(step.profile), step.optimizer,
-                         self.weight_dtype, step.freeze)
+        return TrainStep(
+            few_layers(step.model),
+            step.mesh,
+            few_layers_of(step.profile),
+            step.optimizer,
+            self.weight_dtype,
+            step.freeze,
+        )
 
     @functools.cached_property
     def model(self) -> Model:
@@ -83,8 +89,13 @@ class Subject:
         if not self.documents:
             return None
         local, length = self.rows // self.replicas, self.length
-        cuts = sorted({c for c in (length // 2 - 3, length // 2 - 2, length // 2 + 11, length - length // 8 + 1)
-                       if 0 < c < length})[: self.documents // local - 1]
+        cuts = sorted(
+            {
+                c
+                for c in (length // 2 - 3, length // 2 - 2, length // 2 + 11, length - length // 8 + 1)
+                if 0 < c < length
+            }
+        )[: self.documents // local - 1]
         borders = [row * length + cut for row in range(local) for cut in (0, *cuts)]
         borders += [local * length] * (self.documents + 1 - len(borders))
         return np.tile(np.asarray(borders, np.int32), (self.replicas, 1))
@@ -191,14 +202,18 @@ class Subject:
 def few_layers(model: ModelConfig) -> ModelConfig:
     """The model with one layer of each kind, two at least."""
     kinds = model.kinds if len(model.kinds) > 1 else model.kinds * 2
-    return dataclasses.replace(model, num_layers=len(kinds), layer_kinds=kinds if model.layer_kinds else (),
-                               attention_layers=None)
+    return dataclasses.replace(
+        model, num_layers=len(kinds), layer_kinds=kinds if model.layer_kinds else (), attention_layers=None
+    )
 
 
 def few_layers_of(profile: Profile) -> Profile:
     """The profile for `few_layers`: segments and kept attention outputs, cut to their number."""
     return dataclasses.replace(
-        profile, segment_layers=(min(2, max(profile.segment_layers)),),
+        profile,
+        segment_layers=(min(2, max(profile.segment_layers)),),
         keep_attention_on_device=min(1, profile.keep_attention_on_device),
         keep_attention_on_host=min(1, profile.keep_attention_on_host),
-        keep_qkv_on_device=min(1, profile.keep_qkv_on_device), keep_mlp_on_device=min(1, profile.keep_mlp_on_device))
+        keep_qkv_on_device=min(1, profile.keep_qkv_on_device),
+        keep_mlp_on_device=min(1, profile.keep_mlp_on_device),
+    )

@@ -69,8 +69,11 @@ def check_tokenwise(subject: Subject) -> list[Row]:
         mine, gradients = run(*arguments, np.int32(number), np.float32(0))
         theirs = own(kind, weights, turns[kind.table])
         width = subject.config.intermediate_size
-        for part, at, roundings in (("queries, keys, values", slice(0, 3), 4), ("MLP", slice(3, 4), DEEP),
-                                    ("gradient of the input", slice(4, 5), 2 * DEEP)):
+        for part, at, roundings in (
+            ("queries, keys, values", slice(0, 3), 4),
+            ("MLP", slice(3, 4), DEEP),
+            ("gradient of the input", slice(4, 5), 2 * DEEP),
+        ):
             error = max(_worst(np.asarray(a), np.asarray(b)) for a, b in zip(mine[at], theirs[at], strict=True))
             rows.append(row(f"{part}{name}", error, subject.dtype, roundings, width))
         wanted = as_dict(own_sums(kind, weights, turns[kind.table], blocks, np.float32(0)))
@@ -86,8 +89,12 @@ def check_tokenwise(subject: Subject) -> list[Row]:
 def _sums_row(subject, error):
     tokens, reduce = subject.rows * subject.length, subject.step.profile.reduce_dtype
     limit = LAMBDA * np.sqrt(tokens) * FLOAT32 + (subject.mesh.size * unit("bfloat16") if reduce == "bfloat16" else 0)
-    return Row("sums over tiles and devices", float(error), float(limit),
-               f"exact factors, sums of {tokens:,} terms in float32, over devices in {reduce}")
+    return Row(
+        "sums over tiles and devices",
+        float(error),
+        float(limit),
+        f"exact factors, sums of {tokens:,} terms in float32, over devices in {reduce}",
+    )
 
 
 def flat(tree: Any) -> dict[str, Any]:
@@ -127,8 +134,11 @@ def _run(subject):
     def local(trained, frozen, positions, number, signs):
         b, t = subject.indices()
         made = lambda seed, *axes: values(seed, b, t, *axes).astype(subject.dtype)
-        given = Given(layer.sequence.chunks, model.num_kv_heads, lambda: (
-            made(DQ, heads, sizes[1]), made(DK, kv_heads, sizes[1]), made(DV, kv_heads, sizes[1])))
+        given = Given(
+            layer.sequence.chunks,
+            model.num_kv_heads,
+            lambda: (made(DQ, heads, sizes[1]), made(DK, kv_heads, sizes[1]), made(DV, kv_heads, sizes[1])),
+        )
         one = dataclasses.replace(layer, sequence=given)
         tokens = subject.model.tokens(Batch(positions, positions, positions))
         shards = Weights(*host.row((trained, frozen), number, step.profile.offload_weights))
@@ -165,8 +175,14 @@ def _inputs(subject, b, t, signs):
     d, size = jnp.arange(model.hidden_size), jnp.arange(model.head_dim)
     n, kv = jnp.arange(model.num_heads), jnp.arange(model.num_kv_heads)
     h = values(H, (b, t), d)
-    return (jnp.where(signs > 0, LOUD * jnp.sign(h), h), values(O, (b, t), n, size), values(DH, (b, t), d),
-            values(DQ, (b, t), n, size), values(DK, (b, t), kv, size), values(DV, (b, t), kv, size))
+    return (
+        jnp.where(signs > 0, LOUD * jnp.sign(h), h),
+        values(O, (b, t), n, size),
+        values(DH, (b, t), d),
+        values(DQ, (b, t), n, size),
+        values(DK, (b, t), kv, size),
+        values(DV, (b, t), kv, size),
+    )
 
 
 def _both(subject, kind, turns, h, o, dh, dqkv, at):

@@ -44,8 +44,10 @@ def check_update(subject: Subject) -> list[Row]:
         trained, state = step.update(trained, gradients, state, norm, jnp.float32(RATE))
     masters = _masters(optimizer, trained, state)
     size = max(float(np.max(np.abs(sample.weight))) for sample in wanted)
-    far = lambda leaves: max(float(np.max(np.abs(found - sample.weight)))
-                             for sample, found in zip(wanted, read(leaves), strict=True)) / RATE
+    far = lambda leaves: (
+        max(float(np.max(np.abs(found - sample.weight))) for sample, found in zip(wanted, read(leaves), strict=True))
+        / RATE
+    )
     # 1 - beta^count in float32 has lost the digits in which beta is one.
     lost = 2 / (1 - optimizer.beta1) + 1 / (1 - optimizer.beta2)
     limit = GAPS[optimizer.states] + (64 + lost + 4 * size / RATE) * FLOAT32
@@ -56,8 +58,15 @@ def check_update(subject: Subject) -> list[Row]:
         rows.append(Row(name, far(masters), limit, f"{optimizer.states} moments"))
     # Rounded to the nearest once, or by chance in each of two steps.
     limit += size / RATE * narrow * (1 if masters is not None else 4)
-    return [*rows, Row("update: weights, in learning rates", far(jax.tree.leaves(trained)), limit,
-                       f"{optimizer.states} moments, weights rounded to {subject.weight_dtype}")]
+    return [
+        *rows,
+        Row(
+            "update: weights, in learning rates",
+            far(jax.tree.leaves(trained)),
+            limit,
+            f"{optimizer.states} moments, weights rounded to {subject.weight_dtype}",
+        ),
+    ]
 
 
 def check_in_backward(subject: Subject) -> list[Row]:
@@ -86,8 +95,13 @@ def check_in_backward(subject: Subject) -> list[Row]:
         del subject.__dict__["params"], trained
     (loss, norm, mine), (own_loss, own_norm, own) = found
     name, roundings = "in the backward pass", roundings_of(subject)
-    size = row(f"update {name}: loss and norm", max(abs(loss / own_loss - 1), abs(norm / own_norm - 1)), subject.dtype,
-               roundings, subject.rows * subject.length)
+    size = row(
+        f"update {name}: loss and norm",
+        max(abs(loss / own_loss - 1), abs(norm / own_norm - 1)),
+        subject.dtype,
+        roundings,
+        subject.rows * subject.length,
+    )
 
     sizes = [float(np.sqrt(np.mean(gradient**2))) for gradient in signs]
 
@@ -98,8 +112,15 @@ def check_in_backward(subject: Subject) -> list[Row]:
         return np.mean(np.abs(ours - theirs)[clear] > RATE / 2) if clear.any() else 0.0
 
     parts = map(other_way, signs, sizes, mine, own)
-    return [size, Row(f"update {name}: part of the elements that move otherwise", float(max(parts)), 0.01,
-                      "signs of gradients that are far above their error")]
+    return [
+        size,
+        Row(
+            f"update {name}: part of the elements that move otherwise",
+            float(max(parts)),
+            0.01,
+            "signs of gradients that are far above their error",
+        ),
+    ]
 
 
 class AdamSample:
@@ -122,10 +143,15 @@ def _maker(step):
     """make(number) -> given gradients, where they will live."""
     leaves, treedef = jax.tree.flatten(step.trained)
     places = [leaf.sharding.with_memory_kind("device") for leaf in leaves]
-    on_device = jax.jit(lambda number: [values(G + 2 * n + number, *map(jnp.arange, leaf.shape)).astype(leaf.dtype)
-                                        for n, leaf in enumerate(leaves)], out_shardings=places)
+    on_device = jax.jit(
+        lambda number: [
+            values(G + 2 * n + number, *map(jnp.arange, leaf.shape)).astype(leaf.dtype) for n, leaf in enumerate(leaves)
+        ],
+        out_shardings=places,
+    )
     return lambda number: treedef.unflatten(
-        [jax.device_put(x, leaf.sharding) for x, leaf in zip(on_device(jnp.int32(number)), leaves, strict=True)])
+        [jax.device_put(x, leaf.sharding) for x, leaf in zip(on_device(jnp.int32(number)), leaves, strict=True)]
+    )
 
 
 def _on_device(leaves):
@@ -141,8 +167,10 @@ def _squares():
 
 def _sample(shape, n):
     """Indices of some elements, the first and the last among them."""
-    return tuple(np.concatenate([[0, size - 1], numbers(60 + 8 * n + dim, size, np.arange(ELEMENTS))])
-                 for dim, size in enumerate(shape))
+    return tuple(
+        np.concatenate([[0, size - 1], numbers(60 + 8 * n + dim, size, np.arange(ELEMENTS))])
+        for dim, size in enumerate(shape)
+    )
 
 
 def _reader(at):

@@ -35,8 +35,10 @@ def check_short(subject: Subject, multiple: int) -> list[Row]:
     own_loss, own = reference.independent(functools.partial(_own, short))(subject.weights)
     loss_error = abs(float(loss) - float(own_loss * scale)) / abs(float(own_loss * scale))
     theirs = jax.jit(lambda own: {name: leaf * scale for name, leaf in flat(own).items() if name in mine})(own)
-    return [_row(subject, f"loss of {_layers(subject)} at {length:,} tokens", loss_error, length),
-            _row(subject, f"gradient of {_layers(subject)} at {length:,} tokens", _error(mine, theirs), length)]
+    return [
+        _row(subject, f"loss of {_layers(subject)} at {length:,} tokens", loss_error, length),
+        _row(subject, f"gradient of {_layers(subject)} at {length:,} tokens", _error(mine, theirs), length),
+    ]
 
 
 def check_tiles(subject: Subject) -> list[Row]:
@@ -48,8 +50,10 @@ def check_tiles(subject: Subject) -> list[Row]:
     scale = jnp.float32(1 / max(1, count_labels(batch["labels"])))
     results = [s.loss_and_grad(trained, frozen, s.put_batch(**batch), scale) for s in (step, twin)]
     (loss, mine), (own_loss, theirs) = results
-    name = (f"{_layers(subject)} at {subject.length:,} tokens, loss tile {other.loss_tile}, MLP tile {other.mlp_tile}, "
-            f"{other.head_chunks} head chunks")
+    name = (
+        f"{_layers(subject)} at {subject.length:,} tokens, loss tile {other.loss_tile}, MLP tile {other.mlp_tile}, "
+        f"{other.head_chunks} head chunks"
+    )
     error = abs(float(loss) - float(own_loss)) / abs(float(own_loss))
     error = max(error, _error(flat(mine), flat(theirs)))
     return [_row(subject, f"loss and gradient of {name}", error, subject.length)]
@@ -62,10 +66,16 @@ def other_tiles(profile: Profile, subject: Subject) -> Profile:
     smaller = lambda tile: max(1, min(tile, local) * 5 // 8)
     more = [chunks for chunks in range(profile.head_chunks + 1, model.num_heads + 1) if _divides(model, sp, chunks)]
     return dataclasses.replace(
-        profile, loss_tile=smaller(profile.loss_tile or usual.loss),
-        mlp_tile=smaller(profile.mlp_tile or usual.mlp), head_chunks=(more or [profile.head_chunks])[0],
-        segment_layers=(1,), keep_attention_on_device=0, keep_attention_on_host=0, keep_qkv_on_device=0,
-        keep_mlp_on_device=0)
+        profile,
+        loss_tile=smaller(profile.loss_tile or usual.loss),
+        mlp_tile=smaller(profile.mlp_tile or usual.mlp),
+        head_chunks=(more or [profile.head_chunks])[0],
+        segment_layers=(1,),
+        keep_attention_on_device=0,
+        keep_attention_on_host=0,
+        keep_qkv_on_device=0,
+        keep_mlp_on_device=0,
+    )
 
 
 def _divides(model, sp, chunks):

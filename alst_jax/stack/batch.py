@@ -35,8 +35,7 @@ class Batch(NamedTuple):
     @staticmethod
     def abstract(rows: int, length: int, mesh: Mesh, documents: int = 0, dropout: bool = False) -> "Batch":
         """The fields as ShapeDtypeStructs. documents: the largest number of documents of a replica; 0: not packed."""
-        made = lambda shape, spec, dtype="int32": jax.ShapeDtypeStruct(
-            shape, dtype, sharding=NamedSharding(mesh, spec))
+        made = lambda shape, spec, dtype="int32": jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
         offsets = made((mesh.shape[DATA], documents + 1), DOCUMENTS_SPEC) if documents else None
         draws = made((2,), P(), "uint32") if dropout else None
         return Batch(*[made((rows, length), BATCH_SPEC)] * 3, offsets, draws)

@@ -84,14 +84,20 @@ class Layer:
     ) -> tuple[Float[Array, "B T N H"], Array]:
         """The output of attention and its log-sum-exps, from the layer's input. number: the layer's."""
         with jax.named_scope(scopes.ATTENTION):
-            return self.by_kind(number)(lambda kind: self._sequence(number).attend(
-                self._projector(kind, h, weights, tokens, self.sequence.chunks), self.model.attention_spec(kind), h,
-                tokens.documents))
+            return self.by_kind(number)(
+                lambda kind: self._sequence(number).attend(
+                    self._projector(kind, h, weights, tokens, self.sequence.chunks),
+                    self.model.attention_spec(kind),
+                    h,
+                    tokens.documents,
+                )
+            )
 
     def attend_keeping(
         self, number: Array | int, h: Float[Array, "B T D"], weights: Weights, tokens: Tokens
     ) -> tuple[tuple[Float[Array, "B T N H"], Array], tuple]:
         """(the results of `attend`, q, k and v of all heads)"""
+
         def one(kind):
             qkv = self._projector(kind, h, weights, tokens, 1)(0)
             project = Kept(tuple(x[None] for x in qkv)).projector(self.sequence.chunks)
@@ -102,7 +108,11 @@ class Layer:
             return self.by_kind(number)(one)
 
     def after(
-        self, h: Float[Array, "B T D"], o: Float[Array, "B T N H"], weights: Weights, tokens: Tokens,
+        self,
+        h: Float[Array, "B T D"],
+        o: Float[Array, "B T N H"],
+        weights: Weights,
+        tokens: Tokens,
         kept: Kept = Kept(),
     ) -> Float[Array, "B T D"]:
         """The next h, from the layer's input and the output of attention.
@@ -110,6 +120,7 @@ class Layer:
         buffer | before | after
         h      | input  | the next h
         """
+
         def one(block, h, o, start, gated, draws=None):
             known = kept.tile(start, h.shape[0])
             return block.after_and_gated(h, o, known and (lambda x: known), draws)[0], gated
@@ -120,6 +131,7 @@ class Layer:
         self, h: Float[Array, "B T D"], o: Float[Array, "B T N H"], weights: Weights, tokens: Tokens, kept: Kept
     ) -> tuple[Float[Array, "B T D"], tuple]:
         """(the next h, the stacks of gate and up with this layer's row written)"""
+
         def one(block, h, o, start, gated, draws=None):
             out, new = block.after_and_gated(h, o, draws=draws)
             return out, put_tile(gated, new, kept.row, start)
@@ -127,8 +139,14 @@ class Layer:
         return self._after(h, o, weights, tokens, one, kept.gated)
 
     def backward(
-        self, number: Array | int, h: Float[Array, "B T D"], weights: Weights, tokens: Tokens, results: tuple,
-        dh: Float[Array, "B T D"], kept: Kept = Kept(),
+        self,
+        number: Array | int,
+        h: Float[Array, "B T D"],
+        weights: Weights,
+        tokens: Tokens,
+        results: tuple,
+        dh: Float[Array, "B T D"],
+        kept: Kept = Kept(),
     ) -> tuple[Float[Array, "B T D"], Block]:
         """The gradients of the layer's input h and of its trained weights, the latter float32. results: of `attend`.
         kept: arrays that are not computed again.
@@ -147,7 +165,8 @@ class Layer:
             with jax.named_scope(scopes.ATTENTION):
                 project = kept.projector(chunks) if kept.qkv else self._projector(kind, h, weights, tokens, chunks)
                 dqkv = self._sequence(number).attend_backward(
-                    project, self.model.attention_spec(kind), results, do.reshape(o_BTNH.shape), tokens.documents)
+                    project, self.model.attention_spec(kind), results, do.reshape(o_BTNH.shape), tokens.documents
+                )
             return self._before_backward(kind, weights, h, tokens, dqkv, dh_TD)
 
         dbefore, (dh_TD,) = self.by_kind(number)(rest)
@@ -171,9 +190,13 @@ class Layer:
             return (start + out.shape[0], gated), (out,)
 
         with jax.named_scope(scopes.MLP):
-            (_, gated), (out,) = stream(body, (jnp.int32(0), gated), written=(token_rows(h_BTD),),
-                                        read=tuple(map(token_rows, (o_BTNH, *tokens.drawn))),
-                                        rows=self._rows(h_BTD))
+            (_, gated), (out,) = stream(
+                body,
+                (jnp.int32(0), gated),
+                written=(token_rows(h_BTD),),
+                read=tuple(map(token_rows, (o_BTNH, *tokens.drawn))),
+                rows=self._rows(h_BTD),
+            )
         return out.reshape(h_BTD.shape), gated
 
     def by_kind(self, number: Array | int) -> Callable:
@@ -216,8 +239,9 @@ class Layer:
 
         def project(i):
             block = before if chunks == 1 else before.heads(i, chunks)
-            qkv = in_tiles(lambda rows: _widen(block).before(
-                rows[0], Tokens.of_rows(*rows[1:last]), kind, rows[last:]), read)
+            qkv = in_tiles(
+                lambda rows: _widen(block).before(rows[0], Tokens.of_rows(*rows[1:last]), kind, rows[last:]), read
+            )
             return tuple(x.reshape(*h_BTD.shape[:2], *x.shape[1:]) for x in qkv)
 
         return project
@@ -231,8 +255,9 @@ class Layer:
 
             def after(h, o, w):
                 block = combine(w, frozen)
-                return block.after_and_gated(h, o, known and (
-                    lambda x: tuple(map(instead, known, block.mlp.gate_and_up(x, draws)))), draws)[0]
+                return block.after_and_gated(
+                    h, o, known and (lambda x: tuple(map(instead, known, block.mlp.gate_and_up(x, draws)))), draws
+                )[0]
 
             _, pullback = jax.vjp(after, *read[:2], _widen(trained))
             *written, dweights = pullback(written[0])
@@ -242,8 +267,9 @@ class Layer:
         written = token_rows(dh_BTD), zeros_after(dh_BTD, token_rows(o_BTNH).shape, o_BTNH.dtype)
         read = tuple(map(token_rows, (h_BTD, o_BTNH, *tokens.drawn)))
         with jax.named_scope(scopes.MLP):
-            (sums, _), written = stream(body, (_zeros_after(dh_BTD, trained), jnp.int32(0)), written=written, read=read,
-                                        rows=self._rows(h_BTD))
+            (sums, _), written = stream(
+                body, (_zeros_after(dh_BTD, trained), jnp.int32(0)), written=written, read=read, rows=self._rows(h_BTD)
+            )
         return sums, written
 
     def _before_backward(self, kind, weights, h_BTD, tokens, dqkv, dh_TD):

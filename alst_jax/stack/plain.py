@@ -21,6 +21,7 @@ INPUT = "layer input"
 
 def plain_stack(layer: Layer, h: jax.Array, layers: Weights, tokens: Tokens, profile: Profile) -> jax.Array:
     """h[B, T, D] through all layers."""
+
     def one(h, layer_and_number):
         shards, number = layer_and_number
         h = checkpoint_name(h, INPUT)  # on the first line: there it names the carry, which is the residual
@@ -37,7 +38,8 @@ def policy(profile: Profile):
     """The residual of a layer: its input."""
     if profile.offload_activations:
         return jax.checkpoint_policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[], names_which_can_be_offloaded=[INPUT], offload_src=DEVICE, offload_dst=HOST)
+            names_which_can_be_saved=[], names_which_can_be_offloaded=[INPUT], offload_src=DEVICE, offload_dst=HOST
+        )
     return jax.checkpoint_policies.save_only_these_names(INPUT)
 
 
@@ -53,7 +55,8 @@ def apply_block(layer: Layer, kind, h: jax.Array, weights: Weights, tokens: Toke
     def project(i):
         part = block if chunks == 1 else block.heads(i, chunks)
         before = lambda h_and_squares, block, *rows: block.before(
-            h_and_squares[0], Tokens.of_rows(*rows), kind, h_and_squares[1:])
+            h_and_squares[0], Tokens.of_rows(*rows), kind, h_and_squares[1:]
+        )
         qkv = tiled(before, (h_TD, *squares), part, *rows, tile=tile)
         return tuple(x.reshape(*h.shape[:2], *x.shape[1:]) for x in qkv)
 

@@ -80,8 +80,11 @@ class Stack:
                 def one(carry, i, segment=segment, run=run):
                     (h, gated), weights = carry, self.layer.load(self._shards(layers, i))
                     out, gated, results, qkv = self._forward_one(run, i, h, weights, tokens.in_layer(i), gated)
-                    return (out, gated), (_place(h, offload) if segment.all_inputs else None,
-                                          _place(results, run.place == HOST) if run.place else None, qkv)
+                    return (out, gated), (
+                        _place(h, offload) if segment.all_inputs else None,
+                        _place(results, run.place == HOST) if run.place else None,
+                        qkv,
+                    )
 
                 carry = h, places(run, h, self.layer.model.intermediate_size)
                 (h, gated), (all_inputs, results, qkv) = lax.scan(one, carry, jnp.arange(run.start, run.stop))
@@ -120,7 +123,8 @@ class Stack:
     def _forward_one(self, run, i, h, weights, tokens, gated):
         """(the next h, the stacks of gate and up, the results of attention, q, k and v where the run keeps them)"""
         results, qkv = (self.layer.attend_keeping if run.qkv else lambda *layer: (self.layer.attend(*layer), None))(
-            i, h, weights, tokens)
+            i, h, weights, tokens
+        )
         if not run.mlp:
             return self.layer.after(h, results[0], weights, tokens), None, results, qkv
         out, gated = self.layer.after_keeping(h, results[0], weights, tokens, Kept(None, gated, i - run.start))
@@ -152,6 +156,7 @@ def run_stack(
     sums: float32 stacks of gradients of earlier batches. With them the weights have no gradient; the "gradient" of
     `sums` is the sums with this batch's gradients added, in the same memory.
     """
+
     def body(h, i):
         weights = stack.layer.load(stack._shards(layers, i))
         here = tokens.in_layer(i)
@@ -214,6 +219,7 @@ class _Backward:
 
     def run(self, carry, run, inputs, inputs_on_host, results, kept):
         """Back through the layers of a run, whose inputs, attention results (or None) and kept arrays are stacked."""
+
         def body(carry, i):
             row = index_after(carry[0], i - run.start)
             h = host.row(inputs, row, inputs_on_host)

@@ -40,8 +40,12 @@ class Checkpoints:
         self._keep = keep
         self._verified: set[tuple[int, str]] = set()
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=False, create=True, cleanup_tmp_directories=clean,
-            temporary_path_class=committing(self._seal))
+            max_to_keep=keep,
+            enable_async_checkpointing=False,
+            create=True,
+            cleanup_tmp_directories=clean,
+            temporary_path_class=committing(self._seal),
+        )
         # orbax copies arrays while it writes: nothing may change them before a save returns.
         makes = {"arrays": orbax_limits.tree_handler, "json": ocp.JsonCheckpointHandler}
         handlers = {part.name: makes[part.kind]() for part in parts.PARTS if part.kind in makes}
@@ -70,10 +74,14 @@ class Checkpoints:
         for part in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
             shutil.rmtree(part, ignore_errors=True)
         if (self.directory / str(step)).is_dir():  # orbax deletes the oldest one in the same call
-            return UserError(f"the checkpoint of step {step} is saved, and an older one cannot be deleted: "
-                             f"{disk.describe(error)}. {disk.what_is_safe(self.run_dir)}")
-        return UserError(f"the checkpoint of step {step} cannot be written: {disk.describe(error)}. Nothing of it is "
-                         f"kept. {disk.what_is_safe(self.run_dir)}")
+            return UserError(
+                f"the checkpoint of step {step} is saved, and an older one cannot be deleted: "
+                f"{disk.describe(error)}. {disk.what_is_safe(self.run_dir)}"
+            )
+        return UserError(
+            f"the checkpoint of step {step} cannot be written: {disk.describe(error)}. Nothing of it is "
+            f"kept. {disk.what_is_safe(self.run_dir)}"
+        )
 
     def remove_remains(self) -> None:
         """Remove the remains of checkpoints that a killed rotation has half deleted: those beyond the newest `keep`.
@@ -83,8 +91,12 @@ class Checkpoints:
             try:
                 shutil.rmtree(self.directory / str(step))
             except OSError as error:
-                print(f"warning: {self.directory / str(step)}, older than --keep-checkpoints {self._keep}, cannot be "
-                      f"deleted: {disk.describe(error)}", file=sys.stderr, flush=True)
+                print(
+                    f"warning: {self.directory / str(step)}, older than --keep-checkpoints {self._keep}, cannot be "
+                    f"deleted: {disk.describe(error)}",
+                    file=sys.stderr,
+                    flush=True,
+                )
         self._manager.reload()
 
     def steps(self) -> list[int]:
@@ -135,19 +147,25 @@ class Checkpoints:
         with self._reading(step, item):
             saved = self._open(step, item)
         kind = lambda arrays, name: _kind(arrays[name]) if name in arrays else "none"
-        other = [f"{'.'.join(name)} is {kind(saved, name)} there and {kind(wanted, name)} here"
-                 for name in {**saved, **wanted} if kind(saved, name) != kind(wanted, name)]
+        other = [
+            f"{'.'.join(name)} is {kind(saved, name)} there and {kind(wanted, name)} here"
+            for name in {**saved, **wanted}
+            if kind(saved, name) != kind(wanted, name)
+        ]
         if other:  # nothing is wrong with the checkpoint
-            raise UserError(f"checkpoint {self.directory / str(step)} has the {item} of another model or optimizer: "
-                            f"{'; '.join(other[:5])}{', ...' * (len(other) > 5)}. Use the model and the flags "
-                            "it was made with")
+            raise UserError(
+                f"checkpoint {self.directory / str(step)} has the {item} of another model or optimizer: "
+                f"{'; '.join(other[:5])}{', ...' * (len(other) > 5)}. Use the model and the flags "
+                "it was made with"
+            )
 
         def read(array, bounds):
             with self._reading(step):
                 return _read(array, bounds)
 
         return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: load_array(leaf, functools.partial(read, saved[names(path)])), abstract)
+            lambda path, leaf: load_array(leaf, functools.partial(read, saved[names(path)])), abstract
+        )
 
     def _open(self, step: int, item: str) -> dict[Names, ts.TensorStore]:
         """The arrays of an item by their names: zarr arrays in an OCDBT database.
@@ -160,11 +178,16 @@ class Checkpoints:
         metadata = ocp.PyTreeCheckpointHandler().metadata(place)
         kvstore = {"driver": "ocdbt", "base": place.as_uri()}
         driver = "zarr3" if metadata.use_zarr3 else "zarr"
-        spec = lambda name: {"driver": driver, "kvstore": kvstore | {"path": f"{name}/"},
-                             "fill_missing_data_reads": False}  # a missing chunk is an error, not zeros
+        spec = lambda name: {
+            "driver": driver,
+            "kvstore": kvstore | {"path": f"{name}/"},
+            "fill_missing_data_reads": False,
+        }  # a missing chunk is an error, not zeros
         context = ts.Context()
-        return {names(path): ts.open(spec(leaf.name), read=True, context=context).result()
-                for path, leaf in jax.tree_util.tree_leaves_with_path(dict(metadata.tree))}
+        return {
+            names(path): ts.open(spec(leaf.name), read=True, context=context).result()
+            for path, leaf in jax.tree_util.tree_leaves_with_path(dict(metadata.tree))
+        }
 
     @contextlib.contextmanager
     def _reading(self, step: int, item: str | None = None) -> Iterator[None]:
@@ -187,8 +210,11 @@ class Checkpoints:
             return
         verified = checksums.verify_step(self.directory / str(step), item, together=True)
         if not verified and item == parts.PARAMS.name:
-            print(f"warning: {self.directory / str(step)} was saved without checksums: it is not verified",
-                  file=sys.stderr, flush=True)
+            print(
+                f"warning: {self.directory / str(step)} was saved without checksums: it is not verified",
+                file=sys.stderr,
+                flush=True,
+            )
         self._verified.add((step, item))
 
     def _unreadable(self, step: int, error: Exception) -> UserError:
@@ -240,5 +266,7 @@ def advice(bad: pathlib.Path) -> str:
     if found is None:
         return f"no other step in {bad.parent} is whole" if steps else "there is no other step in this directory"
     run_dir = bad.parent.parent
-    return (f"step {found[0]} {found[1]}. To go on from it: mv {bad} {run_dir}/damaged-{bad.name} && "
-            f"python train.py --resume --out {run_dir}")
+    return (
+        f"step {found[0]} {found[1]}. To go on from it: mv {bad} {run_dir}/damaged-{bad.name} && "
+        f"python train.py --resume --out {run_dir}"
+    )

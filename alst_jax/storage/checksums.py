@@ -34,6 +34,7 @@ class Damaged(UserError):
 
 def hash_files(top: pathlib.Path, names: Iterable[str]) -> dict[str, Entry]:
     """Name -> [bytes, hash] of files below `top`. Threads read them: hashing leaves Python's lock."""
+
     def entry(name: str) -> Entry:
         with (top / name).open("rb") as stream:
             return [os.fstat(stream.fileno()).st_size, hashlib.file_digest(stream, ALGORITHM).hexdigest()]
@@ -46,8 +47,11 @@ def hash_files(top: pathlib.Path, names: Iterable[str]) -> dict[str, Entry]:
 def files_below(top: pathlib.Path) -> list[str]:
     """The files of a directory, by their paths below it, without hidden ones and LATE ones."""
     found = (path.relative_to(top) for path in top.rglob("*") if path.is_file())
-    return sorted(path.as_posix() for path in found
-                  if not any(part.startswith(".") for part in path.parts) and str(path) not in (FILE, *LATE))
+    return sorted(
+        path.as_posix()
+        for path in found
+        if not any(part.startswith(".") for part in path.parts) and str(path) not in (FILE, *LATE)
+    )
 
 
 def write_record(file: pathlib.Path, record: dict[str, Any]) -> None:
@@ -81,9 +85,7 @@ def _of_record(record: dict[str, Any]) -> str:
     return hashlib.new(ALGORITHM, json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def compare(
-    top: pathlib.Path, recorded: dict[str, Entry], others: Iterable[str] = (), together: bool = False
-) -> None:
+def compare(top: pathlib.Path, recorded: dict[str, Entry], others: Iterable[str] = (), together: bool = False) -> None:
     """Damaged unless the files below `top` are the recorded ones. others: files found beside them. together: each
     process of the run reads a part of the files, and all learn all results.
 
@@ -123,9 +125,16 @@ def seal(folder: pathlib.Path, step: int, run_dir: pathlib.Path) -> None:
     """Write the checksums of a step's folder, which may have a name that is not final, and of the run's own files."""
     own = [name for name in files_below(run_dir / "model")] if (run_dir / "model").is_dir() else []
     own = [f"model/{name}" for name in own] + ["run.json"] * (run_dir / "run.json").is_file()
-    write_record(folder / FILE, {
-        "format": 1, "algorithm": ALGORITHM, "step": step, "files": hash_files(folder, files_below(folder)),
-        "run": hash_files(run_dir, own)})
+    write_record(
+        folder / FILE,
+        {
+            "format": 1,
+            "algorithm": ALGORITHM,
+            "step": step,
+            "files": hash_files(folder, files_below(folder)),
+            "run": hash_files(run_dir, own),
+        },
+    )
 
 
 def verify_step(folder: pathlib.Path, item: str | None = None, together: bool = False) -> bool:
@@ -147,8 +156,9 @@ def verify_step(folder: pathlib.Path, item: str | None = None, together: bool = 
     if not any(name.startswith(f"{item}/") for name in others) and item is not None:
         raise Damaged(f"{item} not found")
     mine = lambda name: item is None or name.split("/")[0] == item or "/" not in name
-    compare(folder, {name: entry for name, entry in record["files"].items() if mine(name)}, filter(mine, others),
-            together)
+    compare(
+        folder, {name: entry for name, entry in record["files"].items() if mine(name)}, filter(mine, others), together
+    )
     return True
 
 
@@ -158,8 +168,10 @@ def verify_run_files(folder: pathlib.Path, run_dir: pathlib.Path) -> None:
         record = read_record(folder / FILE)
         compare(run_dir, record["run"] if record else {})
     except Damaged as error:
-        raise Damaged(f"{run_dir}: {error}, since {folder} was saved. Put back what was there; or, if you changed it "
-                      f"yourself, accept it: python -m convert.verify {run_dir} --accept") from error
+        raise Damaged(
+            f"{run_dir}: {error}, since {folder} was saved. Put back what was there; or, if you changed it "
+            f"yourself, accept it: python -m convert.verify {run_dir} --accept"
+        ) from error
 
 
 def _promises(folder: pathlib.Path) -> bool:
@@ -176,8 +188,9 @@ def _promises(folder: pathlib.Path) -> bool:
 
 def seal_weights(hf_dir: pathlib.Path) -> None:
     """Write the checksums of the weight files of a Hugging Face directory."""
-    write_record(hf_dir / WEIGHTS_FILE, {
-        "format": 1, "algorithm": ALGORITHM, "files": hash_files(hf_dir, _weights(hf_dir))})
+    write_record(
+        hf_dir / WEIGHTS_FILE, {"format": 1, "algorithm": ALGORITHM, "files": hash_files(hf_dir, _weights(hf_dir))}
+    )
 
 
 def verify_weights(hf_dir: pathlib.Path, together: bool = False) -> bool:
@@ -196,13 +209,19 @@ def verify_weights(hf_dir: pathlib.Path, together: bool = False) -> bool:
         compare(hf_dir, recorded, together=together)
         return bool(names) and all(name in recorded for name in names if name.endswith(".safetensors"))
     except Damaged as error:
-        raise Damaged(f"{hf_dir}: {error}. Make or fetch it again; or, if you changed it yourself, accept it: python "
-                      f"-m convert.verify {hf_dir} --accept") from error
+        raise Damaged(
+            f"{hf_dir}: {error}. Make or fetch it again; or, if you changed it yourself, accept it: python "
+            f"-m convert.verify {hf_dir} --accept"
+        ) from error
 
 
 def _weights(hf_dir: pathlib.Path) -> list[str]:
-    return sorted(file.name for pattern in ("*.safetensors", "*.safetensors.index.json") for file in
-                  hf_dir.glob(pattern) if file.is_file() and not file.name.startswith("."))
+    return sorted(
+        file.name
+        for pattern in ("*.safetensors", "*.safetensors.index.json")
+        for file in hf_dir.glob(pattern)
+        if file.is_file() and not file.name.startswith(".")
+    )
 
 
 def _of_hub(file: pathlib.Path) -> Entry | None:

@@ -14,6 +14,7 @@ def committing(before: Callable[[pathlib.Path, int], None]) -> Committing:
 
     The directory is renamed to its final name after that. A kill in between leaves no checkpoint.
     """
+
     class Commit(ocp.path.atomicity.AtomicRenameTemporaryPath):
         async def finalize(self) -> None:
             if (name := self.get_final().name).isdigit():  # not of an item inside

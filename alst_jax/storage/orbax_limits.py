@@ -39,15 +39,17 @@ def tree_handler() -> ocp.PyTreeCheckpointHandler:
     """Writes a tree of arrays within the limits on bytes copied and bytes written at once."""
     arrays = ocp.type_handlers.ArrayHandler(array_metadata_store=Store(), callback=CopyWhenWritten())
     return ocp.PyTreeCheckpointHandler(
-        save_concurrent_gb=saving.WRITTEN / 10**9, save_device_host_concurrent_gb=saving.COPIES / 10**9,
+        save_concurrent_gb=saving.WRITTEN / 10**9,
+        save_device_host_concurrent_gb=saving.COPIES / 10**9,
         type_handler_registry=ocp.type_handlers.create_type_handler_registry(
-            (jax.Array, arrays), (np.ndarray, ocp.type_handlers.NumpyHandler()), (Unread, WriteInParts())))
+            (jax.Array, arrays), (np.ndarray, ocp.type_handlers.NumpyHandler()), (Unread, WriteInParts())
+        ),
+    )
 
 
 def tree_save(tree: Any) -> ocp.args.PyTreeSave:
     """The arguments of a save of `tree`, with the sizes of chunks and files."""
-    return ocp.args.PyTreeSave(
-        tree, jax.tree.map(save_args, tree), ocdbt_target_data_file_size=saving.DATA_FILE)
+    return ocp.args.PyTreeSave(tree, jax.tree.map(save_args, tree), ocdbt_target_data_file_size=saving.DATA_FILE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,8 +126,10 @@ class CopyWhenWritten(SerializationStatusCallback):
 def _keep_record(record: logging.LogRecord) -> bool:
     """A log filter without orbax's warning of arrays that are copied when they are written, and without the tracebacks
     of its threads, whose error the save raises too."""
-    return not any(text in str(record.msg) for text in (
-        "No prioritized params found", "_SignalingThread.run() raised an exception"))
+    return not any(
+        text in str(record.msg)
+        for text in ("No prioritized params found", "_SignalingThread.run() raised an exception")
+    )
 
 
 class _InPieces:

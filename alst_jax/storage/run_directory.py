@@ -1,9 +1,9 @@
 """The layout of a run directory. Training runs and converted models share it:
 
-    DIR/run.json              origin of the directory: kind, versions, flags
-    DIR/model/                config.json, tokenizer, chat template: the Hugging Face directory without its weights
-    DIR/checkpoints/STEP/     orbax items: params, optimizer (not in a conversion), loop (JSON: data position, geometry)
-    DIR/hf/                   the export at the end of a training run
+DIR/run.json              origin of the directory: kind, versions, flags
+DIR/model/                config.json, tokenizer, chat template: the Hugging Face directory without its weights
+DIR/checkpoints/STEP/     orbax items: params, optimizer (not in a conversion), loop (JSON: data position, geometry)
+DIR/hf/                   the export at the end of a training run
 """
 
 import dataclasses
@@ -25,8 +25,20 @@ from alst_jax.models.other_weights import keep_others
 CHECKPOINTS, MODEL, RUN_FILE, EXPORT = "checkpoints", "model", "run.json", "hf"
 ADDED_FILE = "added.json"  # additions to the data, by --add-data
 TEMPLATES = "additional_chat_templates"  # the folder of named chat templates beside chat_template.jinja
-WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.safetensors.checksums.json", "*.bin",
-                "*.bin.index.json", "*.pt", "*.pth", "*.gguf", "*.msgpack", "*.h5", "*.onnx", "*.ot")
+WEIGHT_FILES = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.safetensors.checksums.json",
+    "*.bin",
+    "*.bin.index.json",
+    "*.pt",
+    "*.pth",
+    "*.gguf",
+    "*.msgpack",
+    "*.h5",
+    "*.onnx",
+    "*.ot",
+)
 
 # ------------------------------------------------------------------------------------------------------------- finding
 
@@ -36,8 +48,10 @@ def find_checkpoint(path: str | pathlib.Path) -> tuple[pathlib.Path, int]:
     given = pathlib.Path(path).absolute()
     located = _locate(given)
     if located is None:
-        raise UserError(f"{path}: no checkpoint there; it is a directory with {RUN_FILE}, {MODEL}/ and {CHECKPOINTS}/, "
-                        "as convert.from_hf or a training run makes")
+        raise UserError(
+            f"{path}: no checkpoint there; it is a directory with {RUN_FILE}, {MODEL}/ and {CHECKPOINTS}/, "
+            "as convert.from_hf or a training run makes"
+        )
     run_dir, step = located
     folder = run_dir / CHECKPOINTS
     steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
@@ -80,10 +94,12 @@ def refuse_adapters(run_dir: str | pathlib.Path) -> None:
     """UserError for a run with adapters: its checkpoints are no whole model."""
     base = read_run_file(run_dir).get("base")
     if base is not None:
-        raise UserError(f"{run_dir} is a run with adapters: its checkpoints do not hold the base model, "
-                        f"{base.get('name') or 'drawn at random'}. Go on with --resume, or train from its export with "
-                        f"--model BASE --adapter {run_dir}/adapter; python -m convert.merge {run_dir}/adapter BASE DIR "
-                        "makes a whole model")
+        raise UserError(
+            f"{run_dir} is a run with adapters: its checkpoints do not hold the base model, "
+            f"{base.get('name') or 'drawn at random'}. Go on with --resume, or train from its export with "
+            f"--model BASE --adapter {run_dir}/adapter; python -m convert.merge {run_dir}/adapter BASE DIR "
+            "makes a whole model"
+        )
 
 
 # ------------------------------------------------------------------------------------------------- starting a directory
@@ -103,13 +119,19 @@ def check_out(config: TrainConfig) -> pathlib.Path:
         return out  # a run that ended before it saved anything: start it again
     if out.exists() and any(path.name != f".{RUN_FILE}" for path in out.iterdir()):  # the remains of a killed start
         what = "holds another run" if is_run_directory(out) else "is not empty"
-        raise UserError(f"--out {out} {what}; choose another directory" +
-                        (", or continue that run with --resume" if is_run_directory(out) else ""))
+        raise UserError(
+            f"--out {out} {what}; choose another directory"
+            + (", or continue that run with --resume" if is_run_directory(out) else "")
+        )
     return out
 
 
 def start_run_directory(
-    out: pathlib.Path, config: TrainConfig, model: ModelConfig, tokenizer: Any, hf_dir: pathlib.Path | None,
+    out: pathlib.Path,
+    config: TrainConfig,
+    model: ModelConfig,
+    tokenizer: Any,
+    hf_dir: pathlib.Path | None,
     base: dict[str, Any] | None = None,
 ) -> None:
     """Write run.json and model/: the first files of a run. hf_dir: copy its model files, else make them. base: of a run
@@ -117,8 +139,11 @@ def start_run_directory(
 
     run.json is first: a run that was killed here can be started again in the same directory.
     """
-    write_run_file(out, "training", {"flags": dataclasses.asdict(config) | {"resume": False}} | (
-        {} if base is None else {"base": base}))
+    write_run_file(
+        out,
+        "training",
+        {"flags": dataclasses.asdict(config) | {"resume": False}} | ({} if base is None else {"base": base}),
+    )
     if hf_dir is not None:
         copy_model_files(hf_dir, out / MODEL)
         if not config.random_weights:
@@ -184,19 +209,28 @@ def read_run_file(run_dir: str | pathlib.Path) -> dict[str, Any]:
         content = json.loads(file.read_text())
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(content, dict) or content.get("kind") not in ("training", "converted") or not all(
-            isinstance(content.get(name, {}), dict) for name in ("flags", "versions")):
-        raise UserError(f"{file} is not what a run writes: an object with kind (training or converted), versions and "
-                        "flags")
+    if (
+        not isinstance(content, dict)
+        or content.get("kind") not in ("training", "converted")
+        or not all(isinstance(content.get(name, {}), dict) for name in ("flags", "versions"))
+    ):
+        raise UserError(
+            f"{file} is not what a run writes: an object with kind (training or converted), versions and flags"
+        )
     return content
 
 
 def _are_additions(added: Any) -> bool:
     """Whether this is a list of additions to the data of a run, as `record_added` stores them."""
     return isinstance(added, list) and all(
-        isinstance(each, dict) and isinstance(each.get("step"), int) and isinstance(each.get("batches"), int)
-        and isinstance(each.get("hash"), str) and isinstance(each.get("data"), list)
-        and all(isinstance(path, str) for path in each["data"]) for each in added)
+        isinstance(each, dict)
+        and isinstance(each.get("step"), int)
+        and isinstance(each.get("batches"), int)
+        and isinstance(each.get("hash"), str)
+        and isinstance(each.get("data"), list)
+        and all(isinstance(path, str) for path in each["data"])
+        for each in added
+    )
 
 
 def saved_model(out: pathlib.Path) -> ModelConfig:
@@ -209,8 +243,10 @@ def check_same_model(saved: ModelConfig, now: ModelConfig) -> None:
     before, after = dataclasses.asdict(saved), dataclasses.asdict(now)
     changed = [f"{name} {before[name]} -> {after[name]}" for name in before if before[name] != after[name]]
     if changed:
-        raise UserError(f"--resume: the model has changed since the checkpoint ({'; '.join(changed)}); start a new run "
-                        "in another --out, or resume with the model it began with")
+        raise UserError(
+            f"--resume: the model has changed since the checkpoint ({'; '.join(changed)}); start a new run "
+            "in another --out, or resume with the model it began with"
+        )
 
 
 def check_geometry(saved: dict[str, Any], now: dict[str, Any]) -> None:
@@ -221,14 +257,21 @@ def check_geometry(saved: dict[str, Any], now: dict[str, Any]) -> None:
     """
     if "rows" in saved and "grad_accum" in saved:
         saved = saved | {"samples_per_step": saved["rows"] * saved["grad_accum"]}
-    meaning = {"data": "--data",
-               "samples_per_step": "--dp x --batch-size x --grad-accum, or --samples-per-step, the sequences of a step"}
-    changed = [f"{meaning.get(name, flag(name))} ({saved.get(name)} -> {now[name]})" for name in now
-               if saved.get(name) != now[name]]
+    meaning = {
+        "data": "--data",
+        "samples_per_step": "--dp x --batch-size x --grad-accum, or --samples-per-step, the sequences of a step",
+    }
+    changed = [
+        f"{meaning.get(name, flag(name))} ({saved.get(name)} -> {now[name]})"
+        for name in now
+        if saved.get(name) != now[name]
+    ]
     if changed:
-        raise UserError(f"--resume: changed since the checkpoint: {', '.join(changed)}. The position in the data or "
-                        "the state of the optimizer would mean something else; set it back, or start a new run with "
-                        "--model on this run's directory (--add-data adds files)")
+        raise UserError(
+            f"--resume: changed since the checkpoint: {', '.join(changed)}. The position in the data or "
+            "the state of the optimizer would mean something else; set it back, or start a new run with "
+            "--model on this run's directory (--add-data adds files)"
+        )
 
 
 def read_added(run_dir: str | pathlib.Path) -> list[dict[str, Any]]:

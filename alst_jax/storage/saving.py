@@ -42,6 +42,8 @@ def pieces(shape: tuple[int, ...], chunk: tuple[int, ...], itemsize: int) -> Ite
             break
         row = math.prod(box) // box[axis] * chunk[axis] * itemsize
         box[axis] = max(1, PIECE // row) * chunk[axis]
-    edges = ([slice(start, min(start + step, length)) for start in range(0, length, step or 1)]
-             for length, step in zip(shape, box, strict=True))
+    edges = (
+        [slice(start, min(start + step, length)) for start in range(0, length, step or 1)]
+        for length, step in zip(shape, box, strict=True)
+    )
     return itertools.product(*edges)

@@ -53,9 +53,11 @@ def find_model(config: TrainConfig, tokenizer: bool = True) -> ModelSource:
         return source
     tokens = 1 + max(source.tokenizer.get_vocab().values())
     if tokens > source.config.vocab_size and source.checkpoint is not None:
-        raise UserError(f"--resize-vocabulary: {source.name} is a checkpoint with {source.config.vocab_size} rows for "
-                        f"{tokens} tokens; rows are added to Hugging Face directories only. Convert it first "
-                        "(python -m convert.to_hf CHECKPOINT HF_DIR)")
+        raise UserError(
+            f"--resize-vocabulary: {source.name} is a checkpoint with {source.config.vocab_size} rows for "
+            f"{tokens} tokens; rows are added to Hugging Face directories only. Convert it first "
+            "(python -m convert.to_hf CHECKPOINT HF_DIR)"
+        )
     larger = dataclasses.replace(source.config, vocab_size=max(tokens, source.config.vocab_size))
     return dataclasses.replace(source, config=larger, resize=True)
 
@@ -64,8 +66,10 @@ def _find(config: TrainConfig, tokenizer: bool) -> ModelSource:
     if config.resume:
         run_dir = pathlib.Path(config.out)
         if run_directory.read_run_file(run_dir).get("kind") != "training":
-            raise UserError(f"--resume --out {run_dir}: a converted model, not a run; train it with --model {run_dir} "
-                            "and another --out")
+            raise UserError(
+                f"--resume --out {run_dir}: a converted model, not a run; train it with --model {run_dir} "
+                "and another --out"
+            )
         files = run_dir / run_directory.MODEL
         named = files if config.model is None else _model_files(config.model)  # compared with the run's own later
         model = model_config(named) if config.model is None else extend(model_config(named), named, config)
@@ -75,8 +79,10 @@ def _find(config: TrainConfig, tokenizer: bool) -> ModelSource:
     files = _model_files(config.model, weights=not (config.random_weights or config.planning))
     if config.random_weights:
         if config.export and has_others(files):
-            raise UserError(f"--random-weights --export: {config.model} is more than a language model, and its other "
-                            "weights are not drawn; leave out --export, or give the config of the language model alone")
+            raise UserError(
+                f"--random-weights --export: {config.model} is more than a language model, and its other "
+                "weights are not drawn; leave out --export, or give the config of the language model alone"
+            )
         own = files if has_tokenizer(files) else None
         made = _tokenizer(own, config) if tokenizer else None
         return ModelSource(f"{config.model}, random weights", model_config(files), made, files)
@@ -115,8 +121,9 @@ def _hub_directory(model: str, weights: bool) -> pathlib.Path:
         return pathlib.Path(snapshot_download(model, ignore_patterns=ignored))
     except Exception as error:  # the hub's client raises many kinds; all mean: not available
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"--model {model}: no such directory, and no such model could be fetched from the hub "
-                        f"({reason})") from error
+        raise UserError(
+            f"--model {model}: no such directory, and no such model could be fetched from the hub ({reason})"
+        ) from error
 
 
 def load_weights(source: ModelSource, step: TrainStep, dtype: jnp.dtype, seed: int) -> Any:
@@ -135,8 +142,11 @@ def _load(source: ModelSource, step: TrainStep, abstract: Any) -> Any:
         checksums.verify_weights(source.hf_weights, together=True)
         wide = any(tensor.dtype == np.float32 for tensor in find_tensors(source.hf_weights).values())
         if wide and step.profile.compute_dtype == "bfloat16":
-            print(f"warning: the float32 weights of {source.name} are rounded to bfloat16; --dtype float32 keeps them",
-                  file=sys.stderr, flush=True)
+            print(
+                f"warning: the float32 weights of {source.name} are rounded to bfloat16; --dtype float32 keeps them",
+                file=sys.stderr,
+                flush=True,
+            )
         return load_params(source.hf_weights, source.config, abstract, source.resize)
     run_dir, at = source.checkpoint
     checkpoints = Checkpoints(run_dir)

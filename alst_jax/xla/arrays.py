@@ -41,7 +41,9 @@ def load_array(wanted: jax.ShapeDtypeStruct, read: Callable[[Bounds], np.ndarray
 
 
 def _load_part(
-    read: Callable[[Bounds], np.ndarray], bounds: Bounds, dtype: np.dtype,
+    read: Callable[[Bounds], np.ndarray],
+    bounds: Bounds,
+    dtype: np.dtype,
     places: list[jax.sharding.SingleDeviceSharding],
 ) -> list[jax.Array]:
     """The result of read(bounds) at each of the places. numpy holds only some rows of a large part at a time."""

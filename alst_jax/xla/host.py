@@ -59,6 +59,7 @@ def reserve(gibibytes: int, devices: list[jax.Device]) -> None:
     GiB. Raises jax.errors.JaxRuntimeError (RESOURCE_EXHAUSTED) where the machine or the pools' limit,
     XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB, has less.
     """
+
     def use(device: jax.Device) -> jax.Array:
         place = jax.sharding.SingleDeviceSharding(device)
         program = _reserve(gibibytes).lower(jax.ShapeDtypeStruct((), jnp.int32, sharding=place)).compile()

@@ -18,6 +18,7 @@ def opaque(kernel: Callable) -> Callable:
 
     `kernel` must be a module's function and `static` hashable: together they are a cache key.
     """
+
     def call(*arrays: jax.Array, **static: Hashable) -> Any:
         shapes = jax.eval_shape(lambda *plain: kernel(*plain, **static), *map(_plain, arrays))
         results = _primitive.bind(*arrays, kernel=kernel, static=tuple(sorted(static.items())))
@@ -37,8 +38,10 @@ def _flat(*arrays, kernel, static):
 def _abstract(*avals, kernel, static):
     like = max(avals, key=lambda aval: len(aval.manual_axis_type.varying))
     made = jax.eval_shape(lambda *plain: _flat(*plain, kernel=kernel, static=static), *map(_plain, avals))
-    return [like.update(shape=x.shape, dtype=x.dtype, sharding=like.sharding.update(spec=P(*[None] * len(x.shape))))
-            for x in made]
+    return [
+        like.update(shape=x.shape, dtype=x.dtype, sharding=like.sharding.update(spec=P(*[None] * len(x.shape))))
+        for x in made
+    ]
 
 
 def _lowering(ctx, *args, kernel, static):

@@ -20,14 +20,7 @@ from alst_jax.ops.attention import KERNELS
 from alst_jax.ops.rope import RopeConfig
 from alst_jax.storage.checkpoint import Checkpoints
 from convert.to_hf import to_hf
-from tests.runs import (
-    SHAPE,
-    assert_same_tensors,
-    make_hf,
-    metrics,
-    run_here,
-    write_jsonl,
-)
+from tests.runs import SHAPE, assert_same_tensors, make_hf, metrics, run_here, write_jsonl
 
 # ----------------------------------------------------------------------------------------------------------- bad input
 
@@ -36,8 +29,24 @@ from tests.runs import (
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_state_saved(call, model, data, tmp_path):
-    flags = ("--model", model, "--data", data, "--seq-len", 128, "--dp", 1, "--schedule", "constant", "--warmup-steps", 0,
-             "--clip-norm", 0, "--out", tmp_path / "run")
+    flags = (
+        "--model",
+        model,
+        "--data",
+        data,
+        "--seq-len",
+        128,
+        "--dp",
+        1,
+        "--schedule",
+        "constant",
+        "--warmup-steps",
+        0,
+        "--clip-norm",
+        0,
+        "--out",
+        tmp_path / "run",
+    )
     code, stderr = call(*flags, "--steps", 20, "--learning-rate", 1e15)
     assert code == 2 and "The step was not applied; the state before it, step" in stderr and "is saved" in stderr
     assert "gradients not finite in layers 0, 1" in stderr
@@ -47,8 +56,24 @@ def test_a_loss_that_is_not_finite_stops_with_its_state_saved(call, model, data,
 
 
 def test_weights_that_are_not_finite_are_not_saved_and_the_run_can_start_again(call, model, data, tmp_path):
-    flags = ("--model", model, "--data", data, "--seq-len", 128, "--dp", 1, "--steps", 1, "--schedule", "constant",
-             "--warmup-steps", 0, "--out", tmp_path / "run")
+    flags = (
+        "--model",
+        model,
+        "--data",
+        data,
+        "--seq-len",
+        128,
+        "--dp",
+        1,
+        "--steps",
+        1,
+        "--schedule",
+        "constant",
+        "--warmup-steps",
+        0,
+        "--out",
+        tmp_path / "run",
+    )
     code, stderr = call(*flags, "--learning-rate", 3e38, "--weight-decay", 1e3)
     assert code == 2 and "step 1 made weights that are not finite numbers; they are not saved" in stderr
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == [] and not (tmp_path / "run" / "hf").exists()
@@ -62,9 +87,28 @@ def test_weights_that_are_not_finite_are_not_saved_and_the_run_can_start_again(c
 def test_the_export_of_a_bfloat16_model_trained_in_float32_is_float32(data, tmp_path):
     model = make_hf(tmp_path / "bfloat16", dtype="bfloat16")
     weights = load_file(model / "model.safetensors")
-    save_file({name: w.bfloat16() for name, w in weights.items()}, model / "model.safetensors", metadata={"format": "pt"})
-    assert run_here("--model", model, "--data", data, "--seq-len", 128, "--dp", 1, "--steps", 2, "--learning-rate", 1e-5,
-                    "--out", tmp_path / "run") == 0
+    save_file(
+        {name: w.bfloat16() for name, w in weights.items()}, model / "model.safetensors", metadata={"format": "pt"}
+    )
+    assert (
+        run_here(
+            "--model",
+            model,
+            "--data",
+            data,
+            "--seq-len",
+            128,
+            "--dp",
+            1,
+            "--steps",
+            2,
+            "--learning-rate",
+            1e-5,
+            "--out",
+            tmp_path / "run",
+        )
+        == 0
+    )
     to_hf(tmp_path / "run", tmp_path / "converted")
     for export in (tmp_path / "run" / "hf", tmp_path / "converted"):
         loaded = AutoModelForCausalLM.from_pretrained(export)
@@ -87,8 +131,9 @@ def test_the_export_of_a_large_model_is_in_several_files(model, data, tmp_path, 
 
 def test_a_step_does_not_meet_a_sequence_twice(call, model, tmp_path):
     one = write_jsonl(tmp_path / "one.jsonl", ["x" * 100])
-    code, stderr = call("--model", model, "--data", one, "--seq-len", 128, "--dp", 2, "--grad-accum", 2, "--out",
-                           tmp_path / "run")
+    code, stderr = call(
+        "--model", model, "--data", one, "--seq-len", 128, "--dp", 2, "--grad-accum", 2, "--out", tmp_path / "run"
+    )
     assert code == 2 and "--data gives 1 sequences, fewer than the 4 of one step" in stderr
 
 
@@ -118,8 +163,21 @@ def test_random_weights_need_only_a_config_and_are_exported_only_on_purpose(call
 def test_packed_runs_resume_in_the_middle_of_an_epoch_on_another_mesh(model, tmp_path, capfd):
     texts = [" ".join(str(i * n) for n in range(2 + i % 23)) for i in range(1, 60)]
     data, held_out = write_jsonl(tmp_path / "short.jsonl", texts), write_jsonl(tmp_path / "held.jsonl", texts[:9])
-    flags = ("--model", model, "--data", data, "--seq-len", 128, "--schedule", "constant", "--learning-rate", 1e-3,
-             "--eval-data", held_out, "--no-export")
+    flags = (
+        "--model",
+        model,
+        "--data",
+        data,
+        "--seq-len",
+        128,
+        "--schedule",
+        "constant",
+        "--learning-rate",
+        1e-3,
+        "--eval-data",
+        held_out,
+        "--no-export",
+    )
     packed, whole, parts = ("--pack",), tmp_path / "whole", tmp_path / "parts"
     assert run_here(*flags, *packed, "--dp", 2, "--sp", 2, "--steps", 6, "--out", whole) == 0
     out = capfd.readouterr().out
@@ -132,7 +190,9 @@ def test_packed_runs_resume_in_the_middle_of_an_epoch_on_another_mesh(model, tmp
     assert all(line["tokens"] + line["padding"] == 2 * 128 for line in one)
     assert run_here("--resume", "--out", parts, "--steps", 7, "--no-pack") == 2  # other sequences
     alone = tmp_path / "alone"  # the same weights on documents that are not packed: the same held-out loss
-    assert run_here("--model", whole, *flags[2:], "--learning-rate", 1e-30, "--dp", 2, "--steps", 1, "--out", alone) == 0
+    assert (
+        run_here("--model", whole, *flags[2:], "--learning-rate", 1e-30, "--dp", 2, "--steps", 1, "--out", alone) == 0
+    )
     assert metrics(alone)[-1]["eval_loss"] == pytest.approx(one[-1]["eval_loss"], rel=1e-5)
 
 
@@ -153,13 +213,17 @@ def test_a_kernel_that_cannot_keep_documents_apart_is_refused_before_anything_is
     flags = dict(model="any", plan_for="H100", attention="cudnn", pack=True)
     setup.make_profile(TrainConfig(**flags), np.dtype("bfloat16"), TINY_LLAMA)
     monkeypatch.setitem(KERNELS, "cudnn", dataclasses.replace(KERNELS["cudnn"], serves=frozenset()))
-    with pytest.raises(UserError, match="--attention cudnn does not implement documents, .*use --attention xla or flash"):
+    with pytest.raises(
+        UserError, match="--attention cudnn does not implement documents, .*use --attention xla or flash"
+    ):
         setup.make_profile(TrainConfig(**flags), np.dtype("bfloat16"), TINY_LLAMA)
     setup.make_profile(TrainConfig(**flags, pack_attention="across"), np.dtype("bfloat16"), TINY_LLAMA)
 
 
 def test_ropes_that_depend_on_the_length_are_not_packed():
-    model = dataclasses.replace(TINY_LLAMA, rope=RopeConfig(rope_type="dynamic", factor=2.0, max_position_embeddings=64))
+    model = dataclasses.replace(
+        TINY_LLAMA, rope=RopeConfig(rope_type="dynamic", factor=2.0, max_position_embeddings=64)
+    )
     with pytest.raises(UserError, match="--pack: this model's rotary embedding .dynamic or longrope."):
         setup.make_profile(TrainConfig(pack=True), np.dtype("float32"), model)
     setup.make_profile(TrainConfig(pack=True, pack_attention="across"), np.dtype("float32"), model)
@@ -180,28 +244,69 @@ def test_out_of_memory_names_what_is_left_to_try(call, model, data, tmp_path, mo
         jax.block_until_ready(jax.numpy.zeros((2**46,)))
 
     words, jobs = train.out_of_memory, []
-    monkeypatch.setattr(train, "out_of_memory", lambda config, reason, job=None: jobs.append(job) or words(config, reason, job))
+    monkeypatch.setattr(
+        train, "out_of_memory", lambda config, reason, job=None: jobs.append(job) or words(config, reason, job)
+    )
     monkeypatch.setattr(trainer, "optimizer_step", too_much)
-    code, stderr = call("--model", model, "--data", data, "--seq-len", 128, "--dp", 1, "--offload-optimizer", "--out",
-                        tmp_path / "run")
+    code, stderr = call(
+        "--model", model, "--data", data, "--seq-len", 128, "--dp", 1, "--offload-optimizer", "--out", tmp_path / "run"
+    )
     assert code == 2 and "error: out of memory: RESOURCE_EXHAUSTED" in stderr
     assert [job.profile.offload_optimizer for job in jobs] == [True]  # of the profile that ran
     assert "These need less: --offload-activations, --offload-weights, --optimizer-states int8, --head-chunks" in stderr
 
 
 def test_memory_flags_reach_the_profile():
-    flags = dict(remat=True, offload_activations=True, offload_weights=True, offload_optimizer=True, segment_layers=(2, 1),
-                 keep_attention_on_device=1, keep_attention_on_host=2, head_chunks=2, reduce_dtype="bfloat16", loss_tile=7,
-                 mlp_tile=5)
+    flags = dict(
+        remat=True,
+        offload_activations=True,
+        offload_weights=True,
+        offload_optimizer=True,
+        segment_layers=(2, 1),
+        keep_attention_on_device=1,
+        keep_attention_on_host=2,
+        head_chunks=2,
+        reduce_dtype="bfloat16",
+        loss_tile=7,
+        mlp_tile=5,
+    )
     profile = setup.make_profile(TrainConfig(**flags), np.dtype("float32"), TINY_LLAMA)
     assert {name: getattr(profile, name) for name in flags} == flags
-    off = setup.make_profile(TrainConfig(remat=False, tiled_loss=False, tiled_mlp=False), np.dtype("float32"), TINY_LLAMA)
+    off = setup.make_profile(
+        TrainConfig(remat=False, tiled_loss=False, tiled_mlp=False), np.dtype("float32"), TINY_LLAMA
+    )
     assert (off.remat, off.loss_tile, off.mlp_tile) == (False, None, None)
 
 
 def test_optimizer_flags_reach_the_checkpoint(model, data, tmp_path):
-    assert run_here("--model", model, "--data", data, "--seq-len", 128, "--dp", 1, "--steps", 1, "--dtype", "bfloat16",
-                    "--optimizer-states", "int8", "--master-weights", "none", "--segment-layers", 2,
-                    "--keep-attention-on-host", 1, "--head-chunks", 2, "--out", tmp_path / "run") == 0
+    assert (
+        run_here(
+            "--model",
+            model,
+            "--data",
+            data,
+            "--seq-len",
+            128,
+            "--dp",
+            1,
+            "--steps",
+            1,
+            "--dtype",
+            "bfloat16",
+            "--optimizer-states",
+            "int8",
+            "--master-weights",
+            "none",
+            "--segment-layers",
+            2,
+            "--keep-attention-on-host",
+            1,
+            "--head-chunks",
+            2,
+            "--out",
+            tmp_path / "run",
+        )
+        == 0
+    )
     names = (tmp_path / "run" / "checkpoints" / "1" / "optimizer" / "_METADATA").read_text()
     assert "code" in names and "scale" in names and "master" not in names

@@ -19,8 +19,14 @@ from convert.from_hf import from_hf
 from convert.to_hf import to_hf
 
 ROOT = pathlib.Path(__file__).parents[2]
-SHAPE = dict(vocab_size=264, hidden_size=64, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
-             num_key_value_heads=2)
+SHAPE = dict(
+    vocab_size=264,
+    hidden_size=64,
+    intermediate_size=80,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 SPECIAL = [-0.0, float("inf"), float("nan"), 1e-40, 6e-8]  # the last two: subnormal in bfloat16 and float32, in float16
@@ -40,8 +46,11 @@ def make_hf(directory: pathlib.Path, dtype=torch.float32, max_shard_size="5GB", 
 
 
 def tensors(directory: pathlib.Path) -> dict[str, torch.Tensor]:
-    return {name: value for file in directory.glob("*.safetensors")
-            for name, value in safetensors.torch.load_file(file).items()}
+    return {
+        name: value
+        for file in directory.glob("*.safetensors")
+        for name, value in safetensors.torch.load_file(file).items()
+    }
 
 
 def other_files(directory: pathlib.Path) -> dict[str, bytes]:
@@ -64,10 +73,15 @@ def hf(tmp_path):
     return make_hf(tmp_path / "hf")
 
 
-@pytest.mark.parametrize("dtype, shard_size, tied", [
-    pytest.param(dtype, size, tied, id=f"{name}-{kind}-{'tied' if tied else 'untied'}")
-    for (name, dtype), (kind, size), tied in itertools.product(
-        DTYPES.items(), {"single": "5GB", "sharded": "60KB"}.items(), (False, True))])
+@pytest.mark.parametrize(
+    "dtype, shard_size, tied",
+    [
+        pytest.param(dtype, size, tied, id=f"{name}-{kind}-{'tied' if tied else 'untied'}")
+        for (name, dtype), (kind, size), tied in itertools.product(
+            DTYPES.items(), {"single": "5GB", "sharded": "60KB"}.items(), (False, True)
+        )
+    ],
+)
 def test_there_and_back_bit_for_bit(tmp_path, dtype, shard_size, tied):
     source = make_hf(tmp_path / "hf", dtype, shard_size, tie_word_embeddings=tied)
     assert (len(list(source.glob("*.safetensors"))) > 1) == (shard_size != "5GB")
@@ -107,7 +121,8 @@ def test_the_command_line_refuses_with_exit_code_2(hf, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.strip() == (
-        f"error: {hf}: the weights are not those config.json describes. missing (1): model.norm.weight")
+        f"error: {hf}: the weights are not those config.json describes. missing (1): model.norm.weight"
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
 
@@ -118,12 +133,18 @@ def spoil(directory: pathlib.Path, drop: str | None = None, **changed: torch.Ten
     safetensors.torch.save_file(kept | changed, file, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(drop="model.layers.1.mlp.up_proj.weight"), r"missing \(1\): model.layers.1.mlp.up_proj.weight"),
-    ({"model.layers.3.mlp.up_proj.weight": torch.zeros(80, 64)}, r"extra \(1\): model.layers.3.mlp.up_proj.weight"),
-    ({"model.layers.2.mlp.up_proj.weight": torch.zeros(64, 80)},
-     r"of another shape \(1\): model.layers.2.mlp.up_proj.weight \[64, 80\], not \[80, 64\]"),
-], ids=["missing", "extra", "mis-shaped"])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(drop="model.layers.1.mlp.up_proj.weight"), r"missing \(1\): model.layers.1.mlp.up_proj.weight"),
+        ({"model.layers.3.mlp.up_proj.weight": torch.zeros(80, 64)}, r"extra \(1\): model.layers.3.mlp.up_proj.weight"),
+        (
+            {"model.layers.2.mlp.up_proj.weight": torch.zeros(64, 80)},
+            r"of another shape \(1\): model.layers.2.mlp.up_proj.weight \[64, 80\], not \[80, 64\]",
+        ),
+    ],
+    ids=["missing", "extra", "mis-shaped"],
+)
 def test_weights_that_are_not_the_models_are_refused(hf, tmp_path, change, message):
     spoil(hf, **change)
     with pytest.raises(UserError, match=message):
@@ -146,8 +167,11 @@ def test_a_target_that_exists_is_kept(hf, tmp_path):
 def test_sources_that_are_no_checkpoint_are_refused(hf, tmp_path):
     from_hf(hf, tmp_path / "checkpoint")
     before = sorted(p.name for p in tmp_path.iterdir())
-    for source, message in ((hf, "no checkpoint there"), (tmp_path / "nowhere", "no checkpoint there"),
-                            (tmp_path / "checkpoint" / "checkpoints" / "7", "no such step; there are 0")):
+    for source, message in (
+        (hf, "no checkpoint there"),
+        (tmp_path / "nowhere", "no checkpoint there"),
+        (tmp_path / "checkpoint" / "checkpoints" / "7", "no such step; there are 0"),
+    ):
         with pytest.raises(UserError, match=message):
             to_hf(source, tmp_path / "back")
     shutil.rmtree(tmp_path / "checkpoint" / "checkpoints" / "0" / "params")

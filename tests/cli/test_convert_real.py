@@ -32,8 +32,24 @@ def test_resize_vocabulary(goes_on, tmp_path, capsys):
     old = {name: np.nan_to_num(x, posinf=0) for name, x in load_file(model / "model.safetensors").items()}
     save_file(old, model / "model.safetensors", metadata={"format": "pt"})
     data = write_jsonl(tmp_path / "data.jsonl", ["some text to learn " * 9])
-    flags = ("--model", model, "--data", data, "--seq-len", 64, "--sp", 2, "--dp", 1, "--steps", 1, "--learning-rate", 1e-30,
-             "--weight-decay", 0)
+    flags = (
+        "--model",
+        model,
+        "--data",
+        data,
+        "--seq-len",
+        64,
+        "--sp",
+        2,
+        "--dp",
+        1,
+        "--steps",
+        1,
+        "--learning-rate",
+        1e-30,
+        "--weight-decay",
+        0,
+    )
     assert run_here(*flags, "--out", tmp_path / "refused") == 2
     error = " ".join(capsys.readouterr().err.split())
     assert "outside the model's vocabulary of 256" in error and "--resize-vocabulary gives the model rows" in error
@@ -43,7 +59,9 @@ def test_resize_vocabulary(goes_on, tmp_path, capsys):
     new = load_file(out / "hf" / "model.safetensors")
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         assert new[name].shape == (261, SHAPE["hidden_size"])
-        np.testing.assert_allclose(new[name], np.concatenate([old[name], np.tile(old[name].mean(0), (5, 1))]), atol=1e-6)
+        np.testing.assert_allclose(
+            new[name], np.concatenate([old[name], np.tile(old[name].mean(0), (5, 1))]), atol=1e-6
+        )
     if goes_on:
         assert run_here("--resume", "--out", out, "--steps", 2) == 0
         assert run_here("--model", out, *flags[2:], "--out", tmp_path / "next") == 0  # the run has the new size
@@ -79,7 +97,9 @@ def test_shard_size(hf, tmp_path):
     assert_the_same_model(hf, tmp_path / "back")
 
 
-@pytest.mark.parametrize("text, size", [("5GB", 5 * 10**9), ("500 mb", 5 * 10**8), ("2GiB", 2**31), ("1.5K", 1500), ("7", 7)])
+@pytest.mark.parametrize(
+    "text, size", [("5GB", 5 * 10**9), ("500 mb", 5 * 10**8), ("2GiB", 2**31), ("1.5K", 1500), ("7", 7)]
+)
 def test_sizes(text, size):
     assert parse_size(text) == size
 
@@ -122,15 +142,19 @@ def test_conversions_are_not_compressed(hf, tmp_path):
 def test_the_progress_bar_counts_every_byte(hf, tmp_path, monkeypatch):
     bars = []
     original = cli.Progress.__init__
-    monkeypatch.setattr(cli.Progress, "__init__", lambda self, *args: original(self, *args) or bars.append((self, args[1])))
+    monkeypatch.setattr(
+        cli.Progress, "__init__", lambda self, *args: original(self, *args) or bars.append((self, args[1]))
+    )
     size = sum(x.nbytes for x in load_file(hf / "model.safetensors").values())
     from_hf(hf, tmp_path / "checkpoint")
     to_hf(tmp_path / "checkpoint", tmp_path / "back")
     assert [(bar.done, total) for bar, total in bars] == [(size, size)] * 2
 
 
-STAGES = {"from_hf": (from_hf_module, ["copy_model_files", "read_part", "write_run_file"]),
-          "to_hf": (to_hf_module, ["copy_model_files", "save_params", "read_run_file"])}
+STAGES = {
+    "from_hf": (from_hf_module, ["copy_model_files", "read_part", "write_run_file"]),
+    "to_hf": (to_hf_module, ["copy_model_files", "save_params", "read_run_file"]),
+}
 
 
 @pytest.mark.parametrize("which, stage", [(which, stage) for which, (_, stages) in STAGES.items() for stage in stages])
@@ -186,8 +210,10 @@ def test_a_full_disk_is_one_line(monkeypatch, capsys):
 
     monkeypatch.setattr("sys.argv", ["convert"])
     assert cli.run(full) == 2
-    assert capsys.readouterr().err == ("error: /x/y: No space left on device; free space there, or inodes (df -h and df -i say "
-                                       "which is used up). Nothing of the conversion is kept; run it again then\n")
+    assert capsys.readouterr().err == (
+        "error: /x/y: No space left on device; free space there, or inodes (df -h and df -i say "
+        "which is used up). Nothing of the conversion is kept; run it again then\n"
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- --verify
@@ -199,9 +225,16 @@ def test_verify_compares_logits_with_transformers(tmp_path, capsys, monkeypatch)
     to_hf(tmp_path / "checkpoint", tmp_path / "back", verify=True)
     assert capsys.readouterr().out.count("verified: the logits of 32 tokens differ") == 2
     original = logits._logits
-    monkeypatch.setattr(logits, "_logits", lambda config, stored, tokens: original(
-        config, stored | {("norm", "scale"): 1.01 * stored["norm", "scale"][...]}, tokens))
-    with pytest.raises(UserError, match="--verify: the logits of 32 tokens differ from those of transformers by 0.01 of"):
+    monkeypatch.setattr(
+        logits,
+        "_logits",
+        lambda config, stored, tokens: original(
+            config, stored | {("norm", "scale"): 1.01 * stored["norm", "scale"][...]}, tokens
+        ),
+    )
+    with pytest.raises(
+        UserError, match="--verify: the logits of 32 tokens differ from those of transformers by 0.01 of"
+    ):
         from_hf(hf, tmp_path / "wrong", verify=True)
     assert not (tmp_path / "wrong").exists()
 

@@ -29,15 +29,32 @@ ROOT = pathlib.Path(__file__).parents[2]
 DOCS = (ROOT / "docs" / "data.md").read_text()
 CELLS = re.findall(r"^\| ([^|]+) \| ([^|]+) \| `(--data [^|]+)` \|$", DOCS, re.M)
 ROWS = {have: flags for have, record, flags in CELLS if not record.startswith("`{")}
-RECORDS = [pytest.param(json.loads(record.strip("`")), shlex.split(flags), id=have)
-           for have, record, flags in CELLS if record.startswith("`{")]
+RECORDS = [
+    pytest.param(json.loads(record.strip("`")), shlex.split(flags), id=have)
+    for have, record, flags in CELLS
+    if record.startswith("`{")
+]
 TEMPLATES = {"tools.jinja": "qwen2.5.jinja", "thoughts.jinja": "qwen3.jinja"}
 LINE = json.dumps({"text": "line"}).encode() + b"\n"
 
 # (documents, tokens of training) of each row without a record, in its order: a byte is a token, and each document has an
 # end token.
-WANTED = [(2, 4 + 4 + 2), (2, 10), (6, 30), (1, 5), (2, 12), (1, 5), (2, 12), (2, 12), (1, 6),
-          (2, 10), (2, 103), (8, 40), (2, 10), (2, 10)]
+WANTED = [
+    (2, 4 + 4 + 2),
+    (2, 10),
+    (6, 30),
+    (1, 5),
+    (2, 12),
+    (1, 5),
+    (2, 12),
+    (2, 12),
+    (1, 6),
+    (2, 10),
+    (2, 103),
+    (8, 40),
+    (2, 10),
+    (2, 10),
+]
 
 
 @pytest.fixture
@@ -46,15 +63,29 @@ def files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     table = lambda *texts: functools.partial(pyarrow.parquet.write_table, pyarrow.table({"text": list(texts)}))
     contents = {
-        "book.txt": b"book", "poems.md": b"poem", "web.jsonl": LINE * 2, "pages.json": LINE * 2,
-        "posts.csv": b"id,body\n1,post\n", "shards/a.jsonl.gz": gzip.compress(LINE * 2),
-        "shards/b.json.bz2": bz2.compress(LINE * 2), "shards/c.txt.xz": lzma.compress(b"text"),
-        "shards/d.csv": b"text\ntext\n", "dirty.jsonl": LINE + b'{"text": null}\n{"text"\n' + LINE,
-        "hub/README.md": b"# card", "hub/LICENSE": b"MIT", "hub/data/train-00000-of-00002.parquet": table("train"),
-        "hub/data/train-00001-of-00002.parquet": table("train"), "hub/data/test-00000-of-00001.parquet": table("test"),
+        "book.txt": b"book",
+        "poems.md": b"poem",
+        "web.jsonl": LINE * 2,
+        "pages.json": LINE * 2,
+        "posts.csv": b"id,body\n1,post\n",
+        "shards/a.jsonl.gz": gzip.compress(LINE * 2),
+        "shards/b.json.bz2": bz2.compress(LINE * 2),
+        "shards/c.txt.xz": lzma.compress(b"text"),
+        "shards/d.csv": b"text\ntext\n",
+        "dirty.jsonl": LINE + b'{"text": null}\n{"text"\n' + LINE,
+        "hub/README.md": b"# card",
+        "hub/LICENSE": b"MIT",
+        "hub/data/train-00000-of-00002.parquet": table("train"),
+        "hub/data/train-00001-of-00002.parquet": table("train"),
+        "hub/data/test-00000-of-00001.parquet": table("test"),
         "saved/state.json": b'{"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}',
-        "saved/dataset_info.json": b"{}", "repos/one/a.py": b"code", "repos/one/package.json": b"{ }",
-        "repos/two/b.py": b"code", "repos/two/tests/c.py": b"test", "repos/two/logo.png": b"\x89PNG\xff"}
+        "saved/dataset_info.json": b"{}",
+        "repos/one/a.py": b"code",
+        "repos/one/package.json": b"{ }",
+        "repos/two/b.py": b"code",
+        "repos/two/tests/c.py": b"test",
+        "repos/two/logo.png": b"\x89PNG\xff",
+    }
     for name, content in contents.items():
         file = tmp_path / name
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -17,8 +17,25 @@ def flags(tmp_path_factory):
     texts = [" ".join(f"{i} x {n} is {i * n}." for n in range(100)) for i in range(1, 9)]
     model = make_hf(directory / "llama", max_position_embeddings=128)
     data, held_out = (write_jsonl(directory / f"{name}.jsonl", texts) for name in ("train", "held"))
-    return ("--model", model, "--data", data, "--eval-long", held_out, "--eval-long-sequences", 1,
-            "--eval-long-context", 256, "--seq-len", LONG, "--dp", 1, "--sp", 2, "--pack")
+    return (
+        "--model",
+        model,
+        "--data",
+        data,
+        "--eval-long",
+        held_out,
+        "--eval-long-sequences",
+        1,
+        "--eval-long-context",
+        256,
+        "--seq-len",
+        LONG,
+        "--dp",
+        1,
+        "--sp",
+        2,
+        "--pack",
+    )
 
 
 @pytest.mark.parametrize("resume", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "and its resume"])
@@ -54,10 +71,14 @@ def test_a_run(resume, flags, tmp_path, capsys):
     assert "changed since the checkpoint: --rope-factor (4.0 -> 8.0)" in capsys.readouterr()[1]
 
 
-@pytest.mark.parametrize("more,message", [
-    (("--rope-scaling", "linear", "--rope-factor", 2), "128 positions become 256, and --seq-len 512 is beyond"),
-    (("--eval-long", "SHORT"), "its longest document has 10 tokens, and a loss at 512"),
-    (("--rope-theta", 1e6, "--rope-scaling", "yarn", "--rope-factor", 4), "stretch the same positions twice")])
+@pytest.mark.parametrize(
+    "more,message",
+    [
+        (("--rope-scaling", "linear", "--rope-factor", 2), "128 positions become 256, and --seq-len 512 is beyond"),
+        (("--eval-long", "SHORT"), "its longest document has 10 tokens, and a loss at 512"),
+        (("--rope-theta", 1e6, "--rope-scaling", "yarn", "--rope-factor", 4), "stretch the same positions twice"),
+    ],
+)
 def test_refused_in_one_line(more, message, flags, tmp_path, capsys):
     more = [write_jsonl(tmp_path / "short.jsonl", ["few words"]) if word == "SHORT" else word for word in more]
     assert run_here(*flags, *more, "--out", tmp_path / "run") == 2

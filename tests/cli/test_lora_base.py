@@ -37,8 +37,9 @@ def adapter(base, tmp_path_factory):
     directory = tmp_path_factory.mktemp("adapter")
     config = dataclasses.replace(model_config(base), lora=Lora(2, 4.0, ("q_proj", "down_proj")))
     rng, trained = np.random.default_rng(0), make_step(config).trained
-    save_adapter(directory, jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype("float32"), trained), config,
-                 str(base))
+    save_adapter(
+        directory, jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype("float32"), trained), config, str(base)
+    )
     return directory
 
 
@@ -75,8 +76,9 @@ def test_the_weights_are_compared(adapter, base, tmp_path, capsys):
         check(mine, base)
 
 
-@pytest.mark.parametrize("flags", [dict(rope_scaling="yarn", rope_factor=4.0), dict(rope_theta=8e4)],
-                         ids=["yarn", "theta"])
+@pytest.mark.parametrize(
+    "flags", [dict(rope_scaling="yarn", rope_factor=4.0), dict(rope_theta=8e4)], ids=["yarn", "theta"]
+)
 def test_a_merged_model_has_the_positions_of_the_run(flags, adapter, base, tmp_path):
     """Beyond the old length transformers computes the logits of PEFT beside the base model with the run's config."""
     mine, stretched, merged = tmp_path / "mine", tmp_path / "stretched", tmp_path / "merged"
@@ -109,4 +111,6 @@ def test_fused_projections_are_refused_by_name(tmp_path):
     with pytest.raises(UserError, match="q_proj, .*up_proj are parts of qkv_proj, gate_up_proj, whose adapters are"):
         with_lora(TrainConfig(lora_rank=2), source)
     assert with_lora(TrainConfig(lora_rank=2, lora_targets="o_proj,down_proj"), source).lora.targets == (
-        "o_proj", "down_proj")
+        "o_proj",
+        "down_proj",
+    )

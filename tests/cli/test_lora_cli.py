@@ -28,9 +28,32 @@ def base(tmp_path_factory):
 def flags(base, tmp_path_factory):
     texts = [" ".join(f"{i} x {n} is {i * n}." for n in range(4 + 3 * i)) for i in range(1, 8)]
     data = write_jsonl(tmp_path_factory.mktemp("data") / "train.jsonl", texts)
-    return ("--model", base, "--data", data, "--seq-len", 128, "--dp", 1, "--sp", 2, "--schedule", "constant",
-            "--learning-rate", 1e-2, "--warmup-steps", 0, "--lora-rank", 3, "--lora-targets", "q_proj,down_proj",
-            "--lora-dropout", 0.25, "--freeze", "proj|embed_tokens|lm_head|layernorm")
+    return (
+        "--model",
+        base,
+        "--data",
+        data,
+        "--seq-len",
+        128,
+        "--dp",
+        1,
+        "--sp",
+        2,
+        "--schedule",
+        "constant",
+        "--learning-rate",
+        1e-2,
+        "--warmup-steps",
+        0,
+        "--lora-rank",
+        3,
+        "--lora-targets",
+        "q_proj,down_proj",
+        "--lora-dropout",
+        0.25,
+        "--freeze",
+        "proj|embed_tokens|lm_head|layernorm",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +84,8 @@ def test_the_exports_compute_the_same(trained, base, tmp_path):
     want = logits(adapted)
     assert adapted.peft_config["default"].lora_dropout == 0.25
     assert {name for name, _ in adapted.named_parameters() if "modules_to_save" in name} == {
-        "base_model.model.model.norm.modules_to_save.default.weight"}
+        "base_model.model.model.norm.modules_to_save.default.weight"
+    }
     merge_adapter(trained / ADAPTER, base, tmp_path / "merged")
     for merged in (trained / "hf", tmp_path / "merged"):
         torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(merged)), want, rtol=1e-4, atol=1e-5)
@@ -90,33 +114,44 @@ def test_a_checkpoint_holds_no_frozen_weight_and_a_resumed_run_is_bit_identical(
 
 def test_an_adapter_goes_on(trained, flags, tmp_path, capsys):
     """Its rank and targets are its own; at a learning rate of almost nothing it stays as it is."""
-    start = [word for pair in zip(flags[::2], flags[1::2]) for word in pair if not str(pair[0]).startswith(
-        ("--lora", "--learning"))]
+    start = [
+        word
+        for pair in zip(flags[::2], flags[1::2])
+        for word in pair
+        if not str(pair[0]).startswith(("--lora", "--learning"))
+    ]
     out = tmp_path / "on"
     assert run_here(*start, "--learning-rate", 1e-30, "--steps", 1, "--adapter", trained / ADAPTER, "--out", out) == 0
     assert (out / ADAPTER / WEIGHTS).read_bytes() == (trained / ADAPTER / WEIGHTS).read_bytes()
     capsys.readouterr()
     for words, message in [
-            (("--lora-rank", 4), "--lora-rank 4: the adapter in .* has 3; leave --lora-rank out"),
-            (("--model", other_model(tmp_path / "other")), "trained beside .*base, and the weights of --model .*other"),
-            (("--rope-theta", 5e4), "trained with the model's own positions, and this run has --rope-theta 50000.0;"),
-            (("--freeze", "."), "is of another base model than --model, or trains other modules: model.norm.weight is")]:
+        (("--lora-rank", 4), "--lora-rank 4: the adapter in .* has 3; leave --lora-rank out"),
+        (("--model", other_model(tmp_path / "other")), "trained beside .*base, and the weights of --model .*other"),
+        (("--rope-theta", 5e4), "trained with the model's own positions, and this run has --rope-theta 50000.0;"),
+        (("--freeze", "."), "is of another base model than --model, or trains other modules: model.norm.weight is"),
+    ]:
         assert run_here(*start, *words, "--steps", 1, "--adapter", trained / ADAPTER, "--out", tmp_path / "x") == 2
         assert re.search(message, capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("words, message", [
-    (("--lora-rank", 0), "--lora-rank 0: must be at least 1"),
-    (("--lora-targets", "q_proj,wq"), "--lora-targets q_proj,wq: 'wq' matches no linear layer; use all, or some of q_proj,"),
-    (("--lora-targets", ""), "matches no linear layer"),
-    (("--lora-dropout", 1), "--lora-dropout 1.0: must be at least 0 and below 1"),
-    (("--lora-dropout", -0.1), "--lora-dropout -0.1: must be at least 0 and below 1"),
-    (("--lora-alpha", 0), "--lora-alpha 0.0: must be a positive number"),
-    (("--freeze", "embed_tokens"), "with adapters: layers.mlp.down_proj has an adapter or is trained in part"),
-    (("--resize-vocabulary",), "--resize-vocabulary with adapters"),
-    (("--check-numerics",), "--check-numerics compares the layers without adapters"),
-    (("--adapter", "nowhere"), "--adapter nowhere: no adapter_config.json there"),
-])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("--lora-rank", 0), "--lora-rank 0: must be at least 1"),
+        (
+            ("--lora-targets", "q_proj,wq"),
+            "--lora-targets q_proj,wq: 'wq' matches no linear layer; use all, or some of q_proj,",
+        ),
+        (("--lora-targets", ""), "matches no linear layer"),
+        (("--lora-dropout", 1), "--lora-dropout 1.0: must be at least 0 and below 1"),
+        (("--lora-dropout", -0.1), "--lora-dropout -0.1: must be at least 0 and below 1"),
+        (("--lora-alpha", 0), "--lora-alpha 0.0: must be a positive number"),
+        (("--freeze", "embed_tokens"), "with adapters: layers.mlp.down_proj has an adapter or is trained in part"),
+        (("--resize-vocabulary",), "--resize-vocabulary with adapters"),
+        (("--check-numerics",), "--check-numerics compares the layers without adapters"),
+        (("--adapter", "nowhere"), "--adapter nowhere: no adapter_config.json there"),
+    ],
+)
 def test_bad_input(flags, tmp_path, capsys, words, message):
     assert run_here(*flags, "--steps", 1, "--out", tmp_path / "out", *words) == 2
     assert message in capsys.readouterr().err
@@ -131,18 +166,27 @@ def test_flags_of_adapters_without_adapters(flags, capsys):
 def test_neither_an_adapter_nor_its_run_is_a_model(trained, flags, tmp_path, capsys):
     plain = flags[2:12]
     for model, message in [
-            (trained / ADAPTER, "it is an adapter of .*, not a whole model. To train it further, name the base"),
-            (trained, "is a run with adapters: its checkpoints do not hold the base model, .*base. Go on with --resume")]:
+        (trained / ADAPTER, "it is an adapter of .*, not a whole model. To train it further, name the base"),
+        (trained, "is a run with adapters: its checkpoints do not hold the base model, .*base. Go on with --resume"),
+    ]:
         assert run_here("--model", model, *plain, "--steps", 1, "--out", tmp_path / "out") == 2
         assert re.search(message, capsys.readouterr().err)
     with pytest.raises(Exception, match="is a run with adapters"):
         to_hf(trained, tmp_path / "hf")
 
 
-@pytest.mark.parametrize("field, value, message", [
-    ("use_dora", True, "not implemented: use_dora=True"), ("peft_type", "LOHA", "peft_type='LOHA'"),
-    ("rank_pattern", {"q_proj": 2}, "rank_pattern="), ("init_lora_weights", "pissa", "changes the base model too"),
-    ("bias", "all", "bias='all'"), ("r", 5, "adapter_config.json says r=5, and .* have the ranks"), ("lora_alpha", "x", "lora_alpha='x' is no value")])
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("use_dora", True, "not implemented: use_dora=True"),
+        ("peft_type", "LOHA", "peft_type='LOHA'"),
+        ("rank_pattern", {"q_proj": 2}, "rank_pattern="),
+        ("init_lora_weights", "pissa", "changes the base model too"),
+        ("bias", "all", "bias='all'"),
+        ("r", 5, "adapter_config.json says r=5, and .* have the ranks"),
+        ("lora_alpha", "x", "lora_alpha='x' is no value"),
+    ],
+)
 def test_adapters_that_are_not_implemented_are_refused(trained, base, tmp_path, field, value, message):
     changed = tmp_path / "changed"
     shutil.copytree(trained / ADAPTER, changed)

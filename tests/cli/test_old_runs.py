@@ -63,6 +63,7 @@ def test_the_names_on_disk_are_the_old_ones(tmp_path):
             inner[names[-1]] = array
         checkpoints.save(9, params, None, {})
         tree = lambda step: json.loads(
-            (tmp_path / run / "checkpoints" / str(step) / "params" / "_METADATA").read_text())["tree_metadata"]
+            (tmp_path / run / "checkpoints" / str(step) / "params" / "_METADATA").read_text()
+        )["tree_metadata"]
         assert tree(9).keys() == tree(step).keys() and len(tree(step)) == 19
         assert all(tree(9)[name]["key_metadata"] == entry["key_metadata"] for name, entry in tree(step).items())

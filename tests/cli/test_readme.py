@@ -25,9 +25,17 @@ def commands(page: str) -> list[str]:
     return [line.partition("  #")[0] for block in blocks for line in block.replace("\\\n", " ").splitlines()]
 
 
-COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.replace("\\\n", " ").splitlines()]
-PAGES = sorted({line for page in (ROOT / "docs").glob("*.md") for line in commands(page.read_text())
-                if re.match(r"(uv run |python )(--extra \w+ )*train\.py", line) and " ... " not in line})
+COMMANDS = [
+    line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.replace("\\\n", " ").splitlines()
+]
+PAGES = sorted(
+    {
+        line
+        for page in (ROOT / "docs").glob("*.md")
+        for line in commands(page.read_text())
+        if re.match(r"(uv run |python )(--extra \w+ )*train\.py", line) and " ... " not in line
+    }
+)
 
 
 def test_readme_has_commands_and_ci_runs_its_test_command():
@@ -60,7 +68,9 @@ def test_modules_of_commands_exist(command, monkeypatch, capsys):
 def test_without_flags_a_model_learns(tmp_path):
     """The first command, a few steps of it: sequence parallelism is on, the loss falls, a Hugging Face directory is
     left."""
-    done = subprocess.run([sys.executable, ROOT / "train.py", "--steps", "6"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", "--steps", "6"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "mesh    dp 1 x sp 4 on cpu" in done.stdout and "eval loss" in done.stdout
     (run,) = (tmp_path / "runs").iterdir()

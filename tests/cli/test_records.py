@@ -31,8 +31,10 @@ def run(monkeypatch, capsys):
 def user_first(folder):
     """A file with a template that refuses chats that the user does not begin."""
     file = folder / "user-first.jinja"
-    file.write_text("{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first') }}{% endif %}"
-                    + byte_tokenizer().chat_template)
+    file.write_text(
+        "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first') }}{% endif %}"
+        + byte_tokenizer().chat_template
+    )
     return file
 
 
@@ -46,7 +48,9 @@ def test_samples_are_shown_with_their_learned_tokens(run, tmp_path):
     texts = write(tmp_path / "texts.jsonl", {"text": "one"}, {"text": "two"})
     code, out, err = run("--data", chats, texts, "--show-samples", 3)
     assert code == 0 and not err
-    assert out == f"""\
+    assert (
+        out
+        == f"""\
 --- {chats}:1: 24 tokens, 2 learned
 <|turn|>user
 2+3?<|end_of_turn|><|turn|>assistant
@@ -63,8 +67,11 @@ source  {chats}: 1 file, messages, 2 records, 2 documents, 72 tokens, 6 learned;
 source  {chats}: ignored keys id
 source  {texts}: 1 file, text, 2 records, 2 documents, 8 tokens, 6 learned; nothing left out
 """
+    )
     bad = write(tmp_path / "bad.jsonl", {"messages": CHAT[1:] * 2}, {"messages": CHAT}, {"messages": CHAT[:1]})
-    _, out, _ = run("--data", bad, chats, "--show-samples", 1, "--skip-bad-records", "--chat-template", user_first(tmp_path))
+    _, out, _ = run(
+        "--data", bad, chats, "--show-samples", 1, "--skip-bad-records", "--chat-template", user_first(tmp_path)
+    )
     assert f"--- {bad}:2: 24 tokens" in out and "1 document, 24 tokens, 2 learned; records left out: 2 bad" in out
     assert "[[5<|end_of_turn|>]]<|turn|>user" not in run("--data", chats, "--show-samples", 2, "--learn", "last")[1]
     assert run("--show-samples", 1, "--data", tmp_path / "nowhere")[0] == 2
@@ -75,8 +82,20 @@ def test_a_run_keeps_its_template_and_its_date(run, tmp_path, monkeypatch):
     template = tmp_path / "own.jinja"
     template.write_text(DATED)
     data = write(tmp_path / "chats.jsonl", *({"messages": CHAT * n} for n in range(1, 9)))
-    flags = ("--data", data, "--out", tmp_path / "run", "--dp", 1, "--sp", 1, "--seq-len", 128,
-             "--chat-template", template)
+    flags = (
+        "--data",
+        data,
+        "--out",
+        tmp_path / "run",
+        "--dp",
+        1,
+        "--sp",
+        1,
+        "--seq-len",
+        128,
+        "--chat-template",
+        template,
+    )
     on = lambda day: monkeypatch.setattr(train, "time", types.SimpleNamespace(strftime=lambda _: day))
     on("2026-11-27")
     code, out, err = run(*flags, "--steps", 1)
@@ -96,11 +115,17 @@ def test_a_run_keeps_its_template_and_its_date(run, tmp_path, monkeypatch):
         assert AutoTokenizer.from_pretrained(tmp_path / "run" / folder).chat_template == DATED
 
 
-@pytest.mark.parametrize("flags, message", [
-    (("--chat-template", "nowhere.jinja"), "--chat-template nowhere.jinja: name a file with a chat template in Jinja"),
-    (("--template-date", "yesterday"), "--template-date yesterday: write a date as 2026-11-27"),
-    (("--show-samples", "-1"), "--show-samples -1: must be at least 1"),
-])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (
+            ("--chat-template", "nowhere.jinja"),
+            "--chat-template nowhere.jinja: name a file with a chat template in Jinja",
+        ),
+        (("--template-date", "yesterday"), "--template-date yesterday: write a date as 2026-11-27"),
+        (("--show-samples", "-1"), "--show-samples -1: must be at least 1"),
+    ],
+)
 def test_bad_flags_are_refused(run, flags, message):
     code, _, err = run(*flags)
     assert code == 2 and message in err

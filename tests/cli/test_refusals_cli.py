@@ -7,14 +7,7 @@ import shutil
 
 import pytest
 
-from tests.runs import (
-    ROOT,
-    files,
-    finish,
-    metrics,
-    start,
-    write_jsonl,
-)
+from tests.runs import ROOT, files, finish, metrics, start, write_jsonl
 
 # ----------------------------------------------------------------------------------------------------------- bad input
 
@@ -36,15 +29,21 @@ def remove(directory: pathlib.Path, pattern: str) -> None:
 # What is done to a good model directory and data file, and what the refusal says.
 BAD_MODELS = {
     "no such directory": (shutil.rmtree, "{model}: no such directory"),
-    "not a Hugging Face directory": (lambda m: remove(m, "config.json"),
-                                      "{model} is not a Hugging Face model directory"),
+    "not a Hugging Face directory": (
+        lambda m: remove(m, "config.json"),
+        "{model} is not a Hugging Face model directory",
+    ),
     "weights cut short": (lambda m: truncate(m / "model.safetensors"), "model.safetensors is corrupt or cut short"),
     "no weights": (lambda m: remove(m, "*.safetensors"), "{model} holds no weights"),
     "weights of other sizes": (lambda m: edit_config(m, intermediate_size=97), "the weights are not those config.json"),
-    "another architecture": (lambda m: edit_config(m, model_type="gemma2", architectures=["Gemma2ForCausalLM"]),
-                             "model_type 'gemma2', architectures ['Gemma2ForCausalLM'] is not supported"),
-    "another RoPE": (lambda m: edit_config(m, rope_parameters=dict(rope_type="proportional", rope_theta=1e4)),
-                     "RoPE type 'proportional' is not implemented; these are: default, linear, dynamic, llama3, yarn"),
+    "another architecture": (
+        lambda m: edit_config(m, model_type="gemma2", architectures=["Gemma2ForCausalLM"]),
+        "model_type 'gemma2', architectures ['Gemma2ForCausalLM'] is not supported",
+    ),
+    "another RoPE": (
+        lambda m: edit_config(m, rope_parameters=dict(rope_type="proportional", rope_theta=1e4)),
+        "RoPE type 'proportional' is not implemented; these are: default, linear, dynamic, llama3, yarn",
+    ),
     "no tokenizer": (lambda m: remove(m, "tokenizer*"), "{model} has no tokenizer"),
     "a broken tokenizer": (lambda m: truncate(m / "tokenizer.json"), "{model}: the tokenizer cannot be read"),
     "a tokenizer of another model": (lambda m: edit_config(m, vocab_size=100), "outside the model's vocabulary of 100"),
@@ -52,21 +51,30 @@ BAD_MODELS = {
 GOOD_LINE = json.dumps({"text": "long enough " * 20}) + "\n"
 BAD_DATA = {
     "a broken line": (GOOD_LINE * 2 + '{"text": "cut of', "{data}:3: not valid JSON"),
-    "a line without the field": (GOOD_LINE + '{"body": "x"}\n',
-                                 "{data}:2: neither a 'text' nor a 'messages' field (it has: body)"),
+    "a line without the field": (
+        GOOD_LINE + '{"body": "x"}\n',
+        "{data}:2: neither a 'text' nor a 'messages' field (it has: body)",
+    ),
     "an empty file": ("", "{data}: the file is empty"),
     "empty lines": ("\n\n", "--data {data}: no documents in there"),
     "empty documents": ('{"text": ""}\n' * 2, "--data {data}: no documents in there; records left out: 2 empty"),
-    "short documents": ('{"text": "short"}\n' * 2,
-                        "--data is shorter than asked for: the longest of 2 documents has 6 tokens"),
+    "short documents": (
+        '{"text": "short"}\n' * 2,
+        "--data is shorter than asked for: the longest of 2 documents has 6 tokens",
+    ),
     "no such file": (None, "--data {data}: no such file or directory"),
 }
 BAD_FLAGS = {
-    "a hub name that is none": (["--model", "no-such-user/no-such-model"],
-                                "no such model could be fetched from the hub"),
+    "a hub name that is none": (
+        ["--model", "no-such-user/no-such-model"],
+        "no such model could be fetched from the hub",
+    ),
     "sp and the heads": (["--dp", 1, "--sp", 3], "sp=3 must divide 4 query heads; use 1, 2 or 4 (--sp)"),
     "dp x sp and the devices": (["--dp", 4, "--sp", 4], "dp=4 x sp=4 needs 16 devices and there are 8"),
-    "packing": (["--pack-attention", "across"], "--pack-attention across says what attention reads in a pack; it needs --pack"),
+    "packing": (
+        ["--pack-attention", "across"],
+        "--pack-attention across says what attention reads in a pack; it needs --pack",
+    ),
     "evaluation without data": (["--eval-every", 2], "--eval-every needs --eval-data"),
     "two held-out sources of one name": (["--eval-data", "a/x.txt", "b/x.txt"], "two sources of one name (x)"),
     "a split that does not exist": (["--split", "tset", "--data", str(ROOT / "tests" / "data")], "no split 'tset'"),
@@ -113,8 +121,9 @@ def test_bad_flags_are_refused(refused, flags, message):
 
 def test_the_exit_code_of_a_refused_process(data, tmp_path):
     missing = tmp_path / "nowhere"
-    code, _, stderr = finish(start(
-        "--model", missing, "--data", data, "--simulate-devices", 2, "--out", tmp_path / "run"))
+    code, _, stderr = finish(
+        start("--model", missing, "--data", data, "--simulate-devices", 2, "--out", tmp_path / "run")
+    )
     assert code == 2
     assert stderr.strip().startswith(f"error: {missing}: no such directory")
     assert list(tmp_path.iterdir()) == []
@@ -122,8 +131,22 @@ def test_the_exit_code_of_a_refused_process(data, tmp_path):
 
 def test_sequences_beyond_the_models_positions_are_warned_of(call, model, tmp_path):
     long = write_jsonl(tmp_path / "long.jsonl", ["0123456789" * 60])
-    code, error = call("--model", model, "--data", long, "--seq-len", 512, "--dp", 1, "--sp", 2, "--steps", 1, "--out",
-                       tmp_path / "run")
+    code, error = call(
+        "--model",
+        model,
+        "--data",
+        long,
+        "--seq-len",
+        512,
+        "--dp",
+        1,
+        "--sp",
+        2,
+        "--steps",
+        1,
+        "--out",
+        tmp_path / "run",
+    )
     assert code == 0
     assert "warning: --seq-len 512 is beyond the 256 positions the model was made for" in error
     assert "attention has not learned such distances" in error and "--rope-scaling yarn --rope-factor" in error

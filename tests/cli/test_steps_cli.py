@@ -24,8 +24,20 @@ def model(tmp_path_factory):
 def flags(model, tmp_path_factory):
     texts = [" ".join(str(i * n) for n in range(2 + i % 23)) for i in range(1, 60)]
     data = write_jsonl(tmp_path_factory.mktemp("data") / "short.jsonl", texts)
-    return ("--model", model, "--data", data, "--seq-len", 128, "--schedule", "constant", "--learning-rate", 1e-3,
-            "--no-export", "--pack")
+    return (
+        "--model",
+        model,
+        "--data",
+        data,
+        "--seq-len",
+        128,
+        "--schedule",
+        "constant",
+        "--learning-rate",
+        1e-3,
+        "--no-export",
+        "--pack",
+    )
 
 
 def test_a_step_takes_as_many_sequences_on_any_mesh(flags, tmp_path, capfd):
@@ -63,12 +75,18 @@ def test_batches_of_a_step():
     assert accumulation(TrainConfig(samples_per_step=24, batch_size=3, grad_accum=4), 2) == 4
 
 
-@pytest.mark.parametrize("flags, message", [
-    (dict(samples_per_step=10, batch_size=2),
-     r"--samples-per-step 10: dp 2 x --batch-size 2 = 4 .* must divide it; use 8, 12 or another multiple"),
-    (dict(samples_per_step=2, batch_size=3), r"use 6, 12 or another"),
-    (dict(samples_per_step=8, grad_accum=2), r"--samples-per-step 8 is 4 batches .* --grad-accum 2 says another"),
-    (dict(samples_per_step=8, update_in_backward=True), r"use --samples-per-step 2, or leave --update-in-backward")])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (
+            dict(samples_per_step=10, batch_size=2),
+            r"--samples-per-step 10: dp 2 x --batch-size 2 = 4 .* must divide it; use 8, 12 or another multiple",
+        ),
+        (dict(samples_per_step=2, batch_size=3), r"use 6, 12 or another"),
+        (dict(samples_per_step=8, grad_accum=2), r"--samples-per-step 8 is 4 batches .* --grad-accum 2 says another"),
+        (dict(samples_per_step=8, update_in_backward=True), r"use --samples-per-step 2, or leave --update-in-backward"),
+    ],
+)
 def test_numbers_that_cannot_be_met_are_refused(flags, message):
     with pytest.raises(UserError, match=message):
         accumulation(TrainConfig(**flags), 2)
@@ -78,8 +96,25 @@ def test_lengths_change_the_padding_and_nothing_else(model, tmp_path, capfd):
     """Two sequences a step, in batches of one: loss and gradient as in the longest length alone; one program a
     length."""
     data = write_jsonl(tmp_path / "mixed.jsonl", ["x" * n for n in (100, 9, 30, 90, 12, 40)])
-    flags = ("--model", model, "--data", data, "--schedule", "constant", "--learning-rate", 1e-3, "--no-export", "--dp", 1,
-             "--sp", 2, "--samples-per-step", 2, "--eval-data", data)
+    flags = (
+        "--model",
+        model,
+        "--data",
+        data,
+        "--schedule",
+        "constant",
+        "--learning-rate",
+        1e-3,
+        "--no-export",
+        "--dp",
+        1,
+        "--sp",
+        2,
+        "--samples-per-step",
+        2,
+        "--eval-data",
+        data,
+    )
     one, several = tmp_path / "one", tmp_path / "several"
     assert run_here(*flags, "--seq-len", 128, "--steps", 6, "--out", one) == 0
     assert run_here(*flags, "--lengths", 32, 128, "--steps", 3, "--out", several) == 0

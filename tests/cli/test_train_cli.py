@@ -34,14 +34,46 @@ HELD_OUT = ["A short one.", "Now a longer text: the loss is a mean over all labe
 
 @pytest.fixture(scope="module")
 def long_flags(model, data):
-    return ("--model", model, "--data", data, "--seq-len", 128, "--simulate-devices", 2, "--dp", 1, "--sp", 2,
-            "--grad-accum", 2, "--steps", LONG_RUN, "--learning-rate", 1e-3)
+    return (
+        "--model",
+        model,
+        "--data",
+        data,
+        "--seq-len",
+        128,
+        "--simulate-devices",
+        2,
+        "--dp",
+        1,
+        "--sp",
+        2,
+        "--grad-accum",
+        2,
+        "--steps",
+        LONG_RUN,
+        "--learning-rate",
+        1e-3,
+    )
 
 
 @pytest.fixture(scope="module")
 def saving_flags(model, data):
-    return ("--model", model, "--data", data, "--seq-len", 128, "--dp", 2, "--sp", 2, "--schedule", "constant",
-            "--learning-rate", 1e-3)
+    return (
+        "--model",
+        model,
+        "--data",
+        data,
+        "--seq-len",
+        128,
+        "--dp",
+        2,
+        "--sp",
+        2,
+        "--schedule",
+        "constant",
+        "--learning-rate",
+        1e-3,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +81,24 @@ def saving(saving_flags, tmp_path_factory):
     """A run of 8 steps that saves, evaluates and exports."""
     directory = tmp_path_factory.mktemp("saving")
     held_out = write_jsonl(directory / "held_out.jsonl", HELD_OUT)
-    assert run_here(*saving_flags, "--steps", 8, "--save-every", 2, "--keep-checkpoints", 3, "--eval-data", held_out,
-                    "--eval-every", 3, "--out", directory / "run") == 0
+    assert (
+        run_here(
+            *saving_flags,
+            "--steps",
+            8,
+            "--save-every",
+            2,
+            "--keep-checkpoints",
+            3,
+            "--eval-data",
+            held_out,
+            "--eval-every",
+            3,
+            "--out",
+            directory / "run",
+        )
+        == 0
+    )
     return directory / "run"
 
 
@@ -145,8 +193,14 @@ def test_the_export_is_the_model_that_was_evaluated(saving):
     assert total / labels == pytest.approx(metrics(saving)[-1]["eval_loss"], abs=1e-4)
 
     prompt = torch.tensor([tokenizer("3 x ")["input_ids"]])
-    written = exported.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=5, min_new_tokens=5,
-                                do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    written = exported.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=5,
+        min_new_tokens=5,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     assert written.shape == (1, prompt.shape[1] + 5)
     assert tokenizer.decode(written[0]).startswith("3 x ")
 
@@ -164,9 +218,23 @@ def test_a_checkpoint_holds_the_weights_of_its_step(saving, saving_flags, tmp_pa
 
 def test_each_held_out_source_is_evaluated_by_its_name(saving_flags, capfd, tmp_path):
     """Short documents as they are: losses are those of torch on each document alone."""
-    sources = {"one": write_jsonl(tmp_path / "one.jsonl", HELD_OUT[:1]), "two": write_jsonl(tmp_path / "x.jsonl", HELD_OUT[1:])}
-    assert run_here(*saving_flags, "--steps", 2, "--out", tmp_path / "run", "--eval-data", sources["one"],
-                    f"two={sources['two']}") == 0
+    sources = {
+        "one": write_jsonl(tmp_path / "one.jsonl", HELD_OUT[:1]),
+        "two": write_jsonl(tmp_path / "x.jsonl", HELD_OUT[1:]),
+    }
+    assert (
+        run_here(
+            *saving_flags,
+            "--steps",
+            2,
+            "--out",
+            tmp_path / "run",
+            "--eval-data",
+            sources["one"],
+            f"two={sources['two']}",
+        )
+        == 0
+    )
     line = metrics(tmp_path / "run")[-1]
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "hf")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "hf")
@@ -191,13 +259,18 @@ def test_each_held_out_source_is_evaluated_by_its_name(saving_flags, capfd, tmp_
 
 def test_weighted_sources_resume_where_they_stopped(saving_flags, capfd, tmp_path):
     """Two steps and two more are four steps, bit for bit; other weights are refused."""
-    pairs = [write_jsonl(tmp_path / f"{name}.jsonl", [f"{name} {i} " + "0123456789" * 9 for i in range(5)]) for name in "ab"]
+    pairs = [
+        write_jsonl(tmp_path / f"{name}.jsonl", [f"{name} {i} " + "0123456789" * 9 for i in range(5)]) for name in "ab"
+    ]
     weights = (f"{pairs[0]}:0.2", f"{pairs[1]}:0.8")
     flags = [*saving_flags[:2], "--data", *weights, *saving_flags[4:]]
     assert run_here(*flags, "--steps", 4, "--out", tmp_path / "whole") == 0
     assert "weight  0.2 of the sequences from " in capfd.readouterr().out
     assert run_here(*flags, "--steps", 2, "--no-export", "--out", tmp_path / "parts") == 0
-    assert run_here("--resume", "--steps", 4, "--data", f"{pairs[0]}:0.3", f"{pairs[1]}:0.7", "--out", tmp_path / "parts") == 2
+    assert (
+        run_here("--resume", "--steps", 4, "--data", f"{pairs[0]}:0.3", f"{pairs[1]}:0.7", "--out", tmp_path / "parts")
+        == 2
+    )
     assert "--resume: changed since the checkpoint: --data (" in capfd.readouterr().err
     assert run_here("--resume", "--steps", 4, "--export", "--out", tmp_path / "parts") == 0
     assert [m["loss"] for m in metrics(tmp_path / "parts")] == [m["loss"] for m in metrics(tmp_path / "whole")]
@@ -205,7 +278,9 @@ def test_weighted_sources_resume_where_they_stopped(saving_flags, capfd, tmp_pat
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
-@pytest.mark.parametrize("saved, held_out", [(None, ()), ("held_out.jsonl", ("held_out.jsonl",)), (["a", "b=c"], ("a", "b=c"))])
+@pytest.mark.parametrize(
+    "saved, held_out", [(None, ()), ("held_out.jsonl", ("held_out.jsonl",)), (["a", "b=c"], ("a", "b=c"))]
+)
 def test_flags_of_runs_with_one_held_out_source_are_read(tmp_path, saved, held_out):
     (tmp_path / "run.json").write_text(json.dumps({"kind": "training", "flags": {"eval_data": saved, "data": ["x"]}}))
     config = train.parse(["--resume", "--out", str(tmp_path)])
@@ -228,10 +303,11 @@ def test_resume_is_refused_where_it_would_be_another_run(call, saving, tmp_path)
     other = make_hf(tmp_path / "other", hidden_size=32)
     shorter = write_jsonl(tmp_path / "shorter.jsonl", ["0123456789" * 20])
     for changed, message in (
-            (["--model", other], "--resume: the model has changed since the checkpoint (hidden_size 64 -> 32"),
-            (["--data", shorter], "--resume: changed since the checkpoint: --data ("),
-            (["--seq-len", 64], "--seq-len (128 -> 64)"),
-            (["--dp", 4], "the sequences of a step (2 -> 4)")):
+        (["--model", other], "--resume: the model has changed since the checkpoint (hidden_size 64 -> 32"),
+        (["--data", shorter], "--resume: changed since the checkpoint: --data ("),
+        (["--seq-len", 64], "--seq-len (128 -> 64)"),
+        (["--dp", 4], "the sequences of a step (2 -> 4)"),
+    ):
         code, error = call("--resume", "--out", saving, *changed)
         assert code == 2 and message in error, error
         assert files(saving) == before

@@ -25,8 +25,24 @@ def flags(tmp_path_factory):
     directory = tmp_path_factory.mktemp("watch")
     texts = [" ".join(f"{i} x {n} is {i * n}." for n in range(30)) for i in range(1, 12)]
     data = write_jsonl(directory / "train.jsonl", texts)
-    return ("--model", make_hf(directory / "llama"), "--data", data, "--seq-len", 128, "--dp", 1,
-            "--steps", 6, "--schedule", "constant", "--learning-rate", 1e-3, "--save-every", 2)
+    return (
+        "--model",
+        make_hf(directory / "llama"),
+        "--data",
+        data,
+        "--seq-len",
+        128,
+        "--dp",
+        1,
+        "--steps",
+        6,
+        "--schedule",
+        "constant",
+        "--learning-rate",
+        1e-3,
+        "--save-every",
+        2,
+    )
 
 
 def weights(out):
@@ -92,5 +108,8 @@ def test_events_are_records_of_the_log(tmp_path):
     log.write({"step": 2, "seconds": 2.0})
     log.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert lines == [{"step": 1, "seconds": 1.0}, {"step": 3, "event": "spike", "cause": "a cause", "action": "none"},
-                     {"step": 2, "seconds": 2.0}]
+    assert lines == [
+        {"step": 1, "seconds": 1.0},
+        {"step": 3, "event": "spike", "cause": "a cause", "action": "none"},
+        {"step": 2, "seconds": 2.0},
+    ]

@@ -25,7 +25,8 @@ def config(**changes):
 def flags(**changes):
     """Change flags in run.json."""
     return lambda folder: edit("run.json", flags=json.loads((folder / "run.json").read_text())["flags"] | changes)(
-        folder)
+        folder
+    )
 
 
 def write(file: str, content: str | bytes):
@@ -103,11 +104,19 @@ FLAGS = {
     "a factor of no scaling": ("--rope-factor 2", "--rope-factor 2.0 has no meaning without --rope-scaling"),
     "a scaling by nothing": ("--rope-scaling yarn", "add --rope-factor"),
     "steps backwards": ("--profile-steps 5:3", "--profile-steps 5:3: write the first and the last step"),
-    "an unknown machine": ("--plan-only --plan-for H1000", "--plan-for H1000: no such machine", "the closest is H100-80"),
+    "an unknown machine": (
+        "--plan-only --plan-for H1000",
+        "--plan-for H1000: no such machine",
+        "the closest is H100-80",
+    ),
     "a host of nine": ("--plan-only --plan-for 9xH100", "a host has at most 8 devices"),
     "a machine without a plan": ("--plan-for H100", "--plan-for is for --plan-only"),
     "no host memory": ("--host-memory 0", "--host-memory 0.0: must be a positive number of GiB"),
-    "samples that do not divide": ("--dp 2 --samples-per-step 3", "--samples-per-step 3", "use 2, 4 or another multiple"),
+    "samples that do not divide": (
+        "--dp 2 --samples-per-step 3",
+        "--samples-per-step 3",
+        "use 2, 4 or another multiple",
+    ),
     "a date in words": ("--template-date tomorrow", "--template-date tomorrow: write a date as 2026-11-27"),
     "no name of a cache": ("--data-cache=", "--data-cache '': name a directory, or `off`"),
     "a split of a file": ("--split train", "--split says what is read of a directory", "is no directory"),
@@ -140,7 +149,10 @@ FLAGS = {
 # A change to a good model directory, and the words of the refusal.
 MODELS = {
     "no config.json": (remove("config.json"), "not a Hugging Face model directory: it has no config.json"),
-    "a directory config.json": (several(remove("config.json"), lambda m: (m / "config.json").mkdir()), "no config.json"),
+    "a directory config.json": (
+        several(remove("config.json"), lambda m: (m / "config.json").mkdir()),
+        "no config.json",
+    ),
     "no JSON in config.json": (write("config.json", "{"), "config.json is not valid JSON"),
     "bytes in config.json": (write("config.json", b"\xff\xfe"), "config.json is not valid JSON"),
     "a list in config.json": (write("config.json", "[]"), "config.json holds no JSON object"),
@@ -158,7 +170,7 @@ MODELS = {
     "a tokenizer that is a list": (write("tokenizer.json", "[]"), "the tokenizer cannot be read"),
     "settings that are no JSON": (write("tokenizer_config.json", "{"), "tokenizer_config.json is not valid JSON"),
     "settings that are a list": (write("tokenizer_config.json", "[]"), "tokenizer_config.json holds no JSON object"),
-    "an empty end token": (edit("tokenizer_config.json", eos_token=""), "eos_token is \"\", which is no token"),
+    "an empty end token": (edit("tokenizer_config.json", eos_token=""), 'eos_token is "", which is no token'),
     "a small vocabulary": (config(vocab_size=100), "outside the model's vocabulary of 100"),
 }
 
@@ -166,19 +178,29 @@ MODELS = {
 WEIGHTS = {
     "no weights": (remove("model.safetensors"), "holds no weights"),
     "half the weights": (cut("model.safetensors"), "model.safetensors is corrupt or cut short"),
-    "a pointer to weights": (write("model.safetensors", "version https://git-lfs.github.com/spec/v1\n"), "git lfs pull"),
+    "a pointer to weights": (
+        write("model.safetensors", "version https://git-lfs.github.com/spec/v1\n"),
+        "git lfs pull",
+    ),
     "pickled weights": (several(remove("model.safetensors"), write("pytorch_model.bin", "x")), "pickled files"),
     "weights of an adapter": (write("adapter_config.json", '{"base_model_name_or_path": "b"}'), "an adapter of b"),
     "an index out of the directory": (
         several(remove("model.safetensors"), write("model.safetensors.index.json", '{"weight_map": {"a": "../b"}}')),
-        "names files outside of its directory: ../b"),
+        "names files outside of its directory: ../b",
+    ),
     "an index of nothing": (
-        several(remove("model.safetensors"), write("model.safetensors.index.json", "[]")), "not a safetensors index"),
+        several(remove("model.safetensors"), write("model.safetensors.index.json", "[]")),
+        "not a safetensors index",
+    ),
     "a missing shard": (
         several(remove("model.safetensors"), write("model.safetensors.index.json", '{"weight_map": {"a": "b"}}')),
-        "names files that are not there: b"),
+        "names files that are not there: b",
+    ),
     "a tensor of another name": (header("model.extra"), "missing", "model.norm.weight", "extra", "model.extra"),
-    "integers as weights": (header("model.norm.weight", dtype="I16"), "model.norm.weight is I16; weights must be one of"),
+    "integers as weights": (
+        header("model.norm.weight", dtype="I16"),
+        "model.norm.weight is I16; weights must be one of",
+    ),
     "a tensor of another shape": (header("model.norm.weight", shape=[4, 4]), "of another shape", "[4, 4], not [16]"),
     "a tensor beyond the file": (header("model.norm.weight", data_offsets=[0, 2**40]), "is corrupt or cut short"),
 }
@@ -232,8 +254,17 @@ DATA = {
     "an empty answer": ("d.jsonl", chat(USER, ANSWER | {"content": " "}), "message 1 of the assistant is empty"),
     "a weight of two": ("d.jsonl", chat(USER, ANSWER | {"weight": 2}), "weight 2; a weight is 0"),
     "a weight of a list": ("d.jsonl", chat(USER, ANSWER | {"weight": [1]}), "weight [1]; a weight is 0"),
-    "a picture in a chat": ("d.jsonl", chat({"role": "user", "content": [{"type": "image"}]}), "part of the type 'image'"),
-    "a key nobody knows": ("d.jsonl", chat(USER, ANSWER | {"mask": 1}), "'mask' is not understood", "--ignore-fields mask"),
+    "a picture in a chat": (
+        "d.jsonl",
+        chat({"role": "user", "content": [{"type": "image"}]}),
+        "part of the type 'image'",
+    ),
+    "a key nobody knows": (
+        "d.jsonl",
+        chat(USER, ANSWER | {"mask": 1}),
+        "'mask' is not understood",
+        "--ignore-fields mask",
+    ),
     "arguments in a list": ("d.jsonl", chat(USER, CALL), "the arguments of f are an object"),
     "tools without a name": ("d.jsonl", chat(USER, ANSWER, tools=[{}]), "each of the 'tools' is a JSON schema"),
     "tools that are not written": ("d.jsonl", chat(USER, ANSWER, tools=[{"name": "f"}]), "does not write the tools"),

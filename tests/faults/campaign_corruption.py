@@ -44,16 +44,28 @@ def campaign(cases: tyro.conf.Positional[int] = 100, results: pathlib.Path | Non
             run_dir = shutil.copytree(intact, pathlib.Path(folder) / "run")
             kind, name = damage(run_dir, random.Random(number))
             found = refusals(run_dir)
-            names = [part for part, words in found.items() if pathlib.PurePath(name).name in words or "other name" in words]
-            lines.append({"case": number, "kind": kind, "file": name, "refused_by": sorted(found), "named_by": sorted(names),
-                          "refused": "verify" in found and len(found) > 1})
+            names = [
+                part for part, words in found.items() if pathlib.PurePath(name).name in words or "other name" in words
+            ]
+            lines.append(
+                {
+                    "case": number,
+                    "kind": kind,
+                    "file": name,
+                    "refused_by": sorted(found),
+                    "named_by": sorted(names),
+                    "refused": "verify" in found and len(found) > 1,
+                }
+            )
             if results:
                 with results.open("a") as stream:
                     stream.write(json.dumps(lines[-1]) + "\n")
             print(json.dumps(lines[-1]), flush=True)
             shutil.rmtree(run_dir)
     missed = [line for line in lines if not line["refused"]]
-    print(f"{len(lines) - len(missed)} of {len(lines)} refused, {sum(bool(line['named_by']) for line in lines)} by the file's name")
+    print(
+        f"{len(lines) - len(missed)} of {len(lines)} refused, {sum(bool(line['named_by']) for line in lines)} by the file's name"
+    )
     return 1 if missed else 0
 
 
@@ -67,7 +79,12 @@ def make_run(run_dir: pathlib.Path) -> pathlib.Path:
     rng = np.random.default_rng(0)
     for step in (2, 4):
         tree = {f"a{i}": {"kernel": jnp.asarray(rng.normal(size=(3, 50, 40)), jnp.float32)} for i in range(4)}
-        checkpoints.save(step, tree, {"mu": tree, "count": jnp.int32(step)}, {"step": step, "geometry": {"rows": 2}, "data": {"at": step}})
+        checkpoints.save(
+            step,
+            tree,
+            {"mu": tree, "count": jnp.int32(step)},
+            {"step": step, "geometry": {"rows": 2}, "data": {"at": step}},
+        )
     checkpoints.close()
     hf = run_dir / "hf"
     hf.mkdir()
@@ -79,7 +96,9 @@ def make_run(run_dir: pathlib.Path) -> pathlib.Path:
 def damage(run_dir: pathlib.Path, rng: random.Random) -> tuple[str, str]:
     """(kind, file) of what was done to the newest checkpoint, the run's own files or the export."""
     top = run_dir / "checkpoints" / "4"
-    files = [f for f in sorted(top.rglob("*")) if f.is_file() and f.name not in checksums.LATE or f.parent.parent == top]
+    files = [
+        f for f in sorted(top.rglob("*")) if f.is_file() and f.name not in checksums.LATE or f.parent.parent == top
+    ]
     files = [f for f in files if f.is_file() and f.stat().st_size]
     files += [run_dir / "run.json", *sorted((run_dir / "model").iterdir()), *sorted((run_dir / "hf").iterdir())]
     file, kind = rng.choice(files), rng.choice(KINDS)
@@ -123,9 +142,13 @@ def refusals(run_dir: pathlib.Path) -> dict[str, str]:
                 array.read().result()
 
     readers = {
-        "loop": lambda: checkpoints.restore_loop(4), "run files": lambda: checkpoints.check_run_files(4),
-        "params": lambda: restore("params"), "optimizer": lambda: restore("optimizer"),
-        "export": lambda: checksums.verify_weights(run_dir / "hf") or find_tensors(run_dir / "hf"), "verify": lambda: verify(run_dir)}
+        "loop": lambda: checkpoints.restore_loop(4),
+        "run files": lambda: checkpoints.check_run_files(4),
+        "params": lambda: restore("params"),
+        "optimizer": lambda: restore("optimizer"),
+        "export": lambda: checksums.verify_weights(run_dir / "hf") or find_tensors(run_dir / "hf"),
+        "verify": lambda: verify(run_dir),
+    }
     found = {}
     for name, read in readers.items():
         try:

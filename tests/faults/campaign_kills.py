@@ -29,13 +29,28 @@ from tests.faults.kills import Kill
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 5
-MOST = {"starting": 8, "loading": 24, "resuming": 40, "caching": 12, "stepping": 2 * STEPS, "logging": 2 * STEPS,
-        "saving": 60, "committing": 25, "rotating": 100, "exporting": 50}  # calls, about: a later number is never reached
+MOST = {
+    "starting": 8,
+    "loading": 24,
+    "resuming": 40,
+    "caching": 12,
+    "stepping": 2 * STEPS,
+    "logging": 2 * STEPS,
+    "saving": 60,
+    "committing": 25,
+    "rotating": 100,
+    "exporting": 50,
+}  # calls, about: a later number is never reached
 COMPARED = ("step", "loss", "grad_norm", "learning_rate", "labels")
 
 
-def campaign(kills_wanted: tyro.conf.Positional[int] = 200, results: pathlib.Path | None = None, first: int = 0,
-             seconds: float = float("inf"), stages: tuple[str, ...] = ()) -> int:
+def campaign(
+    kills_wanted: tyro.conf.Positional[int] = 200,
+    results: pathlib.Path | None = None,
+    first: int = 0,
+    seconds: float = float("inf"),
+    stages: tuple[str, ...] = (),
+) -> int:
     """Add trials to the results until they hold this many kills. seconds: begin no trial after so many. stages: kill
     there alone, one trial each, in this order; STAGE:NUMBER names the call. Exit code 1 if a run was lost or a bit
     differs."""
@@ -54,7 +69,9 @@ class Bench:
 
     def __init__(self, folder: pathlib.Path):
         self.folder, self.log = folder, folder / "log.txt"
-        self.commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+        self.commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+        ).stdout
         made = subprocess.run([sys.executable, "-c", MAKE_MODEL, str(folder)], cwd=ROOT, capture_output=True, text=True)
         if made.returncode:
             raise RuntimeError(made.stderr)
@@ -68,9 +85,11 @@ class Bench:
         self.expected = outcome(self.reference)
 
     def flags(self, out: pathlib.Path) -> list[str]:
-        return [*f"--model {self.folder}/model --data {self.folder}/data.jsonl --seq-len 64 --dp 2 --simulate-devices 2 "
-                f"--steps {STEPS} --save-every 1 --keep-checkpoints 2 --learning-rate 1e-3 "
-                f"--data-cache {out}-cache --out {out}".split()]
+        return [
+            *f"--model {self.folder}/model --data {self.folder}/data.jsonl --seq-len 64 --dp 2 --simulate-devices 2 "
+            f"--steps {STEPS} --save-every 1 --keep-checkpoints 2 --learning-rate 1e-3 "
+            f"--data-cache {out}-cache --out {out}".split()
+        ]
 
     def trial(self, number: int, stage: str | None = None) -> dict:
         """Kill a run, let it go on, compare. stage: the only one."""
@@ -88,8 +107,13 @@ class Bench:
         for _ in range(2):
             if codes[-1] in (0, -9):
                 codes.append(self._go(out, None)[0])
-        line = {"trial": number, "commit": self.commit.strip(), "date": f"{datetime.date.today()}", "kills": killed,
-                "exit_codes": codes}
+        line = {
+            "trial": number,
+            "commit": self.commit.strip(),
+            "date": f"{datetime.date.today()}",
+            "kills": killed,
+            "exit_codes": codes,
+        }
         try:
             line["same"] = codes[-1] == 0 and outcome(out) == self.expected
         except (OSError, ValueError, KeyError) as error:
@@ -135,10 +159,18 @@ def _outcome(out: pathlib.Path) -> dict:
         verified = verify(out)
     checkpoints = Checkpoints(out)
     steps, digest = checkpoints.steps(), lambda content: hashlib.sha256(content).hexdigest()
-    arrays = {f"{item}.{'.'.join(name)}": digest(array.read().result().tobytes()) for item in ("params", "optimizer")
-              for name, array in checkpoints._open(steps[-1], item).items()}
-    return {"metrics": [[line[name] for name in COMPARED] for line in lines if "event" not in line], "verified": verified, "steps": steps,
-            "arrays": arrays, "export": digest((out / "hf" / "model.safetensors").read_bytes())}
+    arrays = {
+        f"{item}.{'.'.join(name)}": digest(array.read().result().tobytes())
+        for item in ("params", "optimizer")
+        for name, array in checkpoints._open(steps[-1], item).items()
+    }
+    return {
+        "metrics": [[line[name] for name in COMPARED] for line in lines if "event" not in line],
+        "verified": verified,
+        "steps": steps,
+        "arrays": arrays,
+        "export": digest((out / "hf" / "model.safetensors").read_bytes()),
+    }
 
 
 MAKE_MODEL = """
@@ -165,5 +197,7 @@ if __name__ == "__main__":
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
     os.environ["JAX_PLATFORMS"] = "cpu"
     # XLA ends a process whose simulated devices do not meet within 40 s, as on a machine with much other work.
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_collective_call_terminate_timeout_seconds=600"
+    os.environ["XLA_FLAGS"] = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_collective_call_terminate_timeout_seconds=600"
+    )
     sys.exit(tyro.cli(campaign))

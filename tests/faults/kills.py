@@ -48,10 +48,18 @@ def stages() -> dict[str, list[tuple[Any, str]]]:
         "stepping": [(trainer, "optimizer_step")],
         "logging": [(MetricsLog, "write")],
         "saving": [(orbax_limits.CopyWhenWritten, "key_priority"), (orbax_limits.Pieces, "to_fragments")],
-        "committing": [(checksums, "hash_files"), (checksums, "write_record"),
-                       (orbax_path.atomicity.AtomicRenameTemporaryPath, "finalize")],
+        "committing": [
+            (checksums, "hash_files"),
+            (checksums, "write_record"),
+            (orbax_path.atomicity.AtomicRenameTemporaryPath, "finalize"),
+        ],
         "rotating": [(os, "unlink")],
-        "exporting": [(hf_weights, "_tensor"), (run_state, "record_dtype"), (checksums, "seal_weights"), (run_state, "save_params")],
+        "exporting": [
+            (hf_weights, "_tensor"),
+            (run_state, "record_dtype"),
+            (checksums, "seal_weights"),
+            (run_state, "save_params"),
+        ],
     }
 
 
@@ -82,6 +90,7 @@ def plant(kill: Kill) -> None:
             if left[0] == 0:
                 end()
             return result
+
         return call
 
     for owner, name in stages()[kill.stage]:

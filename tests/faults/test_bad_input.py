@@ -28,7 +28,9 @@ def test_there_are_cases_of_60_kinds():
 
 def test_the_files_that_cases_change_are_good(good, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(environment, "prepare", lambda *_, **__: None)
-    monkeypatch.setattr(sys, "argv", ["train.py", "--model", str(good["model"]), "--data", str(good["data"]), "--show-samples", "1"])
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", "--model", str(good["model"]), "--data", str(good["data"]), "--show-samples", "1"]
+    )
     assert train.main() == 0 and "tokens, " in capfd.readouterr().out
 
 
@@ -45,8 +47,19 @@ def good(tmp_path_factory):
 def arguments_of(table: str, case: tuple, good: dict, folder: pathlib.Path) -> tuple[list, dict]:
     """(the command and its arguments, the names of places in them) of a case, whose files are made in `folder`."""
     places = good | {"out": folder / "out"}
-    train_on = lambda model, data: ["train", "--model", model, "--data", data, "--seq-len", 128, "--dp", 1,
-                                    "--out", places["out"]]
+    train_on = lambda model, data: [
+        "train",
+        "--model",
+        model,
+        "--data",
+        data,
+        "--seq-len",
+        128,
+        "--dp",
+        1,
+        "--out",
+        places["out"],
+    ]
     if table in ("model", "weights"):
         model = shutil.copytree(good["model"], folder / "model")
         case[0](model)
@@ -60,8 +73,19 @@ def arguments_of(table: str, case: tuple, good: dict, folder: pathlib.Path) -> t
         shutil.copytree(good["run"], folder / "run")
         case[0](folder / "run")
         more = case[1].format(**places).split()
-        return ["train", "--resume", "--out", folder / "run", "--data", good["data"], "--steps", 3,
-                "--dp", 1, *more], places
+        return [
+            "train",
+            "--resume",
+            "--out",
+            folder / "run",
+            "--data",
+            good["data"],
+            "--steps",
+            3,
+            "--dp",
+            1,
+            *more,
+        ], places
     if table == "convert":
         return [case[0], *case[1].format(**places).split()], places
     if "{large}" in case[0]:
@@ -70,12 +94,19 @@ def arguments_of(table: str, case: tuple, good: dict, folder: pathlib.Path) -> t
     return [*train_on(good["model"], good["data"]), *case[0].format(**places).split()], places
 
 
-@pytest.mark.parametrize("table, case", [
-    pytest.param(table, case, id=f"{table}: {name}") for table, cases in TABLES.items() for name, case in cases.items()])
+@pytest.mark.parametrize(
+    "table, case",
+    [
+        pytest.param(table, case, id=f"{table}: {name}")
+        for table, cases in TABLES.items()
+        for name, case in cases.items()
+    ],
+)
 def test_refused(table, case, good, tmp_path, monkeypatch, capfd):
     (command, *given), places = arguments_of(table, case, good, tmp_path)
-    content = lambda: {p: p.read_bytes() if p.is_file() else None
-                       for top in (tmp_path, good["model"].parent) for p in top.rglob("*")}
+    content = lambda: {
+        p: p.read_bytes() if p.is_file() else None for top in (tmp_path, good["model"].parent) for p in top.rglob("*")
+    }
     before = content()
     monkeypatch.setattr(environment, "prepare", lambda *_, **__: None)
     monkeypatch.setattr(sys, "argv", [f"{command}.py", *map(str, given)])
@@ -84,6 +115,6 @@ def test_refused(table, case, good, tmp_path, monkeypatch, capfd):
     lines = error.strip().splitlines()
     assert code == 2 and "Traceback" not in error
     assert [line.startswith("error: ") for line in lines].count(True) == 1 and lines[-1].startswith("error: "), error
-    for words in case[{"train": 1, "model": 1, "weights": 1}.get(table, 2):]:
+    for words in case[{"train": 1, "model": 1, "weights": 1}.get(table, 2) :]:
         assert words.format(**places) in lines[-1]
     assert content() == before

@@ -77,23 +77,49 @@ def test_intact_files_are_read_and_verified(run_dir, capsys):
 
 DAMAGES = {
     "flipped in weights": (lambda run: flip(data_file(run, "params")), r"params/\S+ has other content"),
-    "flipped in the optimizer": (lambda run: flip(data_file(run, "optimizer"), 0.3, 7), r"optimizer/\S+ has other content"),
-    "flipped in the loop": (lambda run: flip(run / "checkpoints/4/loop/metadata", 0.6), "loop/metadata has other content"),
-    "cut short": (lambda run: os.truncate(f := data_file(run, "params"), f.stat().st_size - 1), "bytes and was written with"),
+    "flipped in the optimizer": (
+        lambda run: flip(data_file(run, "optimizer"), 0.3, 7),
+        r"optimizer/\S+ has other content",
+    ),
+    "flipped in the loop": (
+        lambda run: flip(run / "checkpoints/4/loop/metadata", 0.6),
+        "loop/metadata has other content",
+    ),
+    "cut short": (
+        lambda run: os.truncate(f := data_file(run, "params"), f.stat().st_size - 1),
+        "bytes and was written with",
+    ),
     "longer": (lambda run: data_file(run, "params").open("ab").write(b"\0"), "bytes and was written with"),
     "missing": (lambda run: (run / "checkpoints/4/params/_METADATA").unlink(), "params/_METADATA is missing"),
-    "of another step": (lambda run: shutil.copy(data_file(run, "params", 2), data_file(run, "params")), r"params/\S+ has "),
-    "an item of another step": (lambda run: shutil.copytree(
-        run / "checkpoints/2/optimizer", run / "checkpoints/4/optimizer", dirs_exist_ok=True), "optimizer/"),
-    "a file too many": (lambda run: (run / "checkpoints/4/params/d").mkdir(exist_ok=True)
-                        or (run / "checkpoints/4/params/d/stale").touch(), "params/d/stale is not one of its files"),
-    "another step's folder": (lambda run: shutil.rmtree(run / "checkpoints/4") or shutil.copytree(
-        run / "checkpoints/2", run / "checkpoints/4"), "it is step 2, under another name"),
+    "of another step": (
+        lambda run: shutil.copy(data_file(run, "params", 2), data_file(run, "params")),
+        r"params/\S+ has ",
+    ),
+    "an item of another step": (
+        lambda run: shutil.copytree(
+            run / "checkpoints/2/optimizer", run / "checkpoints/4/optimizer", dirs_exist_ok=True
+        ),
+        "optimizer/",
+    ),
+    "a file too many": (
+        lambda run: (
+            (run / "checkpoints/4/params/d").mkdir(exist_ok=True) or (run / "checkpoints/4/params/d/stale").touch()
+        ),
+        "params/d/stale is not one of its files",
+    ),
+    "another step's folder": (
+        lambda run: (
+            shutil.rmtree(run / "checkpoints/4") or shutil.copytree(run / "checkpoints/2", run / "checkpoints/4")
+        ),
+        "it is step 2, under another name",
+    ),
     "no checksums": (lambda run: (run / "checkpoints/4/checksums.json").unlink(), "checksums.json is missing"),
     "checksums changed": (lambda run: flip(run / "checkpoints/4/checksums.json"), "checksums.json is damaged"),
     "checksums cut": (lambda run: os.truncate(run / "checkpoints/4/checksums.json", 50), "checksums.json is damaged"),
-    "the model's config": (lambda run: (run / "model/config.json").write_text('{"rope_theta": 500001}'),
-                           "model/config.json has other content than was written, since .*--accept"),
+    "the model's config": (
+        lambda run: (run / "model/config.json").write_text('{"rope_theta": 500001}'),
+        "model/config.json has other content than was written, since .*--accept",
+    ),
     "the run's flags": (lambda run: flip(run / "run.json"), "run.json has other content"),
 }
 
@@ -110,10 +136,15 @@ def test_what_was_not_written_is_refused(run_dir, damage, message):
 def test_the_command_names_the_file_and_the_newest_checkpoint_that_is_whole(run_dir):
     file = data_file(run_dir, "params")
     flip(file)
-    done = subprocess.run([sys.executable, "-m", "convert.verify", str(run_dir)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "convert.verify", str(run_dir)], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 2
     assert f"{run_dir}/checkpoints/2: verified" in done.stdout and f"{run_dir}/checkpoints/4: DAMAGED" in done.stdout
-    assert f"error: {run_dir}/checkpoints/4: {file.relative_to(run_dir / 'checkpoints/4')} has other content" in done.stderr
+    assert (
+        f"error: {run_dir}/checkpoints/4: {file.relative_to(run_dir / 'checkpoints/4')} has other content"
+        in done.stderr
+    )
     assert "step 2 was verified. To go on from it: mv " in done.stderr and "Traceback" not in done.stderr
 
 

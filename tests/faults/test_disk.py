@@ -37,8 +37,10 @@ def refused(run_dir, change, caplog) -> str:
         checkpoints.save(2, weights(500_000), None, {"step": 2})
     checkpoints.close()
     assert [p.name for p in (run_dir / "checkpoints").iterdir() if p.name != "1"] == []
-    assert f"Step 1 is saved in {run_dir}/checkpoints; go on from it with: python train.py --resume --out {run_dir}" in str(
-        error.value)
+    assert (
+        f"Step 1 is saved in {run_dir}/checkpoints; go on from it with: python train.py --resume --out {run_dir}"
+        in str(error.value)
+    )
     assert verify(run_dir) == 0
     assert not caplog.records  # orbax's threads log tracebacks
     return str(error.value)
@@ -96,11 +98,18 @@ def test_a_read_only_disk(small):
         remount("rw")
 
 
-@pytest.mark.parametrize("number, words", [
-    (errno.ENOSPC, "/data/x.txt: No space left on device; free space there"),
-    (errno.EROFS, "Read-only file system; make it writable"), (errno.EACCES, "Permission denied; give this user the right"),
-    (errno.ESTALE, "Stale file handle; mount the network file system again"), (errno.EIO, "Input/output error; check the disk"),
-    (errno.ENOENT, "/data/x.txt: No such file or directory; put it back"), (errno.EDQUOT, "free space of your quota there")])
+@pytest.mark.parametrize(
+    "number, words",
+    [
+        (errno.ENOSPC, "/data/x.txt: No space left on device; free space there"),
+        (errno.EROFS, "Read-only file system; make it writable"),
+        (errno.EACCES, "Permission denied; give this user the right"),
+        (errno.ESTALE, "Stale file handle; mount the network file system again"),
+        (errno.EIO, "Input/output error; check the disk"),
+        (errno.ENOENT, "/data/x.txt: No such file or directory; put it back"),
+        (errno.EDQUOT, "free space of your quota there"),
+    ],
+)
 def test_train_py_ends_with_one_line(monkeypatch, capsys, tmp_path, number, words):
     def fails(config):
         raise OSError(number, os.strerror(number), "/data/x.txt")
@@ -108,11 +117,15 @@ def test_train_py_ends_with_one_line(monkeypatch, capsys, tmp_path, number, word
     (tmp_path / "checkpoints" / "7").mkdir(parents=True)
     monkeypatch.setattr(train, "run", fails)
     monkeypatch.setattr(train.environment, "prepare", lambda *_: None)
-    monkeypatch.setattr(sys, "argv", ["train.py", "--model", "m", "--data", "d", "--seq-len", "8", "--out", str(tmp_path)])
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", "--model", "m", "--data", "d", "--seq-len", "8", "--out", str(tmp_path)]
+    )
     assert train.main() == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ") and words in line
-    assert line.endswith(f"Step 7 is saved in {tmp_path}/checkpoints; go on from it with: python train.py --resume --out {tmp_path}")
+    assert line.endswith(
+        f"Step 7 is saved in {tmp_path}/checkpoints; go on from it with: python train.py --resume --out {tmp_path}"
+    )
 
 
 def test_the_errors_of_others_are_found():

@@ -26,7 +26,9 @@ def run_dir(tmp_path_factory):
     job = Job(TINY, step.profile, 2, 64, 2, 2, 1, "float32", "float32")
     run_directory.write_run_file(run_dir, "training", {"flags": {"learning_rate": 1.0}})
     checkpoints = Checkpoints(run_dir)
-    checkpoints.about = setup.about_run(config, step, job, run_state.geometry(config, job, np.dtype("float32"), "0a1b"), None)
+    checkpoints.about = setup.about_run(
+        config, step, job, run_state.geometry(config, job, np.dtype("float32"), "0a1b"), None
+    )
     for number in (1, 2):
         checkpoints.save(number, {"a": np.zeros(4, np.float32)}, None, {"step": number})
     checkpoints.close()
@@ -42,7 +44,9 @@ def test_all_of_it_is_printed(run_dir, capsys, monkeypatch):
     assert f"jax {jax.__version__}, " in line("versions") and "transformers 5." in line("versions")
     assert "4 x cpu, dp 2 x sp 2" in line("devices") and "cores" in line("host")
     assert about.git_revision() in line("program")
-    assert "rows 2, length 64, grad_accum 1" in line("shapes") and "data 0a1b, seed 0, samples_per_step 2" in line("settings")
+    assert "rows 2, length 64, grad_accum 1" in line("shapes") and "data 0a1b, seed 0, samples_per_step 2" in line(
+        "settings"
+    )
     assert "remat False" in line("profile") and line("plan").startswith("plan      none: the flags alone")
     assert line("  attention").split() == ["attention", "xla", "(the", "only", "one", "without", "a", "GPU)"]
     assert "  --learning-rate 0.0003" in lines and "  --beta1 0.9  (default)" in lines and "  --data d.jsonl" in lines
@@ -51,8 +55,19 @@ def test_all_of_it_is_printed(run_dir, capsys, monkeypatch):
 def test_every_flag_is_there(run_dir):
     record = json.loads((run_dir / "checkpoints/2/about.json").read_text())
     assert record["flags"].keys() == vars(TrainConfig()).keys()
-    assert record["settings"].keys() == {"data", "seed", "samples_per_step", "seq_len", "dtype", "optimizer_states",
-                                         "master_weights", "freeze", "rope_scaling", "rope_factor", "rope_theta"}
+    assert record["settings"].keys() == {
+        "data",
+        "seed",
+        "samples_per_step",
+        "seq_len",
+        "dtype",
+        "optimizer_states",
+        "master_weights",
+        "freeze",
+        "rope_scaling",
+        "rope_factor",
+        "rope_theta",
+    }
 
 
 def test_it_is_covered_by_the_checksums(run_dir):
@@ -79,8 +94,12 @@ def test_older_runs_show_what_they_have(tmp_path):
 
 def test_the_revision_says_whether_files_were_changed(tmp_path):
     assert about.git_revision(tmp_path) is None
-    git = lambda *words: subprocess.run(["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", *words], check=True,
-                                        capture_output=True, text=True).stdout.strip()
+    git = lambda *words: subprocess.run(
+        ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", *words],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
     git("init", "-q")
     (tmp_path / "a.py").write_text("1")
     git("add", "a.py")

@@ -18,7 +18,16 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 def campaign(tmp_path, *stages: str) -> list[dict]:
     """The trials of a campaign with a kill at each of the stages."""
-    command = [sys.executable, "-m", "tests.faults.campaign_kills", "999", "--results", str(tmp_path / "r"), "--stages", *stages]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.faults.campaign_kills",
+        "999",
+        "--results",
+        str(tmp_path / "r"),
+        "--stages",
+        *stages,
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
     assert done.returncode == 0, done.stdout + done.stderr
     return [json.loads(line) for line in (tmp_path / "r").read_text().splitlines()]
@@ -35,11 +44,32 @@ def test_killed_between_the_last_byte_and_the_final_name(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_killed_at_each_stage(tmp_path):
-    lines = campaign(tmp_path, "starting:2", "loading:3", "caching:3", "stepping:5", "logging:4", "saving:9", "committing:10",
-                     "rotating:5", "exporting:7")
-    assert [line["kills"] for line in lines] == [[kill.replace(":", " ")] for kill in (
-        "starting:2", "loading:3", "caching:3", "stepping:5", "logging:4", "saving:9", "committing:10", "rotating:5",
-        "exporting:7")]
+    lines = campaign(
+        tmp_path,
+        "starting:2",
+        "loading:3",
+        "caching:3",
+        "stepping:5",
+        "logging:4",
+        "saving:9",
+        "committing:10",
+        "rotating:5",
+        "exporting:7",
+    )
+    assert [line["kills"] for line in lines] == [
+        [kill.replace(":", " ")]
+        for kill in (
+            "starting:2",
+            "loading:3",
+            "caching:3",
+            "stepping:5",
+            "logging:4",
+            "saving:9",
+            "committing:10",
+            "rotating:5",
+            "exporting:7",
+        )
+    ]
     assert all(line["same"] for line in lines)
 
 

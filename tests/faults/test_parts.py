@@ -33,7 +33,11 @@ def test_a_step_holds_each_part_and_nothing_else(run_dir):
     assert names == {"params", "optimizer", "loop", "about.json", "checksums.json"} == {p.name for p in parts.PARTS}
     assert parts.present(folder) == list(parts.PARTS) and parts.missing(folder) == []
     assert Checkpoints(run_dir).restore_run(3) == {
-        "step": 3, "data": {"next_index": 5}, "seed": 7, "geometry": {"seq_len": 64}}
+        "step": 3,
+        "data": {"next_index": 5},
+        "seed": 7,
+        "geometry": {"seq_len": 64},
+    }
 
 
 @pytest.mark.parametrize("name", ["step", "data", "geometry"])
@@ -47,8 +51,9 @@ def test_each_field_that_a_resume_needs_is_asked_for(tmp_path, name):
         checkpoints.restore_run(3)
 
 
-@pytest.mark.parametrize("gone, message", [
-    ("params", "params not found"), ("loop", "loop not found"), ("optimizer", None)])
+@pytest.mark.parametrize(
+    "gone, message", [("params", "params not found"), ("loop", "loop not found"), ("optimizer", None)]
+)
 def test_a_checkpoint_without_checksums_lacks_a_needed_part(run_dir, gone, message, capsys):
     """As runs wrote them before there were checksums. A conversion has no optimizer."""
     folder = run_dir / "checkpoints" / "3"
@@ -67,4 +72,5 @@ def test_a_checkpoint_without_checksums_lacks_a_needed_part(run_dir, gone, messa
 def test_the_parts_are_explained(run_dir):
     (run_dir / "checkpoints/3/about.json").unlink()
     assert "holds     params: weights; optimizer: moments, master weights, count of updates; loop: step, position" in (
-        explain(str(run_dir)))
+        explain(str(run_dir))
+    )

@@ -58,8 +58,10 @@ def test_remains_that_cannot_be_removed_are_a_warning(run_dir, monkeypatch, caps
     monkeypatch.setattr(shutil, "rmtree", refuse)
     checkpoints.remove_remains()
     lines = capsys.readouterr().err.splitlines()
-    assert [f"checkpoints/{step}, older than --keep-checkpoints 1, cannot be deleted: " in line
-            for step, line in zip((1, 2), lines, strict=True)] == [True, True]
+    assert [
+        f"checkpoints/{step}, older than --keep-checkpoints 1, cannot be deleted: " in line
+        for step, line in zip((1, 2), lines, strict=True)
+    ] == [True, True]
     assert all("Permission denied; give this user the right to it" in line for line in lines)
     assert steps_on_disk(run_dir) == [1, 2, 3]
 
@@ -67,8 +69,11 @@ def test_remains_that_cannot_be_removed_are_a_warning(run_dir, monkeypatch, caps
 def test_a_rotation_that_fails_is_an_error_that_names_the_saved_step(run_dir, monkeypatch):
     checkpoints = Checkpoints(run_dir, 1)
     monkeypatch.setattr("orbax.checkpoint._src.path.deleter.PathDeleter.delete", refuse)
-    with pytest.raises(UserError, match="^the checkpoint of step 4 is saved, and an older one cannot be deleted: .*"
-                                        "Permission denied; .*Step 4 is saved in"):
+    with pytest.raises(
+        UserError,
+        match="^the checkpoint of step 4 is saved, and an older one cannot be deleted: .*"
+        "Permission denied; .*Step 4 is saved in",
+    ):
         checkpoints.save(4, WEIGHTS, None, {"step": 4})
     monkeypatch.undo()
     assert Checkpoints(run_dir).restore_loop(4) == {"step": 4}
@@ -134,7 +139,8 @@ def test_an_out_of_memory_knows_what_auto_chose():
         "out of memory: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes. The step ran with --offload-weights "
         "--offload-optimizer --segment-layers 2 --head-chunks 4 --optimizer-states int8 (--memory auto keeps what is "
         "typed). These need less: --offload-activations, a larger --sp, or a shorter --seq-len. Checkpoints saved "
-        "before are complete; go on from them with --resume")
+        "before are complete; go on from them with --resume"
+    )
     by_hand = train.out_of_memory(TrainConfig(memory="manual"), "RESOURCE_EXHAUSTED: no")
     assert "The step ran" not in by_hand and "--offload-optimizer, --offload-activations, --offload-weights" in by_hand
     with pytest.raises(RuntimeError, match="other"), train.naming_the_profile(TrainConfig(), job):

@@ -20,7 +20,9 @@ JOB = Job(TINY, Profile(), 4, 64, 2, 1, 2, "float32", "float32")
 
 
 def settings(dtype="bfloat16", data="0a", job=None, **flags):
-    return run_state.geometry(dataclasses.replace(CONFIG, **flags), dataclasses.replace(JOB, **(job or {})), np.dtype(dtype), data)
+    return run_state.geometry(
+        dataclasses.replace(CONFIG, **flags), dataclasses.replace(JOB, **(job or {})), np.dtype(dtype), data
+    )
 
 
 # What a resumed run compares -> (the change, the words of the refusal).
@@ -44,7 +46,9 @@ def test_each_setting_is_compared(field):
     change, message = COMPARED[field]
     saved = settings()
     check_geometry(saved, settings())
-    with pytest.raises(UserError, match=f"^--resume: changed since the checkpoint: {message}. The position in the data"):
+    with pytest.raises(
+        UserError, match=f"^--resume: changed since the checkpoint: {message}. The position in the data"
+    ):
         check_geometry(saved, settings(**change))
 
 
@@ -63,5 +67,7 @@ def test_each_field_of_the_model_is_compared(field):
     for each in dataclasses.fields(ModelConfig):
         object.__setattr__(changed, each.name, other if each.name == field else getattr(TINY, each.name))
     check_same_model(TINY, TINY)
-    with pytest.raises(UserError, match=rf"^--resume: the model has changed since the checkpoint \({field} [^;]*\); start"):
+    with pytest.raises(
+        UserError, match=rf"^--resume: the model has changed since the checkpoint \({field} [^;]*\); start"
+    ):
         check_same_model(TINY, changed)

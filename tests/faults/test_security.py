@@ -37,10 +37,16 @@ ESCAPES = {
 @pytest.mark.parametrize("escape", ESCAPES)
 def test_templates_stay_in_their_sandbox(escape, marked, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    template = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}" + ESCAPES[escape], {}, datetime.datetime.now())
+    template = ChatTemplate(
+        "{% for m in messages %}{{ m.content }}{% endfor %}" + ESCAPES[escape], {}, datetime.datetime.now()
+    )
     program = template._marked if marked else template._plain
-    names = dict(messages=[dict(m) for m in CHAT], strftime_now=datetime.datetime.now().strftime,
-                 alst_turn=lambda *_: "", alst_end=lambda *_: "")
+    names = dict(
+        messages=[dict(m) for m in CHAT],
+        strftime_now=datetime.datetime.now().strftime,
+        alst_turn=lambda *_: "",
+        alst_end=lambda *_: "",
+    )
     try:
         text = program.render(names)
     except (jinja2.exceptions.SecurityError, jinja2.exceptions.UndefinedError):
@@ -48,17 +54,23 @@ def test_templates_stay_in_their_sandbox(escape, marked, tmp_path, monkeypatch):
     assert "class" not in text and "__" not in text and "function" not in text
     assert not list(tmp_path.iterdir())
     assert type(program.environment).__mro__[1].__name__ == "ImmutableSandboxedEnvironment" or isinstance(
-        program.environment, jinja2.sandbox.ImmutableSandboxedEnvironment)
+        program.environment, jinja2.sandbox.ImmutableSandboxedEnvironment
+    )
 
 
 def test_code_beside_a_tokenizer_or_a_model_is_not_run(tmp_path, monkeypatch):
     byte_tokenizer().save_pretrained(tmp_path)
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass T: pass\n")
     settings = tmp_path / "tokenizer_config.json"
-    settings.write_text(json.dumps(json.loads(settings.read_text()) | {
-        "tokenizer_class": "EvilTokenizer", "auto_map": {"AutoTokenizer": ["evil.T", "evil.T"]}}))
-    (tmp_path / "config.json").write_text(json.dumps(hf_config_dict(TINY) | {
-        "auto_map": {"AutoConfig": "evil.T", "AutoModelForCausalLM": "evil.T"}}))
+    settings.write_text(
+        json.dumps(
+            json.loads(settings.read_text())
+            | {"tokenizer_class": "EvilTokenizer", "auto_map": {"AutoTokenizer": ["evil.T", "evil.T"]}}
+        )
+    )
+    (tmp_path / "config.json").write_text(
+        json.dumps(hf_config_dict(TINY) | {"auto_map": {"AutoConfig": "evil.T", "AutoModelForCausalLM": "evil.T"}})
+    )
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run remote code"))
     try:
         load_tokenizer(tmp_path)
@@ -88,14 +100,32 @@ def test_no_program_of_ours_reads_pickles_or_evaluates_text():
     """json, safetensors, zarr and the sandbox are the only readers."""
     root = pathlib.Path(__file__).parents[2]
     sources = [root / "train.py", *(root / "alst_jax").rglob("*.py"), *(root / "convert").rglob("*.py")]
-    for word in ("pickle.load", "import pickle", "torch.load", "eval(", "exec(", "allow_pickle=True", "trust_remote_code=True",
-                 "yaml.load", "shell=True", "os.system"):
-        users = [str(file) for file in sources if any(
-            word in line and f"_{word}" not in line and f".{word}" not in line for line in file.read_text().splitlines())]
+    for word in (
+        "pickle.load",
+        "import pickle",
+        "torch.load",
+        "eval(",
+        "exec(",
+        "allow_pickle=True",
+        "trust_remote_code=True",
+        "yaml.load",
+        "shell=True",
+        "os.system",
+    ):
+        users = [
+            str(file)
+            for file in sources
+            if any(
+                word in line and f"_{word}" not in line and f".{word}" not in line
+                for line in file.read_text().splitlines()
+            )
+        ]
         assert not users, (word, users)
 
 
-@pytest.mark.parametrize("name", ["../w.safetensors", "/etc/w.safetensors", "sub/w.safetensors", "sub/../../w.safetensors", ".."])
+@pytest.mark.parametrize(
+    "name", ["../w.safetensors", "/etc/w.safetensors", "sub/w.safetensors", "sub/../../w.safetensors", ".."]
+)
 def test_an_index_cannot_leave_its_directory(name, tmp_path):
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
     with pytest.raises(UserError, match="names files outside of its directory|names files that are not there: \\.\\."):
@@ -121,7 +151,9 @@ def test_a_checkpoint_with_arrays_of_absurd_shape_is_refused_before_they_are_all
     huge.shape = (2**50,)
     monkeypatch.setattr(Checkpoints, "open_params", lambda *_: iter(opened.items()))
     monkeypatch.setattr(type(huge), "__getitem__", lambda *_: pytest.fail("read"))
-    with pytest.raises(UserError, match=r"not those of its model/config.json: .*norm\.scale is \(1125899906842624,\), not \(64,\)"):
+    with pytest.raises(
+        UserError, match=r"not those of its model/config.json: .*norm\.scale is \(1125899906842624,\), not \(64,\)"
+    ):
         to_hf(run_dir, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
 

@@ -15,7 +15,9 @@ def test_the_time_to_the_save_is_said(capfd):
         stop.began, stop.seconds = time.perf_counter() - 100, 490.0
         signal.raise_signal(signal.SIGTERM)
         assert stop.received == signal.SIGTERM
-        said = re.search("SIGTERM: saving after this step, in about (\\d+) s; once more stops at once", capfd.readouterr().err)
+        said = re.search(
+            "SIGTERM: saving after this step, in about (\\d+) s; once more stops at once", capfd.readouterr().err
+        )
         assert 388 <= int(said[1]) <= 390
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)

@@ -16,8 +16,13 @@ def read(results: pathlib.Path | None) -> list[Line]:
 
 
 def play(
-    trial: Callable[[int], Line], numbers: Iterable[int], results: pathlib.Path | None, wanted: int,
-    kills: Callable[[Line], int], good: str, seconds: float = float("inf"),
+    trial: Callable[[int], Line],
+    numbers: Iterable[int],
+    results: pathlib.Path | None,
+    wanted: int,
+    kills: Callable[[Line], int],
+    good: str,
+    seconds: float = float("inf"),
 ) -> int:
     """Play trials of these numbers until the results hold so many kills, or so many seconds are over. Exit code 1 if a
     trial of this call is not good. kills: of a line; good: the name of its truth value."""

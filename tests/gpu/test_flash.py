@@ -89,13 +89,26 @@ def check(errors, tolerance):
     assert not wrong, f"above {tolerance}: {wrong}"
 
 
-CASES = {f"{h}-{name}": (h, *case) for h in (64, 96, 128, 192, 256) for name, case in {
-    "causal": (CAUSAL, 8, 2, 1999), "full": (FULL, 8, 2, 1999), "window": (WINDOW, 8, 2, 1999),
-    "mha": (CAUSAL, 4, 4, 1999)}.items()}
+CASES = {
+    f"{h}-{name}": (h, *case)
+    for h in (64, 96, 128, 192, 256)
+    for name, case in {
+        "causal": (CAUSAL, 8, 2, 1999),
+        "full": (FULL, 8, 2, 1999),
+        "window": (WINDOW, 8, 2, 1999),
+        "mha": (CAUSAL, 4, 4, 1999),
+    }.items()
+}
 CASES |= {
-    "128-even": (128, CAUSAL, 8, 2, 2048), "128-mqa": (128, CAUSAL, 8, 1, 1999), "128-cap": (128, CAP, 8, 2, 1999),
-    "128-sides": (128, BOTH_SIDES, 8, 2, 1999), "128-capped-window": (128, CAPPED_WINDOW, 8, 2, 1999),
-    "64-cap": (64, CAP, 8, 2, 1999), "256-cap": (256, CAP, 8, 2, 1999), "128-six": (128, CAUSAL, 12, 2, 1999)}
+    "128-even": (128, CAUSAL, 8, 2, 2048),
+    "128-mqa": (128, CAUSAL, 8, 1, 1999),
+    "128-cap": (128, CAP, 8, 2, 1999),
+    "128-sides": (128, BOTH_SIDES, 8, 2, 1999),
+    "128-capped-window": (128, CAPPED_WINDOW, 8, 2, 1999),
+    "64-cap": (64, CAP, 8, 2, 1999),
+    "256-cap": (256, CAP, 8, 2, 1999),
+    "128-six": (128, CAUSAL, 12, 2, 1999),
+}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -143,13 +156,18 @@ def test_sinks_equal_xla(kernel, lengths, report):
     with jax.default_matmul_precision("highest"):
         true = both(*(x.astype(jnp.float32) for x in (*arrays, sinks, do)), kernel="xla")
     names = ("o", "dq", "dk", "dv", "dsinks")
-    check(report(errors_of(both(*arrays, sinks, do, kernel=kernel), true, names)), 1e-2 if kernel == "cudnn" else BFLOAT16)
+    check(
+        report(errors_of(both(*arrays, sinks, do, kernel=kernel), true, names)), 1e-2 if kernel == "cudnn" else BFLOAT16
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- documents
 
 LENGTHS = {  # of documents in 2 x 2,048 tokens; none crosses a row
-    "mixed": [1000, 1, 47, 1000, 1024, 1024], "empty": [0, 0, 2048, 0, 700, 1348, 0, 0], "many": [8] * 256 + [4] * 512}
+    "mixed": [1000, 1, 47, 1000, 1024, 1024],
+    "empty": [0, 0, 2048, 0, 700, 1348, 0, 0],
+    "many": [8] * 256 + [4] * 512,
+}
 
 
 def offsets_of(lengths):
@@ -166,8 +184,10 @@ def test_documents_equal_xla(lengths, heads, kv_heads, report):
 
 
 @pytest.mark.parametrize(
-    "head_dim,spec", [(64, CAUSAL), (96, CAUSAL), (192, CAUSAL), (256, CAUSAL), (128, WINDOW), (128, FULL)],
-    ids=("64", "96", "192", "256", "window", "full"))
+    "head_dim,spec",
+    [(64, CAUSAL), (96, CAUSAL), (192, CAUSAL), (256, CAUSAL), (128, WINDOW), (128, FULL)],
+    ids=("64", "96", "192", "256", "window", "full"),
+)
 def test_documents_of_other_shapes_equal_xla(head_dim, spec, report):
     offsets, arrays = offsets_of(LENGTHS["empty"]), inputs(2048, 8, 2, head_dim, batch=2)
     check(report(errors_of(both(*arrays, offsets, spec=spec, kernel="flash"), exact(arrays, spec, offsets))), BFLOAT16)

@@ -26,7 +26,8 @@ from tests.helpers import float32_masters, make_step, random_batch, relative_err
 pytestmark = pytest.mark.gpu
 CUDNN = Profile(attention="cudnn", compute_dtype="bfloat16", loss_tile=512, mlp_tile=256)
 MODEL = dataclasses.replace(
-    llama_8b(4), vocab_size=1024, hidden_size=512, intermediate_size=1024, num_heads=8, num_kv_heads=2, head_dim=64)
+    llama_8b(4), vocab_size=1024, hidden_size=512, intermediate_size=1024, num_heads=8, num_kv_heads=2, head_dim=64
+)
 
 
 @pytest.fixture(autouse=True)
@@ -54,9 +55,11 @@ def test_cudnn_equals_xla():
         assert relative_error(ours.astype(jnp.float32), true) < 1e-2  # bfloat16: 2^-8 an element
 
 
-@pytest.mark.parametrize("lengths", [
-    [1500, 1, 513, 34, 2048, 0, 0], [4096], [512] * 8, [16] * 128 + [300, 700, 1048],
-    [1024, 1, 1023, 2047, 1]], ids=str)
+@pytest.mark.parametrize(
+    "lengths",
+    [[1500, 1, 513, 34, 2048, 0, 0], [4096], [512] * 8, [16] * 128 + [300, 700, 1048], [1024, 1, 1023, 2047, 1]],
+    ids=str,
+)
 def test_cudnn_documents_equal_xla(lengths):
     """Packed documents as a loop of dense calls, bfloat16, against XLA's documents in float32."""
     batch = 1 if lengths == [4096] else 2
@@ -137,10 +140,19 @@ def test_loss_is_right_past_2_31_logits():
 OFFLOADED = dict(offload_activations=True, offload_weights=True)
 
 
-@pytest.mark.parametrize("changes", [
-    OFFLOADED, dict(keep_attention_on_host=1, **OFFLOADED), dict(head_chunks=2), dict(head_chunks=4, **OFFLOADED),
-    dict(segment_layers=(2,), **OFFLOADED), dict(segment_layers=(2, 1, 1), keep_attention_on_host=1, head_chunks=2, **OFFLOADED),
-    dict(segment_layers=(4,), keep_attention_on_host=1, keep_attention_on_device=1, **OFFLOADED)], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        OFFLOADED,
+        dict(keep_attention_on_host=1, **OFFLOADED),
+        dict(head_chunks=2),
+        dict(head_chunks=4, **OFFLOADED),
+        dict(segment_layers=(2,), **OFFLOADED),
+        dict(segment_layers=(2, 1, 1), keep_attention_on_host=1, head_chunks=2, **OFFLOADED),
+        dict(segment_layers=(4,), keep_attention_on_host=1, keep_attention_on_device=1, **OFFLOADED),
+    ],
+    ids=str,
+)
 def test_offloaded_gradients_equal_plain(changes, capfd):
     batch = random_batch(MODEL, rows=1, length=4096)
     results = []
@@ -161,12 +173,18 @@ def test_offloaded_gradients_equal_plain(changes, capfd):
 def test_streamed_update_equals_the_update_on_the_device():
     batch, weights = random_batch(MODEL, rows=1, length=1024), []
     for on_host in (False, True):
-        step = make_step(MODEL, profile=dataclasses.replace(CUDNN, offload_weights=on_host, offload_optimizer=on_host),
-                         dtype=jnp.bfloat16)
+        step = make_step(
+            MODEL,
+            profile=dataclasses.replace(CUDNN, offload_weights=on_host, offload_optimizer=on_host),
+            dtype=jnp.bfloat16,
+        )
         params = step.init_params(jax.random.key(1), jnp.bfloat16)
         state = step.init_optimizer(params)
-        _, grads = step.loss_and_grad(*step.split(step.init_params(jax.random.key(1), jnp.bfloat16)), step.put_batch(**batch),
-                                      jnp.float32(1 / 1024))
+        _, grads = step.loss_and_grad(
+            *step.split(step.init_params(jax.random.key(1), jnp.bfloat16)),
+            step.put_batch(**batch),
+            jnp.float32(1 / 1024),
+        )
         grads = jax.tree.map(lambda g: jnp.round(np.asarray(g, np.float32) * 1e4).astype(jnp.bfloat16), grads)
         grads = jax.device_put(grads, step.param_shardings)
         _, state = step.update(params, grads, state, step.gradient_norm(grads), jnp.float32(1e-2))
@@ -175,12 +193,18 @@ def test_streamed_update_equals_the_update_on_the_device():
         assert relative_error(a, b) < 1e-5
 
 
-@pytest.mark.parametrize("changes", [{}, dict(segment_layers=(3, 1), keep_attention_on_host=1, offload_activations=True)], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, dict(segment_layers=(3, 1), keep_attention_on_host=1, offload_activations=True)], ids=str
+)
 def test_update_in_backward_equals_the_update_behind_it(changes):
     """Gradients are the same but for bfloat16's rounding, of which the update behind it sees one more."""
     profile = dataclasses.replace(CUDNN, offload_weights=True, offload_optimizer=True, **changes)
     step = make_step(MODEL, profile=profile, dtype=jnp.bfloat16, optimizer=AdamW(clip_norm=0.0, eps=1e-4))
-    batch, scale, rate = step.put_batch(**random_batch(MODEL, rows=1, length=2048)), jnp.float32(1 / 2048), jnp.float32(1e-2)
+    batch, scale, rate = (
+        step.put_batch(**random_batch(MODEL, rows=1, length=2048)),
+        jnp.float32(1 / 2048),
+        jnp.float32(1e-2),
+    )
     start = lambda: (params := step.init_params(jax.random.key(1), jnp.bfloat16), step.init_optimizer(params))
     params, state = start()
     loss, norm, finite, layers, _, state = step.update_in_backward(*step.split(params), state, batch, scale, rate)
@@ -217,18 +241,54 @@ def test_low_bits_are_a_float32_master_to_the_last_bit(on_host):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("flags", [
-    [], ["--offload-weights", "--offload-activations"],
-    ["--offload-weights", "--offload-activations", "--segment-layers", "2",
-     "--keep-attention-on-host", "1"],
-    # 4 layers at 262,144: segments, two kinds of kept outputs, head chunks and the optimizer's states all at once.
-    ["--layers", "4", "--seq-len", "262144", "--update", "--optimizer-states", "int8", "--master-weights", "none", "--offload-weights",
-     "--offload-activations", "--offload-optimizer", "--segment-layers", "3", "1",
-     "--keep-attention-on-host", "1", "--keep-attention-on-device", "1", "--head-chunks", "8"]], ids=lambda flags: f"{len(flags)} flags")
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--offload-weights", "--offload-activations"],
+        ["--offload-weights", "--offload-activations", "--segment-layers", "2", "--keep-attention-on-host", "1"],
+        # 4 layers at 262,144: segments, two kinds of kept outputs, head chunks and the optimizer's states all at once.
+        [
+            "--layers",
+            "4",
+            "--seq-len",
+            "262144",
+            "--update",
+            "--optimizer-states",
+            "int8",
+            "--master-weights",
+            "none",
+            "--offload-weights",
+            "--offload-activations",
+            "--offload-optimizer",
+            "--segment-layers",
+            "3",
+            "1",
+            "--keep-attention-on-host",
+            "1",
+            "--keep-attention-on-device",
+            "1",
+            "--head-chunks",
+            "8",
+        ],
+    ],
+    ids=lambda flags: f"{len(flags)} flags",
+)
 def test_planned_device_bytes_are_those_measured(flags):
     """In a process of its own, whose peak is that of the step. Needs XLA_PYTHON_CLIENT_PREALLOCATE=false in this
     one."""
-    command = [sys.executable, "-m", "benchmarks.step", "--layers", "2", "--seq-len", "131072", "--steps", "2", "--no-update"]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.step",
+        "--layers",
+        "2",
+        "--seq-len",
+        "131072",
+        "--steps",
+        "2",
+        "--no-update",
+    ]
     done = subprocess.run([*command, *flags], capture_output=True, text=True, check=True)
     planned = float(re.search(r"= ([\d.]+); host temp", done.stdout)[1])
     measured = float(re.search(r"device peak ([\d.]+) GiB", done.stdout)[1])
@@ -239,9 +299,13 @@ def test_planned_device_bytes_are_those_measured(flags):
 
 def test_segments_are_rebuilt_one_at_a_time():
     """Temporary memory of the compiled program does not grow by a segment's activations with the number of segments."""
+
     def temp_bytes(layers):
-        step = make_step(dataclasses.replace(MODEL, num_layers=layers), dtype=jnp.bfloat16,
-                         profile=dataclasses.replace(CUDNN, segment_layers=(4,), **OFFLOADED))
+        step = make_step(
+            dataclasses.replace(MODEL, num_layers=layers),
+            dtype=jnp.bfloat16,
+            profile=dataclasses.replace(CUDNN, segment_layers=(4,), **OFFLOADED),
+        )
         batch = step.put_batch(**random_batch(MODEL, rows=1, length=65536))
         lowered = step.loss_and_grad.lower(step.trained, step.frozen, batch, jax.ShapeDtypeStruct((), jnp.float32))
         return lowered.compile().memory_analysis().temp_size_in_bytes

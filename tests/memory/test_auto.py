@@ -26,9 +26,15 @@ def job(length=262144, model=MODEL, sp=1, **changes) -> Job:
     return Job(model, dataclasses.replace(PLAIN, **changes), 1, length, 1, sp)
 
 
-@pytest.mark.parametrize("length,search", [
-    (65536, Search(H100)), (524288, Search(H100)), (786432, Search(H100, narrow=True)),
-    (524288, Search(parse_cluster("H200-141")))])
+@pytest.mark.parametrize(
+    "length,search",
+    [
+        (65536, Search(H100)),
+        (524288, Search(H100)),
+        (786432, Search(H100, narrow=True)),
+        (524288, Search(parse_cluster("H200-141"))),
+    ],
+)
 def test_the_choice_fits_and_the_next_faster_does_not(length, search):
     choice = choose(job(length), search)
     assert not search.missing(choice.plan)
@@ -36,10 +42,15 @@ def test_the_choice_fits_and_the_next_faster_does_not(length, search):
         _, plan, missing = choice.next_faster
         assert missing and plan.step_seconds < choice.plan.step_seconds
         assert "lacks" in choice.explain() and "GiB of" in choice.explain()
-    simple = [estimate(dataclasses.replace(job(length), profile=dataclasses.replace(PLAIN, **changes)), search.cluster)
+    simple = [
+        estimate(dataclasses.replace(job(length), profile=dataclasses.replace(PLAIN, **changes)), search.cluster)
         for changes in (
-        {}, dict(offload_activations=True), dict(offload_activations=True, offload_optimizer=True),
-        dict(offload_activations=True, offload_optimizer=True, offload_weights=True))]
+            {},
+            dict(offload_activations=True),
+            dict(offload_activations=True, offload_optimizer=True),
+            dict(offload_activations=True, offload_optimizer=True, offload_weights=True),
+        )
+    ]
     for plan in simple:
         assert search.missing(plan) or plan.step_seconds >= choice.plan.step_seconds
 
@@ -53,12 +64,20 @@ def test_all_stays_on_the_device_where_there_is_room():
 
 def test_segments_get_shorter_towards_the_last_layer():
     """What is kept on the device is freed on the way back, so that earlier segments have more room."""
-    long = job(524288, llama_8b(32), offload_activations=True, offload_weights=True, offload_optimizer=True,
+    long = job(
+        524288,
+        llama_8b(32),
+        offload_activations=True,
+        offload_weights=True,
+        offload_optimizer=True,
         head_chunks=8,
-               keep_attention_on_device=10, keep_attention_on_host=12)
+        keep_attention_on_device=10,
+        keep_attention_on_host=12,
+    )
     lengths = segments_within(long, Search(H100), 1.0)
-    assert sum(lengths) == 32 and lengths[-1] < max(lengths) and list(lengths[-4:]) == sorted(lengths[-4:],
-        reverse=True)
+    assert (
+        sum(lengths) == 32 and lengths[-1] < max(lengths) and list(lengths[-4:]) == sorted(lengths[-4:], reverse=True)
+    )
     fitted = dataclasses.replace(long, profile=dataclasses.replace(long.profile, segment_layers=lengths))
     assert "device" not in estimate(fitted, H100).lacks
     too_much = dataclasses.replace(long, profile=dataclasses.replace(long.profile, keep_attention_on_device=20))
@@ -83,12 +102,17 @@ def test_segments_of_a_model_of_few_layers_hold_each_layer_once(layers):
     for length, part in itertools.product((589824, 1048576, 1572864, 2097152), (0.25, 0.5, 0.75, 1.0)):
         long = job(length, llama_8b(layers), offload_activations=True, head_chunks=8)
         lengths = segments_within(long, Search(H100), part)
-        assert lengths is None or sum(lengths) == layers or len(lengths) == 1 and layers % lengths[0] == 0, (length, part)
+        assert lengths is None or sum(lengths) == layers or len(lengths) == 1 and layers % lengths[0] == 0, (
+            length,
+            part,
+        )
 
 
 def test_tiles_are_larger_where_there_is_room():
-    usual, larger = (choose(job(131072, **tiles), Search(H100, frozenset(tiles)))
-                     for tiles in (dict(mlp_tile=4096, loss_tile=2048), {}))
+    usual, larger = (
+        choose(job(131072, **tiles), Search(H100, frozenset(tiles)))
+        for tiles in (dict(mlp_tile=4096, loss_tile=2048), {})
+    )
     profile = larger.job.profile
     assert (profile.mlp_tile, profile.loss_tile) == (16384, 8192) and larger.plan.step_seconds < usual.plan.step_seconds
     assert (usual.job.profile.mlp_tile, usual.job.profile.loss_tile) == (4096, 2048)
@@ -133,14 +157,18 @@ class Compiler:
     def __call__(self, job):
         plan = estimate(job, self.cluster)
         plan = dataclasses.replace(
-            plan, source="compiled", device=plan.device | {"excess": self.excess},
-                host=plan.host | {"excess": self.host})
+            plan,
+            source="compiled",
+            device=plan.device | {"excess": self.excess},
+            host=plan.host | {"excess": self.host},
+        )
         self.seen.append(plan)
         return plan
 
 
-@pytest.mark.parametrize("excess,host", [
-    (0, 0), (6 * GIB, 0), (15 * GIB, 0), (20 * GIB, 0), (0, 20 * GIB), (6 * GIB, 17 * GIB), (-GIB, 0)])
+@pytest.mark.parametrize(
+    "excess,host", [(0, 0), (6 * GIB, 0), (15 * GIB, 0), (20 * GIB, 0), (0, 20 * GIB), (6 * GIB, 17 * GIB), (-GIB, 0)]
+)
 def test_a_choice_that_the_compiler_contradicts_is_corrected(excess, host):
     compiler, said = Compiler(H100, excess, host), []
     choice = confirm(job(524288), Search(H100), compiler, said.append)
@@ -161,7 +189,9 @@ def test_a_kind_of_profile_that_is_misjudged_does_not_condemn_the_others():
 
     choice = confirm(job(524288), Search(H100), OneKind(H100))
     assert kind_of(choice.job.profile) != misjudged
-    assert choice.plan.device_bytes + excess > choice.plan.device_limit  # corrected for all, it would have been left out
+    assert (
+        choice.plan.device_bytes + excess > choice.plan.device_limit
+    )  # corrected for all, it would have been left out
 
 
 def test_nothing_is_chosen_that_no_compiler_accepts():
@@ -187,18 +217,26 @@ def test_what_was_typed_is_known():
     # a default typed counts
     assert typed("--offload-weights", "--segment-layers", "1") == ("offload_weights", "segment_layers")
     assert typed("--no-offload-weights", "--head-chunks", "2", "--optimizer-states", "float32") == (
-        "offload_weights", "head_chunks", "optimizer_states")
+        "offload_weights",
+        "head_chunks",
+        "optimizer_states",
+    )
     assert parse(["--steps", "3", "--out", "o"]).typed == ()
 
 
-@pytest.mark.parametrize("flags,message", [
-    (dict(plan_for="H100"), "--plan-for is for --plan-only"), (dict(plan_picture="x.png"),
-    "--plan-picture is for --plan-only"),
-    (dict(json=True), "--json is for --plan-only"), (dict(host_memory=0.0), "--host-memory 0.0"),
-    (dict(host_memory=-1.0, plan_for="H100", plan_only=True), "--host-memory -1.0: must be a positive number"),
-    (dict(plan_for="H100", plan_only=True, simulate_devices=2), "leave one of them out"),
-    (dict(find_max_seq_len=True, seq_len=5), "--find-max-seq-len looks for what --seq-len 5 says"),
-    (dict(memory="manual", allow_narrow_optimizer=True), "--allow-narrow-optimizer is for --memory auto")])
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        (dict(plan_for="H100"), "--plan-for is for --plan-only"),
+        (dict(plan_picture="x.png"), "--plan-picture is for --plan-only"),
+        (dict(json=True), "--json is for --plan-only"),
+        (dict(host_memory=0.0), "--host-memory 0.0"),
+        (dict(host_memory=-1.0, plan_for="H100", plan_only=True), "--host-memory -1.0: must be a positive number"),
+        (dict(plan_for="H100", plan_only=True, simulate_devices=2), "leave one of them out"),
+        (dict(find_max_seq_len=True, seq_len=5), "--find-max-seq-len looks for what --seq-len 5 says"),
+        (dict(memory="manual", allow_narrow_optimizer=True), "--allow-narrow-optimizer is for --memory auto"),
+    ],
+)
 def test_flags_that_contradict_each_other(flags, message):
     from alst_jax.flag_checks import check_run
 

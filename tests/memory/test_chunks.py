@@ -28,17 +28,24 @@ from benchmarks.shapes import LLAMA_8B, LLAMA_70B, QWEN3_32B
 
 def chunk_of(leaf, local):
     """On disk, where each device has this much of the array."""
-    return choose_chunk_shape(leaf.shape, local, leaf.dtype, saving.chunk_bytes(), shard_axes=save_args(leaf).shard_axes)
+    return choose_chunk_shape(
+        leaf.shape, local, leaf.dtype, saving.chunk_bytes(), shard_axes=save_args(leaf).shard_axes
+    )
 
 
 def boxes_of_a_save(leaf, sharding):
     """(chunk, boxes) of an array: its chunks on disk, and what is written of it at once by each device."""
     local = sharding.shard_shape(leaf.shape)
     chunk = chunk_of(leaf, local)
-    starts = {tuple(index.indices(length)[0] for index, length in zip(indices, leaf.shape))
-              for indices in sharding.devices_indices_map(leaf.shape).values()}
-    return chunk, [tuple(slice(at + cut.start, at + cut.stop) for at, cut in zip(start, box))
-                   for start in starts for box in saving.pieces(local, chunk, leaf.dtype.itemsize)]
+    starts = {
+        tuple(index.indices(length)[0] for index, length in zip(indices, leaf.shape))
+        for indices in sharding.devices_indices_map(leaf.shape).values()
+    }
+    return chunk, [
+        tuple(slice(at + cut.start, at + cut.stop) for at, cut in zip(start, box))
+        for start in starts
+        for box in saving.pieces(local, chunk, leaf.dtype.itemsize)
+    ]
 
 
 def bytes_of(box, leaf) -> int:
@@ -61,7 +68,10 @@ def test_each_chunk_of_a_real_model_is_written_once(monkeypatch, model, devices)
     """Weights and optimizer states. Pieces are small enough for the limit, and hardly more than needed."""
     mesh = Mesh(np.array(jax.devices()[:devices]).reshape(1, devices), AXES)
     for dtype, optimizer in (
-            (jnp.bfloat16, AdamW()), (jnp.float32, AdamW()), (jnp.bfloat16, AdamW(states="int8", master="low-bits"))):
+        (jnp.bfloat16, AdamW()),
+        (jnp.float32, AdamW()),
+        (jnp.bfloat16, AdamW(states="int8", master="low-bits")),
+    ):
         params = abstract_params(model, dtype)
         specs = param_specs(params, mesh)
         state = jax.eval_shape(functools.partial(optimizer.init, specs=specs), params)
@@ -77,13 +87,18 @@ def test_each_chunk_of_a_real_model_is_written_once(monkeypatch, model, devices)
 
 
 @pytest.mark.parametrize("spec", [P(), P("a"), P(None, "a"), P(("a", "b")), P(None, ("a", "b")), P("a", "b")], ids=str)
-@pytest.mark.parametrize("shape", [
-    (), (7,), (96, 8), (101, 32), (128, 40), (4, 8, 12), (1, 1, 520), (3, 300, 4), (5, 64, 7), (0, 8)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(), (7,), (96, 8), (101, 32), (128, 40), (4, 8, 12), (1, 1, 520), (3, 300, 4), (5, 64, 7), (0, 8)],
+    ids=str,
+)
 def test_each_chunk_of_any_shape_is_written_once(monkeypatch, shape, spec):
     monkeypatch.setattr(saving, "PIECE", 600)
     monkeypatch.setattr(saving, "chunk_bytes", lambda: 100)
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("a", "b"))
-    sizes = [math.prod(mesh.shape[name] for name in ((axes,) if isinstance(axes, str) else axes or ())) for axes in spec]
+    sizes = [
+        math.prod(mesh.shape[name] for name in ((axes,) if isinstance(axes, str) else axes or ())) for axes in spec
+    ]
     if len(spec) > len(shape) or any(length % size for length, size in zip(shape, sizes)):
         spec = P()
     leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -100,7 +115,11 @@ def test_what_is_cut_and_what_is_not(monkeypatch):
     assert cut((6, 8), (2, 4)) == [((0, 6), (0, 8))]
     assert cut((4, 3, 8), (1, 3, 4)) == [((0, 2), (0, 3), (0, 8)), ((2, 4), (0, 3), (0, 8))]  # two layers each
     assert cut((2, 4, 16), (1, 4, 4)) == [  # in a layer
-        ((0, 1), (0, 4), (0, 12)), ((0, 1), (0, 4), (12, 16)), ((1, 2), (0, 4), (0, 12)), ((1, 2), (0, 4), (12, 16))]
+        ((0, 1), (0, 4), (0, 12)),
+        ((0, 1), (0, 4), (12, 16)),
+        ((1, 2), (0, 4), (0, 12)),
+        ((1, 2), (0, 4), (12, 16)),
+    ]
     assert cut((2, 60), (1, 60)) == [((0, 1), (0, 60)), ((1, 2), (0, 60))]  # a chunk is never cut
 
 
@@ -117,11 +136,19 @@ def random_tree(memory_kind="device"):
         return jax.device_put(value, NamedSharding(MESH, P(*spec), memory_kind=memory_kind))
 
     return {
-        "stack": array((3, 512, 320), np.float32, None, "a", "b"), "table": array((1010, 512), jnp.bfloat16, None, ("a", "b")),
-        "odd": array((101, 2080), jnp.bfloat16, None, "a"), "both": array((512, 700), np.float32, "a", "b"),
-        "uneven": array((3000, 88), np.float32), "prime": array((1009, 400), jnp.bfloat16),
-        "state": {"code": array((4, 256, 512), np.uint8, None, "b"), "scale": array((4, 256, 2), np.float32, None, "b")},
-        "copies": array((20000,), np.float32), "number": jax.device_put(jnp.float32(3), NamedSharding(MESH, P()))}
+        "stack": array((3, 512, 320), np.float32, None, "a", "b"),
+        "table": array((1010, 512), jnp.bfloat16, None, ("a", "b")),
+        "odd": array((101, 2080), jnp.bfloat16, None, "a"),
+        "both": array((512, 700), np.float32, "a", "b"),
+        "uneven": array((3000, 88), np.float32),
+        "prime": array((1009, 400), jnp.bfloat16),
+        "state": {
+            "code": array((4, 256, 512), np.uint8, None, "b"),
+            "scale": array((4, 256, 2), np.float32, None, "b"),
+        },
+        "copies": array((20000,), np.float32),
+        "number": jax.device_put(jnp.float32(3), NamedSharding(MESH, P())),
+    }
 
 
 def make_small(monkeypatch):
@@ -152,7 +179,9 @@ def test_what_was_written_in_pieces_is_restored(tmp_path, monkeypatch, memory_ki
             assert part.value.shape == part.shape and part.value.nbytes <= saving.PIECE
             assert part.value.base is not None  # no copy
     assert sum(len(fragments.fragments) for _, fragments in written) > 60
-    back = checkpoints.restore_params(1, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree))
+    back = checkpoints.restore_params(
+        1, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+    )
     for x, wanted in zip(jax.tree.leaves(back), jax.tree.leaves(tree), strict=True):
         assert x.dtype == wanted.dtype and x.sharding == wanted.sharding
         np.testing.assert_array_equal(as_bits(x), as_bits(wanted))
@@ -250,7 +279,12 @@ print((kilobytes("VmHWM") - before) * 1024)
 def test_the_writer_of_many_cores_stays_within_its_part(tmp_path):
     """A save of 8B weights and 8-bit states on 16 cores took 5.4 GiB where 2 were planned, and 8.5 with small chunks
     alone."""
-    done = subprocess.run([sys.executable, "-c", ON_16_CORES, str(tmp_path)], capture_output=True, text=True,
-                          cwd=pathlib.Path(__file__).parents[2], timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", ON_16_CORES, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=pathlib.Path(__file__).parents[2],
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < saving.BUFFERS / 3

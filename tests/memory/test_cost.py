@@ -22,9 +22,17 @@ from benchmarks.shapes import LLAMA_8B, LLAMA_70B, llama_8b
 from tests.helpers import make_step, tiny
 
 H100 = parse_cluster("H100-80", 125)
-SMALL = tiny(vocab_size=256, hidden_size=256, intermediate_size=512, num_heads=8, num_kv_heads=2, head_dim=32,
+SMALL = tiny(
+    vocab_size=256,
+    hidden_size=256,
+    intermediate_size=512,
+    num_heads=8,
+    num_kv_heads=2,
+    head_dim=32,
     num_layers=6,
-             attention_bias=False, mlp_bias=False)
+    attention_bias=False,
+    mlp_bias=False,
+)
 OFFLOADED = dict(offload_activations=True, offload_weights=True, offload_optimizer=True)
 # TFLOPS of the attention kernels of the runs of 2026-11-24 with attention "recorded": tokamax forward, cuDNN backward.
 RECORDED = {"forward": {32768: 645, 131072: 652, 524288: 646}, "backward": {32768: 529, 131072: 513, 524288: 550}}
@@ -35,9 +43,16 @@ def job(model=LLAMA_8B, length=131072, sp=1, dp=1, **changes) -> Job:
     return Job(model, Profile(**dict(attention="cudnn", compute_dtype="bfloat16") | changes), dp, length, dp, sp)
 
 
-@pytest.mark.parametrize("changes", [
-    {}, dict(sp=4), dict(keep_attention_on_device=6), dict(segment_layers=(3,), head_chunks=2),
-    dict(segment_layers=(1, 2, 3), head_chunks=2, keep_attention_on_device=3)])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        dict(sp=4),
+        dict(keep_attention_on_device=6),
+        dict(segment_layers=(3,), head_chunks=2),
+        dict(segment_layers=(1, 2, 3), head_chunks=2, keep_attention_on_device=3),
+    ],
+)
 def test_bytes_are_those_of_the_compiler(changes):
     """On CPUs, where fragments and fusions differ from those on GPUs that the model was fitted to: within 20%."""
     changes = dict(changes)
@@ -83,7 +98,9 @@ def test_kept_bytes_by_hand():
     assert job(offload_activations=True).kept == {DEVICE: 0, HOST: 32 * hidden}
     assert job(segment_layers=(4,), keep_attention_on_device=3, keep_attention_on_host=5).kept == {
         # a run of a single layer is no loop, and stays on the device; the first segment's input is looked up again
-        DEVICE: 7 * hidden + 4 * output, HOST: 4 * output}
+        DEVICE: 7 * hidden + 4 * output,
+        HOST: 4 * output,
+    }
 
 
 def test_states_by_hand():
@@ -95,8 +112,12 @@ def test_states_by_hand():
 
 
 def test_more_length_layers_or_devices():
-    profiles = ({}, OFFLOADED, OFFLOADED | dict(segment_layers=(4,), head_chunks=8),
-        dict(keep_attention_on_device=2, head_chunks=2))
+    profiles = (
+        {},
+        OFFLOADED,
+        OFFLOADED | dict(segment_layers=(4,), head_chunks=8),
+        dict(keep_attention_on_device=2, head_chunks=2),
+    )
     for changes in profiles:
         plans = [estimate(job(length=n * 1024, **changes), H100) for n in (32, 64, 128, 256, 512, 1024)]
         for smaller, larger in zip(plans, plans[1:]):
@@ -106,22 +127,30 @@ def test_more_length_layers_or_devices():
         for smaller, larger in zip(plans, plans[1:]):
             assert smaller.device_bytes <= larger.device_bytes and smaller.step_seconds < larger.step_seconds
             assert smaller.device_bytes + smaller.host_bytes < larger.device_bytes + larger.host_bytes
-        plans = [estimate(job(sp=n, length=2**19, **changes | dict(head_chunks=1)), parse_cluster(f"{n}xH100"))
-            for n in (1, 2, 4, 8)]
+        plans = [
+            estimate(job(sp=n, length=2**19, **changes | dict(head_chunks=1)), parse_cluster(f"{n}xH100"))
+            for n in (1, 2, 4, 8)
+        ]
         for fewer, more in zip(plans, plans[1:]):
             assert fewer.device_bytes > more.device_bytes and fewer.step_seconds > more.step_seconds
 
 
-@pytest.mark.parametrize("off,on,least", [  # bytes of device memory that a switch must save, at 131,072 tokens
-    (dict(loss_tile=None), {}, 0.9 * 131072 * 128256 * 4), (dict(mlp_tile=None), {}, 131072 * 14336 * 2),
-    (dict(remat=False), {}, 32 * 131072 * 4096 * 2), ({}, dict(offload_activations=True), 30 * 131072 * 4096 * 2),
-    ({}, dict(offload_weights=True), 3.5 * LLAMA_8B.num_params), ({}, dict(offload_optimizer=True),
-    11.9 * LLAMA_8B.num_params),
-    ({}, dict(segment_layers=(8,), head_chunks=2), 10 * 131072 * 4096 * 2),
-    (dict(segment_layers=(4,)), dict(segment_layers=(4,), head_chunks=8), 131072 * 4096 * 2),
-    (dict(keep_attention_on_device=8), {}, 8 * 131072 * 4096 * 2),
-    (dict(keep_attention_on_device=8), dict(keep_attention_on_host=8), 8 * 131072 * 4096 * 2),
-    ({}, dict(sp=8), 30 * 2**30)])
+@pytest.mark.parametrize(
+    "off,on,least",
+    [  # bytes of device memory that a switch must save, at 131,072 tokens
+        (dict(loss_tile=None), {}, 0.9 * 131072 * 128256 * 4),
+        (dict(mlp_tile=None), {}, 131072 * 14336 * 2),
+        (dict(remat=False), {}, 32 * 131072 * 4096 * 2),
+        ({}, dict(offload_activations=True), 30 * 131072 * 4096 * 2),
+        ({}, dict(offload_weights=True), 3.5 * LLAMA_8B.num_params),
+        ({}, dict(offload_optimizer=True), 11.9 * LLAMA_8B.num_params),
+        ({}, dict(segment_layers=(8,), head_chunks=2), 10 * 131072 * 4096 * 2),
+        (dict(segment_layers=(4,)), dict(segment_layers=(4,), head_chunks=8), 131072 * 4096 * 2),
+        (dict(keep_attention_on_device=8), {}, 8 * 131072 * 4096 * 2),
+        (dict(keep_attention_on_device=8), dict(keep_attention_on_host=8), 8 * 131072 * 4096 * 2),
+        ({}, dict(sp=8), 30 * 2**30),
+    ],
+)
 def test_a_feature_off_shows_the_bytes_it_would_save(off, on, least):
     assert estimate(job(**off)).device_bytes - estimate(job(**on)).device_bytes >= least
 
@@ -174,35 +203,93 @@ def test_collectives_by_hand():
 
 
 # benchmarks/results/2026-11-24-h200.md: forward + backward
-@pytest.mark.parametrize("layers,length,changes,measured", [
-    (4, 65536, dict(keep_attention_on_device=4), 1.999), (4, 65536, {}, 2.232),
-    (4, 131072, dict(keep_attention_on_device=4), 5.890),
-    (4, 131072, {}, 6.905),
-    (32, 131072, OFFLOADED | dict(segment_layers=(4,), keep_attention_on_device=16, keep_attention_on_host=16), 48.8),
-    # 2026-11-24-h100.md
-    (4, 65536, LARGER_TILES | dict(keep_attention_on_device=4), 1.940),
-    (4, 131072, LARGER_TILES | dict(keep_attention_on_device=4), 5.670),
-    (32, 524288, OFFLOADED | dict(
-        segment_layers=(7, 7, 8, 6, 3, 1), keep_attention_on_device=11, keep_attention_on_host=10, head_chunks=8,
-        attention="recorded"), 559.2)])
+@pytest.mark.parametrize(
+    "layers,length,changes,measured",
+    [
+        (4, 65536, dict(keep_attention_on_device=4), 1.999),
+        (4, 65536, {}, 2.232),
+        (4, 131072, dict(keep_attention_on_device=4), 5.890),
+        (4, 131072, {}, 6.905),
+        (
+            32,
+            131072,
+            OFFLOADED | dict(segment_layers=(4,), keep_attention_on_device=16, keep_attention_on_host=16),
+            48.8,
+        ),
+        # 2026-11-24-h100.md
+        (4, 65536, LARGER_TILES | dict(keep_attention_on_device=4), 1.940),
+        (4, 131072, LARGER_TILES | dict(keep_attention_on_device=4), 5.670),
+        (
+            32,
+            524288,
+            OFFLOADED
+            | dict(
+                segment_layers=(7, 7, 8, 6, 3, 1),
+                keep_attention_on_device=11,
+                keep_attention_on_host=10,
+                head_chunks=8,
+                attention="recorded",
+            ),
+            559.2,
+        ),
+    ],
+)
 def test_seconds_of_runs_on_record(layers, length, changes, measured, monkeypatch):
     monkeypatch.setitem(RATES, "recorded", RECORDED)
-    predicted = estimate(dataclasses.replace(job(llama_8b(layers), length, **changes), states="int8",
-        master="low-bits"), H100)
+    predicted = estimate(
+        dataclasses.replace(job(llama_8b(layers), length, **changes), states="int8", master="low-bits"), H100
+    )
     assert predicted.step_seconds == pytest.approx(measured, rel=0.15)
 
 
 # benchmarks/results/2026-11-24-h100.md and 2026-11-27-flash.md: whole steps
-@pytest.mark.parametrize("layers,length,changes,seconds,gibibytes", [
-    (32, 131072, OFFLOADED | dict(keep_attention_on_device=32), 44.64, 45.34),
-    (32, 524288, OFFLOADED | dict(
-        segment_layers=(5, 12, 8, 4, 2, 1), keep_attention_on_device=12, keep_attention_on_host=15, head_chunks=8,
-        update_in_backward=True), 534.85, 75.35),
-    (32, 131072, dict(attention="flash", offload_activations=True, keep_attention_on_device=21, keep_attention_on_host=11,
-                      head_chunks=4), 38.95, 74.6),
-    (32, 524288, OFFLOADED | dict(
-        attention="flash", segment_layers=(3, 6, 8, 8, 4, 2, 1), keep_attention_on_device=11, keep_attention_on_host=9,
-        head_chunks=8), 510.3, 71.4)])
+@pytest.mark.parametrize(
+    "layers,length,changes,seconds,gibibytes",
+    [
+        (32, 131072, OFFLOADED | dict(keep_attention_on_device=32), 44.64, 45.34),
+        (
+            32,
+            524288,
+            OFFLOADED
+            | dict(
+                segment_layers=(5, 12, 8, 4, 2, 1),
+                keep_attention_on_device=12,
+                keep_attention_on_host=15,
+                head_chunks=8,
+                update_in_backward=True,
+            ),
+            534.85,
+            75.35,
+        ),
+        (
+            32,
+            131072,
+            dict(
+                attention="flash",
+                offload_activations=True,
+                keep_attention_on_device=21,
+                keep_attention_on_host=11,
+                head_chunks=4,
+            ),
+            38.95,
+            74.6,
+        ),
+        (
+            32,
+            524288,
+            OFFLOADED
+            | dict(
+                attention="flash",
+                segment_layers=(3, 6, 8, 8, 4, 2, 1),
+                keep_attention_on_device=11,
+                keep_attention_on_host=9,
+                head_chunks=8,
+            ),
+            510.3,
+            71.4,
+        ),
+    ],
+)
 def test_steps_on_record(layers, length, changes, seconds, gibibytes, monkeypatch):
     monkeypatch.setitem(RATES, "recorded", RECORDED)
     changed = job(llama_8b(layers), length, **LARGER_TILES | changes)
@@ -217,8 +304,9 @@ def test_what_limits():
     assert estimate(job(length=1024, **OFFLOADED), H100).limiting_term == "host traffic"
     assert estimate(job(length=131072)).step_seconds is None  # nobody knows a CPU's speed
     slow = estimate(job(sp=8, length=8192), dataclasses.replace(parse_cluster("2x4xH100"), per_host=4))
-    assert slow.seconds["collectives"] > estimate(job(sp=8, length=8192),
-        parse_cluster("8xH100")).seconds["collectives"]
+    assert (
+        slow.seconds["collectives"] > estimate(job(sp=8, length=8192), parse_cluster("8xH100")).seconds["collectives"]
+    )
     assert jnp.isfinite(slow.step_seconds)
 
 
@@ -228,8 +316,12 @@ def test_an_update_in_the_backward_pass_stores_no_gradients():
     assert behind.host["gradients"] == 2 * LLAMA_8B.num_params and within.host["gradients"] == 0
     assert {**behind.host, "gradients": 0} == within.host and behind.device == within.device
     optimizer = AdamW(clip_norm=0.0)
-    steps = (make_step(SMALL, profile=Profile(loss_tile=128, mlp_tile=128, update_in_backward=on, **offloaded),
-                       optimizer=optimizer) for on in (False, True))
+    steps = (
+        make_step(
+            SMALL, profile=Profile(loss_tile=128, mlp_tile=128, update_in_backward=on, **offloaded), optimizer=optimizer
+        )
+        for on in (False, True)
+    )
     behind, within = (plan_step(step, 1, 512) for step in steps)
     weights = behind.host["weights"]
     assert behind.host["gradients"] == weights and "gradients" not in within.host

@@ -53,8 +53,16 @@ def compiled():
 def test_a_run_compiles_nothing_that_its_plan_has_compiled(tmp_path, monkeypatch, capsys, compiled, memory):
     monkeypatch.setattr(decide, "this_cluster", lambda host_memory_gib, devices: H100)
     (tmp_path / "data.txt").write_text("A long time ago. " * 100)
-    config = TrainConfig(data=(str(tmp_path / "data.txt"),), out=str(tmp_path / "run"), seq_len=128, dp=1, sp=1,
-                         steps=2, memory=memory, export=False)
+    config = TrainConfig(
+        data=(str(tmp_path / "data.txt"),),
+        out=str(tmp_path / "run"),
+        seq_len=128,
+        dp=1,
+        sp=1,
+        steps=2,
+        memory=memory,
+        export=False,
+    )
     assert train.run(config) == 0
     printed = capsys.readouterr().out
     assert "plan    compiled: device" in printed and "the whole process: about" in printed
@@ -67,8 +75,16 @@ def test_a_debug_run_compiles_its_own_programs_before_the_first_step(tmp_path, m
     planned = []
     monkeypatch.setattr("alst_jax.planning.report.announce_plan", lambda *_: planned.append(dict(compiled)))
     (tmp_path / "data.txt").write_text("A long time ago. " * 100)
-    config = TrainConfig(data=(str(tmp_path / "data.txt"),), out=str(tmp_path / "run"), seq_len=128, dp=1, sp=1,
-                         steps=1, memory="manual", debug_attention_layers=1)
+    config = TrainConfig(
+        data=(str(tmp_path / "data.txt"),),
+        out=str(tmp_path / "run"),
+        seq_len=128,
+        dp=1,
+        sp=1,
+        steps=1,
+        memory="manual",
+        debug_attention_layers=1,
+    )
     assert train.run(config) == 0
     assert planned[0]["jit(loss_and_grad)"] == compiled["jit(loss_and_grad)"] == 2
 
@@ -143,10 +159,15 @@ STREAMED = dict(offload_weights=True, offload_optimizer=True)
 
 
 @pytest.mark.parametrize("memory", ["auto", "manual"])
-@pytest.mark.parametrize("profile,cure", [
-    (dict(remat=False), "--no-remat"), (dict(loss_tile=None), "--no-tiled-loss"),
-    (dict(mlp_tile=None), "--no-tiled-mlp"),
-    (dict(loss_tile=None, remat=False), "--no-remat and --no-tiled-loss")])
+@pytest.mark.parametrize(
+    "profile,cure",
+    [
+        (dict(remat=False), "--no-remat"),
+        (dict(loss_tile=None), "--no-tiled-loss"),
+        (dict(mlp_tile=None), "--no-tiled-mlp"),
+        (dict(loss_tile=None, remat=False), "--no-remat and --no-tiled-loss"),
+    ],
+)
 def test_the_switch_that_makes_it_too_large_is_named(memory, profile, cure):
     """Whether the placements are typed or chosen: with them in host memory, what is switched off is the cause."""
     length = 4 * 131072 if "mlp_tile" in profile else 131072
@@ -162,8 +183,9 @@ def test_a_switch_that_is_not_the_cause_is_not_named():
         planner().choose(dataclasses.replace(job(remat=False), length=2**21))
     assert "--no-remat" not in str(error.value)
     with pytest.raises(UserError) as error:  # one of two suffices
-        planner(memory="manual").choose(dataclasses.replace(
-            job(**STREAMED, remat=False, mlp_tile=None), length=65536, states="int8", master="none"))
+        planner(memory="manual").choose(
+            dataclasses.replace(job(**STREAMED, remat=False, mlp_tile=None), length=65536, states="int8", master="none")
+        )
     assert "without --no-remat;" in str(error.value) + ";"
 
 

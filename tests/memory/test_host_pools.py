@@ -40,10 +40,20 @@ def on_host(gib: float, devices: int):
     return dataclasses.replace(made, host={"weights": int(gib * GIB), "saving": saving.BUFFERS // min(devices, 8)})
 
 
-@pytest.mark.parametrize("gib,devices,pinned", [
-    (40, 1, [(42, 1)]), (40.5, 1, [(43, 1)]), (40, 2, [(42, 2)]), (40, 8, [(42, 2)]),  # of the devices that are here
-    (99, 2, [(100, 2)]), (100, 1, [(100, 1)]), (104, 1, [(104, 1)]),  # never more than jax may pin, if less will do
-    (15, 1, []), (15, 2, [])])
+@pytest.mark.parametrize(
+    "gib,devices,pinned",
+    [
+        (40, 1, [(42, 1)]),
+        (40.5, 1, [(43, 1)]),
+        (40, 2, [(42, 2)]),
+        (40, 8, [(42, 2)]),  # of the devices that are here
+        (99, 2, [(100, 2)]),
+        (100, 1, [(100, 1)]),
+        (104, 1, [(104, 1)]),  # never more than jax may pin, if less will do
+        (15, 1, []),
+        (15, 2, []),
+    ],
+)
 def test_the_pools_are_of_the_plans_size(reserved, capsys, gib, devices, pinned):
     make_host_pool(on_host(gib, devices))
     assert reserved == pinned
@@ -56,9 +66,19 @@ def chosen(gib: float, devices: int, limit: int | None = 109, model=LLAMA_8B) ->
     return Choice(dataclasses.replace(EIGHT, model=model, dp=1, sp=devices), plan)
 
 
-@pytest.mark.parametrize("gib,pool", [
-    (101.1, 109), (60, 64), (61.5, 64), (62.5, 109),  # a power of two with the slack, or the limit
-    (112, 112), (10, 10), (0.5, 1), (0, 0)])  # or what is needed
+@pytest.mark.parametrize(
+    "gib,pool",
+    [
+        (101.1, 109),
+        (60, 64),
+        (61.5, 64),
+        (62.5, 109),  # a power of two with the slack, or the limit
+        (112, 112),
+        (10, 10),
+        (0.5, 1),
+        (0, 0),
+    ],
+)  # or what is needed
 def test_a_process_holds_a_pool_of_whole_pieces_for_each_device(gib, pool):
     for devices, per_host, here, staging in ((1, 1, 1, 4), (1, 8, 1, 4), (2, 2, 2, 2), (16, 2, 2, 0.25)):
         expected = lambda pool: (here * pool + staging + 3 + 4 + (here - 1) * 3) * GIB
@@ -67,10 +87,18 @@ def test_a_process_holds_a_pool_of_whole_pieces_for_each_device(gib, pool):
             assert process_bytes(chosen(gib, devices, None), per_host) == expected(128)
 
 
-@pytest.mark.parametrize("planned,devices,layers,pinned,measured", [
-    (104.1, 1, 32, 109, 118.7), (104.1, 1, 32, 109, 119.0), (105.1, 1, 32, 106, 116.7), (44.0, 2, 32, 105, 141.1),
-    (25.7, 1, 8, 109, 38.6),
-    (8.9, 1, 4, 109, 13.8), (4.4, 2, 4, 109, 16.1)])  # as they are planned today
+@pytest.mark.parametrize(
+    "planned,devices,layers,pinned,measured",
+    [
+        (104.1, 1, 32, 109, 118.7),
+        (104.1, 1, 32, 109, 119.0),
+        (105.1, 1, 32, 106, 116.7),
+        (44.0, 2, 32, 105, 141.1),
+        (25.7, 1, 8, 109, 38.6),
+        (8.9, 1, 4, 109, 13.8),
+        (4.4, 2, 4, 109, 16.1),
+    ],
+)  # as they are planned today
 def test_processes_that_were_measured(planned, devices, layers, pinned, measured):
     """Of one and two H100 (benchmarks/results/2026-11-27-h100.md has them all); the constants are fitted to them."""
     model = dataclasses.replace(LLAMA_8B, num_layers=layers)
@@ -104,10 +132,20 @@ def test_what_is_more_than_a_host_has_does_not_fit(monkeypatch, gib, fits):
             announce_plan(ask, ask.choose(EIGHT), 0.0)
 
 
-@pytest.mark.parametrize("name,gib,job,pinned", [
-    ("H100", 125, EIGHT, 109), ("8xH100", 560, dataclasses.replace(EIGHT, sp=8), 61),  # what is left to the system is enough
-    ("H100", 221, dataclasses.replace(EIGHT, model=QWEN3_32B), 221 - 16 - 3 - 4),  # a stack of 15.6 GiB goes through 16
-    ("2xH100", 221, dataclasses.replace(EIGHT, model=LLAMA_70B, sp=2), (221 - 32 - 3 - 4 - 3) / 2)])
+@pytest.mark.parametrize(
+    "name,gib,job,pinned",
+    [
+        ("H100", 125, EIGHT, 109),
+        ("8xH100", 560, dataclasses.replace(EIGHT, sp=8), 61),  # what is left to the system is enough
+        (
+            "H100",
+            221,
+            dataclasses.replace(EIGHT, model=QWEN3_32B),
+            221 - 16 - 3 - 4,
+        ),  # a stack of 15.6 GiB goes through 16
+        ("2xH100", 221, dataclasses.replace(EIGHT, model=LLAMA_70B, sp=2), (221 - 32 - 3 - 4 - 3) / 2),
+    ],
+)
 def test_plans_leave_room_for_what_a_process_holds(name, gib, job, pinned):
     cluster = parse_cluster(name, gib)
     room = with_room(cluster, job)
@@ -120,6 +158,7 @@ def test_plans_leave_room_for_what_a_process_holds(name, gib, job, pinned):
 
 def test_each_device_gets_its_pool(monkeypatch):
     """XLA has one for each: had the first got all, the second would be refused its own in the step."""
+
     class Program:
         def lower(self, number):
             self.place = number.sharding

@@ -38,8 +38,9 @@ OFFLOADED = dataclasses.replace(ON_GPU, offload_weights=True, offload_optimizer=
 # ----------------------------------------------------------------------------------------------------------- parameters
 
 
-@pytest.mark.parametrize("model", [TINY, tiny(tie_word_embeddings=True, mlp_bias=False), LLAMA_1B, LLAMA_8B, LLAMA_70B,
-                                   QWEN3_32B])
+@pytest.mark.parametrize(
+    "model", [TINY, tiny(tie_word_embeddings=True, mlp_bias=False), LLAMA_1B, LLAMA_8B, LLAMA_70B, QWEN3_32B]
+)
 def test_sizes_by_hand(model):
     sizes, d = parameter_sizes(model), model.hidden_size
     tables = 1 if model.tie_word_embeddings else 2
@@ -114,7 +115,8 @@ def test_rebuilt_inputs_alone():
     assert alone.recomputed_attention == sorted([*range(28), *(layer for layer in range(28) if layer % 4 != 3)])
     assert alone.passes.attention_forward - held.passes.attention_forward == 21
     assert rebuilt_bytes(held, held.segments[0]) - rebuilt_bytes(alone, alone.segments[0]) == 3 * (
-        held.sizes.heads + held.sizes.statistics)
+        held.sizes.heads + held.sizes.statistics
+    )
     assert rebuilt_bytes(alone, alone.segments[0]) == 3 * held.sizes.hidden
     each = held.changed(segment_layers=(1,))
     assert each.changed(rebuild_inputs_alone=True).recomputed_attention == each.recomputed_attention

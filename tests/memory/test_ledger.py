@@ -24,8 +24,16 @@ from benchmarks.shapes import LLAMA_8B
 from tests.helpers import leaf, make_step, random_batch, tiny
 
 H100 = parse_cluster("8xH100", 1000)
-SMALL = tiny(hidden_size=128, intermediate_size=256, num_heads=4, num_kv_heads=2, head_dim=32, num_layers=4,
-             attention_bias=False, mlp_bias=False)
+SMALL = tiny(
+    hidden_size=128,
+    intermediate_size=256,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    num_layers=4,
+    attention_bias=False,
+    mlp_bias=False,
+)
 KEPT = dict(segment_layers=(4,), keep_attention_on_device=1, keep_attention_on_host=2)
 
 
@@ -75,7 +83,11 @@ def test_a_debug_run_is_planned_as_the_whole_run(monkeypatch):
     some = dataclasses.replace(full, model=dataclasses.replace(LLAMA_8B, attention_layers=2))
     monkeypatch.setattr(planner, "plan_step", lambda step, *_: compiled.append(step.model) or estimate(full))
     plan = planner.Planner.of(TrainConfig(), None, make).compile(some)
-    assert compiled == [LLAMA_8B, some.model] and plan.device == estimate(full).device and plan.flops == some.flops < full.flops
+    assert (
+        compiled == [LLAMA_8B, some.model]
+        and plan.device == estimate(full).device
+        and plan.flops == some.flops < full.flops
+    )
 
 
 def test_a_debug_run_has_the_profile_of_the_whole_run():
@@ -94,10 +106,21 @@ def test_attention_in_some_layers_needs_the_bytes_of_all():
     """Compiled for a CPU, on one device, layers in loops; of other programs docs/log.md. Without the kernel, its
     buffers would be missing."""
     profile = Profile(loss_tile=128, mlp_tile=128, offload_activations=True)
-    model = tiny(vocab_size=256, hidden_size=256, intermediate_size=512, num_heads=8, num_kv_heads=2, head_dim=32,
-                 num_layers=6, attention_bias=False, mlp_bias=False)
-    plans = [plan_step(make_step(dataclasses.replace(model, attention_layers=n), 1, 1, profile, AdamW()), 1, 8192)
-             for n in (None, 2)]
+    model = tiny(
+        vocab_size=256,
+        hidden_size=256,
+        intermediate_size=512,
+        num_heads=8,
+        num_kv_heads=2,
+        head_dim=32,
+        num_layers=6,
+        attention_bias=False,
+        mlp_bias=False,
+    )
+    plans = [
+        plan_step(make_step(dataclasses.replace(model, attention_layers=n), 1, 1, profile, AdamW()), 1, 8192)
+        for n in (None, 2)
+    ]
     full, some = (plan.device["working set"] + plan.device["kept activations"] for plan in plans)
     assert some == pytest.approx(full, rel=1e-3)
 
@@ -110,12 +133,16 @@ def test_layers_without_attention_have_no_gradients_of_queries():
     assert used("self_attn.q_proj") == [True, False, False, False] and used("mlp.up_proj") == [True] * 4
 
 
-@pytest.mark.parametrize("flags,message", [
-    (dict(debug_attention_layers=0), "--debug-attention-layers 0: must be at least 1"),
-    (dict(debug_attention_layers=1, resume=True, out="x"), "nothing that could be resumed"),
-    (dict(debug_attention_layers=1, save_every=2), "which never saves"),
-    (dict(explain=True), "--explain is for --plan-only"),
-    (dict(profile_steps="3:5", steps=4), "is after the last of --steps 4")])
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        (dict(debug_attention_layers=0), "--debug-attention-layers 0: must be at least 1"),
+        (dict(debug_attention_layers=1, resume=True, out="x"), "nothing that could be resumed"),
+        (dict(debug_attention_layers=1, save_every=2), "which never saves"),
+        (dict(explain=True), "--explain is for --plan-only"),
+        (dict(profile_steps="3:5", steps=4), "is after the last of --steps 4"),
+    ],
+)
 def test_flags(flags, message):
     with pytest.raises(UserError, match=message):
         check_run(TrainConfig(**flags))

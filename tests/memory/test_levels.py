@@ -22,13 +22,21 @@ OUTPUT, QKV, GATED = LENGTH * (4096 * 2 + 32 * 4), LENGTH * 2 * (4096 + 2 * 1024
 
 
 def levels(device, qkv, mlp=0, host=0):
-    return dict(keep_attention_on_device=device, keep_attention_on_host=host, keep_qkv_on_device=qkv,
-                keep_mlp_on_device=mlp)
+    return dict(
+        keep_attention_on_device=device, keep_attention_on_host=host, keep_qkv_on_device=qkv, keep_mlp_on_device=mlp
+    )
 
 
 def job(length=LENGTH, grad_accum=1, **changes) -> Job:
-    return Job(LLAMA_8B, Profile(attention="flash", compute_dtype="bfloat16", **changes), 1, length,
-               grad_accum=grad_accum, states="int8", master="none")
+    return Job(
+        LLAMA_8B,
+        Profile(attention="flash", compute_dtype="bfloat16", **changes),
+        1,
+        length,
+        grad_accum=grad_accum,
+        states="int8",
+        master="none",
+    )
 
 
 def test_bytes_of_each_level_by_hand():
@@ -61,8 +69,16 @@ def test_seconds_that_each_level_spares():
     assert 0.004 < qkv / (QKV / 2**30) < 0.007  # by GiB; an attention output spares about 0.2 s
 
 
-SMALL = tiny(hidden_size=128, intermediate_size=256, num_heads=4, num_kv_heads=2, head_dim=32, num_layers=4,
-             attention_bias=False, mlp_bias=False)
+SMALL = tiny(
+    hidden_size=128,
+    intermediate_size=256,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    num_layers=4,
+    attention_bias=False,
+    mlp_bias=False,
+)
 
 
 def test_the_compiler_keeps_as_many_bytes_more():
@@ -105,6 +121,10 @@ def test_typed_levels_stay():
 def test_segments_leave_room_for_kept_arrays():
     long = job(262144, offload_activations=True, offload_weights=True, offload_optimizer=True, head_chunks=8)
     search = Search(H100)
-    without, with_them = (segments_within(dataclasses.replace(long, profile=dataclasses.replace(
-        long.profile, **levels(8, n))), search, 1.0) for n in (0, 8))
+    without, with_them = (
+        segments_within(
+            dataclasses.replace(long, profile=dataclasses.replace(long.profile, **levels(8, n))), search, 1.0
+        )
+        for n in (0, 8)
+    )
     assert with_them[-1] < without[-1]

@@ -31,24 +31,46 @@ def files(root, **texts):
 V2, V1 = "sys__fs__cgroup", "sys__fs__cgroup__memory"
 
 
-@pytest.mark.parametrize("texts,expected", [
-    ({}, []), ({"proc__self__cgroup": "0::/"}, []),
-    # version 2: the process's own group, and those above it
-    ({"proc__self__cgroup": "0::/a/b", f"{V2}__a__b__memoryDOTmax": 5 * GIB, f"{V2}__a__memoryDOTmax": "max"},
-     [5 * GIB]),
-    ({"proc__self__cgroup": "0::/a/b", f"{V2}__a__b__memoryDOTmax": "max", f"{V2}__a__memoryDOTmax": 3 * GIB},
-     [3 * GIB]),
-    ({"proc__self__cgroup": "0::/a", f"{V2}__other__memoryDOTmax": 3 * GIB}, []),
-    # in a container: the host's path, or one above the top; the container's own limit is at the top
-    ({"proc__self__cgroup": "0::/docker/1f", f"{V2}__memoryDOTmax": 4 * GIB}, [4 * GIB]),
-    ({"proc__self__cgroup": "0::/../x", f"{V2}__memoryDOTmax": 4 * GIB}, [4 * GIB]),
-    ({f"{V2}__memoryDOTmax": 4 * GIB}, [4 * GIB]),
-    # version 1, with its own path for each controller
-    ({"proc__self__cgroup": "9:cpu,memory:/m\n3:pids:/p\n0::/", f"{V1}__m__memoryDOTlimit_in_bytes": 2 * GIB,
-      f"{V1}__p__memoryDOTlimit_in_bytes": GIB, f"{V1}__memoryDOTlimit_in_bytes": UNLIMITED}, [2 * GIB, UNLIMITED]),
-    # both at once
-    ({"proc__self__cgroup": "4:memory:/\n0::/u", f"{V1}__memoryDOTlimit_in_bytes": 6 * GIB,
-      f"{V2}__unified__u__memoryDOTmax": 7 * GIB}, [6 * GIB, 7 * GIB])])
+@pytest.mark.parametrize(
+    "texts,expected",
+    [
+        ({}, []),
+        ({"proc__self__cgroup": "0::/"}, []),
+        # version 2: the process's own group, and those above it
+        (
+            {"proc__self__cgroup": "0::/a/b", f"{V2}__a__b__memoryDOTmax": 5 * GIB, f"{V2}__a__memoryDOTmax": "max"},
+            [5 * GIB],
+        ),
+        (
+            {"proc__self__cgroup": "0::/a/b", f"{V2}__a__b__memoryDOTmax": "max", f"{V2}__a__memoryDOTmax": 3 * GIB},
+            [3 * GIB],
+        ),
+        ({"proc__self__cgroup": "0::/a", f"{V2}__other__memoryDOTmax": 3 * GIB}, []),
+        # in a container: the host's path, or one above the top; the container's own limit is at the top
+        ({"proc__self__cgroup": "0::/docker/1f", f"{V2}__memoryDOTmax": 4 * GIB}, [4 * GIB]),
+        ({"proc__self__cgroup": "0::/../x", f"{V2}__memoryDOTmax": 4 * GIB}, [4 * GIB]),
+        ({f"{V2}__memoryDOTmax": 4 * GIB}, [4 * GIB]),
+        # version 1, with its own path for each controller
+        (
+            {
+                "proc__self__cgroup": "9:cpu,memory:/m\n3:pids:/p\n0::/",
+                f"{V1}__m__memoryDOTlimit_in_bytes": 2 * GIB,
+                f"{V1}__p__memoryDOTlimit_in_bytes": GIB,
+                f"{V1}__memoryDOTlimit_in_bytes": UNLIMITED,
+            },
+            [2 * GIB, UNLIMITED],
+        ),
+        # both at once
+        (
+            {
+                "proc__self__cgroup": "4:memory:/\n0::/u",
+                f"{V1}__memoryDOTlimit_in_bytes": 6 * GIB,
+                f"{V2}__unified__u__memoryDOTmax": 7 * GIB,
+            },
+            [6 * GIB, 7 * GIB],
+        ),
+    ],
+)
 def test_limits_of_control_groups(tmp_path, texts, expected):
     root = files(tmp_path, **texts)
     assert sorted(set(cgroup_limits(root))) == expected
@@ -87,12 +109,21 @@ def test_each_device_has_its_share(variables, monkeypatch, gpus, used, sharing):
     assert share == pinned_share(100 * GIB, sharing) // GIB and share * sharing <= 100 - 13 - 8 * (sharing - 1)
 
 
-@pytest.mark.parametrize("listed,visible,count", [
-    (["GPU 0: NVIDIA H100 (UUID: GPU-1)", "GPU 1: NVIDIA H100 (UUID: GPU-2)"], None, 2),
-    (["GPU 0: NVIDIA H100 (UUID: GPU-1)", "  MIG 1g.10gb Device 0: (UUID: MIG-1)"], None, 1),
-    (["GPU 0: a", "GPU 1: b", "GPU 2: c"], "2,0", 2), (["GPU 0: a"], "0,1", 1), (["GPU 0: a"], "", 0),
-    (["GPU 0: a", "GPU 1: b"], "-1", 0), (["GPU 0: a", "GPU 1: b"], "1,-1,0", 1), (["GPU 0: a"], "NoDevFiles", 0),
-    ([], None, 3), ([], "0", 1)])  # no nvidia-smi, and three files of the driver
+@pytest.mark.parametrize(
+    "listed,visible,count",
+    [
+        (["GPU 0: NVIDIA H100 (UUID: GPU-1)", "GPU 1: NVIDIA H100 (UUID: GPU-2)"], None, 2),
+        (["GPU 0: NVIDIA H100 (UUID: GPU-1)", "  MIG 1g.10gb Device 0: (UUID: MIG-1)"], None, 1),
+        (["GPU 0: a", "GPU 1: b", "GPU 2: c"], "2,0", 2),
+        (["GPU 0: a"], "0,1", 1),
+        (["GPU 0: a"], "", 0),
+        (["GPU 0: a", "GPU 1: b"], "-1", 0),
+        (["GPU 0: a", "GPU 1: b"], "1,-1,0", 1),
+        (["GPU 0: a"], "NoDevFiles", 0),
+        ([], None, 3),
+        ([], "0", 1),
+    ],
+)  # no nvidia-smi, and three files of the driver
 def test_gpus_that_jax_will_see(monkeypatch, listed, visible, count):
     monkeypatch.setattr(os, "environ", {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
     files = ["/dev/nvidia0", "/dev/nvidia1", "/dev/nvidia2", "/dev/nvidiactl", "/dev/nvidia-uvm"]
@@ -132,9 +163,15 @@ def card(monkeypatch, variables):
     return variables
 
 
-@pytest.mark.parametrize("cap,set_by_user,host,usable", [
-    (None, None, 40, pinned_share(40 * GIB, 1)), (20, None, 20, pinned_share(20 * GIB, 1)),
-    (20, "37", 20, 37 * GIB), (None, "90", 40, 40 * GIB)])  # no more than is there, whatever the user says
+@pytest.mark.parametrize(
+    "cap,set_by_user,host,usable",
+    [
+        (None, None, 40, pinned_share(40 * GIB, 1)),
+        (20, None, 20, pinned_share(20 * GIB, 1)),
+        (20, "37", 20, 37 * GIB),
+        (None, "90", 40, 40 * GIB),
+    ],
+)  # no more than is there, whatever the user says
 def test_the_cluster_at_hand(card, cap, set_by_user, host, usable):
     if set_by_user:
         card[environment.HOST_LIMIT] = set_by_user
@@ -145,8 +182,9 @@ def test_the_cluster_at_hand(card, cap, set_by_user, host, usable):
     assert (cluster.machine.peak_flops, cluster.devices) == (989e12, 1)
 
 
-@pytest.mark.parametrize("dp,set_by_user,share", [
-    (None, None, 9), (1, None, 27), (None, "20", 20), (1, "30", 30), (None, "21", None)])
+@pytest.mark.parametrize(
+    "dp,set_by_user,share", [(None, None, 9), (1, None, 27), (None, "20", 20), (1, "30", 30), (None, "21", None)]
+)
 def test_two_cards_share_the_host_if_both_are_used(card, monkeypatch, dp, set_by_user, share):
     monkeypatch.setattr(environment, "visible_gpus", lambda: 2)
     monkeypatch.setattr(jax, "local_device_count", lambda: 2)
@@ -155,7 +193,9 @@ def test_two_cards_share_the_host_if_both_are_used(card, monkeypatch, dp, set_by
     config = TrainConfig(dp=dp)
     environment.prepare(None, devices=config.devices)
     if share is None:
-        with pytest.raises(UserError, match="_GB=21: jax may pin that for each of 2 devices, and the host has 40 GiB; set it to 9"):
+        with pytest.raises(
+            UserError, match="_GB=21: jax may pin that for each of 2 devices, and the host has 40 GiB; set it to 9"
+        ):
             target(config)
     else:
         assert target(config).host_share == share * GIB

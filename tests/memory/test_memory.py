@@ -74,8 +74,10 @@ def test_xla_attention_is_linear_in_length():
 def step_bytes(layers=2, length=2048, sp=1, **changes) -> int:
     model = tiny(num_layers=layers, num_heads=8, num_kv_heads=8, attention_bias=False, mlp_bias=False)
     step = make_step(model, sp=sp, profile=Profile(**{"loss_tile": 32, "mlp_tile": 32, **changes}))
-    batch = jax.tree.map(lambda x: SHAPE(x.shape, x.dtype, sharding=x.sharding),
-                         step.put_batch(**random_batch(model, rows=1, length=length)))
+    batch = jax.tree.map(
+        lambda x: SHAPE(x.shape, x.dtype, sharding=x.sharding),
+        step.put_batch(**random_batch(model, rows=1, length=length)),
+    )
     compiled = step.loss_and_grad.lower(step.trained, step.frozen, batch, SHAPE((), jnp.float32)).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 

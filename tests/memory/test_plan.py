@@ -29,9 +29,7 @@ MODEL = tiny(num_heads=8, num_kv_heads=8, attention_bias=False, mlp_bias=False)
 TILED = dict(loss_tile=32, mlp_tile=32)
 
 
-def plan(
-    rows=1, length=1024, grad_accum=1, sp=1, dp=1, dtype=jnp.float32, optimizer=AdamW(), model=MODEL, **changes
-):
+def plan(rows=1, length=1024, grad_accum=1, sp=1, dp=1, dtype=jnp.float32, optimizer=AdamW(), model=MODEL, **changes):
     return plan_step(make_step(model, dp, sp, Profile(**TILED | changes), optimizer, dtype), rows, length, grad_accum)
 
 
@@ -132,21 +130,50 @@ def only_plan(model, *arguments):
 def test_a_plan_for_a_machine_by_arithmetic(llama_8b):
     done = only_plan(llama_8b, "--seq-len", "512Ki", "--allow-narrow-optimizer")
     assert done.returncode == 0, done.stderr
-    for part in ("estimated, for 1 x H100", "weights", "optimizer", "kept activations", "working set", "headroom",
-        "there is", "the whole process: about 120 of 125 GiB of host memory: 109 in jax's pools",
-                 "collectives a step", "model FLOPs", "tok/s, limited by attention backward", "measured error",
-                 "memory: --loss-tile", "--offload-activations",
-                 "lacks"):
+    for part in (
+        "estimated, for 1 x H100",
+        "weights",
+        "optimizer",
+        "kept activations",
+        "working set",
+        "headroom",
+        "there is",
+        "the whole process: about 120 of 125 GiB of host memory: 109 in jax's pools",
+        "collectives a step",
+        "model FLOPs",
+        "tok/s, limited by attention backward",
+        "measured error",
+        "memory: --loss-tile",
+        "--offload-activations",
+        "lacks",
+    ):
         assert part in done.stdout, part
 
 
 SCHEMA = {  # of --json
-    "source": str, "device_kind": str, "device": dict, "host": dict, "device_limit": int, "host_limit": int,
+    "source": str,
+    "device_kind": str,
+    "device": dict,
+    "host": dict,
+    "device_limit": int,
+    "host_limit": int,
     "flops": float,
-    "collectives": dict, "seconds": dict, "tokens": int, "devices": int, "device_bytes": int, "host_bytes": int,
+    "collectives": dict,
+    "seconds": dict,
+    "tokens": int,
+    "devices": int,
+    "device_bytes": int,
+    "host_bytes": int,
     "headroom": int,
-    "step_seconds": float, "tokens_per_second": float, "limiting_term": str, "fits": bool, "flags": str, "seq_len": int,
-    "process_bytes": int, "host_memory": int}
+    "step_seconds": float,
+    "tokens_per_second": float,
+    "limiting_term": str,
+    "fits": bool,
+    "flags": str,
+    "seq_len": int,
+    "process_bytes": int,
+    "host_memory": int,
+}
 
 
 @pytest.mark.skipif(has_cuda_compiler(), reason="there the compiler would be asked, and take a minute")
@@ -163,13 +190,30 @@ def test_json_for_machines(llama_8b):
     assert all(set(calls) == {"calls", "bytes"} for calls in values["collectives"].values())
     assert values["tokens_per_second"] == pytest.approx(2**20 / values["step_seconds"])
     assert values["fits"] and values["devices"] == 8
-    assert 8 * values["host_bytes"] < values["process_bytes"] < values["host_memory"] == parse_cluster("8xH100").host_memory
+    assert (
+        8 * values["host_bytes"]
+        < values["process_bytes"]
+        < values["host_memory"]
+        == parse_cluster("8xH100").host_memory
+    )
 
 
 @pytest.mark.skipif(has_cuda_compiler(), reason="there the compiler would be asked, and take a minute")
 def test_devices_that_a_run_leaves_alone_take_no_host_memory(llama_8b):
-    arguments = ("--model", llama_8b, "--plan-only", "--json", "--seq-len", "512Ki", "--dp", "1", "--sp", "2",
-                 "--host-memory", "240")
+    arguments = (
+        "--model",
+        llama_8b,
+        "--plan-only",
+        "--json",
+        "--seq-len",
+        "512Ki",
+        "--dp",
+        "1",
+        "--sp",
+        "2",
+        "--host-memory",
+        "240",
+    )
     two, eight = (json.loads(train(*arguments, "--plan-for", name).stdout) for name in ("2xH100", "8xH100"))
     assert two == eight and two["host_limit"] == (240 - 16 - 8) * GIB // 2
 
@@ -186,16 +230,30 @@ def test_the_longest_sequence(llama_8b):
     assert "--offload-activations" in printed and "--offload-optimizer" in printed
 
 
-@pytest.mark.parametrize("arguments,messages", [
-    (("--seq-len", "512Ki"), ("--seq-len 524288: does not fit 1 x H100-80, 125 GiB", "missing. The longest that fits",
-                              "--allow-narrow-optimizer")),
-    (("--seq-len", "128Ki", "--memory", "manual"), ("GiB of device memory missing",
-    "leave the memory flags to --memory auto")),
-    (("--seq-len", "32Ki", "--host-memory", "20"), ("does not fit", "at any length: at 1024 tokens",
-    "GiB of host memory")),
-    (("--seq-len", "32Ki", "--plan-for", "X100"), ("--plan-for X100: no such machine", "the closest is H100-80")),
-    (("--seq-len", "32Ki", "--sp", "3"), ("sp=3 needs 3 devices and there are 1",)),
-    (("--seq-len", "32Ki", "--segment-layers", "3", "4"), ("7 layers in all, where the model has 32",))])
+@pytest.mark.parametrize(
+    "arguments,messages",
+    [
+        (
+            ("--seq-len", "512Ki"),
+            (
+                "--seq-len 524288: does not fit 1 x H100-80, 125 GiB",
+                "missing. The longest that fits",
+                "--allow-narrow-optimizer",
+            ),
+        ),
+        (
+            ("--seq-len", "128Ki", "--memory", "manual"),
+            ("GiB of device memory missing", "leave the memory flags to --memory auto"),
+        ),
+        (
+            ("--seq-len", "32Ki", "--host-memory", "20"),
+            ("does not fit", "at any length: at 1024 tokens", "GiB of host memory"),
+        ),
+        (("--seq-len", "32Ki", "--plan-for", "X100"), ("--plan-for X100: no such machine", "the closest is H100-80")),
+        (("--seq-len", "32Ki", "--sp", "3"), ("sp=3 needs 3 devices and there are 1",)),
+        (("--seq-len", "32Ki", "--segment-layers", "3", "4"), ("7 layers in all, where the model has 32",)),
+    ],
+)
 @pytest.mark.skipif(has_cuda_compiler(), reason="there the compiler would be asked, and take a minute")
 def test_what_cannot_be_is_refused(llama_8b, arguments, messages):
     done = only_plan(llama_8b, *arguments)
@@ -220,7 +278,9 @@ def test_the_picture_needs_matplotlib(monkeypatch, base):
 
 
 def test_planned_against_measured(base):
-    planned = dataclasses.replace(base, device={"all": 10 * GIB}, host={"all": GIB}, seconds={"matmuls": 2.0}, devices=4)
+    planned = dataclasses.replace(
+        base, device={"all": 10 * GIB}, host={"all": GIB}, seconds={"matmuls": 2.0}, devices=4
+    )
     one = Job(LLAMA_8B, Profile(compute_dtype="bfloat16"), rows=1, length=65536, sp=4)  # its largest stack: 3.5 GiB
     line = planned_against_measured(Choice(one, planned), 11.0, 23.1, [9.0, 2.0, 2.2, 2.0])
     assert "10.0 GiB planned, 11.0 measured (+10%)" in line and "2.0 s a step planned, 2.0 measured (+0%)" in line

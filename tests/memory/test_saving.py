@@ -40,7 +40,9 @@ def test_bytes_by_hand():
     assert held(job(**OFFLOADED)) == saving.BUFFERS  # written from where they are
     assert held(job()) == 2 * LARGEST * (2 + 4) + saving.BUFFERS
     assert held(job(offload_optimizer=True)) == 2 * LARGEST * 2 + saving.BUFFERS
-    assert held(job(offload_optimizer=True), 10**9) == 2 * LARGEST * 2 - 10**9 + saving.BUFFERS  # the room of activations
+    assert (
+        held(job(offload_optimizer=True), 10**9) == 2 * LARGEST * 2 - 10**9 + saving.BUFFERS
+    )  # the room of activations
     assert held(job(offload_optimizer=True), 10**10) == saving.BUFFERS
     assert held(job(states="int8", master="none")) == 2 * LARGEST * (2 + 1) + saving.BUFFERS
     assert held(job(sp=8)) == (2 * LARGEST * (2 + 4) + saving.BUFFERS) // 8
@@ -89,14 +91,18 @@ def test_the_limits_are_set(tmp_path, monkeypatch):
     limits, made = [], ocp.PyTreeCheckpointHandler
     monkeypatch.setattr(ocp, "PyTreeCheckpointHandler", lambda **options: limits.append(options) or made(**options))
     saved, save = [], ocp.CheckpointManager.save
-    monkeypatch.setattr(ocp.CheckpointManager, "save", lambda self, step, args, **options: (
-        saved.append(args), save(self, step, args=args, **options)))
+    monkeypatch.setattr(
+        ocp.CheckpointManager,
+        "save",
+        lambda self, step, args, **options: (saved.append(args), save(self, step, args=args, **options)),
+    )
     checkpoints = Checkpoints(tmp_path)
     tree = {"a": jnp.ones(4)}
     checkpoints.save(1, tree, tree, {})
     assert (tmp_path / "checkpoints" / "1").is_dir()  # at once, so that no update changes what is being written
-    assert [sorted(o for o in options.items() if o[0].endswith("_gb")) for options in limits] == 2 * [[
-        ("save_concurrent_gb", 0.3), ("save_device_host_concurrent_gb", 1)]]
+    assert [sorted(o for o in options.items() if o[0].endswith("_gb")) for options in limits] == 2 * [
+        [("save_concurrent_gb", 0.3), ("save_device_host_concurrent_gb", 1)]
+    ]
     assert {saved[0][item].ocdbt_target_data_file_size for item in ("params", "optimizer")} == {saving.DATA_FILE}
     assert {saved[0][item].save_args["a"].chunk_byte_size for item in ("params", "optimizer")} == {saving.chunk_bytes()}
 
@@ -129,8 +135,13 @@ print((kilobytes("VmHWM") - before) * 1024, size)
 
 def test_copies_of_a_device_are_made_as_they_are_written(tmp_path):
     def peak(how):
-        done = subprocess.run([sys.executable, "-c", SAVE, str(tmp_path / how), how], capture_output=True, text=True,
-                              cwd=pathlib.Path(__file__).parents[2], timeout=300)
+        done = subprocess.run(
+            [sys.executable, "-c", SAVE, str(tmp_path / how), how],
+            capture_output=True,
+            text=True,
+            cwd=pathlib.Path(__file__).parents[2],
+            timeout=300,
+        )
         assert done.returncode == 0, done.stderr
         return map(int, done.stdout.split())
 

@@ -65,8 +65,10 @@ def test_packed_on_a_mesh_equals_one_at_a_time(rope, tmp_path):
 
     said = []
     values = evaluation(step, state, said.append)
-    assert values["long_loss/256-512"] == pytest.approx(np.mean(np.concatenate(
-        [loss[256:][text.labels[256:] != IGNORED] for text, (loss, _) in zip(texts, found)])), rel=1e-5)
+    assert values["long_loss/256-512"] == pytest.approx(
+        np.mean(np.concatenate([loss[256:][text.labels[256:] != IGNORED] for text, (loss, _) in zip(texts, found)])),
+        rel=1e-5,
+    )
     judged = sum(np.count_nonzero(text.labels[CONTEXT - 1 : -1] != IGNORED) for text in texts)
     assert f"key tokens of {judged:,}, whose perplexity" in said[0]
     assert {"long_needle_exact", "long_copy_loss", "long_words_exact", "long_variables_loss"} <= values.keys()

@@ -8,15 +8,21 @@ import pytest
 
 from alst_jax.config import UserError
 from alst_jax.ops.attention import AttentionSpec, attention, attention_forward
-from tests.helpers import (
-    make_step,
-    relative_error,
+from tests.helpers import make_step, relative_error
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        AttentionSpec(),
+        AttentionSpec(scale=0.3),
+        AttentionSpec(window=5),
+        AttentionSpec(soft_cap=2.0),
+        AttentionSpec(causal=False),
+        AttentionSpec(window=3, soft_cap=1.5, scale=0.7),
+    ],
+    ids=str,
 )
-
-
-@pytest.mark.parametrize("spec", [
-    AttentionSpec(), AttentionSpec(scale=0.3), AttentionSpec(window=5), AttentionSpec(soft_cap=2.0), AttentionSpec(causal=False),
-    AttentionSpec(window=3, soft_cap=1.5, scale=0.7)], ids=str)
 @pytest.mark.parametrize("documents", [None, [0, 7, 7, 20, 23, 46, 46]])
 def test_specs_of_the_xla_kernel(spec, documents):
     """Output, log-sum-exp and gradients against a dense mask written out here."""
@@ -48,8 +54,14 @@ def test_specs_of_the_xla_kernel(spec, documents):
 
 
 @pytest.mark.parametrize("kernel", ["cudnn"])
-@pytest.mark.parametrize("spec,feature", [
-    (AttentionSpec(window=4), "window"), (AttentionSpec(soft_cap=1.0), "soft cap"), (AttentionSpec(causal=False), "full")])
+@pytest.mark.parametrize(
+    "spec,feature",
+    [
+        (AttentionSpec(window=4), "window"),
+        (AttentionSpec(soft_cap=1.0), "soft cap"),
+        (AttentionSpec(causal=False), "full"),
+    ],
+)
 def test_a_kernel_refuses_what_it_does_not_implement(kernel, spec, feature):
     x = jnp.ones((1, 128, 2, 64), jnp.bfloat16)
     with pytest.raises(UserError, match=f"--attention {kernel} does not implement {feature}.*use --attention xla"):

@@ -16,24 +16,53 @@ from alst_jax.models.families import FAMILIES
 from alst_jax.models.hf_config import parse_config
 from tests.helpers import PLAIN, assert_trees_close, initial, loss_and_grad, make_step, packed, random_batch, tiny
 
-SHAPE = dict(vocab_size=96, hidden_size=40, intermediate_size=56, num_hidden_layers=3, num_attention_heads=8,
-             num_key_value_heads=2, head_dim=8, max_position_embeddings=64)
+SHAPE = dict(
+    vocab_size=96,
+    hidden_size=40,
+    intermediate_size=56,
+    num_hidden_layers=3,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=64,
+)
 SLIDING, FULL = "sliding_attention", "full_attention"
 WINDOWS = dict(layer_types=[SLIDING, FULL, SLIDING], sliding_window=20)  # shards of 16 or 32 tokens: over their borders
-TWO_ROPES = WINDOWS | dict(rope_parameters={FULL: dict(rope_type="linear", factor=4.0, rope_theta=1e4),
-                                            SLIDING: dict(rope_type="default", rope_theta=1e3)})
+TWO_ROPES = WINDOWS | dict(
+    rope_parameters={
+        FULL: dict(rope_type="linear", factor=4.0, rope_theta=1e4),
+        SLIDING: dict(rope_type="default", rope_theta=1e3),
+    }
+)
 FIELDS = {
     "llama": dict(rope_scaling=dict(rope_type="dynamic", factor=2.0), max_position_embeddings=32),
-    "qwen2": WINDOWS | dict(use_sliding_window=True), "qwen3": {}, "mistral": dict(sliding_window=20),
-    "seed_oss": dict(attention_out_bias=True), "smollm3": dict(no_rope_layer_interval=2),
+    "qwen2": WINDOWS | dict(use_sliding_window=True),
+    "qwen3": {},
+    "mistral": dict(sliding_window=20),
+    "seed_oss": dict(attention_out_bias=True),
+    "smollm3": dict(no_rope_layer_interval=2),
     "granite": dict(embedding_multiplier=3.0, attention_multiplier=0.3, residual_multiplier=0.4, logits_scaling=7.0),
-    "olmo2": {}, "olmo3": TWO_ROPES,
+    "olmo2": {},
+    "olmo3": TWO_ROPES,
     "gemma3_text": TWO_ROPES | dict(query_pre_attn_scalar=11, final_logit_softcapping=1.5),
-    "phi3": dict(partial_rotary_factor=0.5, original_max_position_embeddings=32, rope_scaling=dict(
-        type="longrope", short_factor=[1.0, 1.0], long_factor=[1.5, 4.0])),
+    "phi3": dict(
+        partial_rotary_factor=0.5,
+        original_max_position_embeddings=32,
+        rope_scaling=dict(type="longrope", short_factor=[1.0, 1.0], long_factor=[1.5, 4.0]),
+    ),
 }
-EVERYTHING = dict(loss_tile=7, mlp_tile=5, remat=True, offload_activations=True, offload_weights=True, offload_optimizer=True,
-                  keep_attention_on_host=1, keep_attention_on_device=1, keep_qkv_on_device=1, keep_mlp_on_device=1)
+EVERYTHING = dict(
+    loss_tile=7,
+    mlp_tile=5,
+    remat=True,
+    offload_activations=True,
+    offload_weights=True,
+    offload_optimizer=True,
+    keep_attention_on_host=1,
+    keep_attention_on_device=1,
+    keep_qkv_on_device=1,
+    keep_mlp_on_device=1,
+)
 # Lengths of the documents of each row: a whole row, documents of one token, over borders of shards, padding behind. One
 # document a row these are 8 rows.
 ROWS, LENGTH = [[64], [20, 1, 30], [33, 31], [40, 16]], 64
@@ -91,9 +120,18 @@ def test_norms_over_all_heads_in_groups_of_heads_without_the_own_backward_pass(p
 
 # One option each, changed in a model that has none: each changes the loss, so that none is dropped on the way.
 OPTIONS = [
-    dict(qk_norm="head"), dict(qk_norm="all heads"), dict(norms="after"), dict(norms="both"), dict(activation="gelu_tanh"),
-    dict(embedding_multiplier=3.0), dict(residual_multiplier=0.4), dict(logits_divisor=0.1), dict(logits_soft_cap=0.1),
-    dict(attention_scale=5.0), dict(attention_soft_cap=0.01, attention_scale=5.0)]
+    dict(qk_norm="head"),
+    dict(qk_norm="all heads"),
+    dict(norms="after"),
+    dict(norms="both"),
+    dict(activation="gelu_tanh"),
+    dict(embedding_multiplier=3.0),
+    dict(residual_multiplier=0.4),
+    dict(logits_divisor=0.1),
+    dict(logits_soft_cap=0.1),
+    dict(attention_scale=5.0),
+    dict(attention_soft_cap=0.01, attention_scale=5.0),
+]
 
 
 def test_each_option_changes_the_loss():

@@ -25,8 +25,13 @@ from tests.helpers import (
 
 MODEL = tiny(num_layers=2, attention_bias=False, mlp_bias=False)
 FEATURES = {
-    "loss_tile": 7, "mlp_tile": 5, "remat": True, "offload_activations": True, "offload_weights": True,
-    "offload_optimizer": True}
+    "loss_tile": 7,
+    "mlp_tile": 5,
+    "remat": True,
+    "offload_activations": True,
+    "offload_weights": True,
+    "offload_optimizer": True,
+}
 
 
 def profile(*features):
@@ -38,8 +43,12 @@ def profile(*features):
 
 ALONE = [(name,) for name in FEATURES]
 WITHOUT_ONE = [tuple(n for n in FEATURES if n != name) for name in FEATURES if name != "remat"]
-PAIRS = [("loss_tile", "mlp_tile"), ("mlp_tile", "offload_activations"), ("offload_weights", "offload_activations"),
-         ("offload_weights", "offload_optimizer")]
+PAIRS = [
+    ("loss_tile", "mlp_tile"),
+    ("mlp_tile", "offload_activations"),
+    ("offload_weights", "offload_activations"),
+    ("offload_weights", "offload_optimizer"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -100,12 +109,15 @@ def test_offloaded_optimizer_lives_on_the_host():
 @pytest.mark.parametrize("features", [pytest.param((), marks=pytest.mark.slow), ("offload_weights",)], ids=str)
 def test_accumulated_gradients_sum_in_float32(features):
     """bfloat16 gradients of several batches are summed in float32, wherever they live, and as the single pass does."""
-    step = make_step(MODEL, sp=2, profile=dataclasses.replace(profile(*features), compute_dtype="bfloat16"),
-                     dtype=jnp.bfloat16)
+    step = make_step(
+        MODEL, sp=2, profile=dataclasses.replace(profile(*features), compute_dtype="bfloat16"), dtype=jnp.bfloat16
+    )
     params = initial(step)
     parts, sums = [], step.zero_gradients()
     for seed in range(3):
-        _, new = step.loss_and_grad(*step.split(params), step.put_batch(**random_batch(MODEL, seed=seed)), jnp.float32(1))
+        _, new = step.loss_and_grad(
+            *step.split(params), step.put_batch(**random_batch(MODEL, seed=seed)), jnp.float32(1)
+        )
         parts.append(jax.tree.map(lambda x: np.asarray(x, np.float64), new))
         sums = step.add_gradients(sums, new)
     assert {x.dtype for x in jax.tree.leaves(sums)} == {jnp.dtype("float32")}
@@ -128,7 +140,9 @@ def test_padding_behind_a_document_changes_nothing():
     for name in ("tokens", "labels"):
         padded[name][:, :23] = short[name]
     padded["labels"][:, 23:] = IGNORED
-    one, many = (loss_and_grad(step, initial(step), batch) for step, batch in (
-        (make_step(MODEL), short), (make_step(MODEL, sp=4, profile=profile(*FEATURES)), padded)))
+    one, many = (
+        loss_and_grad(step, initial(step), batch)
+        for step, batch in ((make_step(MODEL), short), (make_step(MODEL, sp=4, profile=profile(*FEATURES)), padded))
+    )
     np.testing.assert_allclose(many[0], one[0], rtol=1e-5)
     assert_trees_close(many[1], one[1], 1e-5)

@@ -76,7 +76,9 @@ def test_a_block_is_its_two_halves():
     assert np.array_equal(one(h, tokens, attend), one.after(h, attend(*one.before(h, tokens))))
     before, after = halves(model)
     assert not before & after
-    assert before | after == {name[1:] for name in map(tuple, (n.split(".") for n in leaves(params))) if name[0] == "layers"}
+    assert before | after == {
+        name[1:] for name in map(tuple, (n.split(".") for n in leaves(params))) if name[0] == "layers"
+    }
 
 
 @pytest.mark.parametrize("chunks", [2, 4, 8])
@@ -119,23 +121,34 @@ def test_six_calls_from_the_loss_to_the_product(monkeypatch):
 ALTERNATING = tuple(LayerKind(rope=i % 2 == 0, window=16 if i % 2 else None) for i in range(4))
 
 
-@pytest.mark.parametrize("mesh,profile", [
-    ((1, 1), dict(remat=False, loss_tile=None, mlp_tile=None)), ((1, 1), dict(stack="plain")),
-    ((1, 4), dict(segment_layers=(3, 1), keep_attention_on_device=1, **TILES, **HOST)),
-    ((2, 2), dict(segment_layers=(2,), keep_attention_on_host=2, head_chunks=2))], ids=str)
+@pytest.mark.parametrize(
+    "mesh,profile",
+    [
+        ((1, 1), dict(remat=False, loss_tile=None, mlp_tile=None)),
+        ((1, 1), dict(stack="plain")),
+        ((1, 4), dict(segment_layers=(3, 1), keep_attention_on_device=1, **TILES, **HOST)),
+        ((2, 2), dict(segment_layers=(2,), keep_attention_on_host=2, head_chunks=2)),
+    ],
+    ids=str,
+)
 def test_layers_of_two_kinds_equal_a_python_loop(mesh, profile):
     check_against_loop(tiny(num_layers=4, layer_kinds=ALTERNATING), mesh, **profile)
 
 
 def test_kinds_matter_and_the_program_does_not_grow_with_depth():
-    loss = lambda kinds: train(make_step(tiny(num_layers=4, layer_kinds=kinds), profile=Profile()), random_batch(), 1)[0][0]
+    loss = lambda kinds: train(make_step(tiny(num_layers=4, layer_kinds=kinds), profile=Profile()), random_batch(), 1)[
+        0
+    ][0]
     assert abs(loss(ALTERNATING) - loss(())) > 1e-4
     assert abs(loss(ALTERNATING) - loss(ALTERNATING[::-1])) > 1e-4
 
     def size(layers):
         step = make_step(tiny(num_layers=layers, layer_kinds=ALTERNATING * (layers // 4)), profile=Profile())
-        return step.loss_and_grad.lower(
-            step.trained, step.frozen, step.put_batch(**random_batch()), jnp.float32(1)).as_text().count("\n")
+        return (
+            step.loss_and_grad.lower(step.trained, step.frozen, step.put_batch(**random_batch()), jnp.float32(1))
+            .as_text()
+            .count("\n")
+        )
 
     assert size(12) == size(4)
 
@@ -149,7 +162,9 @@ def test_a_users_own_attention():
 
     def forward(q, k, v, spec, documents):
         calls.append("forward")
-        scores = jnp.einsum("bsnh,btnh->bnst", q, jnp.repeat(k, q.shape[2] // k.shape[2], 2)) * spec.scale_of(q.shape[3])
+        scores = jnp.einsum("bsnh,btnh->bnst", q, jnp.repeat(k, q.shape[2] // k.shape[2], 2)) * spec.scale_of(
+            q.shape[3]
+        )
         scores = jnp.where(jnp.tril(jnp.ones((q.shape[1],) * 2, bool))[None, None], scores, -jnp.inf)
         o = jnp.einsum("bnst,btnh->bsnh", jax.nn.softmax(scores, -1), jnp.repeat(v, q.shape[2] // v.shape[2], 2))
         return o, jax.nn.logsumexp(scores, -1)
@@ -160,8 +175,10 @@ def test_a_users_own_attention():
 
     mine = Kernel("mine", forward, backward)
     batch = random_batch()
-    usual, own = (loss_and_grad(step, initial(step), batch) for step in (
-        make_step(sp=2, profile=Profile()), make_step(sp=2, profile=Profile(attention=mine))))
+    usual, own = (
+        loss_and_grad(step, initial(step), batch)
+        for step in (make_step(sp=2, profile=Profile()), make_step(sp=2, profile=Profile(attention=mine)))
+    )
     assert {"forward", "backward"} <= set(calls)
     np.testing.assert_allclose(own[0], usual[0], rtol=1e-5)
     assert_trees_close(own[1], usual[1], 1e-5)
@@ -175,9 +192,15 @@ def test_a_users_own_attention():
 FROZEN = ["embed_tokens|lm_head", r"layers\.", "mlp", "norm", "q_proj", "self_attn.o_proj.kernel"]
 
 
-@pytest.mark.parametrize("mesh,changes", [
-    ((1, 1), {}), ((1, 4), dict(segment_layers=(2, 1), keep_attention_on_host=1, head_chunks=2, **TILES, **HOST)),
-    ((2, 2), dict(stack="plain", **TILES))], ids=str)
+@pytest.mark.parametrize(
+    "mesh,changes",
+    [
+        ((1, 1), {}),
+        ((1, 4), dict(segment_layers=(2, 1), keep_attention_on_host=1, head_chunks=2, **TILES, **HOST)),
+        ((2, 2), dict(stack="plain", **TILES)),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("freeze", FROZEN)
 def test_frozen_parameters_stay_and_the_others_move_as_before(freeze, mesh, changes):
     """Gradients of the trained parameters are those of full training; the frozen ones have none, and no state."""
@@ -188,7 +211,9 @@ def test_frozen_parameters_stay_and_the_others_move_as_before(freeze, mesh, chan
     _, gradients, weights = train(step, batch, steps=1)
     _, all_gradients = loss_and_grad(full, initial(full), batch)
     frozen = leaves(step.frozen).keys()
-    assert frozen and frozen | leaves(gradients).keys() == leaves(weights).keys() and not frozen & leaves(gradients).keys()
+    assert (
+        frozen and frozen | leaves(gradients).keys() == leaves(weights).keys() and not frozen & leaves(gradients).keys()
+    )
     assert_trees_close(gradients, {n: x for n, x in leaves(all_gradients).items() if n not in frozen}, 1e-5)
     start = leaves(to_numpy(initial(step)))
     for name, value in leaves(weights).items():
@@ -217,6 +242,7 @@ def test_frozen_parameters_with_the_update_in_the_backward_pass(freeze):
 def test_no_gradient_buffer_for_frozen_parameters():
     """The compiled results are smaller by the frozen parameters; and so is all memory, by the head's sum over tiles at
     least (results that are gradients serve as temporary memory before)."""
+
     def memory(freeze):
         step = make_step(tiny(vocab_size=4096), profile=Profile(loss_tile=16), freeze=freeze)
         lowered = step.loss_and_grad.lower(step.trained, step.frozen, step.put_batch(**random_batch()), jnp.float32(1))
@@ -242,13 +268,24 @@ def test_partition_and_combine():
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
-@pytest.mark.parametrize("changes", [
-    {}, TILES, dict(offload_activations=True), dict(offload_weights=True), dict(head_chunks=2),
-    dict(head_chunks=2, **TILES, **HOST)], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        TILES,
+        dict(offload_activations=True),
+        dict(offload_weights=True),
+        dict(head_chunks=2),
+        dict(head_chunks=2, **TILES, **HOST),
+    ],
+    ids=str,
+)
 def test_the_stack_equals_its_twin(mesh, changes):
     batch = random_batch()
-    steps = [make_step(TINY, *mesh, profile=dataclasses.replace(PLAIN, remat=True, stack=stack, **changes))
-             for stack in ("segments", "plain")]
+    steps = [
+        make_step(TINY, *mesh, profile=dataclasses.replace(PLAIN, remat=True, stack=stack, **changes))
+        for stack in ("segments", "plain")
+    ]
     one, other = (loss_and_grad(step, initial(step), batch) for step in steps)
     np.testing.assert_allclose(one[0], other[0], rtol=1e-5)
     assert_trees_close(one[1], other[1], 1e-5)
@@ -257,6 +294,7 @@ def test_the_stack_equals_its_twin(mesh, changes):
 def test_the_twin_keeps_inputs_alone(monkeypatch):
     """Each layer's input is its only residual, in host memory where activations are offloaded: no stack of the MLP's
     intermediates, which a policy that saves everything has."""
+
     def jaxpr(**changes):
         step = make_step(tiny(num_layers=4), profile=Profile(stack="plain", **changes))
         batch = step.put_batch(**random_batch(rows=1, length=256))

@@ -20,8 +20,9 @@ HOST = dict(offload_activations=True, offload_weights=True, offload_optimizer=Tr
 
 
 def levels(device, qkv, mlp=0, host=0):
-    return dict(keep_attention_on_device=device, keep_attention_on_host=host, keep_qkv_on_device=qkv,
-                keep_mlp_on_device=mlp)
+    return dict(
+        keep_attention_on_device=device, keep_attention_on_host=host, keep_qkv_on_device=qkv, keep_mlp_on_device=mlp
+    )
 
 
 @pytest.fixture(scope="module")
@@ -30,14 +31,21 @@ def reference():
     return train(make_step(MODEL), random_batch(MODEL), steps=2)
 
 
-@pytest.mark.parametrize("mesh,changes", [
-    ((1, 1), levels(4, 3, 2) | TILES),
-    pytest.param((1, 1), levels(4, 4), marks=pytest.mark.slow),
-    pytest.param((1, 1), levels(3, 2, 1, host=1) | dict(segment_layers=(2,), attention="flash") | TILES | HOST,
-                 marks=pytest.mark.slow),
-    pytest.param((1, 4), levels(3, 3, 2) | dict(head_chunks=2) | TILES, marks=pytest.mark.slow),
-    ((2, 2), levels(4, 3, 2) | dict(segment_layers=(3, 1), head_chunks=4, attention="flash") | TILES | HOST),
-], ids=test_profiles.name)
+@pytest.mark.parametrize(
+    "mesh,changes",
+    [
+        ((1, 1), levels(4, 3, 2) | TILES),
+        pytest.param((1, 1), levels(4, 4), marks=pytest.mark.slow),
+        pytest.param(
+            (1, 1),
+            levels(3, 2, 1, host=1) | dict(segment_layers=(2,), attention="flash") | TILES | HOST,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param((1, 4), levels(3, 3, 2) | dict(head_chunks=2) | TILES, marks=pytest.mark.slow),
+        ((2, 2), levels(4, 3, 2) | dict(segment_layers=(3, 1), head_chunks=4, attention="flash") | TILES | HOST),
+    ],
+    ids=test_profiles.name,
+)
 def test_each_level_equals_the_plain_step(mesh, changes, reference, monkeypatch):
     """Updated weights where little is compiled besides; tests of the update in the backward pass have them, too."""
     calls, trains = stand_in.install(monkeypatch), mesh == (1, 1)
@@ -69,11 +77,17 @@ def counted(monkeypatch, **changes):
     return tuple(products(jaxpr, shape) for shape in ((64, 128), (64, 32), (64, 96)))
 
 
-@pytest.mark.parametrize("changes,expected", [
-    pytest.param(levels(4, 0), (8, 16, 16), marks=pytest.mark.slow), (levels(4, 4, 3), (4, 8, 10)),
-    # The first three layers of a segment are rebuilt: gate and up would be computed three times.
-    pytest.param(levels(4, 3) | dict(segment_layers=(4,)), (5, 10, 22), marks=pytest.mark.slow),
-    (levels(4, 4, 2) | dict(segment_layers=(4,)), (4, 8, 16))], ids=str)
+@pytest.mark.parametrize(
+    "changes,expected",
+    [
+        pytest.param(levels(4, 0), (8, 16, 16), marks=pytest.mark.slow),
+        (levels(4, 4, 3), (4, 8, 10)),
+        # The first three layers of a segment are rebuilt: gate and up would be computed three times.
+        pytest.param(levels(4, 3) | dict(segment_layers=(4,)), (5, 10, 22), marks=pytest.mark.slow),
+        (levels(4, 4, 2) | dict(segment_layers=(4,)), (4, 8, 16)),
+    ],
+    ids=str,
+)
 def test_what_is_kept_is_not_computed_again(changes, expected, monkeypatch):
     assert counted(monkeypatch, **changes) == expected
 
@@ -84,12 +98,20 @@ def test_without_the_known_values_they_are_computed_again(monkeypatch):
     assert counted(monkeypatch, **levels(4, 4, 3)) == (4, 8, 16)
 
 
-@pytest.mark.parametrize("changes,message", [
-    (dict(keep_qkv_on_device=1), "--keep-qkv-on-device 1: more than --keep-attention-on-device 0; a layer that keeps "
-     "q, k and v keeps its attention output too, so use --keep-attention-on-device 1 or more"),
-    (levels(2, 1, 2), "--keep-mlp-on-device 2: more than --keep-qkv-on-device 1"),
-    (levels(1, 1) | dict(remat=False), "--keep-qkv-on-device are parts of rematerialisation"),
-    (levels(1, 1) | dict(stack="plain"), "--keep-qkv-on-device needs --stack segments")], ids=str)
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        (
+            dict(keep_qkv_on_device=1),
+            "--keep-qkv-on-device 1: more than --keep-attention-on-device 0; a layer that keeps "
+            "q, k and v keeps its attention output too, so use --keep-attention-on-device 1 or more",
+        ),
+        (levels(2, 1, 2), "--keep-mlp-on-device 2: more than --keep-qkv-on-device 1"),
+        (levels(1, 1) | dict(remat=False), "--keep-qkv-on-device are parts of rematerialisation"),
+        (levels(1, 1) | dict(stack="plain"), "--keep-qkv-on-device needs --stack segments"),
+    ],
+    ids=str,
+)
 def test_levels_are_nested_and_need_the_hand_written_backward_pass(changes, message):
     with pytest.raises(UserError, match=message):
         make_step(MODEL, profile=Profile(**changes))

@@ -30,9 +30,19 @@ HOST = dict(offload_activations=True, offload_weights=True, offload_optimizer=Tr
 TILES = dict(loss_tile=24, mlp_tile=24)
 CASES = {
     "one device, in host memory": ((1, 1), dict(segment_layers=(2, 1), keep_attention_on_host=1, **TILES, **HOST)),
-    "ulysses, head chunks": ((1, 4), dict(
-        segment_layers=(3,), head_chunks=2, keep_attention_on_device=1, keep_qkv_on_device=1, keep_mlp_on_device=1,
-        rebuild_inputs_alone=True, **TILES, **HOST)),
+    "ulysses, head chunks": (
+        (1, 4),
+        dict(
+            segment_layers=(3,),
+            head_chunks=2,
+            keep_attention_on_device=1,
+            keep_qkv_on_device=1,
+            keep_mlp_on_device=1,
+            rebuild_inputs_alone=True,
+            **TILES,
+            **HOST,
+        ),
+    ),
     "plain stack, tiles, head chunks": ((2, 2), dict(stack="plain", head_chunks=2, **TILES)),
 }
 UNCLIPPED = dataclasses.replace(QUIET_ADAMW, clip_norm=0.0)
@@ -41,8 +51,13 @@ UNCLIPPED = dataclasses.replace(QUIET_ADAMW, clip_norm=0.0)
 def begin(step):
     """(trained, frozen) with adapters whose B is not zero."""
     trained, frozen = step.split(initial(step))
-    filled = lambda path, x: x if names(path)[-1] != "lora_B" else jax.device_put(
-        np.random.default_rng(len(names(path)[2])).normal(0, 0.1, x.shape).astype(x.dtype), x.sharding)
+    filled = lambda path, x: (
+        x
+        if names(path)[-1] != "lora_B"
+        else jax.device_put(
+            np.random.default_rng(len(names(path)[2])).normal(0, 0.1, x.shape).astype(x.dtype), x.sharding
+        )
+    )
     return jax.tree_util.tree_map_with_path(filled, trained), frozen
 
 
@@ -64,8 +79,10 @@ def test_no_feature_changes_the_result(case, without_features):
     loss, gradients = gradients_of(step, random_batch())
     np.testing.assert_allclose(loss, without_features[0], rtol=1e-6)
     assert leaves(gradients).keys() == {
-        f"layers.{'self_attn' if name[0] in 'qkvo' else 'mlp'}.{name}.{which}" for name in LINEARS
-        for which in ("lora_A", "lora_B")}
+        f"layers.{'self_attn' if name[0] in 'qkvo' else 'mlp'}.{name}.{which}"
+        for name in LINEARS
+        for which in ("lora_A", "lora_B")
+    }
     assert_trees_close(gradients, without_features[1], 1e-5)
 
 
@@ -106,15 +123,23 @@ def weight_gradients(model, profile, freeze=None):
     scale = jax.ShapeDtypeStruct((), jnp.float32)
     batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, tuple(random_batch().values())))
     jaxpr = step.loss_and_grad.trace(step.trained, step.frozen, Batch(*batch), scale).jaxpr.jaxpr
-    weights = {leaf.shape[is_stacked(path):] for path, leaf in jax.tree_util.tree_leaves_with_path(step.params)
-               if leaf.ndim - is_stacked(path) == 2}
-    return {tuple(equation.outvars[0].aval.shape) for equation in equations(jaxpr)
-            if equation.primitive.name in ("dot_general", "scatter-add")} & weights
+    weights = {
+        leaf.shape[is_stacked(path) :]
+        for path, leaf in jax.tree_util.tree_leaves_with_path(step.params)
+        if leaf.ndim - is_stacked(path) == 2
+    }
+    return {
+        tuple(equation.outvars[0].aval.shape)
+        for equation in equations(jaxpr)
+        if equation.primitive.name in ("dot_general", "scatter-add")
+    } & weights
 
 
-@pytest.mark.parametrize("changes", [
-    dict(), dict(remat=True, segment_layers=(2,), **TILES), dict(remat=True, stack="plain", **TILES)],
-    ids=["plain", "segments", "plain stack"])
+@pytest.mark.parametrize(
+    "changes",
+    [dict(), dict(remat=True, segment_layers=(2,), **TILES), dict(remat=True, stack="plain", **TILES)],
+    ids=["plain", "segments", "plain stack"],
+)
 def test_the_program_has_no_gradient_of_a_frozen_weight(changes):
     profile = dataclasses.replace(PLAIN, **changes)
     kernels = {(64, 128), (64, 32), (128, 64), (64, 96), (96, 64)}  # (96, 64) is also the shape of the tables

@@ -18,8 +18,10 @@ from tests.mesh.test_lora import HOST, TILES, UNCLIPPED, begin
 
 MODEL = tiny(lora=Lora(4, 8.0, dropout=0.3, seed=5), qk_norm="all heads")  # head chunks need the norms of all heads
 CASES = {
-    "one device, in host memory": ((1, 1), dict(
-        segment_layers=(2, 1), keep_attention_on_host=1, head_chunks=2, **TILES, **HOST)),
+    "one device, in host memory": (
+        (1, 1),
+        dict(segment_layers=(2, 1), keep_attention_on_host=1, head_chunks=2, **TILES, **HOST),
+    ),
     "ulysses, head chunks": ((1, 4), dict(segment_layers=(3,), head_chunks=2, **TILES)),
     "plain stack, tiles": ((2, 2), dict(stack="plain", head_chunks=2, **TILES)),
 }
@@ -43,8 +45,9 @@ def without_features(plain):
     return gradients_of(plain)
 
 
-@pytest.mark.parametrize("case", [name if n == 1 else pytest.param(name, marks=pytest.mark.slow)
-                                  for n, name in enumerate(CASES)])
+@pytest.mark.parametrize(
+    "case", [name if n == 1 else pytest.param(name, marks=pytest.mark.slow) for n, name in enumerate(CASES)]
+)
 def test_no_feature_changes_the_masks(case, without_features):
     mesh, changes = CASES[case]
     step = make_step(MODEL, *mesh, profile=dataclasses.replace(PLAIN, remat=True, **changes), optimizer=UNCLIPPED)
@@ -73,6 +76,7 @@ def test_masks_are_of_the_step_and_the_token(plain, without_features):
 
 def test_without_draws_the_program_is_that_without_dropout():
     """`loss` for evaluation: the same operations as of adapters without dropout, and no random bits."""
+
     def program(lora, draws):
         step = make_step(tiny(lora=lora), profile=PLAIN)
         batch = Batch.abstract(4, 64, step.mesh, dropout=draws)
@@ -90,7 +94,9 @@ def test_a_step_of_training_draws_the_masks(plain):
     def loss(number, *parts):
         trained, frozen = begin(plain)
         state = TrainState(trained, frozen, plain.init_optimizer(trained), number)
-        return optimizer_step(plain, state, [{name: x[part] for name, x in whole.items()} for part in parts], 0.0)[1]["loss"]
+        return optimizer_step(plain, state, [{name: x[part] for name, x in whole.items()} for part in parts], 0.0)[1][
+            "loss"
+        ]
 
     one, (trained, frozen) = loss(7, slice(0, 4)), begin(plain)
     np.testing.assert_allclose(loss(7, slice(0, 2), slice(2, 4)), one, rtol=1e-6)

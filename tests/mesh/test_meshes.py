@@ -78,8 +78,12 @@ def test_parameters_that_no_device_count_divides_are_replicated_and_exact():
     model = tiny(hidden_size=36, intermediate_size=35, num_heads=4, num_kv_heads=2, head_dim=6, vocab_size=97)
     batch = random_batch(model)
     step = make_step(model, dp=2, sp=4, profile=PROFILE)
-    specs = {jax.tree_util.keystr(p, simple=True): s for p, s in jax.tree_util.tree_leaves_with_path(
-        step.specs, is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec))}
+    specs = {
+        jax.tree_util.keystr(p, simple=True): s
+        for p, s in jax.tree_util.tree_leaves_with_path(
+            step.specs, is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec)
+        )
+    }
     assert any(all(axes is None for axes in spec) for spec in specs.values())
     one, many = (loss_and_grad(made, initial(made), batch) for made in (make_step(model), step))
     np.testing.assert_allclose(many[0], one[0], rtol=1e-5)
@@ -109,9 +113,12 @@ def collectives(compiled_text: str) -> dict[str, int]:
 
 
 def compiled(step, batch):
-    device_batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-                                step.put_batch(**batch))
-    return step.loss_and_grad.lower(step.trained, step.frozen, device_batch, jax.ShapeDtypeStruct((), jnp.float32)).compile()
+    device_batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), step.put_batch(**batch)
+    )
+    return step.loss_and_grad.lower(
+        step.trained, step.frozen, device_batch, jax.ShapeDtypeStruct((), jnp.float32)
+    ).compile()
 
 
 def test_collectives_are_exactly_those_written_down():

@@ -56,7 +56,8 @@ def head(h):
     shard = lambda p, spec: jnp.zeros(p.sharding.shard_shape(p.shape), p.dtype) + h[0, 0, 0]
     end = jax.tree.map(shard, model.ends(step().params), model.ends(step().specs))
     loss = lambda h, table: model.head_loss(
-        h, end | {"lm_head": {"embedding": table}}, jnp.zeros(h.shape[:2], jnp.int32), jnp.float32(1))
+        h, end | {"lm_head": {"embedding": table}}, jnp.zeros(h.shape[:2], jnp.int32), jnp.float32(1)
+    )
     dh, dtable = jax.grad(loss, argnums=(0, 1))(h, end["lm_head"]["embedding"])
     return dh, dtable
 
@@ -73,9 +74,11 @@ def backward(h):
     return dh, *jax.tree.leaves(gradients)
 
 
-@pytest.mark.parametrize("fn,module,name,identity", [
-    (head, ends, "gradient_first", lambda h, table: (h, table)),
-    (backward, stack, "after", lambda arrays, x: x)], ids=["the loss", "the loop over layers"])
+@pytest.mark.parametrize(
+    "fn,module,name,identity",
+    [(head, ends, "gradient_first", lambda h, table: (h, table)), (backward, stack, "after", lambda arrays, x: x)],
+    ids=["the loss", "the loop over layers"],
+)
 def test_the_gradient_of_the_input_waits_for_those_of_the_weights(fn, module, name, identity, monkeypatch):
     assert waits(fn)
     monkeypatch.setattr(module, name, identity)
@@ -87,6 +90,10 @@ def test_stages_have_names():
     made, number = step(), jax.ShapeDtypeStruct((), jnp.float32)
     batch = made.put_batch(**random_batch(made.model, rows=1, length=16))
     gradient = made.loss_and_grad.lower(made.trained, made.frozen, batch, jnp.float32(1)).as_text(debug_info=True)
-    update = made.update.lower(made.trained, made.trained, made.optimizer_state, number, number).as_text(debug_info=True)
-    for name, text in dict.fromkeys(("embed", "layer/attention", "layer/mlp", "loss"), gradient).items() | {("update", update)}:
+    update = made.update.lower(made.trained, made.trained, made.optimizer_state, number, number).as_text(
+        debug_info=True
+    )
+    for name, text in dict.fromkeys(("embed", "layer/attention", "layer/mlp", "loss"), gradient).items() | {
+        ("update", update)
+    }:
         assert re.search(rf'["(/]{name}[)/]', text), name

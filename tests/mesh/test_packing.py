@@ -18,8 +18,17 @@ LENGTH = 64
 # of one token, a document over three shards, one that is the whole row, padding behind.
 ROWS = [[16, 16, 1, 1, 30], [64], [7, 40, 17], [1, 2, 3, 50]]
 HOST = dict(offload_activations=True, offload_weights=True, offload_optimizer=True)
-EVERYTHING = dict(segment_layers=(2,), keep_attention_on_host=1, keep_attention_on_device=1, keep_qkv_on_device=1,
-                  keep_mlp_on_device=1, head_chunks=2, loss_tile=7, mlp_tile=5, **HOST)
+EVERYTHING = dict(
+    segment_layers=(2,),
+    keep_attention_on_host=1,
+    keep_attention_on_device=1,
+    keep_qkv_on_device=1,
+    keep_mlp_on_device=1,
+    head_chunks=2,
+    loss_tile=7,
+    mlp_tile=5,
+    **HOST,
+)
 
 
 def summed(step, params, batch):
@@ -35,9 +44,17 @@ def one_by_one():
     return summed(step, initial(step), packed(ROWS, LENGTH, 1)[1])
 
 
-@pytest.mark.parametrize("mesh,changes", [
-    ((1, 1), {}), ((1, 4), {}), ((2, 4), dict(segment_layers=(2,), keep_attention_on_device=1)), ((1, 4), EVERYTHING),
-    ((4, 2), dict(stack="plain", head_chunks=2, mlp_tile=5))], ids=str)
+@pytest.mark.parametrize(
+    "mesh,changes",
+    [
+        ((1, 1), {}),
+        ((1, 4), {}),
+        ((2, 4), dict(segment_layers=(2,), keep_attention_on_device=1)),
+        ((1, 4), EVERYTHING),
+        ((4, 2), dict(stack="plain", head_chunks=2, mlp_tile=5)),
+    ],
+    ids=str,
+)
 def test_packed_documents_equal_documents_one_by_one(mesh, changes, one_by_one):
     step = make_step(MODEL, *mesh, Profile(**{"loss_tile": None, "mlp_tile": None} | changes))
     params = initial(step)
@@ -70,8 +87,11 @@ def test_borders_count(one_by_one):
         assert_trees_close(gradients, one_by_one[1], 1e-3)
 
 
-@pytest.mark.parametrize("mesh", [(1, 1), pytest.param((1, 4), marks=pytest.mark.slow),
-                                  pytest.param((2, 4), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize(
+    "mesh",
+    [(1, 1), pytest.param((1, 4), marks=pytest.mark.slow), pytest.param((2, 4), marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_257_documents_in_one_sequence(mesh):
     rows = [[1] * 128 + [2] * 129] * mesh[0]
     step, one = make_step(MODEL, *mesh), make_step(MODEL)
@@ -99,7 +119,12 @@ def test_an_update_in_the_backward_pass_on_packed_documents():
     for changes in (HOST | dict(update_in_backward=True), {}):
         step = make_step(MODEL, profile=Profile(**changes), optimizer=AdamW(eps=1e-4, clip_norm=0.0))
         trained, frozen = step.split(initial(step))
-        state, put, rate, scale = step.init_optimizer(trained), step.put_batch(**batch), jnp.float32(1e-2), jnp.float32(0.01)
+        state, put, rate, scale = (
+            step.init_optimizer(trained),
+            step.put_batch(**batch),
+            jnp.float32(1e-2),
+            jnp.float32(0.01),
+        )
         if changes:
             trained = step.update_in_backward(trained, frozen, state, put, scale, rate)[4]
         else:

@@ -64,8 +64,12 @@ def test_a_kernel_whose_index_wraps(monkeypatch):
 
 @pytest.mark.slow
 def test_a_border_of_documents_that_is_ignored():
-    kernel = Kernel("joins", lambda q, k, v, spec, documents: xla.forward(q, k, v, spec, None),
-                    lambda q, k, v, o, lse, do, spec, documents: xla.backward(q, k, v, o, lse, do, spec, None), SERVES)
+    kernel = Kernel(
+        "joins",
+        lambda q, k, v, spec, documents: xla.forward(q, k, v, spec, None),
+        lambda q, k, v, o, lse, do, spec, documents: xla.backward(q, k, v, o, lse, do, spec, None),
+        SERVES,
+    )
     rows = check_attention(subject(profile=dataclasses.replace(TILES, attention=kernel), documents=8))
     assert failed(rows) == ["attention: output", "attention: dq", "attention: dk", "attention: dv"]
 
@@ -132,7 +136,11 @@ def test_kv_heads_that_are_repeated_in_the_wrong_order(monkeypatch):
 
     monkeypatch.setattr(ulysses, "qkv_to_heads", tiled)
     assert failed(check_attention(subject(sp=4))) == [
-        "attention: output", "attention: dq", "attention: dk", "attention: dv"]
+        "attention: output",
+        "attention: dq",
+        "attention: dk",
+        "attention: dv",
+    ]
 
 
 @pytest.mark.slow
@@ -142,24 +150,49 @@ def test_an_update_in_the_backward_pass_against_the_gradient(monkeypatch):
     sound = subject(profile=early, optimizer=AdamW(clip_norm=0.0))
     assert not failed(check_in_backward(sound)) and not check_in_backward(subject())
     real = in_backward.LayerUpdates.write
-    monkeypatch.setattr(in_backward.LayerUpdates, "write", lambda self, store, i, shards, gradients: real(
-        self, store, i, shards, jax.tree.map(jnp.negative, gradients)))
+    monkeypatch.setattr(
+        in_backward.LayerUpdates,
+        "write",
+        lambda self, store, i, shards, gradients: real(self, store, i, shards, jax.tree.map(jnp.negative, gradients)),
+    )
     planted = subject(profile=early, optimizer=AdamW(clip_norm=0.0))
     assert failed(check_in_backward(planted)) == [
-        "update in the backward pass: part of the elements that move otherwise"]
+        "update in the backward pass: part of the elements that move otherwise"
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------- sound set-ups
 
-GEMMA = tiny(attention_bias=False, mlp_bias=False, qk_norm="head", norms="both", norm_offset=1.0,
-             activation="gelu_tanh", embedding_multiplier=8.0, attention_scale=0.2, logits_soft_cap=5.0,
-             tie_word_embeddings=True, layer_kinds=(LayerKind(window=9), LayerKind(window=9), LayerKind(table=1)),
-             more_ropes=(RopeConfig(theta=1e6),))
-OLMO = tiny(attention_bias=False, mlp_bias=False, qk_norm="all heads", norms="after",
-            rope=RopeConfig("yarn", factor=4.0, original_max_position_embeddings=32))
-GRANITE = tiny(residual_multiplier=0.22, logits_divisor=8.0, attention_scale=0.05, tie_word_embeddings=True,
-               rope=RopeConfig("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-                               original_max_position_embeddings=32))
+GEMMA = tiny(
+    attention_bias=False,
+    mlp_bias=False,
+    qk_norm="head",
+    norms="both",
+    norm_offset=1.0,
+    activation="gelu_tanh",
+    embedding_multiplier=8.0,
+    attention_scale=0.2,
+    logits_soft_cap=5.0,
+    tie_word_embeddings=True,
+    layer_kinds=(LayerKind(window=9), LayerKind(window=9), LayerKind(table=1)),
+    more_ropes=(RopeConfig(theta=1e6),),
+)
+OLMO = tiny(
+    attention_bias=False,
+    mlp_bias=False,
+    qk_norm="all heads",
+    norms="after",
+    rope=RopeConfig("yarn", factor=4.0, original_max_position_embeddings=32),
+)
+GRANITE = tiny(
+    residual_multiplier=0.22,
+    logits_divisor=8.0,
+    attention_scale=0.05,
+    tie_word_embeddings=True,
+    rope=RopeConfig(
+        "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
+    ),
+)
 SMOLLM = tiny(layer_kinds=(LayerKind(), LayerKind(rope=False), LayerKind()), num_kv_heads=4)
 OFFLOADED = Profile(loss_tile=24, mlp_tile=20, offload_activations=True, offload_weights=True, offload_optimizer=True)
 SOUND = {
@@ -169,16 +202,22 @@ SOUND = {
     "gemma, 2 x 2": dict(model=GEMMA, dp=2, sp=2),
     "olmo, chunks, 1 x 2": dict(model=OLMO, sp=2, profile=dataclasses.replace(TILES, head_chunks=2)),
     "granite, bfloat16, narrow states": dict(
-        model=GRANITE, optimizer=AdamW(states="int8", master="low-bits"), **bfloat16()),
+        model=GRANITE, optimizer=AdamW(states="int8", master="low-bits"), **bfloat16()
+    ),
     "smollm, segments, kept attention": dict(
-        model=SMOLLM, profile=dataclasses.replace(TILES, segment_layers=(2,), keep_attention_on_device=1)),
+        model=SMOLLM, profile=dataclasses.replace(TILES, segment_layers=(2,), keep_attention_on_device=1)
+    ),
     "llama, all in host memory, bfloat16, no master": dict(
-        dp=2, optimizer=AdamW(states="bfloat16", master="none"), **bfloat16(OFFLOADED)),
+        dp=2, optimizer=AdamW(states="bfloat16", master="none"), **bfloat16(OFFLOADED)
+    ),
     "llama, untiled, frozen, plain stack": dict(
-        profile=Profile(loss_tile=None, mlp_tile=None, stack="plain"), freeze="embed_tokens|lm_head", sp=2),
+        profile=Profile(loss_tile=None, mlp_tile=None, stack="plain"), freeze="embed_tokens|lm_head", sp=2
+    ),
     "llama, dynamic rope, gradients reduced in bfloat16": dict(
-        model=tiny(rope=RopeConfig("dynamic", factor=2.0, max_position_embeddings=32)), dp=2,
-        profile=dataclasses.replace(TILES, reduce_dtype="bfloat16")),
+        model=tiny(rope=RopeConfig("dynamic", factor=2.0, max_position_embeddings=32)),
+        dp=2,
+        profile=dataclasses.replace(TILES, reduce_dtype="bfloat16"),
+    ),
 }
 
 
@@ -189,12 +228,19 @@ def test_a_sound_set_up_passes(name):
     assert not failed(rows) and len(rows) >= 17
 
 
-@pytest.mark.parametrize("rope", [
-    RopeConfig("linear", factor=4.0), OLMO.rope, GRANITE.rope,
-    RopeConfig("dynamic", factor=2.0, max_position_embeddings=32),
-    RopeConfig("longrope", factor=2.0, original_max_position_embeddings=32, short_factor=(1.0,) * 8,
-               long_factor=(2.0,) * 8)],
-    ids=lambda rope: rope.rope_type)
+@pytest.mark.parametrize(
+    "rope",
+    [
+        RopeConfig("linear", factor=4.0),
+        OLMO.rope,
+        GRANITE.rope,
+        RopeConfig("dynamic", factor=2.0, max_position_embeddings=32),
+        RopeConfig(
+            "longrope", factor=2.0, original_max_position_embeddings=32, short_factor=(1.0,) * 8, long_factor=(2.0,) * 8
+        ),
+    ],
+    ids=lambda rope: rope.rope_type,
+)
 def test_frequencies_of_the_check_are_those_of_transformers(rope):
     """A second independent witness: transformers computes them in float32."""
     from transformers import LlamaConfig
@@ -204,8 +250,13 @@ def test_frequencies_of_the_check_are_those_of_transformers(rope):
     fields["rope_theta"] = rope.theta
     for name in ("theta", "max_position_embeddings"):
         fields.pop(name, None)
-    config = LlamaConfig(hidden_size=64, num_attention_heads=4, head_dim=16, rope_parameters=fields,
-                         max_position_embeddings=rope.max_position_embeddings or 64)
+    config = LlamaConfig(
+        hidden_size=64,
+        num_attention_heads=4,
+        head_dim=16,
+        rope_parameters=fields,
+        max_position_embeddings=rope.max_position_embeddings or 64,
+    )
     config.rope_parameters["original_max_position_embeddings"] = rope.original_max_position_embeddings
     frequencies, factor = ROPE_INIT_FUNCTIONS[rope.rope_type](config, "cpu", seq_len=64)
     np.testing.assert_allclose(rope64.frequencies(rope, 16, 64), frequencies.numpy(), rtol=2e-6)

@@ -30,19 +30,33 @@ MODEL = tiny(num_layers=4, attention_bias=False, mlp_bias=False)
 TILES = dict(loss_tile=7, mlp_tile=5)
 HOST = dict(offload_activations=True, offload_weights=True, offload_optimizer=True)
 PROFILES = [
-    dict(head_chunks=2), dict(head_chunks=4), dict(head_chunks=8), dict(segment_layers=(2,)), dict(segment_layers=(4,)),
-    dict(segment_layers=(3,)), dict(keep_attention_on_device=4), dict(keep_attention_on_host=4),
+    dict(head_chunks=2),
+    dict(head_chunks=4),
+    dict(head_chunks=8),
+    dict(segment_layers=(2,)),
+    dict(segment_layers=(4,)),
+    dict(segment_layers=(3,)),
+    dict(keep_attention_on_device=4),
+    dict(keep_attention_on_host=4),
     dict(segment_layers=(2,), keep_attention_on_host=4),
     dict(segment_layers=(4,), keep_attention_on_device=1, keep_attention_on_host=2, head_chunks=4),
     dict(segment_layers=(2, 1, 1), keep_attention_on_device=1, keep_attention_on_host=1),
     dict(segment_layers=(1, 3), keep_attention_on_device=3, offload_activations=True),
     dict(segment_layers=(2,), keep_attention_on_host=2, head_chunks=2, **TILES, **HOST),
-    dict(segment_layers=(2, 1, 1), keep_attention_on_device=2, keep_attention_on_host=1, head_chunks=4, **TILES, **HOST),
+    dict(
+        segment_layers=(2, 1, 1), keep_attention_on_device=2, keep_attention_on_host=1, head_chunks=4, **TILES, **HOST
+    ),
 ]
 ON_MESHES = [
-    ((1, 2), dict(head_chunks=2)), ((1, 2), dict(head_chunks=4)),  # 4: two chunks share each kv head
+    ((1, 2), dict(head_chunks=2)),
+    ((1, 2), dict(head_chunks=4)),  # 4: two chunks share each kv head
     ((1, 4), dict(head_chunks=2, segment_layers=(2,), keep_attention_on_host=2)),  # sp > kv heads of a chunk
-    ((2, 2), dict(segment_layers=(3, 1), keep_attention_on_host=1, keep_attention_on_device=1, head_chunks=2, **TILES, **HOST)),
+    (
+        (2, 2),
+        dict(
+            segment_layers=(3, 1), keep_attention_on_host=1, keep_attention_on_device=1, head_chunks=2, **TILES, **HOST
+        ),
+    ),
 ]
 
 
@@ -70,9 +84,14 @@ def test_profile_on_a_mesh_equals_plain(mesh, changes, reference):
     check(reference, *mesh, **changes)
 
 
-@pytest.mark.parametrize("changes", [
-    dict(segment_layers=(4,), keep_attention_on_host=2), dict(segment_layers=(2, 1, 1), keep_attention_on_device=1, head_chunks=4)],
-    ids=name)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(segment_layers=(4,), keep_attention_on_host=2),
+        dict(segment_layers=(2, 1, 1), keep_attention_on_device=1, head_chunks=4),
+    ],
+    ids=name,
+)
 @pytest.mark.parametrize("attention", ["cudnn", "flash"])
 def test_with_a_kernel_that_lives_on_kept_statistics(attention, changes, reference, monkeypatch):
     calls = stand_in.install(monkeypatch)
@@ -91,7 +110,9 @@ def traced(monkeypatch, **changes):
     profile = Profile(**{"loss_tile": 64, "mlp_tile": 64, "attention": "cudnn", "compute_dtype": "bfloat16", **changes})
     step = make_step(MODEL, profile=profile, dtype=jnp.bfloat16)
     batch = step.put_batch(**random_batch(MODEL, rows=1, length=256))
-    jaxpr = step.loss_and_grad.trace(step.trained, step.frozen, batch, jax.ShapeDtypeStruct((), jnp.float32)).jaxpr.jaxpr
+    jaxpr = step.loss_and_grad.trace(
+        step.trained, step.frozen, batch, jax.ShapeDtypeStruct((), jnp.float32)
+    ).jaxpr.jaxpr
     return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
 
 
@@ -105,14 +126,23 @@ def executions(jaxpr, name) -> int:
     return total
 
 
-@pytest.mark.parametrize("changes,forwards", [
-    ({}, 8), (dict(keep_attention_on_device=4), 4), (dict(keep_attention_on_host=3), 5),
-    (dict(segment_layers=(2,)), 8),  # not 10: what is made while a segment is rebuilt serves its backward pass too
-    (dict(segment_layers=(2,), keep_attention_on_host=2), 6), (dict(segment_layers=(2,), keep_attention_on_device=4), 4),
-    (dict(segment_layers=(4,), keep_attention_on_device=1, keep_attention_on_host=2), 5),
-    (dict(segment_layers=(3, 1), keep_attention_on_device=1), 7),
-    (dict(head_chunks=4), 32), (dict(head_chunks=4, keep_attention_on_host=4), 16),
-    (dict(head_chunks=4, segment_layers=(4,), keep_attention_on_host=2), 24)], ids=name)
+@pytest.mark.parametrize(
+    "changes,forwards",
+    [
+        ({}, 8),
+        (dict(keep_attention_on_device=4), 4),
+        (dict(keep_attention_on_host=3), 5),
+        (dict(segment_layers=(2,)), 8),  # not 10: what is made while a segment is rebuilt serves its backward pass too
+        (dict(segment_layers=(2,), keep_attention_on_host=2), 6),
+        (dict(segment_layers=(2,), keep_attention_on_device=4), 4),
+        (dict(segment_layers=(4,), keep_attention_on_device=1, keep_attention_on_host=2), 5),
+        (dict(segment_layers=(3, 1), keep_attention_on_device=1), 7),
+        (dict(head_chunks=4), 32),
+        (dict(head_chunks=4, keep_attention_on_host=4), 16),
+        (dict(head_chunks=4, segment_layers=(4,), keep_attention_on_host=2), 24),
+    ],
+    ids=name,
+)
 def test_kept_outputs_spare_attention_forwards(changes, forwards, monkeypatch):
     """4 layers: 4 forwards, and one again for each layer whose output was not kept; times the chunks."""
     jaxpr = traced(monkeypatch, **changes)
@@ -124,7 +154,9 @@ def test_what_is_kept_on_the_host(monkeypatch):
     def host(**changes):
         """Shapes of host arrays of at least a layer's activations, without those of a single row on its way."""
         found = re.findall(r"<host>\[([\d,]+)\]", str(traced(monkeypatch, **changes)))
-        return {shape for shape in found if not shape.startswith("1,1,") and shape not in ("1,256,64", output, statistics)}
+        return {
+            shape for shape in found if not shape.startswith("1,1,") and shape not in ("1,256,64", output, statistics)
+        }
 
     output, statistics, inputs = "1,256,8,16", "1,1,8,256", "1,256,64"
     assert host(keep_attention_on_device=2, segment_layers=(2,)) == set()
@@ -144,19 +176,29 @@ def test_the_input_of_the_first_segment_is_looked_up_again(monkeypatch):
     assert "2,1,256,64" in shapes and "3,1,256,64" not in shapes  # of three segments
 
 
-@pytest.mark.parametrize("changes,message", [
-    (dict(segment_layers=(3, 2)), "--segment-layers 3 2: 5 layers in all, where the model has 4"),
-    (dict(keep_attention_on_device=2, keep_attention_on_host=3), "= 5 layers, where the model has 4"),
-    (dict(keep_attention_on_host=1, remat=False),
-     "--keep-attention-on-host is a part of rematerialisation; it needs --remat"),
-    (dict(head_chunks=3), "--head-chunks 3 must divide 8 query heads; use 1, 2, 4 or 8")], ids=name)
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        (dict(segment_layers=(3, 2)), "--segment-layers 3 2: 5 layers in all, where the model has 4"),
+        (dict(keep_attention_on_device=2, keep_attention_on_host=3), "= 5 layers, where the model has 4"),
+        (
+            dict(keep_attention_on_host=1, remat=False),
+            "--keep-attention-on-host is a part of rematerialisation; it needs --remat",
+        ),
+        (dict(head_chunks=3), "--head-chunks 3 must divide 8 query heads; use 1, 2, 4 or 8"),
+    ],
+    ids=name,
+)
 def test_impossible_profiles_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         make_step(MODEL, profile=Profile(**changes))
 
 
-@pytest.mark.parametrize("nonsense", [dict(segment_layers=(5, -1)), dict(segment_layers=()), dict(head_chunks=0),
-                                      dict(keep_attention_on_device=-1)], ids=name)
+@pytest.mark.parametrize(
+    "nonsense",
+    [dict(segment_layers=(5, -1)), dict(segment_layers=()), dict(head_chunks=0), dict(keep_attention_on_device=-1)],
+    ids=name,
+)
 def test_nonsense_is_refused_in_the_library_too(nonsense):
     with pytest.raises(UserError, match="must be at least"):
         make_step(MODEL, profile=Profile(**nonsense))
@@ -177,5 +219,7 @@ def test_tied_embeddings_are_summed_on_the_device():
 
 
 def test_chunks_and_degree_must_fit_together():
-    with pytest.raises(UserError, match=r"sp=4 must divide 2 query heads of each of 4 chunks \(--head-chunks\); use 1 or 2"):
+    with pytest.raises(
+        UserError, match=r"sp=4 must divide 2 query heads of each of 4 chunks \(--head-chunks\); use 1 or 2"
+    ):
         make_step(MODEL, sp=4, profile=Profile(head_chunks=4))

@@ -18,8 +18,16 @@ from benchmarks.shapes import llama_8b
 from tests.helpers import PLAIN, initial, loss_and_grad, make_step, random_batch, tiny
 
 # Room for 192 of the 256 tokens in the gradients of one layer: 32 (q) + 16 (k) + 16 (v) + 32 (o) + 3 x 32 (MLP).
-MODEL = tiny(num_layers=4, hidden_size=32, intermediate_size=32, num_heads=4, num_kv_heads=2, head_dim=8,
-             attention_bias=False, mlp_bias=False)
+MODEL = tiny(
+    num_layers=4,
+    hidden_size=32,
+    intermediate_size=32,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    attention_bias=False,
+    mlp_bias=False,
+)
 HOST = dict(remat=True, offload_activations=True, offload_weights=True, offload_optimizer=True)
 PROFILE = dataclasses.replace(PLAIN, **HOST, segment_layers=(2,))
 
@@ -28,13 +36,18 @@ def places(lengths, tokens, per_layer=192):
     return shared_inputs(Profile(segment_layers=lengths).segments(sum(lengths)), tokens, per_layer)
 
 
-@pytest.mark.parametrize("lengths,tokens,expected", [
-    ((2, 2, 2, 2), 256, {3: 6, 2: 4, 1: 2}),  # two layers each; the first segment's input is not saved
-    ((2, 2, 2, 2), 577, {3: 4, 2: 0}),  # four layers each: no place is left for that of segment 1
-    ((2, 2, 2, 2), 192, {}),  # one layer: its loop has one trip, and the copies would stay on the device
-    ((2, 1, 3, 2), 256, {3: 6, 2: 4}),  # a segment of one layer saves its input by itself
-    ((2, 4, 1, 1), 256, {1: 4}),  # not in the rows of layers 6 and 7, which are written before it is read
-    ((8,), 256, {}), ((2, 6), 1600, {})])
+@pytest.mark.parametrize(
+    "lengths,tokens,expected",
+    [
+        ((2, 2, 2, 2), 256, {3: 6, 2: 4, 1: 2}),  # two layers each; the first segment's input is not saved
+        ((2, 2, 2, 2), 577, {3: 4, 2: 0}),  # four layers each: no place is left for that of segment 1
+        ((2, 2, 2, 2), 192, {}),  # one layer: its loop has one trip, and the copies would stay on the device
+        ((2, 1, 3, 2), 256, {3: 6, 2: 4}),  # a segment of one layer saves its input by itself
+        ((2, 4, 1, 1), 256, {1: 4}),  # not in the rows of layers 6 and 7, which are written before it is read
+        ((8,), 256, {}),
+        ((2, 6), 1600, {}),
+    ],
+)
 def test_places_by_hand(lengths, tokens, expected):
     assert places(lengths, tokens) == expected
 
@@ -77,8 +90,14 @@ def test_no_array_is_left_for_them():
     assert host_arrays(False) == {"1,4,64,32", "2,4,64,32"} and host_arrays(True) == set()
 
 
-@pytest.mark.parametrize("changes", [
-    dict(offload_weights=False, offload_optimizer=False), dict(offload_activations=False), dict(update_in_backward=True)])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(offload_weights=False, offload_optimizer=False),
+        dict(offload_activations=False),
+        dict(update_in_backward=True),
+    ],
+)
 def test_refused_where_there_is_nothing_to_share(changes):
     with pytest.raises(UserError, match="--share-gradients keeps layer inputs where gradients will be"):
         dataclasses.replace(Profile(share_gradients=True, **HOST), **changes).check()
@@ -87,8 +106,13 @@ def test_refused_where_there_is_nothing_to_share(changes):
 def test_refused_where_no_input_finds_room():
     """Segments of one layer keep all inputs; an input larger than the gradients of the layers before finds no room."""
     job = lambda length, **changes: Job(
-        llama_8b(8), Profile(attention="flash", compute_dtype="bfloat16", share_gradients=True, **HOST, **changes), 1,
-        length, states="int8", master="none")
+        llama_8b(8),
+        Profile(attention="flash", compute_dtype="bfloat16", share_gradients=True, **HOST, **changes),
+        1,
+        length,
+        states="int8",
+        master="none",
+    )
     choose = planner.Planner(TrainConfig(memory="manual"), parse_cluster("H200-141", 500), False, None).choose
     assert choose(job(131072, segment_layers=(4,))).job.shared_inputs == 1
     for refused in (job(131072), job(524288, segment_layers=(4,))):
@@ -97,8 +121,12 @@ def test_refused_where_no_input_finds_room():
 
 
 def test_rebuilt_inputs_alone_are_refused_where_nothing_is_rebuilt():
-    job = lambda **changes: Job(llama_8b(8), Profile(
-        attention="flash", compute_dtype="bfloat16", rebuild_inputs_alone=True, **HOST, **changes), 1, 131072)
+    job = lambda **changes: Job(
+        llama_8b(8),
+        Profile(attention="flash", compute_dtype="bfloat16", rebuild_inputs_alone=True, **HOST, **changes),
+        1,
+        131072,
+    )
     choose = planner.Planner(TrainConfig(memory="manual"), parse_cluster("H200-141", 500), False, None).choose
     assert choose(job(segment_layers=(4,))).job.profile.rebuild_inputs_alone
     with pytest.raises(UserError, match="--rebuild-inputs-alone: no segment has several layers"):

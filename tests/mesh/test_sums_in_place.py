@@ -23,8 +23,10 @@ def step(dp=1, sp=1, model=TINY, **changes):
     return make_step(model, dp, sp, dataclasses.replace(PLAIN, remat=True, **changes))
 
 
-@pytest.mark.parametrize("dp,sp,model,changes", [
-    (2, 2, TINY, HOST), (1, 1, ADAPTERS, {}), pytest.param(1, 1, TINY, {}, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "dp,sp,model,changes",
+    [(2, 2, TINY, HOST), (1, 1, ADAPTERS, {}), pytest.param(1, 1, TINY, {}, marks=pytest.mark.slow)],
+)
 def test_equal_to_the_sum_of_separate_gradients(dp, sp, model, changes):
     made = step(dp, sp, model, **changes)
     params, losses = made.split(initial(made)), []
@@ -47,8 +49,10 @@ def test_no_gradients_beside_the_sums():
     made, number = step(model=dataclasses.replace(TINY, num_layers=12)), jax.ShapeDtypeStruct((), jnp.float32)
     batch, arguments = made.put_batch(**random_batch(TINY, rows=1, length=16)), (made.trained,) * 2 + (made.frozen,)
     apart = jax.jit(lambda sums, *rest: made.add_gradients(sums, made.loss_and_grad(*rest)[1]), donate_argnums=0)
-    ours, control = (function.lower(*arguments, batch, number).compile().memory_analysis()
-                     for function in (made.loss_and_sums, apart))
+    ours, control = (
+        function.lower(*arguments, batch, number).compile().memory_analysis()
+        for function in (made.loss_and_sums, apart)
+    )
     size = lambda tree: sum(leaf.size * 4 for leaf in jax.tree.leaves(tree))
     assert ours.alias_size_in_bytes >= size(made.trained)
     assert 2 * ours.temp_size_in_bytes < size(made.trained["layers"]) <= control.temp_size_in_bytes

@@ -12,8 +12,15 @@ from alst_jax.profile import Profile
 from tests.helpers import PLAIN, initial, make_step, packed, random_batch, tiny
 from tests.mesh.test_families_profiles import FIELDS, model_of
 
-FEATURES = Profile(loss_tile=5, mlp_tile=7, remat=True, offload_activations=True, offload_weights=True, head_chunks=2,
-                   segment_layers=(2,))
+FEATURES = Profile(
+    loss_tile=5,
+    mlp_tile=7,
+    remat=True,
+    offload_activations=True,
+    offload_weights=True,
+    head_chunks=2,
+    segment_layers=(2,),
+)
 
 
 def test_by_hand():
@@ -44,8 +51,13 @@ def test_they_add_up_to_the_loss(alone):
     assert found.losses.shape == (4, 64) and 0 < found.hits.mean() < 0.2
 
 
-@pytest.mark.parametrize("dp,sp,profile", [
-    pytest.param(2, 2, FEATURES, id="2x2, every feature"), pytest.param(1, 4, PLAIN, id="1x4", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "dp,sp,profile",
+    [
+        pytest.param(2, 2, FEATURES, id="2x2, every feature"),
+        pytest.param(1, 4, PLAIN, id="1x4", marks=pytest.mark.slow),
+    ],
+)
 def test_a_mesh_equals_one_device(dp, sp, profile, alone):
     batch, expected = alone
     step = make_step(dp=dp, sp=sp, profile=profile)

@@ -30,7 +30,9 @@ def run(step, in_backward, steps=3):
     scale, rate, losses, norms = jnp.float32(1 / 200), jnp.float32(1e-2), [], []
     for _ in range(steps):
         if in_backward:
-            loss, norm, finite, layers, params, state = step.update_in_backward(*step.split(params), state, batch, scale, rate)
+            loss, norm, finite, layers, params, state = step.update_in_backward(
+                *step.split(params), state, batch, scale, rate
+            )
             assert finite and layers == step.model.num_layers
         else:
             loss, gradients = step.loss_and_grad(*step.split(params), batch, scale)
@@ -41,11 +43,28 @@ def run(step, in_backward, steps=3):
     return losses, norms, to_numpy(params), to_numpy(state)
 
 
-@pytest.mark.parametrize("mesh,changes", [
-    ((1, 1), {}), ((1, 1), dict(segment_layers=(2,), head_chunks=2)), ((2, 2), dict(**TILES, **HOST)),
-    ((1, 4), dict(segment_layers=(3, 1), keep_attention_on_host=2, keep_attention_on_device=1, keep_qkv_on_device=1,
-                  keep_mlp_on_device=1, **TILES, **HOST)),
-    ((1, 1), dict(segment_layers=(2, 1, 1), keep_attention_on_device=1, head_chunks=4))], ids=name)
+@pytest.mark.parametrize(
+    "mesh,changes",
+    [
+        ((1, 1), {}),
+        ((1, 1), dict(segment_layers=(2,), head_chunks=2)),
+        ((2, 2), dict(**TILES, **HOST)),
+        (
+            (1, 4),
+            dict(
+                segment_layers=(3, 1),
+                keep_attention_on_host=2,
+                keep_attention_on_device=1,
+                keep_qkv_on_device=1,
+                keep_mlp_on_device=1,
+                **TILES,
+                **HOST,
+            ),
+        ),
+        ((1, 1), dict(segment_layers=(2, 1, 1), keep_attention_on_device=1, head_chunks=4)),
+    ],
+    ids=name,
+)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_equals_the_update_behind_it(mesh, changes, tied):
     profile = dataclasses.replace(REMAT, **changes)
@@ -63,7 +82,9 @@ def test_draws_the_same_random_bits(states):
     """Streamed layer by layer, narrow states are rounded alike; with other bits about half of the codes would
     differ."""
     profile = dataclasses.replace(REMAT, segment_layers=(2,), **HOST)
-    step = make_step(tiny(num_layers=4, intermediate_size=128), profile=profile, optimizer=AdamW(clip_norm=0.0, states=states))
+    step = make_step(
+        tiny(num_layers=4, intermediate_size=128), profile=profile, optimizer=AdamW(clip_norm=0.0, states=states)
+    )
     ours, same = (run(step, in_backward, steps=1)[3] for in_backward in (True, False))
     for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(same), strict=True):
         if one.dtype != np.float32:
@@ -91,12 +112,18 @@ def poisoned(step, scale, spoil=lambda params: params):
     params = spoil(initial(step))
     before, state = to_numpy(params), step.init_optimizer(params)
     _, _, finite, layers, params, state = step.update_in_backward(
-        *step.split(params), state, step.put_batch(**random_batch(MODEL)), jnp.float32(scale), jnp.float32(1e-2))
+        *step.split(params), state, step.put_batch(**random_batch(MODEL)), jnp.float32(scale), jnp.float32(1e-2)
+    )
     after = to_numpy(params)
     kernel = lambda tree: leaf(tree, "layers.mlp.up_proj.kernel")
     changed = [i for i in range(4) if not np.array_equal(kernel(before)[i], kernel(after)[i], equal_nan=True)]
-    rest = [name for name in ("embed_tokens", "norm", "lm_head") if any(
-        not np.array_equal(a, b, equal_nan=True) for a, b in zip(*map(jax.tree.leaves, (before[name], after[name]))))]
+    rest = [
+        name
+        for name in ("embed_tokens", "norm", "lm_head")
+        if any(
+            not np.array_equal(a, b, equal_nan=True) for a, b in zip(*map(jax.tree.leaves, (before[name], after[name])))
+        )
+    ]
     return bool(finite), int(layers), changed, rest, int(state["count"])
 
 
@@ -133,7 +160,16 @@ def train_until_it_is_not_finite(step, monkeypatch, tmp_path, updated):
     data = TrainingBatches([Sequence(tokens, tokens)] * 4, 64, 1, 1, 0, 0)
     log = MetricsLog(tmp_path, 0)
     with pytest.raises(UserError) as error, trainer.StopSignal() as stop:
-        trainer.train(TrainConfig(seq_len=64, learning_rate=1e-3), step, state, 4, trainer.Data(data), log, lambda state: saved.append(state.step), stop)
+        trainer.train(
+            TrainConfig(seq_len=64, learning_rate=1e-3),
+            step,
+            state,
+            4,
+            trainer.Data(data),
+            log,
+            lambda state: saved.append(state.step),
+            stop,
+        )
     log.close()
     return str(error.value), saved
 

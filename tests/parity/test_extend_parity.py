@@ -19,8 +19,15 @@ from tests.parity.test_families_parity import logits as logits_of_kinds
 from tests.parity.test_hf_parity import logits
 
 OLD, NEW, MODEL = 32, 128, 1e-4
-SHAPE = dict(vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, max_position_embeddings=OLD)
+SHAPE = dict(
+    vocab_size=99,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=OLD,
+)
 FLAGS = {name: dict(rope_scaling=name, rope_factor=4.0) for name in ("yarn", "linear", "llama3", "dynamic")}
 FLAGS["theta"] = dict(rope_theta=8e4)
 
@@ -61,9 +68,14 @@ def test_transformers_reads_the_export(flags, trained, tmp_path):
     assert relative_error(before[:, OLD:], theirs[:, OLD:]) > 100 * MODEL
 
 
-@pytest.mark.parametrize("family,fields", [
-    ("gemma3_text", dict(rope_theta=1e6, rope_local_base_freq=1e4)), ("gemma3_text", {}),
-    ("olmo3", dict(rope_theta=5e5))])
+@pytest.mark.parametrize(
+    "family,fields",
+    [
+        ("gemma3_text", dict(rope_theta=1e6, rope_local_base_freq=1e4)),
+        ("gemma3_text", {}),
+        ("olmo3", dict(rope_theta=5e5)),
+    ],
+)
 def test_the_rope_of_sliding_windows_stays(family, fields):
     raw = SHAPE | dict(model_type=family, num_hidden_layers=6, head_dim=8) | fields
     old = parse_config(raw, "old")
@@ -90,13 +102,15 @@ def test_windows_of_olmo3_have_no_older_form_of_another_base():
     assert bases == {"full_attention": 8e6, "sliding_attention": 5e5}
 
 
-@pytest.mark.parametrize("flags", [FLAGS["yarn"], pytest.param(FLAGS["theta"], marks=pytest.mark.slow)],
-                         ids=["yarn", "theta"])
+@pytest.mark.parametrize(
+    "flags", [FLAGS["yarn"], pytest.param(FLAGS["theta"], marks=pytest.mark.slow)], ids=["yarn", "theta"]
+)
 def test_transformers_reads_windows_and_stretched_layers(flags, tmp_path):
     """Gemma 3: a rotary embedding for each type of layer, whichever form of the settings is read."""
     torch.manual_seed(0)
-    fields = SHAPE | dict(head_dim=8, sliding_window=16, layer_types=["sliding_attention", "full_attention"],
-                          query_pre_attn_scalar=8)
+    fields = SHAPE | dict(
+        head_dim=8, sliding_window=16, layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=8
+    )
     model = transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**fields))
     for parameter in model.parameters():
         parameter.data = torch.randn_like(parameter) * 0.3
@@ -127,13 +141,22 @@ def test_theta_keeps_the_scaling():
         assert after.rope == dataclasses.replace(before.rope, theta=9e4) and after.max_position_embeddings == at_most
 
 
-@pytest.mark.parametrize("changes,flags,message", [
-    ({}, dict(rope_scaling="yarn", rope_factor=2.0, seq_len=65),
-     "32 positions become 64, and --seq-len 65 is beyond; use --rope-factor 3"),
-    (dict(rope_scaling=dict(rope_type="linear", factor=2.0)), dict(rope_scaling="yarn", rope_factor=2.0),
-     "scaled already"),
-    (dict(model_type="phi3"), dict(rope_scaling="linear", rope_factor=2.0), "Phi-3 has no such scaling"),
-])
+@pytest.mark.parametrize(
+    "changes,flags,message",
+    [
+        (
+            {},
+            dict(rope_scaling="yarn", rope_factor=2.0, seq_len=65),
+            "32 positions become 64, and --seq-len 65 is beyond; use --rope-factor 3",
+        ),
+        (
+            dict(rope_scaling=dict(rope_type="linear", factor=2.0)),
+            dict(rope_scaling="yarn", rope_factor=2.0),
+            "scaled already",
+        ),
+        (dict(model_type="phi3"), dict(rope_scaling="linear", rope_factor=2.0), "Phi-3 has no such scaling"),
+    ],
+)
 def test_what_contradicts_is_refused(changes, flags, message):
     with pytest.raises(UserError, match=message) as refused:
         extended(SHAPE | dict(model_type="llama") | changes, TrainConfig(**flags))

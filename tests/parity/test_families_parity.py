@@ -25,60 +25,138 @@ from alst_jax.ops.cross_entropy import LogitScaling
 from alst_jax.ops.tiling import token_rows
 from tests.helpers import assert_trees_close, leaves, make_step, relative_error, torch_gradients
 
-BASE = dict(vocab_size=101, hidden_size=60, intermediate_size=52, num_hidden_layers=3, num_attention_heads=6,
-            num_key_value_heads=2, head_dim=14, max_position_embeddings=256, attn_implementation="eager", bos_token_id=None,
-            eos_token_id=None, pad_token_id=None)
+BASE = dict(
+    vocab_size=101,
+    hidden_size=60,
+    intermediate_size=52,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=14,
+    max_position_embeddings=256,
+    attn_implementation="eager",
+    bos_token_id=None,
+    eos_token_id=None,
+    pad_token_id=None,
+)
 MHA = dict(num_attention_heads=5, num_key_value_heads=5, head_dim=12, tie_word_embeddings=True)
 SLIDING, FULL = "sliding_attention", "full_attention"
 WINDOW = LayerKind(window=7)
-LONGROPE = dict(head_dim=10, rope_parameters=dict(
-    rope_type="longrope", rope_theta=1e3, partial_rotary_factor=0.8, short_factor=[1.0, 1.1, 1.2, 1.3],
-    long_factor=[1.5, 2.5, 4.0, 8.0]))
+LONGROPE = dict(
+    head_dim=10,
+    rope_parameters=dict(
+        rope_type="longrope",
+        rope_theta=1e3,
+        partial_rotary_factor=0.8,
+        short_factor=[1.0, 1.1, 1.2, 1.3],
+        long_factor=[1.5, 2.5, 4.0, 8.0],
+    ),
+)
 GRANITE = dict(embedding_multiplier=3.0, attention_multiplier=0.3, residual_multiplier=0.4, logits_scaling=7.0)
 # Name of transformers' classes, changes of BASE, options that ours must have.
 CASES = {
     "qwen3": ("Qwen3", {}, dict(qk_norm="head")),
-    "qwen3, tied, windows": ("Qwen3", MHA | dict(
-        attention_bias=True, use_sliding_window=True, sliding_window=7, max_window_layers=1), dict(
-        attention_bias=True, layer_kinds=(LayerKind(), WINDOW, WINDOW))),
-    "qwen2, windows": ("Qwen2", dict(use_sliding_window=True, sliding_window=7, layer_types=[SLIDING, FULL, FULL]), dict(
-        layer_kinds=(WINDOW, LayerKind(), LayerKind()))),
+    "qwen3, tied, windows": (
+        "Qwen3",
+        MHA | dict(attention_bias=True, use_sliding_window=True, sliding_window=7, max_window_layers=1),
+        dict(attention_bias=True, layer_kinds=(LayerKind(), WINDOW, WINDOW)),
+    ),
+    "qwen2, windows": (
+        "Qwen2",
+        dict(use_sliding_window=True, sliding_window=7, layer_types=[SLIDING, FULL, FULL]),
+        dict(layer_kinds=(WINDOW, LayerKind(), LayerKind())),
+    ),
     "mistral": ("Mistral", dict(sliding_window=None), dict(layer_kinds=())),
     "mistral, tied, window": ("Mistral", MHA | dict(sliding_window=7), dict(layer_kinds=(WINDOW,) * 3)),
     "seed_oss": ("SeedOss", dict(attention_dropout=0, residual_dropout=0), dict(qkv_bias=True, o_bias=False)),
-    "seed_oss, tied, output bias": ("SeedOss", MHA | dict(
-        attention_dropout=0, residual_dropout=0, attention_bias=False, attention_out_bias=True, mlp_bias=True), dict(
-        qkv_bias=False, o_bias=True, mlp_bias=True)),
-    "smollm3": ("SmolLM3", dict(no_rope_layer_interval=2), dict(
-        tie_word_embeddings=True, layer_kinds=(LayerKind(), LayerKind(rope=False), LayerKind()))),
-    "smollm3, untied, windows": ("SmolLM3", MHA | dict(
-        tie_word_embeddings=False, no_rope_layers=[0, 1, 1], use_sliding_window=True, sliding_window=7,
-        attention_bias=True), dict(layer_kinds=(LayerKind(False, 7), LayerKind(), LayerKind()))),
+    "seed_oss, tied, output bias": (
+        "SeedOss",
+        MHA
+        | dict(attention_dropout=0, residual_dropout=0, attention_bias=False, attention_out_bias=True, mlp_bias=True),
+        dict(qkv_bias=False, o_bias=True, mlp_bias=True),
+    ),
+    "smollm3": (
+        "SmolLM3",
+        dict(no_rope_layer_interval=2),
+        dict(tie_word_embeddings=True, layer_kinds=(LayerKind(), LayerKind(rope=False), LayerKind())),
+    ),
+    "smollm3, untied, windows": (
+        "SmolLM3",
+        MHA
+        | dict(
+            tie_word_embeddings=False,
+            no_rope_layers=[0, 1, 1],
+            use_sliding_window=True,
+            sliding_window=7,
+            attention_bias=True,
+        ),
+        dict(layer_kinds=(LayerKind(False, 7), LayerKind(), LayerKind())),
+    ),
     "granite": ("Granite", GRANITE, dict(attention_scale=0.3, embedding_multiplier=3.0, logits_divisor=7.0)),
-    "granite, tied, biases": ("Granite", MHA | GRANITE | dict(attention_bias=True, mlp_bias=True), dict(
-        residual_multiplier=0.4)),
+    "granite, tied, biases": (
+        "Granite",
+        MHA | GRANITE | dict(attention_bias=True, mlp_bias=True),
+        dict(residual_multiplier=0.4),
+    ),
     "olmo2": ("Olmo2", {}, dict(norms="after", qk_norm="all heads")),
     "olmo2, tied, biases": ("Olmo2", MHA | dict(attention_bias=True), dict(attention_bias=True)),
-    "olmo3": ("Olmo3", dict(sliding_window=7, num_hidden_layers=4, rope_parameters={
-        FULL: dict(rope_type="yarn", rope_theta=5e4, factor=4.0, original_max_position_embeddings=64),
-        SLIDING: dict(rope_type="default", rope_theta=1e3)}), dict(
-            layer_kinds=(WINDOW,) * 3 + (LayerKind(table=1),), qk_norm="all heads")),
-    "olmo3, tied": ("Olmo3", MHA | dict(sliding_window=7, layer_types=[FULL, SLIDING, FULL]), dict(
-        layer_kinds=(LayerKind(), WINDOW, LayerKind()), more_ropes=())),
-    "phi3": ("Phi3", MHA | dict(sliding_window=7, rope_parameters=dict(
-        rope_type="default", rope_theta=1e3, partial_rotary_factor=0.5)), dict(layer_kinds=(WINDOW,) * 3)),
+    "olmo3": (
+        "Olmo3",
+        dict(
+            sliding_window=7,
+            num_hidden_layers=4,
+            rope_parameters={
+                FULL: dict(rope_type="yarn", rope_theta=5e4, factor=4.0, original_max_position_embeddings=64),
+                SLIDING: dict(rope_type="default", rope_theta=1e3),
+            },
+        ),
+        dict(layer_kinds=(WINDOW,) * 3 + (LayerKind(table=1),), qk_norm="all heads"),
+    ),
+    "olmo3, tied": (
+        "Olmo3",
+        MHA | dict(sliding_window=7, layer_types=[FULL, SLIDING, FULL]),
+        dict(layer_kinds=(LayerKind(), WINDOW, LayerKind()), more_ropes=()),
+    ),
+    "phi3": (
+        "Phi3",
+        MHA
+        | dict(sliding_window=7, rope_parameters=dict(rope_type="default", rope_theta=1e3, partial_rotary_factor=0.5)),
+        dict(layer_kinds=(WINDOW,) * 3),
+    ),
     "phi3, untied, longrope": ("Phi3", LONGROPE | dict(original_max_position_embeddings=32), dict(layer_kinds=())),
-    "phi3, untied, longrope of a short text": ("Phi3", LONGROPE | dict(original_max_position_embeddings=33), dict(
-        tie_word_embeddings=False)),
-    "gemma3": ("Gemma3", dict(
-        sliding_window=7, layer_types=[SLIDING, FULL, SLIDING], query_pre_attn_scalar=11, final_logit_softcapping=1.5,
-        attn_logit_softcapping=2.0, rope_parameters={
-            FULL: dict(rope_type="linear", rope_theta=1e5, factor=8.0), SLIDING: dict(rope_type="default", rope_theta=1e3)}),
-        dict(layer_kinds=(WINDOW, LayerKind(table=1), WINDOW), logits_soft_cap=1.5, norms="both", norm_offset=1.0,
-             attention_scale=11**-0.5, tie_word_embeddings=True, activation="gelu_tanh")),
-    "gemma3, untied, biases": ("Gemma3", MHA | dict(
-        attention_bias=True, sliding_window=7, tie_word_embeddings=False), dict(
-        layer_kinds=(WINDOW,) * 3, more_ropes=(), logits_soft_cap=None)),
+    "phi3, untied, longrope of a short text": (
+        "Phi3",
+        LONGROPE | dict(original_max_position_embeddings=33),
+        dict(tie_word_embeddings=False),
+    ),
+    "gemma3": (
+        "Gemma3",
+        dict(
+            sliding_window=7,
+            layer_types=[SLIDING, FULL, SLIDING],
+            query_pre_attn_scalar=11,
+            final_logit_softcapping=1.5,
+            attn_logit_softcapping=2.0,
+            rope_parameters={
+                FULL: dict(rope_type="linear", rope_theta=1e5, factor=8.0),
+                SLIDING: dict(rope_type="default", rope_theta=1e3),
+            },
+        ),
+        dict(
+            layer_kinds=(WINDOW, LayerKind(table=1), WINDOW),
+            logits_soft_cap=1.5,
+            norms="both",
+            norm_offset=1.0,
+            attention_scale=11**-0.5,
+            tie_word_embeddings=True,
+            activation="gelu_tanh",
+        ),
+    ),
+    "gemma3, untied, biases": (
+        "Gemma3",
+        MHA | dict(attention_bias=True, sliding_window=7, tie_word_embeddings=False),
+        dict(layer_kinds=(WINDOW,) * 3, more_ropes=(), logits_soft_cap=None),
+    ),
 }
 
 
@@ -114,13 +192,17 @@ def logits(config, params, tokens):
 def unfused(gradients, config):
     """Those of Phi-3's fused projections under the names of their parts."""
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    borders = {"self_attn.qkv_proj": (("q", "k", "v"), [queries, queries + keys]),
-               "mlp.gate_up_proj": (("gate", "up"), [config.intermediate_size])}
+    borders = {
+        "self_attn.qkv_proj": (("q", "k", "v"), [queries, queries + keys]),
+        "mlp.gate_up_proj": (("gate", "up"), [config.intermediate_size]),
+    }
     for name, (parts, at) in borders.items():
         if (whole := gradients.pop(f"layers.{name}.kernel", None)) is not None:
             module = name.split(".")[0]
-            gradients |= {f"layers.{module}.{part}_proj.kernel": x
-                          for part, x in zip(parts, np.split(whole, at, axis=-1), strict=True)}
+            gradients |= {
+                f"layers.{module}.{part}_proj.kernel": x
+                for part, x in zip(parts, np.split(whole, at, axis=-1), strict=True)
+            }
     return gradients
 
 
@@ -137,7 +219,8 @@ def test_logits_loss_and_every_gradient(twins):
     step = make_step(config)
     positions = np.tile(np.arange(33, dtype=np.int32), (2, 1))
     loss, gradients = step.loss_and_grad(
-        *step.split(params), step.put_batch(tokens, shifted, positions), jnp.float32(1 / (shifted != IGNORED).sum()))
+        *step.split(params), step.put_batch(tokens, shifted, positions), jnp.float32(1 / (shifted != IGNORED).sum())
+    )
     assert abs(float(loss) - out.loss.item()) < 1e-4 * abs(out.loss.item())
     expected = unfused(torch_gradients(model), config)
     assert expected.keys() == leaves(gradients).keys()

@@ -19,10 +19,25 @@ from alst_jax.ops.rope import rope_tables
 from tests.helpers import PLAIN, assert_trees_close, make_step, relative_error
 
 OP, MODEL = 1e-5, 1e-4
-BASE = dict(vocab_size=99, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=256, rms_norm_eps=1e-5, attn_implementation="eager")
-LLAMA3 = dict(rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-              original_max_position_embeddings=64)
+BASE = dict(
+    vocab_size=99,
+    hidden_size=64,
+    intermediate_size=112,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    rms_norm_eps=1e-5,
+    attn_implementation="eager",
+)
+LLAMA3 = dict(
+    rope_type="llama3",
+    rope_theta=5e5,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=64,
+)
 YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=64)
 CONFIGS = {
     "gqa": {},
@@ -110,7 +125,9 @@ def test_attention_module(twins):
 def test_mlp_module(twins):
     model, config, params = twins
     x = hidden()
-    assert relative_error(layer(params, 0).mlp(jnp.asarray(x)), model.model.layers[0].mlp(torch.tensor(x)).detach()) < OP
+    assert (
+        relative_error(layer(params, 0).mlp(jnp.asarray(x)), model.model.layers[0].mlp(torch.tensor(x)).detach()) < OP
+    )
 
 
 def test_block(twins):
@@ -118,7 +135,8 @@ def test_block(twins):
     x, at = hidden(), positions()
     ours = layer(params, 1)(jnp.asarray(x), Tokens.of(config, jnp.asarray(at)), attend)
     theirs = model.model.layers[1](
-        torch.tensor(x), attention_mask=causal_mask(24), position_embeddings=torch_rope(model, x, at))
+        torch.tensor(x), attention_mask=causal_mask(24), position_embeddings=torch_rope(model, x, at)
+    )
     theirs = theirs[0] if isinstance(theirs, tuple) else theirs
     assert relative_error(ours, theirs.detach()) < OP
 
@@ -152,15 +170,25 @@ def test_logits_loss_and_every_gradient(twins, tmp_path):
 def torch_gradients(model, config):
     """Their gradients in our tree, by a mapping written out here, independent of the converters' key table."""
     grad = lambda module: {
-        ("kernel" if name == "weight" else "bias"): p.grad.numpy().T for name, p in module.named_parameters()}
+        ("kernel" if name == "weight" else "bias"): p.grad.numpy().T for name, p in module.named_parameters()
+    }
     scale = lambda module: {"scale": module.weight.grad.numpy()}
-    layers = [{
-        "input_layernorm": scale(block.input_layernorm), "post_attention_layernorm": scale(block.post_attention_layernorm),
-        "self_attn": {name: grad(getattr(block.self_attn, name)) for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
-        "mlp": {name: grad(getattr(block.mlp, name)) for name in ("gate_proj", "up_proj", "down_proj")},
-    } for block in model.model.layers]
-    tree = {"embed_tokens": {"embedding": model.model.embed_tokens.weight.grad.numpy()},
-            "layers": jax.tree.map(lambda *xs: np.stack(xs), *layers), "norm": scale(model.model.norm)}
+    layers = [
+        {
+            "input_layernorm": scale(block.input_layernorm),
+            "post_attention_layernorm": scale(block.post_attention_layernorm),
+            "self_attn": {
+                name: grad(getattr(block.self_attn, name)) for name in ("q_proj", "k_proj", "v_proj", "o_proj")
+            },
+            "mlp": {name: grad(getattr(block.mlp, name)) for name in ("gate_proj", "up_proj", "down_proj")},
+        }
+        for block in model.model.layers
+    ]
+    tree = {
+        "embed_tokens": {"embedding": model.model.embed_tokens.weight.grad.numpy()},
+        "layers": jax.tree.map(lambda *xs: np.stack(xs), *layers),
+        "norm": scale(model.model.norm),
+    }
     if not config.tie_word_embeddings:
         tree["lm_head"] = {"embedding": model.lm_head.weight.grad.numpy()}
     return tree
@@ -179,7 +207,9 @@ def test_gradients_with_every_feature_on_equal_torch(twins):
     shifted = np.concatenate([tokens[:, 1:], np.full((1, 1), IGNORED, np.int32)], axis=1)
     step = make_step(config, sp=4, profile=features)
     placed = jax.device_put(params, step.param_shardings)
-    loss, gradients = step.loss_and_grad(*step.split(placed), step.put_batch(tokens, shifted, positions(1, 32)), jnp.float32(1 / 31))
+    loss, gradients = step.loss_and_grad(
+        *step.split(placed), step.put_batch(tokens, shifted, positions(1, 32)), jnp.float32(1 / 31)
+    )
     assert abs(float(loss) - out.loss.item()) < MODEL * abs(out.loss.item())
     assert_trees_close(gradients, torch_gradients(model, config), MODEL)
 
@@ -190,5 +220,3 @@ def test_legacy_rope_scaling_reads_as_rope_parameters():
     old = {k: v for k, v in new.items() if k != "rope_parameters"}
     old |= dict(rope_theta=5e5, rope_scaling={k: v for k, v in LLAMA3.items() if k != "rope_theta"})
     assert parse_config(old, "old") == parse_config(new, "new")
-
-

@@ -22,12 +22,25 @@ from alst_jax.optim.adamw import AdamW
 from alst_jax.storage import run_directory
 from tests.helpers import PLAIN, assert_trees_close, leaves, make_step, random_batch, relative_error, to_numpy
 
-BASE = dict(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=8,
-            num_key_value_heads=2, head_dim=16, pad_token_id=None, bos_token_id=None, eos_token_id=None)
+BASE = dict(
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=16,
+    pad_token_id=None,
+    bos_token_id=None,
+    eos_token_id=None,
+)
 CASES = {
     "llama": ("Llama", dict(attention_bias=True), dict(r=3, lora_alpha=5, target_modules=list(LINEARS))),
-    "qwen3, tied, some": ("Qwen3", dict(tie_word_embeddings=True, num_key_value_heads=8), dict(
-        r=4, lora_alpha=8, use_rslora=True, target_modules=["q_proj", "v_proj", "down_proj"])),
+    "qwen3, tied, some": (
+        "Qwen3",
+        dict(tie_word_embeddings=True, num_key_value_heads=8),
+        dict(r=4, lora_alpha=8, use_rslora=True, target_modules=["q_proj", "v_proj", "down_proj"]),
+    ),
     "olmo2": ("Olmo2", dict(), dict(r=2, lora_alpha=2, target_modules="all-linear")),
 }
 STEPS, RATE, DECAY = 20, 3e-3, 0.1
@@ -56,8 +69,7 @@ def load(base, adapter, *mesh, profile=PLAIN, freeze=None, dtype="float32", **lo
     """(step, trained, frozen) of the two directories. lora: changes of the adapters' settings."""
     config = dataclasses.replace(model_config(base), lora=dataclasses.replace(read_lora(adapter).lora, **lora))
     optimizer = AdamW(weight_decay=DECAY, clip_norm=0.0, eps=1e-6)
-    step = make_step(config, *mesh, profile=profile, optimizer=optimizer, freeze=freeze,
-                     dtype=dtype)
+    step = make_step(config, *mesh, profile=profile, optimizer=optimizer, freeze=freeze, dtype=dtype)
     weights = load_params(base, model_config(base), adapters_of(step.params)[1])
     trained = load_adapter(adapter, config, step.trained)
     return step, trained, step.split(weights)[1]
@@ -137,7 +149,8 @@ def test_training_is_that_of_torch(twins, ours):
     """20 steps of AdamW: every loss and the adapters after them; the base model stays as it was."""
     model, base, adapter = twins
     theirs = peft.PeftModel.from_pretrained(
-        transformers.AutoModelForCausalLM.from_pretrained(base), adapter, is_trainable=True)
+        transformers.AutoModelForCausalLM.from_pretrained(base), adapter, is_trainable=True
+    )
     adapters = [p for p in theirs.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(adapters, lr=RATE, weight_decay=DECAY, eps=1e-6)
     step, trained, frozen = ours

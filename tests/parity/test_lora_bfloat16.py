@@ -48,9 +48,13 @@ def test_bfloat16_is_that_of_peft(twins):
     loss, gradients = gradients_of(step, trained, frozen, batch)
     gradients = leaves(to_numpy(gradients))
     np.testing.assert_allclose(float(loss), narrow[0], rtol=5e-3)
-    errors = {name: [relative_error(a, b) for a, b in (
-        (gradient, narrow[1][name]), (gradient, exact[1][name]), (narrow[1][name], exact[1][name]))]
-        for name, gradient in gradients.items()}
+    errors = {
+        name: [
+            relative_error(a, b)
+            for a, b in ((gradient, narrow[1][name]), (gradient, exact[1][name]), (narrow[1][name], exact[1][name]))
+        ]
+        for name, gradient in gradients.items()
+    }
     assert errors.keys() == narrow[1].keys()
     assert max(e[0] for e in errors.values()) < TOLERANCE, errors
     assert np.mean([e[1] for e in errors.values()]) < 1.5 * np.mean([e[2] for e in errors.values()]), errors
@@ -64,7 +68,8 @@ def test_dropout_is_that_of_peft(twins):
     step, trained, frozen = load(base, adapter, dropout=rate, seed=seed)
     batch = random_batch(rows=2)
     model = peft.PeftModel.from_pretrained(
-        transformers.AutoModelForCausalLM.from_pretrained(base), adapter, is_trainable=True)
+        transformers.AutoModelForCausalLM.from_pretrained(base), adapter, is_trainable=True
+    )
     keys = token_keys(seed, jnp.uint32(at), jnp.arange(batch["tokens"].size, dtype=jnp.uint32))
 
     class Masked(torch.nn.Module):
@@ -94,16 +99,23 @@ def test_dropout_is_that_of_peft(twins):
 def test_a_norm_in_bfloat16_beside_adapters_has_a_master(master):
     """Updates of 1e-4, each below half a step of bfloat16 numbers at 1, are not lost; adapters need no master."""
     optimizer = AdamW(master=master, clip_norm=0.0, weight_decay=0.0)
-    step = make_step(tiny(lora=Lora(2, 2.0), num_layers=1), profile=BFLOAT16, optimizer=optimizer,
-                     dtype=jnp.bfloat16, freeze=FREEZE + "|_norm")
+    step = make_step(
+        tiny(lora=Lora(2, 2.0), num_layers=1),
+        profile=BFLOAT16,
+        optimizer=optimizer,
+        dtype=jnp.bfloat16,
+        freeze=FREEZE + "|_norm",
+    )
     trained, _ = step.split(step.init_params(jax.random.key(0), jnp.bfloat16))
     before, state = to_numpy(trained), step.init_optimizer(trained)
     assert leaves(state["master"]).keys() == leaves(before).keys(), "as planned: one tree, adapters included"
     full = {name: str(x.dtype) for name, x in leaves(before).items() if "lora" not in name}
     assert full == {"norm.scale": "bfloat16"}
     for _ in range(8):  # a constant gradient: AdamW goes down by the learning rate
-        gradients = jax.device_put(jax.tree.map(lambda p: np.ones(p.shape, p.dtype), step.trained),
-                                   jax.tree.map(lambda p: p.sharding, step.trained))
+        gradients = jax.device_put(
+            jax.tree.map(lambda p: np.ones(p.shape, p.dtype), step.trained),
+            jax.tree.map(lambda p: p.sharding, step.trained),
+        )
         trained, state = step.update(trained, gradients, state, jnp.float32(1), jnp.float32(1e-4))
     norm = leaves(to_numpy(trained))["norm.scale"]
     kept_bits = leaves(to_numpy(state["master"]))["norm.scale"]

@@ -24,8 +24,15 @@ CONFIGS = {
     "odd": dict(num_attention_heads=6, num_key_value_heads=2, hidden_size=60, intermediate_size=52, head_dim=10),
     "tied": dict(num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True, use_sliding_window=False),
 }
-BASE = dict(vocab_size=101, hidden_size=64, intermediate_size=112, num_hidden_layers=3, max_position_embeddings=256,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e6}, attn_implementation="eager")
+BASE = dict(
+    vocab_size=101,
+    hidden_size=64,
+    intermediate_size=112,
+    num_hidden_layers=3,
+    max_position_embeddings=256,
+    rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    attn_implementation="eager",
+)
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -61,9 +68,25 @@ def test_logits(twins):
     assert "layers.self_attn.q_proj.bias" in names and "layers.self_attn.o_proj.bias" not in names
 
 
-@pytest.mark.parametrize("sp,profile", [
-    (1, PLAIN), (2, Profile(loss_tile=5, mlp_tile=3, head_chunks=1, offload_activations=True, segment_layers=(2, 1),
-                            keep_attention_on_device=1, offload_weights=True))], ids=["plain", "every feature"])
+@pytest.mark.parametrize(
+    "sp,profile",
+    [
+        (1, PLAIN),
+        (
+            2,
+            Profile(
+                loss_tile=5,
+                mlp_tile=3,
+                head_chunks=1,
+                offload_activations=True,
+                segment_layers=(2, 1),
+                keep_attention_on_device=1,
+                offload_weights=True,
+            ),
+        ),
+    ],
+    ids=["plain", "every feature"],
+)
 def test_loss_and_every_gradient(twins, sp, profile):
     model, _, config, params = twins
     tokens = np.random.default_rng(2).integers(0, config.vocab_size, (1, 32), dtype=np.int32)
@@ -71,7 +94,8 @@ def test_loss_and_every_gradient(twins, sp, profile):
     step = make_step(config, sp=sp, profile=profile)
     placed = step.split(jax.device_put(params, step.param_shardings))
     loss, gradients = step.loss_and_grad(
-        *placed, step.put_batch(tokens, shifted, np.arange(32, dtype=np.int32)[None]), jnp.float32(1 / 31))
+        *placed, step.put_batch(tokens, shifted, np.arange(32, dtype=np.int32)[None]), jnp.float32(1 / 31)
+    )
     theirs = torch_loss(model, tokens).loss.item()
     assert abs(float(loss) - theirs) < 1e-4 * abs(theirs)
     expected = torch_gradients(model)

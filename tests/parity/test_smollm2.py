@@ -25,8 +25,17 @@ from tests.smollm2 import smollm2_directory
 pytestmark = pytest.mark.slow
 LOGITS, LOSS, GRADIENTS = 1e-4, 1e-5, 1e-4  # 30 layers of float32 rounding: measured 1.2e-6, 4e-9 and 2.1e-5
 LENGTH = 512
-FEATURES = Profile(loss_tile=100, mlp_tile=64, remat=True, offload_activations=True, offload_weights=True,
-                   segment_layers=(12, 12, 5, 1), keep_attention_on_host=10, keep_attention_on_device=3, head_chunks=3)
+FEATURES = Profile(
+    loss_tile=100,
+    mlp_tile=64,
+    remat=True,
+    offload_activations=True,
+    offload_weights=True,
+    segment_layers=(12, 12, 5, 1),
+    keep_attention_on_host=10,
+    keep_attention_on_device=3,
+    head_chunks=3,
+)
 
 
 @pytest.fixture(scope="module")

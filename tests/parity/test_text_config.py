@@ -23,24 +23,38 @@ from convert.from_hf import from_hf
 from convert.to_hf import to_hf
 from tests.helpers import assert_trees_close, leaves, make_step, torch_gradients
 
-TEXT = dict(vocab_size=101, hidden_size=60, intermediate_size=52, num_hidden_layers=2, num_attention_heads=6,
-            num_key_value_heads=2, head_dim=14, max_position_embeddings=256, sliding_window=7, bos_token_id=None,
-            eos_token_id=None, pad_token_id=None)
-VISION = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28,
-              patch_size=14)
+TEXT = dict(
+    vocab_size=101,
+    hidden_size=60,
+    intermediate_size=52,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=14,
+    max_position_embeddings=256,
+    sliding_window=7,
+    bos_token_id=None,
+    eos_token_id=None,
+    pad_token_id=None,
+)
+VISION = dict(
+    hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+)
 
 
 def gemma3(**changes):
     text = transformers.Gemma3TextConfig(**TEXT | changes, layer_types=["sliding_attention", "full_attention"])
     vision = transformers.SiglipVisionConfig(**VISION)
-    return transformers.Gemma3ForConditionalGeneration(transformers.Gemma3Config(
-        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=100))
+    return transformers.Gemma3ForConditionalGeneration(
+        transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=100)
+    )
 
 
 def mistral3(**changes):
     text, vision = transformers.MistralConfig(**TEXT | changes), transformers.PixtralVisionConfig(**VISION, head_dim=8)
-    return transformers.Mistral3ForConditionalGeneration(transformers.Mistral3Config(
-        text_config=text, vision_config=vision, tie_word_embeddings=False))
+    return transformers.Mistral3ForConditionalGeneration(
+        transformers.Mistral3Config(text_config=text, vision_config=vision, tie_word_embeddings=False)
+    )
 
 
 MODELS = {"gemma3": gemma3, "mistral3": mistral3}
@@ -72,7 +86,8 @@ def test_the_loss_and_every_gradient_of_the_language_model(twins):
     step = make_step(config)
     batch = step.put_batch(tokens, labels, np.tile(np.arange(33, dtype=np.int32), (2, 1)))
     loss, gradients = step.loss_and_grad(
-        *step.split(load_params(directory, config, step.params)), batch, jnp.float32(1 / 64))
+        *step.split(load_params(directory, config, step.params)), batch, jnp.float32(1 / 64)
+    )
     assert abs(float(loss) - out.loss.item()) < 1e-4 * out.loss.item()
     language = torch.nn.Module()  # with the names of a language model alone
     language.model, language.lm_head = model.model.language_model, model.lm_head
@@ -108,8 +123,13 @@ def test_there_and_back_bit_for_bit(twins, tmp_path, inside):
 
     config = model_config(tmp_path / "run" / "model")
     params = jax.tree.map(lambda x: x + 1, load_params(directory, config, make_step(config).params))
-    save_params(jax.tree_util.tree_leaves_with_path(params), config, tmp_path / "trained", 20_000,
-                model_dir=tmp_path / "run" / "model")
+    save_params(
+        jax.tree_util.tree_leaves_with_path(params),
+        config,
+        tmp_path / "trained",
+        20_000,
+        model_dir=tmp_path / "run" / "model",
+    )
     assert len(list((tmp_path / "trained").glob("model-*.safetensors"))) > 3
     after = {name: x for file in (tmp_path / "trained").glob("*.safetensors") for name, x in load_file(file).items()}
     assert before.keys() == after.keys()
@@ -127,7 +147,8 @@ def test_a_run_keeps_the_other_weights(twins, tmp_path):
         (source / "tokenizer.json").unlink()
     names = load_file(directory / "model.safetensors").keys()
     assert load_file(tmp_path / "two" / "model" / FILE).keys() == {
-        name for name in names if not name.startswith("language_model.")}
+        name for name in names if not name.startswith("language_model.")
+    }
     record_vocabulary(tmp_path / "two" / "model", 128)
     assert model_config(tmp_path / "two" / "model").vocab_size == 128
 
@@ -138,8 +159,21 @@ def test_train_py_from_end_to_end(kind, tmp_path):
     MODELS[kind](vocab_size=264).save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text("A long time ago. " * 20)
-    assert train.run(TrainConfig(model=str(tmp_path / "model"), data=(str(tmp_path / "text.txt"),), seq_len=32, steps=1,
-                                 out=str(tmp_path / "run"), dp=1, sp=1, learning_rate=0.1)) == 0
+    assert (
+        train.run(
+            TrainConfig(
+                model=str(tmp_path / "model"),
+                data=(str(tmp_path / "text.txt"),),
+                seq_len=32,
+                steps=1,
+                out=str(tmp_path / "run"),
+                dp=1,
+                sp=1,
+                learning_rate=0.1,
+            )
+        )
+        == 0
+    )
     before, after = (load_file(path / "model.safetensors") for path in (tmp_path / "model", tmp_path / "run" / "hf"))
     assert before.keys() == after.keys()
     moved = {name for name in before if not np.array_equal(before[name], after[name])}
@@ -158,13 +192,18 @@ def test_what_is_refused(raw, tmp_path):
         with pytest.raises(UserError, match=message):
             find_model(TrainConfig(model=str(tmp_path), **flags), tokenizer=False) if flags else model_config(tmp_path)
 
-    refuse("config.json: text_config: this checkpoint .model_type 'llava'.*inside of Gemma3ForConditionalGeneration "
-           r"\(model_type 'gemma3'\).*save the language model alone", dict(model_type="llava"))
+    refuse(
+        "config.json: text_config: this checkpoint .model_type 'llava'.*inside of Gemma3ForConditionalGeneration "
+        r"\(model_type 'gemma3'\).*save the language model alone",
+        dict(model_type="llava"),
+    )
     refuse("holds more than a language model", dict(architectures=["Gemma3ForSequenceClassification"]))
     refuse("not implemented beside text_config: quantization_config=", dict(quantization_config={"bits": 4}))
     refuse("model_type 'ministral3'.*not supported", dict(text_config=dict(model_type="ministral3")))
-    refuse("config.json: not implemented: attention_dropout=0.5", dict(text_config=raw["text_config"] | {
-        "attention_dropout": 0.5}))
+    refuse(
+        "config.json: not implemented: attention_dropout=0.5",
+        dict(text_config=raw["text_config"] | {"attention_dropout": 0.5}),
+    )
     refuse("--random-weights --export: .* more than a language model", {}, random_weights=True, export=True)
     save_file({"vision_tower.x": np.zeros(3)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="F64; weights must be"):
@@ -178,16 +217,38 @@ def test_what_is_refused(raw, tmp_path):
 
 def test_published_fields_are_filled_up_as_by_transformers(tmp_path):
     """Gemma 3's config.json gives few fields of its language model."""
-    text = dict(hidden_size=2560, intermediate_size=10240, model_type="gemma3_text", num_hidden_layers=34,
-                rope_scaling=dict(factor=8.0, rope_type="linear"), sliding_window=1024)
-    fields = dict(architectures=["Gemma3ForConditionalGeneration"], boi_token_index=255999, eoi_token_index=256000,
-                  eos_token_id=[1, 106], image_token_index=262144, initializer_range=0.02, mm_tokens_per_image=256,
-                  model_type="gemma3", text_config=text, torch_dtype="bfloat16", transformers_version="4.50.0.dev0",
-                  vision_config=dict(hidden_size=1152, model_type="siglip_vision_model"))
+    text = dict(
+        hidden_size=2560,
+        intermediate_size=10240,
+        model_type="gemma3_text",
+        num_hidden_layers=34,
+        rope_scaling=dict(factor=8.0, rope_type="linear"),
+        sliding_window=1024,
+    )
+    fields = dict(
+        architectures=["Gemma3ForConditionalGeneration"],
+        boi_token_index=255999,
+        eoi_token_index=256000,
+        eos_token_id=[1, 106],
+        image_token_index=262144,
+        initializer_range=0.02,
+        mm_tokens_per_image=256,
+        model_type="gemma3",
+        text_config=text,
+        torch_dtype="bfloat16",
+        transformers_version="4.50.0.dev0",
+        vision_config=dict(hidden_size=1152, model_type="siglip_vision_model"),
+    )
     (tmp_path / "config.json").write_text(json.dumps(fields))
     ours, theirs = model_config(tmp_path), transformers.AutoConfig.from_pretrained(tmp_path).text_config
     assert (ours.vocab_size, ours.num_heads, ours.num_kv_heads, ours.head_dim, ours.tie_word_embeddings) == (
-        theirs.vocab_size, theirs.num_attention_heads, theirs.num_key_value_heads, theirs.head_dim, True)
+        theirs.vocab_size,
+        theirs.num_attention_heads,
+        theirs.num_key_value_heads,
+        theirs.head_dim,
+        True,
+    )
     assert [kind.window for kind in ours.layer_kinds] == [
-        1024 if kind == "sliding_attention" else None for kind in theirs.layer_types]
+        1024 if kind == "sliding_attention" else None for kind in theirs.layer_types
+    ]
     assert ours.ropes[ours.layer_kinds[5].table].factor == theirs.rope_parameters["full_attention"]["factor"] == 8

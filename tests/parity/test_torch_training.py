@@ -29,8 +29,17 @@ from tests.helpers import PLAIN, make_step, relative_error
 LOSS, WEIGHTS = 2e-5, 1e-4
 STEPS, WARMUP, PEAK, FINAL, DECAY = 20, 5, 3e-3, 0.1, 0.1
 SEQ_LEN, ROWS, ACCUMULATION = 256, 2, 2
-FEATURES = Profile(loss_tile=48, mlp_tile=24, remat=True, offload_activations=True, offload_weights=True,
-                   offload_optimizer=True, segment_layers=(2,), keep_attention_on_host=1, head_chunks=2)
+FEATURES = Profile(
+    loss_tile=48,
+    mlp_tile=24,
+    remat=True,
+    offload_activations=True,
+    offload_weights=True,
+    offload_optimizer=True,
+    segment_layers=(2,),
+    keep_attention_on_host=1,
+    head_chunks=2,
+)
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +63,21 @@ def batches():
 def theirs(directories, batches):
     """(losses, gradient norms) of torch; leaves the initial and the final model in `directories`."""
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=261, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=8,
-        num_key_value_heads=2, max_position_embeddings=512, rms_norm_eps=1e-5, attention_bias=True, mlp_bias=True,
-        attn_implementation="eager"))
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=261,
+            hidden_size=64,
+            intermediate_size=160,
+            num_hidden_layers=2,
+            num_attention_heads=8,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            rms_norm_eps=1e-5,
+            attention_bias=True,
+            mlp_bias=True,
+            attn_implementation="eager",
+        )
+    )
     for parameter in model.parameters():  # zero biases and unit norms hide mistakes
         if parameter.ndim == 1:
             parameter.data += 0.1 * torch.randn_like(parameter)
@@ -65,8 +85,7 @@ def theirs(directories, batches):
     spared = [p for name, p in model.named_parameters() if name.endswith("bias") or "norm" in name]
     decayed = [p for name, p in model.named_parameters() if not (name.endswith("bias") or "norm" in name)]
     assert len(spared) == 2 * (2 + 7) + 1 and len(decayed) == 2 * 7 + 2
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": DECAY}, {"params": spared, "weight_decay": 0.0}])
+    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": DECAY}, {"params": spared, "weight_decay": 0.0}])
     losses, norms = [], []
     for i, batch in enumerate(batches):
         for group in optimizer.param_groups:

@@ -195,7 +195,9 @@ def test_a_part_of_a_run_that_hangs_ends_all():
     (code, _, err), (other_code, _, other) = ends(begin("hang"))
     assert (code, other_code) == (1, 1)
     words = "gives up: saving step 3 has run for 1 s: a collective or a disk that hangs"
-    assert re.fullmatch(rf"error: process 1 of 2 \(.*\) {words}; process 0 of 2 ends too. Go on with --resume", lines(err)[0])
+    assert re.fullmatch(
+        rf"error: process 1 of 2 \(.*\) {words}; process 0 of 2 ends too. Go on with --resume", lines(err)[0]
+    )
     assert words in other
 
 

@@ -149,8 +149,12 @@ def test_an_event_of_all_is_told_once(monkeypatch):
     log = types.SimpleNamespace(event=lambda record: None)
     for rank in range(4):  # two on each host
         first = [0, 2][rank // 2]
-        of_rank = types.SimpleNamespace(rank=rank, first=rank == 0, local_ranks=[first, first + 1],
-                                        say=lambda text, rank=rank: said.append((rank, text)))
+        of_rank = types.SimpleNamespace(
+            rank=rank,
+            first=rank == 0,
+            local_ranks=[first, first + 1],
+            say=lambda text, rank=rank: said.append((rank, text)),
+        )
         monkeypatch.setattr(metrics, "link", lambda of_rank=of_rank: of_rank)
         tell = metrics.teller(types.SimpleNamespace(say=shown.append), log)
         for kind in ("spike", "memory"):

@@ -36,8 +36,11 @@ def test_a_process_reads_its_own_rows_alone(lengths):
         source.read = []
         made = TrainingBatches(Joined([Packs(source, groups_of)]), lengths, 2, 2, 0, 0, None, Layout((2, 8), mine))
         found = [next(made) for _ in range(steps)]
-        return [one for step in found for one in (step if isinstance(step, list) else
-                                                  [{k: v[i] for k, v in step.items()} for i in (0, 1)])], source.read
+        return [
+            one
+            for step in found
+            for one in (step if isinstance(step, list) else [{k: v[i] for k, v in step.items()} for i in (0, 1)])
+        ], source.read
 
     whole, all_read = steps_of(None)
     halves = [steps_of(frozenset([row])) for row in (0, 1)]

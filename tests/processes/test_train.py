@@ -98,7 +98,9 @@ def test_adapters_and_the_evaluation_at_length_are_those_of_one_process(tmp_path
     np.testing.assert_allclose(two["losses"], one["losses"], rtol=1e-6)
     for name, values in one["long"].items():
         np.testing.assert_allclose(two["long"][name], values, rtol=1e-5)
-    ours, theirs = (safetensors.numpy.load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
-                    for name in ("adapters-2x2", "adapters-1x4"))
+    ours, theirs = (
+        safetensors.numpy.load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
+        for name in ("adapters-2x2", "adapters-1x4")
+    )
     assert ours.keys() == theirs.keys()
     assert all(relative_error(ours[name], theirs[name]) < 1e-5 for name in ours)

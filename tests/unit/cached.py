@@ -10,8 +10,10 @@ from alst_jax.data.sources import Reading
 from alst_jax.data.tokenizer import byte_tokenizer
 
 TEXTS = [{"text": "abcdefghij"}, {"text": "xy"}, {"text": "äöü"}, {"text": "0123456789" * 3}]
-CHATS = [{"id": 7, "messages": [{"role": "user", "content": "2+3?"}, {"role": "assistant", "content": f"{i} is it."}]}
-         for i in range(5)]
+CHATS = [
+    {"id": 7, "messages": [{"role": "user", "content": "2+3?"}, {"role": "assistant", "content": f"{i} is it."}]}
+    for i in range(5)
+]
 
 
 def write(file, records):
@@ -32,6 +34,12 @@ def stores(top):
 
 def plain(sources):
     """Everything of sources that can be compared."""
-    return {name: ([(p.tokens.tolist(), p.labels.tolist()) for p in pieces], vars(stats) | {"sources": None},
-                   [vars(report) for report in stats.sources], list(stats.sources[0].lines()))
-            for name, (pieces, stats) in sources.items()}
+    return {
+        name: (
+            [(p.tokens.tolist(), p.labels.tolist()) for p in pieces],
+            vars(stats) | {"sources": None},
+            [vars(report) for report in stats.sources],
+            list(stats.sources[0].lines()),
+        )
+        for name, (pieces, stats) in sources.items()
+    }

@@ -17,8 +17,15 @@ from alst_jax.models.hf_config import model_config
 from alst_jax.models.hf_weights import load_params
 from tests.helpers import leaf, leaves
 
-SHAPE = dict(vocab_size=96, hidden_size=64, intermediate_size=80, num_hidden_layers=3, num_attention_heads=8,
-             num_key_value_heads=2, head_dim=16)
+SHAPE = dict(
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=80,
+    num_hidden_layers=3,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=16,
+)
 EVERY_BIAS = dict(attention_bias=True, mlp_bias=True)
 
 
@@ -30,14 +37,18 @@ def make_hf(directory: pathlib.Path, dtype=torch.float32, max_shard_size="5GB", 
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape))
     model.save_pretrained(directory, max_shard_size=max_shard_size)
-    return {name: value for name, value in model.state_dict().items()
-            if name != "lm_head.weight" or not changes.get("tie_word_embeddings")}
+    return {
+        name: value
+        for name, value in model.state_dict().items()
+        if name != "lm_head.weight" or not changes.get("tie_word_embeddings")
+    }
 
 
 def place(abstract, sharding):
     """The abstract tree with `sharding(path, leaf)` on each leaf."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(path, x)), abstract)
+        lambda path, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(path, x)), abstract
+    )
 
 
 def on_one_device(config, dtype=jnp.float32):
@@ -59,7 +70,10 @@ def over_both_axes(memory_kind="device"):
 
 def by_name(params, config) -> dict[str, np.ndarray]:
     """The tree as Hugging Face names and layouts, spelled out here and not by the key table under test."""
-    found = {"model.embed_tokens.weight": params["embed_tokens"]["embedding"], "model.norm.weight": leaf(params, "norm.scale")}
+    found = {
+        "model.embed_tokens.weight": params["embed_tokens"]["embedding"],
+        "model.norm.weight": leaf(params, "norm.scale"),
+    }
     if not config.tie_word_embeddings:
         found["lm_head.weight"] = params["lm_head"]["embedding"]
     for layer in range(config.num_layers):
@@ -67,9 +81,13 @@ def by_name(params, config) -> dict[str, np.ndarray]:
             found[f"model.layers.{layer}.{norm}.weight"] = leaf(params, f"layers.{norm}.scale")[layer]
         for part, projections in (("self_attn", "qkvo"), ("mlp", ("gate", "up", "down"))):
             for name in (f"{projection}_proj" for projection in projections):
-                found[f"model.layers.{layer}.{part}.{name}.weight"] = leaf(params, f"layers.{part}.{name}.kernel")[layer].T
+                found[f"model.layers.{layer}.{part}.{name}.weight"] = leaf(params, f"layers.{part}.{name}.kernel")[
+                    layer
+                ].T
                 if f"layers.{part}.{name}.bias" in leaves(params):
-                    found[f"model.layers.{layer}.{part}.{name}.bias"] = leaf(params, f"layers.{part}.{name}.bias")[layer]
+                    found[f"model.layers.{layer}.{part}.{name}.bias"] = leaf(params, f"layers.{part}.{name}.bias")[
+                        layer
+                    ]
     return {name: np.asarray(value) for name, value in found.items()}
 
 

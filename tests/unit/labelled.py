@@ -21,8 +21,9 @@ def byte_tokenizer(bos=None, eos=None, added=()):
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos,
-                                   additional_special_tokens=list(added))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, additional_special_tokens=list(added)
+    )
 
 
 def family_tokenizer(family):
@@ -34,8 +35,12 @@ def family_tokenizer(family):
 # ------------------------------------------------------------------------------------------------ which turns, and text
 
 CHATML = family_tokenizer("chatml").chat_template
-TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"},
-         {"role": "user", "content": "2+3?"}, {"role": "assistant", "content": "5"}]
+TURNS = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello!"},
+    {"role": "user", "content": "2+3?"},
+    {"role": "assistant", "content": "5"},
+]
 
 
 def learned_texts(record, tokenizer, **labels):
@@ -54,7 +59,8 @@ def with_template(template, **tokens):
 MARKED = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
     "{% if message.role == 'assistant' %}GENERATION{{ message.content + '<|im_end|>' }}END"
-    "{% else %}{{ message.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}")
+    "{% else %}{{ message.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+)
 
 
 def marked(generation, end):

@@ -43,8 +43,10 @@ def test_windows():
 
 
 def test_each_label_has_the_loss_of_one_window():
-    found = [(window, np.arange(window.start, window.stop, dtype=np.float32) + 100 * n)
-             for n, window in enumerate(longppl.windows(13, 8))]
+    found = [
+        (window, np.arange(window.start, window.stop, dtype=np.float32) + 100 * n)
+        for n, window in enumerate(longppl.windows(13, 8))
+    ]
     short = longppl.short_losses(13, found)
     assert np.isnan(short[:7]).all() and short[7:12].tolist() == [7, 8, 109, 110, 211] and np.isnan(short[12])
 
@@ -89,7 +91,7 @@ def written(writer, task, length=1024, depth=None, seed=0):
 @pytest.mark.parametrize("depth", tasks.DEPTHS)
 def test_a_needle(depth, writer):
     case, text, answer = written(writer, "needle", depth=depth)
-    (name, number), = re.findall(r"\nThe special magic number for (\w+) is (\d{7})\.\n", text)
+    ((name, number),) = re.findall(r"\nThe special magic number for (\w+) is (\d{7})\.\n", text)
     assert text.endswith(f"\nThe special magic number for {name} is") and answer == f" {number}"
     before = text.index("\nThe special magic number")
     after = len(text) - len(f"\nThe special magic number for {name} is" * 2) - len(f" {number}.\n") - before
@@ -137,8 +139,10 @@ def test_cases_depend_on_the_seed_alone(writer):
 def test_scores():
     """Two cases of one cell: an answer of two tokens, right in both; one of two with one of them wrong."""
     case = tasks.Case("needle", 4, 0.5, np.int32([5, 6, 7, 8]), 2)
-    results = [(np.float32([9, 0.5, 1.5, 9]), np.array([False, True, True, False])),
-               (np.float32([9, 0, 0, 9]), np.array([True, True, False, True]))]
+    results = [
+        (np.float32([9, 0.5, 1.5, 9]), np.array([False, True, True, False])),
+        (np.float32([9, 0, 0, 9]), np.array([True, True, False, True])),
+    ]
     (cell,) = tasks.judge([case, case], results)
     assert cell == tasks.Cell("needle", 4, 0.5, 2, 0.5, 0.5)
 
@@ -170,15 +174,24 @@ def test_pictures_and_table(tmp_path):
     heat = xml.etree.ElementTree.parse(tmp_path / "needle.svg").getroot()
     fills = [node.get("fill") for node in heat.iter() if node.tag.endswith("rect")][1:]
     assert len(fills) == 4 and len(set(fills)) == 2, "a cell each, right ones in another colour"
-    lines = [node for node in xml.etree.ElementTree.parse(tmp_path / "loss-by-position.svg").iter()
-             if node.tag.endswith("polyline")]
+    lines = [
+        node
+        for node in xml.etree.ElementTree.parse(tmp_path / "loss-by-position.svg").iter()
+        if node.tag.endswith("polyline")
+    ]
     assert len(lines) == 2
     text = words.table(after, before, 4096)
     assert re.search(r"\n +4 to 8 +5.5000 +6.5000\n", text) and "LongPPL 7.389 over 1 key tokens of 4" in text
     assert re.search(r"\n +depth 100% +100% +1.50 +100% +1.50", text)
     assert results(5, 0.0).metrics() == {
-        "long_loss/0-4": 1.5, "long_loss/4-8": 5.5, "long_ppl": math.exp(2), "long_key_tokens": 1,
-        "long_needle_loss": 1.5, "long_needle_exact": 0.5, "long_seconds": 2.0}
+        "long_loss/0-4": 1.5,
+        "long_loss/4-8": 5.5,
+        "long_ppl": math.exp(2),
+        "long_key_tokens": 1,
+        "long_needle_loss": 1.5,
+        "long_needle_exact": 0.5,
+        "long_seconds": 2.0,
+    }
 
 
 # --------------------------------------------------------------------------------------------- what is read, refusals
@@ -215,18 +228,26 @@ def test_the_plan_counts_what_is_read(writer):
     assert not sizes - planned and sizes[2048] == 3 + 2 * (5 + 3) and sizes[640] == 3 * 12
 
     job, cluster = Job(tiny(), Profile(attention="flash", compute_dtype="bfloat16"), 1, 2048), parse_cluster("H100-80")
-    once, twice = (forward_seconds(job, cluster, documents(dataclasses.replace(config, eval_long_samples=n), 2048))
-                   for n in (0, 2))
+    once, twice = (
+        forward_seconds(job, cluster, documents(dataclasses.replace(config, eval_long_samples=n), 2048)) for n in (0, 2)
+    )
     assert 0 < once < twice
     assert "before the first step and at the end" in evaluation_line(config, job, cluster)
 
 
-@pytest.mark.parametrize("flags,message", [
-    (dict(rope_scaling="yarn"), "add --rope-factor"), (dict(rope_factor=2.0), "no meaning without --rope-scaling"),
-    (dict(rope_scaling="yarn", rope_factor=1.0), "must be above 1"),
-    (dict(rope_scaling="yarn", rope_factor=2.0, rope_theta=1e6), "stretch the same positions twice"),
-    (dict(rope_theta=0.5), "must be above 1"), (dict(eval_long=""), "name a file or a directory"),
-    (dict(eval_long_samples=2), "name its file"), (dict(eval_long="f", debug_attention_layers=1), "judges a model")])
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        (dict(rope_scaling="yarn"), "add --rope-factor"),
+        (dict(rope_factor=2.0), "no meaning without --rope-scaling"),
+        (dict(rope_scaling="yarn", rope_factor=1.0), "must be above 1"),
+        (dict(rope_scaling="yarn", rope_factor=2.0, rope_theta=1e6), "stretch the same positions twice"),
+        (dict(rope_theta=0.5), "must be above 1"),
+        (dict(eval_long=""), "name a file or a directory"),
+        (dict(eval_long_samples=2), "name its file"),
+        (dict(eval_long="f", debug_attention_layers=1), "judges a model"),
+    ],
+)
 def test_contradictory_flags(flags, message):
     with pytest.raises(UserError, match=message) as refused:
         check_run(TrainConfig(model="m", data=("d",), seq_len=64, out="o", **flags))

@@ -45,8 +45,9 @@ def test_bad_records_are_refused_or_counted(tmp_path):
     assert read(parquet, skip_bad=True)[0] == ["a", "b"]
 
 
-@pytest.mark.parametrize("document_per, texts", [
-    (None, ["good"]), ("file", ["good"]), ("directory", ["# file: one/b.txt\ngood\n"])])
+@pytest.mark.parametrize(
+    "document_per, texts", [(None, ["good"]), ("file", ["good"]), ("directory", ["# file: one/b.txt\ngood\n"])]
+)
 def test_texts_that_are_not_utf8_are_refused_or_counted(tmp_path, document_per, texts):
     bad = put(tmp_path, "one/a.txt", b"a" * 9000 + b"\xff")
     put(tmp_path, "one/b.txt", "good")
@@ -57,7 +58,10 @@ def test_texts_that_are_not_utf8_are_refused_or_counted(tmp_path, document_per, 
 
 
 def test_half_surrogates_are_refused_or_counted_in_texts_and_chats(tmp_path):
-    half, chat = "broken \ud83d", lambda text: [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}]
+    half, chat = (
+        "broken \ud83d",
+        lambda text: [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}],
+    )
     file = tmp_path / "a.jsonl"
     for bad in ({"text": half}, {"messages": chat(half)}):
         file.write_text(json.dumps({"text": "fine é"}) + "\n" + json.dumps(bad))
@@ -71,10 +75,12 @@ def test_chats_that_the_template_refuses_are_refused_or_counted(tmp_path):
     user, assistant = ({"role": role, "content": "ab"} for role in ("user", "assistant"))
     file = put(tmp_path, "a.jsonl", json_lines({"messages": [user, assistant]}, {"messages": [assistant]}))
     tokenizer = byte_tokenizer()
-    tokenizer.chat_template = ("{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first') }}{% endif %}"
-                               + tokenizer.chat_template)
-    cut = lambda skip: cut_sources([str(file)], Reading(skip_bad=skip), "--data",
-                                   Cutting(tokenizer, 64, 261, skip_bad=skip))[str(file)][1]
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first') }}{% endif %}" + tokenizer.chat_template
+    )
+    cut = lambda skip: cut_sources(
+        [str(file)], Reading(skip_bad=skip), "--data", Cutting(tokenizer, 64, 261, skip_bad=skip)
+    )[str(file)][1]
     with pytest.raises(UserError, match=f"{file}:2: the model's chat template refuses this chat: user first"):
         cut(False)
     stats = cut(True)
@@ -82,7 +88,9 @@ def test_chats_that_the_template_refuses_are_refused_or_counted(tmp_path):
     assert (stats.documents, report.documents, report.records_left_out) == (1, 1, {"bad": 1})
     assert report.first_bad.endswith("user first") and stats.labels == 3  # a, b and the end of the turn
     put(tmp_path, "a.jsonl", json_lines({"messages": [assistant]}))
-    with pytest.raises(UserError, match="no documents in there; records left out: 1 bad; the first bad one: .*user first"):
+    with pytest.raises(
+        UserError, match="no documents in there; records left out: 1 bad; the first bad one: .*user first"
+    ):
         cut(True)
 
 
@@ -90,17 +98,32 @@ def test_bad_chats_are_counted_in_one_report_with_what_is_learned(tmp_path):
     """Two shards of chats: one is good, one has a wrong weight, one is a text, one has nothing to learn."""
     user, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "ab"}
     half = {"role": "user", "content": "\ud83d"}
-    put(tmp_path, "train-00000-of-00002.jsonl.gz", gzip.compress(json_lines(
-        {"messages": [user, answer], "id": 7}, {"messages": [user, answer | {"weight": 2}]}, {"text": "a text"})))
-    put(tmp_path, "train-00001-of-00002.jsonl.gz", gzip.compress(json_lines(
-        {"messages": [user, answer, user, answer | {"weight": 0}]}) + json.dumps({"messages": [half, answer]}).encode()))
+    put(
+        tmp_path,
+        "train-00000-of-00002.jsonl.gz",
+        gzip.compress(
+            json_lines(
+                {"messages": [user, answer], "id": 7}, {"messages": [user, answer | {"weight": 2}]}, {"text": "a text"}
+            )
+        ),
+    )
+    put(
+        tmp_path,
+        "train-00001-of-00002.jsonl.gz",
+        gzip.compress(
+            json_lines({"messages": [user, answer, user, answer | {"weight": 0}]})
+            + json.dumps({"messages": [half, answer]}).encode()
+        ),
+    )
     cutting = Cutting(byte_tokenizer(), 64, 261, Labels("last"), skip_bad=True)
     ((sequences, stats),) = cut_sources([str(tmp_path)], Reading(skip_bad=True), "--data", cutting).values()
     tokens = len("?") + len("user\n") + len("ab") + len("assistant\n") + 4  # a token at each end of a turn
     assert list(stats.sources[0].lines()) == [
         f"{tmp_path}: 2 files of split train, messages, 5 records, 1 document, {tokens} tokens, 3 learned; "
         f"records left out: 4 bad; the first bad one: {tmp_path}/train-00000-of-00002.jsonl.gz:2: message 1: weight 2; a "
-        "weight is 0 (not learned) or 1 (learned)", f"{tmp_path}: ignored keys id"]
+        "weight is 0 (not learned) or 1 (learned)",
+        f"{tmp_path}: ignored keys id",
+    ]
     assert len(sequences) == stats.documents == 1 and stats.labels == 3
 
 
@@ -114,4 +137,5 @@ def test_pieces_without_anything_to_learn_are_in_the_report(tmp_path):
 def test_a_file_of_bad_records_alone_is_refused_with_the_first(tmp_path):
     file = put(tmp_path, "a.jsonl", b'{"body": "a"}\n' * 3)
     assert refusal(file, skip_bad=True).startswith(
-        f"--data {file}: no documents in there; records left out: 3 bad; the first bad one: {file}:1: neither")
+        f"--data {file}: no documents in there; records left out: 3 bad; the first bad one: {file}:1: neither"
+    )

@@ -60,7 +60,8 @@ def test_resuming_goes_on_exactly_where_it_stopped(done):
 def test_batches_are_shaped_and_padded():
     batch = next(training(rows=2, grad_accum=3))
     assert {name: (a.shape, a.dtype.name) for name, a in batch.items()} == dict.fromkeys(
-        ("tokens", "labels", "positions"), ((3, 2, 6), "int32"))
+        ("tokens", "labels", "positions"), ((3, 2, 6), "int32")
+    )
     np.testing.assert_array_equal(batch["positions"], np.broadcast_to(np.arange(6), (3, 2, 6)))
     np.testing.assert_array_equal(batch["tokens"][..., 4:], PAD)
     np.testing.assert_array_equal(batch["labels"][..., 4:], IGNORED)

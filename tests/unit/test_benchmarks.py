@@ -42,8 +42,14 @@ def test_a_rung_reaches_the_step_as_it_is(layers, monkeypatch):
 
 def test_shares_of_a_trace():
     """Two collectives of 2 and 1 s, one of them half beside a kernel; the copy is neither."""
-    events = [("ncclDevKernel_SendRecv(args)", 0.0, 2.0), ("gemm", 1.0, 4.0), ("ncclDevKernel_AllGather_RING_LL", 5.0, 6.0),
-              ("MemcpyH2D", 4.0, 9.0), ("gemm", 8.0, 10.0), ("attention", 8.5, 9.5)]
+    events = [
+        ("ncclDevKernel_SendRecv(args)", 0.0, 2.0),
+        ("gemm", 1.0, 4.0),
+        ("ncclDevKernel_AllGather_RING_LL", 5.0, 6.0),
+        ("MemcpyH2D", 4.0, 9.0),
+        ("gemm", 8.0, 10.0),
+        ("attention", 8.5, 9.5),
+    ]
     shares = scaling.shares_of(events)
     assert shares == scaling.Shares(10.0, 5.0, 3.0, 2.0, {"all-to-all": 2.0, "all-gather": 1.0})
     idle = scaling.shares_of([])
@@ -69,8 +75,16 @@ def test_meshes_that_are_compared_use_all_devices(devices):
     assert {case.sp for case in cases} == {n for n in (1, 2, 4, 8) if n <= devices}
 
 
-@pytest.mark.parametrize("devices,changes", [
-    (1, {}), (2, dict(layers=1)), (2, dict(seq_len=4097)), (2, dict(seq_len=1024)), (4, dict(seq_len=2050, dtype="float32"))])
+@pytest.mark.parametrize(
+    "devices,changes",
+    [
+        (1, {}),
+        (2, dict(layers=1)),
+        (2, dict(seq_len=4097)),
+        (2, dict(seq_len=1024)),
+        (4, dict(seq_len=2050, dtype="float32")),
+    ],
+)
 def test_comparisons_that_would_say_nothing_are_refused(devices, changes):
     with pytest.raises(UserError):
         parity.check(parity.Options(**changes), devices)
@@ -82,7 +96,11 @@ def test_only_must_name_a_case():
         names("sequence parallel", "tensor parallel")
     assert names("wrong") == [parity.PLAIN, parity.CONTROL_NAME, parity.WRONG]
     assert names("data", "sequence parallel with", dtype="float32") == [
-        parity.PLAIN, parity.UNTILED, parity.DATA_PARALLEL, parity.ALL]
+        parity.PLAIN,
+        parity.UNTILED,
+        parity.DATA_PARALLEL,
+        parity.ALL,
+    ]
 
 
 def errors_of(value=1e-6, **changes):
@@ -97,12 +115,16 @@ ALL = parity.Case(parity.ALL, 1, 2, None, beside=parity.DATA_PARALLEL)
 WRONG = parity.Case(parity.WRONG, 1, 2, None, wrong=True)
 MEASURED = {  # benchmarks/results/2026-11-26-two-h100.md; the worst of moments 1.25 times the moments, as on a CPU
     parity.CONTROL_NAME: dict(zip(parity.PARTS, (3.5e-6, 1.4e-4, 1.9e-2, 2.4e-2, 2.0e-2, 3.3e-2), strict=True)),
-    parity.UNTILED: dict(zip(parity.PARTS, (8.8e-6, 4.5e-4, 2.2e-2, 2.8e-2, 3.2e-2, 4.7e-2), strict=True))}
+    parity.UNTILED: dict(zip(parity.PARTS, (8.8e-6, 4.5e-4, 2.2e-2, 2.8e-2, 3.2e-2, 4.7e-2), strict=True)),
+}
 
 
 def test_verdicts():
     rounding = {parity.CONTROL_NAME: {"loss": 4e-6, "moments": 1.9e-2}}
-    narrow, exact = parity.limits(PLAIN, parity.PLAIN, rounding, "bfloat16"), parity.limits(PLAIN, parity.PLAIN, {}, "float32")
+    narrow, exact = (
+        parity.limits(PLAIN, parity.PLAIN, rounding, "bfloat16"),
+        parity.limits(PLAIN, parity.PLAIN, {}, "float32"),
+    )
     errors = errors_of(loss=9e-6, moments=1.8e-2)
     assert parity.judge(PLAIN, errors, narrow) == "ok"
     assert parity.judge(PLAIN, errors | {"moments": 3e-2}, narrow) == "MORE THAN ALLOWED: moments"
@@ -118,8 +140,11 @@ def test_verdicts():
 @pytest.mark.parametrize("case", [PLAIN, CONTROL, UNTILED, WRONG], ids=lambda case: case.name)
 def test_no_case_passes_with_what_is_not_finite(case, value, dtype):
     for part in parity.PARTS:
-        verdict = parity.judge(case, errors_of(0.5 if case.wrong else 0.0) | {part: value},
-                               parity.limits(case, parity.PLAIN, MEASURED, dtype))
+        verdict = parity.judge(
+            case,
+            errors_of(0.5 if case.wrong else 0.0) | {part: value},
+            parity.limits(case, parity.PLAIN, MEASURED, dtype),
+        )
         assert verdict == f"NOT FINITE: {part}"
 
 
@@ -148,8 +173,11 @@ def test_limits_of_data_parallel_beside_sequence_parallel():
 
 def results(off=0.0, worst=1.0):
     """Of a run whose errors beside results() are all off, and worst times that for one of two parameters."""
-    return {"losses": [2.0, 2.0 * (1 + off)], "norms": [1.0 + off, 1.0],
-            **{name: [np.full(100, 1 + off, np.float64), np.full(1, 1 + off * worst)] for name in ("moments", "updates")}}
+    return {
+        "losses": [2.0, 2.0 * (1 + off)],
+        "norms": [1.0 + off, 1.0],
+        **{name: [np.full(100, 1 + off, np.float64), np.full(1, 1 + off * worst)] for name in ("moments", "updates")},
+    }
 
 
 CHOSEN = [parity.Case(parity.PLAIN, 1, 1, None), CONTROL, UNTILED, PLAIN, DATA_PARALLEL, ALL, WRONG]
@@ -167,7 +195,8 @@ def test_the_two_of_the_experiment_are_compared_with_each_other(capsys):
     [line] = [line for line in lines if f"beside {parity.DATA_PARALLEL}" in line]
     assert "loss 2.0e-05, norm 2.0e-05, moments 2.0e-05" in line and line.endswith("ok")
     assert failures("float32", {parity.DATA_PARALLEL: -7e-5, parity.ALL: 9e-5, parity.WRONG: 0.1}) == [
-        f"{parity.ALL} beside {parity.DATA_PARALLEL}"]
+        f"{parity.ALL} beside {parity.DATA_PARALLEL}"
+    ]
     assert capsys.readouterr().out.splitlines()[-1] == f"FAILED: {parity.ALL} beside {parity.DATA_PARALLEL}"
 
 
@@ -185,7 +214,9 @@ def test_a_broken_control_fails_and_widens_no_limit(broken, capsys):
 @pytest.mark.parametrize("name", [case.name for case in CHOSEN])
 @pytest.mark.parametrize("part", ["losses", "norms"])
 def test_a_run_without_a_number_fails(part, name, dtype, capsys):
-    trained = lambda case: results(0.5 if case.wrong else 0.0) | ({part: [2.0, float("nan")]} if case.name == name else {})
+    trained = lambda case: (
+        results(0.5 if case.wrong else 0.0) | ({part: [2.0, float("nan")]} if case.name == name else {})
+    )
     failed = parity.run(CHOSEN, dtype, trained)
     assert any(one.startswith(name) for one in failed) and "NOT FINITE" in capsys.readouterr().out
 
@@ -193,7 +224,9 @@ def test_a_run_without_a_number_fails(part, name, dtype, capsys):
 def test_the_last_line_says_what_was_not_asked(capsys):
     assert failures("float32", {}, [CHOSEN[0], ALL]) == []
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("ok; NOT RUN: ") and f'"{parity.WRONG}"' in last and f'beside "{parity.DATA_PARALLEL}"' in last
+    assert (
+        last.startswith("ok; NOT RUN: ") and f'"{parity.WRONG}"' in last and f'beside "{parity.DATA_PARALLEL}"' in last
+    )
     assert failures("float32", {}, CHOSEN) == [f"{parity.WRONG} beside {parity.PLAIN}"]  # ran, and was not noticed
     assert "NOT RUN" not in capsys.readouterr().out
 
@@ -214,13 +247,19 @@ def test_results_are_kept_as_long_as_something_is_compared_with_them(capsys):
 
 
 def test_errors_of_a_mesh():
-    reference = {"losses": [2.0, 1.0], "norms": [4.0, 4.0], "moments": [np.ones(4), np.ones(12)],
-                 "updates": [np.full(4, 2.0), np.zeros(2) + 1]}
+    reference = {
+        "losses": [2.0, 1.0],
+        "norms": [4.0, 4.0],
+        "moments": [np.ones(4), np.ones(12)],
+        "updates": [np.full(4, 2.0), np.zeros(2) + 1],
+    }
     assert max(parity.compare(reference, reference).values()) == 0
     other = reference | {"losses": [2.0, 1.1], "moments": [np.ones(4), np.full(12, 1.5)]}
     errors = parity.compare(other, reference)
     assert errors["loss"] == pytest.approx(0.1) and errors["norm"] == errors["updates"] == 0
-    assert errors["moments"] == pytest.approx(0.5 * (12 / 16) ** 0.5) and errors["worst of moments"] == pytest.approx(0.5)
+    assert errors["moments"] == pytest.approx(0.5 * (12 / 16) ** 0.5) and errors["worst of moments"] == pytest.approx(
+        0.5
+    )
 
 
 @pytest.mark.parametrize("part", ["losses", "norms", "moments", "updates"])
@@ -245,8 +284,11 @@ def test_parameters_are_compared_in_pieces(monkeypatch):
     monkeypatch.setattr(np.linalg, "norm", lambda x: largest.append(x.size) or norm(x))
     assert parity.compare(here, there) == pytest.approx(whole, rel=1e-12) and max(largest) <= 4
     assert whole["updates"] == pytest.approx(
-        np.sqrt(sum(norm(a - b) ** 2 for a, b in zip(here["updates"], there["updates"], strict=True))
-                / sum(norm(b) ** 2 for b in there["updates"])))
+        np.sqrt(
+            sum(norm(a - b) ** 2 for a, b in zip(here["updates"], there["updates"], strict=True))
+            / sum(norm(b) ** 2 for b in there["updates"])
+        )
+    )
 
 
 def test_the_ladder_of_save_levels():

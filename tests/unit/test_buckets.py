@@ -98,7 +98,13 @@ def test_cost_follows_the_documents():
     """Calls and pairs by hand."""
     lengths = [1, 512, 0, 300, 7, 9, 8, 7, 6, 513, 5, 3000, 4097, 4096]
     assert buckets.calls_of(lengths, 4200, 64) == {
-        (512, 8): 1, (512, 1): 1, (768, 1): 1, (3072, 1): 1, (4096, 1): 1, (4200, 1): 1}
+        (512, 8): 1,
+        (512, 1): 1,
+        (768, 1): 1,
+        (3072, 1): 1,
+        (4096, 1): 1,
+        (4200, 1): 1,
+    }
     assert buckets.calls_of([600] * 13, 4200, 64) == {(768, 5): 2, (768, 1): 3}
     assert buckets.computed_pairs([512, 1], 1024) == 2 * 512 * 513 // 2
     assert buckets.computed_pairs([513, 500, 11], 1024) == 2 * 512 * 513 // 2 + 768 * 769 // 2

@@ -101,12 +101,19 @@ def with_token():
     return tokenizer
 
 
-@pytest.mark.parametrize("change", [
-    dict(tokenizer=with_token()), dict(tokenizer=with_template(DATED)), dict(labels=Labels("last")),
-    dict(reading=Reading(skip_bad=True)), dict(reading=Reading(Fields(ignore=("id",)))),
-    dict(reading=Reading(selection=Selection(exclude=("x",)))),
-    dict(reading=Reading(selection=Selection(document_per="file")))],
-    ids=["tokenizer", "template", "learn", "skip", "ignore", "exclude", "document_per"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(tokenizer=with_token()),
+        dict(tokenizer=with_template(DATED)),
+        dict(labels=Labels("last")),
+        dict(reading=Reading(skip_bad=True)),
+        dict(reading=Reading(Fields(ignore=("id",)))),
+        dict(reading=Reading(selection=Selection(exclude=("x",)))),
+        dict(reading=Reading(selection=Selection(document_per="file"))),
+    ],
+    ids=["tokenizer", "template", "learn", "skip", "ignore", "exclude", "document_per"],
+)
 def test_flags_and_tokenizers_have_stores_of_their_own(change, tmp_path):
     file, top = write(tmp_path / "a.jsonl", CHATS), tmp_path / "cache"
     plain_change = {"vocab": 300} | change

@@ -31,9 +31,18 @@ def read_run(monkeypatch, small=None, **flags):
     return batches, held_out, stats.summary(16), fingerprint
 
 
-@pytest.mark.parametrize("flags", [
-    {}, {"pack": True}, {"pack": True, "pack_attention": "across"}, {"long_documents": "drop"}, {"weights": True},
-    {"weights": True, "pack": True}], ids=str)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"pack": True},
+        {"pack": True, "pack_attention": "across"},
+        {"long_documents": "drop"},
+        {"weights": True},
+        {"weights": True, "pack": True},
+    ],
+    ids=str,
+)
 def test_a_run_is_the_same_with_and_without(flags, tmp_path, monkeypatch, deaf):
     """Batches, their order, evaluation, counts and fingerprint; a third start does not read all tokens either."""
     texts, chats = write(tmp_path / "a.jsonl", TEXTS * 5), write(tmp_path / "b.jsonl", CHATS * 3)
@@ -61,10 +70,17 @@ def test_held_out_documents_are_apart(attention, packs, tmp_path, monkeypatch):
     assert [batch["documents"][0][:5] for batch in batches if "documents" in batch] == [[0, 3, 6, 9, 12]] * (packs == 1)
 
 
-@pytest.mark.parametrize("flags, flag", [
-    (dict(split="train"), "--split"), (dict(eval_split="test"), None), (dict(include=("*.py",)), None),
-    (dict(document_per="file", eval_data=()), "--document-per"),
-    (dict(exclude=("*",), eval_data=()), "--exclude")], ids=str)
+@pytest.mark.parametrize(
+    "flags, flag",
+    [
+        (dict(split="train"), "--split"),
+        (dict(eval_split="test"), None),
+        (dict(include=("*.py",)), None),
+        (dict(document_per="file", eval_data=()), "--document-per"),
+        (dict(exclude=("*",), eval_data=()), "--exclude"),
+    ],
+    ids=str,
+)
 def test_flags_of_directories_need_one(flags, flag, tmp_path):
     """--data names a file, and --eval-data a directory."""
     file = write(tmp_path / "a.jsonl", TEXTS)

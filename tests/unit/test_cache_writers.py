@@ -25,10 +25,16 @@ class Killed(BaseException):
     pass
 
 
-STAGES = {"first file": (caching._Output, "__enter__", 1), "first document": (caching._Output, "write", 1),
-          "lengths": (caching._Output, "write", 3), "last document": (caching._Output, "write", 12),
-          "counts": (caching._Output, "write", 13), "end of the counts": (caching._Output, "__exit__", 4),
-          "flush": (caching._Output, "__exit__", 1), "rename": (Cache, "_publish", 1)}
+STAGES = {
+    "first file": (caching._Output, "__enter__", 1),
+    "first document": (caching._Output, "write", 1),
+    "lengths": (caching._Output, "write", 3),
+    "last document": (caching._Output, "write", 12),
+    "counts": (caching._Output, "write", 13),
+    "end of the counts": (caching._Output, "__exit__", 4),
+    "flush": (caching._Output, "__exit__", 1),
+    "rename": (Cache, "_publish", 1),
+}
 
 
 def break_at(stage, error, monkeypatch):
@@ -80,7 +86,8 @@ def test_a_full_disk_is_one_clear_line(documents, letters, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert str(error.value) == (
         f"--data-cache {top}: the tokens of --data {file} cannot be written there (File too large); they need five "
-        "bytes each. Make room, name another directory, or use --data-cache off, which keeps them in memory")
+        "bytes each. Make room, name another directory, or use --data-cache off, which keeps them in memory"
+    )
     assert not stores(top)
 
 
@@ -93,9 +100,19 @@ def test_a_living_writer_is_left_alone(tmp_path):
     assert not folder.exists()
 
 
-@pytest.mark.parametrize("damage", [
-    "shorter", "no counts", "broken counts", "of another key", "a bit of tokens", "a bit of learned", "a bit of lengths",
-    "another count"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "shorter",
+        "no counts",
+        "broken counts",
+        "of another key",
+        "a bit of tokens",
+        "a bit of learned",
+        "a bit of lengths",
+        "another count",
+    ],
+)
 def test_a_damaged_store_is_written_again(damage, tmp_path, capsys):
     file, top = write(tmp_path / "a.jsonl", TEXTS), tmp_path / "cache"
     wanted = plain(sources_of(top, [file]))
@@ -116,7 +133,9 @@ def test_a_damaged_store_is_written_again(damage, tmp_path, capsys):
     capsys.readouterr()
     assert plain(sources_of(top, [file])) == wanted
     if damage.startswith("a"):
-        assert re.search(r"(tokens.bin|learned.bin|lengths.bin|store.json) is damaged: tokenised again", capsys.readouterr().out)
+        assert re.search(
+            r"(tokens.bin|learned.bin|lengths.bin|store.json) is damaged: tokenised again", capsys.readouterr().out
+        )
     assert stores(top) == [key] and json.loads(counts.read_text())["key"] == key
 
 

@@ -66,8 +66,10 @@ def test_large_arrays_are_restored_some_rows_at_a_time(tmp_path, monkeypatch, pr
     reads, original = [], ckpt._read
     monkeypatch.setattr(ckpt, "_read", lambda *where: reads.append(original(*where)) or reads[-1])
     onto = make_step(sp=2, dtype="bfloat16", profile=profile)
-    back = lambda: (ckpt.Checkpoints(tmp_path).restore_params(1, onto.params),
-                    ckpt.Checkpoints(tmp_path).restore_optimizer(1, onto.optimizer_state))
+    back = lambda: (
+        ckpt.Checkpoints(tmp_path).restore_params(1, onto.params),
+        ckpt.Checkpoints(tmp_path).restore_optimizer(1, onto.optimizer_state),
+    )
     back()
     whole, number = max(x.nbytes for x in reads), len(reads)
     reads.clear()
@@ -81,8 +83,11 @@ def test_an_optimizer_of_another_kind_is_refused(tmp_path):
     saved(tmp_path, 1, made=make_step(dtype="bfloat16"))
     wanted = make_step(dtype="bfloat16").optimizer_state
     less = {name: part for name, part in wanted.items() if name != "master"}
-    with pytest.raises(UserError, match=r"checkpoints/1 has the optimizer of another model or optimizer: "
-                       r"master\.\S+ is \(.*\) floats there and none here.*\. Use the model and the flags it was made with$"):
+    with pytest.raises(
+        UserError,
+        match=r"checkpoints/1 has the optimizer of another model or optimizer: "
+        r"master\.\S+ is \(.*\) floats there and none here.*\. Use the model and the flags it was made with$",
+    ):
         ckpt.Checkpoints(tmp_path).restore_optimizer(1, less)
     with pytest.raises(UserError, match=r"low\.\S+ is none there and \(.*\) floats here"):
         ckpt.Checkpoints(tmp_path).restore_optimizer(1, wanted | {"low": wanted["master"]})
@@ -183,8 +188,13 @@ checkpoints.save(2, {"a": {"kernel": large}}, None, {"step": 2})
 
 def test_a_save_that_was_cut_off_is_never_found(tmp_path):
     run_directory.write_run_file(tmp_path, "training", {})
-    killed = subprocess.run([sys.executable, "-c", CUT_OFF, str(tmp_path)], cwd=pathlib.Path(__file__).parents[2],
-                            env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
+    killed = subprocess.run(
+        [sys.executable, "-c", CUT_OFF, str(tmp_path)],
+        cwd=pathlib.Path(__file__).parents[2],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
     assert killed.returncode == 9, killed.stderr
     left = [p.name for p in (tmp_path / run_directory.CHECKPOINTS).iterdir()]
     assert len(left) == 2 and "2" not in left, left  # the remains of the second are there, under another name

@@ -28,8 +28,14 @@ from alst_jax.models.hf_weights import load_params
 from alst_jax.models.weight_files import find_tensors
 from tests.helpers import leaves
 
-SHAPE = dict(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-             num_key_value_heads=1)
+SHAPE = dict(
+    vocab_size=40,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+)
 QUERY = "model.layers.0.self_attn.q_proj"
 
 
@@ -49,8 +55,9 @@ def save(directory: pathlib.Path, tensors: dict[str, torch.Tensor], config: Llam
 def loaded(directory: pathlib.Path, config: ModelConfig | None = None, **options) -> dict[str, np.ndarray]:
     config = config or model_config(directory)
     place = SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-                            abstract_params(config, jnp.float32))
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract_params(config, jnp.float32)
+    )
     return {name: np.asarray(x) for name, x in leaves(load_params(directory, config, abstract, **options)).items()}
 
 
@@ -97,8 +104,11 @@ def test_a_model_saved_without_its_head_has_no_prefix(tmp_path):
 def test_without_a_head_an_untied_model_is_refused_with_the_reason(untied):
     other, tensors, config, _ = untied
     save(other, {name.removeprefix("model."): x for name, x in tensors.items() if name != "lm_head.weight"}, config)
-    with pytest.raises(UserError, match=r"missing \(1\): lm_head.weight; a model saved without its head has none to train.*"
-                                        r"\"tie_word_embeddings\": true"):
+    with pytest.raises(
+        UserError,
+        match=r"missing \(1\): lm_head.weight; a model saved without its head has none to train.*"
+        r"\"tie_word_embeddings\": true",
+    ):
         loaded(other)
 
 
@@ -111,12 +121,19 @@ def test_the_prefixes_of_torchs_wrappers(untied, wrapper):
 
 def test_rotary_buffers_and_scales_of_a_cache_are_left_out(untied, capsys):
     other, tensors, config, plain = untied
-    rotary = {f"model.layers.{i}.self_attn.rotary_emb.{name}": torch.ones(4)
-              for i in range(2) for name in ("inv_freq", "cos_cached", "sin_cached")}
+    rotary = {
+        f"model.layers.{i}.self_attn.rotary_emb.{name}": torch.ones(4)
+        for i in range(2)
+        for name in ("inv_freq", "cos_cached", "sin_cached")
+    }
     save(other, tensors | rotary, config)
     assert_same(plain, loaded(other))
     assert capsys.readouterr().err == ""
-    save(other, tensors | rotary | {f"model.layers.{i}.self_attn.k_proj.k_scale": torch.ones(1) for i in range(2)}, config)
+    save(
+        other,
+        tensors | rotary | {f"model.layers.{i}.self_attn.k_proj.k_scale": torch.ones(1) for i in range(2)},
+        config,
+    )
     assert_same(plain, loaded(other))
     assert "warning: " in (said := capsys.readouterr().err) and "2 scales of a KV cache are left out" in said
 
@@ -124,14 +141,24 @@ def test_rotary_buffers_and_scales_of_a_cache_are_left_out(untied, capsys):
 # ------------------------------------------------------------------------------------------------ other kinds are named
 
 
-@pytest.mark.parametrize("extra, message", [
-    ({f"{QUERY}.weight_scale": torch.ones(1)}, r"1 tensors \(model.layers.0.self_attn.q_proj.weight_scale\) are those of "
-                                               "quantised weights; use the original model"),
-    ({f"{QUERY}.qweight": torch.zeros(2, 2, dtype=torch.int32)}, r"qweight is I32; weights must be one of F32, F16, BF16. "
-                                                                 "Quantised models cannot be trained"),
-    ({f"{QUERY}.weight.absmax": torch.ones(4)}, "of quantised weights"),
-    ({f"{QUERY}.lora_A.default.weight": torch.ones(4, 16)}, "are those of an adapter; merge it first"),
-], ids=["fp8", "gptq", "bitsandbytes", "lora"])
+@pytest.mark.parametrize(
+    "extra, message",
+    [
+        (
+            {f"{QUERY}.weight_scale": torch.ones(1)},
+            r"1 tensors \(model.layers.0.self_attn.q_proj.weight_scale\) are those of "
+            "quantised weights; use the original model",
+        ),
+        (
+            {f"{QUERY}.qweight": torch.zeros(2, 2, dtype=torch.int32)},
+            r"qweight is I32; weights must be one of F32, F16, BF16. "
+            "Quantised models cannot be trained",
+        ),
+        ({f"{QUERY}.weight.absmax": torch.ones(4)}, "of quantised weights"),
+        ({f"{QUERY}.lora_A.default.weight": torch.ones(4, 16)}, "are those of an adapter; merge it first"),
+    ],
+    ids=["fp8", "gptq", "bitsandbytes", "lora"],
+)
 def test_quantised_weights_and_adapters_are_named(untied, extra, message):
     other, tensors, config, _ = untied
     save(other, tensors | extra, config)
@@ -163,17 +190,22 @@ def test_pickled_weights_are_refused_with_the_command_that_converts_them(untied,
     assert_same(plain, loaded(tmp_path / "converted"))
 
 
-@pytest.mark.parametrize("file, message", [
-    ("model-Q4_K_M.gguf", "GGUF files.*gguf_file='model-Q4_K_M.gguf'"),
-    ("consolidated.00.pth", "not in Hugging Face's format.*download the Hugging Face version"),
-    ("weights.safetensors", "files without an index.*give the only file the name model.safetensors"),
-])
+@pytest.mark.parametrize(
+    "file, message",
+    [
+        ("model-Q4_K_M.gguf", "GGUF files.*gguf_file='model-Q4_K_M.gguf'"),
+        ("consolidated.00.pth", "not in Hugging Face's format.*download the Hugging Face version"),
+        ("weights.safetensors", "files without an index.*give the only file the name model.safetensors"),
+    ],
+)
 def test_other_files_are_named(untied, file, message):
     other, _, config, _ = untied
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(other)
     (other / file).touch()
-    with pytest.raises(UserError, match=f"neither model.safetensors nor model.safetensors.index.json, but {file} .*{message}"):
+    with pytest.raises(
+        UserError, match=f"neither model.safetensors nor model.safetensors.index.json, but {file} .*{message}"
+    ):
         loaded(other)
 
 
@@ -210,12 +242,16 @@ def test_an_index_that_leaves_its_directory_is_refused(tmp_path):
 # -------------------------------------------------------------------------------------------------- tokenizers, added rows
 
 
-@pytest.mark.parametrize("content, package", [(b"\n\x0e\n\x05<unk>", "sentencepiece"), (b"IQ== 0\nIg== 1\n", "tiktoken")])
+@pytest.mark.parametrize(
+    "content, package", [(b"\n\x0e\n\x05<unk>", "sentencepiece"), (b"IQ== 0\nIg== 1\n", "tiktoken")]
+)
 def test_the_package_that_reads_tokenizer_model_is_named(tmp_path, monkeypatch, content, package):
     monkeypatch.setattr(tokenizer.importlib.util, "find_spec", lambda name: None)
     (tmp_path / "tokenizer.model").write_bytes(content)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
-    with pytest.raises(UserError, match=f"only tokenizer is tokenizer.model, which the package {package} reads; install {package}"):
+    with pytest.raises(
+        UserError, match=f"only tokenizer is tokenizer.model, which the package {package} reads; install {package}"
+    ):
         load_tokenizer(tmp_path)
 
 
@@ -253,4 +289,6 @@ def test_added_rows_in_parts(tmp_path):
     whole = np.concatenate([table, np.tile(table.mean(0), (3, 1))])
     for rows in (slice(0, 3), slice(5, 8), slice(6, 7), slice(8, 9), slice(None)):
         for columns in (slice(None), slice(1, 3)):
-            np.testing.assert_allclose(weight_files.read_tensor(tensor, (rows, columns)), whole[rows, columns], atol=1e-7)
+            np.testing.assert_allclose(
+                weight_files.read_tensor(tensor, (rows, columns)), whole[rows, columns], atol=1e-7
+            )

@@ -32,7 +32,8 @@ class Block(nnx.Module):
 def dicts_and_modules():
     """The same abstract weights, as nested dicts and with a module for the layers."""
     place = lambda tree: jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(jax.devices()[0])), tree)
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(jax.devices()[0])), tree
+    )
     shapes = {"q_proj": {"kernel": jnp.zeros((3, 8, 4))}, "o_proj": {"kernel": jnp.zeros((3, 4, 8))}}
     table = {"embedding": jnp.zeros((16, 8))}
     return place({"embed_tokens": table, "layers": shapes}), place({"embed_tokens": table, "layers": Block()})
@@ -50,7 +51,11 @@ def test_modules_and_dicts_are_the_same_on_disk(tmp_path):
         assert_identical(as_dict(back), as_dict((params, optimizer)))
         assert_placed(back[0], read)
         stored = dict(checkpoints.read_params(1))
-        assert stored.keys() == {("embed_tokens", "embedding"), ("layers", "q_proj", "kernel"), ("layers", "o_proj", "kernel")}
+        assert stored.keys() == {
+            ("embed_tokens", "embedding"),
+            ("layers", "q_proj", "kernel"),
+            ("layers", "o_proj", "kernel"),
+        }
         assert_identical(stored["layers", "q_proj", "kernel"], as_dict(params)["layers"]["q_proj"]["kernel"])
         tree = json.loads((tmp_path / str(number) / "checkpoints/1/params/_METADATA").read_text())["tree_metadata"]
         assert "('layers', 'q_proj', 'kernel')" in tree and not any("value" in name for name in tree)
@@ -92,6 +97,11 @@ assert serialization.async_serialize_from_host is not original
 
 
 def test_orbax_is_patched_by_install_and_not_by_an_import(tmp_path):
-    done = subprocess.run([sys.executable, "-c", PATCH, str(tmp_path)], cwd=pathlib.Path(__file__).parents[2],
-                          env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PATCH, str(tmp_path)],
+        cwd=pathlib.Path(__file__).parents[2],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr

@@ -19,8 +19,10 @@ from alst_jax.models.config import ModelConfig
 from tests.helpers import TINY, make_step
 
 
-@pytest.mark.parametrize("text,tokens", [
-    ("32768", 32768), ("32k", 32_000), ("32K", 32_000), ("32Ki", 32768), ("0.5M", 500_000), ("1Mi", 2**20)])
+@pytest.mark.parametrize(
+    "text,tokens",
+    [("32768", 32768), ("32k", 32_000), ("32K", 32_000), ("32Ki", 32768), ("0.5M", 500_000), ("1Mi", 2**20)],
+)
 def test_lengths(text, tokens):
     assert parse_length(text) == tokens
 
@@ -31,22 +33,26 @@ def test_bad_lengths(text):
         parse_length(text)
 
 
-@pytest.mark.parametrize("flags,message", [
-    (dict(steps=0), "--steps 0: must be at least 1"),
-    (dict(grad_accum=-1), "--grad-accum -1: must be at least 1"),
-    (dict(learning_rate=0.0), "--learning-rate 0.0: must be a positive number"),
-    (dict(learning_rate=float("nan")), "--learning-rate nan: must be a positive number"),
-    (dict(beta2=1.0), "--beta2 1.0: must be at least 0 and below 1"),
-    (dict(weight_decay=float("nan")), "--weight-decay nan: must be at least 0"),
-    (dict(warmup_steps=11, steps=10), "--warmup-steps 11 is more than --steps 10"),
-    (dict(offload_activations=True, remat=False), "it needs --remat"),
-    (dict(pack_attention="across"), "needs --pack"),
-    (dict(eval_every=3), "--eval-every needs --eval-data"),
-    (dict(resume=True), "--resume needs --out"),
-    (dict(model="x"), "--model without --data"),
-    (dict(loss_tile=8, tiled_loss=False), "--loss-tile has no meaning with --no-tiled-loss"),
-    (dict(mlp_tile=8, tiled_mlp=False), "--mlp-tile has no meaning with --no-tiled-mlp"),
-    (dict(final_learning_rate_ratio=1.5), "must be between 0 and 1")])
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        (dict(steps=0), "--steps 0: must be at least 1"),
+        (dict(grad_accum=-1), "--grad-accum -1: must be at least 1"),
+        (dict(learning_rate=0.0), "--learning-rate 0.0: must be a positive number"),
+        (dict(learning_rate=float("nan")), "--learning-rate nan: must be a positive number"),
+        (dict(beta2=1.0), "--beta2 1.0: must be at least 0 and below 1"),
+        (dict(weight_decay=float("nan")), "--weight-decay nan: must be at least 0"),
+        (dict(warmup_steps=11, steps=10), "--warmup-steps 11 is more than --steps 10"),
+        (dict(offload_activations=True, remat=False), "it needs --remat"),
+        (dict(pack_attention="across"), "needs --pack"),
+        (dict(eval_every=3), "--eval-every needs --eval-data"),
+        (dict(resume=True), "--resume needs --out"),
+        (dict(model="x"), "--model without --data"),
+        (dict(loss_tile=8, tiled_loss=False), "--loss-tile has no meaning with --no-tiled-loss"),
+        (dict(mlp_tile=8, tiled_mlp=False), "--mlp-tile has no meaning with --no-tiled-mlp"),
+        (dict(final_learning_rate_ratio=1.5), "must be between 0 and 1"),
+    ],
+)
 def test_flags_that_make_no_sense_are_refused(flags, message):
     with pytest.raises(UserError) as error:
         check_run(TrainConfig(**flags))
@@ -57,9 +63,14 @@ def test_defaults_are_accepted():
     check_run(TrainConfig())
 
 
-@pytest.mark.parametrize("fields,message", [
-    (dict(num_kv_heads=3), "num_key_value_heads=3 must divide num_attention_heads=8"),
-    (dict(head_dim=7), "head_dim=7 must be even"), (dict(num_layers=0), "num_layers=0")])
+@pytest.mark.parametrize(
+    "fields,message",
+    [
+        (dict(num_kv_heads=3), "num_key_value_heads=3 must divide num_attention_heads=8"),
+        (dict(head_dim=7), "head_dim=7 must be even"),
+        (dict(num_layers=0), "num_layers=0"),
+    ],
+)
 def test_impossible_models_are_refused(fields, message):
     good = dict(vocab_size=9, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=8, num_kv_heads=2, head_dim=4)
     with pytest.raises(UserError, match=message):
@@ -110,9 +121,15 @@ def test_defaults_are_of_their_types():
         typeguard.check_type("3", types["segment_layers"])
 
 
-@pytest.mark.parametrize("flags,wrong", [
-    (dict(clip_norm=1.0), "--clip-norm 1"), (dict(clip_norm=0.0, grad_accum=2), "--grad-accum 2"),
-    (dict(clip_norm=0.0, remat=False), "--no-remat")], ids=str)
+@pytest.mark.parametrize(
+    "flags,wrong",
+    [
+        (dict(clip_norm=1.0), "--clip-norm 1"),
+        (dict(clip_norm=0.0, grad_accum=2), "--grad-accum 2"),
+        (dict(clip_norm=0.0, remat=False), "--no-remat"),
+    ],
+    ids=str,
+)
 def test_an_update_in_the_backward_pass_knows_no_other_gradients(flags, wrong):
     with pytest.raises(UserError, match=f"--update-in-backward with {wrong}: "):
         check_run(TrainConfig(update_in_backward=True, **flags))
@@ -131,10 +148,16 @@ def test_simulated_devices_wait_for_each_other_on_a_busy_machine(monkeypatch):
         assert os.environ["XLA_FLAGS"] == after
 
 
-@pytest.mark.parametrize("before,after", [
-    ("", "--xla_gpu_enable_latency_hiding_scheduler=true --xla_gpu_enable_dynamic_slice_fusion=false"),
-    ("--xla_gpu_enable_dynamic_slice_fusion=true",
-     "--xla_gpu_enable_dynamic_slice_fusion=true --xla_gpu_enable_latency_hiding_scheduler=true")])
+@pytest.mark.parametrize(
+    "before,after",
+    [
+        ("", "--xla_gpu_enable_latency_hiding_scheduler=true --xla_gpu_enable_dynamic_slice_fusion=false"),
+        (
+            "--xla_gpu_enable_dynamic_slice_fusion=true",
+            "--xla_gpu_enable_dynamic_slice_fusion=true --xla_gpu_enable_latency_hiding_scheduler=true",
+        ),
+    ],
+)
 def test_compiler_flags_of_a_gpu_run(before, after, monkeypatch):
     for name in (environment.HOST_LIMIT, "XLA_CLIENT_MEM_FRACTION"):
         monkeypatch.setenv(name, "1")

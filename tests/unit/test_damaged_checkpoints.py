@@ -88,8 +88,11 @@ def test_the_refusal_says_how_to_go_on(tmp_path):
     saved(tmp_path, 2, 4, 6)
     halve(largest_file(tmp_path / run_directory.CHECKPOINTS / "6" / "params"))
     halve(largest_file(tmp_path / run_directory.CHECKPOINTS / "4" / "optimizer"))
-    with pytest.raises(UserError, match="cannot be read: params/.* bytes and was written with .*; step 2 was verified. To "
-                                        "go on from it: mv .* && python train.py --resume --out ") as refusal:
+    with pytest.raises(
+        UserError,
+        match="cannot be read: params/.* bytes and was written with .*; step 2 was verified. To "
+        "go on from it: mv .* && python train.py --resume --out ",
+    ) as refusal:
         restore(tmp_path, 6, "params")
     subprocess.run(re.search("mv (.*?) &&", str(refusal.value))[0].removesuffix(" &&"), shell=True, check=True)
     shutil.rmtree(tmp_path / run_directory.CHECKPOINTS / "4")
@@ -99,6 +102,7 @@ def test_the_refusal_says_how_to_go_on(tmp_path):
 
 def test_a_checkpoint_is_not_to_blame_for_a_lack_of_memory(intact, monkeypatch):
     """Or a user is told to delete it."""
+
     def too_large(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
@@ -107,8 +111,9 @@ def test_a_checkpoint_is_not_to_blame_for_a_lack_of_memory(intact, monkeypatch):
         restore(intact, 3, "params")
 
 
-@pytest.mark.parametrize("changes", [dict(num_layers=2), dict(vocab_size=104), dict(mlp_bias=False),
-                                     dict(tie_word_embeddings=True)])
+@pytest.mark.parametrize(
+    "changes", [dict(num_layers=2), dict(vocab_size=104), dict(mlp_bias=False), dict(tie_word_embeddings=True)]
+)
 def test_weights_of_another_model_are_refused(intact, changes):
     with pytest.raises(UserError, match=f"^checkpoint {intact}/checkpoints/3 has the params of another model"):
         ckpt.Checkpoints(intact).restore_params(3, make_step(tiny(**changes)).params)

@@ -85,33 +85,58 @@ def messages(*turns):
     return record({"messages": list(turns)})
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("a.jsonl", b"", "{file}: the file is empty"),
-    ("a.parquet", b"", "{file}: the file is empty"),
-    ("a.txt", b" \n\t\n", "--data {file}: no documents in there"),
-    ("a.jsonl", b"\n\n", "--data {file}: no documents in there"),
-    ("a.jsonl", b'{"text": "fine"}\n\n{"text": \n', "{file}:3: not valid JSON: Expecting value.*each line of a .jsonl"),
-    ("a.jsonl", b'{"body": "x", "id": 1}', r"{file}:1: neither a 'text' nor a 'messages' field \(it has: body, id\); "
-     "name the right one with --text-field or --messages-field"),
-    ("a.jsonl", b"{}", r"{file}:1: neither .* \(it has: none\)"),
-    ("a.jsonl", b'{"text": null, "messages": null}', r"{file}:1: neither .* \(it has: none\)"),
-    ("a.jsonl", b'{"text": "a"}\n["text"]', "{file}:2: a record is a JSON object with 'text' or 'messages', not list"),
-    ("a.jsonl", b'"text"', "{file}:1: a record is a JSON object with 'text' or 'messages', not str"),
-    ("a.jsonl", b'{"text": 3}', r"{file}:1: 'text' holds int, not text \(--text-field\)"),
-    ("a.jsonl", b'{"text": "a\xff"}', r"{file}:1: not UTF-8 text \(byte 11\); data are .jsonl, .json, .csv, .*UTF-8"),
-    ("a.bin", b"abc\xfe", r"{file}: not UTF-8 text \(byte 3\)"),
-    ("a.json", b'{"text":\n"a"}\n{"text": "b"}', "{file}: not valid JSON: Extra data.*a .json file is a list of objects, "
-     "one object, or one object a line"),
-    ("a.json", b'[{"text": "a"}, 5]', r"{file}\[1\]: a record is a JSON object with 'text' or 'messages', not int"),
-    ("a.parquet", b"PAR1 and then nothing", "{file}: not a readable Parquet file: "),
-    ("a.jsonl", messages(), "{file}:1: 'messages' is a list of objects with 'role' and 'content'.*and not empty"),
-    ("a.jsonl", b'{"messages": "hello"}', r"{file}:1: 'messages' is a list.*\(--messages-field\), and not empty"),
-    ("a.jsonl", messages(CHAT[1], {"role": "user"}), "{file}:1: message 1 lacks 'role' or 'content'"),
-    ("a.jsonl", messages(CHAT[1], "hello"), "{file}:1: message 1 lacks 'role' or 'content'"),
-    ("a.jsonl", messages({"role": "assistant", "content": [{"type": "image"}]}),
-     "{file}:1: message 0: a content part of the type 'image'; only parts of the type 'text'"),
-    ("a.jsonl", messages(CHAT[0]), "{file}:1: the chat has no message of the role 'assistant'"),
-])
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.jsonl", b"", "{file}: the file is empty"),
+        ("a.parquet", b"", "{file}: the file is empty"),
+        ("a.txt", b" \n\t\n", "--data {file}: no documents in there"),
+        ("a.jsonl", b"\n\n", "--data {file}: no documents in there"),
+        (
+            "a.jsonl",
+            b'{"text": "fine"}\n\n{"text": \n',
+            "{file}:3: not valid JSON: Expecting value.*each line of a .jsonl",
+        ),
+        (
+            "a.jsonl",
+            b'{"body": "x", "id": 1}',
+            r"{file}:1: neither a 'text' nor a 'messages' field \(it has: body, id\); "
+            "name the right one with --text-field or --messages-field",
+        ),
+        ("a.jsonl", b"{}", r"{file}:1: neither .* \(it has: none\)"),
+        ("a.jsonl", b'{"text": null, "messages": null}', r"{file}:1: neither .* \(it has: none\)"),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n["text"]',
+            "{file}:2: a record is a JSON object with 'text' or 'messages', not list",
+        ),
+        ("a.jsonl", b'"text"', "{file}:1: a record is a JSON object with 'text' or 'messages', not str"),
+        ("a.jsonl", b'{"text": 3}', r"{file}:1: 'text' holds int, not text \(--text-field\)"),
+        (
+            "a.jsonl",
+            b'{"text": "a\xff"}',
+            r"{file}:1: not UTF-8 text \(byte 11\); data are .jsonl, .json, .csv, .*UTF-8",
+        ),
+        ("a.bin", b"abc\xfe", r"{file}: not UTF-8 text \(byte 3\)"),
+        (
+            "a.json",
+            b'{"text":\n"a"}\n{"text": "b"}',
+            "{file}: not valid JSON: Extra data.*a .json file is a list of objects, one object, or one object a line",
+        ),
+        ("a.json", b'[{"text": "a"}, 5]', r"{file}\[1\]: a record is a JSON object with 'text' or 'messages', not int"),
+        ("a.parquet", b"PAR1 and then nothing", "{file}: not a readable Parquet file: "),
+        ("a.jsonl", messages(), "{file}:1: 'messages' is a list of objects with 'role' and 'content'.*and not empty"),
+        ("a.jsonl", b'{"messages": "hello"}', r"{file}:1: 'messages' is a list.*\(--messages-field\), and not empty"),
+        ("a.jsonl", messages(CHAT[1], {"role": "user"}), "{file}:1: message 1 lacks 'role' or 'content'"),
+        ("a.jsonl", messages(CHAT[1], "hello"), "{file}:1: message 1 lacks 'role' or 'content'"),
+        (
+            "a.jsonl",
+            messages({"role": "assistant", "content": [{"type": "image"}]}),
+            "{file}:1: message 0: a content part of the type 'image'; only parts of the type 'text'",
+        ),
+        ("a.jsonl", messages(CHAT[0]), "{file}:1: the chat has no message of the role 'assistant'"),
+    ],
+)
 def test_what_is_wrong_with_a_file_is_said(tmp_path, name, content, message):
     file = tmp_path / name
     file.write_bytes(content)
@@ -121,7 +146,9 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path, name, content, message):
 
 def test_wrong_parquet_columns_are_named(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"body": ["x"], "id": [1]}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"a.parquet\[0\]: neither a 'text' nor a 'messages' field \(it has: body, id\)"):
+    with pytest.raises(
+        UserError, match=r"a.parquet\[0\]: neither a 'text' nor a 'messages' field \(it has: body, id\)"
+    ):
         read_documents([str(tmp_path / "a.parquet")])
 
 
@@ -175,6 +202,9 @@ def test_other_tokens_than_those_of_tokenizer_json_are_refused(tmp_path):
     load_tokenizer(tmp_path)
     file = tmp_path / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer_class": "CodeLlamaTokenizer"}))
-    with pytest.raises(UserError, match="loads the tokenizer as CodeLlamaTokenizer, which makes .* tokens of a text of "
-                       "which tokenizer.json makes .* others; install a newer transformers, or set \"tokenizer_class\""):
+    with pytest.raises(
+        UserError,
+        match="loads the tokenizer as CodeLlamaTokenizer, which makes .* tokens of a text of "
+        'which tokenizer.json makes .* others; install a newer transformers, or set "tokenizer_class"',
+    ):
         load_tokenizer(tmp_path)

@@ -21,7 +21,9 @@ def test_a_directory_as_it_is_downloaded(tmp_path):
     (line,) = report.lines()
     assert "2 files of split train, text, 3 records, 3 documents, 0 tokens, 0 learned; files left out: " in line
     assert "1 of split test" in line
-    assert read(tmp_path, split="test")[0] == read(tmp_path, held_out=True, flag="--eval-data")[0] == ["test a", "test b"]
+    assert (
+        read(tmp_path, split="test")[0] == read(tmp_path, held_out=True, flag="--eval-data")[0] == ["test a", "test b"]
+    )
 
 
 def test_only_the_labels_of_train_are_learned(tmp_path):
@@ -34,20 +36,35 @@ def test_only_the_labels_of_train_are_learned(tmp_path):
     assert (report.tokens, report.learned, report.sequences) == (24, 21, 3)
 
 
-@pytest.mark.parametrize("names, split, taken", [
-    (["train.jsonl", "test.jsonl", "valid.jsonl"], None, ["train.jsonl"]),
-    (["train.jsonl", "test.jsonl", "valid.jsonl"], "validation", ["valid.jsonl"]),
-    (["train/0.jsonl", "test/0.jsonl"], None, ["train/0.jsonl"]),
-    (["train/0.txt", "test/0.txt"], "test", ["test/0.txt"]),
-    (["train.txt", "test.txt"], None, ["train.txt"]),
-    (["first test.txt", "a train of thought.txt"], None, ["a train of thought.txt", "first test.txt"]),
-    (["train_1.jsonl", "train2.jsonl", "gsm8k_test.jsonl"], None, ["train2.jsonl", "train_1.jsonl"]),
-    (["data/train_sft-00000-of-00001.jsonl", "data/train_gen-00000-of-00001.jsonl"], "train_sft",
-     ["data/train_sft-00000-of-00001.jsonl"]),
-    (["c4-train.00000-of-01024.jsonl", "c4-validation.00000-of-00008.jsonl"], None, ["c4-train.00000-of-01024.jsonl"]),
-    (["a-00000-of-00002.jsonl", "a-00001-of-00002.jsonl"], None, ["a-00000-of-00002.jsonl", "a-00001-of-00002.jsonl"]),
-    (["restraining.jsonl", "contest.jsonl"], None, ["contest.jsonl", "restraining.jsonl"]),
-    (["train.jsonl", "more.jsonl"], None, ["train.jsonl"])])
+@pytest.mark.parametrize(
+    "names, split, taken",
+    [
+        (["train.jsonl", "test.jsonl", "valid.jsonl"], None, ["train.jsonl"]),
+        (["train.jsonl", "test.jsonl", "valid.jsonl"], "validation", ["valid.jsonl"]),
+        (["train/0.jsonl", "test/0.jsonl"], None, ["train/0.jsonl"]),
+        (["train/0.txt", "test/0.txt"], "test", ["test/0.txt"]),
+        (["train.txt", "test.txt"], None, ["train.txt"]),
+        (["first test.txt", "a train of thought.txt"], None, ["a train of thought.txt", "first test.txt"]),
+        (["train_1.jsonl", "train2.jsonl", "gsm8k_test.jsonl"], None, ["train2.jsonl", "train_1.jsonl"]),
+        (
+            ["data/train_sft-00000-of-00001.jsonl", "data/train_gen-00000-of-00001.jsonl"],
+            "train_sft",
+            ["data/train_sft-00000-of-00001.jsonl"],
+        ),
+        (
+            ["c4-train.00000-of-01024.jsonl", "c4-validation.00000-of-00008.jsonl"],
+            None,
+            ["c4-train.00000-of-01024.jsonl"],
+        ),
+        (
+            ["a-00000-of-00002.jsonl", "a-00001-of-00002.jsonl"],
+            None,
+            ["a-00000-of-00002.jsonl", "a-00001-of-00002.jsonl"],
+        ),
+        (["restraining.jsonl", "contest.jsonl"], None, ["contest.jsonl", "restraining.jsonl"]),
+        (["train.jsonl", "more.jsonl"], None, ["train.jsonl"]),
+    ],
+)
 def test_splits_by_names(tmp_path, names, split, taken):
     for name in names:
         put(tmp_path, name)
@@ -63,24 +80,31 @@ def test_directories_of_a_source_tree_are_no_splits(tmp_path):
 
 def test_a_split_that_does_not_exist_is_refused_with_those_that_do(tmp_path):
     put(tmp_path, "dev.jsonl"), put(tmp_path, "test.jsonl")
-    assert refusal(tmp_path) == (f"--data {tmp_path}: no split 'train'; it has: test, validation (--split test, or name "
-                                 "files)")
-    assert refusal(tmp_path, split="train_sft").startswith(f"--data {tmp_path}: no split 'train_sft'; it has: test, val")
+    assert refusal(tmp_path) == (
+        f"--data {tmp_path}: no split 'train'; it has: test, validation (--split test, or name files)"
+    )
+    assert refusal(tmp_path, split="train_sft").startswith(
+        f"--data {tmp_path}: no split 'train_sft'; it has: test, val"
+    )
     put(tmp_path, "none/a.jsonl")
     assert refusal(tmp_path / "none", split="test") == (
-        f"--data {tmp_path / 'none'}: no split 'test': no file there names a split; leave out --split")
+        f"--data {tmp_path / 'none'}: no split 'test': no file there names a split; leave out --split"
+    )
     put(tmp_path, "train/train.jsonl")
     assert refusal(tmp_path / "train", flag="--eval-data", held_out=True) == (
         f"--eval-data {tmp_path / 'train'}: no split 'validation' or 'test'; it has: train (--eval-split "
-        "train, or name files)")
+        "train, or name files)"
+    )
     assert read(tmp_path, flag="--eval-data", held_out=True, split="train")[0] == ["train/train.jsonl"]
 
 
 def test_a_file_that_is_named_is_always_read(tmp_path):
     put(tmp_path, "README.md", "read me"), put(tmp_path, ".hidden.txt", "hidden"), put(tmp_path, "test.jsonl")
     put(tmp_path, "state.json", '{"text": "state"}'), put(tmp_path, "code.py", "code")
-    texts = [read(tmp_path / name, split="train", include=("*.c",), exclude=("*",), document_per="directory")[0]
-             for name in ("README.md", ".hidden.txt", "test.jsonl", "state.json", "code.py")]
+    texts = [
+        read(tmp_path / name, split="train", include=("*.c",), exclude=("*",), document_per="directory")[0]
+        for name in ("README.md", ".hidden.txt", "test.jsonl", "state.json", "code.py")
+    ]
     assert texts == [["read me"], ["hidden"], ["test.jsonl"], ["state"], ["code"]]
 
 
@@ -97,7 +121,9 @@ def test_other_kinds_are_left_out_counted_and_named_if_nothing_remains(tmp_path)
     put(tmp_path, "Makefile", "all:"), put(tmp_path, "empty.txt", b"")
     message = refusal(tmp_path)
     assert message.startswith(f"--data {tmp_path}: the directory holds no files to read; left out: ")
-    assert all(part in message for part in ("2 of kind .py", "1 of kind .png", "1 of no kind", "1 empty", "--include '*.py'"))
+    assert all(
+        part in message for part in ("2 of kind .py", "1 of kind .png", "1 of no kind", "1 empty", "--include '*.py'")
+    )
     put(tmp_path, "a.txt")
     texts, report = read(tmp_path)
     assert texts == ["a.txt"]
@@ -129,8 +155,10 @@ def source_trees(top):
 def test_a_document_a_file(tmp_path):
     source_trees(tmp_path)
     texts, report = read(tmp_path, document_per="file")
-    assert texts == [f"text of {name}" + "\n" * name.startswith("two")
-                     for name in ("one/a.py", "one/package.json", "one/sub/b.py", "top.py", "two/c.py")]
+    assert texts == [
+        f"text of {name}" + "\n" * name.startswith("two")
+        for name in ("one/a.py", "one/package.json", "one/sub/b.py", "top.py", "two/c.py")
+    ]
     assert report.files_left_out == {"not text": 2, "documentation": 1}
 
 
@@ -141,7 +169,8 @@ def test_a_document_a_directory(tmp_path):
     assert [(d.content, d.origin) for d in documents] == [
         ("# file: one/a.py\ntext of one/a.py\n# file: one/sub/b.py\ntext of one/sub/b.py\n", str(tmp_path / "one")),
         ("# file: top.py\ntext of top.py\n", str(tmp_path)),
-        ("# file: two/c.py\ntext of two/c.py\n", str(tmp_path / "two"))]
+        ("# file: two/c.py\ntext of two/c.py\n", str(tmp_path / "two")),
+    ]
     assert (report.files, report.records, report.documents) == (4, 3, 3)
 
 
@@ -161,5 +190,6 @@ def test_a_cycle_of_links_is_refused(tmp_path):
     loop.symlink_to(tmp_path / "data")
     assert refusal(tmp_path / "data") == (
         f"--data {tmp_path / 'data'}: {loop} is a link to {tmp_path / 'data'}, a directory above it, and would be read "
-        "without end; --exclude loop leaves it out")
+        "without end; --exclude loop leaves it out"
+    )
     assert read(tmp_path / "data", exclude=("loop",))[0] == ["data/a/b.jsonl"]

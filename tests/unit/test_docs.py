@@ -60,16 +60,25 @@ def test_the_architecture_names_every_layer():
     drawn = re.findall(r"\w+", " ".join(re.findall(r'font-weight="bold"[^>]*>([^<]*)<', picture)))
     assert set(drawn) == set(LAYERS), "run: python docs/draw_architecture.py"
     assert [layer for layer in LAYERS if f"`{layer}.py`" not in page and f"`{layer}/`" not in page] == []
-    assert [layer for layer in LAYERS if not any(layer in layers and purpose
-                                                 for layers, purpose in draw_architecture.boxes())] == []
+    assert [
+        layer
+        for layer in LAYERS
+        if not any(layer in layers and purpose for layers, purpose in draw_architecture.boxes())
+    ] == []
 
 
 RENAMED = {"extend-loss.svg": "loss-by-position.svg", "extend-needle.svg": "needle.svg"}  # copied from a run
 
 
 def test_every_picture_is_made_by_a_script():
-    scripts = "".join(path.read_text() for path in [*(ROOT / "docs").glob("*.py"), *(ROOT / "benchmarks").glob("*.py"),
-                                                    *(ROOT / "alst_jax" / "at_length").glob("*.py")])
+    scripts = "".join(
+        path.read_text()
+        for path in [
+            *(ROOT / "docs").glob("*.py"),
+            *(ROOT / "benchmarks").glob("*.py"),
+            *(ROOT / "alst_jax" / "at_length").glob("*.py"),
+        ]
+    )
     for page in PAGES:
         for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text()):
             name = RENAMED.get(pathlib.Path(picture).name, pathlib.Path(picture).name)
@@ -82,10 +91,26 @@ def test_the_page_of_memory_flags_has_every_flag():
 
 
 FOREIGN = {  # of uv, of converters and campaigns, of benchmarks, of launchers (docs/clusters.md)
-    "--extra", "--help", "--accept", "--results", "--megabytes", "--longest", "--compiled", "--alone", "--ways",
-    "--models", "--lengths", "--measure", "--folder"} | {f"--{name}" for name in (
+    "--extra",
+    "--help",
+    "--accept",
+    "--results",
+    "--megabytes",
+    "--longest",
+    "--compiled",
+    "--alone",
+    "--ways",
+    "--models",
+    "--lengths",
+    "--measure",
+    "--folder",
+} | {
+    f"--{name}"
+    for name in (
         "nodes requeue gpus-per-node kill-on-bad-exit gpus-per-task ntasks-per-node map-by open-mode bind-to hostfile "
-        "signal cpus-per-task job-name mem time").split()}
+        "signal cpus-per-task job-name mem time"
+    ).split()
+}
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "log.md"], ids=lambda page: page.name)
@@ -110,8 +135,13 @@ def written() -> set[str]:
     for name, functions in (("trainer", ("optimizer_step", "evaluate_sources", "train")), ("metrics", ("speed",))):
         for node in ast.walk(ast.parse((ROOT / "alst_jax" / f"{name}.py").read_text())):
             if isinstance(node, ast.FunctionDef) and node.name in functions:
-                keys |= {key.value for part in ast.walk(node) if isinstance(part, ast.Dict)
-                         for key in part.keys if isinstance(key, ast.Constant)}
+                keys |= {
+                    key.value
+                    for part in ast.walk(node)
+                    if isinstance(part, ast.Dict)
+                    for key in part.keys
+                    if isinstance(key, ast.Constant)
+                }
     return keys - {""}
 
 

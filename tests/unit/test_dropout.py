@@ -28,8 +28,12 @@ def test_a_part_of_the_tokens_draws_the_same_bits(mask):
 
 
 def test_each_number_makes_other_masks(mask):
-    others = [kept(fold_in(keys(step=4), 1), FEATURES, 0.25), kept(fold_in(keys(seed=1), 1), FEATURES, 0.25),
-              kept(fold_in(keys(), 2), FEATURES, 0.25), kept(fold_in(fold_in(keys(), 1), 0), FEATURES, 0.25)]
+    others = [
+        kept(fold_in(keys(step=4), 1), FEATURES, 0.25),
+        kept(fold_in(keys(seed=1), 1), FEATURES, 0.25),
+        kept(fold_in(keys(), 2), FEATURES, 0.25),
+        kept(fold_in(fold_in(keys(), 1), 0), FEATURES, 0.25),
+    ]
     for other in others:  # independent masks agree in 1/4 x 1/4 + 3/4 x 3/4 of their elements
         assert abs(np.mean(np.asarray(other) == mask) - 0.625) < 0.05
     pairs = [(mask[0::2], mask[1::2]), (mask[:, 0::2], mask[:, 1::2])]  # tokens; features that share a word

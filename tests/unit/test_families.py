@@ -23,15 +23,32 @@ from alst_jax.models.hf_weights import load_params, save_params
 from alst_jax.models.tree import as_dict
 from alst_jax.ops.rope import RopeConfig
 
-SHAPE = dict(vocab_size=96, hidden_size=64, intermediate_size=80, num_hidden_layers=3, num_attention_heads=8,
-             num_key_value_heads=2)
+SHAPE = dict(
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=80,
+    num_hidden_layers=3,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+)
 QWEN2 = ModelConfig(96, 64, 80, 3, 8, 2, 8, max_position_embeddings=32768, family="qwen2", qkv_bias=True)
 BASE = dict(model_type="qwen2", architectures=["Qwen2ForCausalLM"], **SHAPE)
 
 
 def test_the_families():
-    assert FAMILIES.keys() == {"llama", "qwen2", "qwen3", "mistral", "seed_oss", "smollm3", "granite", "olmo2", "olmo3",
-                               "gemma3_text", "phi3"}
+    assert FAMILIES.keys() == {
+        "llama",
+        "qwen2",
+        "qwen3",
+        "mistral",
+        "seed_oss",
+        "smollm3",
+        "granite",
+        "olmo2",
+        "olmo3",
+        "gemma3_text",
+        "phi3",
+    }
     for name, family in FAMILIES.items():
         assert family.model_type == name
         theirs = type(AutoConfig.for_model(name)).__name__.removesuffix("Config").removesuffix("Text")
@@ -39,9 +56,12 @@ def test_the_families():
 
 
 def test_what_is_supported_is_said():
-    with pytest.raises(UserError, match=r"model_type 'gpt2', architectures \[None\] is not supported: it has learned "
-                       r"positions, .*; the closest supported family is llama; these models are: LlamaForCausalLM "
-                       r"\(model_type 'llama'\), Qwen2ForCausalLM \(model_type 'qwen2'\), .*Phi3ForCausalLM \(model_type 'phi3'\)$"):
+    with pytest.raises(
+        UserError,
+        match=r"model_type 'gpt2', architectures \[None\] is not supported: it has learned "
+        r"positions, .*; the closest supported family is llama; these models are: LlamaForCausalLM "
+        r"\(model_type 'llama'\), Qwen2ForCausalLM \(model_type 'qwen2'\), .*Phi3ForCausalLM \(model_type 'phi3'\)$",
+    ):
         parse_config({"model_type": "gpt2"}, "config.json")
     with pytest.raises(UserError, match="model_type 'qwen2', architectures .*LlamaForCausalLM.* is not supported"):
         parse_config(BASE | {"architectures": ["LlamaForCausalLM"]}, "config.json")
@@ -58,9 +78,13 @@ def test_qwen2_as_transformers_saves_it(tmp_path):
 def test_qwen2s_defaults_are_those_of_transformers():
     few = {name: BASE[name] for name in BASE if name != "num_key_value_heads"} | {"num_attention_heads": 32}
     ours, theirs = parse_config(few, "config.json"), Qwen2Config.from_dict(dict(few))
-    for name, field in (("num_kv_heads", "num_key_value_heads"), ("rms_norm_eps", "rms_norm_eps"),
-                        ("tie_word_embeddings", "tie_word_embeddings"), ("initializer_range", "initializer_range"),
-                        ("max_position_embeddings", "max_position_embeddings")):
+    for name, field in (
+        ("num_kv_heads", "num_key_value_heads"),
+        ("rms_norm_eps", "rms_norm_eps"),
+        ("tie_word_embeddings", "tie_word_embeddings"),
+        ("initializer_range", "initializer_range"),
+        ("max_position_embeddings", "max_position_embeddings"),
+    ):
         assert getattr(ours, name) == getattr(theirs, field), name
     assert ours.rope == RopeConfig(theta=theirs.rope_parameters["rope_theta"])
     assert parse_config(BASE | {"num_key_value_heads": None}, "config.json").num_kv_heads == 8
@@ -76,45 +100,81 @@ WINDOWS = {
     "no length": (dict(use_sliding_window=True, sliding_window=None, max_window_layers=0), NONE),
     "switched on": (dict(use_sliding_window=True, sliding_window=16, max_window_layers=1), LAST_TWO),
     "default length": (dict(use_sliding_window=True, max_window_layers=0), (4096,) * 3),
-    "one layer": (dict(use_sliding_window=True, sliding_window=16, layer_types=[
-        "full_attention", "sliding_attention", "full_attention"]), (None, 16, None)),
+    "one layer": (
+        dict(
+            use_sliding_window=True,
+            sliding_window=16,
+            layer_types=["full_attention", "sliding_attention", "full_attention"],
+        ),
+        (None, 16, None),
+    ),
 }
 
 
 @pytest.mark.parametrize("fields,windows", WINDOWS.values(), ids=WINDOWS.keys())
 def test_sliding_windows_are_those_of_transformers(fields, windows):
     theirs = Qwen2Config.from_dict(BASE | fields)
-    assert tuple(theirs.sliding_window if kind == "sliding_attention" else None for kind in theirs.layer_types) == windows
+    assert (
+        tuple(theirs.sliding_window if kind == "sliding_attention" else None for kind in theirs.layer_types) == windows
+    )
     kinds = () if windows == NONE else tuple(LayerKind(window=window) for window in windows)
     ours = parse_config(BASE | fields, "config.json")
     assert ours == dataclasses.replace(QWEN2, layer_kinds=kinds)
     assert parse_config(json.loads(json.dumps(hf_config_dict(ours))), "config.json") == ours
 
 
-@pytest.mark.parametrize("fields,message", [
-    (dict(layer_types=["sliding_attention"] * 3), "layer_types has sliding_attention.*contradict each other"),
-    (dict(layer_types=["full_attention"] * 2), "must be a list with one type for each of 3 layers"),
-    (dict(layer_types=["full_attention"] * 2 + ["chunked_attention"]), "layer_types with chunked_attention"),
-    (dict(use_sliding_window=True, sliding_window=0), "sliding_window=0 must be a whole number above 0"),
-    (dict(use_sliding_window=True, sliding_window=4.5), "sliding_window=4.5 must be"),
-    (dict(use_sliding_window=True, max_window_layers="two"), "max_window_layers='two' must be a whole number"),
-    (dict(use_sliding_window="yes"), "use_sliding_window='yes' must be true or false"),
-    (dict(model_type="mistral", layer_types=["full_attention"] * 3), "contradicts sliding_window=4096"),
-    (dict(model_type="smollm3", no_rope_layers=[1, 0]), r"no_rope_layers=\[1, 0\] must be a list"),
-    (dict(model_type="smollm3", no_rope_layer_interval=0), "no_rope_layer_interval=0 must be"),
-    (dict(model_type="granite", logits_scaling=0), "logits_scaling=0 must be a number above 0"),
-    (dict(model_type="seed_oss", residual_dropout=0.1), r"not implemented: residual_dropout=0.1.*\(a dropout: to train"),
-    (dict(model_type="olmo3", rope_parameters=dict(rope_type="default")), "must have full_attention and sliding_attention"),
-    (dict(model_type="olmo3", rope_parameters=dict(full_attention="yarn")), "RoPE settings 'yarn' must be a JSON object"),
-    (dict(model_type="phi3", rope_scaling=dict(type="linear", factor=2.0)), "RoPE type 'linear': transformers' Phi-3 has"),
-    (dict(model_type="phi3", partial_rotary_factor=0.4), "partial_rotary_factor=0.4 must make an even number of 2 or more"),
-    (dict(model_type="phi3", partial_rotary_factor=1.5), "partial_rotary_factor=1.5 must make"),
-    (dict(model_type="phi3", resid_pdrop=0.1), "not implemented: resid_pdrop=0.1"),
-    (dict(model_type="gemma3_text", use_bidirectional_attention=True), "not implemented: use_bidirectional_attention"),
-    (dict(model_type="gemma3_text", hidden_activation="relu"), "not implemented: hidden_activation='relu'"),
-    (dict(model_type="gemma3_text", query_pre_attn_scalar=0), "query_pre_attn_scalar=0 must be a whole number above 0"),
-    (dict(model_type="gemma3_text", final_logit_softcapping=-1), "final_logit_softcapping=-1 must be a number above 0"),
-], ids=str)
+@pytest.mark.parametrize(
+    "fields,message",
+    [
+        (dict(layer_types=["sliding_attention"] * 3), "layer_types has sliding_attention.*contradict each other"),
+        (dict(layer_types=["full_attention"] * 2), "must be a list with one type for each of 3 layers"),
+        (dict(layer_types=["full_attention"] * 2 + ["chunked_attention"]), "layer_types with chunked_attention"),
+        (dict(use_sliding_window=True, sliding_window=0), "sliding_window=0 must be a whole number above 0"),
+        (dict(use_sliding_window=True, sliding_window=4.5), "sliding_window=4.5 must be"),
+        (dict(use_sliding_window=True, max_window_layers="two"), "max_window_layers='two' must be a whole number"),
+        (dict(use_sliding_window="yes"), "use_sliding_window='yes' must be true or false"),
+        (dict(model_type="mistral", layer_types=["full_attention"] * 3), "contradicts sliding_window=4096"),
+        (dict(model_type="smollm3", no_rope_layers=[1, 0]), r"no_rope_layers=\[1, 0\] must be a list"),
+        (dict(model_type="smollm3", no_rope_layer_interval=0), "no_rope_layer_interval=0 must be"),
+        (dict(model_type="granite", logits_scaling=0), "logits_scaling=0 must be a number above 0"),
+        (
+            dict(model_type="seed_oss", residual_dropout=0.1),
+            r"not implemented: residual_dropout=0.1.*\(a dropout: to train",
+        ),
+        (
+            dict(model_type="olmo3", rope_parameters=dict(rope_type="default")),
+            "must have full_attention and sliding_attention",
+        ),
+        (
+            dict(model_type="olmo3", rope_parameters=dict(full_attention="yarn")),
+            "RoPE settings 'yarn' must be a JSON object",
+        ),
+        (
+            dict(model_type="phi3", rope_scaling=dict(type="linear", factor=2.0)),
+            "RoPE type 'linear': transformers' Phi-3 has",
+        ),
+        (
+            dict(model_type="phi3", partial_rotary_factor=0.4),
+            "partial_rotary_factor=0.4 must make an even number of 2 or more",
+        ),
+        (dict(model_type="phi3", partial_rotary_factor=1.5), "partial_rotary_factor=1.5 must make"),
+        (dict(model_type="phi3", resid_pdrop=0.1), "not implemented: resid_pdrop=0.1"),
+        (
+            dict(model_type="gemma3_text", use_bidirectional_attention=True),
+            "not implemented: use_bidirectional_attention",
+        ),
+        (dict(model_type="gemma3_text", hidden_activation="relu"), "not implemented: hidden_activation='relu'"),
+        (
+            dict(model_type="gemma3_text", query_pre_attn_scalar=0),
+            "query_pre_attn_scalar=0 must be a whole number above 0",
+        ),
+        (
+            dict(model_type="gemma3_text", final_logit_softcapping=-1),
+            "final_logit_softcapping=-1 must be a number above 0",
+        ),
+    ],
+    ids=str,
+)
 def test_wrong_fields_of_families_are_refused(fields, message):
     raw = BASE | {"architectures": [FAMILIES[fields.get("model_type", "qwen2")].architecture]} | fields
     with pytest.raises(UserError, match=f"^config.json: .*{message}"):
@@ -122,16 +182,27 @@ def test_wrong_fields_of_families_are_refused(fields, message):
 
 
 SHARED = {  # here: in config.json
-    "num_kv_heads": "num_key_value_heads", "head_dim": "head_dim", "rms_norm_eps": "rms_norm_eps",
-    "tie_word_embeddings": "tie_word_embeddings", "initializer_range": "initializer_range",
-    "max_position_embeddings": "max_position_embeddings"}
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "rms_norm_eps": "rms_norm_eps",
+    "tie_word_embeddings": "tie_word_embeddings",
+    "initializer_range": "initializer_range",
+    "max_position_embeddings": "max_position_embeddings",
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_defaults_are_those_of_transformers(family):
     """A config.json that says little means the same model here and there."""
-    few = dict(model_type=family, architectures=[FAMILIES[family].architecture], vocab_size=96, hidden_size=128,
-               intermediate_size=80, num_hidden_layers=8, num_attention_heads=32)
+    few = dict(
+        model_type=family,
+        architectures=[FAMILIES[family].architecture],
+        vocab_size=96,
+        hidden_size=128,
+        intermediate_size=80,
+        num_hidden_layers=8,
+        num_attention_heads=32,
+    )
     ours, theirs = parse_config(few, "config.json"), AutoConfig.for_model(family).from_dict(dict(few))
     for name, field in SHARED.items():
         expected = getattr(theirs, field, None)
@@ -153,9 +224,33 @@ def test_defaults_are_those_of_transformers(family):
         assert (ours.qkv_bias, ours.o_bias) == (theirs.attention_bias, theirs.attention_out_bias)
 
 
-JUNK = [None, True, False, 0, -1, 1, 3, 2.5, 1e400, float("nan"), 10**40, "", "silu", [], [1], [None] * 3, {}, {"a": 1},
-        ["full_attention"] * 3, ["sliding_attention"] * 3, {"full_attention": {}}, {"rope_type": "yarn", "factor": 2.0},
-        {"rope_type": ["yarn"]}, {"full_attention": {"rope_type": {}}}, {"short_factor": "x", "rope_type": "longrope"}]
+JUNK = [
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    3,
+    2.5,
+    1e400,
+    float("nan"),
+    10**40,
+    "",
+    "silu",
+    [],
+    [1],
+    [None] * 3,
+    {},
+    {"a": 1},
+    ["full_attention"] * 3,
+    ["sliding_attention"] * 3,
+    {"full_attention": {}},
+    {"rope_type": "yarn", "factor": 2.0},
+    {"rope_type": ["yarn"]},
+    {"full_attention": {"rope_type": {}}},
+    {"short_factor": "x", "rope_type": "longrope"},
+]
 
 
 def test_no_config_crashes():
@@ -166,8 +261,21 @@ def test_no_config_crashes():
         family = rng.choice([*FAMILIES, *FAMILIES, "phi", 3, None, ["llama"]])
         architecture = FAMILIES[family].architecture if isinstance(family, str) and family in FAMILIES else "Other"
         names = sorted(FAMILIES[family].implemented if architecture != "Other" else ()) + [
-            *SHAPE, "head_dim", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "architectures", "auto_map",
-            "hidden_act", "max_position_embeddings", "text_config", "quantization_config", "layer_types", "num_experts"]
+            *SHAPE,
+            "head_dim",
+            "rms_norm_eps",
+            "rope_theta",
+            "rope_scaling",
+            "rope_parameters",
+            "architectures",
+            "auto_map",
+            "hidden_act",
+            "max_position_embeddings",
+            "text_config",
+            "quantization_config",
+            "layer_types",
+            "num_experts",
+        ]
         raw = SHAPE | dict(model_type=family, architectures=[architecture])
         raw |= {rng.choice(names): rng.choice(JUNK) for _ in range(rng.randint(0, 3))}
         try:
@@ -207,17 +315,23 @@ def test_qwen2s_tensors_there_and_back(tmp_path, qwen2_tree):
     model.save_pretrained(tmp_path / "in")
     params = load_params(tmp_path / "in", QWEN2, qwen2_tree)
     expected = model.state_dict()
-    np.testing.assert_array_equal(as_dict(params)["layers"]["self_attn"]["k_proj"]["bias"][1],
-                                  expected["model.layers.1.self_attn.k_proj.bias"])
+    np.testing.assert_array_equal(
+        as_dict(params)["layers"]["self_attn"]["k_proj"]["bias"][1], expected["model.layers.1.self_attn.k_proj.bias"]
+    )
     save_params(jax.tree_util.tree_leaves_with_path(params), QWEN2, tmp_path / "out")
     (tmp_path / "out" / "config.json").write_text(json.dumps(hf_config_dict(QWEN2)))
     back = Qwen2ForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     assert back.keys() == expected.keys() and all(torch.equal(back[name], x) for name, x in expected.items())
 
 
-@pytest.mark.parametrize("change,message", [
-    (dict(drop="model.layers.1.self_attn.q_proj.bias"), r"missing \(1\): model.layers.1.self_attn.q_proj.bias"),
-    (dict(add="model.layers.2.self_attn.o_proj.bias"), r"extra \(1\): model.layers.2.self_attn.o_proj.bias")], ids=str)
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (dict(drop="model.layers.1.self_attn.q_proj.bias"), r"missing \(1\): model.layers.1.self_attn.q_proj.bias"),
+        (dict(add="model.layers.2.self_attn.o_proj.bias"), r"extra \(1\): model.layers.2.self_attn.o_proj.bias"),
+    ],
+    ids=str,
+)
 def test_missing_and_extra_biases_are_refused(tmp_path, qwen2_tree, change, message):
     tensors = {name: x.contiguous() for name, x in Qwen2ForCausalLM(Qwen2Config(**SHAPE)).state_dict().items()}
     tensors.pop(change.get("drop"), None)

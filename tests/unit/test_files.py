@@ -34,10 +34,17 @@ COMPRESS = {".gz": gzip.compress, ".zst": zstd, ".bz2": bz2.compress, ".xz": lzm
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
-@pytest.mark.parametrize("kind, content, texts", [
-    (".jsonl", json_lines(*LINES), TEXTS), (".json", json_lines(*LINES), TEXTS),
-    (".json", json.dumps(LINES, indent=1).encode(), TEXTS), (".txt", b"a\r\nb", ["a\nb"]),
-    (".csv", b'text\n"a,\n""b"""\n', ['a,\n"b"'])], ids=["jsonl", "json lines in json", "json", "txt", "csv"])
+@pytest.mark.parametrize(
+    "kind, content, texts",
+    [
+        (".jsonl", json_lines(*LINES), TEXTS),
+        (".json", json_lines(*LINES), TEXTS),
+        (".json", json.dumps(LINES, indent=1).encode(), TEXTS),
+        (".txt", b"a\r\nb", ["a\nb"]),
+        (".csv", b'text\n"a,\n""b"""\n', ['a,\n"b"']),
+    ],
+    ids=["jsonl", "json lines in json", "json", "txt", "csv"],
+)
 def test_compressed_files_are_read_alone_and_in_directories(tmp_path, suffix, kind, content, texts):
     file = put(tmp_path, f"a{kind}{suffix}", COMPRESS[suffix](content))
     assert file.read_bytes() != content
@@ -63,13 +70,18 @@ def test_json_lines_in_a_json_file_know_their_lines(tmp_path):
     file = put(tmp_path, "a.json", b"\n" + json_lines(*LINES) + b"\n" + json_lines({"text": "three"}))
     documents = read_documents([str(file)])
     assert [(d.content, d.origin) for d in documents] == [
-        (TEXTS[0], f"{file}:2"), (TEXTS[1], f"{file}:3"), ("three", f"{file}:5")]
+        (TEXTS[0], f"{file}:2"),
+        (TEXTS[1], f"{file}:3"),
+        ("three", f"{file}:5"),
+    ]
     put(tmp_path, "a.json", json_lines(*LINES) + b"{")
     assert refusal(file).startswith(f"{file}:3: not valid JSON: ")
 
 
-@pytest.mark.parametrize("content", [
-    json.dumps(LINES), json.dumps(LINES, indent=2), "\n" + json.dumps(LINES), '{"text":\n"a"}', '{"text": "a"}'])
+@pytest.mark.parametrize(
+    "content",
+    [json.dumps(LINES), json.dumps(LINES, indent=2), "\n" + json.dumps(LINES), '{"text":\n"a"}', '{"text": "a"}'],
+)
 def test_json_files_with_one_value_are_as_before(tmp_path, content):
     value = json.loads(content)
     expected = [record["text"] for record in (value if isinstance(value, list) else [value])]
@@ -78,8 +90,13 @@ def test_json_files_with_one_value_are_as_before(tmp_path, content):
 
 def test_byte_order_marks_are_removed(tmp_path):
     mark = b"\xef\xbb\xbf"
-    for name, content in {"a.txt": b"text", "a.jsonl": b'{"text": "text"}', "b.json": b'[{"text": "text"}]',
-                          "c.json": b'{"text": "text"}\n{"text": "text"}', "a.csv": b"text\ntext\n"}.items():
+    for name, content in {
+        "a.txt": b"text",
+        "a.jsonl": b'{"text": "text"}',
+        "b.json": b'[{"text": "text"}]',
+        "c.json": b'{"text": "text"}\n{"text": "text"}',
+        "a.csv": b"text\ntext\n",
+    }.items():
         texts, _ = read(put(tmp_path, name, mark + content))
         assert set(texts) == {"text"}, name
         texts, _ = read(put(tmp_path, f"{name}.gz", gzip.compress(mark + content)))
@@ -92,7 +109,9 @@ def test_csv_and_tsv_are_read_by_column(tmp_path):
     csv = put(tmp_path, "a.csv", 'id,body\r\n1,"first, with\r\nline ""two"""\r\n\r\n2,second\r\n')
     documents = read_documents([str(csv)], text_field="body")
     assert [(d.content, d.origin) for d in documents] == [
-        ('first, with\r\nline "two"', f"{csv}:2"), ("second", f"{csv}:5")]
+        ('first, with\r\nline "two"', f"{csv}:2"),
+        ("second", f"{csv}:5"),
+    ]
     tsv = put(tmp_path, "a.tsv", "text\tid\nfirst, and on\t1\nsecond\t2\n")
     assert read(tsv)[0] == ["first, and on", "second"]
     pandas = put(tmp_path, "pandas.csv", ",text\n0,first\n1,second\n")
@@ -104,14 +123,18 @@ def test_large_csv_fields(tmp_path):
     assert read(put(tmp_path, "a.csv", f'text,id\n"{text}",1\n'))[0] == [text]
 
 
-@pytest.mark.parametrize("content, message", [
-    ("body,id\nx,1\n", r"{file}:2: neither a 'text' nor .*\(it has: body, id\)"),
-    ("text,id\nx,1\ny\n", r"{file}:3: 1 fields in a row, and the first row names 2 columns \(text, id\)"),
-    ("text,text\nx,1\n", "{file}:1: the first row names the columns, each once; it is 'text', 'text'"),
-    ('text\n"a" b\n', "{file}:2: not valid CSV: ',' expected after '\"'"),
-    ('text\nfine\n"open\nto the end\n', r"{file}:3: not valid CSV: unexpected end of data"),
-    (b"text\nfine\n\xff\n", r"{file}:3: not UTF-8 text \(byte 0\)"),
-    (b"te\xffxt\nfine\n", r"{file}:1: not UTF-8 text \(byte 2\)")])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("body,id\nx,1\n", r"{file}:2: neither a 'text' nor .*\(it has: body, id\)"),
+        ("text,id\nx,1\ny\n", r"{file}:3: 1 fields in a row, and the first row names 2 columns \(text, id\)"),
+        ("text,text\nx,1\n", "{file}:1: the first row names the columns, each once; it is 'text', 'text'"),
+        ('text\n"a" b\n', "{file}:2: not valid CSV: ',' expected after '\"'"),
+        ('text\nfine\n"open\nto the end\n', r"{file}:3: not valid CSV: unexpected end of data"),
+        (b"text\nfine\n\xff\n", r"{file}:3: not UTF-8 text \(byte 0\)"),
+        (b"te\xffxt\nfine\n", r"{file}:1: not UTF-8 text \(byte 2\)"),
+    ],
+)
 def test_bad_csv_is_refused_with_its_line(tmp_path, content, message):
     file = put(tmp_path, "a.csv", content)
     assert re.match(message.replace("{file}", re.escape(str(file))), refusal(file))
@@ -120,7 +143,9 @@ def test_bad_csv_is_refused_with_its_line(tmp_path, content, message):
 @pytest.mark.parametrize("stream", [True, False])
 def test_arrow_streams_and_files(tmp_path, stream):
     table = pyarrow.table({"text": [f"row {i}" for i in range(700)], "id": range(700)})
-    with (pyarrow.ipc.new_stream if stream else pyarrow.ipc.new_file)(str(tmp_path / "a.arrow"), table.schema) as writer:
+    with (pyarrow.ipc.new_stream if stream else pyarrow.ipc.new_file)(
+        str(tmp_path / "a.arrow"), table.schema
+    ) as writer:
         writer.write_table(table, max_chunksize=500)
     documents = read_documents([str(tmp_path / "a.arrow")])
     assert [d.content for d in documents] == [f"row {i}" for i in range(700)]
@@ -150,7 +175,8 @@ def test_a_dataset_saved_to_disk(tmp_path):
     assert report.files_left_out == {"metadata": 3}
     (tmp_path / "saved" / "data-00001-of-00002.arrow").unlink()
     assert refusal(tmp_path / "saved") == (
-        f"{tmp_path / 'saved' / 'state.json'} lists data-00001-of-00002.arrow, which is not there")
+        f"{tmp_path / 'saved' / 'state.json'} lists data-00001-of-00002.arrow, which is not there"
+    )
 
 
 def test_a_dictionary_of_datasets_saved_to_disk(tmp_path):
@@ -171,7 +197,15 @@ def test_all_columns_of_parquet_are_given(tmp_path):
     assert "'tools'" in refusal(file)
 
 
-@pytest.mark.parametrize("name, kind, stem", [
-    ("a.jsonl", ".jsonl", "a"), ("a.b.JSON.GZ", ".json", "a.b"), ("a.zst", "", "a"), ("a", "", "a"), ("c.csv.xz", ".csv", "c")])
+@pytest.mark.parametrize(
+    "name, kind, stem",
+    [
+        ("a.jsonl", ".jsonl", "a"),
+        ("a.b.JSON.GZ", ".json", "a.b"),
+        ("a.zst", "", "a"),
+        ("a", "", "a"),
+        ("c.csv.xz", ".csv", "c"),
+    ],
+)
 def test_kinds_of_names(name, kind, stem):
     assert (kind_of(name), stem_of(name)) == (kind, stem)

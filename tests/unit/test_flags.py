@@ -77,15 +77,26 @@ def read_names(sources):
     for source in sources:
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.Attribute) and ast.unparse(node.value) in (
-                    "config", "self.config", "planner.config"):
+                "config",
+                "self.config",
+                "planner.config",
+            ):
                 found.add(node.attr)
     return found
 
 
 def test_every_flag_is_read():
     """Outside of the declarations and their checks: of memory flags see `test_each_switch_changes_the_step`."""
-    declarations = {"config.py", "data_flags.py", "lora_flags.py", "watch_flags.py", "extend_flags.py", "flag_checks.py",
-                    "declare.py", "profile.py"}
+    declarations = {
+        "config.py",
+        "data_flags.py",
+        "lora_flags.py",
+        "watch_flags.py",
+        "extend_flags.py",
+        "flag_checks.py",
+        "declare.py",
+        "profile.py",
+    }
     files = [path for path in (ROOT / "alst_jax").rglob("*.py") if path.name not in declarations] + [ROOT / "train.py"]
     read = read_names(path.read_text() for path in files)
     missing = set(FLAGS) - read - set(SWITCHES) - set(TILES.values())
@@ -112,10 +123,26 @@ def test_every_flag_has_a_help_text(capsys):
 # ------------------------------------------------------------------------------------------------------ memory flags
 
 EXAMPLES = dict(
-    loss_tile=32, mlp_tile=32, remat=False, offload_activations=True, offload_weights=True, offload_optimizer=True,
-    update_in_backward=True, segment_layers=(2,), keep_attention_on_device=1, keep_attention_on_host=1, head_chunks=2,
-    keep_qkv_on_device=1, keep_mlp_on_device=1, share_gradients=True, rebuild_inputs_alone=True, stack="plain",
-    reduce_dtype="bfloat16", compute_dtype="bfloat16", attention="none such")
+    loss_tile=32,
+    mlp_tile=32,
+    remat=False,
+    offload_activations=True,
+    offload_weights=True,
+    offload_optimizer=True,
+    update_in_backward=True,
+    segment_layers=(2,),
+    keep_attention_on_device=1,
+    keep_attention_on_host=1,
+    head_chunks=2,
+    keep_qkv_on_device=1,
+    keep_mlp_on_device=1,
+    share_gradients=True,
+    rebuild_inputs_alone=True,
+    stack="plain",
+    reduce_dtype="bfloat16",
+    compute_dtype="bfloat16",
+    attention="none such",
+)
 MODEL = tiny(num_layers=2)
 
 
@@ -164,9 +191,21 @@ def test_a_profile_printed_as_flags_is_parsed_again():
 
 def test_what_memory_auto_chooses():
     assert chosen_fields() == (
-        "loss_tile", "mlp_tile", "offload_activations", "offload_weights", "offload_optimizer", "segment_layers",
-        "keep_attention_on_device", "keep_attention_on_host", "keep_qkv_on_device", "keep_mlp_on_device",
-        "share_gradients", "head_chunks", "optimizer_states", "master_weights")
+        "loss_tile",
+        "mlp_tile",
+        "offload_activations",
+        "offload_weights",
+        "offload_optimizer",
+        "segment_layers",
+        "keep_attention_on_device",
+        "keep_attention_on_host",
+        "keep_qkv_on_device",
+        "keep_mlp_on_device",
+        "share_gradients",
+        "head_chunks",
+        "optimizer_states",
+        "master_weights",
+    )
     assert marked(TrainConfig, AtLeast).keys() >= {"dp", "steps", "head_chunks", "show_samples"}
     words = [words.text for words in marked(Switches, Words).values()]
     assert len(words) == 15 and Profile().words() == ["tiled loss", "tiled MLP", "remat"]
@@ -183,13 +222,17 @@ def test_each_flag_of_adamw_reaches_the_optimizer(name, monkeypatch):
     value = {"seed": 5, "clip_norm": 0.5}.get(name, 0.25)
     job = Job(MODEL, Profile(), 1, 128, states="int8")
     make = lambda **flags: setup.make_step(TrainConfig(**flags), None, jnp.dtype("float32"), job).optimizer
-    changed = [field.name for field in dataclasses.fields(make()) if getattr(make(), field.name) != getattr(
-        make(**{name: value}), field.name)]
+    changed = [
+        field.name
+        for field in dataclasses.fields(make())
+        if getattr(make(), field.name) != getattr(make(**{name: value}), field.name)
+    ]
     assert changed == [name] and getattr(make(**{name: value}), name) == value and make().states == "int8"
 
 
-@pytest.mark.parametrize("changes", [
-    dict(schedule="constant"), dict(warmup_steps=7), dict(final_learning_rate_ratio=0.5)])
+@pytest.mark.parametrize(
+    "changes", [dict(schedule="constant"), dict(warmup_steps=7), dict(final_learning_rate_ratio=0.5)]
+)
 def test_each_flag_of_the_schedule_changes_it(changes):
     rates = lambda **flags: [learning_rate_schedule(TrainConfig(**flags), 20, 1.0)(step) for step in range(20)]
     assert rates(**changes) != rates()

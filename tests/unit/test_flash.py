@@ -60,10 +60,12 @@ class Installed:
         monkeypatch.setattr(importlib.metadata, "version", lambda name: torch)
         cutlass = types.SimpleNamespace(find_cute_dsl_runtime_library=lambda: library)
         self.broken = {}
+
         def import_module(name):
             if name in self.broken:
                 raise self.broken[name]
             return cutlass
+
         monkeypatch.setattr(flash.importlib, "import_module", import_module)
 
 
@@ -186,7 +188,9 @@ def test_auto_takes_flash_on_hopper_where_it_is_installed(monkeypatch):
 def test_auto_says_why_it_does_not_take_flash(monkeypatch):
     Installed(monkeypatch, ["flash_attn"])
     name, why = choose(HERE)
-    assert name == "cudnn" and why.startswith("not flash, the fastest on Hopper: the package is not installed (pip install")
+    assert name == "cudnn" and why.startswith(
+        "not flash, the fastest on Hopper: the package is not installed (pip install"
+    )
     Installed(monkeypatch, torch="2.6.0")
     name, why = choose(HERE)
     assert name == "cudnn" and "needs torch 2.7 or newer, not 2.6.0" in why

@@ -16,7 +16,9 @@ DRAWS = 4000
 
 def samples(draw):
     """float64[DRAWS, ...]: what `draw(key)` gives for many keys."""
-    return np.asarray(jax.jit(jax.vmap(lambda k: draw(k).astype(jnp.float32)))(jax.random.split(jax.random.key(1), DRAWS)), np.float64)
+    return np.asarray(
+        jax.jit(jax.vmap(lambda k: draw(k).astype(jnp.float32)))(jax.random.split(jax.random.key(1), DRAWS)), np.float64
+    )
 
 
 def assert_unbiased(draws, x):
@@ -85,16 +87,26 @@ def reference():
     return bfloat16_run()
 
 
-@pytest.mark.parametrize("profile", [PLAIN, Profile(offload_weights=True, offload_optimizer=True)], ids=["device", "host"])
+@pytest.mark.parametrize(
+    "profile", [PLAIN, Profile(offload_weights=True, offload_optimizer=True)], ids=["device", "host"]
+)
 def test_low_bits_are_a_float32_master_to_the_last_bit(profile):
     low_bits, exact = (float32_masters(kind, MODEL, profile) for kind in ("low-bits", "float32"))
     for a, b in zip(jax.tree.leaves(low_bits), jax.tree.leaves(exact)):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("settings", [
-    dict(states="bfloat16"), dict(states="int8"), dict(master="none"), dict(states="int8", master="low-bits"),
-    dict(states="int8", master="none")], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(states="bfloat16"),
+        dict(states="int8"),
+        dict(master="none"),
+        dict(states="int8", master="low-bits"),
+        dict(states="int8", master="none"),
+    ],
+    ids=str,
+)
 def test_narrow_state_trains_like_float32(settings, reference):
     losses = bfloat16_run(**settings)[0]
     assert reference[0][-1] < 0.8 * reference[0][0]  # something was learned
@@ -115,10 +127,14 @@ def test_weights_rounded_to_nearest_would_not_move():
     assert abs(moved.mean() - 8 * 2e-6) < 2e-6  # each of them by 1e-4 of a weight of 0.02: a 40th of its unit
 
 
-@pytest.mark.parametrize("settings", [dict(states="int8", master="none"), dict(states="bfloat16", master="low-bits")], ids=str)
+@pytest.mark.parametrize(
+    "settings", [dict(states="int8", master="none"), dict(states="bfloat16", master="low-bits")], ids=str
+)
 def test_on_a_mesh_and_streamed_from_the_host(settings, reference):
     profile = Profile(offload_weights=True, offload_optimizer=True)
-    step = make_step(MODEL, dp=2, sp=2, profile=profile, dtype=jnp.bfloat16, optimizer=AdamW(weight_decay=0.1, **settings))
+    step = make_step(
+        MODEL, dp=2, sp=2, profile=profile, dtype=jnp.bfloat16, optimizer=AdamW(weight_decay=0.1, **settings)
+    )
     assert leaf(step.optimizer_state["mu"], "norm.scale").dtype == jnp.float32  # a vector
     losses = train(step, random_batch(MODEL), steps=10, learning_rate=3e-3)[0]
     np.testing.assert_allclose(losses, reference[0][:10], rtol=0.02)

@@ -9,17 +9,24 @@ from alst_jax.storage.run_directory import check_geometry
 from tests.helpers import TINY, tiny
 
 
-@pytest.mark.parametrize("pattern", [
-    None, "embed_tokens|lm_head", "layers", r"^layers\.mlp\..*kernel$", "norm", "q_proj.bias", r"layers\.self_attn"])
+@pytest.mark.parametrize(
+    "pattern",
+    [None, "embed_tokens|lm_head", "layers", r"^layers\.mlp\..*kernel$", "norm", "q_proj.bias", r"layers\.self_attn"],
+)
 def test_patterns_that_match_some_parameters(pattern):
     setup.check_freeze(pattern, TINY)
 
 
-@pytest.mark.parametrize("pattern, message", [
-    ("(", r"--freeze '\(' is not a regular expression: .*searched for in the names of parameters"),
-    ("lm_heads", "--freeze 'lm_heads' matches none of the 19, and must match at least one"),
-    ("layers.0.mlp", "matches none"),  # the layers are one stack
-    ("", "--freeze '' matches all 19, and must leave at least one to train"), (".", "matches all 19")])
+@pytest.mark.parametrize(
+    "pattern, message",
+    [
+        ("(", r"--freeze '\(' is not a regular expression: .*searched for in the names of parameters"),
+        ("lm_heads", "--freeze 'lm_heads' matches none of the 19, and must match at least one"),
+        ("layers.0.mlp", "matches none"),  # the layers are one stack
+        ("", "--freeze '' matches all 19, and must leave at least one to train"),
+        (".", "matches all 19"),
+    ],
+)
 def test_other_patterns_are_refused_with_names(pattern, message):
     with pytest.raises(UserError, match=message) as error:
         setup.check_freeze(pattern, TINY)

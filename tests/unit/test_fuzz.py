@@ -16,22 +16,64 @@ from alst_jax.models.hf_weights import model_tensors
 from alst_jax.models.text_config import TEXT, WRAPPERS
 from alst_jax.models.weight_files import INDEX, SINGLE, find_tensors, read_whole
 
-SHAPE = dict(vocab_size=8, hidden_size=8, intermediate_size=4, num_hidden_layers=1, num_attention_heads=2,
-             num_key_value_heads=1, head_dim=4)
+SHAPE = dict(
+    vocab_size=8,
+    hidden_size=8,
+    intermediate_size=4,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=4,
+)
 SHARED = [
-    *SHAPE, "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "architectures", "auto_map", "hidden_act",
-    "max_position_embeddings", "quantization_config", "layer_types", "num_experts", "tie_word_embeddings",
-    "partial_rotary_factor", "initializer_range", "model_type", "attention_dropout", TEXT, "a_new_field",
-    "original_max_position_embeddings"]
+    *SHAPE,
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "architectures",
+    "auto_map",
+    "hidden_act",
+    "max_position_embeddings",
+    "quantization_config",
+    "layer_types",
+    "num_experts",
+    "tie_word_embeddings",
+    "partial_rotary_factor",
+    "initializer_range",
+    "model_type",
+    "attention_dropout",
+    TEXT,
+    "a_new_field",
+    "original_max_position_embeddings",
+]
 WORDS = [
-    "full_attention", "sliding_attention", "linear_attention", "default", "yarn", "llama3", "longrope", "dynamic",
-    "linear", "silu", "rope_type", "type", "factor", "short_factor", "long_factor", "rope_theta", "beta_fast", "attention_factor",
-    ""]
+    "full_attention",
+    "sliding_attention",
+    "linear_attention",
+    "default",
+    "yarn",
+    "llama3",
+    "longrope",
+    "dynamic",
+    "linear",
+    "silu",
+    "rope_type",
+    "type",
+    "factor",
+    "short_factor",
+    "long_factor",
+    "rope_theta",
+    "beta_fast",
+    "attention_factor",
+    "",
+]
 NUMBERS = st.one_of(st.integers(-3, 12), st.integers(), st.floats(), st.sampled_from([10**40, 2**63, 1e308, -0.0]))
 LEAVES = st.one_of(st.none(), st.booleans(), NUMBERS, st.sampled_from(WORDS), st.text(max_size=5))
 KEYS = st.one_of(st.sampled_from(WORDS), st.text(max_size=5))
-JSON = st.recursive(LEAVES, lambda inner: st.one_of(
-    st.lists(inner, max_size=4), st.dictionaries(KEYS, inner, max_size=4)), max_leaves=8)
+JSON = st.recursive(
+    LEAVES, lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(KEYS, inner, max_size=4)), max_leaves=8
+)
 # The default suite runs part 0; each part has other examples. 10 parts of 1,000 examples of each kind are slow.
 SLOW = [pytest.param(i, 1000, marks=pytest.mark.slow, id=f"part{i}") for i in range(1, 11)]
 PARTS = [pytest.param(0, 200, id="default"), *SLOW]
@@ -40,7 +82,8 @@ PARTS = [pytest.param(0, 200, id="default"), *SLOW]
 def run(strategy, check, seed, examples):
     """`check` of examples. 20 seconds for one are a hang."""
     settings = hypothesis.settings(
-        max_examples=examples, deadline=20_000, database=None, suppress_health_check=list(hypothesis.HealthCheck))
+        max_examples=examples, deadline=20_000, database=None, suppress_health_check=list(hypothesis.HealthCheck)
+    )
     hypothesis.seed(seed)(settings(hypothesis.given(strategy)(check)))()
 
 
@@ -74,7 +117,8 @@ def test_configs(seed, examples):
 
 
 @pytest.mark.parametrize(
-    "text", ["[" * 100_000, '{"a":' * 100_000, "9" * 5000, "\ufeff{}", "{", "[]", "\x00", '"\\ud800"'], ids=range(8))
+    "text", ["[" * 100_000, '{"a":' * 100_000, "9" * 5000, "\ufeff{}", "{", "[]", "\x00", '"\\ud800"'], ids=range(8)
+)
 def test_texts_that_are_no_config(tmp_path, text):
     (tmp_path / "config.json").write_text(text, encoding="utf-8")
     with pytest.raises(UserError):
@@ -85,8 +129,16 @@ def test_texts_that_are_no_config(tmp_path, text):
 
 
 CONFIG = parse_config(SHAPE | dict(model_type="llama", tie_word_embeddings=True), "config.json")
-NAMES = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight", "model.layers.0.self_attn.q_proj.weight",
-         "model.layers.0.self_attn.q_proj.qweight", "model.layers.0.self_attn.k_scale", "module.model.norm.weight", ""]
+NAMES = [
+    "model.embed_tokens.weight",
+    "model.norm.weight",
+    "lm_head.weight",
+    "model.layers.0.self_attn.q_proj.weight",
+    "model.layers.0.self_attn.q_proj.qweight",
+    "model.layers.0.self_attn.k_scale",
+    "module.model.norm.weight",
+    "",
+]
 SIZES = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1, "F64": 8, "BOOL": 1, "F8_E4M3": 1}
 
 
@@ -101,8 +153,9 @@ def files(draw):
     lies = draw(st.integers(0, 2)) == 0
     if lies and header:
         entry = header[draw(st.sampled_from(sorted(header)))]
-        entry[draw(st.sampled_from(["dtype", "shape", "data_offsets", "other"]))] = draw(st.one_of(
-            JSON, st.lists(st.integers(-9, 2**65), max_size=3)))
+        entry[draw(st.sampled_from(["dtype", "shape", "data_offsets", "other"]))] = draw(
+            st.one_of(JSON, st.lists(st.integers(-9, 2**65), max_size=3))
+        )
     if draw(st.integers(0, 5)) == 0:
         header["__metadata__"] = draw(JSON)
     text = json.dumps(header).encode()

@@ -30,7 +30,9 @@ LIES = {
     "absurd-shape": header({"a": entry(0, 40, (2**62, 2**62, 2**62))}),
     "absurd-length": header({"a": entry(0, 40, (10,))}, length=2**63),
     "length-beyond-file": header({"a": entry(0, 40, (10,))}, length=5000),
-    "no-json": header("{"), "a-list": header("[]"), "deep": header("[" * 100_000),
+    "no-json": header("{"),
+    "a-list": header("[]"),
+    "deep": header("[" * 100_000),
     "no-offsets": header({"a": {"dtype": "F32", "shape": [5]}}),
     "unknown-dtype": header({"a": entry(0, 40, (10,), "F33")}),
     "data-after-the-last": header({"a": entry(0, 20)}),
@@ -47,7 +49,9 @@ def test_a_header_that_lies_is_refused_with_the_name_of_its_file(tmp_path, lie):
 def test_an_honest_header_is_read(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(header({"a": entry(0, 20), "b": entry(20, 40)}))
     assert {name: (t.shape, t.dtype) for name, t in find_tensors(tmp_path).items()} == {
-        "a": ((5,), np.float32), "b": ((5,), np.float32)}
+        "a": ((5,), np.float32),
+        "b": ((5,), np.float32),
+    }
 
 
 def mutate(rng: np.random.Generator, text: bytes) -> bytes:
@@ -62,16 +66,18 @@ def mutate(rng: np.random.Generator, text: bytes) -> bytes:
                 new[place] = rng.choice(list(b'0123456789[]{},:"-. eE'))
             case 2:  # a longer number, where there is one
                 digits = [i for i, byte in enumerate(new) if chr(byte).isdigit()] or [place]
-                new[(at := int(rng.choice(digits))):at] = b"9" * int(rng.integers(1, 30))
+                new[(at := int(rng.choice(digits))) : at] = b"9" * int(rng.integers(1, 30))
             case 3:
-                del new[place:place + int(rng.integers(1, 10))]
+                del new[place : place + int(rng.integers(1, 10))]
                 new = new or bytearray(b"{")
     length = len(new) if rng.integers(4) else int(rng.integers(2**63)) >> int(rng.integers(63))
     return length.to_bytes(8, "little") + bytes(new) + data
 
 
 def test_no_header_gets_past_with_another_error(tmp_path):
-    honest = json.dumps({"__metadata__": {"format": "pt"}, "a.weight": entry(0, 20), "b": entry(20, 40, (5, 2), "BF16")})
+    honest = json.dumps(
+        {"__metadata__": {"format": "pt"}, "a.weight": entry(0, 20), "b": entry(20, 40, (5, 2), "BF16")}
+    )
     file, rng, refused = tmp_path / "model.safetensors", np.random.default_rng(0), 0
     for _ in range(4000):
         file.write_bytes(mutate(rng, honest.encode()))

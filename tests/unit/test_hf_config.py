@@ -17,9 +17,18 @@ from alst_jax.models.hf_config import hf_config_dict, model_config, parse_config
 from alst_jax.ops.rope import RopeConfig, inverse_frequencies, rope_tables
 
 BASE = dict(
-    model_type="llama", architectures=["LlamaForCausalLM"], vocab_size=96, hidden_size=64, intermediate_size=96,
-    num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=4096,
-    rms_norm_eps=1e-5)
+    model_type="llama",
+    architectures=["LlamaForCausalLM"],
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=4096,
+    rms_norm_eps=1e-5,
+)
 LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
 
 # What a config.json may say about RoPE, in the spellings of transformers 4 and 5.
@@ -30,28 +39,57 @@ ROPES = {
     "default": dict(rope_parameters=dict(rope_type="default", rope_theta=5e5)),
     "linear": dict(rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=4.0)),
     "legacy linear, key type": dict(rope_theta=5e5, rope_scaling=dict(type="linear", factor=4.0)),
-    "llama3": dict(rope_parameters=dict(
-        rope_type="llama3", rope_theta=5e5, original_max_position_embeddings=1024, **LLAMA3)),
-    "legacy llama3": dict(rope_theta=5e5, rope_scaling=dict(
-        rope_type="llama3", original_max_position_embeddings=1024, **LLAMA3)),
+    "llama3": dict(
+        rope_parameters=dict(rope_type="llama3", rope_theta=5e5, original_max_position_embeddings=1024, **LLAMA3)
+    ),
+    "legacy llama3": dict(
+        rope_theta=5e5, rope_scaling=dict(rope_type="llama3", original_max_position_embeddings=1024, **LLAMA3)
+    ),
     "llama3, length from the model": dict(rope_parameters=dict(rope_type="llama3", rope_theta=5e5, **LLAMA3)),
     "theta outside the parameters": dict(rope_theta=5e5, rope_parameters=dict(rope_type="llama3", **LLAMA3)),
-    "yarn": dict(rope_parameters=dict(
-        rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=1024)),
+    "yarn": dict(
+        rope_parameters=dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=1024)
+    ),
     "yarn, length from the model": dict(rope_parameters=dict(rope_type="yarn", rope_theta=1e4, factor=4.0)),
-    "yarn, betas": dict(rope_parameters=dict(
-        rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=1024, beta_fast=16.0, beta_slow=2.0)),
-    "yarn, attention factor": dict(rope_parameters=dict(
-        rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=1024, attention_factor=1.5)),
-    "yarn, mscale": dict(rope_parameters=dict(
-        rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=1024, mscale=0.7, mscale_all_dim=1.2)),
-    "yarn, no truncation": dict(rope_parameters=dict(
-        rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=1024, truncate=False)),
-    "yarn, null truncation": dict(rope_parameters=dict(
-        rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=1024, truncate=None)),
+    "yarn, betas": dict(
+        rope_parameters=dict(
+            rope_type="yarn",
+            rope_theta=1e4,
+            factor=4.0,
+            original_max_position_embeddings=1024,
+            beta_fast=16.0,
+            beta_slow=2.0,
+        )
+    ),
+    "yarn, attention factor": dict(
+        rope_parameters=dict(
+            rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=1024, attention_factor=1.5
+        )
+    ),
+    "yarn, mscale": dict(
+        rope_parameters=dict(
+            rope_type="yarn",
+            rope_theta=1e4,
+            factor=4.0,
+            original_max_position_embeddings=1024,
+            mscale=0.7,
+            mscale_all_dim=1.2,
+        )
+    ),
+    "yarn, no truncation": dict(
+        rope_parameters=dict(
+            rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=1024, truncate=False
+        )
+    ),
+    "yarn, null truncation": dict(
+        rope_parameters=dict(
+            rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=1024, truncate=None
+        )
+    ),
     "both spellings": dict(
         rope_scaling=dict(rope_type="linear", factor=4.0),
-        rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=5e5)),
+        rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=5e5),
+    ),
 }
 
 
@@ -71,42 +109,71 @@ def test_rope_frequencies_are_those_of_transformers(rope):
 
 def test_the_rope_cases_differ():
     """Else a parser that dropped the settings would pass the test above."""
-    seen = {name: np.concatenate([f, [a]]) for name, (f, a) in (
-        (name, inverse_frequencies(parse(**rope).rope, 16)) for name, rope in ROPES.items())}
-    for name in ("legacy theta", "linear", "llama3", "llama3, length from the model", "yarn", "yarn, betas",
-                 "yarn, attention factor", "yarn, mscale", "yarn, no truncation"):
+    seen = {
+        name: np.concatenate([f, [a]])
+        for name, (f, a) in ((name, inverse_frequencies(parse(**rope).rope, 16)) for name, rope in ROPES.items())
+    }
+    for name in (
+        "legacy theta",
+        "linear",
+        "llama3",
+        "llama3, length from the model",
+        "yarn",
+        "yarn, betas",
+        "yarn, attention factor",
+        "yarn, mscale",
+        "yarn, no truncation",
+    ):
         assert sum(np.allclose(seen[name], other, rtol=1e-4) for other in seen.values()) <= 3, name
     assert not np.allclose(seen["yarn"], seen["yarn, null truncation"], rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["proportional", "su"])
 def test_other_rope_types_are_refused_with_what_works(kind):
-    with pytest.raises(UserError, match=f"RoPE type '{kind}' is not implemented; these are: default, linear, dynamic, llama3, "
-                       "yarn, longrope"):
+    with pytest.raises(
+        UserError,
+        match=f"RoPE type '{kind}' is not implemented; these are: default, linear, dynamic, llama3, yarn, longrope",
+    ):
         parse(rope_parameters=dict(rope_type=kind, rope_theta=1e4, factor=2.0))
 
 
-@pytest.mark.parametrize("rope, message", [
-    (dict(rope_type="linear"), "'linear' lacks factor"),
-    (dict(rope_type="llama3", factor=8.0), "lacks low_freq_factor, high_freq_factor"),
-    (dict(rope_type="linear", factor=2.0, short_factor=[1.0]), "has unknown short_factor"),
-    (dict(rope_type="linear", factor="two"), "'linear'.*two"),
-    (dict(rope_type="default", rope_theta="big"), "rope_theta='big' must be a number"),
-    (dict(rope_type="default", partial_rotary_factor=0.5), "partial_rotary_factor is not implemented"),
-    ("linear", "must be a JSON object"),
-])
+@pytest.mark.parametrize(
+    "rope, message",
+    [
+        (dict(rope_type="linear"), "'linear' lacks factor"),
+        (dict(rope_type="llama3", factor=8.0), "lacks low_freq_factor, high_freq_factor"),
+        (dict(rope_type="linear", factor=2.0, short_factor=[1.0]), "has unknown short_factor"),
+        (dict(rope_type="linear", factor="two"), "'linear'.*two"),
+        (dict(rope_type="default", rope_theta="big"), "rope_theta='big' must be a number"),
+        (dict(rope_type="default", partial_rotary_factor=0.5), "partial_rotary_factor is not implemented"),
+        ("linear", "must be a JSON object"),
+    ],
+)
 def test_wrong_rope_settings_are_refused(rope, message):
     with pytest.raises(UserError, match=message):
         parse(rope_parameters=rope)
 
 
-@pytest.mark.parametrize("rope, message", [
-    (dict(rope_type="llama3", type="linear", factor=2.0), "contradict each other: rope_type='llama3', type='linear'"),
-    (dict(rope_type="longrope", short_factor=[1.0] * 7, long_factor=[1.0] * 8), "short_factor has 7 numbers.*needs 8"),
-    (dict(rope_type="longrope", short_factor=[1.0] * 8, long_factor=[1.0] * 7 + [0]), "long_factor=.* must be above 0"),
-    (dict(rope_type="dynamic", factor=0.5), "factor=0.5 must be at least 1"), (dict(rope_type="dynamic"), "lacks factor"),
-    (dict(rope_type="yarn", factor=2.0, beta_fast=1, beta_slow=2), "beta_fast must not be below beta_slow"),
-])
+@pytest.mark.parametrize(
+    "rope, message",
+    [
+        (
+            dict(rope_type="llama3", type="linear", factor=2.0),
+            "contradict each other: rope_type='llama3', type='linear'",
+        ),
+        (
+            dict(rope_type="longrope", short_factor=[1.0] * 7, long_factor=[1.0] * 8),
+            "short_factor has 7 numbers.*needs 8",
+        ),
+        (
+            dict(rope_type="longrope", short_factor=[1.0] * 8, long_factor=[1.0] * 7 + [0]),
+            "long_factor=.* must be above 0",
+        ),
+        (dict(rope_type="dynamic", factor=0.5), "factor=0.5 must be at least 1"),
+        (dict(rope_type="dynamic"), "lacks factor"),
+        (dict(rope_type="yarn", factor=2.0, beta_fast=1, beta_slow=2), "beta_fast must not be below beta_slow"),
+    ],
+)
 def test_rope_settings_that_contradict_each_other_are_refused(rope, message):
     with pytest.raises(UserError, match=message):
         parse(rope_parameters=rope)
@@ -114,12 +181,27 @@ def test_rope_settings_that_contradict_each_other_are_refused(rope, message):
 
 LENGTHS = {
     "dynamic": dict(rope_type="dynamic", rope_theta=1e4, factor=3.0),
-    "longrope": dict(rope_type="longrope", rope_theta=1e4, original_max_position_embeddings=1024,
-                     short_factor=[1.0 + i / 9 for i in range(8)], long_factor=[2.0 + i for i in range(8)]),
-    "longrope, factor": dict(rope_type="longrope", original_max_position_embeddings=1024, factor=16.0,
-                             short_factor=[1.0] * 8, long_factor=[4.0] * 8),
-    "longrope, attention factor": dict(rope_type="longrope", original_max_position_embeddings=1024, attention_factor=1.7,
-                                       short_factor=[1.0] * 8, long_factor=[4.0] * 8),
+    "longrope": dict(
+        rope_type="longrope",
+        rope_theta=1e4,
+        original_max_position_embeddings=1024,
+        short_factor=[1.0 + i / 9 for i in range(8)],
+        long_factor=[2.0 + i for i in range(8)],
+    ),
+    "longrope, factor": dict(
+        rope_type="longrope",
+        original_max_position_embeddings=1024,
+        factor=16.0,
+        short_factor=[1.0] * 8,
+        long_factor=[4.0] * 8,
+    ),
+    "longrope, attention factor": dict(
+        rope_type="longrope",
+        original_max_position_embeddings=1024,
+        attention_factor=1.7,
+        short_factor=[1.0] * 8,
+        long_factor=[4.0] * 8,
+    ),
 }
 
 
@@ -139,14 +221,23 @@ def test_rope_that_depends_on_the_length_is_that_of_transformers(rope):
         seen.append(np.asarray(ours[0][0, 1:3]))
     assert not np.allclose(seen[0], seen[2], atol=1e-3)  # the length matters
     # The length may also be that of a whole batch, of which these tokens are a part.
-    np.testing.assert_array_equal(rope_tables(config.rope, 16, jnp.asarray(at[:, :3]), jnp.int32(9000))[0][:, 1:],
-                                  seen[2][None])
+    np.testing.assert_array_equal(
+        rope_tables(config.rope, 16, jnp.asarray(at[:, :3]), jnp.int32(9000))[0][:, 1:], seen[2][None]
+    )
 
 
-@pytest.mark.parametrize("rope", [
-    ROPES["legacy theta"], ROPES["legacy llama3"], ROPES["yarn, betas"],
-    dict(rope_parameters=dict(rope_type="linear", rope_theta=5e5, factor=3.0)),
-    dict(rope_parameters=LENGTHS["dynamic"]), dict(rope_parameters=LENGTHS["longrope"])], ids=str)
+@pytest.mark.parametrize(
+    "rope",
+    [
+        ROPES["legacy theta"],
+        ROPES["legacy llama3"],
+        ROPES["yarn, betas"],
+        dict(rope_parameters=dict(rope_type="linear", rope_theta=5e5, factor=3.0)),
+        dict(rope_parameters=LENGTHS["dynamic"]),
+        dict(rope_parameters=LENGTHS["longrope"]),
+    ],
+    ids=str,
+)
 def test_positions_up_to_16_million_in_float64(rope):
     """Angles are right to 0.003 radians. Those of a product in float32, in the last line, are not."""
     config = parse(**rope)
@@ -164,18 +255,44 @@ def test_what_transformers_saves_is_read(tmp_path):
         LlamaConfig(**{k: v for k, v in BASE.items() if k != "model_type"} | changes).save_pretrained(tmp_path)
         config = model_config(tmp_path)
         assert config == ModelConfig(
-            96, 64, 96, 2, 4, 2, 16, rms_norm_eps=1e-5, max_position_embeddings=4096,
-            tie_word_embeddings=bool(changes), attention_bias=bool(changes), mlp_bias=bool(changes))
+            96,
+            64,
+            96,
+            2,
+            4,
+            2,
+            16,
+            rms_norm_eps=1e-5,
+            max_position_embeddings=4096,
+            tie_word_embeddings=bool(changes),
+            attention_bias=bool(changes),
+            mlp_bias=bool(changes),
+        )
 
 
 def test_defaults_are_those_of_transformers():
-    few = {k: BASE[k] for k in ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                                "num_attention_heads")}
+    few = {
+        k: BASE[k]
+        for k in (
+            "model_type",
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+        )
+    }
     ours, theirs = parse_config(few, "config.json"), LlamaConfig.from_dict(dict(few))
-    for name, field in (("num_kv_heads", "num_key_value_heads"), ("head_dim", "head_dim"), ("rms_norm_eps", "rms_norm_eps"),
-                        ("tie_word_embeddings", "tie_word_embeddings"), ("attention_bias", "attention_bias"),
-                        ("mlp_bias", "mlp_bias"), ("initializer_range", "initializer_range"),
-                        ("max_position_embeddings", "max_position_embeddings")):
+    for name, field in (
+        ("num_kv_heads", "num_key_value_heads"),
+        ("head_dim", "head_dim"),
+        ("rms_norm_eps", "rms_norm_eps"),
+        ("tie_word_embeddings", "tie_word_embeddings"),
+        ("attention_bias", "attention_bias"),
+        ("mlp_bias", "mlp_bias"),
+        ("initializer_range", "initializer_range"),
+        ("max_position_embeddings", "max_position_embeddings"),
+    ):
         assert getattr(ours, name) == getattr(theirs, field), name
     assert ours.rope == RopeConfig(theta=theirs.rope_parameters["rope_theta"])
 
@@ -189,49 +306,77 @@ def test_written_and_read_back_unchanged(rope):
     np.testing.assert_allclose(inverse_frequencies(config.rope, 16)[0], theirs.inv_freq.numpy(), rtol=1e-5)
 
 
-@pytest.mark.parametrize("fields, message", [
-    (dict(model_type="glm4", architectures=["Glm4ForCausalLM"]), "model_type 'glm4'.*Glm4ForCausalLM.*not supp.*: it has "
-     "a partial rotary embedding and fused projections; the closest supported family is gemma3_text; these models are"),
-    (dict(model_type="qwen3_moe"), "it has routed experts; the closest supported family is qwen3;"),
-    (dict(model_type="qwen3_next"), "it has linear attention and routed experts; the closest supported family is qwen3;"),
-    (dict(model_type="mystery", n_routed_experts=64), r"routed experts \(n_routed_experts=64\)"),
-    (dict(model_type="mystery", auto_map={"AutoModelForCausalLM": "modeling.Mystery"}), "auto_map.*never executed"),
-    (dict(model_type="llama9"), "the closest supported family is llama;"),
-    (dict(num_local_experts=8), r"not implemented: routed experts \(num_local_experts=8\)"),
-    (dict(layer_types=["linear_attention", "full_attention"]), "linear attention"),
-    (dict(text_config=dict(model_type="llama"), model_type="llava"), "text_config: this checkpoint .model_type 'llava'"),
-    (dict(model_type="qwen2"), "model_type 'qwen2'"),
-    (dict(architectures=["LlamaForSequenceClassification"]), "LlamaForSequenceClassification.*not supported"),
-    (dict(quantization_config=dict(quant_method="gptq")), "quantization_config is set; training needs unquantised"),
-    (dict(hidden_act="gelu"), "not implemented: hidden_act='gelu'"),
-    (dict(attention_dropout=0.1), "not implemented: attention_dropout=0.1"),
-    (dict(layer_types=["sliding_attention", "full_attention"]), "not implemented: layer_types="),
-    (dict(partial_rotary_factor=0.5), "not implemented: partial_rotary_factor=0.5"),
-    (dict(rope_parameters=dict(rope_type="yarn", factor=4.0, finetuned=True)), "'yarn' has unknown finetuned"),
-    (dict(some_new_field=3), "not implemented: some_new_field=3"),
-    (dict(original_max_position_embeddings=1024), "not implemented: original_max_position_embeddings=1024"),
-    (dict(rope_interleaved=True), "rope_interleaved=True"),
-    (dict(vocab_size=None), "lacks vocab_size"),
-    (dict(vocab_size="96"), "vocab_size='96' must be a whole number"),
-    (dict(hidden_size=64.0), "hidden_size=64.0 must be a whole number"),
-    (dict(rms_norm_eps="1e-5"), "rms_norm_eps='1e-5' must be a number"),
-    (dict(num_key_value_heads=3), "num_key_value_heads=3 must divide num_attention_heads=4"),
-    (dict(hidden_size=63, head_dim=None), "hidden_size=63 is not a multiple of num_attention_heads=4"),
-])
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (
+            dict(model_type="glm4", architectures=["Glm4ForCausalLM"]),
+            "model_type 'glm4'.*Glm4ForCausalLM.*not supp.*: it has "
+            "a partial rotary embedding and fused projections; the closest supported family is gemma3_text; these models are",
+        ),
+        (dict(model_type="qwen3_moe"), "it has routed experts; the closest supported family is qwen3;"),
+        (
+            dict(model_type="qwen3_next"),
+            "it has linear attention and routed experts; the closest supported family is qwen3;",
+        ),
+        (dict(model_type="mystery", n_routed_experts=64), r"routed experts \(n_routed_experts=64\)"),
+        (dict(model_type="mystery", auto_map={"AutoModelForCausalLM": "modeling.Mystery"}), "auto_map.*never executed"),
+        (dict(model_type="llama9"), "the closest supported family is llama;"),
+        (dict(num_local_experts=8), r"not implemented: routed experts \(num_local_experts=8\)"),
+        (dict(layer_types=["linear_attention", "full_attention"]), "linear attention"),
+        (
+            dict(text_config=dict(model_type="llama"), model_type="llava"),
+            "text_config: this checkpoint .model_type 'llava'",
+        ),
+        (dict(model_type="qwen2"), "model_type 'qwen2'"),
+        (dict(architectures=["LlamaForSequenceClassification"]), "LlamaForSequenceClassification.*not supported"),
+        (dict(quantization_config=dict(quant_method="gptq")), "quantization_config is set; training needs unquantised"),
+        (dict(hidden_act="gelu"), "not implemented: hidden_act='gelu'"),
+        (dict(attention_dropout=0.1), "not implemented: attention_dropout=0.1"),
+        (dict(layer_types=["sliding_attention", "full_attention"]), "not implemented: layer_types="),
+        (dict(partial_rotary_factor=0.5), "not implemented: partial_rotary_factor=0.5"),
+        (dict(rope_parameters=dict(rope_type="yarn", factor=4.0, finetuned=True)), "'yarn' has unknown finetuned"),
+        (dict(some_new_field=3), "not implemented: some_new_field=3"),
+        (dict(original_max_position_embeddings=1024), "not implemented: original_max_position_embeddings=1024"),
+        (dict(rope_interleaved=True), "rope_interleaved=True"),
+        (dict(vocab_size=None), "lacks vocab_size"),
+        (dict(vocab_size="96"), "vocab_size='96' must be a whole number"),
+        (dict(hidden_size=64.0), "hidden_size=64.0 must be a whole number"),
+        (dict(rms_norm_eps="1e-5"), "rms_norm_eps='1e-5' must be a number"),
+        (dict(num_key_value_heads=3), "num_key_value_heads=3 must divide num_attention_heads=4"),
+        (dict(hidden_size=63, head_dim=None), "hidden_size=63 is not a multiple of num_attention_heads=4"),
+    ],
+)
 def test_what_is_not_implemented_is_refused_by_name(fields, message):
     with pytest.raises(UserError, match=message):
         parse(**fields)
 
 
-@pytest.mark.parametrize("fields", [
-    dict(attention_dropout=0.0), dict(pretraining_tp=1), dict(hidden_act="silu"), dict(partial_rotary_factor=1.0),
-    dict(sliding_window=None), dict(sliding_window=4096), dict(layer_types=["full_attention"] * 2), dict(pretraining_tp=2),
-    dict(pretraining_tp=4), dict(max_sequence_length=2048), dict(_commit_hash="e1"), dict(do_sample=True, temperature=0.6,
-    top_p=0.9, max_new_tokens=9), dict(tokenizer_class="LlamaTokenizer", model_max_length=4096),
-    dict(_attn_implementation="sdpa", use_flash_attn=True), dict(auto_map={"AutoModel": "modeling_llama.LlamaModel"}),
-    dict(some_switch=False), dict(use_cache=True), dict(torch_dtype="bfloat16"),
-    dict(max_position_embeddings=None) | dict(rms_norm_eps=1e-5), dict(initializer_range=None),
-])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(attention_dropout=0.0),
+        dict(pretraining_tp=1),
+        dict(hidden_act="silu"),
+        dict(partial_rotary_factor=1.0),
+        dict(sliding_window=None),
+        dict(sliding_window=4096),
+        dict(layer_types=["full_attention"] * 2),
+        dict(pretraining_tp=2),
+        dict(pretraining_tp=4),
+        dict(max_sequence_length=2048),
+        dict(_commit_hash="e1"),
+        dict(do_sample=True, temperature=0.6, top_p=0.9, max_new_tokens=9),
+        dict(tokenizer_class="LlamaTokenizer", model_max_length=4096),
+        dict(_attn_implementation="sdpa", use_flash_attn=True),
+        dict(auto_map={"AutoModel": "modeling_llama.LlamaModel"}),
+        dict(some_switch=False),
+        dict(use_cache=True),
+        dict(torch_dtype="bfloat16"),
+        dict(max_position_embeddings=None) | dict(rms_norm_eps=1e-5),
+        dict(initializer_range=None),
+    ],
+)
 def test_neutral_values_are_accepted(fields):
     assert parse(**fields).hidden_size == 64
 
@@ -240,7 +385,9 @@ def test_errors_of_the_directory(tmp_path):
     with pytest.raises(UserError, match="nowhere: no such directory"):
         model_config(tmp_path / "nowhere")
     (tmp_path / "weights.bin").touch()
-    with pytest.raises(UserError, match=r"not a Hugging Face model directory: it has no config.json \(it has: weights.bin\)"):
+    with pytest.raises(
+        UserError, match=r"not a Hugging Face model directory: it has no config.json \(it has: weights.bin\)"
+    ):
         model_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="config.json is not valid JSON"):

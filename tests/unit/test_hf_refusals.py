@@ -33,14 +33,20 @@ def test_missing_extra_and_misshaped_tensors_are_listed_before_anything_is_read(
     tensors["adapter.weight"] = torch.zeros(2)
     tensors["model.embed_tokens.weight"] = torch.zeros(96, 32)
     rewrite(directory, tensors)
-    refuse(directory, r"missing \(11\): .*, \.\.\.; extra \(1\): adapter.weight; of another shape \(1\): "
-                      r"model.embed_tokens.weight \[96, 32\], not \[96, 64\]")
+    refuse(
+        directory,
+        r"missing \(11\): .*, \.\.\.; extra \(1\): adapter.weight; of another shape \(1\): "
+        r"model.embed_tokens.weight \[96, 32\], not \[96, 64\]",
+    )
 
 
 def test_derived_buffers_are_left_out(hf):
     directory, tensors = hf
-    rewrite(directory, tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8),
-                                  "model.rotary_emb.inv_freq": torch.zeros(8)})
+    rewrite(
+        directory,
+        tensors
+        | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8), "model.rotary_emb.inv_freq": torch.zeros(8)},
+    )
     config = model_config(directory)
     assert_equal(by_name(load_params(directory, config, on_one_device(config)), config), tensors)
 

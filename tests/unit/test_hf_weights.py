@@ -28,7 +28,9 @@ def test_every_tensor_is_loaded(tmp_path, dtype, max_shard_size, changes):
     config = model_config(tmp_path)
     dtypes = file_dtypes(tmp_path, config)
     assert {str(d) for d in jax.tree.leaves(dtypes)} == {str(dtype).removeprefix("torch.")}
-    abstract = jax.tree.map(lambda x, d: jax.ShapeDtypeStruct(x.shape, d, sharding=x.sharding), on_one_device(config), dtypes)
+    abstract = jax.tree.map(
+        lambda x, d: jax.ShapeDtypeStruct(x.shape, d, sharding=x.sharding), on_one_device(config), dtypes
+    )
     params = load_params(tmp_path, config, abstract)
     assert all(x.dtype == d for x, d in zip(jax.tree.leaves(params), jax.tree.leaves(dtypes), strict=True))
     assert_equal(by_name(params, config), expected)
@@ -62,7 +64,9 @@ def test_large_parts_are_read_some_rows_at_a_time(tmp_path, monkeypatch, memory_
     at_once, reads[:] = max(reads), []
     monkeypatch.setattr(loading, "AT_ONCE", 1000)
     params = load_params(tmp_path, config, abstract)
-    a_layer = 2 * 64 // 4 * 128 // 2  # bytes of the largest kernel's layer, a device's part of it; embedding rows are smaller
+    a_layer = (
+        2 * 64 // 4 * 128 // 2
+    )  # bytes of the largest kernel's layer, a device's part of it; embedding rows are smaller
     assert max(reads) == a_layer and at_once == 3 * a_layer
     for x, wanted in zip(jax.tree.leaves(params), jax.tree.leaves(abstract), strict=True):
         assert x.sharding == wanted.sharding and x.dtype == wanted.dtype
@@ -73,9 +77,14 @@ def test_a_stack_may_be_sharded_over_its_layers(tmp_path):
     expected = make_hf(tmp_path, num_hidden_layers=4)
     config = model_config(tmp_path)
     mesh = Mesh(np.array(jax.devices()[:4]), ("seq",))
-    params = load_params(tmp_path, config, place(
-        abstract_params(config, jnp.float32),
-        lambda path, _: NamedSharding(mesh, P("seq") if path[0].key == "layers" else P())))
+    params = load_params(
+        tmp_path,
+        config,
+        place(
+            abstract_params(config, jnp.float32),
+            lambda path, _: NamedSharding(mesh, P("seq") if path[0].key == "layers" else P()),
+        ),
+    )
     assert leaf(params, "layers.mlp.up_proj.kernel").addressable_shards[2].data.shape == (1, 64, 80)
     assert_equal(by_name(jax.tree.map(np.asarray, params), config), expected)
 
@@ -93,7 +102,9 @@ def test_devices_with_the_same_part_share_the_read(tmp_path, monkeypatch):
     config = model_config(tmp_path)
     reads = []
     original = hf_weights._read
-    monkeypatch.setattr(hf_weights, "_read", lambda tensor, name, index: reads.append(name) or original(tensor, name, index))
+    monkeypatch.setattr(
+        hf_weights, "_read", lambda tensor, name, index: reads.append(name) or original(tensor, name, index)
+    )
     mesh = Mesh(np.array(jax.devices()), ("data",))
     load_params(tmp_path, config, place(abstract_params(config, jnp.float32), lambda *_: NamedSharding(mesh, P())))
     assert len(reads) == len(set(reads)) == 3 + 9 * config.num_layers

@@ -20,16 +20,7 @@ from alst_jax.models.block import abstract_params
 from alst_jax.models.hf_config import model_config
 from alst_jax.models.hf_weights import load_params, save_params
 from tests.helpers import leaf
-from tests.unit.hf_models import (
-    EVERY_BIAS,
-    SHAPE,
-    by_name,
-    make_hf,
-    on_one_device,
-    over_both_axes,
-    place,
-    refuse,
-)
+from tests.unit.hf_models import EVERY_BIAS, SHAPE, by_name, make_hf, on_one_device, over_both_axes, place, refuse
 
 
 def leaves_of(params):
@@ -61,7 +52,9 @@ def test_sharded_output_is_named_as_hugging_face_names_it(tmp_path):
     files = sorted(p.name for p in (tmp_path / "out").iterdir())
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     shards = [f for f in files if f.endswith(".safetensors")]
-    assert shards == [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))] and len(shards) > 3
+    assert (
+        shards == [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))] and len(shards) > 3
+    )
     assert files == sorted([*shards, "model.safetensors.index.json"])  # and no temporary names
     assert index["metadata"]["total_size"] == size and index["weight_map"].keys() == expected.keys()
     for shard in shards:
@@ -84,9 +77,13 @@ def test_weights_that_were_there_before_are_not_taken_for_the_new_ones(tmp_path)
         save_params(leaves_of(new), config, out, limit)
         shutil.copy(tmp_path / "in" / "config.json", out)
         files = list(out.glob("*.safetensors"))
-        assert (len(files) == 1) == (limit == 2**30) and (out / "model.safetensors.index.json").is_file() == (len(files) > 1)
-        for found in (by_name(load_params(out, config, on_one_device(config)), config),
-                      LlamaForCausalLM.from_pretrained(out).state_dict()):
+        assert (len(files) == 1) == (limit == 2**30) and (out / "model.safetensors.index.json").is_file() == (
+            len(files) > 1
+        )
+        for found in (
+            by_name(load_params(out, config, on_one_device(config)), config),
+            LlamaForCausalLM.from_pretrained(out).state_dict(),
+        ):
             np.testing.assert_array_equal(np.asarray(found["model.norm.weight"]), np.asarray(leaf(new, "norm.scale")))
 
 
@@ -159,8 +156,18 @@ def large(tmp_path_factory):
     """About 400 MB of bfloat16 in files of 50 MB."""
     directory = tmp_path_factory.mktemp("large")
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**SHAPE | dict(
-            vocab_size=8192, hidden_size=1024, intermediate_size=4096, num_hidden_layers=14, num_attention_heads=8)))
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                **SHAPE
+                | dict(
+                    vocab_size=8192,
+                    hidden_size=1024,
+                    intermediate_size=4096,
+                    num_hidden_layers=14,
+                    num_attention_heads=8,
+                )
+            )
+        )
     model.to(torch.bfloat16).to_empty(device="cpu").save_pretrained(directory, max_shard_size="50MB")
     assert len(list(directory.glob("*.safetensors"))) > 5
     yield directory
@@ -169,8 +176,13 @@ def large(tmp_path_factory):
 
 def peak_of_loading(directory, how):
     """(peak beyond what the loaded parameters themselves take, their bytes, the largest shard's bytes)."""
-    process = subprocess.run([sys.executable, "-c", LOAD, str(directory), how], capture_output=True, text=True,
-                             cwd=pathlib.Path(__file__).parents[2], timeout=300)
+    process = subprocess.run(
+        [sys.executable, "-c", LOAD, str(directory), how],
+        capture_output=True,
+        text=True,
+        cwd=pathlib.Path(__file__).parents[2],
+        timeout=300,
+    )
     assert process.returncode == 0, process.stderr
     peak, size, shard = map(int, process.stdout.split())
     return peak - size, size, shard
@@ -184,6 +196,8 @@ def test_loading_takes_the_memory_of_about_one_shard(large):
     """
     extra, size, shard = peak_of_loading(large, "ours")
     assert size > 350e6 and shard < size / 12
-    assert extra < 2 * shard + 30e6, f"{extra / 1e6:.0f} MB beyond {size / 1e6:.0f} MB; one shard is {shard / 1e6:.0f} MB"
+    assert extra < 2 * shard + 30e6, (
+        f"{extra / 1e6:.0f} MB beyond {size / 1e6:.0f} MB; one shard is {shard / 1e6:.0f} MB"
+    )
     naive, _, _ = peak_of_loading(large, "naive")
     assert naive > 0.7 * size > 3 * extra, f"naive {naive / 1e6:.0f} MB, ours {extra / 1e6:.0f} MB"

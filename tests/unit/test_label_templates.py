@@ -29,8 +29,9 @@ def test_an_answer_that_begins_like_the_generation_prompt():
         assert learned_texts(chat, tokenizer) == [answer + "<｜end▁of▁sentence｜>"]
 
 
-@pytest.mark.parametrize("answer", [
-    "assistant", "user", "<|im_start|>assistant\n", "Hi", "<|im_end|>", "  5 ", "\n5\n"])
+@pytest.mark.parametrize(
+    "answer", ["assistant", "user", "<|im_start|>assistant\n", "Hi", "<|im_end|>", "  5 ", "\n5\n"]
+)
 def test_answers_that_look_like_the_template(answer):
     chat = {"messages": [TURNS[0], {"role": "assistant", "content": answer}, *TURNS[2:]]}
     assert learned_texts(chat, with_template(CHATML)) == [f"{answer}<|im_end|>", "5<|im_end|>"]
@@ -43,8 +44,10 @@ def test_thoughts_are_lost_although_the_answer_has_the_same_text():
 
 
 def test_an_end_token_in_front_of_the_next_turn_is_learned():
-    late = ("{% for m in messages %}{% if m.role == 'user' %}{{ '' if loop.first else eos_token }}U: {{ m.content }} "
-            "{% else %}A: {{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}A: {% endif %}")
+    late = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ '' if loop.first else eos_token }}U: {{ m.content }} "
+        "{% else %}A: {{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}A: {% endif %}"
+    )
     assert learned_texts({"messages": TURNS}, with_template(late)) == ["Hello!<|im_end|>", "5"]
     plain = late.replace("eos_token", "''")
     assert learned_texts({"messages": TURNS}, with_template(plain)) == ["Hello!", "5"]
@@ -61,15 +64,24 @@ def test_named_templates():
         learned_texts({"messages": TURNS}, tokenizer)
 
 
-@pytest.mark.parametrize("template, message", [
-    (CHATML.replace("message['content']", "message['content'][:1]"), "Lost: 'Hello!'"),
-    (CHATML.replace("message['role'] +", "'user' +").replace("message['content']", "'x'"), "Lost: 'Hello!'"),
-    ("{{ messages[0].content }}", "message 1 outside of a loop over the messages, or not at all"),
-    ("{% for m in messages %}{{ m.content }}{% endfor %}" * 2, "message 1 in several places"),
-    ("{% set text %}" + CHATML + "{% endset %}{{ text[:20] + text[20:]|upper }}", "changes text that it has rendered"),
-    (marked("{% generation %}{% endgeneration %}", ""), "Lost: 'Hello!'"),
-    (CHATML.replace("{% for", "{{ raise_exception('no') }}{% for"), "the model's chat template refuses this chat: no"),
-])
+@pytest.mark.parametrize(
+    "template, message",
+    [
+        (CHATML.replace("message['content']", "message['content'][:1]"), "Lost: 'Hello!'"),
+        (CHATML.replace("message['role'] +", "'user' +").replace("message['content']", "'x'"), "Lost: 'Hello!'"),
+        ("{{ messages[0].content }}", "message 1 outside of a loop over the messages, or not at all"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}" * 2, "message 1 in several places"),
+        (
+            "{% set text %}" + CHATML + "{% endset %}{{ text[:20] + text[20:]|upper }}",
+            "changes text that it has rendered",
+        ),
+        (marked("{% generation %}{% endgeneration %}", ""), "Lost: 'Hello!'"),
+        (
+            CHATML.replace("{% for", "{{ raise_exception('no') }}{% for"),
+            "the model's chat template refuses this chat: no",
+        ),
+    ],
+)
 def test_templates_that_cannot_be_told_apart_are_refused(template, message):
     with pytest.raises(UserError, match=f"^here:1: .*{message}"):
         learned_texts({"messages": TURNS}, with_template(template))
@@ -83,10 +95,12 @@ def test_tools_that_a_template_leaves_out_are_refused():
 
 @pytest.mark.parametrize("role", ["system", "user", "tool"])
 def test_messages_that_a_template_leaves_out_are_refused(role):
-    chat = {"messages": [{"role": role, "content": " Speak \"Latin\"\n"}, *TURNS]}
+    chat = {"messages": [{"role": role, "content": ' Speak "Latin"\n'}, *TURNS]}
     deaf = "{% for message in messages if message.content != ' Speak \"Latin\"\n' %}" + CHATML.split("%}", 1)[1]
-    with pytest.raises(UserError, match=f"^here:1: the chat template does not write message 0 of the role '{role}'.*"
-                                        "Lost: 'Speak \"Latin\"'"):
+    with pytest.raises(
+        UserError,
+        match=f"^here:1: the chat template does not write message 0 of the role '{role}'.*Lost: 'Speak \"Latin\"'",
+    ):
         learned_texts(chat, with_template(deaf))
     for content in ("message['content'] | trim", "message['content'] | tojson"):  # written in another form
         text = CHATML.replace("message['content']", f"({content} if message.role == '{role}' else message['content'])")
@@ -104,7 +118,8 @@ def test_a_silent_turn_outside_of_the_loop_is_refused():
 CALLING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for call in m.tool_calls or [] %}"
     "<call>{{ call.function.name }}(ARGUMENTS){% endfor %}{{ m.content or '' }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 def calling(arguments):

@@ -77,9 +77,16 @@ def test_the_text_is_what_transformers_renders(family):
         assert chat_template(tokenizer, None, DATE).render(messages).text == expected
 
 
-@pytest.mark.parametrize("template", [
-    CHATML, marked("{% generation %}", "{% endgeneration %}"), marked("{%generation%}", "{%endgeneration%}"),
-    marked("{%-  generation -%}", "{%- endgeneration  -%}"), marked("{%+ generation %}", "{%+ endgeneration %}")])
+@pytest.mark.parametrize(
+    "template",
+    [
+        CHATML,
+        marked("{% generation %}", "{% endgeneration %}"),
+        marked("{%generation%}", "{%endgeneration%}"),
+        marked("{%-  generation -%}", "{%- endgeneration  -%}"),
+        marked("{%+ generation %}", "{%+ endgeneration %}"),
+    ],
+)
 def test_learn_and_weights(template):
     tokenizer = with_template(template)
     texts = lambda chat=TURNS, **labels: learned_texts({"messages": chat}, tokenizer, **labels)
@@ -112,9 +119,14 @@ def test_a_text_has_one_begin_token():
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", begin)])
     plain = tokenizer("ab")["input_ids"]
     assert plain[0] == begin and len(plain) == 3
-    for record, mask in (({"text": "ab"}, "1111"), ({"text": "<s>ab"}, "1111"), ({"text": "<s>ab</s>"}, "1111"),
-                         ({"prompt": "a", "completion": "b"}, "0011"), ({"prompt": "<s>a", "completion": "b"}, "0011"),
-                         ({"prompt": "a", "completion": "b</s>"}, "0011")):
+    for record, mask in (
+        ({"text": "ab"}, "1111"),
+        ({"text": "<s>ab"}, "1111"),
+        ({"text": "<s>ab</s>"}, "1111"),
+        ({"prompt": "a", "completion": "b"}, "0011"),
+        ({"prompt": "<s>a", "completion": "b"}, "0011"),
+        ({"prompt": "a", "completion": "b</s>"}, "0011"),
+    ):
         tokens, learned = tokenize(to_document(record, "here", Fields()), tokenizer)
         assert tokens.tolist() == [*plain, tokenizer.eos_token_id]
         assert "".join(str(int(flag)) for flag in learned) == mask
@@ -133,8 +145,10 @@ def test_a_text_has_one_end_token():
     assert plain[-1] == end and len(plain) == 3
 
 
-@pytest.mark.parametrize("prompt, completion, learned", [
-    ("a ", "b", ["b</s>"]), ("a", " b", [" b</s>"]), ("a", " b ", [" b </s>"]), (" a\n", "\nb", ["\nb</s>"])])
+@pytest.mark.parametrize(
+    "prompt, completion, learned",
+    [("a ", "b", ["b</s>"]), ("a", " b", [" b</s>"]), ("a", " b ", [" b </s>"]), (" a\n", "\nb", ["\nb</s>"])],
+)
 def test_offsets_without_white_space(prompt, completion, learned):
     from tokenizers.processors import ByteLevel
 
@@ -152,9 +166,11 @@ def word_tokenizer(words):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
 
 
-VICUNA = ("{% for message in messages %}{% if message.role == 'user' %}{{ 'USER: ' + message.content + ' ' }}"
-          "{% else %}{{ 'ASSISTANT: ' + message.content + eos_token }}{% endif %}{% endfor %}"
-          "{% if add_generation_prompt %}{{ 'ASSISTANT: ' }}{% endif %}")
+VICUNA = (
+    "{% for message in messages %}{% if message.role == 'user' %}{{ 'USER: ' + message.content + ' ' }}"
+    "{% else %}{{ 'ASSISTANT: ' + message.content + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT: ' }}{% endif %}"
+)
 
 
 def test_a_token_that_joins_prompt_and_answer_is_learned():
@@ -163,9 +179,18 @@ def test_a_token_that_joins_prompt_and_answer_is_learned():
     chat = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello there"}]}
     tokens, learned = tokenize(to_document(chat, "here", Fields()), tokenizer)
     pieces = list(zip(tokenizer.convert_ids_to_tokens(tokens), learned.tolist()))
-    assert pieces == [("USER:", False), ("▁hi", False), ("▁ASSISTANT:", False), ("▁hello", True), ("▁there", True),
-                      ("</s>", True)]
+    assert pieces == [
+        ("USER:", False),
+        ("▁hi", False),
+        ("▁ASSISTANT:", False),
+        ("▁hello", True),
+        ("▁there", True),
+        ("</s>", True),
+    ]
     joined = {"prompt": "USER: ", "completion": "hello"}
     tokens, learned = tokenize(to_document(joined, "here", Fields()), tokenizer)
     assert list(zip(tokenizer.convert_ids_to_tokens(tokens), learned.tolist())) == [
-        ("USER:", False), ("▁hello", True), ("</s>", True)]
+        ("USER:", False),
+        ("▁hello", True),
+        ("</s>", True),
+    ]

@@ -10,11 +10,44 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2] / "alst_jax"
-LAYERS = ("declare", "profile", "data_flags", "lora_flags", "watch_flags", "extend_flags", "process_flags", "config",
-          "flag_checks", "processes", "hardware", "xla", "ops", "data", "models", "parallel", "stack", "optim",
-          "in_backward", "step", "lowered", "storage", "metrics", "profiling", "watch", "refused", "trainer",
-          "at_length", "planning", "preflight", "run_packs", "run_data", "run_long", "run_lora", "run_state",
-          "run")  # docs/architecture.md
+LAYERS = (
+    "declare",
+    "profile",
+    "data_flags",
+    "lora_flags",
+    "watch_flags",
+    "extend_flags",
+    "process_flags",
+    "config",
+    "flag_checks",
+    "processes",
+    "hardware",
+    "xla",
+    "ops",
+    "data",
+    "models",
+    "parallel",
+    "stack",
+    "optim",
+    "in_backward",
+    "step",
+    "lowered",
+    "storage",
+    "metrics",
+    "profiling",
+    "watch",
+    "refused",
+    "trainer",
+    "at_length",
+    "planning",
+    "preflight",
+    "run_packs",
+    "run_data",
+    "run_long",
+    "run_lora",
+    "run_state",
+    "run",
+)  # docs/architecture.md
 ORDER = {name: number for number, name in enumerate(LAYERS)}
 
 
@@ -50,8 +83,15 @@ def test_every_file_has_a_layer():
     assert {file.removesuffix(".py").split("/")[0] for file in FILES} - {"__init__"} == set(LAYERS)
 
 
-@pytest.mark.parametrize("planted", ["from alst_jax.stack.layer import Layer", "import alst_jax.planning.plan",
-                                     "from alst_jax import step", "def f():\n    from alst_jax.run import main"])
+@pytest.mark.parametrize(
+    "planted",
+    [
+        "from alst_jax.stack.layer import Layer",
+        "import alst_jax.planning.plan",
+        "from alst_jax import step",
+        "def f():\n    from alst_jax.run import main",
+    ],
+)
 def test_a_planted_upward_import_is_found(planted):
     assert upward("ops/linear.py", planted)
     assert not upward("ops/linear.py", "from alst_jax.xla import order")

@@ -49,8 +49,10 @@ def test_inside_scan_and_checkpoint():
     def double(x, y):
         return opaque(scaled)(x, y, factor=2)
 
-    double.defvjp(lambda x, y: (double(x, y), (x, y)),
-                  lambda kept, d: (opaque(scaled)(d, kept[1], factor=2), opaque(scaled)(d, kept[0], factor=2)))
+    double.defvjp(
+        lambda x, y: (double(x, y), (x, y)),
+        lambda kept, d: (opaque(scaled)(d, kept[1], factor=2), opaque(scaled)(d, kept[0], factor=2)),
+    )
 
     def loss(x, y):
         y = jax.lax.pcast(y, "seq", to="varying")

@@ -149,8 +149,10 @@ def test_loss_of_a_tile_weighs_by_its_valid_labels():
     h, table, _ = loss_inputs()
     labels = jnp.full(TOKENS, IGNORED).at[:5].set(3).at[7].set(1).at[20].set(2)
     total, valid = float(tiled_cross_entropy(h, table, labels, 5)), 7
-    means = [float(cross_entropy(h[i : i + 5], table, labels[i : i + 5])) / max(1, int((labels[i : i + 5] != IGNORED).sum()))
-             for i in range(0, TOKENS, 5)]
+    means = [
+        float(cross_entropy(h[i : i + 5], table, labels[i : i + 5])) / max(1, int((labels[i : i + 5] != IGNORED).sum()))
+        for i in range(0, TOKENS, 5)
+    ]
     assert total / valid == pytest.approx(exact_loss(h, table, labels) / valid, rel=1e-5)
     assert abs(np.mean(means) - total / valid) > 0.05 * total / valid
 
@@ -158,8 +160,7 @@ def test_loss_of_a_tile_weighs_by_its_valid_labels():
 def test_ignored_labels_give_exactly_zero():
     h, table, _ = loss_inputs()
     labels = jnp.full(TOKENS, IGNORED)
-    loss, (dh, dtable) = jax.value_and_grad(
-        lambda h, w: tiled_cross_entropy(h, w, labels, 5), argnums=(0, 1))(h, table)
+    loss, (dh, dtable) = jax.value_and_grad(lambda h, w: tiled_cross_entropy(h, w, labels, 5), argnums=(0, 1))(h, table)
     assert float(loss) == 0 and not np.any(dh) and not np.any(dtable)
     labels = labels.at[12].set(3)  # one label in the middle tile: the other tiles' rows stay 0, nothing is NaN
     dh = jax.grad(lambda h: tiled_cross_entropy(h, table, labels, 5))(h)
@@ -174,6 +175,7 @@ def test_huge_logits_stay_finite():
 
 def count_logit_products(fn, vocab):
     """Matrix products with the vocabulary as a dim, in a function's program, inner programs included."""
+
     def visit(jaxpr):
         total = 0
         for eqn in jaxpr.eqns:
@@ -184,6 +186,7 @@ def count_logit_products(fn, vocab):
                     inner = getattr(inner, "jaxpr", inner)
                     total += visit(inner) if hasattr(inner, "eqns") else 0
         return total
+
     return visit(fn)
 
 
@@ -233,10 +236,21 @@ def test_xla_attention(kv_heads, monkeypatch):
         assert relative_error(a, b) < 1e-5
 
 
-@pytest.mark.parametrize("length,heads,kv_heads,groups", [
-    (524_288, 32, 8, 1),  # exactly 2^31 elements: still right
-    (524_416, 32, 8, 2), (589_824, 32, 8, 2), (1_048_576, 32, 8, 2), (1_200_000, 32, 8, 4), (4_194_304, 32, 8, 8),
-    (4_194_432, 32, 8, 16), (10_000_000, 32, 8, 32), (589_824, 32, 1, 2), (589_824, 36, 9, 3)])
+@pytest.mark.parametrize(
+    "length,heads,kv_heads,groups",
+    [
+        (524_288, 32, 8, 1),  # exactly 2^31 elements: still right
+        (524_416, 32, 8, 2),
+        (589_824, 32, 8, 2),
+        (1_048_576, 32, 8, 2),
+        (1_200_000, 32, 8, 4),
+        (4_194_304, 32, 8, 8),
+        (4_194_432, 32, 8, 16),
+        (10_000_000, 32, 8, 32),
+        (589_824, 32, 1, 2),
+        (589_824, 36, 9, 3),
+    ],
+)
 def test_heads_are_split_below_the_int32_wall(length, heads, kv_heads, groups):
     assert head_groups((1, length, heads, 128), kv_heads) == groups
     assert length * heads // groups * 128 <= 2**31
@@ -247,8 +261,9 @@ def test_a_head_beyond_the_wall_is_refused():
         head_groups((1, 16_777_217, 32, 128), 8)
 
 
-@pytest.mark.parametrize("kv_heads,parts", [
-    (2, 4), pytest.param(4, 2, marks=pytest.mark.slow), pytest.param(1, 8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kv_heads,parts", [(2, 4), pytest.param(4, 2, marks=pytest.mark.slow), pytest.param(1, 8, marks=pytest.mark.slow)]
+)
 def test_split_heads_equal_one_call(kv_heads, parts, monkeypatch):
     """The guard's splitting: which query head reads which kv head must not change, nor what is summed where."""
     q, k, v = normal(0, 1, TOKENS, 8, 8), normal(1, 1, TOKENS, kv_heads, 8), normal(2, 1, TOKENS, kv_heads, 8)

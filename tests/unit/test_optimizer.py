@@ -57,8 +57,11 @@ def reference(start, steps=5, size=1.0):
     mask = jax.tree_util.tree_map_with_path(lambda path, _: decays(path), start)
     schedule = lambda count: 1e-2 * (count + 1)
     tx = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.scale_by_adam(0.8, 0.95, 1e-6), optax.add_decayed_weights(0.1, mask),
-        optax.scale_by_learning_rate(schedule))
+        optax.clip_by_global_norm(1.0),
+        optax.scale_by_adam(0.8, 0.95, 1e-6),
+        optax.add_decayed_weights(0.1, mask),
+        optax.scale_by_learning_rate(schedule),
+    )
     params, state = start, tx.init(start)
     for seed in range(steps):
         updates, state = tx.update(gradients_like(start, seed, size), state, params)
@@ -67,9 +70,16 @@ def reference(start, steps=5, size=1.0):
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-4])  # clipped, and not
-@pytest.mark.parametrize("profile,sp", [
-    (PLAIN, 1), (PLAIN, 4), (Profile(offload_weights=True), 1), (Profile(offload_optimizer=True), 4),
-    (Profile(offload_weights=True, offload_optimizer=True), 4)])
+@pytest.mark.parametrize(
+    "profile,sp",
+    [
+        (PLAIN, 1),
+        (PLAIN, 4),
+        (Profile(offload_weights=True), 1),
+        (Profile(offload_optimizer=True), 4),
+        (Profile(offload_weights=True, offload_optimizer=True), 4),
+    ],
+)
 def test_equals_optax_wherever_it_lives(profile, sp, size):
     start, params, _ = run(profile, sp=sp, size=size)
     assert_trees_close(params, reference(start, size=size), 1e-6)
@@ -104,8 +114,11 @@ def test_bfloat16_weights_follow_a_float32_master():
     start, params, state = run(Profile(compute_dtype="bfloat16"), dtype=jnp.bfloat16, **tiny_rate)
     widened = jax.tree.map(lambda x: np.asarray(x, np.float32), start)
     gradients = [jax.tree.map(lambda g: np.asarray(g, np.float32), gradients_like(start, s)) for s in range(5)]
-    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(0.8, 0.95, 1e-6),
-                     optax.scale_by_learning_rate(lambda count: 1e-2 * (count + 1)))
+    tx = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.scale_by_adam(0.8, 0.95, 1e-6),
+        optax.scale_by_learning_rate(lambda count: 1e-2 * (count + 1)),
+    )
     expected, optimizer = widened, tx.init(widened)
     for gradient in gradients:
         updates, optimizer = tx.update(gradient, optimizer)
@@ -124,9 +137,9 @@ def test_stream_covers_every_row_once(rows, on_host):
         return total + jnp.sum(read[0]), (written[0] + read[0],)
 
     rows = min(rows, 10)
-    total, (new,) = jax.jit(lambda x, y: stream(
-        body, jnp.float32(0), written=(x,), read=(y,), rows=rows, on_host=(on_host, False)))(
-        jax.device_put(x, jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind=host.memory_kind(on_host))), y)
+    total, (new,) = jax.jit(
+        lambda x, y: stream(body, jnp.float32(0), written=(x,), read=(y,), rows=rows, on_host=(on_host, False))
+    )(jax.device_put(x, jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind=host.memory_kind(on_host))), y)
     assert float(total) == 20
     np.testing.assert_array_equal(new, x + 1)
 
@@ -144,11 +157,13 @@ def test_learning_rate(schedule, middle, last):
     assert rate(60) == pytest.approx(2.0 * middle) and rate(110) == pytest.approx(2.0 * last)
 
 
-@pytest.mark.parametrize("states, master", [
-    ("float32", "float32"), ("float32", "low-bits"), ("bfloat16", "none"), ("int8", "none")])
+@pytest.mark.parametrize(
+    "states, master", [("float32", "float32"), ("float32", "low-bits"), ("bfloat16", "none"), ("int8", "none")]
+)
 def test_an_update_is_in_place_and_works_a_layer_at_a_time(states, master):
     """What it replaces is gone afterwards, bfloat16 weights that their master makes anew included; and of what is
     worked on, little grows with the layers: a loop on a CPU begins with a copy of one parameter's arrays."""
+
     def compiled(layers):
         step = make_step(tiny(num_layers=layers), dtype=jnp.bfloat16, optimizer=AdamW(states=states, master=master))
         scalar = jax.ShapeDtypeStruct((), jnp.float32)

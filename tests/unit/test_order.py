@@ -26,14 +26,20 @@ def test_values_do_not_depend_on_the_array(value, dtype):
 def test_the_compiler_does_not_see_through():
     """Were the result a constant in the optimised program, nothing would wait."""
     shape = jax.ShapeDtypeStruct((4,), jnp.float32)
-    for fn in (lambda x: index_after(x, 4), lambda x: zeros_after(x, (4,), jnp.float32), lambda x: after(x, jnp.ones(4))):
+    for fn in (
+        lambda x: index_after(x, 4),
+        lambda x: zeros_after(x, (4,), jnp.float32),
+        lambda x: after(x, jnp.ones(4)),
+    ):
         text = jax.jit(fn).lower(shape).compile().as_text()
         assert "bitcast-convert" in text, text
     there_and_back = lambda x: jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, jnp.int32), jnp.float32)
     before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", False)
     try:
-        assert "bitcast-convert" not in jax.jit(there_and_back).lower(shape).compile().as_text()  # so it can be seen through
+        assert (
+            "bitcast-convert" not in jax.jit(there_and_back).lower(shape).compile().as_text()
+        )  # so it can be seen through
         for fn in (lambda x: index_after(x, 4), lambda x: zeros_after(x, (4,), jnp.float32)):
             assert "bitcast-convert" in jax.jit(fn).lower(shape).compile().as_text()
     finally:
@@ -54,7 +60,9 @@ def test_what_is_the_same_on_all_devices_stays_so():
     def local(array, table, shards):
         return read_after(array, lambda i: (table[i], shards[i]), 2)
 
-    on_mesh = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P("seq"), P(), P(None, "seq")), out_specs=(P(), P("seq"))))
+    on_mesh = jax.jit(
+        jax.shard_map(local, mesh=mesh, in_specs=(P("seq"), P(), P(None, "seq")), out_specs=(P(), P("seq")))
+    )
     rows = on_mesh(jnp.ones((4, 2)), table, shards)  # out_specs refuse a first row that varies
     np.testing.assert_array_equal(rows[0], table[2])
     np.testing.assert_array_equal(rows[1], shards[2])

@@ -62,7 +62,9 @@ def pieces(lengths):
 
 def test_a_pack_is_its_documents_one_behind_the_other():
     packs = Packs(pieces([2, 3, 1]), groups([1, 2], [0]))
-    assert len(packs) == 2 and packs[0].tokens.tolist() == [1, 1, 1, 2] and packs[0].labels.tolist() == [101] * 3 + [102]
+    assert (
+        len(packs) == 2 and packs[0].tokens.tolist() == [1, 1, 1, 2] and packs[0].labels.tolist() == [101] * 3 + [102]
+    )
     assert packs[0].lengths == (3, 1) and packs[1].lengths == (2,)
     assert Packs(pieces([2, 3, 1]), groups([1, 2], [0]), together=True)[0].lengths is None
     assert pieces_of(packs[0], 8) == [3, 1, 4] and pieces_of(packs[0], 4) == [3, 1]
@@ -71,8 +73,7 @@ def test_a_pack_is_its_documents_one_behind_the_other():
 
 def test_offsets_of_each_replica():
     rows = [[3, 2], [8], [1, 1], [2, 3, 3]]
-    np.testing.assert_array_equal(
-        offsets_of(rows, 8, 2, 6), [[0, 3, 5, 8, 16, 16, 16], [0, 1, 2, 8, 10, 13, 16]])
+    np.testing.assert_array_equal(offsets_of(rows, 8, 2, 6), [[0, 3, 5, 8, 16, 16, 16], [0, 1, 2, 8, 10, 13, 16]])
     np.testing.assert_array_equal(offsets_of([[8]], 8, 1, 2), [[0, 8, 8]])
     with pytest.raises(ValueError, match="6 documents in the 2 sequences of a replica, and at most 5"):
         offsets_of(rows, 8, 2, 5)

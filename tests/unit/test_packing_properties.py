@@ -118,7 +118,9 @@ def test_an_addition_by_hand():
     assert sorted(seen[:6]) == sorted(seen[6:12]) == sorted(seen[12:]) == list(range(6))
     assert seen[0] < 4 and seen[6:12] != seen[12:]
     at_an_end = Extended(range(6), Stages((4, 2), (0, 8)), 7)
-    assert sorted(at_an_end[i] for i in (8, 9)) == [4, 5] and sorted(at_an_end[i] for i in range(10, 16)) == list(range(6))
+    assert sorted(at_an_end[i] for i in (8, 9)) == [4, 5] and sorted(at_an_end[i] for i in range(10, 16)) == list(
+        range(6)
+    )
     assert [Extended(range(6), Stages((4, 2), (0, 1)), seed)[1] for seed in range(12)].count(extended[1]) < 12
 
 

@@ -54,9 +54,16 @@ def test_the_table_is_printed_once_and_is_of_one_step(traced):
     assert sum(shares) == pytest.approx(100, abs=0.1 * len(rows)) and shares == sorted(shares, reverse=True)
 
 
-@pytest.mark.parametrize("path,scope", [
-    ("jit(f)/jvp(layer/mlp)/while/body/dot_general", "layer/mlp"), ("jit(f)/transpose(jvp(loss))/exp", "loss"),
-    ("jit(f)/layer/attention/all_to_all/all_to_all", "all_to_all"), ("jit(f)/lossless/exp", "no scope"), ("", "no scope")])
+@pytest.mark.parametrize(
+    "path,scope",
+    [
+        ("jit(f)/jvp(layer/mlp)/while/body/dot_general", "layer/mlp"),
+        ("jit(f)/transpose(jvp(loss))/exp", "loss"),
+        ("jit(f)/layer/attention/all_to_all/all_to_all", "all_to_all"),
+        ("jit(f)/lossless/exp", "no scope"),
+        ("", "no scope"),
+    ],
+)
 def test_scopes_are_the_innermost(path, scope):
     assert profiling.scope_of(path) == scope
 

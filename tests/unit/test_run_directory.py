@@ -47,7 +47,12 @@ def test_a_run_directory_may_have_any_name(run):
 def test_what_is_no_checkpoint_is_said(run):
     other = run.parent / "other"
     other.mkdir()
-    for path in (other, run.parent / "nowhere", run / run_directory.CHECKPOINTS / "7" / "params", run / run_directory.MODEL):
+    for path in (
+        other,
+        run.parent / "nowhere",
+        run / run_directory.CHECKPOINTS / "7" / "params",
+        run / run_directory.MODEL,
+    ):
         with pytest.raises(UserError, match=f"^{path}: no checkpoint there; it is a directory with run.json, model/"):
             run_directory.find_checkpoint(path)
     with pytest.raises(UserError, match=f"^{run}/checkpoints/8: no such step; there are 7, 10$"):
@@ -87,8 +92,11 @@ def test_run_file(run):
 
 def test_a_changed_model_is_refused_field_by_field():
     run_directory.check_same_model(TINY, tiny())
-    with pytest.raises(UserError, match="^--resume: the model has changed since the checkpoint "
-                       r"\(num_layers 3 -> 4; mlp_bias True -> False\); start a new run in another --out"):
+    with pytest.raises(
+        UserError,
+        match="^--resume: the model has changed since the checkpoint "
+        r"\(num_layers 3 -> 4; mlp_bias True -> False\); start a new run in another --out",
+    ):
         run_directory.check_same_model(TINY, tiny(num_layers=4, mlp_bias=False))
     with pytest.raises(UserError, match="rope .*theta.*10000.0.* -> .*500000.0"):
         run_directory.check_same_model(TINY, tiny(rope=TINY.rope.__class__(theta=5e5)))
@@ -97,11 +105,25 @@ def test_a_changed_model_is_refused_field_by_field():
 def test_model_files_are_copied_without_weights(tmp_path):
     source = tmp_path / "hf"
     (source / "original").mkdir(parents=True)
-    copied = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja",
-              "vocab.json")
-    left = ("model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
-            "pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth", "model.gguf", ".gitattributes",
-            "original/params.json")
+    copied = (
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer.model",
+        "chat_template.jinja",
+        "vocab.json",
+    )
+    left = (
+        "model.safetensors",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+        "consolidated.00.pth",
+        "model.gguf",
+        ".gitattributes",
+        "original/params.json",
+    )
     for name in copied + left:
         (source / name).write_text(name)
     run_directory.copy_model_files(source, tmp_path / "run" / run_directory.MODEL)

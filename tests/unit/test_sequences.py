@@ -64,8 +64,11 @@ def test_documents_do_not_share_sequences():
 def test_short_data_are_refused_with_a_length_that_works():
     documents = text_documents(499, 20)
     sequences_of(documents, 1000)  # half is enough
-    with pytest.raises(UserError, match="^--data is shorter than asked for: the longest of 2 documents has 500 tokens, "
-                       "so that more than half of every sequence of 1001 would be padding. Use --seq-len 512 or less"):
+    with pytest.raises(
+        UserError,
+        match="^--data is shorter than asked for: the longest of 2 documents has 500 tokens, "
+        "so that more than half of every sequence of 1001 would be padding. Use --seq-len 512 or less",
+    ):
         sequences_of(documents, 1001)
     with pytest.raises(UserError, match="^--eval-data is shorter"):
         sequences_of(documents, 1001, flag="--eval-data")
@@ -125,8 +128,11 @@ def learned_text(template, chat=CHAT):
     return [tokenizer.decode(run) for run in runs[1 - learned[0] :: 2]]
 
 
-@pytest.mark.parametrize("template", [CHAT_TEMPLATE, UNMARKED, CHAT_TEMPLATE.replace("{% ", "{%- ")],
-                         ids=["marked", "unmarked", "marked, trimmed"])
+@pytest.mark.parametrize(
+    "template",
+    [CHAT_TEMPLATE, UNMARKED, CHAT_TEMPLATE.replace("{% ", "{%- ")],
+    ids=["marked", "unmarked", "marked, trimmed"],
+)
 def test_only_what_the_assistant_says_is_learned(template):
     assert ("generation %}" in template) == (template != UNMARKED)
     assert learned_text(template) == ["Fünf 🕔<|end_of_turn|>", "Yes.<|end_of_turn|>"]
@@ -162,13 +168,21 @@ def test_pieces_of_a_chat_without_assistant_are_left_out():
     assert stats.dropped == 3 and [p.tokens.size for p in pieces] == [28]
 
 
-@pytest.mark.parametrize("template, message", [
-    (None, "^here: a chat, but the model's tokenizer has no chat template; use a model with one"),
-    (REWRITING.replace("{% generation %}", "").replace("{% endgeneration %}", ""),
-     "^here: the chat template leaves text of message 1 out of what is learned. Lost: 'Fünf 🕔'"),
-    ("{{ raise_exception('roles must alternate') }}", "^here: the model's chat template refuses this chat: roles must"),
-    ("{% if %}", "^here: the model's chat template refuses this chat: "),
-])
+@pytest.mark.parametrize(
+    "template, message",
+    [
+        (None, "^here: a chat, but the model's tokenizer has no chat template; use a model with one"),
+        (
+            REWRITING.replace("{% generation %}", "").replace("{% endgeneration %}", ""),
+            "^here: the chat template leaves text of message 1 out of what is learned. Lost: 'Fünf 🕔'",
+        ),
+        (
+            "{{ raise_exception('roles must alternate') }}",
+            "^here: the model's chat template refuses this chat: roles must",
+        ),
+        ("{% if %}", "^here: the model's chat template refuses this chat: "),
+    ],
+)
 def test_chats_that_cannot_be_told_apart_are_refused(template, message):
     with pytest.raises(UserError, match=message):
         sequences_of_chat(template)

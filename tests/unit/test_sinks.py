@@ -11,9 +11,12 @@ from alst_jax.ops.attention import AttentionSpec, Kernel, attention, attention_f
 from tests.helpers import relative_error
 
 DOCUMENTS = [0, 7, 7, 60, 101, 202]
-SPECS = {"causal": (AttentionSpec(sinks=True), None), "window": (AttentionSpec(window=5, sinks=True), None),
-         "documents": (AttentionSpec(sinks=True), DOCUMENTS),
-         "cap": (AttentionSpec(soft_cap=1.5, scale=0.7, causal=False, sinks=True), None)}
+SPECS = {
+    "causal": (AttentionSpec(sinks=True), None),
+    "window": (AttentionSpec(window=5, sinks=True), None),
+    "documents": (AttentionSpec(sinks=True), DOCUMENTS),
+    "cap": (AttentionSpec(soft_cap=1.5, scale=0.7, causal=False, sinks=True), None),
+}
 
 
 def inputs():
@@ -45,8 +48,10 @@ def test_output_and_gradients_equal_a_column_of_scores(case):
     *arrays, do = inputs()
     offsets = None if documents is None else jnp.asarray(documents, jnp.int32)
     ours = lambda q, k, v, sinks: attention(q, k, v, spec, offsets, sinks, kernel="xla")
-    found, true = (jax.jit(lambda do, *x, fn=fn: (lambda o, pull: (o, *pull(do)))(*jax.vjp(fn, *x)))(do, *arrays)
-                   for fn in (ours, lambda *x: masked(*x, spec, documents)))
+    found, true = (
+        jax.jit(lambda do, *x, fn=fn: (lambda o, pull: (o, *pull(do)))(*jax.vjp(fn, *x)))(do, *arrays)
+        for fn in (ours, lambda *x: masked(*x, spec, documents))
+    )
     for name, a, b in zip(("o", "dq", "dk", "dv", "dsinks"), found, true, strict=True):
         assert relative_error(a, b) < 1e-5, name
     assert np.abs(found[-1]).min() > 1e-4  # each head's sink has a gradient

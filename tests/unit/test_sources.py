@@ -29,20 +29,31 @@ def test_weights_and_names(tmp_path, monkeypatch):
     assert parse_sources(["a.jsonl", "code=b"]) == [Source("a.jsonl", "a.jsonl"), Source("code", "b")]
     assert parse_sources(["code=b:2e-1", "a.jsonl:.3"])[0] == Source("code", "b", 0.4)
     assert parse_sources(["2:30.jsonl", "d:7", "x=y.jsonl"]) == [
-        Source("2:30.jsonl", "2:30.jsonl"), Source("d:7", "d:7"), Source("x=y.jsonl", "x=y.jsonl")]
+        Source("2:30.jsonl", "2:30.jsonl"),
+        Source("d:7", "d:7"),
+        Source("x=y.jsonl", "x=y.jsonl"),
+    ]
     held_out = parse_sources(["a.jsonl", "b/", "v1.2", "c.json.gz", "owner/name.v2"], "--eval-data", held_out=True)
     assert [source.name for source in held_out] == ["a", "b", "v1.2", "c", "name.v2"]
 
 
-@pytest.mark.parametrize("given, message", [
-    (["a.jsonl", "a.jsonl"], "two sources of one name (a.jsonl)"),
-    (["a.jsonl", "./a.jsonl"], "two sources of one path (./a.jsonl); leave out one of them. A weight (PATH:0.7)"),
-    (["x=a.jsonl", "x=b"], "--data a.jsonl b: two sources of one name (x); name one of them otherwise: --data NAME=PATH"),
-    (["a.jsonl:0.3", "b"], "--data b: no weight, and a.jsonl has 0.3; give all sources a weight or none"),
-    (["a.jsonl:0", "b:1"], "--data a.jsonl:0: the weight '0' is not a positive number"),
-    (["a.jsonl:-1", "b:1"], "the weight '-1' is not a positive number"),
-    (["a.jsonl:1e999", "b:1"], "the weight '1e999' is not a positive number"),
-    (["a.jsonl:0,3", "b:1"], "the weight '0,3' is not a positive number"), ([""], "--data '': name a file")])
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (["a.jsonl", "a.jsonl"], "two sources of one name (a.jsonl)"),
+        (["a.jsonl", "./a.jsonl"], "two sources of one path (./a.jsonl); leave out one of them. A weight (PATH:0.7)"),
+        (
+            ["x=a.jsonl", "x=b"],
+            "--data a.jsonl b: two sources of one name (x); name one of them otherwise: --data NAME=PATH",
+        ),
+        (["a.jsonl:0.3", "b"], "--data b: no weight, and a.jsonl has 0.3; give all sources a weight or none"),
+        (["a.jsonl:0", "b:1"], "--data a.jsonl:0: the weight '0' is not a positive number"),
+        (["a.jsonl:-1", "b:1"], "the weight '-1' is not a positive number"),
+        (["a.jsonl:1e999", "b:1"], "the weight '1e999' is not a positive number"),
+        (["a.jsonl:0,3", "b:1"], "the weight '0,3' is not a positive number"),
+        ([""], "--data '': name a file"),
+    ],
+)
 def test_bad_names_and_weights_are_refused(tmp_path, monkeypatch, given, message):
     monkeypatch.chdir(tmp_path)
     put(tmp_path, "a.jsonl"), put(tmp_path, "b/c.jsonl")
@@ -54,7 +65,9 @@ def test_bad_names_and_weights_are_refused(tmp_path, monkeypatch, given, message
 def test_held_out_sources_of_one_name_or_with_a_weight_are_refused(tmp_path):
     put(tmp_path, "x/a.jsonl"), put(tmp_path, "y/a.jsonl.gz", gzip.compress(b"x"))
     paths = [str(tmp_path / "x/a.jsonl"), str(tmp_path / "y/a.jsonl.gz")]
-    with pytest.raises(UserError, match=r"two sources of one name \(a\); name one of them otherwise: --eval-data NAME=PATH"):
+    with pytest.raises(
+        UserError, match=r"two sources of one name \(a\); name one of them otherwise: --eval-data NAME=PATH"
+    ):
         parse_sources(paths, "--eval-data", held_out=True)
     assert [s.name for s in parse_sources([paths[0], f"b={paths[1]}"], "--eval-data", held_out=True)] == ["a", "b"]
     with pytest.raises(UserError, match="held-out data have no weights"):
@@ -119,8 +132,10 @@ def test_the_order_of_weighted_sources_is_a_function_of_the_seed_and_resumes():
 
 def test_the_fingerprint_tells_other_weights():
     sequences = [Sequence(np.ones(2, np.int32), np.ones(2, np.int32))] * 4
-    prints = [fingerprint(sequences, mixture) for mixture in (
-        None, [(2, 0.5), (2, 0.5)], [(2, 0.25), (2, 0.75)], [(1, 0.5), (3, 0.5)])]
+    prints = [
+        fingerprint(sequences, mixture)
+        for mixture in (None, [(2, 0.5), (2, 0.5)], [(2, 0.25), (2, 0.75)], [(1, 0.5), (3, 0.5)])
+    ]
     assert len(set(prints)) == 4 and prints[0] == fingerprint(sequences)
 
 
@@ -149,21 +164,37 @@ def test_data_sets_of_the_hub_by_name(tmp_path, monkeypatch):
 def test_without_a_hub_the_name_is_refused():
     """The tests run with HF_HUB_OFFLINE."""
     message = refusal("no-such-owner/no-such-name")
-    assert message.startswith("--data no-such-owner/no-such-name: no such file or directory, and no data set of this name "
-                              "could be fetched from the hub (") and "\n" not in message
+    assert (
+        message.startswith(
+            "--data no-such-owner/no-such-name: no such file or directory, and no data set of this name "
+            "could be fetched from the hub ("
+        )
+        and "\n" not in message
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------- flags
 
 
-@pytest.mark.parametrize("flags, message", [
-    (dict(split="test", document_per="file", data=("a",)), "--split test is for data sets, and --document-per file for"),
-    (dict(eval_split="dev", data=("a",)), "--eval-split dev says how --eval-data is read"),
-    (dict(include=("*.py",)), "--include says how --data is read"), (dict(skip_bad_records=True), "--skip-bad-records says"),
-    (dict(template_date="2026-13-45"), "--template-date 2026-13-45: write a date"),
-    (dict(template_date="20261127"), "--template-date 20261127: write a date"),
-    (dict(ignore_fields=("id",)), "--ignore-fields says how --data is read"),
-    (dict(show_samples=1, plan_only=True), "--show-samples 1 reads data, and --plan-only and --find-max-seq-len need none")])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (
+            dict(split="test", document_per="file", data=("a",)),
+            "--split test is for data sets, and --document-per file for",
+        ),
+        (dict(eval_split="dev", data=("a",)), "--eval-split dev says how --eval-data is read"),
+        (dict(include=("*.py",)), "--include says how --data is read"),
+        (dict(skip_bad_records=True), "--skip-bad-records says"),
+        (dict(template_date="2026-13-45"), "--template-date 2026-13-45: write a date"),
+        (dict(template_date="20261127"), "--template-date 20261127: write a date"),
+        (dict(ignore_fields=("id",)), "--ignore-fields says how --data is read"),
+        (
+            dict(show_samples=1, plan_only=True),
+            "--show-samples 1 reads data, and --plan-only and --find-max-seq-len need none",
+        ),
+    ],
+)
 def test_flags_of_data_that_make_no_sense_are_refused(flags, message):
     with pytest.raises(UserError, match=message):
         check_run(TrainConfig(**flags))
@@ -173,5 +204,9 @@ def test_files_are_found_in_the_order_of_their_paths(tmp_path):
     for name in ("b.txt", "a/z.txt", "a.txt", "B.txt"):
         put(tmp_path, name)
     assert ["/".join(f.below) for f in find_files(str(tmp_path), Selection(), "--data").files] == [
-        "B.txt", "a/z.txt", "a.txt", "b.txt"]
+        "B.txt",
+        "a/z.txt",
+        "a.txt",
+        "b.txt",
+    ]
     assert os.listdir(tmp_path)

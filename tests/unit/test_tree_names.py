@@ -36,24 +36,36 @@ def modules():
 def test_names_of_modules_and_dicts():
     found = {names(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(modules())}
     assert found == {
-        ("embed_tokens", "embedding"): (4, 2), ("layers", "self_attn", "q_proj", "kernel"): (2, 3),
-        ("layers", "self_attn", "q_proj", "bias"): (3,), ("layers", "self_attn", "o_proj", "kernel"): (2, 2),
-        ("layers", "experts", "0", "kernel"): (2, 5), ("layers", "experts", "1", "kernel"): (2, 6),
-        ("value", "value"): (1,)}  # a key of a dict may be called so
+        ("embed_tokens", "embedding"): (4, 2),
+        ("layers", "self_attn", "q_proj", "kernel"): (2, 3),
+        ("layers", "self_attn", "q_proj", "bias"): (3,),
+        ("layers", "self_attn", "o_proj", "kernel"): (2, 2),
+        ("layers", "experts", "0", "kernel"): (2, 5),
+        ("layers", "experts", "1", "kernel"): (2, 6),
+        ("value", "value"): (1,),
+    }  # a key of a dict may be called so
     for name in found:
         assert names(name) == name
 
 
 def test_a_state_inside_of_a_variable_has_no_value_in_its_name():
     state = jax.tree.map(lambda x: {"code": x, "scale": x}, {"mu": modules()["layers"].self_attn.o_proj})
-    assert [dotted(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)] == ["mu.kernel.code", "mu.kernel.scale"]
+    assert [dotted(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)] == [
+        "mu.kernel.code",
+        "mu.kernel.scale",
+    ]
 
 
 def test_stacked_leaves():
     assert {dotted(path): is_stacked(path) for path, _ in jax.tree_util.tree_leaves_with_path(modules())} == {
-        "embed_tokens.embedding": False, "layers.self_attn.q_proj.kernel": True, "layers.self_attn.q_proj.bias": True,
-        "layers.self_attn.o_proj.kernel": True, "layers.experts.0.kernel": True, "layers.experts.1.kernel": True,
-        "value.value": False}
+        "embed_tokens.embedding": False,
+        "layers.self_attn.q_proj.kernel": True,
+        "layers.self_attn.q_proj.bias": True,
+        "layers.self_attn.o_proj.kernel": True,
+        "layers.experts.0.kernel": True,
+        "layers.experts.1.kernel": True,
+        "value.value": False,
+    }
     assert is_stacked(("layers", "kernel")) and not is_stacked(("norm", "scale"))
 
 
@@ -72,7 +84,8 @@ def test_as_dict_of_a_dict_is_the_dict():
     assert as_dict({"a": {"b": None, "c": 1}}) == {"a": {"c": 1}}
     model = abstract_params(TINY, jnp.float32)
     assert [dotted(p) for p, _ in jax.tree_util.tree_leaves_with_path(as_dict(model))] == [
-        dotted(p) for p, _ in jax.tree_util.tree_leaves_with_path(model)]
+        dotted(p) for p, _ in jax.tree_util.tree_leaves_with_path(model)
+    ]
 
 
 def test_other_nodes_have_no_names():

@@ -40,8 +40,10 @@ def usual(watched, steps=20):
         assert watched.judge(step, values) is None
 
 
-@pytest.mark.parametrize("values,words", [
-    ({"loss": 4.0, "grad_norm": 1.0}, "loss 4 is "), ({"loss": 3.0, "grad_norm": 9.0}, "gradient norm 9 is ")])
+@pytest.mark.parametrize(
+    "values,words",
+    [({"loss": 4.0, "grad_norm": 1.0}, "loss 4 is "), ({"loss": 3.0, "grad_norm": 9.0}, "gradient norm 9 is ")],
+)
 def test_a_spike_is_told_and_kept_out_of_what_is_usual(values, words, events):
     watched = Watch(WatchFlags(), events.append)
     usual(watched)
@@ -159,8 +161,9 @@ def test_a_run_of_several_processes_gives_up_a_step_that_hangs(events):
 
 
 def batches(length=8):
-    return TrainingBatches([Sequence(np.full(length, i, np.int32), np.full(length, i, np.int32)) for i in range(40)],
-                           length, 1, 1, 0, 0)
+    return TrainingBatches(
+        [Sequence(np.full(length, i, np.int32), np.full(length, i, np.int32)) for i in range(40)], length, 1, 1, 0, 0
+    )
 
 
 def numbers(count):
@@ -206,8 +209,7 @@ def run(monkeypatch, tmp_path, bad, problem, steps=12, save_every=5, **flags):
     try:
         with trainer.StopSignal() as stop:
             state = trainer.TrainState((), None, None, 0)
-            state = trainer.train(
-                config, fake_step(), state, steps, trainer.Data(data), log, Saves(write, read), stop)
+            state = trainer.train(config, fake_step(), state, steps, trainer.Data(data), log, Saves(write, read), stop)
     finally:
         log.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -248,13 +250,27 @@ def test_a_spike_stops_the_run_where_the_flag_says_so(monkeypatch, tmp_path):
         run(monkeypatch, tmp_path, numbers(3)[2:], Spike, on_spike="stop")
 
 
-@pytest.mark.parametrize("flags,words", [
-    (dict(on_spike="rewind"),
-     "--on-spike rewind goes back to a checkpoint; say how often one is saved with --save-every"),
-    (dict(on_nonfinite="skip", update_in_backward=True, offload_weights=True, offload_optimizer=True, clip_norm=0.0),
-     "--on-nonfinite skip: with --update-in-backward the step is applied"),
-    (dict(spike_deviations=0.0), "--spike-deviations 0.0: must be above 0"),
-    (dict(check_numerics=True, plan_only=True), "--check-numerics computes on the devices of a run")])
+@pytest.mark.parametrize(
+    "flags,words",
+    [
+        (
+            dict(on_spike="rewind"),
+            "--on-spike rewind goes back to a checkpoint; say how often one is saved with --save-every",
+        ),
+        (
+            dict(
+                on_nonfinite="skip",
+                update_in_backward=True,
+                offload_weights=True,
+                offload_optimizer=True,
+                clip_norm=0.0,
+            ),
+            "--on-nonfinite skip: with --update-in-backward the step is applied",
+        ),
+        (dict(spike_deviations=0.0), "--spike-deviations 0.0: must be above 0"),
+        (dict(check_numerics=True, plan_only=True), "--check-numerics computes on the devices of a run"),
+    ],
+)
 def test_flags_that_do_not_go_together(flags, words):
     with pytest.raises(UserError, match=words.replace("(", r"\(")):
         check_run(TrainConfig(seq_len=8, **flags))
@@ -264,9 +280,12 @@ def test_a_spike_is_refused_before_the_update():
     """`optimizer_step` itself asks between gradient and update: the weights are those before."""
     updates = []
     step = step_with(
-        model=TINY, put_batch=lambda **arrays: arrays,
-        loss_and_grad=lambda *_: (jnp.float32(7), jnp.float32(0)), gradient_norm=lambda _: jnp.float32(2),
-        update=lambda *_: updates.append(1) or (jnp.float32(0), None))
+        model=TINY,
+        put_batch=lambda **arrays: arrays,
+        loss_and_grad=lambda *_: (jnp.float32(7), jnp.float32(0)),
+        gradient_norm=lambda _: jnp.float32(2),
+        update=lambda *_: updates.append(1) or (jnp.float32(0), None),
+    )
     state, asked = trainer.TrainState(jnp.float32(1), None, None, 3), []
     arrays = {"tokens": np.zeros((1, 1, 4), np.int32), "labels": np.zeros((1, 1, 4), np.int32)}
     with pytest.raises(Spike) as refused:

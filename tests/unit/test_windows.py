@@ -33,6 +33,7 @@ def both_ways(q, k, v, do, spec, documents):
 
 def masked(q, k, v, do, spec, documents):
     """The same with all scores at once and a mask."""
+
     def forward(q, k, v):
         k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
         scores = jnp.einsum("bsnh,btnh->bnst", q, k) * spec.scale_of(q.shape[3])
@@ -50,11 +51,19 @@ def masked(q, k, v, do, spec, documents):
 
 
 @pytest.mark.parametrize("tile", [16, 37, 202])
-@pytest.mark.parametrize("spec,documents", [
-    (AttentionSpec(window=2), None), (AttentionSpec(), DOCUMENTS), (AttentionSpec(window=5), DOCUMENTS),
-    (AttentionSpec(window=7, soft_cap=1.5, scale=0.7), None), (AttentionSpec(window=5, causal=False), DOCUMENTS),
-    (AttentionSpec(soft_cap=1.5), [0] + list(range(1, 100)) + [101, 202, 202]),
-    (AttentionSpec(causal=False), DOCUMENTS)], ids=str)
+@pytest.mark.parametrize(
+    "spec,documents",
+    [
+        (AttentionSpec(window=2), None),
+        (AttentionSpec(), DOCUMENTS),
+        (AttentionSpec(window=5), DOCUMENTS),
+        (AttentionSpec(window=7, soft_cap=1.5, scale=0.7), None),
+        (AttentionSpec(window=5, causal=False), DOCUMENTS),
+        (AttentionSpec(soft_cap=1.5), [0] + list(range(1, 100)) + [101, 202, 202]),
+        (AttentionSpec(causal=False), DOCUMENTS),
+    ],
+    ids=str,
+)
 def test_tiles_that_read_a_part_of_the_keys_equal_a_mask(monkeypatch, spec, documents, tile):
     """Output, log-sum-exp and gradients. 2 x 101 tokens: the last tile of 16 or 37 is shorter."""
     arrays_ = arrays(101)
@@ -99,16 +108,34 @@ def test_work_follows_the_documents(monkeypatch):
 
 TYPES = dict(layer_types=["sliding_attention"])
 SWITCH = dict(use_sliding_window=True, max_window_layers=0)
-BORDERS = {"Mistral": {}, "Qwen2": SWITCH, "Qwen3": SWITCH, "Olmo3": TYPES, "Gemma3Text": TYPES,
-           "SmolLM3": TYPES | dict(use_sliding_window=True, no_rope_layers=[1])}
+BORDERS = {
+    "Mistral": {},
+    "Qwen2": SWITCH,
+    "Qwen3": SWITCH,
+    "Olmo3": TYPES,
+    "Gemma3Text": TYPES,
+    "SmolLM3": TYPES | dict(use_sliding_window=True, no_rope_layers=[1]),
+}
 
 
 @pytest.mark.parametrize("name", BORDERS)
 def test_the_border_is_transformers(name):
     """A token sees itself and the `sliding_window - 1` before it. In one layer, the gradient of the last token's hidden
     state with respect to each embedding says which tokens it sees."""
-    fields = dict(vocab_size=32, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
-                  num_key_value_heads=1, head_dim=8, sliding_window=5, pad_token_id=None) | BORDERS[name]
+    fields = (
+        dict(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            sliding_window=5,
+            pad_token_id=None,
+        )
+        | BORDERS[name]
+    )
     config = getattr(transformers, name + "Config")(**fields)
     config._attn_implementation = "eager"
     model = getattr(transformers, name + "Model")(config)
@@ -116,7 +143,9 @@ def test_the_border_is_transformers(name):
     model(inputs_embeds=x, use_cache=False).last_hidden_state[0, -1].pow(3).sum().backward()
     seen = {int(i) for i in torch.nonzero(x.grad[0].abs().sum(-1))}
     assert seen == {7, 8, 9, 10, 11}
-    model = parse_config(config.to_dict() | {"architectures": [name.removesuffix("Text") + "ForCausalLM"]}, "config.json")
+    model = parse_config(
+        config.to_dict() | {"architectures": [name.removesuffix("Text") + "ForCausalLM"]}, "config.json"
+    )
     (kind,) = model.kinds
     o = lambda v: attention(*arrays(12, 1, 2, 1)[:2], v, model.attention_spec(kind), kernel="xla")[0, -1].sum()
     assert set(np.flatnonzero(np.abs(jax.grad(o)(jnp.ones((1, 12, 1, 8)))[0]).sum((1, 2)))) == seen
@@ -126,10 +155,13 @@ def test_operations_of_a_step_know_windows():
     """4 x N x H operations for each pair of a query and a key that it reads; three times that with the backward
     pass."""
     full, windowed = tiny(num_layers=2), tiny(num_layers=2, layer_kinds=(LayerKind(), LayerKind(window=16)))
-    pairs = sum(min(i + 0.5, 16) for i in range(1024))  # half of a token's pair with itself, as in the causal half of S^2
+    pairs = sum(
+        min(i + 0.5, 16) for i in range(1024)
+    )  # half of a token's pair with itself, as in the causal half of S^2
     saved = 1024**2 / 2 - pairs
     assert full.flops_per_sequence(1024) - windowed.flops_per_sequence(1024) == pytest.approx(
-        3 * 4 * 8 * 16 * saved, rel=1e-3)
+        3 * 4 * 8 * 16 * saved, rel=1e-3
+    )
     assert windowed.flops_per_sequence(16) == full.flops_per_sequence(16)
 
 
@@ -137,8 +169,13 @@ def test_plans_know_windows():
     """A layer of 4,096 tokens' window among 131,072 reads a sixteenth of the pairs: 2 x 4,096 / 131,072, less a
     corner."""
     kinds = (LayerKind(), LayerKind(window=4096))
-    terms = [seconds(Job(tiny(num_layers=2, layer_kinds=k), Profile(attention="flash", compute_dtype="bfloat16"), 1, 131072),
-                     parse_cluster("H100-80", 125)) for k in ((), kinds)]
+    terms = [
+        seconds(
+            Job(tiny(num_layers=2, layer_kinds=k), Profile(attention="flash", compute_dtype="bfloat16"), 1, 131072),
+            parse_cluster("H100-80", 125),
+        )
+        for k in ((), kinds)
+    ]
     for name in ("attention forward", "attention backward"):
         assert terms[1][name] / terms[0][name] == pytest.approx((1 + 1 / 16) / 2, rel=2e-3)
     assert terms[1]["matmuls"] == terms[0]["matmuls"]

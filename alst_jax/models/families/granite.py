@@ -7,8 +7,12 @@ from alst_jax.models.config import ModelConfig
 from alst_jax.models.families import llama
 from alst_jax.models.families.family import Family
 
-SCALARS = {"embedding_multiplier": "embedding_multiplier", "attention_scale": "attention_multiplier",
-           "residual_multiplier": "residual_multiplier", "logits_divisor": "logits_scaling"}  # here, in config.json
+SCALARS = {
+    "embedding_multiplier": "embedding_multiplier",
+    "attention_scale": "attention_multiplier",
+    "residual_multiplier": "residual_multiplier",
+    "logits_divisor": "logits_scaling",
+}  # here, in config.json
 
 
 def options(raw: dict[str, Any], where: str) -> dict[str, Any]:
@@ -27,5 +31,6 @@ def fields(config: ModelConfig) -> dict[str, Any]:
     return llama.fields(config) | {theirs: getattr(config, ours) for ours, theirs in SCALARS.items()}
 
 
-FAMILY = Family("granite", "GraniteForCausalLM", frozenset(llama.BIASES) | frozenset(SCALARS.values()), options, fields,
-                llama.KEYS)
+FAMILY = Family(
+    "granite", "GraniteForCausalLM", frozenset(llama.BIASES) | frozenset(SCALARS.values()), options, fields, llama.KEYS
+)

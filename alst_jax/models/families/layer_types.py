@@ -46,8 +46,10 @@ def kinds(types: list[str], window: int | None, where: str) -> tuple[LayerKind, 
     if SLIDING not in types:
         return ()
     if window is None:
-        raise UserError(f"{where}: layer_types has {SLIDING}, but sliding_window is null or use_sliding_window false; "
-                        "the two contradict each other")
+        raise UserError(
+            f"{where}: layer_types has {SLIDING}, but sliding_window is null or use_sliding_window false; "
+            "the two contradict each other"
+        )
     return tuple(LayerKind(window=window if kind == SLIDING else None) for kind in types)
 
 
@@ -72,8 +74,10 @@ def switched_window_fields(config: ModelConfig) -> dict[str, Any]:
 def window_fields(config: ModelConfig) -> dict[str, Any]:
     """`layer_types` and `sliding_window`."""
     windows = [kind.window for kind in config.layer_kinds] or [None] * config.num_layers
-    return {"layer_types": [FULL if window is None else SLIDING for window in windows],
-            "sliding_window": next((window for window in windows if window is not None), None)}
+    return {
+        "layer_types": [FULL if window is None else SLIDING for window in windows],
+        "sliding_window": next((window for window in windows if window is not None), None),
+    }
 
 
 # ---------------------------------------------------------------------- families with a rotary embedding for each type
@@ -87,8 +91,10 @@ def every(n: int, raw: dict[str, Any]) -> list[str]:
 def kinds_by_type(raw: dict[str, Any], where: str, default: list[str]) -> tuple[LayerKind, ...]:
     """Kinds of layers with a window of 4,096 tokens if no length is given; `ropes` has their rotary embeddings."""
     types = layer_types(raw, where, default)
-    return tuple(dataclasses.replace(kind, table=int(kind.window is not None))
-                 for kind in kinds(types, window(raw, where, 4096), where))
+    return tuple(
+        dataclasses.replace(kind, table=int(kind.window is not None))
+        for kind in kinds(types, window(raw, where, 4096), where)
+    )
 
 
 def ropes(raw: dict[str, Any], where: str, bases: tuple[Any, Any]) -> list[tuple[Any, Any]]:

@@ -19,7 +19,9 @@ def norm_keys(*names: str) -> dict[tuple[str, ...], str]:
 QK_NORMS = norm_keys("self_attn.q_norm", "self_attn.k_norm")  # of other families
 LINEAR_KEYS = {
     (part, linear, ours): f"model.layers.{{}}.{part}.{linear}.{theirs}"
-    for part, linears in LINEARS.items() for linear in linears for ours, theirs in LEAVES
+    for part, linears in LINEARS.items()
+    for linear in linears
+    for ours, theirs in LEAVES
 }
 KEYS = norm_keys(*NORMS) | LINEAR_KEYS
 

@@ -14,8 +14,10 @@ def options(raw: dict[str, Any], where: str) -> dict[str, Any]:
     length, layers = layer_types.window(raw, where, 4096), raw["num_hidden_layers"]
     types = [layer_types.FULL if length is None else layer_types.SLIDING] * layers
     if raw.get("layer_types") not in (None, types):
-        raise UserError(f"{where}: layer_types={raw['layer_types']!r} contradicts sliding_window={length!r}, which "
-                        "alone says what transformers' Mistral does; remove layer_types")
+        raise UserError(
+            f"{where}: layer_types={raw['layer_types']!r} contradicts sliding_window={length!r}, which "
+            "alone says what transformers' Mistral does; remove layer_types"
+        )
     return {"layer_kinds": layer_types.kinds(types, length, where)}
 
 
@@ -23,5 +25,6 @@ def fields(config: ModelConfig) -> dict[str, Any]:
     return {"sliding_window": layer_types.window_fields(config)["sliding_window"]}
 
 
-FAMILY = Family("mistral", "MistralForCausalLM", frozenset({"sliding_window", "layer_types"}), options, fields,
-                llama.KEYS, DEFAULTS)
+FAMILY = Family(
+    "mistral", "MistralForCausalLM", frozenset({"sliding_window", "layer_types"}), options, fields, llama.KEYS, DEFAULTS
+)

@@ -18,5 +18,6 @@ def fields(config: ModelConfig) -> dict[str, Any]:
     return {"attention_bias": config.attention_bias}
 
 
-FAMILY = Family("olmo2", "Olmo2ForCausalLM", frozenset({"attention_bias"}), options, fields, KEYS,
-                {"rms_norm_eps": 1e-5})
+FAMILY = Family(
+    "olmo2", "Olmo2ForCausalLM", frozenset({"attention_bias"}), options, fields, KEYS, {"rms_norm_eps": 1e-5}
+)

@@ -23,5 +23,13 @@ def fields(config: ModelConfig) -> dict[str, Any]:
     return olmo2.fields(config) | layer_types.window_fields(config) | layer_types.rope_fields_by_type(config)
 
 
-FAMILY = Family("olmo3", "Olmo3ForCausalLM", frozenset({"attention_bias", "sliding_window", "layer_types"}), options,
-                fields, olmo2.KEYS, {"rms_norm_eps": 1e-5}, ropes)
+FAMILY = Family(
+    "olmo3",
+    "Olmo3ForCausalLM",
+    frozenset({"attention_bias", "sliding_window", "layer_types"}),
+    options,
+    fields,
+    olmo2.KEYS,
+    {"rms_norm_eps": 1e-5},
+    ropes,
+)

@@ -44,8 +44,10 @@ def ropes(raw: dict[str, Any], where: str) -> list[tuple[Any, Any]]:
 def fields(config: ModelConfig) -> dict[str, Any]:
     original = config.rope.original_max_position_embeddings
     return {"sliding_window": layer_types.window_fields(config)["sliding_window"]} | (
-        {} if original is None else {ORIGINAL: original})
+        {} if original is None else {ORIGINAL: original}
+    )
 
 
-FAMILY = Family("phi3", "Phi3ForCausalLM", FIELDS, options, fields, llama.KEYS, DEFAULTS, ropes, FUSED,
-                partial_rope=True)
+FAMILY = Family(
+    "phi3", "Phi3ForCausalLM", FIELDS, options, fields, llama.KEYS, DEFAULTS, ropes, FUSED, partial_rope=True
+)

@@ -12,5 +12,6 @@ def options(raw: dict[str, Any], where: str) -> dict[str, Any]:
     return {"qkv_bias": True} | layer_types.switched_windows(raw, where)
 
 
-FAMILY = Family("qwen2", "Qwen2ForCausalLM", layer_types.FIELDS, options, layer_types.switched_window_fields,
-                llama.KEYS, DEFAULTS)
+FAMILY = Family(
+    "qwen2", "Qwen2ForCausalLM", layer_types.FIELDS, options, layer_types.switched_window_fields, llama.KEYS, DEFAULTS
+)

@@ -19,8 +19,19 @@ from alst_jax.ops.attention.spec import AttentionSpec, Kernel
 from alst_jax.xla import scopes
 from alst_jax.xla.varying import vary_like
 
-__all__ = ["KERNELS", "AttentionSpec", "Kernel", "attention", "attention_backward", "attention_forward",
-           "attention_from", "find_kernel", "head_groups", "refusal", "runs_where"]
+__all__ = [
+    "KERNELS",
+    "AttentionSpec",
+    "Kernel",
+    "attention",
+    "attention_backward",
+    "attention_forward",
+    "attention_from",
+    "find_kernel",
+    "head_groups",
+    "refusal",
+    "runs_where",
+]
 
 KERNELS = {kernel.name: kernel for kernel in (xla.KERNEL, cudnn.KERNEL, flash.KERNEL, flash.DETERMINISTIC)}
 CAUSAL = AttentionSpec()
@@ -40,16 +51,27 @@ def refusal(kernel: Kernel, spec: AttentionSpec, documents: bool = False) -> str
     missing = spec.features(documents) - kernel.serves
     if not missing:
         return None
-    able = [name for name, other in KERNELS.items()
-            if spec.features(documents) <= other.serves and name != flash.DETERMINISTIC.name]
-    return (f"--attention {kernel.name} does not implement {' and '.join(sorted(missing))}, which this run needs; use "
-            f"--attention {' or '.join(able)}")
+    able = [
+        name
+        for name, other in KERNELS.items()
+        if spec.features(documents) <= other.serves and name != flash.DETERMINISTIC.name
+    ]
+    return (
+        f"--attention {kernel.name} does not implement {' and '.join(sorted(missing))}, which this run needs; use "
+        f"--attention {' or '.join(able)}"
+    )
 
 
 @jax.named_scope(scopes.KERNEL)
 def attention_forward(
-    q: Array, k: Array, v: Array, spec: AttentionSpec = CAUSAL, documents: Array | None = None,
-    sinks: Array | None = None, *, kernel: str | Kernel,
+    q: Array,
+    k: Array,
+    v: Array,
+    spec: AttentionSpec = CAUSAL,
+    documents: Array | None = None,
+    sinks: Array | None = None,
+    *,
+    kernel: str | Kernel,
 ) -> tuple[Array, Array]:
     """(o[B, S, N, H], log-sum-exp float32[B, N, S]) of q[B, S, N, H], k and v[B, S, K, H] and, if the spec says so,
     sinks[N]. UserError if the kernel does not implement the spec."""
@@ -65,8 +87,15 @@ def attention_forward(
 
 @jax.named_scope(scopes.KERNEL)
 def attention_backward(
-    q: Array, k: Array, v: Array, results: tuple[Array, Array], do: Array, spec: AttentionSpec = CAUSAL,
-    documents: Array | None = None, *, kernel: str | Kernel,
+    q: Array,
+    k: Array,
+    v: Array,
+    results: tuple[Array, Array],
+    do: Array,
+    spec: AttentionSpec = CAUSAL,
+    documents: Array | None = None,
+    *,
+    kernel: str | Kernel,
 ) -> tuple[Array, Array, Array]:
     """(dq, dk, dv) of `attention_forward`, from its results (o, lse) and the gradient of o. The gradient of sinks:
     `sinks.gradient_of_sinks`."""
@@ -79,6 +108,7 @@ def attention_backward(
 def runs_where(runs: Array | bool, kernel: Kernel) -> Kernel:
     """The kernel where `runs` is true, zeros instead of its results elsewhere (--debug-attention-layers): the same
     buffers. Not to be differentiated."""
+
     def forward(q, k, v, spec, documents=None):
         batch, length, heads, _ = q.shape
         nothing = lambda q, k, v: (_zeros(q.shape, q.dtype, q), _zeros((batch, heads, length), jnp.float32, q))
@@ -96,8 +126,14 @@ def _zeros(shape, dtype, like):
 
 
 def attention(
-    q: Array, k: Array, v: Array, spec: AttentionSpec = CAUSAL, documents: Array | None = None,
-    sinks: Array | None = None, *, kernel: str | Kernel,
+    q: Array,
+    k: Array,
+    v: Array,
+    spec: AttentionSpec = CAUSAL,
+    documents: Array | None = None,
+    sinks: Array | None = None,
+    *,
+    kernel: str | Kernel,
 ) -> Array:
     """o[B, S, N, H] of q[B, S, N, H], k and v[B, S, K, H], differentiable.
 
@@ -111,8 +147,15 @@ def attention(
 
 
 def attention_from(
-    q: Array, k: Array, v: Array, results: tuple[Array, Array], spec: AttentionSpec = CAUSAL,
-    documents: Array | None = None, sinks: Array | None = None, *, kernel: str | Kernel,
+    q: Array,
+    k: Array,
+    v: Array,
+    results: tuple[Array, Array],
+    spec: AttentionSpec = CAUSAL,
+    documents: Array | None = None,
+    sinks: Array | None = None,
+    *,
+    kernel: str | Kernel,
 ) -> Array:
     """o, where (o, lse) = results come from `attention_forward` with the same inputs: only the gradient is
     computed."""

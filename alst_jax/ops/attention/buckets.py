@@ -25,8 +25,10 @@ UNREACHABLE = 1e30  # log-sum-exp of rows behind a document: their softmax weigh
 # TFLOP/s of useful work by the sum of the documents' squares over the sum of their lengths. Measured with cuDNN on an
 # H100 (32 query heads, 8 kv heads, 131,072 tokens, 2026-11-27): 64 equal documents, 8 mixed ones, and one.
 # 256: the rate of 2,048 over 4, since a slice of SMALLEST tokens has 4 times the pairs.
-DOCUMENT_RATES = {"forward": {256: 54, 2048: 215, 25360: 414, 131072: 590},
-                  "backward": {256: 57, 2048: 229, 25360: 388, 131072: 513}}
+DOCUMENT_RATES = {
+    "forward": {256: 54, 2048: 215, 25360: 414, 131072: 590},
+    "backward": {256: 57, 2048: 229, 25360: 388, 131072: 513},
+}
 
 
 class Bucket(NamedTuple):
@@ -78,7 +80,10 @@ def computed_pairs(lengths: Sequence[int], length: int) -> int:
 
 
 def forward(
-    dense: Callable, q: Float[Array, "B S N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"],
+    dense: Callable,
+    q: Float[Array, "B S N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
     documents: Int[Array, "D1"],
 ) -> tuple[Float[Array, "B S N H"], Float[Array, "B N S"]]:
     """(o, log-sum-exp) of causal attention inside of each document; both are 0 behind the last document.
@@ -167,8 +172,10 @@ def _over_documents(call: Callable, arrays: tuple, outputs: tuple, documents: Ar
                 # Rows that are not written have indices behind the end, each its own: all indices are unique.
                 slots = jnp.arange(rows.size, dtype=jnp.int32).reshape(rows.shape)
                 target = jnp.where(is_inside, rows, tokens + slots)
-                return tuple(out.at[target].set(x.astype(out.dtype), mode="drop", unique_indices=True)
-                             for out, x in zip(outputs, results))
+                return tuple(
+                    out.at[target].set(x.astype(out.dtype), mode="drop", unique_indices=True)
+                    for out, x in zip(outputs, results)
+                )
 
             turns = (end - start) // kind.together
             outputs = lax.fori_loop(0, turns, one, outputs)

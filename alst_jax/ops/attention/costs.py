@@ -9,7 +9,7 @@ from alst_jax.ops.attention.flash_tiles import workspace_bytes
 # TFLOP/s by tokens of the whole sequence, measured on an H100 and an H200 at head dim 128 (docs/log.md,
 # benchmarks/results). Other machines are assumed to reach the same part of their peak.
 RATES = {
-    "cudnn": {"forward": {32768: 647, 131072: 590, 524288: 481}, "backward": {32768: 529, 131072: 513, 524288: 550}},
+    "cudnn": {"forward": {32768: 647, 131072: 590, 524288: 481}, "backward": {32768: 529, 131072: 513, 524288: 550}}
 } | flash_rates.RATES
 # Packed documents: TFLOP/s of useful work by the sum of the documents' squares over the sum of their lengths.
 DOCUMENT_RATES = {"flash": flash_rates.DOCUMENT_RATES, "cudnn": buckets.DOCUMENT_RATES}

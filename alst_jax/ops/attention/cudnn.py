@@ -20,9 +20,7 @@ CUDNN_MAX_ELEMENTS = 2**31
 CUDNN_MAX_HEAD_DIM = 128  # of the backward pass on every generation
 
 
-def forward(
-    q: Array, k: Array, v: Array, spec: AttentionSpec, documents: Array | None = None
-) -> tuple[Array, Array]:
+def forward(q: Array, k: Array, v: Array, spec: AttentionSpec, documents: Array | None = None) -> tuple[Array, Array]:
     """The output[B, S, N, H] and the log-sum-exp[B, N, S]."""
     dense = functools.partial(in_head_groups, functools.partial(_forward, spec=spec))
     return dense(q, k, v) if documents is None else buckets.forward(dense, q, k, v, documents)
@@ -42,8 +40,10 @@ def backward(
         return buckets.backward(functools.partial(backward, spec=spec), q, k, v, o, lse, do, documents)
     pieces = _split_heads(q, k, v)
     split = lambda x, axis: jnp.split(x, len(pieces), axis=axis)
-    grads = [_backward(*piece, o_i, lse_i, do_i, spec)
-             for piece, o_i, lse_i, do_i in zip(pieces, split(o, 2), split(lse, 1), split(do, 2))]
+    grads = [
+        _backward(*piece, o_i, lse_i, do_i, spec)
+        for piece, o_i, lse_i, do_i in zip(pieces, split(o, 2), split(lse, 1), split(do, 2))
+    ]
     dq, dk, dv = zip(*grads)
     shared = len(pieces) // k.shape[2]  # groups that read the same kv head
     return _concatenate(dq, axis=2), *(_concatenate(_sum_runs(d, shared), axis=2) for d in (dk, dv))
@@ -69,9 +69,11 @@ def _forward(q, k, v, spec):
     o, pullback = jax.vjp(lambda q, k, v: _cudnn(q, k, v, spec), q, k, v)
     statistics = [x for x in jax.tree.leaves(pullback) if not _is_one_of(x, (q, k, v, o)) and x.size]
     if len(statistics) != 1:
-        raise RuntimeError(f"jax {jax.__version__} keeps {len(statistics)} arrays besides q, k, v and o for the "
-                           "backward pass of cuDNN attention, not the log-sum-exp alone; use --attention xla or "
-                           "another jax")
+        raise RuntimeError(
+            f"jax {jax.__version__} keeps {len(statistics)} arrays besides q, k, v and o for the "
+            "backward pass of cuDNN attention, not the log-sum-exp alone; use --attention xla or "
+            "another jax"
+        )
     return o, statistics[0]
 
 
@@ -97,8 +99,9 @@ def _split_heads(q, k, v) -> list[tuple[Array, Array, Array]]:
         return [(q, k, v)]
     width = max(1, kv_heads // groups)  # several groups may share a kv head
     starts = [i * kv_heads // groups for i in range(groups)]
-    return [(qi, k[:, :, at : at + width], v[:, :, at : at + width])
-            for qi, at in zip(jnp.split(q, groups, axis=2), starts)]
+    return [
+        (qi, k[:, :, at : at + width], v[:, :, at : at + width]) for qi, at in zip(jnp.split(q, groups, axis=2), starts)
+    ]
 
 
 def head_groups(q_shape: tuple[int, int, int, int], kv_heads: int) -> int:
@@ -113,9 +116,18 @@ def head_groups(q_shape: tuple[int, int, int, int], kv_heads: int) -> int:
             return groups
     raise UserError(
         f"{batch} x {length} tokens of head dim {head_dim} in one attention call: cuDNN's gradients are right up to "
-        f"{CUDNN_MAX_ELEMENTS // head_dim} tokens a head only. Use a shorter --seq-len or --batch-size 1.")
+        f"{CUDNN_MAX_ELEMENTS // head_dim} tokens a head only. Use a shorter --seq-len or --batch-size 1."
+    )
 
 
 HEAD_DIMS = (f"a multiple of 8 up to {CUDNN_MAX_HEAD_DIM}", lambda h: h % 8 == 0 and h <= CUDNN_MAX_HEAD_DIM)
-KERNEL = Kernel("cudnn", forward, backward, serves=frozenset({"scale", "documents", "sinks"}), needs_gpu=True,
-                dtypes=("bfloat16", "float16"), multiple=128, head_dims=HEAD_DIMS)
+KERNEL = Kernel(
+    "cudnn",
+    forward,
+    backward,
+    serves=frozenset({"scale", "documents", "sinks"}),
+    needs_gpu=True,
+    dtypes=("bfloat16", "float16"),
+    multiple=128,
+    head_dims=HEAD_DIMS,
+)

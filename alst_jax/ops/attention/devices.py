@@ -49,8 +49,10 @@ def choose_kernel(
     kernel = kernels.get(f"{wanted}{suffix}", kernels[wanted])
     check_kernel(kernel, wanted, gpu, dtype, head_dim)
     if deterministic and gpu and kernel.name == FALLBACK:
-        raise UserError(f"--deterministic with --attention {FALLBACK}: cuDNN adds gradients in no fixed order; use "
-                        "--attention flash (Hopper, extra `flash`) or xla, or leave --deterministic out")
+        raise UserError(
+            f"--deterministic with --attention {FALLBACK}: cuDNN adds gradients in no fixed order; use "
+            "--attention flash (Hopper, extra `flash`) or xla, or leave --deterministic out"
+        )
     return Chosen(kernel, why)
 
 
@@ -59,8 +61,10 @@ def automatic(kernels: dict[str, Kernel], gpu: Gpu | None, dtype: str, head_dim:
     if gpu is None:
         return "xla", "the only one without a GPU"
     if dtype not in kernels[FALLBACK].dtypes:
-        raise UserError(f"--dtype {dtype} on a GPU: the fast attention kernels compute in bfloat16 only. Use --dtype "
-                        "bfloat16, or --attention xla, which is exact and very slow at length")
+        raise UserError(
+            f"--dtype {dtype} on a GPU: the fast attention kernels compute in bfloat16 only. Use --dtype "
+            "bfloat16, or --attention xla, which is exact and very slow at length"
+        )
     try:
         check_kernel(kernels[f"{FASTEST}{suffix}"], FASTEST, gpu, dtype, head_dim)
         if gpu.present:
@@ -74,17 +78,22 @@ def automatic(kernels: dict[str, Kernel], gpu: Gpu | None, dtype: str, head_dim:
 def check_kernel(kernel: Kernel, wanted: str, gpu: Gpu | None, dtype: str, head_dim: int) -> None:
     """UserError if the kernel named `wanted` by a user does not run there."""
     if kernel.needs_gpu and not gpu:
-        raise UserError(f"--attention {wanted} needs an NVIDIA GPU, and jax sees none (is jax[cuda12] or "
-                        "jax[cuda13] installed?); use --attention xla")
+        raise UserError(
+            f"--attention {wanted} needs an NVIDIA GPU, and jax sees none (is jax[cuda12] or "
+            "jax[cuda13] installed?); use --attention xla"
+        )
     if dtype not in kernel.dtypes:
         raise UserError(f"--attention {wanted} needs --dtype bfloat16; use that or --attention xla")
     if kernel.package and gpu.present and not installed(kernel.package):
-        raise UserError(f"--attention {wanted}: the package is not installed ({kernel.install}); or use "
-                        "--attention cudnn")
+        raise UserError(
+            f"--attention {wanted}: the package is not installed ({kernel.install}); or use --attention cudnn"
+        )
     if kernel.capabilities and gpu.capability not in kernel.capabilities:
-        raise UserError(f"--attention {wanted}: its kernel was tested on Hopper GPUs only, not on {gpu.name}; use "
-                        "--attention cudnn")
+        raise UserError(
+            f"--attention {wanted}: its kernel was tested on Hopper GPUs only, not on {gpu.name}; use --attention cudnn"
+        )
     description, serves = kernel.head_dims
     if not serves(head_dim):
-        raise UserError(f"--attention {wanted}: the model's head_dim={head_dim} must be {description}; use "
-                        "--attention xla")
+        raise UserError(
+            f"--attention {wanted}: the model's head_dim={head_dim} must be {description}; use --attention xla"
+        )

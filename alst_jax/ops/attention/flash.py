@@ -39,13 +39,17 @@ def check_packages() -> None:
         if not installed(module):
             raise UserError(f"--attention flash: {package} is not installed; {INSTALL}; {OTHER}")
     if installed("jax_plugins.xla_cuda12") and not installed("jax_plugins.xla_cuda13"):
-        raise UserError(f"--attention flash: it was tested with jax on CUDA 13, and this is jax on CUDA 12; install "
-                        f"the extra cuda13 instead of cuda12; {OTHER}")
+        raise UserError(
+            f"--attention flash: it was tested with jax on CUDA 13, and this is jax on CUDA 12; install "
+            f"the extra cuda13 instead of cuda12; {OTHER}"
+        )
     version = importlib.metadata.version("torch")
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST_TORCH:
         needed = ".".join(map(str, OLDEST_TORCH))
-        raise UserError(f"--attention flash: flash-attn-4 needs torch {needed} or newer, not {version}; "
-                        f"pip install -U torch; {OTHER}")
+        raise UserError(
+            f"--attention flash: flash-attn-4 needs torch {needed} or newer, not {version}; "
+            f"pip install -U torch; {OTHER}"
+        )
     try:
         library = importlib.import_module("cutlass.jax").find_cute_dsl_runtime_library()
     except (ImportError, AttributeError) as error:
@@ -53,8 +57,10 @@ def check_packages() -> None:
     else:
         reason = ""
     if library is None:
-        raise UserError("--attention flash: nvidia-cutlass-dsl lacks its CUDA part"
-                        f"{reason}; pip install 'nvidia-cutlass-dsl[cu13]' (CUDA 12: without [cu13]); {OTHER}")
+        raise UserError(
+            "--attention flash: nvidia-cutlass-dsl lacks its CUDA part"
+            f"{reason}; pip install 'nvidia-cutlass-dsl[cu13]' (CUDA 12: without [cu13]); {OTHER}"
+        )
 
 
 def _launchers():
@@ -64,9 +70,7 @@ def _launchers():
         raise UserError(f"--attention flash: {error}; {INSTALL}; {OTHER}") from error
 
 
-def forward(
-    q: Array, k: Array, v: Array, spec: AttentionSpec, documents: Array | None = None
-) -> tuple[Array, Array]:
+def forward(q: Array, k: Array, v: Array, spec: AttentionSpec, documents: Array | None = None) -> tuple[Array, Array]:
     """The output[B, S, N, H] and the log-sum-exp float32[B, N, S]."""
     call, batch = Call.of(q, k, spec), q.shape[0]
     if documents is None:
@@ -115,9 +119,17 @@ def _packed(x: Array) -> Array:
 
 
 KERNEL = Kernel(
-    "flash", forward, backward,
-    serves=frozenset({"scale", "window", "soft cap", "full", "documents", "sinks"}), prepare=prepare,
-    needs_gpu=True, dtypes=("bfloat16", "float16"), multiple=1,
+    "flash",
+    forward,
+    backward,
+    serves=frozenset({"scale", "window", "soft cap", "full", "documents", "sinks"}),
+    prepare=prepare,
+    needs_gpu=True,
+    dtypes=("bfloat16", "float16"),
+    multiple=1,
     head_dims=(f"one of {', '.join(map(str, HEAD_DIMS))}", lambda head_dim: head_dim in HEAD_DIMS),
-    capabilities=("9.0",), package="flash_attn.cute", install=INSTALL)
+    capabilities=("9.0",),
+    package="flash_attn.cute",
+    install=INSTALL,
+)
 DETERMINISTIC = dataclasses.replace(KERNEL, name="flash-deterministic", backward=deterministic_backward)

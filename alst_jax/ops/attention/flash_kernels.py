@@ -64,9 +64,22 @@ def forward(q, k, v, *documents, call: Call):
     tiles, dtype = call.forward_tiles, DTYPES[call.dtype]
     cap = {} if call.soft_cap is None else {"score_mod": create_softcap_scoremod(call.soft_cap)}
     kernel = FlashAttentionForwardSm90(
-        dtype, call.head_dim, call.head_dim, call.group, is_causal=call.is_causal, is_local=call.is_local,
-        pack_gqa=call.group > 1, tile_m=tiles.rows, tile_n=tiles.keys, num_stages=2, num_threads=384, Q_in_regs=False,
-        intra_wg_overlap=True, mma_pv_is_rs=tiles.weights_in_registers, **cap)
+        dtype,
+        call.head_dim,
+        call.head_dim,
+        call.group,
+        is_causal=call.is_causal,
+        is_local=call.is_local,
+        pack_gqa=call.group > 1,
+        tile_m=tiles.rows,
+        tile_n=tiles.keys,
+        num_stages=2,
+        num_threads=384,
+        Q_in_regs=False,
+        intra_wg_overlap=True,
+        mma_pv_is_rs=tiles.weights_in_registers,
+        **cap,
+    )
     (cu,) = documents or (None,)
     inputs = (q, k, v, *documents_of(call, cu, tiles.rows, call.group))
 
@@ -104,8 +117,13 @@ def preprocess(o, do, lse, cu, call: Call):
     """(sum over H of o do, lse in base 2, zeros of dq): float32 [B, N, Q], [B, N, Q], [B, N, Q H], or without B."""
     rows, heads = call.backward_tiles.rows, o.shape[-2]
     kernel = FlashAttentionBackwardPreprocess(
-        DTYPES[call.dtype], call.head_dim, call.head_dim, rows, use_padded_offsets=True,
-        hdim_multiple_of=call.backward_tiles.head_dim_multiple)
+        DTYPES[call.dtype],
+        call.head_dim,
+        call.head_dim,
+        rows,
+        use_padded_offsets=True,
+        hdim_multiple_of=call.backward_tiles.head_dim_multiple,
+    )
 
     def launch(stream, *arrays):
         o, do, lse, cu, table = unpack(arrays[:-3], 3)
@@ -142,14 +160,34 @@ def main(arrays, cu, call: Call, sums, semaphores):
 def main_kernel(call: Call):
     tiles, cap = call.backward_tiles, {}
     if call.soft_cap is not None:
-        cap = {"score_mod": create_softcap_scoremod(call.soft_cap),
-               "score_mod_bwd": create_softcap_scoremod_bwd(call.soft_cap)}
+        cap = {
+            "score_mod": create_softcap_scoremod(call.soft_cap),
+            "score_mod_bwd": create_softcap_scoremod_bwd(call.soft_cap),
+        }
     return FlashAttentionBackwardSm90(
-        DTYPES[call.dtype], call.head_dim, call.head_dim, call.group, call.is_causal, is_local=call.is_local,
-        deterministic=call.deterministic, tile_m=tiles.rows, tile_n=tiles.keys, Q_stage=2, dO_stage=tiles.do_stages,
-        PdS_stage=tiles.score_stages, SdP_swapAB=tiles.swap_scores, dKV_swapAB=tiles.swap_dkv, dQ_swapAB=tiles.swap_dq,
-        AtomLayoutMSdP=1, AtomLayoutNdKV=tiles.atoms_dkv, AtomLayoutMdQ=tiles.atoms_dq, num_threads=384,
-        V_in_regs=False, dQ_single_wg=tiles.one_group_for_dq, **cap)
+        DTYPES[call.dtype],
+        call.head_dim,
+        call.head_dim,
+        call.group,
+        call.is_causal,
+        is_local=call.is_local,
+        deterministic=call.deterministic,
+        tile_m=tiles.rows,
+        tile_n=tiles.keys,
+        Q_stage=2,
+        dO_stage=tiles.do_stages,
+        PdS_stage=tiles.score_stages,
+        SdP_swapAB=tiles.swap_scores,
+        dKV_swapAB=tiles.swap_dkv,
+        dQ_swapAB=tiles.swap_dq,
+        AtomLayoutMSdP=1,
+        AtomLayoutNdKV=tiles.atoms_dkv,
+        AtomLayoutMdQ=tiles.atoms_dq,
+        num_threads=384,
+        V_in_regs=False,
+        dQ_single_wg=tiles.one_group_for_dq,
+        **cap,
+    )
 
 
 def semaphores_of(q, k, lse, cu, call: Call):
@@ -169,8 +207,15 @@ def postprocess(total, like, cu, call: Call, scale: float, *, of_keys: bool):
     else:
         rows, threads, atoms, swap = tiles.rows, 128 if tiles.one_group_for_dq else 256, tiles.atoms_dq, tiles.swap_dq
     kernel = FlashAttentionBackwardPostprocess(
-        DTYPES[call.dtype], call.head_dim, ARCHITECTURE, rows, threads, atoms, swap,
-        hdim_multiple_of=tiles.head_dim_multiple)
+        DTYPES[call.dtype],
+        call.head_dim,
+        ARCHITECTURE,
+        rows,
+        threads,
+        atoms,
+        swap,
+        hdim_multiple_of=tiles.head_dim_multiple,
+    )
 
     def launch(stream, *arrays):
         total, cu, table = unpack(arrays[:-1], 1)

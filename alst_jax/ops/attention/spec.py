@@ -25,9 +25,14 @@ class AttentionSpec:
     def features(self, documents: bool) -> frozenset[str]:
         """Abilities that a kernel needs beside causal attention: "scale", "window", "soft cap", "full", "sinks",
         "documents"."""
-        wanted = {"scale": self.scale is not None, "window": self.window is not None,
-                  "soft cap": self.soft_cap is not None, "full": not self.causal, "sinks": self.sinks,
-                  "documents": documents}
+        wanted = {
+            "scale": self.scale is not None,
+            "window": self.window is not None,
+            "soft cap": self.soft_cap is not None,
+            "full": not self.causal,
+            "sinks": self.sinks,
+            "documents": documents,
+        }
         return frozenset(name for name, value in wanted.items() if value)
 
 

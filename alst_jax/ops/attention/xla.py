@@ -27,7 +27,10 @@ MAX_TILE = 256  # queries, and keys, of a tile that reads a part of the keys
 
 
 def forward(
-    q: Float[Array, "B S N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], spec: AttentionSpec,
+    q: Float[Array, "B S N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    spec: AttentionSpec,
     documents: Int[Array, "D1"] | None = None,
 ) -> tuple[Float[Array, "B S N H"], Float[Array, "B N S"]]:
     """The output and the log-sum-exp of each query's scores."""
@@ -195,7 +198,8 @@ def _ranged_backward(q, k, v, o, lse, do, spec, documents):
             dq += jnp.einsum("kgtr,rkh->tkgh", dscores, k, preferred_element_type=wide)
             more = lambda x, w: jnp.einsum("kgtr,tkgh->rkh", w, x, preferred_element_type=wide)
             put = lambda total, new: lax.dynamic_update_slice_in_dim(
-                total, lax.dynamic_slice_in_dim(total, start, tiles.tile) + new, start, axis=0)
+                total, lax.dynamic_slice_in_dim(total, start, tiles.tile) + new, start, axis=0
+            )
             return dq, put(dk, more(q_TKGH, dscores)), put(dv, more(do_TKGH, weights.astype(q.dtype)))
 
         zeros = vary_like(jnp.zeros(q_TKGH.shape, wide), *like)
@@ -211,4 +215,5 @@ def _ranged_backward(q, k, v, o, lse, do, spec, documents):
 
 
 KERNEL = Kernel(
-    "xla", forward, backward, serves=frozenset({"scale", "window", "soft cap", "full", "documents", "sinks"}))
+    "xla", forward, backward, serves=frozenset({"scale", "window", "soft cap", "full", "documents", "sinks"})
+)
