@@ -59,18 +59,30 @@ def ulysses() -> list[str]:
 
 
 def remat() -> list[str]:
+    """Eight layers in segments of 4, 3 and 1: the input of each segment's first layer is kept, but not layer 1's."""
     parts = [
-        text(35, 60, "layer", color=GRAY),
-        text(35, 100, "input", color=BLUE),
-        text(35, 140, "attention", color=ORANGE),
+        text(35, 53, "layer", color=GRAY),
+        text(35, 75, "segment", color=GRAY),
+        text(35, 106, "input", color=BLUE),
+        text(35, 142, "attention", color=ORANGE),
     ]
+    for start, stop in ((0, 4), (4, 7), (7, 8)):
+        width = 36 * (stop - start) - 6
+        parts += [
+            box(72 + 36 * start, 60, width, 94, "#f4f4f4", "#bbb"),
+            text(
+                72 + 36 * start + width / 2, 75, f"{stop - start} layers" if stop - start > 1 else "1", 10, color=GRAY
+            ),
+        ]
     for n in range(8):
         x = 75 + 36 * n
-        parts += [text(x + 12, 60, str(n + 1), color=GRAY), box(x, 84, 24, 24, BLUE if n >= 3 else LIGHT)]
+        first = n in (4, 7)
         parts += [
-            box(x, 124, 24, 24, "none" if n < 3 else "#f6dfc4" if n < 5 else ORANGE, ORANGE, "3 2" if n < 3 else "")
+            text(x + 12, 53, str(n + 1), color=GRAY),
+            box(x, 90, 24, 24, LIGHT if first else "none", BLUE, "" if first else "3 2"),
+            box(x, 126, 24, 24, "none" if n < 3 else "#f6dfc4" if n < 5 else ORANGE, ORANGE, "3 2" if n < 3 else ""),
         ]
-    return parts + [text(205, 172, "full: on the device; pale: in host memory; dashed: recomputed", 10)]
+    return parts + [text(205, 174, "full: on the device; pale: in host memory; dashed: recomputed", 10)]
 
 
 def host() -> list[str]:
@@ -99,7 +111,7 @@ def host() -> list[str]:
 def plan() -> list[str]:
     parts = []
     for n, (label, gib) in enumerate((("planned", 71.4), ("measured", 71.4))):  # benchmarks/results/2026-11-27-flash.md
-        y = 62 + 40 * n
+        y = 58 + 40 * n
         parts += [
             text(62, y + 17, label, anchor="end"),
             box(70, y, 3.4 * gib, 26, (LIGHT, BLUE)[n]),
@@ -109,7 +121,7 @@ def plan() -> list[str]:
     parts.append(f'<line x1="{limit}" y1="48" x2="{limit}" y2="140" stroke="{ORANGE}" stroke-width="2"/>')
     return parts + [
         text(limit, 155, "limit 75.1 GiB", 10, color=ORANGE),
-        text(190, 174, "Llama-8B, 524,288 tokens, one H100: device memory", 10),
+        text(190, 174, "Llama-8B, 524,288 tokens, one H100: GiB of device memory", 10),
     ]
 
 
@@ -134,7 +146,7 @@ IDEAS = (
     ),
     Idea(
         "2  tiled MLP",
-        tiled("gate, up S x F", "tile x F", "over its input"),
+        tiled("gate, up S x F", "tile x F", "next S x D"),
         (("whole: S x F", gib(2, S, F, 2)), ("one tile of 16,384", gib(2, 16384, F, 2))),
         "gate and up of one layer, bfloat16",
     ),
@@ -153,10 +165,10 @@ IDEAS = (
     Idea(
         "5  host memory",
         host(),
-        (("on the device", 216.9), ("on the device, inputs in host memory", 87.0)),
-        "device memory in all (the ladder of this page)",
+        (("layer inputs on the device", 216.9), ("layer inputs in host memory", 87.0)),
+        "device memory of a step, all arrays (two rows of the ladder)",
     ),
-    Idea("6  the plan", plan(), (("planned", 491.3), ("measured", 510.3)), "time of the same step", "s"),
+    Idea("6  the plan", plan(), (("planned", 491.3), ("measured", 510.3)), "seconds of the same step", "s"),
 )
 
 

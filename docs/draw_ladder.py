@@ -110,9 +110,21 @@ def draw() -> str:
             fits = gib <= most
             parts += [
                 box(x, y, round(at(gib), 1), 20, color if fits else "#fff", color),
+                box(
+                    x + at(gib) + 5, y + 4, 7 * len(f"{gib:,.0f}") + 2, 13, "#fff", "none"
+                ),  # the limit's line stays behind
                 text(x + at(gib) + 6, y + 14, f"{gib:,.0f}", 11, "start"),
             ]
-    parts.append(text(14, bottom + 34, "filled: fits; empty: does not fit; logarithmic scale", 10, "start", GRAY))
+    parts.append(
+        text(
+            14,
+            bottom + 34,
+            "filled: fits; empty: does not fit; dashed line: the limit; logarithmic scale",
+            10,
+            "start",
+            GRAY,
+        )
+    )
     return picture(760, bottom + 44, parts)
 
 

@@ -43,7 +43,7 @@ def loss_picture(results: dict[str, Any], before: dict[str, Any] | None) -> str:
         points = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in zip(xs, ys))
         parts += [
             f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>',
-            _text(575, 30 + 16 * number, f"step {one['step']}", "end", colour),
+            _text(580 - 90 * (len(lines) - 1 - number), 18, f"step {one['step']}", "end", colour),
         ]
     return _svg(600, 305, parts)
 
