@@ -94,9 +94,9 @@ class Plan:
         rows.append(row("total", *needs))
         if any(limit is not None for limit in limits):
             spare = (limit and limit - need for limit, need in zip(limits, (self.device_bytes, self.pinned_bytes)))
-            rows += [row("there is", *limits), row("headroom", *spare)]
+            rows += [row("limit", *limits), row("headroom", *spare)]
         rows.append(
-            "collectives a step, and what a device sends in them: "
+            "collectives a step, with the bytes that a device sends: "
             + (
                 ", ".join(
                     f"{calls['calls']} {name} ({calls['bytes'] / GIB:.2f} GiB"

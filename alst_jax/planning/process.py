@@ -117,4 +117,4 @@ def host_outgrown(choice: Choice, cluster: Cluster) -> str:
         return ""
     pinned = most_pinned(cluster, choice.job) // GIB
     help = f". {environment.HOST_LIMIT}={pinned} in the environment leaves it room" if pinned else ""
-    return f"more than there is: {describe_process(choice, cluster)}{help}"
+    return f"the host has less memory than the run needs: {describe_process(choice, cluster)}{help}"

@@ -113,7 +113,7 @@ def test_more_than_a_host_has_is_said():
     assert text.startswith("the whole process: about 76 of 100 GiB of host memory: 64 in jax's pools")
     assert host_outgrown(fits, cluster) == ""
     text = host_outgrown(not_so, cluster)
-    assert text.startswith("more than there is: the whole process: about 140 of 100")
+    assert text.startswith("the host has less memory than the run needs: the whole process: about 140 of 100")
     assert text.endswith("_GB=44 in the environment leaves it room")
     assert host_outgrown(not_so, parse_cluster("2xH100", 8)).endswith("loading and saving")  # nothing would help
 
@@ -128,7 +128,7 @@ def test_what_is_more_than_a_host_has_does_not_fit(monkeypatch, gib, fits):
     if fits:
         announce_plan(ask, ask.choose(EIGHT), 0.0)
     else:
-        with pytest.raises(UserError, match="^more than there is: .*_GB=44"):
+        with pytest.raises(UserError, match="^the host has less memory than the run needs: .*_GB=44"):
             announce_plan(ask, ask.choose(EIGHT), 0.0)
 
 

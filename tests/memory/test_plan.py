@@ -137,7 +137,7 @@ def test_a_plan_for_a_machine_by_arithmetic(llama_8b):
         "kept activations",
         "working set",
         "headroom",
-        "there is",
+        "limit ",
         "the whole process: about 120 of 125 GiB of host memory: 109 in jax's pools",
         "collectives a step",
         "model FLOPs",
