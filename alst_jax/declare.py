@@ -175,8 +175,8 @@ def check_saved(flags: type, saved: dict[str, Any], where: str) -> None:
         if not _fits(value, types[name]):
             given = list(value) if isinstance(value, tuple) else value
             raise UserError(
-                f"{where}: {flag(name)} {shortened(repr(given))} is no value of this flag, and no run "
-                f"writes it. Set it right, or start a new run with --model on its directory"
+                f"{where}: {flag(name)} {shortened(repr(given))} is not a value of this flag, and no "
+                f"run writes it. Correct it, or start a new run with --model on its directory"
             )
 
 

@@ -1,5 +1,4 @@
-"""The memory flags and the memory profile: where things live and how much is worked on at a time. Data, not code; every
-switch is independent."""
+"""The memory flags and the memory profile: places of arrays, sizes of tiles, segments, kept arrays."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -12,8 +11,11 @@ DEVICE, HOST = "device", "pinned_host"  # jax's names of memory kinds
 
 @dataclasses.dataclass(frozen=True)
 class Switches:
-    """Each switch changes memory and speed; `reduce_dtype` alone changes results, by rounding. Each field is declared
-    here alone: default, check, help text, words. None for a tile means untiled; 0 the default size."""
+    """The switches of a memory profile. They change memory and speed; only `reduce_dtype` changes results, by rounding.
+
+    Default, check, help text and words of each field are declared here and nowhere else. A tile of None means untiled,
+    0 the default size.
+    """
 
     loss_tile: Annotated[
         Length | None,
@@ -40,34 +42,34 @@ class Switches:
     offload_optimizer: Annotated[bool, Words("optimizer in host memory"), CHOSEN] = False
     """Keep optimizer state in host memory, streamed one layer at a time."""
     update_in_backward: Annotated[bool, Words("update in the backward pass")] = False
-    """Update each layer when its gradient is complete: gradients are never stored. For weights and optimizer in host
-    memory (--offload-weights --offload-optimizer), with --clip-norm 0 and --grad-accum 1. A gradient that is no finite
-    number is met after later layers were updated: the run ends at its last checkpoint."""
+    """Update each layer as soon as its gradient is complete, so that gradients are never stored. Needs weights and
+    optimizer in host memory (--offload-weights --offload-optimizer), --clip-norm 0 and --grad-accum 1. If a gradient
+    is not finite, later layers are updated already: the run ends, and can be resumed from its last checkpoint."""
     segment_layers: Annotated[tuple[int, ...], AtLeast(1), Words("segments of {} layers", off=(1,)), CHOSEN] = (1,)
-    """Layers between two kept layer inputs; the inputs between them are computed again. One number, or one a
-    segment."""
+    """Layers of each segment. The input of a segment's first layer is kept; the inputs of its other layers are
+    recomputed. One number for all segments, or one for each."""
     keep_attention_on_device: Annotated[int, AtLeast(0), Words("attention of {} layers kept", off=0), CHOSEN] = 0
-    """Layers, the last ones, whose attention output is kept, so that attention is not run again for them."""
+    """Number of last layers whose attention output is kept on the device, so that it is not recomputed."""
     keep_attention_on_host: Annotated[int, AtLeast(0), Words("of {} kept in host memory", off=0), CHOSEN] = 0
-    """Layers, those before them, whose attention output is kept in host memory."""
+    """Number of layers before them whose attention output is kept in host memory."""
     keep_qkv_on_device: Annotated[int, AtLeast(0), Words("q, k and v of {} kept", off=0), CHOSEN] = 0
-    """Layers, the last ones, whose queries, keys and values are kept on the device too, so that their projections are
-    not computed again. Not more than --keep-attention-on-device."""
+    """Number of last layers whose queries, keys and values are kept on the device, so that they are not recomputed. At
+    most --keep-attention-on-device."""
     keep_mlp_on_device: Annotated[int, AtLeast(0), Words("gate and up of {} kept", off=0), CHOSEN] = 0
-    """Layers, the last ones, whose MLP's gate and up, 2 x ffn values a token, are kept on the device too. Not more than
+    """Number of last layers whose gate and up (MLP, 2 x its size for each token) are kept on the device. At most
     --keep-qkv-on-device."""
     share_gradients: Annotated[bool, Words("inputs of segments in the memory of gradients"), CHOSEN] = False
-    """Keep inputs of segments in the host memory of gradients that are not written yet. For segments with weights and
-    activations in host memory (--offload-weights --offload-activations)."""
+    """Keep inputs of segments in the host memory of gradients that are not written yet. Needs weights and activations
+    in host memory (--offload-weights --offload-activations)."""
     rebuild_inputs_alone: Annotated[bool, Words("attention of rebuilt layers computed once more")] = False
-    """Hold the inputs alone of a segment that is computed again, not its attention outputs: each layer computes its own
-    once more. Less device memory for a third attention forward pass. For segments of several layers; --memory auto
-    keeps it as it is."""
+    """When a segment is recomputed, hold only the inputs of its layers, not their attention outputs, which each layer
+    then computes once more: less device memory, and a third forward pass of attention. For segments of several layers.
+    --memory auto never sets it."""
     head_chunks: Annotated[int, AtLeast(1), Words("{} head chunks", off=1), CHOSEN] = 1
-    """Groups of attention heads worked on one after the other, so that less memory is needed at a time."""
+    """Number of groups of attention heads. Attention runs for one group after the other, which needs less memory."""
     stack: Literal["segments", "plain"] = "segments"
-    """segments: layers with a hand-written backward pass. plain: by jax.checkpoint alone, to compare with; it is
-    planned as segments of one layer."""
+    """segments: layers with a hand-written backward pass. plain: jax.checkpoint, for comparison; it is planned like
+    segments of one layer."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype in which gradients are summed over devices."""
 
@@ -93,8 +95,8 @@ class Switches:
         self._check_levels()
         if self.share_gradients and not self.can_share:
             raise UserError(
-                "--share-gradients keeps layer inputs where gradients will be, both in host memory: it "
-                "needs --offload-weights and --offload-activations, and gradients that are stored (no "
+                "--share-gradients stores layer inputs in the host memory of gradients: it needs "
+                "--offload-weights and --offload-activations, and gradients that are stored (no "
                 "--update-in-backward)"
             )
 
@@ -129,13 +131,13 @@ class Switches:
             if wrong:
                 raise UserError(
                     f"--update-in-backward with {given}: a layer is updated before the other gradients are "
-                    "known, so that they can be neither clipped by their common norm nor summed over "
+                    "known, so they can be neither clipped by their common norm nor summed over "
                     "batches; use --clip-norm 0, --grad-accum 1 and --remat with it"
                 )
         if not (self.offload_weights and self.offload_optimizer):  # stacks there would be copied once for each loop
             raise UserError(
                 "--update-in-backward saves the host memory of gradients; on the device it would save "
-                "none. Use it with --offload-weights and --offload-optimizer, or leave it out"
+                "no memory. Use it with --offload-weights and --offload-optimizer, or leave it out"
             )
 
     def on_host(self, part: str) -> bool:
@@ -202,10 +204,9 @@ class Profile(Switches):
     compute_dtype: str = "float32"
 
     def attention_place(self, layer: int, num_layers: int) -> str | None:
-        """Where the attention output of this layer (of 0, 1, ...) is kept for the backward pass; None: it is made
-        again.
+        """Where the attention output of this layer (from 0) is kept for the backward pass; None: it is recomputed.
 
-        The last layers are the first to be needed again, so the device is theirs; the first are not kept.
+        The backward pass begins with the last layers: theirs are on the device, then come those in host memory.
         """
         if layer >= num_layers - self.keep_attention_on_device:
             return DEVICE

@@ -144,8 +144,8 @@ def make_profile(config: TrainConfig, dtype: jnp.dtype, model: ModelConfig) -> P
     """The memory profile the flags describe. UserError if the attention kernel cannot run here."""
     if for_gpu(config) and jax.__version_info__ < OLDEST_JAX_ON_CUDA:
         raise UserError(
-            f"jax {jax.__version__} gives wrong gradients for offloaded activations on CUDA without a "
-            f"word; install {'.'.join(map(str, OLDEST_JAX_ON_CUDA))} or newer"
+            f"jax {jax.__version__} gives wrong gradients for offloaded activations on CUDA without an "
+            f"error; install {'.'.join(map(str, OLDEST_JAX_ON_CUDA))} or newer"
         )
     return config.profile(attention_kernel(config, dtype, model).kernel.name, str(dtype))
 
@@ -158,13 +158,13 @@ def attention_kernel(config: TrainConfig, dtype: jnp.dtype, model: ModelConfig) 
     if documents and any(rope.needs_length for rope in model.ropes):
         raise UserError(
             "--pack: this model's rotary embedding (dynamic or longrope) depends on the length of the "
-            "batch, so that a packed document would not compute what it does alone; use --pack-attention "
+            "batch, so a packed document would give another result than alone; use --pack-attention "
             "across, or leave --pack out"
         )
     if config.lengths and any(rope.needs_length for rope in model.ropes):
         raise UserError(
             "--lengths: this model's rotary embedding (dynamic or longrope) depends on the length of the "
-            "batch, so that a document would compute something else in a shorter one; leave --lengths out"
+            "batch, so a document would give another result in a shorter one; leave --lengths out"
         )
     for kind in model.kinds:
         if reason := refusal(chosen.kernel, model.attention_spec(kind), documents):
@@ -195,15 +195,15 @@ def accumulation(config: TrainConfig, dp: int) -> int:
     if samples % at_once:
         near = max(1, samples // at_once) * at_once
         raise UserError(
-            f"{given}: dp {dp} x --batch-size {config.batch_size} = {at_once} sequences are worked on at "
+            f"{given}: dp {dp} x --batch-size {config.batch_size} = {at_once} sequences are computed at "
             f"a time, and must divide it; use {near}, {near + at_once} or another multiple, or change --dp "
             "or --batch-size"
         )
     batches = samples // at_once
     if config.grad_accum not in (1, batches):
         raise UserError(
-            f"{given} is {batches} batches of dp {dp} x --batch-size {config.batch_size}, and --grad-accum "
-            f"{config.grad_accum} says another number; leave one of them out (on --resume: --grad-accum 1)"
+            f"{given} is {batches} batches of dp {dp} x --batch-size {config.batch_size}, but --grad-accum "
+            f"is {config.grad_accum}; leave one of them out (on --resume: --grad-accum 1)"
         )
     if config.update_in_backward and batches != 1:
         raise UserError(
@@ -219,7 +219,7 @@ def check_seq_len(config: TrainConfig, model: ModelConfig) -> int:
         raise UserError(f"--seq-len {config.seq_len}: rotary embedding is exact up to {MAX_POSITION} tokens")
     if config.seq_len is None:
         raise UserError(
-            f"--seq-len: how many tokens a sequence? The model's config says up to "
+            f"--seq-len: give the number of tokens in a sequence. The model's config says up to "
             f"{model.max_position_embeddings} (max_position_embeddings)"
         )
     longest = model_length(model)

@@ -55,7 +55,7 @@ def _check_directories(config: TrainConfig) -> None:
         if getattr(config, flag) and sources and all(pathlib.Path(source.path).is_file() for source in sources):
             names = ", ".join(source.path for source in sources)
             raise UserError(
-                f"--{flag.replace('_', '-')} says what is read of a directory, and {names} is no "
+                f"--{flag.replace('_', '-')} selects files of a directory, and {names} is no "
                 "directory; leave it out, or name the directory"
             )
 
@@ -167,8 +167,8 @@ def read_data(config: TrainConfig, source: ModelSource, job: Job) -> tuple[Data,
             of = f" and its weight {weight:.3g}" if part.mixture else ""
             raise UserError(
                 f"--data gives {count} sequences, fewer than the {per_step} of one step (--dp x "
-                f"--batch-size x --grad-accum, or --samples-per-step){of}: the same would be repeated in "
-                "it. Use more data or smaller steps"
+                f"--batch-size x --grad-accum, or --samples-per-step){of}: a step would "
+                "contain a sequence twice. Use more data or smaller steps"
             )
     sequences, stats, order, added = extended(config, source, part, per_step)
     lengths, stats.packing = lengths_of(config, job), packing_of(config, stats, job)
@@ -203,9 +203,9 @@ def extended(
         part = read_part(config, source, tuple(addition["data"]))
         if addition.setdefault("hash", part.hash) != part.hash:
             raise UserError(
-                f"--resume: the data that were added at step {addition['step']} have changed since then "
-                f"({', '.join(addition['data'])}), or are read with other flags; set them back, type the "
-                "--include, --text-field and other flags that --add-data was typed with, or start a new "
+                f"--resume: the data that were added at step {addition['step']} have changed "
+                f"({', '.join(addition['data'])}), or are read with other flags; restore them, type the "
+                "same --include, --text-field and other flags as with --add-data, or start a new "
                 "run with --model on this run's directory"
             )
         parts.append(part)
@@ -214,7 +214,7 @@ def extended(
             stats.fullness = stats.fullness.plus(part.stats.fullness)
     if any(part.mixture for part in parts):
         raise UserError(
-            "--add-data and weights of sources (PATH:0.3): the weights say how often each source is met, "
+            "--add-data and weights of sources (PATH:0.3): the weights say how often each source is read, "
             "and an addition would change them; leave the weights out, or start a new run with --model on "
             "this run's directory"
         )
@@ -240,7 +240,7 @@ def additions(config: TrainConfig) -> list[dict[str, Any]]:
         if twice := [path for path in paths_of(config.add_data) if within(path)]:
             raise UserError(
                 f"--add-data {', '.join(map(str, sorted(twice)))}: the run has these data since {when}, so "
-                "that they would be met twice as often; leave them out"
+                "they would be read twice as often; leave them out"
             )
     step = run_directory.find_checkpoint(out)[1]
     checkpoints = Checkpoints(out)

@@ -163,17 +163,17 @@ def check_base(config: TrainConfig, source: ModelSource) -> None:
         return
     else:
         print(
-            f"warning: --adapter {adapter}: its base model {base or 'has no name in it and'} is not here to be "
-            f"compared with --model {source.name}; its shapes are right, which says nothing of its weights",
+            f"warning: --adapter {adapter}: its base model {base or 'has no name in it and'} is not on this machine "
+            f"and cannot be compared with --model {source.name}; only the shapes are known to fit",
             file=sys.stderr,
             flush=True,
         )
         return
     if hashed != now["hash"]:
         raise UserError(
-            f"--adapter {adapter} was trained beside {base or hashed}, and the weights of --model "
-            f"{source.name} are other ones; name that model with --model, or {escape} to go on beside "
-            "this one"
+            f"--adapter {adapter} was trained with the base model {base or hashed}, and the weights of "
+            f"--model {source.name} differ; name that base model with --model, or {escape} to continue "
+            "with this one"
         )
 
 

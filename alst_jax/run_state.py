@@ -88,8 +88,8 @@ def begin(
     run_directory.check_geometry(loop["geometry"], settings)
     if config.add_data and config.steps is not None and config.steps <= loop["step"]:
         raise UserError(
-            f"--add-data: the {config.steps} steps of the run are done, so that it would learn nothing of "
-            "them; name more with --steps"
+            f"--add-data: the {config.steps} steps of the run are done, so it would not train on these "
+            "data; give a larger --steps"
         )
     frozen = None if step.model.lora is None else run_lora.resume_base(config, step, jnp.dtype(settings["dtype"]))
     state = restore(step, data, checkpoints, at, frozen)

@@ -185,7 +185,7 @@ class Watch:
                     "memory",
                     self._step,
                     f"{left / 2**30:.1f} of {total / 2**30:.1f} GiB of host memory are "
-                    "left; the kernel ends processes when none is",
+                    "left; the kernel kills processes when none is left",
                     "none; end other processes, or resume with a smaller plan (--host-memory)",
                 )
             )

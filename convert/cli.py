@@ -24,7 +24,7 @@ def run(convert: Callable[..., tuple[int, int]]) -> int:
     except OSError as error:
         if (reason := disk_error(error)) is None:
             raise
-        print(f"error: {describe(reason)}. Nothing of the conversion is kept; run it again then", file=sys.stderr)
+        print(f"error: {describe(reason)}. Nothing of the conversion is kept; run it again after that", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; nothing of the conversion is kept", file=sys.stderr)

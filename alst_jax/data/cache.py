@@ -243,7 +243,7 @@ class Cache:
             os.replace(stream.name, file)
         except OSError as error:
             print(
-                f"cache   the hash of the sequences is not kept: {file.parent} cannot be written "
+                f"cache   the hash of the sequences is not stored: {file.parent} cannot be written "
                 f"({error.strerror or error})",
                 flush=True,
             )

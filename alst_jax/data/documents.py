@@ -155,15 +155,14 @@ def check_length(stats: Stats, seq_len: int, flag: str, pack: bool = False) -> N
     check_targets(stats, flag)
     if pack and stats.tokens * 2 < seq_len:
         raise UserError(
-            f"{flag} is shorter than asked for: {stats.documents} documents have {stats.tokens} tokens in "
-            f"all, so that more than half of a sequence of {seq_len} would be padding. Use a shorter "
-            "--seq-len, or more data"
+            f"{flag} is too short: its {stats.documents} documents have {stats.tokens} tokens in all, so more than "
+            f"half of a sequence of {seq_len} would be padding. Use a shorter --seq-len, or more data"
         )
     if not pack and stats.longest * 2 < seq_len:
         fitting = min(-(-stats.longest // 128) * 128, 2 * stats.longest)
         raise UserError(
-            f"{flag} is shorter than asked for: the longest of {stats.documents} documents has {stats.longest} tokens, "
-            f"so that more than half of every sequence of {seq_len} would be padding. Use --seq-len {fitting} or less, "
+            f"{flag} is too short: the longest of its {stats.documents} documents has {stats.longest} tokens, "
+            f"so more than half of every sequence of {seq_len} would be padding. Use --seq-len {fitting} or less, "
             "longer documents, or --pack, which puts several into one sequence"
         )
 
@@ -172,6 +171,6 @@ def check_targets(stats: Stats, place: str) -> None:
     """UserError without a token to predict."""
     if not stats.sequences:
         raise UserError(
-            f"{place}: {stats.documents} documents and nothing in them to predict (fewer than two tokens "
-            "each)" + "".join(report.left_out() for report in stats.sources)
+            f"{place}: nothing to predict: none of the {stats.documents} documents has two tokens"
+            + "".join(report.left_out() for report in stats.sources)
         )

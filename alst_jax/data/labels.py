@@ -62,8 +62,8 @@ def prepare(document: Document, tokenizer: Any, labels: Labels) -> Prepared:
     prepared = _prepare_chat(document, tokenizer, labels) if document.is_chat else _prepare_completion(document, labels)
     if not tokenizer.is_fast:
         raise UserError(
-            f"{document.origin}: the model's tokenizer ({type(tokenizer).__name__}) does not tell which "
-            "characters a token holds, so answers cannot be told from prompts; use a model with a "
+            f"{document.origin}: the model's tokenizer ({type(tokenizer).__name__}) reports no "
+            "character positions of its tokens, so answers cannot be separated from prompts; use a model with a "
             "tokenizer.json"
         )
     return prepared

@@ -123,8 +123,8 @@ def _message(message: dict[str, Any], place: str, ignore: tuple[str, ...]) -> di
     unknown = sorted(message.keys() - UNDERSTOOD - HARMLESS - set(ignore))
     if unknown:
         raise UserError(
-            f"{place}: {', '.join(map(repr, unknown))} is not understood, and it could say what is to be "
-            f"learned; a message has {', '.join(sorted(UNDERSTOOD))}. Ignore it with --ignore-fields "
+            f"{place}: {', '.join(map(repr, unknown))} is not known, and might change what is learned; "
+            f"a message has {', '.join(sorted(UNDERSTOOD))}. Ignore it with --ignore-fields "
             f"{' '.join(unknown)}"
         )
     plain = {"role": role}
@@ -197,7 +197,7 @@ def _tool_calls(calls: Any, place: str) -> list[dict[str, Any]]:
             | (call.keys() - {"function", "id", "type", "index", "name", "arguments"})
         )
         if extra:
-            raise UserError(f"{place}: {', '.join(map(repr, extra))} in a tool call is not understood")
+            raise UserError(f"{place}: {', '.join(map(repr, extra))} in a tool call is not known")
         outer = {"id": call["id"]} if call.get("id") is not None else {}
         plain.append(outer | {"type": "function", "function": {"name": function["name"], "arguments": arguments}})
     return plain

@@ -45,8 +45,8 @@ def cut_sources(
         sequences, stats = cut(tokenised, cutting, report)
         if report.weight is not None and not sequences:
             raise UserError(
-                f"{report.place}: {stats.documents} documents and nothing in them to predict, so that no "
-                "weight can be given to it"
+                f"{report.place}: nothing to predict: none of the {stats.documents} documents has two tokens; a source "
+                "with a weight needs one"
             )
         sources[report.name] = sequences, stats
     return sources

@@ -114,7 +114,7 @@ def to_document(record: Any, origin: str, fields: Fields) -> Document:
     if unknown:
         raise UserError(
             f"{origin}: {', '.join(map(repr, unknown))} beside {', '.join(map(repr, keys.used))} is not "
-            "understood, and it could say what is to be learned. Take it out of the data, or ignore it "
+            "known, and might change what is learned. Remove it from the data, or ignore it "
             f"with --ignore-fields {' '.join(unknown)}"
         )
     return dataclasses.replace(document, ignored=keys.harmless + keys.unknown)

@@ -62,7 +62,7 @@ class SourceReport:
     def check_documents(self) -> None:
         """UserError if no document is left."""
         if not self.documents:
-            raise UserError(f"{self.place}: no documents in there{self.left_out()}")
+            raise UserError(f"{self.place}: no documents found{self.left_out()}")
 
     def lines(self) -> Iterator[str]:
         """The source in one line, and a second for ignored keys."""
@@ -158,7 +158,7 @@ def warn_without_end(tokenizer: Any, sources: Iterable[SourceReport]) -> None:
     if texts and tokenizer.eos_token_id is None:
         print(
             f"warning: the tokenizer names no end token (eos_token in tokenizer_config.json), so {texts:,} texts end "
-            "without one: the model does not learn where a text ends, and what is generated does not stop by itself",
+            "without one: the model does not learn where a text ends, so it will not stop generating",
             file=sys.stderr,
             flush=True,
         )

@@ -96,8 +96,8 @@ def _check_same_tokens(tokenizer: Any, path: pathlib.Path) -> None:
 
         raise UserError(
             f"{path}: transformers {transformers.__version__} loads the tokenizer as "
-            f"{type(tokenizer).__name__}, which makes {len(given)} tokens of a text of which "
-            f"tokenizer.json makes {len(expected)} others; install a newer transformers, or set "
+            f"{type(tokenizer).__name__}, which splits a text into {len(given)} tokens; by "
+            f"tokenizer.json it has {len(expected)} other tokens; install a newer transformers, or set "
             '"tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json'
         )
 

@@ -50,8 +50,8 @@ def this_cluster(host_memory_gib: float | int | None = None, devices: int | None
         return cluster
     if cluster.sharing > 1 and pinned * cluster.sharing > host_memory():
         raise UserError(
-            f"{HOST_LIMIT}={pinned // GIB}: jax may pin that for each of {cluster.sharing} devices, and "
-            f"the host has {host_memory() / GIB:.0f} GiB; set it to {cluster.host_share // GIB} or less "
-            "(unset, it is what is left to each GPU that nvidia-smi lists)"
+            f"{HOST_LIMIT}={pinned // GIB}: jax may pin this much for each of {cluster.sharing} devices, but "
+            f"the host has {host_memory() / GIB:.0f} GiB; set it to {cluster.host_share // GIB} or less, "
+            "or unset it: then the run divides the host's memory among its GPUs"
         )
     return dataclasses.replace(cluster, pinned=min(pinned, host_memory()))

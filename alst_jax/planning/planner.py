@@ -121,14 +121,14 @@ class Planner:
         choice = self._choose(job, say)
         if choice.job.profile.rebuild_inputs_alone and max(choice.job.profile.segment_layers) == 1:
             raise UserError(
-                "--rebuild-inputs-alone: no segment has several layers here, so that none is rebuilt; add "
-                "--segment-layers, or leave it out"
+                "--rebuild-inputs-alone: no segment has several layers here, so no segment is recomputed; add "
+                "--segment-layers, or leave the flag out"
             )
         if choice.job.profile.share_gradients and not choice.job.shared_inputs:
             raise UserError(
-                "--share-gradients: no input of a segment can be kept in the memory of gradients here: of "
-                "each segment but the first (--segment-layers), of several layers, the layers up to its "
-                "last need larger gradients than its input; leave it out"
+                "--share-gradients: has no effect here: no segment's input fits in the memory of gradients. A "
+                "segment can use the gradients of its own layers, without the last one; the first segment "
+                "stores no input. Use longer segments (--segment-layers), or leave the flag out"
             )
         return choice
 

@@ -29,7 +29,7 @@ def report(planner: Planner, job: Job) -> str:
     config = planner.config
     quiet = (lambda text: None) if config.json else print
     if config.find_max_seq_len and planner.cluster is None:
-        raise UserError("--find-max-seq-len on a CPU: nobody knows its limits; name a machine with --plan-for")
+        raise UserError("--find-max-seq-len on a CPU: its memory limits are not known; name a machine with --plan-for")
     choice, cluster = planner.longest(job) if config.find_max_seq_len else planner.choose(job, quiet), planner.cluster
     plan, outgrown = choice.plan, host_outgrown(choice, cluster) if cluster else ""
     if config.plan_picture:

@@ -83,9 +83,9 @@ def confirm(
         if not compiled.lacks:
             return dataclasses.replace(choice, plan=compiled)
         search, more = search.corrected(choice.job.profile, choice.plan, compiled)
-        say(f"the compiler needs {in_gib(more, '+')} against the estimate: choosing again")
+        say(f"the compiled step needs {in_gib(more, '+')} against the estimate: choosing again")
     raise UserError(
-        f"--memory auto: no profile was found that the compiler says fits {search.cluster}; "
+        f"--memory auto: by the compiler, no profile was found that fits {search.cluster}; "
         "use a shorter --seq-len, a larger --sp, or choose by hand with --memory manual"
     )
 

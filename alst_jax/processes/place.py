@@ -41,8 +41,8 @@ def find_place(config: Any, environment: Mapping[str, str]) -> Place | None:
     if how is None:
         if config.start_timeout != type(config).start_timeout and not _launched(environment):
             raise UserError(
-                f"--start-timeout {config.start_timeout}: there is one process, which waits for nobody; leave it out, "
-                "or name the processes with --coordinator, --processes and --process"
+                f"--start-timeout {config.start_timeout}: the run has one process, which waits for no other; leave it "
+                "out, or name the processes with --coordinator, --processes and --process"
             )
         return None
     count = count if config.processes is None else config.processes

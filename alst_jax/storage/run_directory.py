@@ -269,7 +269,7 @@ def check_geometry(saved: dict[str, Any], now: dict[str, Any]) -> None:
     if changed:
         raise UserError(
             f"--resume: changed since the checkpoint: {', '.join(changed)}. The position in the data or "
-            "the state of the optimizer would mean something else; set it back, or start a new run with "
+            "the state of the optimizer would no longer fit; set it back, or start a new run with "
             "--model on this run's directory (--add-data adds files)"
         )
 

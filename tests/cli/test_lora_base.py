@@ -64,13 +64,15 @@ def test_the_weights_are_compared(adapter, base, tmp_path, capsys):
         check(directory, base), check(directory, moved)
         with pytest.raises(UserError, match=f"trained beside {base}, and the weights of --model {other} .*{escape}"):
             check(directory, other)
-    assert "is not here to be compared" not in capsys.readouterr().err
+    assert "is not on this machine" not in capsys.readouterr().err
     named = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": "hub/name"}
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(adapter, elsewhere)
     (elsewhere / "adapter_config.json").write_text(json.dumps(named))
     check(elsewhere, other)
-    assert "its base model hub/name is not here to be compared with --model" in capsys.readouterr().err
+    assert (
+        "its base model hub/name is not on this machine and cannot be compared with --model" in capsys.readouterr().err
+    )
     (mine / "base.json").write_text("[")
     with pytest.raises(UserError, match="base.json is not what a run with adapters writes"):
         check(mine, base)

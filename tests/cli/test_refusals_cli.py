@@ -58,10 +58,7 @@ BAD_DATA = {
     "an empty file": ("", "{data}: the file is empty"),
     "empty lines": ("\n\n", "--data {data}: no documents in there"),
     "empty documents": ('{"text": ""}\n' * 2, "--data {data}: no documents in there; records left out: 2 empty"),
-    "short documents": (
-        '{"text": "short"}\n' * 2,
-        "--data is shorter than asked for: the longest of 2 documents has 6 tokens",
-    ),
+    "short documents": ('{"text": "short"}\n' * 2, "--data is too short: the longest of its 2 documents has 6 tokens"),
     "no such file": (None, "--data {data}: no such file or directory"),
 }
 BAD_FLAGS = {

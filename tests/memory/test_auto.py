@@ -195,7 +195,7 @@ def test_a_kind_of_profile_that_is_misjudged_does_not_condemn_the_others():
 
 
 def test_nothing_is_chosen_that_no_compiler_accepts():
-    with pytest.raises(UserError, match="no profile was found that the compiler says fits"):
+    with pytest.raises(UserError, match="by the compiler, no profile was found that fits"):
         confirm(job(524288), Search(H100), Compiler(H100, 500 * GIB), lambda text: None)
 
 

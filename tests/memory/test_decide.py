@@ -271,7 +271,7 @@ def test_the_longest_length_is_one_that_compiles(monkeypatch, excess):
 
 def test_there_is_no_longest_length_on_a_cpu_or_of_too_large_a_model():
     config = TrainConfig(find_max_seq_len=True)
-    with pytest.raises(UserError, match="nobody knows its limits"):
+    with pytest.raises(UserError, match="its memory limits are not known"):
         report(Planner.of(config, None, maker(config, "float32")), Job(TINY, TILED, 1, 64))
     with pytest.raises(UserError, match="at any length"):
         planner().longest(dataclasses.replace(EIGHT, model=LLAMA_70B))

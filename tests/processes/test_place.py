@@ -61,7 +61,7 @@ def test_the_place_of_a_process(values, environment, place):
         ({"coordinator": "a:70000", "processes": 2, "process": 0}, {}, "a port from 1 to 65535"),
         ({"processes": 1, "process": 3}, {}, "--process 3 with --processes 1"),
         ({"process": 0}, {}, "several processes need --coordinator HOST:PORT and --processes;"),
-        ({"start_timeout": 60}, {}, "--start-timeout 60: there is one process, which waits for nobody"),
+        ({"start_timeout": 60}, {}, "--start-timeout 60: the run has one process, which waits for no other"),
     ],
 )
 def test_what_names_no_place_is_refused(values, environment, words):

@@ -24,7 +24,7 @@ def test_empty_records_are_left_out_and_counted(tmp_path):
     assert texts == ["a"] and report.records_left_out == {"empty": 2}
     assert (report.records, report.documents) == (3, 1)
     put(tmp_path, "a.jsonl", json_lines({"text": ""}))
-    assert refusal(file) == f"--data {file}: no documents in there; records left out: 1 empty"
+    assert refusal(file) == f"--data {file}: no documents found; records left out: 1 empty"
 
 
 BAD = b'{"text": "a"}\n{"text": null}\n{"text": "b"\n["text"]\n{"text": "c\xff"}\n{"text": 5}\n{"text": "d"}\n'
@@ -88,9 +88,7 @@ def test_chats_that_the_template_refuses_are_refused_or_counted(tmp_path):
     assert (stats.documents, report.documents, report.records_left_out) == (1, 1, {"bad": 1})
     assert report.first_bad.endswith("user first") and stats.labels == 3  # a, b and the end of the turn
     put(tmp_path, "a.jsonl", json_lines({"messages": [assistant]}))
-    with pytest.raises(
-        UserError, match="no documents in there; records left out: 1 bad; the first bad one: .*user first"
-    ):
+    with pytest.raises(UserError, match="no documents found; records left out: 1 bad; the first bad one: .*user first"):
         cut(True)
 
 
@@ -137,5 +135,5 @@ def test_pieces_without_anything_to_learn_are_in_the_report(tmp_path):
 def test_a_file_of_bad_records_alone_is_refused_with_the_first(tmp_path):
     file = put(tmp_path, "a.jsonl", b'{"body": "a"}\n' * 3)
     assert refusal(file, skip_bad=True).startswith(
-        f"--data {file}: no documents in there; records left out: 3 bad; the first bad one: {file}:1: neither"
+        f"--data {file}: no documents found; records left out: 3 bad; the first bad one: {file}:1: neither"
     )

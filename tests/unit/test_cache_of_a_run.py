@@ -88,7 +88,7 @@ def test_flags_of_directories_need_one(flags, flag, tmp_path):
     if flag is None:
         run_data.reading_of(config)
     else:
-        with pytest.raises(UserError, match=f"^{flag} says what is read of a directory, and {file} is no directory"):
+        with pytest.raises(UserError, match=f"^{flag} selects files of a directory, and {file} is no directory"):
             run_data.reading_of(config)
 
 

@@ -205,7 +205,9 @@ def test_a_hash_that_cannot_be_kept_ends_no_run(tmp_path, capsys):
     (tmp_path / "fingerprints").write_text("")
     cache = Cache(tmp_path)
     cache.remember(cache.fingerprint_file([1]), "hash")
-    assert capsys.readouterr().out.startswith(f"cache   the hash of the sequences is not kept: {tmp_path}/fingerprints")
+    assert capsys.readouterr().out.startswith(
+        f"cache   the hash of the sequences is not stored: {tmp_path}/fingerprints"
+    )
 
 
 def test_bad_data_leave_no_store(tmp_path):
@@ -214,6 +216,6 @@ def test_bad_data_leave_no_store(tmp_path):
         sources_of(top, [file])
     assert not stores(top)
     write(file, [{"text": " "}])
-    with pytest.raises(UserError, match="no documents in there; records left out: 1 empty"):
+    with pytest.raises(UserError, match="no documents found; records left out: 1 empty"):
         sources_of(top, [file])
     assert not stores(top)

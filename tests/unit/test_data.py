@@ -73,7 +73,7 @@ def test_other_field_names(tmp_path):
     files = write(tmp_path / "a.jsonl", {"body": "x", "text": "no"}), write(tmp_path / "b.jsonl", {"turns": CHAT})
     names = dict(text_field="body", messages_field="turns")
     assert contents(*files, **names, ignore_fields=("text",)) == ["x", CHAT]
-    with pytest.raises(UserError, match="a.jsonl:1: 'text' beside 'body' is not understood.*--ignore-fields text"):
+    with pytest.raises(UserError, match="a.jsonl:1: 'text' beside 'body' is not known.*--ignore-fields text"):
         contents(*files, **names)
 
 
@@ -90,8 +90,8 @@ def messages(*turns):
     [
         ("a.jsonl", b"", "{file}: the file is empty"),
         ("a.parquet", b"", "{file}: the file is empty"),
-        ("a.txt", b" \n\t\n", "--data {file}: no documents in there"),
-        ("a.jsonl", b"\n\n", "--data {file}: no documents in there"),
+        ("a.txt", b" \n\t\n", "--data {file}: no documents found"),
+        ("a.jsonl", b"\n\n", "--data {file}: no documents found"),
         (
             "a.jsonl",
             b'{"text": "fine"}\n\n{"text": \n',
@@ -204,7 +204,7 @@ def test_other_tokens_than_those_of_tokenizer_json_are_refused(tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer_class": "CodeLlamaTokenizer"}))
     with pytest.raises(
         UserError,
-        match="loads the tokenizer as CodeLlamaTokenizer, which makes .* tokens of a text of "
-        'which tokenizer.json makes .* others; install a newer transformers, or set "tokenizer_class"',
+        match="loads the tokenizer as CodeLlamaTokenizer, which splits a text into .* tokens; by "
+        'tokenizer.json it has .* other tokens; install a newer transformers, or set "tokenizer_class"',
     ):
         load_tokenizer(tmp_path)

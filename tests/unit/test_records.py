@@ -138,7 +138,7 @@ def test_harmless_keys_are_ignored_and_named():
     assert document({"text": "a"} | dict.fromkeys(HARMLESS, 1)).ignored == tuple(HARMLESS)
     assert document({"text": "a", "id": None, "source": "x"}).ignored == ("source",)
     assert document({"prompt": "2+3?", "messages": [USER, ANSWER]}).ignored == ("prompt",)  # repeats the first question
-    with pytest.raises(UserError, match="'prompt' beside 'messages' is not understood"):
+    with pytest.raises(UserError, match="'prompt' beside 'messages' is not known"):
         document({"prompt": "other", "messages": [USER, ANSWER]})
 
 
@@ -152,7 +152,7 @@ def test_ignored_fields_are_as_if_missing():
 def test_ignored_fields_of_messages():
     """Those that are not understood. A weight is."""
     noted = {"messages": [USER | {"annotations": 1}, ANSWER, USER, ANSWER | {"annotations": [], "weight": 0}]}
-    with pytest.raises(UserError, match="message 0: 'annotations' is not understood.* --ignore-fields annotations$"):
+    with pytest.raises(UserError, match="message 0: 'annotations' is not known.* --ignore-fields annotations$"):
         document(noted)
     found = document(noted, ignore=("annotations", "weight"))
     assert found.content == [USER, ANSWER, USER, ANSWER] and found.learned == (False, True, False, False)
@@ -167,7 +167,7 @@ def chat(*messages):
     [
         (
             {"text": "a", "label": 1},
-            "'label' beside 'text' is not understood, and it could say what is to be learned.*--ignore-fields label",
+            "'label' beside 'text' is not known, and might change what is learned.*--ignore-fields label",
         ),
         ({"text": "a", "messages": [USER, ANSWER]}, "both 'text' and 'messages'"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "neither a 'text' .* prompt, chosen, rejected"),
@@ -177,8 +177,8 @@ def chat(*messages):
         (chat(USER, ANSWER | {"weight": "0"}), "message 1: weight '0'; a weight is 0"),
         (chat(USER | {"weight": 1}, ANSWER), "message 0: weight 1 of the role 'user'"),
         (chat(USER, ANSWER | {"weight": 0}), "every assistant message has weight 0"),
-        (chat(USER, ANSWER | {"train": False}), "message 1: 'train' is not understood"),
-        (chat(USER, ANSWER | {"function_call": {"name": "f"}}), "message 1: 'function_call' is not understood"),
+        (chat(USER, ANSWER | {"train": False}), "message 1: 'train' is not known"),
+        (chat(USER, ANSWER | {"function_call": {"name": "f"}}), "message 1: 'function_call' is not known"),
         (chat(USER, {"role": "assistant", "content": None}), "message 1 lacks 'role' or 'content'"),
         (
             chat({"role": "user", "content": [{"type": "image_url"}]}, ANSWER),

@@ -66,11 +66,11 @@ def test_short_data_are_refused_with_a_length_that_works():
     sequences_of(documents, 1000)  # half is enough
     with pytest.raises(
         UserError,
-        match="^--data is shorter than asked for: the longest of 2 documents has 500 tokens, "
-        "so that more than half of every sequence of 1001 would be padding. Use --seq-len 512 or less",
+        match="^--data is too short: the longest of its 2 documents has 500 tokens, "
+        "so more than half of every sequence of 1001 would be padding. Use --seq-len 512 or less",
     ):
         sequences_of(documents, 1001)
-    with pytest.raises(UserError, match="^--eval-data is shorter"):
+    with pytest.raises(UserError, match="^--eval-data is too short"):
         sequences_of(documents, 1001, flag="--eval-data")
 
 
@@ -83,7 +83,7 @@ def test_the_advised_length_is_accepted(length):
 
 
 def test_data_with_nothing_to_predict_are_refused():
-    with pytest.raises(UserError, match="^--data: 2 documents and nothing in them to predict"):
+    with pytest.raises(UserError, match="^--data: nothing to predict: none of the 2 documents"):
         sequences_of([Document("", "a"), Document("", "b")], 8)
 
 

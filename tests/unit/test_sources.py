@@ -80,7 +80,7 @@ def test_a_weighted_source_with_nothing_to_predict_is_refused(tmp_path):
     tokenizer.eos_token = None
     given, cutting = [str(long), str(short)], Cutting(tokenizer, 16, 261)
     assert sum(stats.sequences for _, stats in cut_sources(given, Reading(), "--data", cutting).values()) == 1
-    with pytest.raises(UserError, match="short.txt: 1 documents and nothing in them to predict, so that no weight"):
+    with pytest.raises(UserError, match="short.txt: nothing to predict: none of the 1 documents"):
         cut_sources([f"{path}:1" for path in given], Reading(), "--data", cutting)
 
 
