@@ -166,7 +166,7 @@ def show_samples(config: TrainConfig) -> int:
 
 
 def run(config: TrainConfig) -> int:
-    """The story of a run, from flags to a Hugging Face directory. Returns the exit code."""
+    """One run, from flags to a Hugging Face directory. Returns the exit code."""
     # jax reads its environment when it is imported: not before main() has prepared it.
     from alst_jax import run as setup
     from alst_jax import run_data, run_long, run_lora, run_packs, run_state

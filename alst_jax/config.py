@@ -29,18 +29,18 @@ class ModelFlags:
     model: Annotated[str | None, default("a tiny Llama with random weights")] = None
     """Hugging Face directory or hub name, or a checkpoint made by convert.from_hf or an earlier run."""
     random_weights: bool = False
-    """Draw the weights of --model at random on the devices, to measure a size without its weights: config.json is
-    enough. Without a tokenizer beside it, a token is a byte. Exported only where --export is typed."""
+    """Draw the weights of --model at random, to measure speed and memory: --model needs only a config.json. Without a
+    tokenizer beside it, each byte is a token. The model is exported only if --export is typed."""
     resize_vocabulary: bool = False
-    """Give the model rows for tokens of its tokenizer beyond its vocabulary: each the mean of the old rows, in
-    embedding and head. The exported config.json has the new size."""
+    """Add rows to embedding and head for tokens of the tokenizer beyond the model's vocabulary. Each new row is the
+    mean of the old rows. The exported config.json has the new size."""
     out: Annotated[str | None, default("none; without --model runs/DATE-TIME")] = None
     """Output directory: checkpoints, metrics.jsonl, TensorBoard, and at the end hf/, a Hugging Face directory."""
     seq_len: Annotated[Length | None, default("none; without --model 2048")] = None
     """Tokens per sequence: 32768, 32k (x1000) or 32Ki (x1024)."""
     lengths: Annotated[tuple[Length, ...], default("--seq-len alone")] = ()
-    """Lengths of sequences, as in 32k 128k; the longest is --seq-len. Each batch has the smallest that holds its
-    sequences. One program is compiled a length."""
+    """Lengths of sequences, as in 32k 128k; the longest is --seq-len. Each batch is padded to the smallest length that
+    holds its sequences. One program is compiled for each length."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ class TrainingFlags:
     """Steps, learning rate, AdamW."""
 
     steps: Annotated[int | None, AtLeast(1), default("once through the data; without --model 80")] = None
-    """Optimizer steps to train for in all, a resumed run's earlier steps included."""
+    """Number of optimizer steps in all, with the earlier steps of a resumed run."""
     batch_size: Annotated[int, AtLeast(1)] = 1
     """Sequences each data-parallel replica holds at a time."""
     grad_accum: Annotated[int, AtLeast(1)] = 1
@@ -78,9 +78,9 @@ class TrainingFlags:
     warmup_steps: Annotated[int | None, AtLeast(0), default("5% of --steps")] = None
     """Steps of linear warm-up."""
     final_learning_rate_ratio: float = 0.1
-    """Learning rate at the last step, as a part of the peak (cosine and linear)."""
+    """Learning rate at the last step / peak learning rate (cosine and linear)."""
     weight_decay: Annotated[float, AtLeast(0)] = 0.01
-    """AdamW weight decay; norms and biases are spared."""
+    """AdamW weight decay; not applied to norms and biases."""
     beta1: float = 0.9
     """AdamW first-moment decay."""
     beta2: float = 0.999
@@ -101,10 +101,11 @@ class NumberFlags:
     optimizer_states: Annotated[Literal["float32", "bfloat16", "int8"], CHOSEN] = "float32"
     """How AdamW's moments are stored; bfloat16 and int8 are rounded stochastically."""
     master_weights: Annotated[Literal["float32", "low-bits", "none"], CHOSEN] = "float32"
-    """For bfloat16 weights: a float32 copy; the 16 missing bits (the same in 2 bytes less, but ties of weights round
-    up); or stochastic rounding."""
+    """The optimizer's copy of bfloat16 weights. float32: in float32. low-bits: only the 16 bits that bfloat16 lacks, 2
+    bytes less and as exact, but a weight halfway between two bfloat16 numbers is rounded up. none: no copy; updates are
+    rounded stochastically."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Weights and compute; for bfloat16 weights the optimizer keeps float32 ones, see --master-weights.
+    """Type of weights and computation. For bfloat16 weights the optimizer keeps a copy, see --master-weights.
     auto: bfloat16 on GPU, float32 on CPU."""
     attention: Literal["auto", "flash", "cudnn", "xla"] = "auto"
     """Attention kernel: flash (flash-attn-4: Hopper, extra `flash`), cudnn (GPU), xla (tiled, any device). auto: the
@@ -118,9 +119,9 @@ class SavingFlags:
     """Checkpoints, a resumed run, the exported model."""
 
     save_every: Annotated[int | None, AtLeast(1), default("the last step alone")] = None
-    """Checkpoint every so many steps, besides the last one."""
+    """Steps between two checkpoints. The last step is always saved."""
     keep_checkpoints: Annotated[int, AtLeast(1)] = 2
-    """Checkpoints kept; older ones are deleted."""
+    """Number of checkpoints to keep; older ones are deleted."""
     resume: bool = False
     """Continue the run in --out from its newest checkpoint."""
     export: Annotated[bool, default("True; with --random-weights False")] = True
@@ -129,11 +130,11 @@ class SavingFlags:
 
 @dataclasses.dataclass(frozen=True)
 class PlanFlags:
-    """The needs of a step, before it runs."""
+    """Memory and time of a step, before it runs."""
 
     memory: Literal["auto", "manual"] = "auto"
-    """auto: on a GPU the fastest of the memory profiles that fit is chosen; flags that are typed are kept.
-    manual: the flags alone."""
+    """auto: on a GPU, choose the fastest memory profile that fits; typed flags are kept.
+    manual: use only typed flags."""
     allow_narrow_optimizer: bool = False
     """Let --memory auto also choose --optimizer-states and --master-weights, which change the result by rounding."""
     plan_only: bool = False
@@ -153,7 +154,7 @@ class PlanFlags:
     """Print the record beside the newest checkpoint of this run (or beside this checkpoint), and stop: flags,
     versions, git revision, devices, plan, kernels."""
     explain: bool = False
-    """With --plan-only: list the terms of which the plan's bytes and seconds are the sums."""
+    """With --plan-only: list the terms that sum to the plan's bytes and seconds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,8 +162,8 @@ class InspectionFlags:
     """Where the time and the memory of a run go."""
 
     debug_attention_layers: Annotated[int | None, AtLeast(1), default("all")] = None
-    """Compute attention in the first N layers only, to measure the memory of a long run in minutes. The losses and
-    weights mean nothing: none is saved or exported."""
+    """Compute attention in the first N layers only, to measure the memory of a long run in minutes. Losses and
+    weights are meaningless; nothing is saved or exported."""
     profile_steps: Annotated[str | None, default("none")] = None
     """Trace these steps (3:5, or 3 alone, counted from 1) into OUT/profile, and print where their time went."""
 
@@ -192,7 +193,7 @@ class TrainConfig(
     """
 
     typed: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
-    """Which of the flags that --memory auto chooses were typed: it leaves them as they are."""
+    """The typed flags that --memory auto would choose otherwise."""
 
     def __post_init__(self):
         if self.lengths and self.seq_len is None:

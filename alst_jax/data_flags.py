@@ -19,7 +19,7 @@ class DataFlags:
     """JSONL, JSON, CSV, TSV, Parquet, Arrow or text files, compressed or not, directories of them, and names of data
     sets on the hub. `a.jsonl:0.3 b/:0.7`: the part of the sequences that comes from each."""
     add_data: Annotated[tuple[str, ...], default("none")] = ()
-    """With --resume: files or directories as in --data, which the run learns from now on too, and in later resumes."""
+    """With --resume: more data, as in --data, for the rest of the run and for later resumes."""
     split: Annotated[str | None, default("train")] = None
     """The split to read in directories with splits."""
     include: Annotated[tuple[str, ...], default("all that are read")] = ()
@@ -37,7 +37,7 @@ class DataFlags:
     messages_field: str = "messages"
     """Field of a JSON, Parquet or Arrow record that holds a chat."""
     ignore_fields: Annotated[tuple[str, ...], default("none")] = ()
-    """Fields of a record that are left out, as if the data lacked them."""
+    """Fields of a record to ignore."""
     learn: Literal["assistant", "last", "all"] = "assistant"
     """The learned part of a chat: all turns of the assistant, the last of them, or all tokens."""
     chat_template: Annotated[str | None, default("the model's own")] = None
@@ -60,7 +60,7 @@ class DataFlags:
     eval_split: Annotated[str | None, default("validation, else test")] = None
     """The split of --eval-data to read in directories with splits."""
     eval_every: Annotated[int | None, AtLeast(1), default("at the end alone")] = None
-    """Evaluate every so many steps, besides the end."""
+    """Steps between two evaluations. The last step is always evaluated."""
 
 
 def data_mistakes(config: Any) -> Iterator[tuple[Any, str]]:

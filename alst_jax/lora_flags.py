@@ -21,12 +21,12 @@ class LoraFlags:
     lora_targets: str = "all"
     """Linear layers that get adapters: all, or names as in q_proj,v_proj."""
     lora_dropout: Annotated[float | None, default("0; with --adapter, its own")] = None
-    """In training, the part of an adapter's inputs that is set to zero, other ones each step; 0 is none."""
+    """In training, the part of an adapter's inputs that is set to zero, drawn anew in each step; 0: no dropout."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead."""
     adapter: Annotated[str | None, default("new adapters")] = None
-    """Go on from this adapter, a directory in PEFT's format. It says rank, alpha, targets and rslora, and the
-    dropout unless --lora-dropout does."""
+    """Continue this adapter, a directory in PEFT's format. It sets rank, alpha, targets and rslora, and the dropout
+    unless --lora-dropout is typed."""
     merge_adapter: bool = False
     """Also write OUT/hf at the end: the model with its adapters merged into the weights."""
 

@@ -22,7 +22,7 @@ class ProcessFlags:
     local_devices: Annotated[tuple[int, ...], default("the host's GPUs divided by its processes")] = ()
     """Numbers of the host's GPUs that this process takes, as in 0 1."""
     start_timeout: Annotated[int, AtLeast(1)] = 300
-    """Seconds in which all processes must have come."""
+    """Seconds within which all processes must connect."""
 
 
 OF_A_PROCESS = ("process", "local_devices")

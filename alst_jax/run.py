@@ -1,4 +1,4 @@
-"""From flags to the parts of a run, in the order in which train.py asks for them. Each function answers or refuses."""
+"""From flags to the parts of a run, in the order in which train.py needs them. UserError for flags that cannot work."""
 
 import dataclasses
 import functools

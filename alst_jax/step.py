@@ -226,7 +226,7 @@ class TrainStep:
         return self._trained_shardings, self._optimizer_shardings
 
     def init_params(self, key: jax.Array, dtype: DTypeLike) -> Params:
-        """Random weights of all parameters, made where they will live: of weights in host memory, one at a time."""
+        """Random weights of all parameters, created in their final memory; those in host memory one at a time."""
         draw, places = functools.partial(init_params, self.model, dtype), shardings(self.specs, self.mesh, host.DEVICE)
         if not self.profile.offload_weights:
             return jax.jit(draw, out_shardings=places)(key)
@@ -243,8 +243,8 @@ class TrainStep:
         return treedef.unflatten(jax.device_put(jax.jit(draw, out_shardings=places)(key), targets))
 
     def init_optimizer(self, trained: Params) -> dict[str, Any]:
-        """Zero moments and, for narrow weights, their float32 master, made where they will live, a parameter at a
-        time."""
+        """Zero moments and, for narrow weights, their float32 master. They are created in their final memory, one
+        parameter at a time."""
         leaves, treedef = jax.tree.flatten(trained)
         specs = jax.tree.leaves(self._trained_specs, is_leaf=is_spec)
         names = self.optimizer.state_names(leaves)
@@ -320,6 +320,5 @@ def labels_of_rows(labels: np.ndarray) -> list[int]:
 
 
 def count_all_labels(rows: list[int]) -> int:
-    """The sum of `labels_of_rows` over all rows. Each process has the labels of the rows that it reads, and none of the
-    others."""
+    """The sum of `labels_of_rows` over all rows. Each process has only the labels of the rows that it reads."""
     return int(np.max(link().exchange("labels", rows), axis=0).sum()) if rows else 0

@@ -211,7 +211,7 @@ def evaluate_sources(
     sources: dict[str, Callable[[], Iterable[dict[str, np.ndarray]]]],
     say: Callable[[str], None],
 ) -> dict[str, float]:
-    """Loss and perplexity over the labels of all held-out sources, and of each of several by its name."""
+    """Loss and perplexity over the labels of all held-out sources and, with several sources, of each by its name."""
     values, results = {}, {name: evaluate(step, state, batches()) for name, batches in sources.items()}
     labels = sum(count for _, count in results.values())
     loss = sum(loss * count for loss, count in results.values()) / max(labels, 1)

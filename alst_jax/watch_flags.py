@@ -15,10 +15,10 @@ class WatchFlags:
     """Before the run, compare each kernel, collective and update at the run's own length and devices with an
     independent computation. If one is off, the run does not start."""
     on_nonfinite: Literal["stop", "skip", "rewind"] = "stop"
-    """A loss or gradient that is no finite number. stop: save the state before the step and end. skip: leave out the
-    batch. rewind: go back to the last checkpoint and leave out the batch."""
+    """Reaction to a loss or gradient that is not finite. stop: save the state before the step and end. skip: leave out
+    the batch. rewind: go back to the last checkpoint and leave out the batch."""
     on_spike: Literal["warn", "stop", "skip", "rewind"] = "warn"
-    """A loss or gradient norm far above the last 50 steps'. warn: print a line. The others as for
+    """Reaction to a loss or gradient norm far above those of the last 50 steps. warn: print a line. The others as for
     --on-nonfinite."""
     spike_deviations: float = 8.0
     """How far above their median, in standard deviations, a loss or the logarithm of a gradient norm is a spike."""

@@ -1,4 +1,4 @@
-"""What some layers keep on the device besides their attention output, so that less is computed again.
+"""Arrays that some layers keep on the device besides their attention output, so that less is recomputed.
 
 Nested levels: a layer's input; its attention output; queries, keys and values; the MLP's gate and up. Arrays of a run
 of layers are stacked, and are read and written in place: a copy of one layer's row would need as much memory again.

@@ -44,10 +44,11 @@ class Layer:
     """How a layer of a model is computed.
 
     specs: shardings of one layer's parameters. reduce_dtype: in which gradients are summed over devices. tile: tokens
-    worked on at a time in all that is token-wise (None: all).
+    of a tile in token-wise operations (None: all tokens).
 
-    Weights keep their own dtype outside the loops over tiles and are widened to float32 inside (see ops/linear.py),
-    where the compiler sees the conversion there and back and drops it: not one conversion of each weight for each tile.
+    Weights keep their own dtype outside of the loops over tiles and are widened to float32 inside (see ops/linear.py).
+    There the compiler sees the conversion to float32 and back, and removes both. Were they
+    widened outside, each tile would convert each weight back.
     """
 
     model: ModelConfig

@@ -1,8 +1,9 @@
 """All layers: which residuals are saved, where, and how the backward pass recomputes the others.
 
-The forward and backward rules are written by hand, because the order matters at length: loops keep one layer's
-intermediates alive at a time, where a compiler that sees several layers at once does not, and saved residuals are freed
-segment by segment. `stack/plain.py` computes the same with `jax.checkpoint`, in twenty lines.
+The forward and backward rules are written by hand, because the order of operations decides the peak memory. In a loop
+over layers, one layer's intermediates are alive at a time; a compiler that sees several layers at once keeps more of
+them. Saved residuals are freed segment by segment. `stack/plain.py` computes the same with `jax.checkpoint`, in twenty
+lines.
 
 B batch, T local tokens, D hidden.
 """
@@ -29,8 +30,9 @@ PyTree = Any
 
 
 class Saved(NamedTuple):
-    """The residuals that the forward pass saves. segments: for each, its inputs (or the row of `firsts`) and by run the
-    results of attention and the `Kept` arrays. stacks: places of gradients, where they hold inputs until then."""
+    """The residuals that the forward pass saves. segments: for each segment, its inputs (or their row in `firsts`)
+    and, for each run of layers, the results of attention and the `Kept` arrays. stacks: the gradient stacks, if inputs
+    of segments are stored in them; else None."""
 
     segments: list
     firsts: jax.Array | None
@@ -138,8 +140,8 @@ class Stack:
         return rows if rows.first else None
 
     def places(self, layers: Weights) -> PyTree:
-        """Stacks for the gradients of the layers. Loops write into them, one layer at a time; in host memory they are
-        not even cleared first."""
+        """Stacks for the gradients of the layers, which loops write one layer at a time. Stacks in host memory are not
+        cleared."""
         zeros = jax.tree.map(lambda w: vary_like(jnp.zeros(w.shape, w.dtype), w), layers.trained)
         return _place(zeros, self.profile.offload_weights)
 
@@ -205,8 +207,8 @@ class _Backward:
     wide: bool = False  # gradients are written in float32
 
     def one(self, carry, i, h, results, kept):
-        """Back through layer i, from its input, the results of its attention (None: they are recomputed) and what else
-        was kept."""
+        """Back through layer i, from its input, the results of its attention (None: they are recomputed) and its kept
+        arrays."""
         layer, tokens, (dh, store) = self.stack.layer, self.saved.tokens.in_layer(i), carry
         shards = read_after(dh, functools.partial(self.read, store), i)
         weights = layer.load(shards)
