@@ -1,8 +1,8 @@
 """Watches a run: numbers that look wrong, steps that take too long, memory that runs out, GPUs that slow down.
 
 An event is one line with its cause and the action, and a record of metrics.jsonl with the key "event". Losses and
-gradient norms are judged between a step's gradient and its update, so that a step can be left out. Times are judged
-only where a step takes a second and more: short ones vary with all else that a machine does.
+gradient norms are judged between a step's gradient and its update, so that a step can be left out. Throughput is judged
+only if a step takes a second or more: times of shorter steps vary with the other work of the machine.
 """
 
 import collections
@@ -61,9 +61,10 @@ class Event:
 
 
 def limits_of(planned: float | None, several_lengths: bool) -> tuple[float, float]:
-    """Seconds that each of the first two steps may take, which are compiled, and each other step at least.
+    """(limit of each of the first two steps, which include compilation; least limit of each later step), in seconds.
 
-    planned: seconds of a step by the plan. several_lengths: any step may be compiled, and slower than those before it.
+    planned: seconds of a step by the plan. several_lengths: any step may include compilation,
+    and be slower than earlier steps.
     """
     first = FIRST + HUNG * (planned or 0.0)
     return first, first if several_lengths else max(LEAST_HUNG, HUNG * (planned or 0.0))
@@ -72,7 +73,7 @@ def limits_of(planned: float | None, several_lengths: bool) -> tuple[float, floa
 class Watch:
     """tell(event): prints or records an event; a separate thread calls it for a stalled step. on_gpu: whether
     nvidia-smi is asked. give_up(words): ends the run where a step in progress takes HUNG times as long as the longest.
-    By default it ends all processes where there are several; a lone one may take as long as it wants. limits:
+    By default it ends all processes of a run of several; a single process has no limit. limits:
     see `limits_of`."""
 
     def __init__(
@@ -200,7 +201,7 @@ class Watch:
             self.tell(Event("throttled", self._step, cause, "none; check its cooling"))
 
     def _look(self):
-        """The thread that sees a step in progress stall."""
+        """The thread that watches the seconds of the step in progress."""
         told = None
         while not self._done.wait(1.0):
             began, step = self._began, self._step

@@ -1,4 +1,4 @@
-"""Attention kernels, forward and backward apart, on the card that is here: one table of TFLOPS.
+"""A table of TFLOPS of the attention kernels on this machine's GPU, forward and backward pass separately.
 
     python -m benchmarks.attention --json attention.json
     python -m benchmarks.attention --kernels cudnn flash --shapes 131072x32x8 docs-8

@@ -5,7 +5,7 @@ the speed at a common length.
     python -m benchmarks.ladder --layers 8 --seq-len 32768 # measured, on a GPU
 
 Full fine-tuning in bfloat16 with 8-bit AdamW and no float32 master, batch 1, each layer's input kept for the backward
-pass: ALST's baseline, too, has gradient checkpointing. Each rung has all those above it.
+pass: ALST's baseline, too, has gradient checkpointing. Each rung adds one feature to the rung above it.
 """
 
 import dataclasses

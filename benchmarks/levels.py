@@ -1,10 +1,10 @@
-"""The ladder of save levels, Llama-8B's shape: what each level keeps of every layer, its bytes and its seconds.
+"""The save levels for Llama-8B's shape: the arrays that each level keeps of every layer, their bytes and seconds.
 
     python -m benchmarks.levels --seq-len 131072                              # by plan, for one H100
     python -m benchmarks.levels --seq-len 32768 --layers 4 --measure          # measured beside it, on a GPU
 
-Each level has all those above it. Seconds are of a whole step; a layer's are those that the level spares in one layer,
-in a step's forward and backward pass.
+Each level keeps the arrays of the levels above it, too. Seconds are those of a whole step; the seconds of a layer are
+the time that the level saves in one layer, forward and backward.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""The longest sequences that plans say fit, beside those ALST publishes (arXiv 2506.13996 and its recipes).
+"""The longest sequences that fit by plan, beside the lengths that ALST publishes (arXiv 2506.13996 and its recipes).
 
     python -m benchmarks.longest --compiled 1 8
 

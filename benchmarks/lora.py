@@ -5,7 +5,7 @@
 
 Nothing is measured: speeds are predictions. bfloat16 weights, batch 1, the flash kernel, 125 GiB of host memory. Full
 fine-tuning has float32 moments and master weights, or 8-bit moments and no master. `--alone` adds
---rebuild-inputs-alone, for longer sequences.
+--rebuild-inputs-alone to all profiles, for longer sequences.
 """
 
 import dataclasses

@@ -4,25 +4,28 @@
     python -m benchmarks.parity --layers 4 --seq-len 2048 --dtype float32 --attention xla # exact
     python -m benchmarks.parity --layers 3 --seq-len 256 --dtype float32 --attention xla --width 4 --simulate-devices 4
 
-Each mesh is compared with one device: losses and gradient norms of the steps; the first moments, which are sums of the
-gradients; and the updates, final weights less initial weights. In float32 the limit is 1e-4 for all of them. In
-bfloat16 a second run of one device with other tiles, the control, says how much is rounding: the limit is 1.5 times
-that, and no less than FLOORS. What says how much is rounding has limits itself, CEILINGS, and widens none of others if
-it passes one. "data parallel without features" (weights sharded, each layer's input kept, nothing tiled) is compared
-with one device without tiles, for these round in another place: a tile's gradient of its logits is bfloat16, that of
-all logits float32. "sequence parallel with all" is compared with one device and, which is the loss-parity experiment of
-ALST (arXiv 2506.13996), with the former itself; in bfloat16 the limits of that are the sum of those which the control
-and one device without tiles make, for the two differ by both.
+Each mesh is compared with one device: losses and gradient norms of the steps; the first moments (sums of gradients);
+and the updates (final weights less initial weights).
 
-The last case must fail: there each device numbers its tokens from 0. With --only it may not run, and then nothing shows
-that the comparison notices anything; the last line says so, as it says if the two of ALST's experiment did not meet. A
-step takes a sequence a device. Exits with 1 if a case passes a limit, or the last one none, or a
-number is not finite.
+- float32: the limit is 1e-4 for each error.
+- bfloat16: a second run of one device with other tiles, the control, measures rounding. The limit is 1.5 times its
+  error, and at least FLOORS. The control has limits itself, CEILINGS; above them it does not widen other limits.
+- "data parallel without features" (weights sharded, each layer's input kept, nothing tiled) is compared with one device
+  without tiles. Without tiles the loss rounds in another place: the gradient of a tile's logits is bfloat16, the
+  gradient of all logits float32.
+- "sequence parallel with all" is compared with one device. It is also compared with "data parallel without features":
+  this is the loss-parity experiment of ALST (arXiv 2506.13996). Its bfloat16 limits are the
+  sums of the limits by the control and by one device without tiles.
+- The last case must fail: each device numbers its tokens from 0. It shows that the comparison notices a fault. With
+  --only it may be left out; then the last line of the output says so. The line also says if ALST's experiment did not
+  run.
 
-Host memory: a result is the moments and the updates, 8 bytes a parameter: 15 GB for 4 layers of the real width. Two are
-kept beside that of the case that runs (one device, and one device without tiles or, later, data parallel), which holds
-three of its own halves when it ends (start, end, updates) and whatever it offloads. Comparing takes THREADS pieces
-more.
+Each step takes one sequence for each device. Exit code 1: a case is above a limit, the last case is not, or a number is
+not finite.
+
+Host memory: a result has the moments and the updates, 8 bytes a parameter, 15 GB for 4 layers of the real width. Two
+earlier results are kept. The running case holds three halves of a result at its end (start, end, updates), and the
+arrays that it offloads. A comparison needs THREADS pieces more.
 """
 
 import concurrent.futures
@@ -222,9 +225,8 @@ def narrowed(options: Options) -> ModelConfig:
 
 
 def limits(case: Case, other: str, rounding: dict[str, dict[str, float]], dtype: str) -> dict[str, float]:
-    """What each error of a case beside another may be; rounding: the errors of the cases that say how much rounding
-    does and are within CEILINGS, by name. One that is not is not here, so that it widens no limit: FLOORS are what is
-    left."""
+    """The largest allowed error of each comparison. rounding: by name, errors of the cases that measure rounding and
+    are within CEILINGS. Without such a case the limits are FLOORS."""
     if dtype == "float32":
         return dict.fromkeys(PARTS, EXACT)  # of two meshes beside each other, too
     if case.rounding:
@@ -235,7 +237,7 @@ def limits(case: Case, other: str, rounding: dict[str, dict[str, float]], dtype:
 
 
 def judge(case: Case, errors: dict[str, float], limits: dict[str, float]) -> str:
-    """ "ok", or the fault of a case. A loss, norm or parameter that is not finite makes an error that is not."""
+    """ "ok", or the fault of a case. A loss, norm or parameter that is not finite makes an error that is not finite."""
     if unknown := [part for part, error in errors.items() if not math.isfinite(error)]:
         return f"NOT FINITE: {', '.join(unknown)}"
     passed = [part for part, error in errors.items() if error > limits[part]]

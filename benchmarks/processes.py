@@ -1,4 +1,4 @@
-"""python -m benchmarks.processes OUT --model DIR --data FILE --shapes 1x2 2x1: the same run in other processes.
+"""python -m benchmarks.processes OUT --model DIR --data FILE --shapes 1x2 2x1: the same run divided into processes.
 
 A shape is processes x devices of each. Runs train.py in each shape, in float32 and with the same flags, and prints
 losses, tokens a second, device and host memory; then how far losses and exported weights are from those of the first

@@ -3,8 +3,8 @@
     python -m benchmarks.saves                          # needs 5 GB of memory and 2 GB in /tmp
     python -m benchmarks.saves --slow 300 --cores 16    # a disk of 300 MB/s in all (slow_disk.c; needs cc), 16 writers
 
-Each case runs in a process of its own, on simulated CPU devices; its second save is measured. Arrays are written from
-where they are, as those in pinned memory are on a GPU machine. The disk is the machine's, cached by its kernel.
+Each case runs in a process of its own, on simulated CPU devices; its second save is measured. Arrays are written
+without a copy, like arrays in pinned memory on a GPU machine. The disk is the machine's, cached by its kernel.
 """
 
 import argparse
