@@ -1,4 +1,4 @@
-"""How a flag is declared: a field's type holds its check and its words, beside its default and its help text.
+"""The declaration of a flag: a field whose type has its check and its words, beside its default and its help text.
 
     head_chunks: Annotated[int, AtLeast(1), Words("{} head chunks", off=1), CHOSEN] = 1
 
@@ -46,7 +46,7 @@ CHOSEN = "chosen by --memory auto"
 
 
 def default(text: str) -> object:
-    """Marks a flag whose default in `--help` is this text, because the field's own says too little."""
+    """A mark: the text of the default in `--help`, where the value of the field says too little."""
     return tyro.conf.arg(help_behavior_hint=f"(default: {text})")
 
 

@@ -1,4 +1,4 @@
-"""Refusals of flags that are wrong with any model, data and machine."""
+"""Refusals of flags that are wrong for every model, data set and machine."""
 
 import dataclasses
 import itertools
@@ -17,7 +17,8 @@ from alst_jax.watch_flags import watch_mistakes
 
 
 def check_run(config: TrainConfig, several: bool = False) -> None:
-    """UserError for flags that are wrong with any model, data and machine. several: whether several processes run."""
+    """UserError for flags that are wrong for every model, data set and machine. several: several
+    processes run."""
     _check_numbers(config)
     config.check(config.clip_norm, config.grad_accum)
     for wrong, message in itertools.chain(_mistakes(config), process_mistakes(config, several)):

@@ -1,4 +1,5 @@
-"""The programs of a step, compiled from abstract arrays as a run calls them: that run compiles nothing again."""
+"""The programs of a step, compiled from abstract arrays in the form of a run's calls, so that the run compiles nothing
+again."""
 
 import concurrent.futures
 import functools

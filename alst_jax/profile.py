@@ -113,7 +113,7 @@ class Switches:
 
     @property
     def sums_in_place(self) -> bool:
-        """Whether gradients of several batches are summed where they are made. Then one batch's are never stored."""
+        """Whether gradients are added to the sums of earlier batches layer by layer, and never stored."""
         return self.remat and self.stack == "segments" and not self.share_gradients
 
     @property
@@ -215,7 +215,7 @@ class Profile(Switches):
         return None
 
     def segments(self, num_layers: int) -> list["Segment"]:
-        """The layers, cut where their inputs are kept. Neighbours of one layer each that are alike make one."""
+        """The segments of the layers. Neighbouring segments of one layer that keep the same arrays are one segment."""
         lengths, start, segments = self.segment_layers, 0, []
         if len(lengths) == 1:
             lengths = [min(lengths[0], num_layers - at) for at in range(0, num_layers, lengths[0])]

@@ -1,4 +1,5 @@
-"""Steps that are not applied: a number is not finite, or a spike; and the reactions that the flags choose."""
+"""Steps that are not applied because of a number that is not finite or a spike, and the reactions by --on-nonfinite and
+--on-spike."""
 
 import dataclasses
 from collections.abc import Callable
@@ -42,7 +43,7 @@ class Saves:
 
 class Refused:
     """The reactions of --on-nonfinite and --on-spike to steps that are not applied. left_out: positions of batches that
-    the run passes over after it went back."""
+    the run skips after it returned to a checkpoint."""
 
     def __init__(self, config: WatchFlags, save: Callable[[Any], None], tell: Callable[[Event], None]):
         self.config, self._save, self._tell = config, save, tell

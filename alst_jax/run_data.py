@@ -45,7 +45,7 @@ def reading_of(config: TrainConfig, held_out: bool = False) -> Reading:
 
 
 def _check_directories(config: TrainConfig) -> None:
-    """UserError for a flag that chooses among the files of directories, if all that it could choose from are files."""
+    """UserError for a flag that selects files of directories, if no directory is given."""
     data = parse_sources(config.data, "--data") + parse_sources(config.add_data, "--add-data")
     held_out = parse_sources(config.eval_data, "--eval-data", held_out=True)
     flags = {"split": data, "eval_split": held_out} | dict.fromkeys(
@@ -131,7 +131,7 @@ def known_hash(config: TrainConfig, sequences: Any, parts: list[Pieces]) -> str 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Training sequences that a run has from one time on: the first ones, or an addition. hash: of the sequences."""
+    """Training sequences of a run: those of --data, or those that --add-data added later. hash: of the sequences."""
 
     sequences: Any
     stats: Stats
@@ -157,7 +157,7 @@ def read_part(config: TrainConfig, source: ModelSource, added: tuple[str, ...] =
 def read_data(config: TrainConfig, source: ModelSource, job: Job) -> tuple[Data, Stats, str]:
     """The batches of a run, the training documents' statistics and a hash of the sequences that it began with.
 
-    UserError if one step would meet the same sequence twice.
+    UserError if one step would contain a sequence twice.
     """
     part, pad = read_part(config, source), pad_token(source.tokenizer)
     mine = own_rows(job.rows, job.dp, job.sp)

@@ -67,8 +67,8 @@ def held_out_texts(config: TrainConfig, source: ModelSource) -> tuple[list[Seque
 def begin(
     config: TrainConfig, source: ModelSource, step: TrainStep, state: TrainState, data: Data, log: MetricsLog
 ) -> None:
-    """Before the first step: the first batch with and without the scaling, and the evaluation at length. A resumed run
-    has both behind it."""
+    """Before the first step: the loss of the first batch with and without the scaling, and the evaluation at length. A
+    resumed run does neither."""
     say = lambda text: print(text, flush=True)
     if data.long is not None:
         say(f"long    --eval-long {config.eval_long}: {data.long.summary()}")

@@ -27,7 +27,7 @@ ADAPTER = "adapter"  # OUT/adapter
 
 
 def with_adapter(config: TrainConfig) -> TrainConfig:
-    """The flags, with the settings that the directory of --adapter has. A resumed run has them already."""
+    """The flags, with the settings of the directory of --adapter. A resumed run has these settings already."""
     if config.adapter is None:
         return config
     if config.resume:
@@ -178,7 +178,7 @@ def check_base(config: TrainConfig, source: ModelSource) -> None:
 
 
 def _check_rope(config: TrainConfig, saved: Base) -> None:
-    """UserError unless the flags stretch the positions as the adapter knows them."""
+    """UserError unless the positions are stretched as in the training of the adapter."""
     words = lambda given: (
         " ".join(
             f"{flag(name)} {value}" for name, value in (given or {}).items() if value is not None and name != "seq_len"

@@ -1,4 +1,4 @@
-"""The state of a run: begun, restored, exported."""
+"""The state of a run: initialised, restored, exported."""
 
 import math
 import pathlib

@@ -102,10 +102,11 @@ def optimizer_step(
     """One step over `batches`: int32 arrays [accumulation, B, S], or a list of batches [B, S], each with its own S. The
     loss is the mean over all their valid labels.
 
-    Raises NotFinite, with the state to go on from, if the loss or the norm of the gradient is not finite: `state`
-    itself, or, where the profile updates in the backward pass and the buffers of `state` are gone, the new state (None
-    if the step was applied in part). ValueError for more than one batch there. Raises Spike where judge(values) gives a
-    reason not to apply the step; where the profile updates in the backward pass, it has been applied.
+    Raises NotFinite if the loss or the norm of the gradient is not finite, and Spike if judge(values) returns a reason
+    not to apply the step. Both have the state to go on from, `state`.
+
+    If the profile updates in the backward pass, the buffers of `state` are gone. Then NotFinite has the new state, or
+    None if the step was applied in part; at a Spike the step is applied. ValueError for more than one batch.
     """
     if step.profile.update_in_backward:
         return _step_in_backward(step, state, batches, learning_rate, judge)

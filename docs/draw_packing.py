@@ -29,7 +29,7 @@ def main() -> None:
     for number, (start, end) in enumerate(zip(edges, edges[1:])):
         mask[start:end, start:end] = np.tril(np.full((end - start, end - start), 0.35 + 0.6 * (number % 2)))
     batch.imshow(mask, cmap="Blues", aspect="auto", vmin=0, vmax=1, extent=(0, sizes.sum(), sizes.sum(), 0))
-    batch.set(title="8 documents in one sequence: what each query reads", xlabel="key", ylabel="query")
+    batch.set(title="8 documents in one sequence: the keys that each query reads", xlabel="key", ylabel="query")
     data = lengths()
     alone = data.sum() / (DOCUMENTS * SEQ_LEN)
     packed = data.sum() / (len(pack(data, SEQ_LEN, 0)) * SEQ_LEN)

@@ -40,7 +40,8 @@ linear.defvjp(_linear_fwd, _linear_bwd, symbolic_zeros=True)
 
 @jax.custom_vjp
 def instead(known: Array, made: Array) -> Array:
-    """The known value of `made`, whose gradient goes to `made`: nothing needs the product that makes the value."""
+    """`known`, the value of `made`, with the gradient of `made`. The operations that compute `made` are not
+    needed then."""
     return known
 
 

@@ -126,9 +126,10 @@ class Planner:
             )
         if choice.job.profile.share_gradients and not choice.job.shared_inputs:
             raise UserError(
-                "--share-gradients: has no effect here: no segment's input fits in the memory of gradients. A "
-                "segment can use the gradients of its own layers, without the last one; the first segment "
-                "stores no input. Use longer segments (--segment-layers), or leave the flag out"
+                "--share-gradients: has no effect here: no segment's input can use the memory of gradients. The "
+                "input must be larger than the gradients of one layer, and fit into those of the layers up to "
+                "the segment's last one; the first segment and segments of one layer do not count "
+                "(--segment-layers). Leave the flag out"
             )
         return choice
 
