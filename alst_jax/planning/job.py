@@ -275,6 +275,6 @@ def describe_debug(model: ModelConfig) -> str:
     """The warning of a model whose later layers have no attention."""
     return (
         f"DEBUG   attention runs in {model.attention_layers} of {model.num_layers} layers "
-        "(--debug-attention-layers): planned bytes are those of a full run (docs/log.md has the differences of "
-        "measured ones), seconds are not; losses and weights mean nothing, and nothing is saved or exported"
+        "(--debug-attention-layers): planned bytes are those of a full run (docs/log.md compares them with "
+        "measured ones), seconds are not; losses and weights are meaningless, and nothing is saved or exported"
     )

@@ -177,7 +177,7 @@ class Choice:
             return text + " No choice that was tried would be faster."
         job, plan, missing = self.next_faster
         changes = ", ".join(job.profile.flags(than=self.job.profile))
-        return text + f" The next faster, with {changes} ({plan.step_seconds:.1f} s), lacks {in_gib(missing)}."
+        return text + f" The next faster choice, with {changes} ({plan.step_seconds:.1f} s), lacks {in_gib(missing)}."
 
 
 def in_gib(bytes_by_place: dict[str, int], sign: str = "") -> str:

@@ -34,7 +34,7 @@ def check_numerics(
         f"checks  at {job.length:,} tokens, dp {job.dp} x sp {job.sp}, {job.profile.compute_dtype}, attention "
         f"{job.profile.attention if isinstance(job.profile.attention, str) else job.profile.attention.name}"
     )
-    say(f"{'':5}{'error':>9}{'limit':>10}  what: reason of the limit")
+    say(f"{'':5}{'error':>9}{'limit':>10}  check: reason of the limit")
     for row in run_checks(Subject(step, job.rows, job.length, job.documents), multiple, first_batch, seq_len):
         rows.append(row)
         say(f"{'ok' if row.passed else 'FAIL':5}{row.error:9.1e}{row.limit:10.1e}  {row.name}: {row.reason}")

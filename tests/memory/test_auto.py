@@ -125,7 +125,7 @@ def test_tiles_are_as_usual_where_larger_ones_would_drive_something_out():
     choice = choose(job(32768, llama_8b(35), sp=4), Search(parse_cluster("4xL40S-48", 500)))
     profile = choice.job.profile
     assert profile.mlp_tile == 0 and not (profile.offload_weights or profile.offload_optimizer)
-    assert "The next faster, with --loss-tile 8192, --mlp-tile 16384" in choice.explain()
+    assert "The next faster choice, with --loss-tile 8192, --mlp-tile 16384" in choice.explain()
 
 
 def test_what_is_typed_stays():
