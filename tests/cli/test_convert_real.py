@@ -212,7 +212,7 @@ def test_a_full_disk_is_one_line(monkeypatch, capsys):
     assert cli.run(full) == 2
     assert capsys.readouterr().err == (
         "error: /x/y: No space left on device; free space there, or inodes (df -h and df -i say "
-        "which is used up). Nothing of the conversion is kept; run it again then\n"
+        "which is used up). Nothing of the conversion is kept; run it again after that\n"
     )
 
 

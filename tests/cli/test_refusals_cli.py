@@ -56,8 +56,8 @@ BAD_DATA = {
         "{data}:2: neither a 'text' nor a 'messages' field (it has: body)",
     ),
     "an empty file": ("", "{data}: the file is empty"),
-    "empty lines": ("\n\n", "--data {data}: no documents in there"),
-    "empty documents": ('{"text": ""}\n' * 2, "--data {data}: no documents in there; records left out: 2 empty"),
+    "empty lines": ("\n\n", "--data {data}: no documents found"),
+    "empty documents": ('{"text": ""}\n' * 2, "--data {data}: no documents found; records left out: 2 empty"),
     "short documents": ('{"text": "short"}\n' * 2, "--data is too short: the longest of its 2 documents has 6 tokens"),
     "no such file": (None, "--data {data}: no such file or directory"),
 }

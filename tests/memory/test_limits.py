@@ -194,7 +194,7 @@ def test_two_cards_share_the_host_if_both_are_used(card, monkeypatch, dp, set_by
     environment.prepare(None, devices=config.devices)
     if share is None:
         with pytest.raises(
-            UserError, match="_GB=21: jax may pin that for each of 2 devices, and the host has 40 GiB; set it to 9"
+            UserError, match="_GB=21: jax may pin this much for each of 2 devices, but the host has 40 GiB; set it to 9"
         ):
             target(config)
     else:
