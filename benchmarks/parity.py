@@ -132,7 +132,7 @@ def main():
     import jax.numpy as jnp
     import numpy as np
 
-    from alst_jax.step import check_profile
+    from alst_jax.stack.check import check_profile
 
     devices = len(jax.devices())
     model = narrowed(options)

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from alst_jax.models.block import Tokens
-from alst_jax.profile import HOST, Profile, segment_inputs
+from alst_jax.profile import HOST, Profile
+from alst_jax.segments import segment_inputs
 from alst_jax.stack.kept import Kept, places
 from alst_jax.stack.layer import Layer, Weights
 from alst_jax.stack.shared import SharedRows

@@ -9,7 +9,7 @@ import pytest
 import tyro
 
 from alst_jax.config import UserError
-from alst_jax.step import check_profile
+from alst_jax.stack.check import check_profile
 from benchmarks import ladder, levels, parity, scaling, step
 
 PRINTED = """compiled in 18 s; GiB planned: device temp 45.34 + arguments 0.00 + outputs 0.00 = 45.34

@@ -18,6 +18,7 @@ from alst_jax.data.batches import TrainingBatches
 from alst_jax.data.documents import Sequence
 from alst_jax.flag_checks import check_run
 from alst_jax.metrics import MetricsLog
+from alst_jax.processes.stop import StopSignal
 from alst_jax.refused import MOST_REFUSED, NotFinite, Saves, Spike
 from alst_jax.step import TrainStep
 from alst_jax.watch import ENOUGH, Watch, limits_of
@@ -207,7 +208,7 @@ def run(monkeypatch, tmp_path, bad, problem, steps=12, save_every=5, **flags):
     config = TrainConfig(seq_len=8, learning_rate=1e-3, save_every=save_every, **flags)
     write = lambda state: saved.update({state.step: (state.trained, data.get_state())})
     try:
-        with trainer.StopSignal() as stop:
+        with StopSignal() as stop:
             state = trainer.TrainState((), None, None, 0)
             state = trainer.train(config, fake_step(), state, steps, trainer.Data(data), log, Saves(write, read), stop)
     finally:
