@@ -11,7 +11,7 @@ import tyro
 from alst_jax.config import TrainConfig, UserError
 from alst_jax.models.extend import record_extension
 from alst_jax.models.hf_config import model_config
-from alst_jax.models.hf_weights import write_tensors
+from alst_jax.models.hf_saving import write_tensors
 from alst_jax.models.lora import DOWN, UP
 from alst_jax.models.merging import merge
 from alst_jax.models.peft_files import adapter_tensors, read_base, read_lora

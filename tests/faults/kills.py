@@ -35,16 +35,17 @@ def stages() -> dict[str, list[tuple[Any, str]]]:
     from orbax.checkpoint import path as orbax_path
 
     from alst_jax import run_state, trainer
-    from alst_jax.data.cache import Cache, _Output
+    from alst_jax.data.cache import Cache
+    from alst_jax.data.cache_files import Output
     from alst_jax.metrics import MetricsLog
-    from alst_jax.models import hf_weights
+    from alst_jax.models import hf_saving, hf_weights
     from alst_jax.storage import checkpoint, checksums, orbax_limits, run_directory
 
     return {
         "starting": [(run_directory, "write_run_file"), (run_directory, "copy_model_files")],
         "loading": [(hf_weights, "load_leaf")],
         "resuming": [(checkpoint, "_read"), (checksums, "compare")],
-        "caching": [(_Output, "write"), (Cache, "_publish"), (Cache, "remember")],
+        "caching": [(Output, "write"), (Cache, "publish"), (Cache, "remember")],
         "stepping": [(trainer, "optimizer_step")],
         "logging": [(MetricsLog, "write")],
         "saving": [(orbax_limits.CopyWhenWritten, "key_priority"), (orbax_limits.Pieces, "to_fragments")],
@@ -55,7 +56,7 @@ def stages() -> dict[str, list[tuple[Any, str]]]:
         ],
         "rotating": [(os, "unlink")],
         "exporting": [
-            (hf_weights, "_tensor"),
+            (hf_saving, "fetch"),
             (run_state, "record_dtype"),
             (checksums, "seal_weights"),
             (run_state, "save_params"),

@@ -18,7 +18,8 @@ from alst_jax.config import IGNORED
 from alst_jax.models.block import Tokens
 from alst_jax.models.config import LayerKind
 from alst_jax.models.hf_config import hf_config_dict, model_config, parse_config
-from alst_jax.models.hf_weights import load_params, save_params
+from alst_jax.models.hf_saving import save_params
+from alst_jax.models.hf_weights import load_params
 from alst_jax.models.weight_files import find_tensors
 from alst_jax.ops.attention import attention
 from alst_jax.ops.cross_entropy import LogitScaling

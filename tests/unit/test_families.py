@@ -19,7 +19,8 @@ from alst_jax.models.block import abstract_params
 from alst_jax.models.config import LayerKind, ModelConfig
 from alst_jax.models.families import FAMILIES
 from alst_jax.models.hf_config import hf_config_dict, model_config, parse_config
-from alst_jax.models.hf_weights import load_params, save_params
+from alst_jax.models.hf_saving import save_params
+from alst_jax.models.hf_weights import load_params
 from alst_jax.models.tree import as_dict
 from alst_jax.ops.rope import RopeConfig
 
