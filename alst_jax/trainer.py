@@ -228,7 +228,7 @@ def train(
                 continue
             padding = [batch.pop("padding", None) for batch in batches]
             with profile.step(state.step + 1, display.say):
-                state, values, problem = _attempt(step, state, batches, learning_rate, watch)
+                state, values, problem = attempt(step, state, batches, learning_rate, watch)
             if problem is not None:
                 state = _go_on(refused, saver, problem, step, state, data, position)
                 watch.rewind(state.step)
@@ -268,7 +268,7 @@ class _Saver:
             self.saved = state.step
 
 
-def _attempt(step, state, batches, learning_rate, watch):
+def attempt(step, state, batches, learning_rate, watch):
     """(the next state, its values, None), or (`state`, {}, why the step was refused)."""
     watch.begin(state.step + 1)
     try:

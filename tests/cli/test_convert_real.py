@@ -135,7 +135,7 @@ def test_a_layer_of_a_stack_is_read_at_a_time(hf, tmp_path, monkeypatch):
 
 def test_conversions_are_not_compressed(hf, tmp_path):
     from_hf(hf, tmp_path / "checkpoint")
-    arrays = Checkpoints(tmp_path / "checkpoint")._open(0, "params").values()
+    arrays = Checkpoints(tmp_path / "checkpoint").arrays(0, "params").values()
     assert [array.spec().to_json()["metadata"]["compressor"] for array in arrays] == [None] * len(arrays)
 
 
@@ -224,10 +224,10 @@ def test_verify_compares_logits_with_transformers(tmp_path, capsys, monkeypatch)
     from_hf(hf, tmp_path / "checkpoint", verify=True)
     to_hf(tmp_path / "checkpoint", tmp_path / "back", verify=True)
     assert capsys.readouterr().out.count("verified: the logits of 32 tokens differ") == 2
-    original = logits._logits
+    original = logits.logits_of
     monkeypatch.setattr(
         logits,
-        "_logits",
+        "logits_of",
         lambda config, stored, tokens: original(
             config, stored | {("norm", "scale"): 1.01 * stored["norm", "scale"][...]}, tokens
         ),

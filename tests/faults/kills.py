@@ -44,7 +44,7 @@ def stages() -> dict[str, list[tuple[Any, str]]]:
     return {
         "starting": [(run_directory, "write_run_file"), (run_directory, "copy_model_files")],
         "loading": [(hf_weights, "load_leaf")],
-        "resuming": [(checkpoint, "_read"), (checksums, "compare")],
+        "resuming": [(checkpoint, "read_part"), (checksums, "compare")],
         "caching": [(Output, "write"), (Cache, "publish"), (Cache, "remember")],
         "stepping": [(trainer, "optimizer_step")],
         "logging": [(MetricsLog, "write")],
@@ -139,7 +139,7 @@ def run(arguments: list[str], log: pathlib.Path, kill: Kill | None = None) -> tu
     started = time.monotonic()
     child = os.fork()
     if child == 0:
-        _in_child(arguments, log, kill)
+        in_child(arguments, log, kill)
     if kill is not None and kill.seconds is not None:
         while time.monotonic() - started < kill.seconds:
             done, status = os.waitpid(child, os.WNOHANG)
@@ -177,7 +177,7 @@ def in_fork(function: Callable[[], Any]) -> Any:
     return found["value"]
 
 
-def _in_child(arguments: list[str], log: pathlib.Path, kill: Kill | None) -> None:
+def in_child(arguments: list[str], log: pathlib.Path, kill: Kill | None) -> None:
     code = 70
     try:
         os.setsid()

@@ -245,7 +245,7 @@ def test_config_there_and_back(twins):
     theirs = type(model.config).from_dict(fields | {"pad_token_id": None})  # else above this vocabulary
     new = type(model)(theirs)
     new.load_state_dict(model.state_dict())
-    new.config._attn_implementation = "eager"
+    new.set_attn_implementation("eager")
     tokens = torch.arange(33)[None]
     with torch.no_grad():
         assert relative_error(new.eval()(tokens).logits, model(tokens).logits) < 1e-6
