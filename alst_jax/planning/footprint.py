@@ -119,13 +119,12 @@ def at_end(job: Job) -> list[Term]:
 
 def in_backward(job: Job) -> list[Term]:
     """In the backward pass of the layers, at the segment that needs most."""
-    profile, size = job.profile, job.sizes
+    profile, size, waiting = job.profile, job.sizes, layers_that_wait(job.segments)
     if not profile.remat:
         return [Term(KEPT, job.kept[DEVICE], "stack/plain"), *layer_work(job)]
     inputs_on_device, swap = 0 if profile.offload_activations else size.hidden, job.attention_work
     kept = inputs_on_device * segment_inputs(job.segments, profile.offload_activations)  # one array, to the end
     (shard, places), most, work = unlooped(job), [], functools.cache(functools.partial(layer_work, job))
-    waiting = layers_that_wait(job.segments)
     for segment in job.segments:  # first to last: `kept` is alive when the backward pass reaches this segment
         count, here = segment.layers, 0
         if segment.all_inputs:
