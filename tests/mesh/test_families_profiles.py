@@ -134,7 +134,7 @@ OPTIONS = [
 ]
 
 
-# By default the one that no case of test_families_parity must have.
+# By default one: test_families_parity has the others in its default cases.
 @pytest.mark.parametrize("options", [OPTIONS[-1:], pytest.param(OPTIONS, marks=pytest.mark.slow)], ids=["one", "all"])
 def test_each_option_changes_the_loss(options):
     def loss(option):
