@@ -143,7 +143,7 @@ SLOW = re.compile(
             r"test_the_export_of_a_bfloat16_model_trained_in_float32_is_float32",
             r"test_a_run_keeps_its_template_and_its_date",
             r"test_an_adapter_goes_on",
-            r"test_a_run_that_goes_back_equals_one_whose_data_lack_the_batch",  # test_watch has the steps of it
+            r"test_a_run_that_goes_back_equals_one_whose_data_lack_the_batch",  # test_refused_steps has its steps
             r"test_added_data_are_learned_from_then_on",
             r"test_a_checkpoint_holds_the_weights_of_its_step",
             r"test_long_documents_are_dropped_and_counted",

@@ -16,7 +16,8 @@ from alst_jax.optim.adamw import AdamW
 from alst_jax.optim.formats import join_float32
 from alst_jax.parallel.mesh import make_mesh
 from alst_jax.profile import Profile
-from alst_jax.step import TrainStep, count_labels
+from alst_jax.stack.batch import count_labels
+from alst_jax.step import TrainStep
 
 TINY = ModelConfig(
     vocab_size=96,
