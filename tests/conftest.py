@@ -1,19 +1,16 @@
 """Eight simulated devices, shapes checked on every call, and no silent rank promotion."""
 
-import atexit
 import gc
 import os
 import re
-import shutil
 import sys
-import tempfile
 
 if sys.dont_write_bytecode:
-    # Some machines are set so. Each process that tests start would compile the sources of all packages again: 8 s.
+    # Some machines are set so. Each process would compile the sources of all packages again: 8 s, and 30 with torch.
     sys.dont_write_bytecode = False
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-    sys.pycache_prefix = os.environ["PYTHONPYCACHEPREFIX"] = tempfile.mkdtemp(prefix="alst-bytecode-")
-    atexit.register(shutil.rmtree, sys.pycache_prefix, ignore_errors=True)
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    sys.pycache_prefix = os.environ["PYTHONPYCACHEPREFIX"] = os.path.join(cache, "alst_jax-tests")
 
 # One heavy process a worker: the simulated devices already share the cores.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -58,14 +55,16 @@ SLOW = re.compile(
             r"test_every_feature_changes_nothing\[(?!olmo3.*packed)",
             r"test_norms_over_all_heads",
             r"test_on_equals_off_on_one_device",
-            r"test_on_equals_off_on_four_devices\[(?!loss_tile\+mlp_tile\+.*offload_weights\+offload_optimizer\])",
-            r"test_frozen_parameters_stay_and_the_others_move_as_before\[(?!q_proj-\(1, 1\))",
-            r"test_the_stack_equals_its_twin\[(?!\{'head_chunks': 2, 'loss.*\(2, 2\)\])",
+            r"test_on_equals_off_on_four_devices\[(?!(\w+\+){5}offload_optimizer\])",
+            r"test_lengths_that_nothing_divides",  # test_ops has such tiles, the case above too
+            # mesh/test_lora and parity/test_qwen2 freeze; unit/test_freeze has the patterns
+            r"test_frozen_parameters_stay_and_the_others_move_as_before",
+            r"test_the_stack_equals_its_twin",  # PLAIN is that twin: test_features, test_levels compare with it
             r"test_no_gradient_buffer_for_frozen_parameters",
             r"test_frozen_parameters_with_the_update_in_the_backward_pass",
-            r"test_specs_of_the_xla_kernel\[None-(?!.*scale=None.*(window=5|causal=False))",
+            r"test_specs_of_the_xla_kernel\[None-(?!.*scale=None.*causal=False)",  # a window: with documents
             r"test_specs_of_the_xla_kernel\[documents1-(?!.*scale=0.7)",
-            r"test_layers_of_two_kinds_equal_a_python_loop\[(?!\(1, 4\))",
+            r"test_layers_of_two_kinds_equal_a_python_loop",  # olmo3 has two kinds, with features and against torch
             r"test_kinds_matter_and_the_program_does_not_grow_with_depth",
             r"test_equals_the_update_behind_it\[(?!untied-\(2, 2\))",
             r"test_draws_the_same_random_bits",
@@ -73,16 +72,18 @@ SLOW = re.compile(
             r"test_kv_heads_are_repeated_as_needed\[(?!12-4-6)",
             r"test_a_rank_whose_labels_are_all_ignored",  # test_padding_behind_a_document_changes_nothing has one
             r"test_two_rows_a_device_equal_one",  # test_mesh_equals_one_device[2-4] has two
-            r"test_profile_equals_plain\[(?!segment_layers=\(1, 3\))",
+            r"test_profile_equals_plain",  # mesh/test_levels has segments, chunks, kept arrays, tiles, host memory
             r"test_the_twin_keeps_inputs_alone",
-            r"test_profile_on_a_mesh_equals_plain\[\(1, 2\)",
-            r"test_with_a_kernel_that_lives_on_kept_statistics\[(cudnn|.*\(4,\))",
+            r"test_profile_on_a_mesh_equals_plain",  # test_families_profiles, too; test_features has the updates
+            r"test_with_a_kernel_that_lives_on_kept_statistics",  # mesh/test_levels has such a kernel
+            r"mesh/test_levels\.py::test_each_level_equals_the_plain_step\[\(1, 1\)",
             r"test_kept_outputs_spare_attention_forwards\[(segment_layers=\((2,|3)|head_chunks=4-)",
-            r"test_packed_documents_equal_documents_one_by_one\[\((1, 1|4, 2|2, 4|1, 4\)-\{\})",
+            r"test_packed_documents_equal_documents_one_by_one",  # test_families_profiles: packed, windows, all features
+            r"test_borders_count",  # the control of the test above
             r"test_an_update_in_the_backward_pass_on_packed_documents",
             r"test_257_documents_in_one_sequence",
             # LoRA: one case of each kind by default
-            r"mesh/test_lora\.py::test_no_feature_changes_the_result\[(?!ulysses)",
+            r"mesh/test_lora\.py::test_no_feature_changes_the_result",  # test_lora_dropout has the same features
             r"mesh/test_lora\.py::test_the_program_has_no_gradient_of_a_frozen_weight\[plain",
             r"parity/test_lora\.py::test_(training|files|merged).*\[(?!llama)",
             r"parity/test_lora\.py::test_loss_and_every_gradient\[olmo2",
@@ -95,6 +96,8 @@ SLOW = re.compile(
             r"test_one_device_compiles_to_no_collectives",
             r"test_token_losses.py::test_packed_documents_are_those_alone",
             # memory
+            r"test_the_choice_fits_and_the_next_faster_does_not\[(786432|524288-search1)",  # formats: the test of them
+            r"memory/test_plan\.py::test_what_cannot_be_is_refused\[arguments0",  # test_decide has its words
             r"test_a_choice_that_the_compiler_contradicts_is_corrected\[(?!0-0|16106127360)",
             r"test_a_run_compiles_nothing_that_its_plan_has_compiled\[manual",
             r"test_gradient_and_update_are_compiled_as_a_run_calls_them",
@@ -150,6 +153,19 @@ SLOW = re.compile(
             r"test_the_export_of_a_large_model_is_in_several_files",
             # processes and faults
             r"test_the_others_outlive_process_0",
+            # refusals that tests of the function have, too: unit/test_config, test_freeze, test_records, test_sources,
+            # test_watch, test_run_directory; test_hf_config, test_data; test_hf_refusals, test_headers,
+            # test_checkpoint_files; test_files, test_bad_records, test_sequences, test_label_templates
+            r"test_refused\[train: (no steps|a negative number|no number as|a beta|a ratio|no devices|a tile)",
+            r"test_refused\[train: (no regular|a pattern of everything|a date|no template|a held-out|a weight|a source)",
+            r"test_refused\[train: (samples of|spikes|back to|a run that|a resume of)",
+            r"test_refused\[model: (no config|no JSON|bytes|no vocabulary|quantised|half|a tokenizer that)",
+            r"test_refused\[weights: (no weights|half|an index of nothing|a tensor of another shape|a tensor beyond)",
+            r"test_refused\[weights: (a pointer|pickled)",
+            r"test_refused\[data: (no such|an empty file|blank|a list|records of|a number|no Parquet|no list|no answer)",
+            r"test_refused\[data: (a picture|two formats at|other bytes|UTF|a row|two columns|an open|no Arrow|packed)",
+            r"test_refused\[data: (JSON cut|half a char|a weight of two|short|tools that)",
+            r"test_refused\[(resume: (no run|half|no checkpoints|another seed|a number out)|convert: no checkpoint)",
             # unit
             r"test_the_trace_contains_every_named_scope",
             r"test_work_(follows_the_documents|grows_with_length)",

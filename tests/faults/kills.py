@@ -125,8 +125,9 @@ def preload() -> None:
     """Import what train.py imports. The backend of jax must not start before a fork."""
     import orbax.checkpoint  # noqa: F401
     import tensorboard.summary  # noqa: F401
+    import torch  # noqa: F401  transformers imports it for a tokenizer
     import transformers  # noqa: F401
-    from transformers import PreTrainedTokenizerFast  # noqa: F401
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 
     import alst_jax.run  # noqa: F401
     import alst_jax.run_data  # noqa: F401

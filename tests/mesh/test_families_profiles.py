@@ -134,11 +134,13 @@ OPTIONS = [
 ]
 
 
-def test_each_option_changes_the_loss():
+# By default one: test_families_parity has the others in its default cases.
+@pytest.mark.parametrize("options", [OPTIONS[-1:], pytest.param(OPTIONS, marks=pytest.mark.slow)], ids=["one", "all"])
+def test_each_option_changes_the_loss(options):
     def loss(option):
         step = make_step(tiny(initializer_range=0.3, num_layers=1, **option))
         params = step.split(init_params(step.model, jnp.float32, jax.random.key(0)))
         return float(step.loss(*params, step.put_batch(**random_batch()), jnp.float32(0.01)))
 
-    losses = [loss(option) for option in [{}, *OPTIONS]]
+    losses = [loss(option) for option in [{}, *options]]
     assert len({round(loss, 4) for loss in losses}) == len(losses), losses

@@ -14,6 +14,7 @@ from alst_jax.ops.dropout import dropout
 from alst_jax.stack.batch import Batch
 from alst_jax.trainer import TrainState, optimizer_step
 from tests.helpers import PLAIN, assert_trees_close, make_step, random_batch, tiny, to_numpy
+from tests.mesh.test_lora import CASES as FEATURES
 from tests.mesh.test_lora import HOST, TILES, UNCLIPPED, begin
 
 MODEL = tiny(lora=Lora(4, 8.0, dropout=0.3, seed=5), qk_norm="all heads")  # head chunks need the norms of all heads
@@ -22,7 +23,7 @@ CASES = {
         (1, 1),
         dict(segment_layers=(2, 1), keep_attention_on_host=1, head_chunks=2, **TILES, **HOST),
     ),
-    "ulysses, head chunks": ((1, 4), dict(segment_layers=(3,), head_chunks=2, **TILES)),
+    "ulysses, head chunks": FEATURES["ulysses, head chunks"],
     "plain stack, tiles": ((2, 2), dict(stack="plain", head_chunks=2, **TILES)),
 }
 DRAWS = np.array([7, 0], np.uint32)  # see Batch.draws
@@ -88,19 +89,21 @@ def test_without_draws_the_program_is_that_without_dropout():
 
 
 def test_a_step_of_training_draws_the_masks(plain):
-    """Two batches are one batch, and the number of the step decides."""
+    """Two batches are one batch, loss and gradients, and the number of the step decides."""
     whole = random_batch()
 
-    def loss(number, *parts):
+    def found(number, *parts):
         trained, frozen = begin(plain)
         state = TrainState(trained, frozen, plain.init_optimizer(trained), number)
-        return optimizer_step(plain, state, [{name: x[part] for name, x in whole.items()} for part in parts], 0.0)[1][
-            "loss"
-        ]
+        batches = [{name: x[part] for name, x in whole.items()} for part in parts]
+        values = optimizer_step(plain, state, batches, 0.0)[1]
+        return values["loss"], values["grad_norm"]
 
-    one, (trained, frozen) = loss(7, slice(0, 4)), begin(plain)
-    np.testing.assert_allclose(loss(7, slice(0, 2), slice(2, 4)), one, rtol=1e-6)
-    assert abs(loss(8, slice(0, 4)) - one) > 1e-6
+    (one, norm), (trained, frozen) = found(7, slice(0, 4)), begin(plain)
+    halves = found(7, slice(0, 2), slice(2, 4))
+    np.testing.assert_allclose(halves[0], one, rtol=1e-6)
+    np.testing.assert_allclose(halves[1], norm, rtol=1e-5)
+    assert abs(found(8, slice(0, 4))[0] - one) > 1e-6
     labels = np.count_nonzero(whole["labels"] >= 0)
     without = float(plain.loss(trained, frozen, plain.put_batch(**whole), jnp.float32(1 / labels)))
     assert abs(without - one) > 1e-6

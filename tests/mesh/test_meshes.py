@@ -144,12 +144,11 @@ def test_one_device_compiles_to_no_collectives():
     assert not any(counts.values())
 
 
-def test_reduce_dtype_is_used():
-    batch, results = random_batch(), {}
-    for dtype in ("float32", "bfloat16"):
-        step = make_step(sp=8, profile=Profile(reduce_dtype=dtype))
-        results[dtype] = loss_and_grad(step, initial(step), batch)[1]
-    errors = [relative_error(a, b) for a, b in zip(*(jax.tree.leaves(results[d]) for d in ("bfloat16", "float32")))]
+def test_reduce_dtype_is_used(reference):
+    """Sums of gradients in bfloat16 are off by more than those in float32, which test_mesh_equals_one_device has."""
+    step = make_step(sp=8, profile=Profile(reduce_dtype="bfloat16"))
+    gradients = loss_and_grad(step, initial(step), random_batch())[1]
+    errors = [relative_error(a, b) for a, b in zip(*map(jax.tree.leaves, (gradients, reference[1])), strict=True)]
     assert 1e-4 < max(errors) < 2e-2
 
 

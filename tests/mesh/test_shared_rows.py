@@ -70,7 +70,7 @@ def test_a_single_input_that_is_not_shared_takes_two_rows():
     assert [segment_inputs(segments, True, shared) for shared in (0, 1, 2, 3)] == [3, 2, 2, 0]
 
 
-@pytest.mark.parametrize("dp,sp", [pytest.param(1, 1, marks=pytest.mark.slow), (2, 2)])
+@pytest.mark.parametrize("dp,sp", [(1, 1), pytest.param(2, 2, marks=pytest.mark.slow)])
 def test_equal_to_separate_arrays(dp, sp):
     """Loss and gradients, bit for bit."""
     steps = [make_step(MODEL, dp, sp, dataclasses.replace(PROFILE, share_gradients=share)) for share in (False, True)]

@@ -100,12 +100,8 @@ def test_the_flag_reaches_the_profile():
 
 @pytest.fixture(scope="module")
 def in_segments():
-    return make_step(MODEL, profile=dataclasses.replace(REMAT, segment_layers=(2,)), optimizer=UNCLIPPED)
-
-
-@pytest.fixture(scope="module")
-def unsegmented():
-    return make_step(MODEL, profile=dataclasses.replace(REMAT, update_in_backward=True), optimizer=UNCLIPPED)
+    profile = dataclasses.replace(REMAT, segment_layers=(2,), update_in_backward=True)
+    return make_step(MODEL, profile=profile, optimizer=UNCLIPPED)
 
 
 def poisoned(step, scale, spoil=lambda params: params):
@@ -158,7 +154,7 @@ def train_until_it_is_not_finite(step, monkeypatch, tmp_path, updated):
 
     monkeypatch.setattr(step, "update_in_backward", second_is_not)
     tokens = np.arange(64, dtype=np.int32)
-    data = TrainingBatches([Sequence(tokens, tokens)] * 4, 64, 1, 1, 0, 0)
+    data = TrainingBatches([Sequence(tokens, tokens)] * 16, 64, 4, 1, 0, 0)  # shapes as in `poisoned`: compiled once
     log = MetricsLog(tmp_path, 0)
     with pytest.raises(UserError) as error, StopSignal() as stop:
         trainer.train(
@@ -175,14 +171,14 @@ def train_until_it_is_not_finite(step, monkeypatch, tmp_path, updated):
     return str(error.value), saved
 
 
-def test_a_step_that_was_not_applied_leaves_the_state_before_it(unsegmented, monkeypatch, tmp_path):
-    error, saved = train_until_it_is_not_finite(unsegmented, monkeypatch, tmp_path, updated=0)
+def test_a_step_that_was_not_applied_leaves_the_state_before_it(in_segments, monkeypatch, tmp_path):
+    error, saved = train_until_it_is_not_finite(in_segments, monkeypatch, tmp_path, updated=0)
     assert "first met in the loss, the head or the last layer" in error and "step 1, is saved" in error
     assert saved == [1]
 
 
 @pytest.mark.parametrize("updated,where", [(3, "layer 0 of 4"), (4, "the embedding")])
-def test_a_step_that_was_applied_in_part_is_not_saved(updated, where, unsegmented, monkeypatch, tmp_path):
-    error, saved = train_until_it_is_not_finite(unsegmented, monkeypatch, tmp_path, updated)
+def test_a_step_that_was_applied_in_part_is_not_saved(updated, where, in_segments, monkeypatch, tmp_path):
+    error, saved = train_until_it_is_not_finite(in_segments, monkeypatch, tmp_path, updated)
     assert f"first met in {where}, going back" in error and "nothing is saved; go on from the beginning" in error
     assert saved == []

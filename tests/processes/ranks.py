@@ -53,7 +53,9 @@ def make_model(top: pathlib.Path) -> None:
         ],
     )
     words = lambda: " ".join(rng.choice(["alpha", "beta", "gamma", "delta"], 12))
-    (top / "data.jsonl").write_text("".join(json.dumps({"text": words()}) + "\n" for _ in range(50)))
+    lines = [json.dumps({"text": words()}) + "\n" for _ in range(50)]
+    (top / "data.jsonl").write_text("".join(lines))
+    (top / "held_out.jsonl").write_text("".join(lines[:5]))
 
 
 @dataclasses.dataclass
@@ -148,7 +150,7 @@ class Bench:
 
     def packed(self, out: str, *more: str) -> list[str]:
         """Flags of a run with packs, and held-out data."""
-        held_out = f"--pack --eval-data {self.folder}/data.jsonl --eval-every 1".split()
+        held_out = f"--pack --eval-data {self.folder}/held_out.jsonl --eval-every 1".split()
         return self.flags(out, *held_out, *more)
 
     def result(self, ended: list[Ended], **more: object) -> dict:
