@@ -84,11 +84,6 @@ class Job:
     padding_share: float = 0.0
 
     @property
-    def packing(self) -> tuple[int, float, float, float]:
-        """documents, attention_share, padding, padding_share."""
-        return self.documents, self.attention_share, self.padding, self.padding_share
-
-    @property
     def step_tokens(self) -> int:
         """Tokens of a step on all devices; of packs without their padding."""
         return round(self.grad_accum * self.rows * self.length * (1 - self.padding))

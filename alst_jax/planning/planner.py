@@ -99,9 +99,7 @@ class Planner:
         return self._plan(job)
 
     def _plan(self, job: Job) -> Plan:
-        return plan_step(
-            self.step(job), job.rows, job.length, job.grad_accum, self.cluster, self.config.planning, job.packing
-        )
+        return plan_step(self.step(job), job, self.cluster, self.config.planning)
 
     def _of_same_bytes(self, job: Job) -> Job | None:
         """The job whose program is compiled for the bytes of this one; None: its own."""
