@@ -4,7 +4,7 @@ from alst_jax.hardware.machines import Cluster
 from alst_jax.planning.footprint import KEPT, STACK, peak, states
 from alst_jax.planning.job import Job, Term, total
 from alst_jax.planning.plan import ESTIMATED, Plan
-from alst_jax.planning.process import host_ledger
+from alst_jax.planning.process import saving_bytes
 from alst_jax.planning.seconds import collectives, seconds
 from alst_jax.profile import DEVICE, HOST
 
@@ -16,30 +16,26 @@ def estimate(job: Job, cluster: Cluster | None = None, correction: int = 0) -> P
         place: {part: total(terms) for part, terms in parts.items()} for place, parts in ledger_of_bytes(job).items()
     }
     places[DEVICE]["working set"] = max(0, places[DEVICE]["working set"] + correction)
-    return Plan(
-        ESTIMATED,
-        cluster.machine.kind if cluster else "cpu",
-        places[DEVICE],
-        places[HOST],
-        cluster and cluster.machine.usable,
-        cluster and cluster.host_share,
-        job.flops,
-        collectives(job),
-        seconds(job, cluster) if cluster else {},
-        job.step_tokens,
-        job.devices,
-    )
+    kind, limits, times = "cpu", (None, None), {}
+    if cluster is not None:
+        kind, limits = cluster.machine.kind, (cluster.machine.usable, cluster.host_share)
+        times = seconds(job, cluster)
+    memory = (places[DEVICE], places[HOST], *limits)
+    return Plan(ESTIMATED, kind, *memory, job.flops, collectives(job), times, job.step_tokens, job.devices)
 
 
 def ledger_of_bytes(job: Job) -> dict[str, dict[str, list[Term]]]:
     """The terms of each part of a plan, of device and host memory."""
-    kept, alive = job.kept[DEVICE], peak(job)[1]
-    freed = total([term for term in alive if term.name == KEPT]) - kept
-    device = {"kept activations": [Term(KEPT, kept, STACK)]}
-    device |= {part: terms for part, terms in states(job).items() if not job.profile.on_host(part)}
-    device["working set"] = [
+    places = {place: {"kept activations": [Term(KEPT, job.kept[place], STACK)]} for place in (DEVICE, HOST)}
+    alive = peak(job)[1]
+    for part, terms in states(job).items():
+        places[HOST if job.profile.on_host(part) else DEVICE][part] = terms
+    freed = total([term for term in alive if term.name == KEPT]) - job.kept[DEVICE]
+    places[DEVICE]["working set"] = [
         *(term for term in alive if term.name != KEPT),
         Term("kept activations that are freed before", freed, STACK),
     ]
-    device["batch"] = [Term("batch", 3 * 4 * job.tokens, "stack/batch")]
-    return {DEVICE: device, HOST: host_ledger(job)}
+    places[DEVICE]["batch"] = [Term("batch", 3 * 4 * job.tokens, "stack/batch")]
+    of_steps = job.kept[HOST] + total(places[HOST].get("gradients", []))  # not in use during a save
+    places[HOST]["saving"] = [Term("saving", saving_bytes(job, of_steps), "storage/saving")]
+    return places

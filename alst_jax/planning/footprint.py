@@ -46,6 +46,11 @@ def state_bytes(job: Job) -> tuple[int, int, int]:
     return tuple(map(total, states(job).values()))
 
 
+def states_on_device(job: Job) -> int:
+    """Bytes of one device's shards that are not in host memory."""
+    return sum(total(terms) for part, terms in states(job).items() if not job.profile.on_host(part))
+
+
 def trained_bytes(job: Job) -> int:
     """One device's shards of the weights that the update writes."""
     return -(-job.trained.bytes(job.width) // job.devices)

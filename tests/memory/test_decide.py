@@ -25,7 +25,7 @@ from alst_jax.planning.planner import Planner
 from alst_jax.planning.report import report
 from alst_jax.profile import Profile
 from alst_jax.trainer import TrainState, optimizer_step
-from benchmarks.shapes import LLAMA_70B
+from benchmarks.shapes import LLAMA_70B, llama_8b
 from tests.helpers import TINY, initial, make_step, random_batch
 from tests.memory.machines_and_jobs import EIGHT, H100, job, maker, planner
 
@@ -239,6 +239,12 @@ def test_the_compiler_has_the_last_word(monkeypatch, excess):
     assert choice.plan.source == COMPILED and choice.job == compiler.jobs[-1] and not choice.plan.lacks
     assert len(said) == len(compiler.jobs) - 1 and bool(said) == bool(excess)
     assert all("the compiler needs +8.0 GiB of device memory" in text for text in said)
+
+
+def test_no_profile_that_the_compiler_accepts(monkeypatch):
+    Compiler(monkeypatch, 500 * GIB)
+    with pytest.raises(UserError, match="--memory auto: no profile was found that the compiler says fits 1 x H100-80"):
+        planner(compiles=True).choose(dataclasses.replace(EIGHT, model=llama_8b(2)), lambda text: None)
 
 
 def test_by_hand_the_compiler_is_asked_once_and_refuses(monkeypatch):

@@ -18,7 +18,7 @@ from alst_jax.models.block import abstract_params
 from alst_jax.optim.adamw import AdamW
 from alst_jax.planning.estimate import estimate
 from alst_jax.planning.job import Job, parameter_sizes
-from alst_jax.planning.process import host_bytes, saving_bytes
+from alst_jax.planning.process import saving_bytes
 from alst_jax.profile import Profile
 from alst_jax.storage import saving
 from alst_jax.storage.checkpoint import Checkpoints
@@ -62,7 +62,6 @@ def test_it_is_a_line_of_every_plan(changes):
     compiled, estimated = plan_of(step, 1, 256), estimate(job_of(step, 1, 256))
     assert compiled.host["saving"] == estimated.host["saving"] > 0
     assert [line.split()[0] for line in compiled.table().splitlines()].count("saving") == 1
-    assert host_bytes(job(**changes)) == estimate(job(**changes)).host_bytes
 
 
 def test_it_can_be_what_a_host_lacks():
