@@ -87,26 +87,21 @@ class Plan:
     def table(self) -> str:
         """For people, in GiB."""
         cell = lambda bytes: f"{'':12}" if bytes is None else f"{bytes / GIB:12.2f}"
-        row = lambda name, *pair: f"{name:24}" + "".join(map(cell, pair))
+        row = lambda name, pair: f"{name:24}" + "".join(map(cell, pair))
+        limits, pinned = (self.device_limit, self.host_limit), (self.device_bytes, self.pinned_bytes)
         rows = [f"{self.source}, for {self.devices} x {self.device_kind}", f"{'':24}{'device GiB':>12}{'host GiB':>12}"]
-        rows += [row(part, *pair) for part, pair in self._parts()]
-        needs, limits = (self.device_bytes, self.host_bytes), (self.device_limit, self.host_limit)
-        rows.append(row("total", *needs))
-        if any(limit is not None for limit in limits):
-            spare = (limit and limit - need for limit, need in zip(limits, (self.device_bytes, self.pinned_bytes)))
-            rows += [row("there is", *limits), row("headroom", *spare)]
-        rows.append(
-            "collectives a step, and what a device sends in them: "
-            + (
-                ", ".join(
-                    f"{calls['calls']} {name} ({calls['bytes'] / GIB:.2f} GiB"
-                    + (f", {calls['instructions']} in the program)" if "instructions" in calls else ")")
-                    for name, calls in self.collectives.items()
-                    if calls["calls"]
-                )
-                or "none"
-            )
+        rows += [row(*part) for part in self._parts()]
+        rows.append(row("total", (self.device_bytes, self.host_bytes)))
+        if limits != (None, None):
+            spare = (limit and limit - need for limit, need in zip(limits, pinned))
+            rows += [row("there is", limits), row("headroom", spare)]
+        sent = (
+            f"{calls['calls']} {name} ({calls['bytes'] / GIB:.2f} GiB"
+            + (f", {calls['instructions']} in the program)" if "instructions" in calls else ")")
+            for name, calls in self.collectives.items()
+            if calls["calls"]
         )
+        rows.append(f"collectives a step, and what a device sends in them: {', '.join(sent) or 'none'}")
         rows.append(f"model FLOPs a step: {self.flops:.3e}; tokens {self.tokens:,}")
         if self.step_seconds:
             longest_first = sorted(self.seconds, key=self.seconds.get, reverse=True)
