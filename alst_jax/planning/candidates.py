@@ -10,9 +10,9 @@ from alst_jax.hardware.machines import GIB, Cluster
 from alst_jax.models.tiles import usual_tiles
 from alst_jax.parallel.costs import head_groups
 from alst_jax.planning import footprint
-from alst_jax.planning.estimate import estimate
+from alst_jax.planning.estimate import estimate, host_ledger
 from alst_jax.planning.job import Job, total
-from alst_jax.planning.plan import Plan
+from alst_jax.planning.plan import Plan, pinned
 from alst_jax.planning.seconds import spared_by_byte
 from alst_jax.profile import HOST, Profile
 
@@ -61,6 +61,11 @@ class Search:
     def lacks(self, job: Job) -> dict[str, int]:
         """Bytes that the estimated plan of a job lacks."""
         return self.missing(self.plan(job))
+
+    def fits_host(self, job: Job) -> bool:
+        """Whether a job lacks no host memory; without the rest of its plan, for candidates of which most are left."""
+        need = pinned(sum(map(total, host_ledger(job).values())), job.devices) + self.host_correction
+        return need <= int(self.cluster.host_share * (1 - self.margin))
 
     def corrected(self, profile: Profile, estimated: Plan, compiled: Plan) -> tuple["Search", dict[str, int]]:
         """The search after the compiler refused a profile; and the compiler's excess over the estimate, by memory that
@@ -153,9 +158,9 @@ def _keeping(job: Job, search: Search, budget: float, on_device: int, on_host: i
 
 def _most_on_host(make: Callable[[int], Job | None], numbers: range, search: Search) -> Job | None:
     """make(n) for the largest of the numbers that fits in host memory; for the smallest if that does not fit itself."""
-    fits = lambda n: (job := make(n)) is not None and "host" not in search.lacks(job)
+    fits = lambda n: (job := make(n)) is not None and search.fits_host(job)
     smallest, falling = make(numbers[0]), numbers[::-1]
-    if smallest is None or search.lacks(smallest):
+    if len(numbers) == 1 or smallest is None or search.lacks(smallest):
         return smallest
     if fits(falling[0]):  # tried first: it is often the answer
         return make(falling[0])
@@ -188,7 +193,7 @@ def apart(job: Job, search: Search) -> Job:
     if "share_gradients" in search.fixed or not job.profile.share_gradients:
         return job
     alone = job.changed(share_gradients=False)
-    return job if "host" in search.lacks(alone) else alone
+    return alone if search.fits_host(alone) else job
 
 
 def segments_within(job: Job, search: Search, part: float) -> tuple[int, ...] | None:

@@ -26,16 +26,21 @@ def estimate(job: Job, cluster: Cluster | None = None, correction: int = 0) -> P
 
 def ledger_of_bytes(job: Job) -> dict[str, dict[str, list[Term]]]:
     """The terms of each part of a plan, of device and host memory."""
-    places = {place: {"kept activations": [Term(KEPT, job.kept[place], STACK)]} for place in (DEVICE, HOST)}
-    alive = peak(job)[1]
-    for part, terms in states(job).items():
-        places[HOST if job.profile.on_host(part) else DEVICE][part] = terms
-    freed = total([term for term in alive if term.name == KEPT]) - job.kept[DEVICE]
-    places[DEVICE]["working set"] = [
+    kept, alive = job.kept[DEVICE], peak(job)[1]
+    freed = total([term for term in alive if term.name == KEPT]) - kept
+    device = {"kept activations": [Term(KEPT, kept, STACK)]}
+    device |= {part: terms for part, terms in states(job).items() if not job.profile.on_host(part)}
+    device["working set"] = [
         *(term for term in alive if term.name != KEPT),
         Term("kept activations that are freed before", freed, STACK),
     ]
-    places[DEVICE]["batch"] = [Term("batch", 3 * 4 * job.tokens, "stack/batch")]
-    of_steps = job.kept[HOST] + total(places[HOST].get("gradients", []))  # not in use during a save
-    places[HOST]["saving"] = [Term("saving", saving_bytes(job, of_steps), "storage/saving")]
-    return places
+    device["batch"] = [Term("batch", 3 * 4 * job.tokens, "stack/batch")]
+    return {DEVICE: device, HOST: host_ledger(job)}
+
+
+def host_ledger(job: Job) -> dict[str, list[Term]]:
+    """The terms of each part of a plan in host memory."""
+    host = {"kept activations": [Term(KEPT, job.kept[HOST], STACK)]}
+    host |= {part: terms for part, terms in states(job).items() if job.profile.on_host(part)}
+    of_steps = job.kept[HOST] + total(host.get("gradients", []))  # not in use during a save
+    return host | {"saving": [Term("saving", saving_bytes(job, of_steps), "storage/saving")]}

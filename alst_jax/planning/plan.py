@@ -44,8 +44,7 @@ class Plan:
 
     @property
     def pinned_bytes(self) -> int:
-        """Bytes of host memory that jax pins, which the limit is of: all but the buffers of a save's writers."""
-        return max(0, self.host_bytes - saving.BUFFERS // min(self.devices, LARGEST_HOST))
+        return pinned(self.host_bytes, self.devices)
 
     @property
     def step_seconds(self) -> float | None:
@@ -155,6 +154,11 @@ class Plan:
             raise UserError(f"--plan-picture {file}: {error}") from error
         finally:
             pyplot.close(figure)
+
+
+def pinned(host_bytes: int, devices: int) -> int:
+    """Bytes of host memory that jax pins, which the limit is of: all but the buffers of a save's writers."""
+    return max(0, host_bytes - saving.BUFFERS // min(devices, LARGEST_HOST))
 
 
 @dataclasses.dataclass(frozen=True)
