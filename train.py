@@ -169,13 +169,14 @@ def run(config: TrainConfig) -> int:
     """The story of a run, from flags to a Hugging Face directory. Returns the exit code."""
     # jax reads its environment when it is imported: not before main() has prepared it.
     from alst_jax import run as setup
-    from alst_jax import run_data, run_long, run_lora, run_packs, run_state
+    from alst_jax import run_data, run_long, run_lora, run_packs, run_report, run_state
     from alst_jax.metrics import MetricsLog, NoLog, peak_host_memory, peak_memory
     from alst_jax.planning.report import announce_plan, planned_against_measured, report
+    from alst_jax.processes.stop import StopSignal
     from alst_jax.refused import Saves
     from alst_jax.storage import run_directory
     from alst_jax.storage.parts import Loop
-    from alst_jax.trainer import StopSignal, train
+    from alst_jax.trainer import train
 
     # ------------------------------------------------------------------------- what, where and how: the model, the plan
     config = run_lora.with_adapter(config)
@@ -221,8 +222,8 @@ def run(config: TrainConfig) -> int:
             f"--resume: the newest checkpoint is of step {state.step}, beyond --steps {steps}; type "
             "--steps with the number to go on to"
         )
-    checkpoints.about = setup.about_run(config, step, job, geometry, choice and choice.plan)
-    setup.announce(config, source, step, job, stats, steps, state.step, data)
+    checkpoints.about = run_report.about_run(config, step, job, geometry, choice and choice.plan)
+    run_report.announce(config, source, step, job, stats, steps, state.step, data)
 
     # --------------------------------------------------------------------------------------------------------- the loop
     log = MetricsLog(out, state.step) if link().first else NoLog()

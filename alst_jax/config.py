@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from alst_jax.data_flags import DataFlags
-from alst_jax.declare import CHOSEN, AtLeast, Length, UserError, command_line, default, marked, parse_length  # noqa: F401
+from alst_jax.declare import CHOSEN, AtLeast, Length, UserError, command_line, default, marked
 from alst_jax.extend_flags import ExtendFlags
 from alst_jax.lora_flags import LoraFlags
 from alst_jax.process_flags import ProcessFlags

@@ -44,6 +44,17 @@ def _check_numbers(config: TrainConfig) -> None:
 
 def _mistakes(config: TrainConfig) -> Iterator[tuple[Any, str]]:
     """(whether the flags are wrong, message) for each rule."""
+    yield from _training_mistakes(config)
+    yield from _tracing_mistakes(config)
+    yield from _planning_mistakes(config)
+    for tile, tiled in TILES.items():
+        yield (
+            getattr(config, tile) and not getattr(config, tiled),
+            f"{flag(tile)} has no meaning with {flag('no_' + tiled)}; leave one of them out",
+        )
+
+
+def _training_mistakes(config: TrainConfig) -> Iterator[tuple[Any, str]]:
     yield (
         not 0 <= config.final_learning_rate_ratio <= 1,
         f"--final-learning-rate-ratio {config.final_learning_rate_ratio}: must be between 0 and 1",
@@ -78,10 +89,9 @@ def _mistakes(config: TrainConfig) -> Iterator[tuple[Any, str]]:
         "--resize-vocabulary adds rows to a model's embedding: name the model with --model",
     )
     yield config.resume and config.out is None, "--resume needs --out, the directory of the run to continue"
-    yield (
-        config.plan_for is not None and not config.plan_for.strip(),
-        "--plan-for '': name a machine, as in H100-80 or 8xH100",
-    )
+
+
+def _tracing_mistakes(config: TrainConfig) -> Iterator[tuple[Any, str]]:
     if config.profile_steps is not None:
         last = parse_steps(config.profile_steps)[1]
         yield (
@@ -100,6 +110,13 @@ def _mistakes(config: TrainConfig) -> Iterator[tuple[Any, str]]:
     yield (
         config.debug_attention_layers is not None and config.save_every is not None,
         f"--save-every {config.save_every} with --debug-attention-layers, which never saves; leave one of them out",
+    )
+
+
+def _planning_mistakes(config: TrainConfig) -> Iterator[tuple[Any, str]]:
+    yield (
+        config.plan_for is not None and not config.plan_for.strip(),
+        "--plan-for '': name a machine, as in H100-80 or 8xH100",
     )
     for field in ("json", "plan_for", "plan_picture", "explain"):
         yield (
@@ -127,8 +144,3 @@ def _mistakes(config: TrainConfig) -> Iterator[tuple[Any, str]]:
         config.planning and config.resume,
         "--plan-only or --find-max-seq-len with --resume: plan the run with its own flags and --model on its directory",
     )
-    for tile, tiled in TILES.items():
-        yield (
-            getattr(config, tile) and not getattr(config, tiled),
-            f"{flag(tile)} has no meaning with {flag('no_' + tiled)}; leave one of them out",
-        )

@@ -42,7 +42,7 @@ def compile_programs(
         function = jax.jit(functools.partial(_with_weights_on_host, step))
     lowered = [function.lower(*sums, *params, batch, scalar)]
     if not (absent or on_cpu):
-        lowered.append(_lower_update(step, grad_accum))
+        lowered.append(lower_update(step, grad_accum))
     with concurrent.futures.ThreadPoolExecutor(len(lowered) if at_once else 1) as threads:
         compiled, *update = threads.map(lambda program: program.compile(), lowered)
     return compiled, update[0] if update else None
@@ -75,8 +75,8 @@ def _with_weights_on_host(step: TrainStep, *arguments: Any) -> Any:
     return loss, elements(host.to_host(gradients), at)
 
 
-def _lower_update(step: TrainStep, grad_accum: int) -> Any:
-    # As a run calls it, which then compiles nothing again: the norm comes from the mesh, the rate from the host.
+def lower_update(step: TrainStep, grad_accum: int) -> Any:
+    """`TrainStep.update`, lowered as a run calls it: the norm comes from the mesh, the rate from the host."""
     norm = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(step.mesh, P()))
     gradients = abstract_sums(step) if grad_accum > 1 else step.trained
     return step.update.lower(step.trained, gradients, step.optimizer_state, norm, jax.ShapeDtypeStruct((), jnp.float32))

@@ -37,8 +37,8 @@ class MetricsLog:
         self._lock = threading.Lock()  # events come from another thread
         self._file = None
         self.rewind(resume_step)
-        self._hook, threading.excepthook = threading.excepthook, _quiet_writer
-        self._tensorboard = Writer(str(directory / "tensorboard"))
+        self._hook, threading.excepthook = threading.excepthook, quiet_writer
+        self.tensorboard = Writer(str(directory / "tensorboard"))
 
     def rewind(self, step: int) -> None:
         """Leave out the lines of the steps after this one. Events stay: they have happened."""
@@ -65,7 +65,7 @@ class MetricsLog:
         """Numbers for TensorBoard alone."""
         for name, value in values.items():
             if name != "step" and isinstance(value, int | float) and math.isfinite(value):
-                self._tensorboard.add_scalar(name, value, step=step)
+                self.tensorboard.add_scalar(name, value, step=step)
 
     def event(self, record: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl alone; not-finite numbers become null, which JSON can hold."""
@@ -76,7 +76,7 @@ class MetricsLog:
     def close(self) -> None:
         try:
             self._file.close()
-            self._tensorboard.close()
+            self.tensorboard.close()
         finally:
             threading.excepthook = self._hook
 
@@ -103,7 +103,7 @@ class NoLog(MetricsLog):
         """Nothing."""
 
 
-def _quiet_writer(failed: threading.ExceptHookArgs) -> None:
+def quiet_writer(failed: threading.ExceptHookArgs) -> None:
     """Print no traceback of TensorBoard's thread: its error is raised by the next call of the writer."""
     if type(failed.thread).__name__ != "_AsyncWriterThread":
         threading.__excepthook__(failed)

@@ -55,6 +55,11 @@ class StepProfile:
         if number == self.steps[1]:
             self.close(say)
 
+    def done(self, flag: str | None, say: Callable[[str], None] = print) -> None:
+        """Warn, after the last step of a run, if it made none of those steps. flag: --profile-steps."""
+        if self.steps is not None and not self.traced:
+            say(f"warning: --profile-steps {flag}: the run made no such step")
+
     def close(self, say: Callable[[str], None] = print) -> None:
         """End the trace if it is not ended, and print its table."""
         if self.tracing:

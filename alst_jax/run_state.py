@@ -12,7 +12,7 @@ from alst_jax.config import TrainConfig, UserError
 from alst_jax.hardware.environment import HOST_LIMIT, pinned_limit
 from alst_jax.hardware.machines import GIB
 from alst_jax.models.hf_config import record_dtype
-from alst_jax.models.hf_weights import save_params
+from alst_jax.models.hf_saving import save_params
 from alst_jax.models.other_weights import auto_class
 from alst_jax.models.tree import as_tree
 from alst_jax.planning.job import Job

@@ -14,13 +14,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
-from alst_jax.config import IGNORED, UserError
+from alst_jax.config import UserError
 from alst_jax.in_backward import update_in_backward
 from alst_jax.models.block import Params, abstract_params, init_params
 from alst_jax.models.config import ModelConfig
 from alst_jax.models.lora import adapters_of, is_trained
 from alst_jax.models.tree import combine, partition
-from alst_jax.ops.attention import find_kernel, refusal
+from alst_jax.ops.attention import find_kernel
 from alst_jax.ops.cross_entropy import TokenLosses
 from alst_jax.ops.rope import MAX_POSITION
 from alst_jax.optim.adamw import AdamW
@@ -28,10 +28,9 @@ from alst_jax.optim.streamed import add_gradients, apply_update, count_not_finit
 from alst_jax.parallel.mesh import SEQ
 from alst_jax.parallel.program import program
 from alst_jax.parallel.sharding import is_spec, param_specs, shardings
-from alst_jax.parallel.ulysses import Ulysses
-from alst_jax.processes.link import link
 from alst_jax.profile import Profile
 from alst_jax.stack.batch import BATCH_SPEC, Batch
+from alst_jax.stack.check import check_profile
 from alst_jax.stack.ends import Model, trained_ends
 from alst_jax.xla import host
 from alst_jax.xla.arrays import put
@@ -284,42 +283,5 @@ class TrainStep:
         )
 
 
-def check_profile(profile: Profile, model: ModelConfig, sp: int) -> None:
-    """UserError if the profile does not go with this model on this mesh."""
-    profile.check()
-    Ulysses.check(model, sp, profile.head_chunks)
-    for kind in model.kinds:
-        if reason := refusal(find_kernel(profile.attention), model.attention_spec(kind)):
-            raise UserError(reason)
-    segments, layers = profile.segment_layers, model.num_layers
-    if len(segments) != 1 and sum(segments) != layers:
-        raise UserError(
-            f"--segment-layers {' '.join(map(str, segments))}: {sum(segments)} layers in all, where the "
-            f"model has {layers}; give one number for all segments alike, or one each that add up to "
-            f"{layers}"
-        )
-    kept = profile.keep_attention_on_device + profile.keep_attention_on_host
-    if kept > layers:
-        raise UserError(
-            f"--keep-attention-on-device + --keep-attention-on-host = {kept} layers, where the model has {layers}"
-        )
-
-
 def _with_shardings(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
-
-
-def count_labels(labels: np.ndarray) -> int:
-    """Labels that take part in the loss."""
-    return int(np.count_nonzero(labels != IGNORED))
-
-
-def labels_of_rows(labels: np.ndarray) -> list[int]:
-    """The labels of each row that take part in the loss. labels int32[rows, S]."""
-    return np.count_nonzero(labels != IGNORED, axis=1).tolist()
-
-
-def count_all_labels(rows: list[int]) -> int:
-    """The sum of `labels_of_rows` over all rows. Each process has the labels of the rows that it reads, and none of the
-    others."""
-    return int(np.max(link().exchange("labels", rows), axis=0).sum()) if rows else 0

@@ -3,8 +3,6 @@
 import dataclasses
 import functools
 import math
-import os
-import signal
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -19,10 +17,11 @@ from alst_jax.metrics import MetricsLog, ProgressDisplay, compilations, compiled
 from alst_jax.models.tree import dotted, is_stacked, names
 from alst_jax.optim.schedule import learning_rate_schedule
 from alst_jax.processes.hang import Turns
-from alst_jax.processes.link import link
+from alst_jax.processes.stop import StopSignal
 from alst_jax.profiling import StepProfile
 from alst_jax.refused import NotFinite, Refused, Spike, not_applied
-from alst_jax.step import TrainStep, count_all_labels, labels_of_rows
+from alst_jax.stack.batch import count_all_labels, labels_of_rows
+from alst_jax.step import TrainStep
 from alst_jax.watch import Watch, limits_of
 
 
@@ -58,38 +57,6 @@ class Data:
     evaluation: dict[str, Callable[[], Iterable[Arrays]]] = dataclasses.field(default_factory=dict)
     added: tuple[dict[str, Any], ...] = ()
     long: Callable[[TrainStep, TrainState, Callable[[str], None]], dict[str, float]] | None = None
-
-
-class StopSignal:
-    """Ctrl-C and SIGTERM ask for a stop after the step in progress; a second one stops at once. planned: seconds of a
-    step by the plan."""
-
-    def __init__(self, planned: float | None = None):
-        self.received: signal.Signals | None = None
-        self.began, self.seconds = 0.0, planned  # when the step in progress began; seconds of the last one
-
-    def __enter__(self):
-        self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_):
-        for which, handler in self._previous.items():
-            signal.signal(which, handler)
-
-    def shared(self) -> bool:
-        """Whether any process of the run received a signal: all stop after the same step."""
-        received = next((number for number in link().exchange("stop", self.received) if number is not None), None)
-        self.received = self.received if received is None else signal.Signals(received)
-        return received is not None
-
-    def _handle(self, number, _frame):
-        if self.received is not None:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number)
-        seconds = max(0.0, self.began + (self.seconds or 0) - time.perf_counter())
-        left = "" if self.seconds is None else f", in about {seconds:.0f} s"
-        text = f"\n{self.received.name}: saving after this step{left}; once more stops at once\n"
-        os.write(2, text.encode())  # not print(): a handler may run in the middle of one
 
 
 def optimizer_step(
@@ -225,6 +192,11 @@ def evaluate_sources(
     return values
 
 
+def _evaluations(step, state, data, say):
+    values = evaluate_sources(step, state, data.evaluation, say) if data.evaluation else {}
+    return values | (data.long(step, state, say) if data.long is not None else {})
+
+
 def train(
     config: TrainConfig,
     step: TrainStep,
@@ -256,40 +228,26 @@ def train(
                 continue
             padding = [batch.pop("padding", None) for batch in batches]
             with profile.step(state.step + 1, display.say):
-                state, values, problem = _attempt(step, state, batches, learning_rate, watch)
+                state, values, problem = attempt(step, state, batches, learning_rate, watch)
             if problem is not None:
-                at, back = state.step, refused.go_on(problem, state, position)
-                if back is not None:
-                    watch.rewind(back.step)
-                    log.rewind(back.step)
-                    state = back
-                    continue
-                if problem.state is not None:
-                    state = problem.state
-                    data.training.set_state(position)  # a resumed run meets the same batch again
-                    saver(state)
-                raise UserError(not_applied(step.profile, at, problem, saver.saved)) from problem
+                state = _go_on(refused, saver, problem, step, state, data, position)
+                watch.rewind(state.step)
+                log.rewind(state.step)
+                continue
             stop.seconds = seconds = time.perf_counter() - started
-            values = {
-                "step": state.step,
-                **values,
-                **speed(step, batches, padding, seconds),
-                "learning_rate": learning_rate,
-                "compilations": compilations() - before,
-            }
+            values = {"step": state.step, **values, **speed(step, batches, padding, seconds)}
+            values |= {"learning_rate": learning_rate, "compilations": compilations() - before}
             watch.end(values)
             if values["compilations"] and state.step > first:
                 display.say(compiled(values, batches))
             if state.step == steps or config.eval_every and state.step % config.eval_every == 0:
-                values |= evaluate_sources(step, state, data.evaluation, display.say) if data.evaluation else {}
-                values |= data.long(step, state, display.say) if data.long is not None else {}
+                values |= _evaluations(step, state, data, display.say)
             log.write(values)
             display.show(state.step, summary(values))
             if config.save_every and state.step % config.save_every == 0:
                 saver(state)
         saver(state)
-        if profile.steps is not None and not profile.traced:
-            display.say(f"warning: --profile-steps {config.profile_steps}: the run made no such step")
+        profile.done(config.profile_steps, display.say)
         return state
     finally:
         watch.close()
@@ -310,7 +268,7 @@ class _Saver:
             self.saved = state.step
 
 
-def _attempt(step, state, batches, learning_rate, watch):
+def attempt(step, state, batches, learning_rate, watch):
     """(the next state, its values, None), or (`state`, {}, why the step was refused)."""
     watch.begin(state.step + 1)
     try:
@@ -320,3 +278,14 @@ def _attempt(step, state, batches, learning_rate, watch):
         return state, {}, error.with_traceback(None)  # the frames of a traceback hold arrays
     finally:
         watch.rest()
+
+
+def _go_on(refused, saver, problem, step, state, data, position):
+    """The state to go on from after a refused step. UserError if the run ends; it is saved first, if it can be."""
+    back = refused.go_on(problem, state, position)
+    if back is not None:
+        return back
+    if problem.state is not None:
+        data.training.set_state(position)  # a resumed run meets the same batch again
+        saver(problem.state)
+    raise UserError(not_applied(step.profile, state.step, problem, saver.saved)) from problem

@@ -21,7 +21,7 @@ def main(directory: tyro.conf.Positional[pathlib.Path], layers: int = 4) -> None
     from alst_jax.data.tokenizer import byte_tokenizer
     from alst_jax.models.block import init_params
     from alst_jax.models.hf_config import hf_config_dict
-    from alst_jax.models.hf_weights import save_params
+    from alst_jax.models.hf_saving import save_params
 
     config = llama_8b(layers)
     params = jax.jit(lambda key: init_params(config, jnp.bfloat16, key))(jax.random.key(0))

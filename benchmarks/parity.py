@@ -21,11 +21,10 @@ number is not finite.
 
 Host memory: a result is the moments and the updates, 8 bytes a parameter: 15 GB for 4 layers of the real width. Two are
 kept beside that of the case that runs (one device, and one device without tiles or, later, data parallel), which holds
-three of its own halves when it ends (start, end, updates) and whatever it offloads. Comparing takes THREADS pieces
+three of its own halves when it ends (start, end, updates) and whatever it offloads. Comparing takes a few pieces
 more.
 """
 
-import concurrent.futures
 import dataclasses
 import math
 import sys
@@ -39,6 +38,7 @@ from alst_jax.config import UserError
 from alst_jax.hardware import environment
 from alst_jax.models.config import ModelConfig
 from alst_jax.profile import Profile
+from benchmarks.relative_errors import PARTS, compare
 from benchmarks.shapes import llama_8b
 
 EXACT = 1e-4
@@ -46,7 +46,6 @@ FLOORS = {"loss": 2e-5, "norm": 5e-4}  # of the limits in bfloat16; of the other
 CONTROL = 1.5  # times the control's error
 PLAIN, CONTROL_NAME, UNTILED = "one device", "control: one device, other tiles", "one device without tiles"
 DATA_PARALLEL, ALL, WRONG = "data parallel without features", "sequence parallel with all", "wrong positions"
-PARTS = ("loss", "norm", "moments", "worst of moments", "updates", "worst of updates")
 # What rounding may do in bfloat16: about 5 times what it did on two H100, 4 layers of the real width, 32,768 tokens
 # (benchmarks/results/2026-11-24-two-h100.md, 2026-11-26-two-h100.md; the worst of moments, which is not there, taken as
 # 1.25 times the moments, as on a CPU). Loose, for other lengths and widths: at 2,048 tokens the control's loss is off
@@ -57,7 +56,6 @@ CEILINGS = {
     # measured: 8.8e-6 4.5e-4 0.022 - 0.032 0.047
     UNTILED: dict(zip(PARTS, (4.5e-5, 2.3e-3, 0.11, 0.14, 0.16, 0.24), strict=True)),
 }
-THREADS, PIECE = 8, 1 << 24  # that compare, and the numbers that each subtracts at once: 64 MiB
 
 
 @dataclasses.dataclass
@@ -132,7 +130,7 @@ def main():
     import jax.numpy as jnp
     import numpy as np
 
-    from alst_jax.step import check_profile
+    from alst_jax.stack.check import check_profile
 
     devices = len(jax.devices())
     model = narrowed(options)
@@ -282,39 +280,6 @@ def train(model: ModelConfig, case: Case, dtype, tokens, learning_rate: float) -
         norms.append(values["grad_norm"])
     updates = [new - old for new, old in zip(masters(state), start, strict=True)]
     return {"losses": losses, "norms": norms, "updates": updates, "moments": here(state.optimizer["mu"])}
-
-
-def compare(result: dict[str, Any], reference: dict[str, Any]) -> dict[str, float]:
-    """Relative errors, PARTS: the largest of the steps, of the norm of the whole difference, and of the worst
-    parameter. ValueError if the two have not as many steps and the same parameters."""
-    import numpy as np
-
-    for name in ("losses", "norms", "moments", "updates"):
-        here, there = [[np.shape(x) for x in tree[name]] for tree in (result, reference)]
-        if here != there:
-            raise ValueError(f"{name}: {len(here)} of shapes {here} beside {len(there)} of shapes {there}")
-
-    def length(a, b=None) -> float:  # of a - b, some numbers at a time: a difference is as large as its parameter
-        a, b = a.reshape(-1), None if b is None else b.reshape(-1)
-        with np.errstate(all="ignore"):  # judge sees numbers that are not finite
-            return math.hypot(
-                *(
-                    float(np.linalg.norm(a[i : i + PIECE] if b is None else a[i : i + PIECE] - b[i : i + PIECE]))
-                    for i in range(0, a.size, PIECE)
-                )
-            )
-
-    with np.errstate(all="ignore"), concurrent.futures.ThreadPoolExecutor(THREADS) as threads:  # billions of numbers
-        numbers = lambda name: float(np.max(np.abs(np.divide(result[name], reference[name]) - 1)))
-        errors = {"loss": numbers("losses"), "norm": numbers("norms")}
-        for name in ("moments", "updates"):
-            off = np.array(list(threads.map(length, result[name], reference[name])))
-            size = np.array(list(threads.map(length, reference[name])))
-            errors |= {
-                name: float(np.linalg.norm(off) / np.linalg.norm(size)),
-                f"worst of {name}": float(np.max(off / size)),
-            }
-    return errors
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ shape. Expected: several processes equal each other to the bit, and one process 
 same planned bytes of a device.
 """
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -21,25 +22,31 @@ from safetensors.numpy import load_file
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def compare(
-    out: tyro.conf.Positional[pathlib.Path],
-    model: str,
-    data: str,
-    shapes: tuple[str, ...] = ("1x2", "2x1"),
-    seq_len: str = "32k",
-    sp: int = 2,
-    steps: int = 6,
-    simulate: bool = False,
-    flags: str = "",
-) -> None:
-    """simulate: CPU devices instead of GPUs. flags: more flags of train.py, in one word."""
-    given = f"--model {model} --data {data} --seq-len {seq_len} --sp {sp} --steps {steps} {flags}".split()
+@dataclasses.dataclass
+class Options:
+    out: tyro.conf.Positional[pathlib.Path]
+    model: str
+    data: str
+    shapes: tuple[str, ...] = ("1x2", "2x1")
+    seq_len: str = "32k"
+    sp: int = 2
+    steps: int = 6
+    simulate: bool = False
+    """CPU devices instead of GPUs."""
+    flags: str = ""
+    """More flags of train.py, in one word."""
+
+
+def compare(options: Options) -> None:
+    """Run all shapes, and print a line for each and for each pair."""
+    given = f"--model {options.model} --data {options.data} --seq-len {options.seq_len} --sp {options.sp}".split()
+    given += f"--steps {options.steps} {options.flags}".split()
     given += ["--dtype", "float32", "--random-weights", "--export"]
     results = {}
-    for shape in shapes:
+    for shape in options.shapes:
         count, devices = map(int, shape.split("x"))
-        run_dir = out / shape
-        more = ["--simulate-devices", str(devices)] if simulate else []
+        run_dir = options.out / shape
+        more = ["--simulate-devices", str(devices)] if options.simulate else []
         log = start([*given, *more, "--out", str(run_dir)], count)
         lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
         lines = [line for line in lines if "loss" in line]
@@ -51,8 +58,8 @@ def compare(
             flush=True,
         )
         results[shape] = losses, weights(run_dir)
-    for i, shape in enumerate(shapes):
-        for other in shapes[:i]:
+    for i, shape in enumerate(options.shapes):
+        for other in options.shapes[:i]:
             print(json.dumps({"shape": shape, "against": other} | distance(results[shape], results[other])))
 
 
@@ -100,4 +107,4 @@ def start(arguments: list[str], count: int) -> str:
 
 
 if __name__ == "__main__":
-    tyro.cli(compare)
+    compare(tyro.cli(Options))

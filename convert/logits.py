@@ -38,7 +38,7 @@ def verify(run_dir: pathlib.Path, step: int, config: ModelConfig, hf_dir: pathli
 
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (1, LENGTH), dtype=np.int32)
     checkpoints = Checkpoints(run_dir)
-    ours = _logits(config, dict(checkpoints.open_params(step)), tokens)
+    ours = logits_of(config, dict(checkpoints.open_params(step)), tokens)
     checkpoints.close()
     model = (
         getattr(transformers, auto_class(hf_dir))
@@ -59,7 +59,7 @@ def verify(run_dir: pathlib.Path, step: int, config: ModelConfig, hf_dir: pathli
     return difference
 
 
-def _logits(config: ModelConfig, stored: dict[tuple[str, ...], Stored], tokens: np.ndarray) -> np.ndarray:
+def logits_of(config: ModelConfig, stored: dict[tuple[str, ...], Stored], tokens: np.ndarray) -> np.ndarray:
     """The logits [1, T, V] in float32, with one layer in memory at a time."""
     abstract = abstract_params(config, np.float32)
     read = lambda name, index: jnp.asarray(stored[name][index], jnp.float32)

@@ -11,11 +11,11 @@ import tyro
 from alst_jax.config import TrainConfig, UserError
 from alst_jax.models.extend import record_extension
 from alst_jax.models.hf_config import model_config
-from alst_jax.models.hf_weights import write_tensors
+from alst_jax.models.hf_saving import write_tensors
 from alst_jax.models.lora import DOWN, UP
 from alst_jax.models.merging import merge
 from alst_jax.models.peft_files import adapter_tensors, read_base, read_lora
-from alst_jax.models.weight_files import Tensor, Unwritten, find_tensors, read_whole
+from alst_jax.models.weight_files import Tensor, Unwritten, find_tensors, read_stored
 from alst_jax.storage.checksums import seal_weights, verify_weights
 from alst_jax.storage.run_directory import copy_model_files
 from convert.cli import Progress, Unfinished, run
@@ -89,9 +89,9 @@ def _shape(name: str, kernels: dict[str, str], parts: dict[str, Tensor], rank: i
 
 def _read(name: str, tensor: Tensor, parts: dict[str, Tensor], down: str | None, scale: float) -> np.ndarray:
     if down is None:
-        return read_whole(parts[name]).astype(tensor.dtype) if name in parts else read_whole(tensor)
+        return read_stored(parts[name]).astype(tensor.dtype) if name in parts else read_stored(tensor)
     up = parts[down.replace(f".{DOWN}.", f".{UP}.")]
-    return merge(read_whole(tensor).T, read_whole(parts[down]).T, read_whole(up).T, scale).T
+    return merge(read_stored(tensor).T, read_stored(parts[down]).T, read_stored(up).T, scale).T
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import tyro
 
 from alst_jax.config import UserError
 from alst_jax.models.hf_config import model_config, record_dtype
-from alst_jax.models.hf_weights import check_leaves, save_params
+from alst_jax.models.hf_saving import check_leaves, save_params
 from alst_jax.models.other_weights import other_sizes
 from alst_jax.storage.checkpoint import Checkpoints
 from alst_jax.storage.checksums import seal_weights

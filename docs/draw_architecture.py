@@ -20,8 +20,8 @@ from tests.unit.test_layers import LAYERS  # noqa: E402
 WIDTH, COLUMNS, PICTURE = 860, 150, ROOT / "docs" / "architecture.svg"
 PURPOSE = (  # neighbouring layers that are drawn as one box, and their purpose
     (
-        "declare profile data_flags lora_flags watch_flags extend_flags process_flags config flag_checks",
-        "the flags, each declared once; the memory profile; errors of users",
+        "declare segments profile data_flags lora_flags watch_flags extend_flags process_flags config flag_checks",
+        "the flags, each declared once; the memory profile and its segments; errors of users",
     ),
     ("processes", "several processes of one run"),
     ("hardware", "machines, limits of host memory, the environment of jax"),
@@ -38,7 +38,10 @@ PURPOSE = (  # neighbouring layers that are drawn as one box, and their purpose
     ("at_length", "the evaluation at length"),
     ("planning", "bytes and seconds before a run; the choice of a profile"),
     ("preflight", "a step against an independent computation"),
-    ("run_packs run_data run_long run_lora run_state run", "flags -> data, model, mesh, step, state"),
+    (
+        "run_packs run_data run_long run_lora run_state run run_report",
+        "flags -> data, model, mesh, step, state, report",
+    ),
 )
 
 

@@ -125,7 +125,10 @@ SLOW = re.compile(
             r"test_qwen2.py::test_training_one_step_equals_torch_with_frozen_parameters\[tied",
             r"test_text_config.py::test_the_loss_and_every_gradient_of_the_language_model\[mistral3",
             r"test_training_is_that_of_torch\[one device",
-            r"test_a_small_mistake_would_show\[.*clip_norm",
+            r"test_a_small_mistake_would_show",
+            r"parity/test_lora_bfloat16.py::test_a_norm_in_bfloat16_beside_adapters_has_a_master\[low-bits",
+            r"test_hf_parity.py::test_logits_loss_and_every_gradient\[(biases|llama3|tied)\]",  # families have them
+            r"test_families_parity.py::test_logits_loss_and_every_gradient\[qwen2, windows",  # qwen3, windows; test_qwen2
             # command line
             r"test_there_and_back_bit_for_bit\[(?!float32-sharded-tied|bfloat16-single-untied|float16-sharded)",
             r"test_an_interrupted_conversion_leaves_nothing_that_looks_finished\[(?!.*read_part|killed-to_hf-save_params|inter.*run_file)",
@@ -140,7 +143,7 @@ SLOW = re.compile(
             r"test_the_export_of_a_bfloat16_model_trained_in_float32_is_float32",
             r"test_a_run_keeps_its_template_and_its_date",
             r"test_an_adapter_goes_on",
-            r"test_a_run_that_goes_back_equals_one_whose_data_lack_the_batch",  # test_watch has the steps of it
+            r"test_a_run_that_goes_back_equals_one_whose_data_lack_the_batch",  # test_refused_steps has its steps
             r"test_added_data_are_learned_from_then_on",
             r"test_a_checkpoint_holds_the_weights_of_its_step",
             r"test_long_documents_are_dropped_and_counted",
@@ -155,8 +158,9 @@ SLOW = re.compile(
             r"test_loading_takes_the_memory_of_about_one_shard",
             r"test_buckets.py::test_dense_calls_equal_documents\[(?!at the sizes)",
             r"test_an_update_is_in_place_and_works_a_layer_at_a_time\[int8",
-            r"test_narrow_state_trains_like_float32\[(?!.*low-bits)",
-            r"test_on_a_mesh_and_streamed_from_the_host\[.*int8",
+            r"test_narrow_state_trains_like_float32",  # test_on_a_mesh_and_streamed_from_the_host
+            r"test_on_a_mesh_and_streamed_from_the_host\[.*low-bits",  # test_low_bits_are_a_float32_master
+            r"test_bfloat16_weights_follow_a_float32_master",  # test_low_bits_are_a_float32_master, test_torch_training
             r"test_low_bits_are_a_float32_master_to_the_last_bit\[device",
             r"test_xla_attention\[[14]\]",
             r"test_tiles_that_read_a_part_of_the_keys_equal_a_mask.*-(16|202)\]",

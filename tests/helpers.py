@@ -19,7 +19,8 @@ from alst_jax.planning.compiled import plan_step
 from alst_jax.planning.job import Job
 from alst_jax.planning.plan import Plan
 from alst_jax.profile import Profile
-from alst_jax.step import TrainStep, count_labels
+from alst_jax.stack.batch import count_labels
+from alst_jax.step import TrainStep
 
 TINY = ModelConfig(
     vocab_size=96,

@@ -18,19 +18,17 @@ import errno
 import fcntl
 import functools
 import json
-import mmap
 import os
 import pathlib
 import shutil
 import tempfile
-import time
-import zlib
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from alst_jax.config import UserError
+from alst_jax.data.cache_files import Output, mapped, release_pages, remove_abandoned
 from alst_jax.data.cache_keys import FORMAT, checksum_of, file_checksum, hash_of, keys_of, programs
 from alst_jax.data.documents import Cutting, check_vocabulary, checked_tokens
 from alst_jax.data.pieces import Tokenised
@@ -39,7 +37,6 @@ from alst_jax.data.report import TEXTS, SourceReport
 from alst_jax.data.sources import OpenSource, Reading
 
 SMALL = 5_000_000  # bytes of files: less is tokenised in memory each time
-ABANDONED = 60  # seconds without a writer after which a half-written store is removed
 DTYPES = {"tokens": np.int32, "learned": np.bool_, "lengths": np.int64}
 COUNTS = ("records", "first_bad", "documents", "tokens", "learned")
 COUNTERS = ("records_left_out", "formats")
@@ -124,8 +121,8 @@ class Cache:
             for name in COUNTERS:
                 setattr(report, name, collections.Counter(meta["report"][name]))
             report.ignored = dict.fromkeys(meta["report"]["ignored"])
-        maps = {name: _mapped(folder / f"{name}.bin", dtype) for name, dtype in DTYPES.items()}
-        release = functools.partial(_release, [maps["tokens"][1], maps["learned"][1]])
+        maps = {name: mapped(folder / f"{name}.bin", dtype) for name, dtype in DTYPES.items()}
+        release = functools.partial(release_pages, [maps["tokens"][1], maps["learned"][1]])
         highs = [(token, origin) for token, origin in meta["highs"]]
         return Tokenised(*(array for array, _ in maps.values()), highs, key, release)
 
@@ -149,10 +146,11 @@ class Cache:
 
     def _write(self, keys: tuple[str, str], source: OpenSource, cutting: Cutting) -> str:
         """Tokenise into a store. The key: the first, or the second if chats may hold the date."""
-        with self._partial(source.report) as folder:
+        failed = functools.partial(self.failed, source.report)
+        with self.new_store(source.report) as folder:
             highs: list[tuple[int, str]] = []
             with contextlib.ExitStack() as stack:
-                files = [stack.enter_context(_Output(folder / f"{name}.bin", self, source.report)) for name in DTYPES]
+                files = [stack.enter_context(Output(folder / f"{name}.bin", failed)) for name in DTYPES]
                 for tokens, learned in checked_tokens(source.documents, cutting, source.report, highs):
                     for file, array in zip(files, (tokens, learned, np.asarray([tokens.size], np.int64))):
                         file.write(array)
@@ -170,19 +168,19 @@ class Cache:
                 "checksums": {name: file.checksum for name, file in zip(DTYPES, files)},
             }
             meta["self"] = checksum_of(meta)
-            with _Output(folder / "store.json", self, report) as file:
+            with Output(folder / "store.json", failed) as file:
                 file.write(np.frombuffer(json.dumps(meta).encode(), np.uint8))
-            self._publish(folder, key, report)
+            self.publish(folder, key, report)
         return key
 
     @contextlib.contextmanager
-    def _partial(self, report: SourceReport) -> Iterator[pathlib.Path]:
+    def new_store(self, report: SourceReport) -> Iterator[pathlib.Path]:
         """A new directory for a store, which is removed at the end unless it was renamed. A lock says that its writer
         lives: files of killed writers are removed."""
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             for old in self.directory.glob(".partial-*"):
-                _remove_abandoned(old)
+                remove_abandoned(old)
             folder = pathlib.Path(tempfile.mkdtemp(prefix=".partial-", dir=self.directory))
         except OSError as error:
             raise Unusable(self.failed(report, error)) from error
@@ -198,7 +196,7 @@ class Cache:
         finally:
             shutil.rmtree(folder, ignore_errors=True)  # it is gone if it was renamed
 
-    def _publish(self, folder: pathlib.Path, key: str, report: SourceReport) -> None:
+    def publish(self, folder: pathlib.Path, key: str, report: SourceReport) -> None:
         """Rename a complete store. Another process may have been faster with the same."""
         target = self.directory / key
         try:
@@ -247,69 +245,6 @@ class Cache:
                 f"({error.strerror or error})",
                 flush=True,
             )
-
-
-class _Output:
-    """A file of a store: buffered, and on the disk when it is closed. Errors of writing become UserErrors."""
-
-    def __init__(self, path: pathlib.Path, cache: Cache, report: SourceReport):
-        self._path, self._cache, self._report = path, cache, report
-        self.checksum = 0  # crc32 of the bytes written
-
-    @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise self._cache.failed(self._report, error) from error
-
-    def __enter__(self) -> "_Output":
-        with self._errors():
-            self._stream: BinaryIO = self._path.open("wb", buffering=1 << 20)
-        return self
-
-    def write(self, array: np.ndarray) -> None:
-        with self._errors():
-            content = np.ascontiguousarray(array).data.cast("B") if array.size else b""
-            self._stream.write(content)
-            self.checksum = zlib.crc32(content, self.checksum)
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        try:
-            if kind is None:
-                with self._errors():
-                    self._stream.flush()
-                    os.fsync(self._stream.fileno())
-        finally:
-            with contextlib.suppress(OSError):  # the store is given up, or nothing is left to write
-                self._stream.close()
-
-
-def _remove_abandoned(folder: pathlib.Path) -> None:
-    """Remove a half-written store whose writer was killed."""
-    try:
-        with (folder / "lock").open("rb") as lock:
-            if time.time() - os.fstat(lock.fileno()).st_mtime < ABANDONED:
-                return  # its writer may be about to lock it
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
-    except (FileNotFoundError, BlockingIOError, PermissionError):
-        return  # another process has removed it, or writes it, or another user's did
-
-
-def _mapped(file: pathlib.Path, dtype: Any) -> tuple[np.ndarray, mmap.mmap | None]:
-    """The array in a file, which is read where it is used. The lengths, which are few, are read at once."""
-    if dtype is np.int64 or not file.stat().st_size:
-        return np.fromfile(file, dtype), None
-    with file.open("rb") as stream:
-        mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-    return np.frombuffer(mapped, dtype), mapped
-
-
-def _release(maps: list[mmap.mmap | None]) -> None:
-    """Unmap the pages that were read. Arrays stay valid: the next use of a page maps it again."""
-    for mapped in filter(None, maps):
-        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def default_directory() -> pathlib.Path:

@@ -38,11 +38,12 @@ class Rendered:
 
 
 class ChatTemplate:
-    """The template of a tokenizer for chats with or without tools."""
+    """The template of a tokenizer for chats with or without tools. plain, marked: its sandboxed programs, the latter
+    with marks around each turn."""
 
     def __init__(self, source: str, special_tokens: dict[str, Any], date: datetime.datetime):
         self.has_marks = re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source) is not None
-        self._plain, self._marked = _compile(source)
+        self.plain, self.marked = _compile(source)
         self._variables = special_tokens | {"strftime_now": date.strftime}
 
     def render(
@@ -55,9 +56,9 @@ class ChatTemplate:
         # Copies: each message is one object, which the marks are told apart by.
         messages = [_with_aliases(message) for message in messages]
         variables = self._variables | dict(messages=messages, tools=tools, documents=None, add_generation_prompt=prompt)
-        text = self._plain.render(variables)
+        text = self.plain.render(variables)
         marker = _Marker(messages)
-        marked = self._marked.render(variables, alst_turn=marker.turn, alst_end=marker.end)
+        marked = self.marked.render(variables, alst_turn=marker.turn, alst_end=marker.end)
         if MARK.sub("", marked) != text:
             raise UserError(
                 "the chat template changes text that it has rendered, so that turns cannot be told apart; "

@@ -9,7 +9,8 @@ from alst_jax.models.config import ModelConfig
 from alst_jax.models.families import FAMILIES
 from alst_jax.models.families.layer_types import FULL, SLIDING
 from alst_jax.models.families.unsupported import find_family
-from alst_jax.models.hf_config import HARMLESS, hf_config_dict, parse_config, read_config
+from alst_jax.models.hf_config import hf_config_dict, parse_config, read_config
+from alst_jax.models.hf_fields import HARMLESS
 from alst_jax.models.hf_rope import ORIGINAL
 from alst_jax.models.text_config import TEXT, is_wrapped, text_fields
 

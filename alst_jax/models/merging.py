@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from alst_jax.models.hf_weights import Stored, fetch
+from alst_jax.models.hf_saving import Stored, fetch
 from alst_jax.models.lora import DOWN, UP, Lora, adapters_of
 from alst_jax.models.tree import names
 

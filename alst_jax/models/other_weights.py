@@ -14,7 +14,7 @@ from safetensors import safe_open
 from alst_jax.config import UserError
 from alst_jax.models.hf_config import read_config
 from alst_jax.models.text_config import is_wrapped
-from alst_jax.models.weight_files import Tensor, Unwritten, find_tensors, read_whole, write_file
+from alst_jax.models.weight_files import Tensor, Unwritten, find_tensors, read_stored, write_file
 
 FILE = "other_weights.safetensors"
 # Name of a form -> starts of names in the checkpoint, and of those in a language model alone.
@@ -96,7 +96,7 @@ def _kept(file: pathlib.Path) -> tuple[list[Unwritten], str]:
 
 
 def _unwritten(name: str, tensor: Tensor) -> Unwritten:
-    return Unwritten(name, tensor.shape, tensor.dtype, functools.partial(read_whole, tensor))
+    return Unwritten(name, tensor.shape, tensor.dtype, functools.partial(read_stored, tensor))
 
 
 def _form(tensors: dict[str, Tensor], where: str | pathlib.Path) -> str:

@@ -12,7 +12,8 @@ import jax
 
 from alst_jax.config import UserError
 from alst_jax.models.config import ModelConfig
-from alst_jax.models.hf_weights import is_transposed, leaf_names, load_leaf, tensors_of
+from alst_jax.models.hf_saving import tensors_of
+from alst_jax.models.hf_weights import is_transposed, leaf_names, load_leaf
 from alst_jax.models.lora import LINEARS, Lora, is_adapter
 from alst_jax.models.tree import is_stacked
 from alst_jax.models.weight_files import ADAPTER as CONFIG

@@ -160,32 +160,28 @@ def read_tensor(tensor: Tensor, index: tuple[slice, ...]) -> np.ndarray:
     """A part of a tensor, added rows included."""
     if tensor.first is not None:
         start, stop, _ = index[0].indices(tensor.shape[0])
-        return _read(tensor, (slice(tensor.first + start, tensor.first + stop), *index[1:]))
+        return read_stored(tensor, (slice(tensor.first + start, tensor.first + stop), *index[1:]))
     if not tensor.added:
-        return _read(tensor, index)
+        return read_stored(tensor, index)
     first, last, _ = index[0].indices(tensor.shape[0])
     there = tensor.shape[0] - tensor.added
     columns = tuple(slice(*each.indices(size)[:2]) for each, size in zip(index[1:], tensor.shape[1:]))
-    old = [_read(tensor, (slice(first, min(last, there)), *columns))] if first < there else []
+    old = [read_stored(tensor, (slice(first, min(last, there)), *columns))] if first < there else []
     if last > there:
         mean = _mean(tensor, there, columns).astype(tensor.dtype)
         old.append(np.broadcast_to(mean, (last - max(first, there), *mean.shape)))
     return np.concatenate(old)
 
 
-def read_whole(tensor: Tensor) -> np.ndarray:
-    """A whole tensor of a file."""
-    return _read(tensor, ...)
-
-
 def _mean(tensor: Tensor, rows: int, columns: tuple[slice, ...]) -> np.ndarray:
     """The mean of the first rows, in float64, read AT_ONCE bytes at a time."""
     step = max(1, AT_ONCE // max(1, math.prod(tensor.shape[1:]) * tensor.dtype.itemsize))
-    parts = (_read(tensor, (slice(start, min(start + step, rows)), *columns)) for start in range(0, rows, step))
+    parts = (read_stored(tensor, (slice(start, min(start + step, rows)), *columns)) for start in range(0, rows, step))
     return sum(part.astype(np.float64).sum(axis=0) for part in parts) / rows
 
 
-def _read(tensor: Tensor, index: Any) -> np.ndarray:
+def read_stored(tensor: Tensor, index: Any = ...) -> np.ndarray:
+    """The tensor as it is in the file, or a part of it. UserError if it cannot be read."""
     try:
         with safe_open(tensor.file, "numpy") as handle:
             return handle.get_tensor(tensor.key) if index is ... else handle.get_slice(tensor.key)[index]

@@ -8,7 +8,8 @@ import functools
 
 from alst_jax.ops.attention import costs
 from alst_jax.planning.job import Job, Term, total
-from alst_jax.profile import DEVICE, Segment, segment_inputs
+from alst_jax.profile import DEVICE
+from alst_jax.segments import Segment, segment_inputs
 
 FRAGMENTS = 1.015  # the allocator's peak over the sum of the live arrays
 WIDTHS = {"float32": 4, "bfloat16": 2, "int8": 1, "low-bits": 2, "none": 0}  # bytes of a moment's or master's element

@@ -15,7 +15,8 @@ from alst_jax.models.tiles import Tiles, tile_sizes
 from alst_jax.ops.tiling import even_tile
 from alst_jax.parallel.costs import Shapes, Work
 from alst_jax.parallel.ulysses import Ulysses
-from alst_jax.profile import DEVICE, HOST, Profile, Run, Segment, place_of, segment_inputs, shared_inputs
+from alst_jax.profile import DEVICE, HOST, Profile
+from alst_jax.segments import Run, Segment, place_of, segment_inputs, shared_inputs
 from alst_jax.stack.shared import holds
 
 _even_tile = functools.cache(even_tile)

@@ -18,7 +18,8 @@ from alst_jax.planning.estimate import estimate
 from alst_jax.planning.job import Job
 from alst_jax.planning.plan import Choice, Plan, in_gib
 from alst_jax.profile import BY_HAND
-from alst_jax.step import TrainStep, check_profile
+from alst_jax.stack.check import check_profile
+from alst_jax.step import TrainStep
 
 ANY_LENGTH = 1024  # the length of a job whose length is searched
 

@@ -19,8 +19,7 @@ from alst_jax.preflight import reference, rope64
 from alst_jax.preflight.limits import FLOAT32, Row, exact, row
 from alst_jax.preflight.subject import Subject
 from alst_jax.preflight.values import numbers, values
-from alst_jax.stack.batch import BATCH_SPEC, Batch
-from alst_jax.step import count_labels
+from alst_jax.stack.batch import BATCH_SPEC, Batch, count_labels
 
 H, DH = 31, 32  # seeds
 WORDS = 64  # sampled rows of the tables

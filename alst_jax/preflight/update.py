@@ -13,7 +13,7 @@ from alst_jax.preflight.limits import FLOAT32, Row, row, unit
 from alst_jax.preflight.subject import Subject
 from alst_jax.preflight.values import numbers, values
 from alst_jax.preflight.whole import roundings_of
-from alst_jax.step import count_labels
+from alst_jax.stack.batch import count_labels
 
 G = 51  # seed
 ELEMENTS = 32  # of each parameter

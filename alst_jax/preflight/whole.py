@@ -16,7 +16,8 @@ from alst_jax.preflight.limits import Row, row
 from alst_jax.preflight.subject import Subject
 from alst_jax.preflight.tokenwise import DEEP, flat, rotations
 from alst_jax.profile import Profile
-from alst_jax.step import TrainStep, count_labels
+from alst_jax.stack.batch import count_labels
+from alst_jax.step import TrainStep
 
 SHORT = 512  # tokens, rounded up to a multiple for mesh and kernel
 LAYER = 2 * DEEP + 4  # roundings, forward and backward, attention included

@@ -158,7 +158,7 @@ class Link(Alone):
         """End all processes. The text is printed once, with the number of this one."""
         self._send_quietly({"kind": "fail", "text": text, "code": code})
         time.sleep(SILENCE)  # the thread that reads ends this process before
-        self._leave(f"{self._me()}: {text}", code)
+        self.end(f"{self._me()}: {text}", code)
 
     def crashed(self, error: BaseException) -> NoReturn:
         """End all processes because of an error, or because of the death of another one that may have caused it."""
@@ -208,12 +208,12 @@ class Link(Alone):
         if self._leaving:
             return
         if not self._joined.is_set():
-            self._leave(
+            self.end(
                 f"error: --coordinator {self.place.host}:{self.place.port}: what listens there is no process 0 of a "
                 "run, or it has ended; see its output, or use another port",
                 2,
             )
-        self._leave(
+        self.end(
             f"error: process 0 of {self.count} ({self.hosts[0]}) {reason}; {self.place} ends too. Go on with --resume",
             1,
         )
@@ -224,13 +224,11 @@ class Link(Alone):
             named = text if not rank else text.replace("error: ", f"error: process {rank} ({message['host']}): ", 1)
             named = named if named.startswith(("error: ", "stopped")) else f"error: {named}"
             speaks = message["speaker"] == "you" or self.first
-            self._leave(f"\n{named}" if speaks else "", code)
+            self.end(f"\n{named}" if speaks else "", code)
         who = "" if rank == self.rank else f"; {self.place} ends too"
-        self._leave(
-            f"\nerror: process {rank} of {self.count} ({message['host']}) {text}{who}. Go on with --resume", code
-        )
+        self.end(f"\nerror: process {rank} of {self.count} ({message['host']}) {text}{who}. Go on with --resume", code)
 
-    def _leave(self, text: str, code: int) -> NoReturn:
+    def end(self, text: str, code: int) -> NoReturn:
         """End this process from any of its threads. The main thread may wait in a collective for ever."""
         if text:
             print(text, file=self._errors, flush=True)
@@ -243,7 +241,7 @@ class Link(Alone):
     def _expect_answer(self, timeout: float) -> None:
         def give_up():
             if not self._joined.wait(timeout + SETTLE + BEAT):
-                self._leave(
+                self.end(
                     f"error: --coordinator {self.place.host}:{self.place.port} did not answer within {timeout:.0f} s "
                     f"(--start-timeout): {self.place} ends. Is process 0 there?",
                     2,

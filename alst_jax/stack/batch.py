@@ -1,12 +1,15 @@
-"""The arrays of one step, and how they are sharded."""
+"""The arrays of one step, how they are sharded, and the numbers of their labels."""
 
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from alst_jax.config import IGNORED
 from alst_jax.parallel.mesh import DATA, SEQ
+from alst_jax.processes.link import link
 
 
 class Batch(NamedTuple):
@@ -43,3 +46,19 @@ class Batch(NamedTuple):
 
 BATCH_SPEC = P(DATA, SEQ)  # [sequences/data, tokens/seq]
 DOCUMENTS_SPEC = P(DATA)  # [1, offsets]
+
+
+def count_labels(labels: np.ndarray) -> int:
+    """Labels that take part in the loss."""
+    return int(np.count_nonzero(labels != IGNORED))
+
+
+def labels_of_rows(labels: np.ndarray) -> list[int]:
+    """The labels of each row that take part in the loss. labels int32[rows, S]."""
+    return np.count_nonzero(labels != IGNORED, axis=1).tolist()
+
+
+def count_all_labels(rows: list[int]) -> int:
+    """The sum of `labels_of_rows` over all rows. Each process has the labels of the rows that it reads, and none of the
+    others."""
+    return int(np.max(link().exchange("labels", rows), axis=0).sum()) if rows else 0

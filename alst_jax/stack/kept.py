@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from alst_jax.profile import Run
+from alst_jax.segments import Run
 from alst_jax.xla.order import zeros_after
 
 Index = Array | int

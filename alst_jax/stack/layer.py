@@ -21,6 +21,7 @@ from alst_jax.ops.tiling import even_tile, stream, token_rows
 from alst_jax.parallel.sequence import SequenceParallel
 from alst_jax.parallel.sharding import gather, is_spec, scatter, whole
 from alst_jax.stack.kept import Kept, put_tile
+from alst_jax.stack.sums import add_parts, widen, zero_sums
 from alst_jax.xla import scopes
 from alst_jax.xla.dtypes import accumulation_dtype
 from alst_jax.xla.order import zeros_after
@@ -186,7 +187,7 @@ class Layer:
 
         def body(carry, written, read):
             start, gated = carry
-            out, gated = one(_widen(block), written[0], read[0], start, gated, *read[1:])
+            out, gated = one(widen(block), written[0], read[0], start, gated, *read[1:])
             return (start + out.shape[0], gated), (out,)
 
         with jax.named_scope(scopes.MLP):
@@ -235,12 +236,12 @@ class Layer:
 
         if chunks > 1 and self.shares_squares:
             alone = (read[0], *map(token_rows, tokens.drawn))
-            read += in_tiles(lambda rows: _widen(before).mean_squares(*rows), alone)
+            read += in_tiles(lambda rows: widen(before).mean_squares(*rows), alone)
 
         def project(i):
             block = before if chunks == 1 else before.heads(i, chunks)
             qkv = in_tiles(
-                lambda rows: _widen(block).before(rows[0], Tokens.of_rows(*rows[1:last]), kind, rows[last:]), read
+                lambda rows: widen(block).before(rows[0], Tokens.of_rows(*rows[1:last]), kind, rows[last:]), read
             )
             return tuple(x.reshape(*h_BTD.shape[:2], *x.shape[1:]) for x in qkv)
 
@@ -259,16 +260,16 @@ class Layer:
                     h, o, known and (lambda x: tuple(map(instead, known, block.mlp.gate_and_up(x, draws)))), draws
                 )[0]
 
-            _, pullback = jax.vjp(after, *read[:2], _widen(trained))
+            _, pullback = jax.vjp(after, *read[:2], widen(trained))
             *written, dweights = pullback(written[0])
-            return (_add(sums, dweights), start + rows), tuple(written)
+            return (add_parts(sums, dweights), start + rows), tuple(written)
 
         # The zeros are all overwritten: a place for the gradient of o.
         written = token_rows(dh_BTD), zeros_after(dh_BTD, token_rows(o_BTNH).shape, o_BTNH.dtype)
         read = tuple(map(token_rows, (h_BTD, o_BTNH, *tokens.drawn)))
         with jax.named_scope(scopes.MLP):
             (sums, _), written = stream(
-                body, (_zeros_after(dh_BTD, trained), jnp.int32(0)), written=written, read=read, rows=self._rows(h_BTD)
+                body, (zero_sums(dh_BTD, trained), jnp.int32(0)), written=written, read=read, rows=self._rows(h_BTD)
             )
         return sums, written
 
@@ -277,13 +278,13 @@ class Layer:
 
         def body(sums, written, read):
             h, dqkv, rows = read[0], read[1:4], Tokens.of_rows(*read[4:])
-            _, pullback = jax.vjp(lambda h, w: combine(w, frozen).before(h, rows, kind), h, _widen(trained))
+            _, pullback = jax.vjp(lambda h, w: combine(w, frozen).before(h, rows, kind), h, widen(trained))
             dx, dweights = pullback(dqkv)
-            return _add(sums, dweights), (written[0] + dx,)
+            return add_parts(sums, dweights), (written[0] + dx,)
 
         read = tuple(map(token_rows, (h_BTD, *dqkv, *tokens.rows)))
         with jax.named_scope(scopes.ATTENTION):
-            return stream(body, _zeros_after(dqkv[0], trained), written=(dh_TD,), read=read, rows=self._rows(h_BTD))
+            return stream(body, zero_sums(dqkv[0], trained), written=(dh_TD,), read=read, rows=self._rows(h_BTD))
 
     def _rows(self, h_BTD):
         tokens = h_BTD.shape[0] * h_BTD.shape[1]
@@ -292,15 +293,3 @@ class Layer:
 
 def _none_or_spec(x):
     return x is None or is_spec(x)
-
-
-def _widen(weights):
-    return jax.tree.map(lambda w: w.astype(accumulation_dtype(w.dtype)), weights)
-
-
-def _zeros_after(array, weights):
-    return jax.tree.map(lambda w: zeros_after(array, w.shape, accumulation_dtype(w.dtype), w), weights)
-
-
-def _add(sums, parts):
-    return jax.tree.map(lambda s, d: s + d.astype(s.dtype), sums, parts)

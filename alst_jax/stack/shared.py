@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from alst_jax.ops.tiling import token_rows
-from alst_jax.profile import Segment, shared_inputs
+from alst_jax.segments import Segment, shared_inputs
 from alst_jax.xla import host
 from alst_jax.xla.order import after, index_after, read_back, zeros_after
 from alst_jax.xla.varying import varying_axes

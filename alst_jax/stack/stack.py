@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from alst_jax.models.block import Tokens
-from alst_jax.profile import HOST, Profile, segment_inputs
+from alst_jax.profile import HOST, Profile
+from alst_jax.segments import segment_inputs
 from alst_jax.stack.kept import Kept, places
 from alst_jax.stack.layer import Layer, Weights
 from alst_jax.stack.shared import SharedRows
@@ -103,7 +104,7 @@ class Stack:
         """
         # Row indices depend on dh: where no loop goes over layers (a loop of one trip is none), all weights would be
         # gathered at once, and residuals for the host would never be copied there.
-        back, carry = _Backward(self, saved, read, write, wide), (dh, store)
+        back, carry = BackwardLoop(self, saved, read, write, wide), (dh, store)
         segments = self.profile.segments(_count(saved.layers))
         for n, (segment, (inputs, results)) in reversed(list(enumerate(zip(segments, saved.segments, strict=True)))):
             if segment.all_inputs:
@@ -195,7 +196,7 @@ run_stack.defvjp(_stack_fwd, _stack_bwd)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Backward:
+class BackwardLoop:
     """The loops of `Stack.backward`. carry: (dh, store)."""
 
     stack: Stack

@@ -131,21 +131,25 @@ class Checkpoints:
 
     def read_params(self, step: int) -> Iterator[tuple[Names, np.ndarray]]:
         """(names, array) of each saved weight, read one by one."""
-        with self._reading(step, parts.PARAMS.name):
-            for name, array in self._open(step, parts.PARAMS.name).items():
+        return self.read_item(step, parts.PARAMS.name)
+
+    def read_item(self, step: int, item: str) -> Iterator[tuple[Names, np.ndarray]]:
+        """(names, array) of each saved array of an item, "params" or "optimizer", read one by one."""
+        with self._reading(step, item):
+            for name, array in self.arrays(step, item).items():
                 yield name, array.read().result()
 
     def open_params(self, step: int) -> Iterator[tuple[Names, "Stored"]]:
         """(names, array) of each saved weight. An index of the array reads that part."""
         with self._reading(step, parts.PARAMS.name):
-            arrays = self._open(step, parts.PARAMS.name)
+            arrays = self.arrays(step, parts.PARAMS.name)
         for name, array in arrays.items():
             yield name, Stored(array, functools.partial(self._reading, step))
 
     def _restore_tree(self, step: int, item: str, abstract: Any) -> Any:
         wanted = {names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
         with self._reading(step, item):
-            saved = self._open(step, item)
+            saved = self.arrays(step, item)
         kind = lambda arrays, name: _kind(arrays[name]) if name in arrays else "none"
         other = [
             f"{'.'.join(name)} is {kind(saved, name)} there and {kind(wanted, name)} here"
@@ -161,13 +165,13 @@ class Checkpoints:
 
         def read(array, bounds):
             with self._reading(step):
-                return _read(array, bounds)
+                return read_part(array, bounds)
 
         return jax.tree_util.tree_map_with_path(
             lambda path, leaf: load_array(leaf, functools.partial(read, saved[names(path)])), abstract
         )
 
-    def _open(self, step: int, item: str) -> dict[Names, ts.TensorStore]:
+    def arrays(self, step: int, item: str) -> dict[Names, ts.TensorStore]:
         """The arrays of an item by their names: zarr arrays in an OCDBT database.
 
         They are read from here because orbax reads each array as a whole (docs/log.md).
@@ -245,7 +249,8 @@ def _kind(array: ts.TensorStore | jax.ShapeDtypeStruct) -> str:
     return f"{tuple(array.shape)} {'floats' if jax.numpy.issubdtype(dtype, jax.numpy.floating) else dtype.name}"
 
 
-def _read(array: ts.TensorStore, bounds: Bounds) -> np.ndarray:
+def read_part(array: ts.TensorStore, bounds: Bounds) -> np.ndarray:
+    """The part of a saved array within bounds, (start, stop) for each of its dims."""
     return array[tuple(slice(*b) for b in bounds)].read().result()
 
 

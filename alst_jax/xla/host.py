@@ -62,7 +62,7 @@ def reserve(gibibytes: int, devices: list[jax.Device]) -> None:
 
     def use(device: jax.Device) -> jax.Array:
         place = jax.sharding.SingleDeviceSharding(device)
-        program = _reserve(gibibytes).lower(jax.ShapeDtypeStruct((), jnp.int32, sharding=place)).compile()
+        program = reservation(gibibytes).lower(jax.ShapeDtypeStruct((), jnp.int32, sharding=place)).compile()
         return jax.block_until_ready(program(jax.device_put(jnp.int32(1), place)))
 
     with concurrent.futures.ThreadPoolExecutor(len(devices)) as threads:
@@ -73,7 +73,9 @@ def reserve(gibibytes: int, devices: list[jax.Device]) -> None:
         float(number)
 
 
-def _reserve(gibibytes):
+def reservation(gibibytes: int) -> Any:
+    """A jitted program that has all of this pinned memory in one piece while it runs."""
+
     def use(rows):
         pool = to_host(jnp.zeros((gibibytes, 2**28), jnp.float32))
         pool = lax.fori_loop(0, rows, lambda i, pool: put_row(pool, jnp.full(2**28, 1.0), i, True), pool)

@@ -22,31 +22,12 @@ from alst_jax.storage.checkpoint import Checkpoints
 from convert.to_hf import to_hf
 from tests.runs import SHAPE, assert_same_tensors, make_hf, metrics, run_here, write_jsonl
 
-# ----------------------------------------------------------------------------------------------------------- bad input
-
-
 # ------------------------------------------------------------------------------------------------- numbers that are none
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_state_saved(call, model, data, tmp_path):
-    flags = (
-        "--model",
-        model,
-        "--data",
-        data,
-        "--seq-len",
-        128,
-        "--dp",
-        1,
-        "--schedule",
-        "constant",
-        "--warmup-steps",
-        0,
-        "--clip-norm",
-        0,
-        "--out",
-        tmp_path / "run",
-    )
+    flags = "--seq-len 128 --dp 1 --schedule constant --warmup-steps 0 --clip-norm 0".split()
+    flags += ["--model", model, "--data", data, "--out", tmp_path / "run"]
     code, stderr = call(*flags, "--steps", 20, "--learning-rate", 1e15)
     assert code == 2 and "The step was not applied; the state before it, step" in stderr and "is saved" in stderr
     assert "gradients not finite in layers 0, 1" in stderr
@@ -56,24 +37,8 @@ def test_a_loss_that_is_not_finite_stops_with_its_state_saved(call, model, data,
 
 
 def test_weights_that_are_not_finite_are_not_saved_and_the_run_can_start_again(call, model, data, tmp_path):
-    flags = (
-        "--model",
-        model,
-        "--data",
-        data,
-        "--seq-len",
-        128,
-        "--dp",
-        1,
-        "--steps",
-        1,
-        "--schedule",
-        "constant",
-        "--warmup-steps",
-        0,
-        "--out",
-        tmp_path / "run",
-    )
+    flags = "--seq-len 128 --dp 1 --steps 1 --schedule constant --warmup-steps 0".split()
+    flags += ["--model", model, "--data", data, "--out", tmp_path / "run"]
     code, stderr = call(*flags, "--learning-rate", 3e38, "--weight-decay", 1e3)
     assert code == 2 and "step 1 made weights that are not finite numbers; they are not saved" in stderr
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == [] and not (tmp_path / "run" / "hf").exists()
@@ -90,25 +55,8 @@ def test_the_export_of_a_bfloat16_model_trained_in_float32_is_float32(data, tmp_
     save_file(
         {name: w.bfloat16() for name, w in weights.items()}, model / "model.safetensors", metadata={"format": "pt"}
     )
-    assert (
-        run_here(
-            "--model",
-            model,
-            "--data",
-            data,
-            "--seq-len",
-            128,
-            "--dp",
-            1,
-            "--steps",
-            2,
-            "--learning-rate",
-            1e-5,
-            "--out",
-            tmp_path / "run",
-        )
-        == 0
-    )
+    flags = "--seq-len 128 --dp 1 --steps 2 --learning-rate 1e-5".split()
+    assert run_here("--model", model, "--data", data, *flags, "--out", tmp_path / "run") == 0
     to_hf(tmp_path / "run", tmp_path / "converted")
     for export in (tmp_path / "run" / "hf", tmp_path / "converted"):
         loaded = AutoModelForCausalLM.from_pretrained(export)
@@ -163,21 +111,8 @@ def test_random_weights_need_only_a_config_and_are_exported_only_on_purpose(call
 def test_packed_runs_resume_in_the_middle_of_an_epoch_on_another_mesh(model, tmp_path, capfd):
     texts = [" ".join(str(i * n) for n in range(2 + i % 23)) for i in range(1, 60)]
     data, held_out = write_jsonl(tmp_path / "short.jsonl", texts), write_jsonl(tmp_path / "held.jsonl", texts[:9])
-    flags = (
-        "--model",
-        model,
-        "--data",
-        data,
-        "--seq-len",
-        128,
-        "--schedule",
-        "constant",
-        "--learning-rate",
-        1e-3,
-        "--eval-data",
-        held_out,
-        "--no-export",
-    )
+    flags = ["--model", model, "--data", data, "--eval-data", held_out, "--no-export"]
+    flags += "--seq-len 128 --schedule constant --learning-rate 1e-3".split()
     packed, whole, parts = ("--pack",), tmp_path / "whole", tmp_path / "parts"
     assert run_here(*flags, *packed, "--dp", 2, "--sp", 2, "--steps", 6, "--out", whole) == 0
     out = capfd.readouterr().out
@@ -279,34 +214,8 @@ def test_memory_flags_reach_the_profile():
 
 
 def test_optimizer_flags_reach_the_checkpoint(model, data, tmp_path):
-    assert (
-        run_here(
-            "--model",
-            model,
-            "--data",
-            data,
-            "--seq-len",
-            128,
-            "--dp",
-            1,
-            "--steps",
-            1,
-            "--dtype",
-            "bfloat16",
-            "--optimizer-states",
-            "int8",
-            "--master-weights",
-            "none",
-            "--segment-layers",
-            2,
-            "--keep-attention-on-host",
-            1,
-            "--head-chunks",
-            2,
-            "--out",
-            tmp_path / "run",
-        )
-        == 0
-    )
+    flags = "--seq-len 128 --dp 1 --steps 1 --dtype bfloat16 --optimizer-states int8 --master-weights none".split()
+    flags += "--segment-layers 2 --keep-attention-on-host 1 --head-chunks 2".split()
+    assert run_here("--model", model, "--data", data, *flags, "--out", tmp_path / "run") == 0
     names = (tmp_path / "run" / "checkpoints" / "1" / "optimizer" / "_METADATA").read_text()
     assert "code" in names and "scale" in names and "master" not in names

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from alst_jax.config import UserError
-from alst_jax.models import hf_weights
+from alst_jax.models import hf_saving
 from alst_jax.storage.checkpoint import Checkpoints
 from convert import cli, logits
 from convert import from_hf as from_hf_module
@@ -126,8 +126,8 @@ def test_a_layer_of_a_stack_is_read_at_a_time(hf, tmp_path, monkeypatch):
     assert sum(size > layer for size in read) == 2  # the tables: a part of a table is one chunk at least
     assert sum(read) == sum(x.nbytes for x in load_file(hf / "model.safetensors").values())
     monkeypatch.setattr(Checkpoints, "read_params", lambda *_: pytest.fail("reads whole stacks"))
-    fetched, fetch = [], hf_weights.fetch
-    monkeypatch.setattr(hf_weights, "fetch", lambda *args: fetched.append(fetch(*args)) or fetched[-1])
+    fetched, fetch = [], hf_saving.fetch
+    monkeypatch.setattr(hf_saving, "fetch", lambda *args: fetched.append(fetch(*args)) or fetched[-1])
     to_hf(tmp_path / "checkpoint", tmp_path / "back")
     assert max(x.nbytes for x in fetched) == 264 * 64 * 4  # a table
     assert_the_same_model(hf, tmp_path / "back")
@@ -135,7 +135,7 @@ def test_a_layer_of_a_stack_is_read_at_a_time(hf, tmp_path, monkeypatch):
 
 def test_conversions_are_not_compressed(hf, tmp_path):
     from_hf(hf, tmp_path / "checkpoint")
-    arrays = Checkpoints(tmp_path / "checkpoint")._open(0, "params").values()
+    arrays = Checkpoints(tmp_path / "checkpoint").arrays(0, "params").values()
     assert [array.spec().to_json()["metadata"]["compressor"] for array in arrays] == [None] * len(arrays)
 
 
@@ -224,10 +224,10 @@ def test_verify_compares_logits_with_transformers(tmp_path, capsys, monkeypatch)
     from_hf(hf, tmp_path / "checkpoint", verify=True)
     to_hf(tmp_path / "checkpoint", tmp_path / "back", verify=True)
     assert capsys.readouterr().out.count("verified: the logits of 32 tokens differ") == 2
-    original = logits._logits
+    original = logits.logits_of
     monkeypatch.setattr(
         logits,
-        "_logits",
+        "logits_of",
         lambda config, stored, tokens: original(
             config, stored | {("norm", "scale"): 1.01 * stored["norm", "scale"][...]}, tokens
         ),

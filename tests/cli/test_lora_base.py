@@ -20,8 +20,8 @@ from alst_jax.models.peft_files import Base, read_base, save_adapter
 from alst_jax.run_lora import check_base, with_lora
 from alst_jax.storage.source import ModelSource, identity
 from convert.merge import merge_adapter
-from tests.cli.test_train_cli import make_hf
 from tests.helpers import make_step
+from tests.runs import make_hf
 
 OLD, NEW = 64, 256
 

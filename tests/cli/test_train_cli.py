@@ -34,46 +34,14 @@ HELD_OUT = ["A short one.", "Now a longer text: the loss is a mean over all labe
 
 @pytest.fixture(scope="module")
 def long_flags(model, data):
-    return (
-        "--model",
-        model,
-        "--data",
-        data,
-        "--seq-len",
-        128,
-        "--simulate-devices",
-        2,
-        "--dp",
-        1,
-        "--sp",
-        2,
-        "--grad-accum",
-        2,
-        "--steps",
-        LONG_RUN,
-        "--learning-rate",
-        1e-3,
-    )
+    flags = f"--seq-len 128 --simulate-devices 2 --dp 1 --sp 2 --grad-accum 2 --steps {LONG_RUN} --learning-rate 1e-3"
+    return "--model", model, "--data", data, *flags.split()
 
 
 @pytest.fixture(scope="module")
 def saving_flags(model, data):
-    return (
-        "--model",
-        model,
-        "--data",
-        data,
-        "--seq-len",
-        128,
-        "--dp",
-        2,
-        "--sp",
-        2,
-        "--schedule",
-        "constant",
-        "--learning-rate",
-        1e-3,
-    )
+    flags = "--seq-len 128 --dp 2 --sp 2 --schedule constant --learning-rate 1e-3"
+    return "--model", model, "--data", data, *flags.split()
 
 
 @pytest.fixture(scope="module")
@@ -81,24 +49,8 @@ def saving(saving_flags, tmp_path_factory):
     """A run of 8 steps that saves, evaluates and exports."""
     directory = tmp_path_factory.mktemp("saving")
     held_out = write_jsonl(directory / "held_out.jsonl", HELD_OUT)
-    assert (
-        run_here(
-            *saving_flags,
-            "--steps",
-            8,
-            "--save-every",
-            2,
-            "--keep-checkpoints",
-            3,
-            "--eval-data",
-            held_out,
-            "--eval-every",
-            3,
-            "--out",
-            directory / "run",
-        )
-        == 0
-    )
+    flags = "--steps 8 --save-every 2 --keep-checkpoints 3 --eval-every 3".split()
+    assert run_here(*saving_flags, *flags, "--eval-data", held_out, "--out", directory / "run") == 0
     return directory / "run"
 
 

@@ -134,18 +134,11 @@ def damage(run_dir: pathlib.Path, rng: random.Random) -> tuple[str, str]:
 def refusals(run_dir: pathlib.Path) -> dict[str, str]:
     """Who refuses the run -> the words. Any other exception than a UserError goes up."""
     checkpoints = Checkpoints(run_dir)
-    wanted = lambda item: checkpoints._open(4, item)
-
-    def restore(item):
-        with checkpoints._reading(4, item):
-            for array in wanted(item).values():
-                array.read().result()
-
     readers = {
         "loop": lambda: checkpoints.restore_loop(4),
         "run files": lambda: checkpoints.check_run_files(4),
-        "params": lambda: restore("params"),
-        "optimizer": lambda: restore("optimizer"),
+        "params": lambda: dict(checkpoints.read_item(4, "params")),
+        "optimizer": lambda: dict(checkpoints.read_item(4, "optimizer")),
         "export": lambda: checksums.verify_weights(run_dir / "hf") or find_tensors(run_dir / "hf"),
         "verify": lambda: verify(run_dir),
     }

@@ -160,9 +160,9 @@ def _outcome(out: pathlib.Path) -> dict:
     checkpoints = Checkpoints(out)
     steps, digest = checkpoints.steps(), lambda content: hashlib.sha256(content).hexdigest()
     arrays = {
-        f"{item}.{'.'.join(name)}": digest(array.read().result().tobytes())
+        f"{item}.{'.'.join(name)}": digest(array.tobytes())
         for item in ("params", "optimizer")
-        for name, array in checkpoints._open(steps[-1], item).items()
+        for name, array in checkpoints.read_item(steps[-1], item)
     }
     return {
         "metrics": [[line[name] for name in COMPARED] for line in lines if "event" not in line],

@@ -35,16 +35,17 @@ def stages() -> dict[str, list[tuple[Any, str]]]:
     from orbax.checkpoint import path as orbax_path
 
     from alst_jax import run_state, trainer
-    from alst_jax.data.cache import Cache, _Output
+    from alst_jax.data.cache import Cache
+    from alst_jax.data.cache_files import Output
     from alst_jax.metrics import MetricsLog
-    from alst_jax.models import hf_weights
+    from alst_jax.models import hf_saving, hf_weights
     from alst_jax.storage import checkpoint, checksums, orbax_limits, run_directory
 
     return {
         "starting": [(run_directory, "write_run_file"), (run_directory, "copy_model_files")],
         "loading": [(hf_weights, "load_leaf")],
-        "resuming": [(checkpoint, "_read"), (checksums, "compare")],
-        "caching": [(_Output, "write"), (Cache, "_publish"), (Cache, "remember")],
+        "resuming": [(checkpoint, "read_part"), (checksums, "compare")],
+        "caching": [(Output, "write"), (Cache, "publish"), (Cache, "remember")],
         "stepping": [(trainer, "optimizer_step")],
         "logging": [(MetricsLog, "write")],
         "saving": [(orbax_limits.CopyWhenWritten, "key_priority"), (orbax_limits.Pieces, "to_fragments")],
@@ -55,7 +56,7 @@ def stages() -> dict[str, list[tuple[Any, str]]]:
         ],
         "rotating": [(os, "unlink")],
         "exporting": [
-            (hf_weights, "_tensor"),
+            (hf_saving, "fetch"),
             (run_state, "record_dtype"),
             (checksums, "seal_weights"),
             (run_state, "save_params"),
@@ -138,7 +139,7 @@ def run(arguments: list[str], log: pathlib.Path, kill: Kill | None = None) -> tu
     started = time.monotonic()
     child = os.fork()
     if child == 0:
-        _in_child(arguments, log, kill)
+        in_child(arguments, log, kill)
     if kill is not None and kill.seconds is not None:
         while time.monotonic() - started < kill.seconds:
             done, status = os.waitpid(child, os.WNOHANG)
@@ -176,7 +177,7 @@ def in_fork(function: Callable[[], Any]) -> Any:
     return found["value"]
 
 
-def _in_child(arguments: list[str], log: pathlib.Path, kill: Kill | None) -> None:
+def in_child(arguments: list[str], log: pathlib.Path, kill: Kill | None) -> None:
     code = 70
     try:
         os.setsid()

@@ -52,7 +52,7 @@ def read(run_dir: pathlib.Path, step: int = 4) -> None:
         checkpoints.restore_loop(step)
         checkpoints.check_run_files(step)
         dict(checkpoints.read_params(step))
-        checkpoints._restore_tree(step, "optimizer", {})
+        checkpoints.restore_optimizer(step, {})
     finally:
         checkpoints.close()
 

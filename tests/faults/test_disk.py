@@ -145,12 +145,12 @@ def test_the_metrics_of_a_full_disk_are_an_error_and_no_traceback(tmp_path, monk
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    writer = log._tensorboard._output._ev_writer._async_writer
+    writer = log.tensorboard._output._ev_writer._async_writer  # TensorBoard has no public names for its thread
     monkeypatch.setattr(writer._writer, "write", full)
     values = {"step": 1, "seconds": 1.0, "loss": 2.0}
     with pytest.raises(OSError, match="No space left"):
         for _ in range(100):
             log.write(values)
             writer._worker.join(0.05)
-    assert threading.excepthook is metrics._quiet_writer
+    assert threading.excepthook is metrics.quiet_writer
     assert "Traceback" not in capsys.readouterr().err

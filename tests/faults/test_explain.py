@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 import train
-from alst_jax import run as setup
-from alst_jax import run_state
+from alst_jax import run_report, run_state
 from alst_jax.config import TrainConfig, UserError
 from alst_jax.planning.job import Job
 from alst_jax.storage import about, checksums, run_directory
@@ -26,7 +25,7 @@ def run_dir(tmp_path_factory):
     job = Job(TINY, step.profile, 2, 64, 2, 2, 1, "float32", "float32")
     run_directory.write_run_file(run_dir, "training", {"flags": {"learning_rate": 1.0}})
     checkpoints = Checkpoints(run_dir)
-    checkpoints.about = setup.about_run(
+    checkpoints.about = run_report.about_run(
         config, step, job, run_state.geometry(config, job, np.dtype("float32"), "0a1b"), None
     )
     for number in (1, 2):

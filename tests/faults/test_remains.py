@@ -121,7 +121,7 @@ def test_the_arrays_of_a_refused_step_are_free_when_the_last_checkpoint_is_read(
 
     monkeypatch.setattr(trainer, "optimizer_step", optimizer_step)
     watch = types.SimpleNamespace(judge=print, begin=lambda step: None, rest=lambda: None)
-    state, _, refused = trainer._attempt(None, before, [], 0.0, watch)
+    state, _, refused = trainer.attempt(None, before, [], 0.0, watch)
     policy = Refused(TrainConfig(save_every=1, **flags), Saves(print, read), print)
     assert policy.go_on(refused, state, {"next_index": 3}).step == 5
 

@@ -40,7 +40,7 @@ def test_templates_stay_in_their_sandbox(escape, marked, tmp_path, monkeypatch):
     template = ChatTemplate(
         "{% for m in messages %}{{ m.content }}{% endfor %}" + ESCAPES[escape], {}, datetime.datetime.now()
     )
-    program = template._marked if marked else template._plain
+    program = template.marked if marked else template.plain
     names = dict(
         messages=[dict(m) for m in CHAT],
         strftime_now=datetime.datetime.now().strftime,

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from alst_jax.trainer import StopSignal
+from alst_jax.processes.stop import StopSignal
 
 
 def test_the_time_to_the_save_is_said(capfd):

@@ -249,27 +249,9 @@ def test_low_bits_are_a_float32_master_to_the_last_bit(on_host):
         ["--offload-weights", "--offload-activations", "--segment-layers", "2", "--keep-attention-on-host", "1"],
         # 4 layers at 262,144: segments, two kinds of kept outputs, head chunks and the optimizer's states all at once.
         [
-            "--layers",
-            "4",
-            "--seq-len",
-            "262144",
-            "--update",
-            "--optimizer-states",
-            "int8",
-            "--master-weights",
-            "none",
-            "--offload-weights",
-            "--offload-activations",
-            "--offload-optimizer",
-            "--segment-layers",
-            "3",
-            "1",
-            "--keep-attention-on-host",
-            "1",
-            "--keep-attention-on-device",
-            "1",
-            "--head-chunks",
-            "8",
+            *"--layers 4 --seq-len 262144 --update --optimizer-states int8 --master-weights none".split(),
+            *"--offload-weights --offload-activations --offload-optimizer --segment-layers 3 1".split(),
+            *"--keep-attention-on-host 1 --keep-attention-on-device 1 --head-chunks 8".split(),
         ],
     ],
     ids=lambda flags: f"{len(flags)} flags",
@@ -277,18 +259,7 @@ def test_low_bits_are_a_float32_master_to_the_last_bit(on_host):
 def test_planned_device_bytes_are_those_measured(flags):
     """In a process of its own, whose peak is that of the step. Needs XLA_PYTHON_CLIENT_PREALLOCATE=false in this
     one."""
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.step",
-        "--layers",
-        "2",
-        "--seq-len",
-        "131072",
-        "--steps",
-        "2",
-        "--no-update",
-    ]
+    command = [sys.executable, "-m", "benchmarks.step", *"--layers 2 --seq-len 131072 --steps 2 --no-update".split()]
     done = subprocess.run([*command, *flags], capture_output=True, text=True, check=True)
     planned = float(re.search(r"= ([\d.]+); host temp", done.stdout)[1])
     measured = float(re.search(r"device peak ([\d.]+) GiB", done.stdout)[1])

@@ -32,5 +32,5 @@ def planner(cluster=H100, compiles=False, **flags) -> Planner:
     return Planner(config, cluster, compiles, maker(config, "bfloat16"))
 
 
-def job(**changes) -> Job:
-    return dataclasses.replace(EIGHT, profile=dataclasses.replace(ON_GPU, **changes))
+def job(model=LLAMA_8B, length=131072, sp=1, dp=1, **changes) -> Job:
+    return Job(model, dataclasses.replace(ON_GPU, **changes), dp, length, dp, sp)

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from orbax.checkpoint._src.arrays.subchunking import choose_chunk_shape
-from orbax.checkpoint._src.serialization import limits
+from orbax.checkpoint._src.arrays.subchunking import choose_chunk_shape  # no public name
+from orbax.checkpoint._src.serialization import limits  # no public name
 
 from alst_jax.models.block import abstract_params
 from alst_jax.optim.adamw import AdamW

@@ -1,5 +1,5 @@
 # pytest tests/memory/test_cost.py
-"""The cost model: beside the compiler, against arithmetic done by hand, and beside runs on record."""
+"""The cost model: beside the compiler and against arithmetic done by hand."""
 
 import dataclasses
 import json
@@ -9,18 +9,17 @@ import jax.numpy as jnp
 import pytest
 
 from alst_jax.hardware.machines import parse_cluster
-from alst_jax.ops.attention.costs import RATES
 from alst_jax.optim.adamw import AdamW
 from alst_jax.planning.estimate import estimate
 from alst_jax.planning.footprint import layer_work, state_bytes, working_set
-from alst_jax.planning.job import Job, Passes
+from alst_jax.planning.job import Passes
 from alst_jax.planning.seconds import collectives, seconds
 from alst_jax.profile import DEVICE, HOST, Profile
 from benchmarks import plan_accuracy
 from benchmarks.shapes import LLAMA_8B, LLAMA_70B, llama_8b
 from tests.helpers import job_of, make_step, plan_of, tiny
+from tests.memory.machines_and_jobs import H100, job
 
-H100 = parse_cluster("H100-80", 125)
 SMALL = tiny(
     vocab_size=256,
     hidden_size=256,
@@ -33,13 +32,6 @@ SMALL = tiny(
     mlp_bias=False,
 )
 OFFLOADED = dict(offload_activations=True, offload_weights=True, offload_optimizer=True)
-# TFLOPS of the attention kernels of the runs of 2026-11-24 with attention "recorded": tokamax forward, cuDNN backward.
-RECORDED = {"forward": {32768: 645, 131072: 652, 524288: 646}, "backward": {32768: 529, 131072: 513, 524288: 550}}
-LARGER_TILES = dict(attention="recorded", mlp_tile=16384, loss_tile=8192)
-
-
-def job(model=LLAMA_8B, length=131072, sp=1, dp=1, **changes) -> Job:
-    return Job(model, Profile(**dict(attention="cudnn", compute_dtype="bfloat16") | changes), dp, length, dp, sp)
 
 
 @pytest.mark.parametrize(
@@ -199,102 +191,6 @@ def test_collectives_by_hand():
     layers = LLAMA_8B.num_params - 2 * 128256 * 4096
     assert calls["all-gather"]["bytes"] == pytest.approx((2 * layers + 2 * 128256 * 4096) * 2 * 7 / 8, rel=1e-3)
     assert calls["reduce-scatter"]["bytes"] == pytest.approx(LLAMA_8B.num_params * 4 * 7 / 8, rel=1e-3)
-
-
-# benchmarks/results/2026-11-24-h200.md: forward + backward
-@pytest.mark.parametrize(
-    "layers,length,changes,measured",
-    [
-        (4, 65536, dict(keep_attention_on_device=4), 1.999),
-        (4, 65536, {}, 2.232),
-        (4, 131072, dict(keep_attention_on_device=4), 5.890),
-        (4, 131072, {}, 6.905),
-        (
-            32,
-            131072,
-            OFFLOADED | dict(segment_layers=(4,), keep_attention_on_device=16, keep_attention_on_host=16),
-            48.8,
-        ),
-        # 2026-11-24-h100.md
-        (4, 65536, LARGER_TILES | dict(keep_attention_on_device=4), 1.940),
-        (4, 131072, LARGER_TILES | dict(keep_attention_on_device=4), 5.670),
-        (
-            32,
-            524288,
-            OFFLOADED
-            | dict(
-                segment_layers=(7, 7, 8, 6, 3, 1),
-                keep_attention_on_device=11,
-                keep_attention_on_host=10,
-                head_chunks=8,
-                attention="recorded",
-            ),
-            559.2,
-        ),
-    ],
-)
-def test_seconds_of_runs_on_record(layers, length, changes, measured, monkeypatch):
-    monkeypatch.setitem(RATES, "recorded", RECORDED)
-    predicted = estimate(
-        dataclasses.replace(job(llama_8b(layers), length, **changes), states="int8", master="low-bits"), H100
-    )
-    assert predicted.step_seconds == pytest.approx(measured, rel=0.15)
-
-
-# benchmarks/results/2026-11-24-h100.md and 2026-11-27-flash.md: whole steps
-@pytest.mark.parametrize(
-    "layers,length,changes,seconds,gibibytes",
-    [
-        (32, 131072, OFFLOADED | dict(keep_attention_on_device=32), 44.64, 45.34),
-        (
-            32,
-            524288,
-            OFFLOADED
-            | dict(
-                segment_layers=(5, 12, 8, 4, 2, 1),
-                keep_attention_on_device=12,
-                keep_attention_on_host=15,
-                head_chunks=8,
-                update_in_backward=True,
-            ),
-            534.85,
-            75.35,
-        ),
-        (
-            32,
-            131072,
-            dict(
-                attention="flash",
-                offload_activations=True,
-                keep_attention_on_device=21,
-                keep_attention_on_host=11,
-                head_chunks=4,
-            ),
-            38.95,
-            74.6,
-        ),
-        (
-            32,
-            524288,
-            OFFLOADED
-            | dict(
-                attention="flash",
-                segment_layers=(3, 6, 8, 8, 4, 2, 1),
-                keep_attention_on_device=11,
-                keep_attention_on_host=9,
-                head_chunks=8,
-            ),
-            510.3,
-            71.4,
-        ),
-    ],
-)
-def test_steps_on_record(layers, length, changes, seconds, gibibytes, monkeypatch):
-    monkeypatch.setitem(RATES, "recorded", RECORDED)
-    changed = job(llama_8b(layers), length, **LARGER_TILES | changes)
-    predicted = estimate(dataclasses.replace(changed, states="int8", master="none"), H100)
-    assert predicted.step_seconds == pytest.approx(seconds, rel=0.05)
-    assert predicted.device_bytes == pytest.approx(gibibytes * 2**30, rel=0.05)
 
 
 def test_what_limits():

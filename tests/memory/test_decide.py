@@ -139,7 +139,7 @@ def test_programs_are_compiled_at_once_or_one_after_the_other(monkeypatch, at_on
             inside.remove(self)
 
     step = make_step(TINY, 1, 2, TILED, AdamW(), jnp.bfloat16)
-    monkeypatch.setattr(lowered, "_lower_update", lambda *_: Program())
+    monkeypatch.setattr(lowered, "lower_update", lambda *_: Program())
     monkeypatch.setattr(step, "loss_and_grad", type("Jitted", (), {"lower": lambda *_: Program()})())
     lowered.compile_programs(step, 1, 64, 1, False, False, at_once)
     assert len(most) == 2 and (most == [1, 1]) == (not at_once)

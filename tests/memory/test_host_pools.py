@@ -178,7 +178,7 @@ def test_each_device_gets_its_pool(monkeypatch):
         return made_one
 
     made = []
-    monkeypatch.setattr(host, "_reserve", program)
+    monkeypatch.setattr(host, "reservation", program)
     host.reserve(3, jax.devices()[:2])
     assert sorted(made, key=str) == [(3, device) for device in jax.devices()[:2]]
 

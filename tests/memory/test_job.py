@@ -25,7 +25,7 @@ from alst_jax.planning.planner import Planner
 from alst_jax.planning.seconds import collectives
 from alst_jax.planning.seconds import traffic as moved
 from alst_jax.profile import Profile
-from alst_jax.step import check_profile
+from alst_jax.stack.check import check_profile
 from benchmarks.shapes import LLAMA_1B, LLAMA_8B, LLAMA_70B, QWEN3_32B
 from tests.helpers import TINY, job_of, make_step, plan_of, tiny
 

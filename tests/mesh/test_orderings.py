@@ -16,7 +16,7 @@ from alst_jax.stack import ends, stack
 from alst_jax.stack.ends import Model
 from alst_jax.stack.kept import Kept
 from alst_jax.stack.layer import Weights
-from alst_jax.stack.stack import Saved, _Backward
+from alst_jax.stack.stack import BackwardLoop, Saved
 from tests.helpers import make_step, random_batch, tiny
 
 H = jnp.zeros((1, 32, 64))
@@ -69,7 +69,7 @@ def backward(h):
     shards = Weights(*(jax.tree.map(shard, part["layers"]) for part in (step().trained, step().frozen)))
     tokens = Tokens.of(step().model, jnp.zeros(h.shape[:2], jnp.int32))
     saved = Saved([], None, None, (), shards, tokens)
-    loop = _Backward(model.stack, saved, lambda store, i: shards, lambda store, i, shards, gradients: gradients)
+    loop = BackwardLoop(model.stack, saved, lambda store, i: shards, lambda store, i, shards, gradients: gradients)
     dh, gradients = loop.one((h, ()), 1, h, None, Kept())
     return dh, *jax.tree.leaves(gradients)
 

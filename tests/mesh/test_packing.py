@@ -110,7 +110,7 @@ def test_one_program_serves_any_number_of_documents():
         batch = packed(rows, LENGTH, 1)[0]
         documents = offsets_of(rows, LENGTH, 1, 64)
         step.loss(*params, step.put_batch(**batch | {"documents": documents}), jnp.float32(1))
-    assert step.loss._cache_size() == 1
+    assert step.loss._cache_size() == 1  # jax has no public name for it
 
 
 def test_an_update_in_the_backward_pass_on_packed_documents():

@@ -5,7 +5,7 @@ accumulating over the same 8 samples: the loss curves coincide."""
 import numpy as np
 
 from alst_jax.profile import Profile
-from alst_jax.step import count_labels
+from alst_jax.stack.batch import count_labels
 from alst_jax.trainer import TrainState, optimizer_step
 from tests.helpers import PLAIN, initial, make_step, random_batch, tiny
 

@@ -89,7 +89,7 @@ def test_a_mean_of_the_means_of_tiles(monkeypatch):
 @pytest.mark.slow
 def test_sums_in_bfloat16(monkeypatch):
     narrow = lambda s, d: (s.astype(jnp.bfloat16) + d.astype(jnp.bfloat16)).astype(s.dtype)
-    monkeypatch.setattr(layer, "_add", lambda sums, parts: jax.tree.map(narrow, sums, parts))
+    monkeypatch.setattr(layer, "add_parts", lambda sums, parts: jax.tree.map(narrow, sums, parts))
     assert failed(check_tokenwise(subject(**bfloat16()))) == ["sums over tiles and devices"]
 
 

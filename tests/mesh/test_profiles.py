@@ -104,7 +104,7 @@ def test_with_a_kernel_that_lives_on_kept_statistics(attention, changes, referen
 
 def traced(monkeypatch, **changes):
     """The jaxpr of loss and gradient with cuDNN attention, without dead code."""
-    from jax._src.cudnn import fused_attention_stablehlo
+    from jax._src.cudnn import fused_attention_stablehlo  # asks for cuDNN, which is not here; no public name
 
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91900)
     profile = Profile(**{"loss_tile": 64, "mlp_tile": 64, "attention": "cudnn", "compute_dtype": "bfloat16", **changes})

@@ -13,7 +13,8 @@ from alst_jax.config import TrainConfig, UserError
 from alst_jax.hardware.machines import parse_cluster
 from alst_jax.planning import planner
 from alst_jax.planning.job import Job
-from alst_jax.profile import Profile, segment_inputs, shared_inputs
+from alst_jax.profile import Profile
+from alst_jax.segments import segment_inputs, shared_inputs
 from benchmarks.shapes import llama_8b
 from tests.helpers import PLAIN, initial, loss_and_grad, make_step, random_batch, tiny
 

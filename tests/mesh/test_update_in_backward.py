@@ -14,6 +14,7 @@ from alst_jax.data.batches import TrainingBatches
 from alst_jax.data.documents import Sequence
 from alst_jax.metrics import MetricsLog
 from alst_jax.optim.adamw import AdamW
+from alst_jax.processes.stop import StopSignal
 from alst_jax.run import make_profile
 from tests.helpers import PLAIN, QUIET_ADAMW, assert_trees_close, initial, leaf, make_step, random_batch, tiny, to_numpy
 from tests.mesh.test_profiles import HOST, TILES, name
@@ -159,7 +160,7 @@ def train_until_it_is_not_finite(step, monkeypatch, tmp_path, updated):
     tokens = np.arange(64, dtype=np.int32)
     data = TrainingBatches([Sequence(tokens, tokens)] * 4, 64, 1, 1, 0, 0)
     log = MetricsLog(tmp_path, 0)
-    with pytest.raises(UserError) as error, trainer.StopSignal() as stop:
+    with pytest.raises(UserError) as error, StopSignal() as stop:
         trainer.train(
             TrainConfig(seq_len=64, learning_rate=1e-3),
             step,

@@ -18,7 +18,8 @@ from alst_jax.config import IGNORED
 from alst_jax.models.block import Tokens
 from alst_jax.models.config import LayerKind
 from alst_jax.models.hf_config import hf_config_dict, model_config, parse_config
-from alst_jax.models.hf_weights import load_params, save_params
+from alst_jax.models.hf_saving import save_params
+from alst_jax.models.hf_weights import load_params
 from alst_jax.models.weight_files import find_tensors
 from alst_jax.ops.attention import attention
 from alst_jax.ops.cross_entropy import LogitScaling
@@ -244,7 +245,7 @@ def test_config_there_and_back(twins):
     theirs = type(model.config).from_dict(fields | {"pad_token_id": None})  # else above this vocabulary
     new = type(model)(theirs)
     new.load_state_dict(model.state_dict())
-    new.config._attn_implementation = "eager"
+    new.set_attn_implementation("eager")
     tokens = torch.arange(33)[None]
     with torch.no_grad():
         assert relative_error(new.eval()(tokens).logits, model(tokens).logits) < 1e-6

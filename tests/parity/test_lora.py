@@ -14,7 +14,8 @@ import transformers
 
 from alst_jax.config import IGNORED
 from alst_jax.models.hf_config import model_config
-from alst_jax.models.hf_weights import load_params, save_params
+from alst_jax.models.hf_saving import save_params
+from alst_jax.models.hf_weights import load_params
 from alst_jax.models.lora import LINEARS, adapters_of
 from alst_jax.models.merging import merged
 from alst_jax.models.peft_files import load_adapter, read_lora, save_adapter

@@ -14,7 +14,8 @@ from safetensors.numpy import load_file
 
 from alst_jax.models.block import Tokens
 from alst_jax.models.hf_config import model_config
-from alst_jax.models.hf_weights import load_params, save_params
+from alst_jax.models.hf_saving import save_params
+from alst_jax.models.hf_weights import load_params
 from alst_jax.models.weight_files import find_tensors
 from alst_jax.ops.attention import attention
 from alst_jax.profile import Profile

@@ -15,7 +15,8 @@ import train
 from alst_jax.config import IGNORED, TrainConfig, UserError
 from alst_jax.data.tokenizer import byte_tokenizer
 from alst_jax.models.hf_config import model_config, record_vocabulary
-from alst_jax.models.hf_weights import load_params, save_params
+from alst_jax.models.hf_saving import save_params
+from alst_jax.models.hf_weights import load_params
 from alst_jax.models.other_weights import FILE
 from alst_jax.storage.run_directory import start_run_directory
 from alst_jax.storage.source import find_model

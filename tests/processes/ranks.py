@@ -96,7 +96,7 @@ class Run:
             if child == 0:
                 if kill is not None and kill.hang:
                     hang.LEAST = kill.limit
-                kills._in_child(
+                kills.in_child(
                     [*arguments, "--simulate-devices", str(devices), *of_rank], log, kill if rank == victim else None
                 )
             self.pids.append(child)

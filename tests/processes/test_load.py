@@ -41,12 +41,12 @@ from alst_jax.optim.adamw import AdamW
 from alst_jax.parallel.mesh import make_mesh
 from alst_jax.profile import Profile
 from alst_jax.step import TrainStep
-read, given = weight_files._read, [0]
+read, given = weight_files.read_stored, [0]
 def counted(tensor, index):
     part = read(tensor, index)
     given[0] += part.nbytes
     return part
-weight_files._read = counted
+weight_files.read_stored = counted
 model = model_config(sys.argv[1])
 step = TrainStep(model, make_mesh(2, 1), Profile(), AdamW(), jnp.float32)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -57,9 +57,9 @@ def test_a_process_reads_its_own_rows_alone(lengths):
 
 def test_the_labels_of_all_rows_are_counted_once(monkeypatch):
     """Processes 0 and 1 share row 0, and process 2 has row 1."""
-    from alst_jax import step
+    from alst_jax.stack import batch
 
     given = [[5, 0], [5, 0], [0, 3]]
-    monkeypatch.setattr(step, "link", lambda: types.SimpleNamespace(exchange=lambda name, value: given))
-    assert step.count_all_labels([5, 0]) == 8
-    assert step.labels_of_rows(np.array([[IGNORED, 1, 2], [IGNORED] * 3])) == [2, 0]
+    monkeypatch.setattr(batch, "link", lambda: types.SimpleNamespace(exchange=lambda name, value: given))
+    assert batch.count_all_labels([5, 0]) == 8
+    assert batch.labels_of_rows(np.array([[IGNORED, 1, 2], [IGNORED] * 3])) == [2, 0]

@@ -11,8 +11,8 @@ SCRIPT = """
 import os, signal, sys, time
 from alst_jax.config import TrainConfig
 from alst_jax.processes import link, start
-leave = link.Link._leave
-link.Link._leave = lambda self, text, code: (time.sleep(2), leave(self, text, code))  # as on a busy machine
+end = link.Link.end
+link.Link.end = lambda self, text, code: (time.sleep(2), end(self, text, code))  # as on a busy machine
 start.join(TrainConfig(coordinator=f"127.0.0.1:{sys.argv[2]}", processes=2, process=int(sys.argv[1]), simulate_devices=1))
 start.start_jax(TrainConfig(simulate_devices=1), lambda: 0)
 link.link().wait("started")

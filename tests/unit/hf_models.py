@@ -1,5 +1,6 @@
 """Random Hugging Face models."""
 
+import json
 import pathlib
 
 import jax
@@ -13,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from alst_jax.config import UserError
 from alst_jax.models.block import abstract_params
-from alst_jax.models.hf_config import model_config
+from alst_jax.models.config import ModelConfig
+from alst_jax.models.hf_config import model_config, parse_config
 from alst_jax.models.hf_weights import load_params
 from tests.helpers import leaf, leaves
 
@@ -25,6 +27,19 @@ SHAPE = dict(
     num_attention_heads=8,
     num_key_value_heads=2,
     head_dim=16,
+)
+CONFIG = dict(  # a config.json
+    model_type="llama",
+    architectures=["LlamaForCausalLM"],
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=4096,
+    rms_norm_eps=1e-5,
 )
 EVERY_BIAS = dict(attention_bias=True, mlp_bias=True)
 
@@ -42,6 +57,11 @@ def make_hf(directory: pathlib.Path, dtype=torch.float32, max_shard_size="5GB", 
         for name, value in model.state_dict().items()
         if name != "lm_head.weight" or not changes.get("tie_word_embeddings")
     }
+
+
+def parse(**fields) -> ModelConfig:
+    """The model of CONFIG with other fields."""
+    return parse_config(json.loads(json.dumps(CONFIG | fields)), "config.json")
 
 
 def place(abstract, sharding):

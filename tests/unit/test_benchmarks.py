@@ -9,8 +9,8 @@ import pytest
 import tyro
 
 from alst_jax.config import UserError
-from alst_jax.step import check_profile
-from benchmarks import ladder, levels, parity, scaling, step
+from alst_jax.stack.check import check_profile
+from benchmarks import ladder, levels, parity, relative_errors, scaling, step
 
 PRINTED = """compiled in 18 s; GiB planned: device temp 45.34 + arguments 0.00 + outputs 0.00 = 45.34
 step 1: loss 12.5735 after 42.591 s
@@ -253,9 +253,9 @@ def test_errors_of_a_mesh():
         "moments": [np.ones(4), np.ones(12)],
         "updates": [np.full(4, 2.0), np.zeros(2) + 1],
     }
-    assert max(parity.compare(reference, reference).values()) == 0
+    assert max(relative_errors.compare(reference, reference).values()) == 0
     other = reference | {"losses": [2.0, 1.1], "moments": [np.ones(4), np.full(12, 1.5)]}
-    errors = parity.compare(other, reference)
+    errors = relative_errors.compare(other, reference)
     assert errors["loss"] == pytest.approx(0.1) and errors["norm"] == errors["updates"] == 0
     assert errors["moments"] == pytest.approx(0.5 * (12 / 16) ** 0.5) and errors["worst of moments"] == pytest.approx(
         0.5
@@ -266,11 +266,11 @@ def test_errors_of_a_mesh():
 def test_runs_of_other_lengths_or_shapes_are_not_compared(part):
     whole = results()
     with pytest.raises(ValueError, match=f"{part}: 1 of .* beside 2 of"):
-        parity.compare(whole | {part: whole[part][:1]}, whole)
+        relative_errors.compare(whole | {part: whole[part][:1]}, whole)
     with pytest.raises(ValueError, match=f"{part}: 2 of .* beside 1 of"):
-        parity.compare(whole, whole | {part: whole[part][:1]})
+        relative_errors.compare(whole, whole | {part: whole[part][:1]})
     with pytest.raises(ValueError, match=part):
-        parity.compare(whole | {part: [np.ones((3, 1)), *whole[part][1:]]}, whole)
+        relative_errors.compare(whole | {part: [np.ones((3, 1)), *whole[part][1:]]}, whole)
 
 
 def test_parameters_are_compared_in_pieces(monkeypatch):
@@ -278,11 +278,11 @@ def test_parameters_are_compared_in_pieces(monkeypatch):
     numbers = np.random.default_rng(0)
     make = lambda: results() | {"updates": [numbers.normal(size=(7, 9)), numbers.normal(size=(5,)), np.array(3.0)]}
     here, there = make(), make()
-    whole = parity.compare(here, there)
+    whole = relative_errors.compare(here, there)
     largest, norm = [], np.linalg.norm
-    monkeypatch.setattr(parity, "PIECE", 4)
+    monkeypatch.setattr(relative_errors, "PIECE", 4)
     monkeypatch.setattr(np.linalg, "norm", lambda x: largest.append(x.size) or norm(x))
-    assert parity.compare(here, there) == pytest.approx(whole, rel=1e-12) and max(largest) <= 4
+    assert relative_errors.compare(here, there) == pytest.approx(whole, rel=1e-12) and max(largest) <= 4
     assert whole["updates"] == pytest.approx(
         np.sqrt(
             sum(norm(a - b) ** 2 for a, b in zip(here["updates"], there["updates"], strict=True))

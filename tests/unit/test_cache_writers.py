@@ -13,6 +13,7 @@ from alst_jax import run_data
 from alst_jax.config import TrainConfig, UserError
 from alst_jax.data import cache as caching
 from alst_jax.data.cache import Cache
+from alst_jax.data.cache_files import Output
 from alst_jax.data.documents import Cutting
 from alst_jax.data.prepare import cut_sources
 from alst_jax.data.report import SourceReport
@@ -26,14 +27,14 @@ class Killed(BaseException):
 
 
 STAGES = {
-    "first file": (caching._Output, "__enter__", 1),
-    "first document": (caching._Output, "write", 1),
-    "lengths": (caching._Output, "write", 3),
-    "last document": (caching._Output, "write", 12),
-    "counts": (caching._Output, "write", 13),
-    "end of the counts": (caching._Output, "__exit__", 4),
-    "flush": (caching._Output, "__exit__", 1),
-    "rename": (Cache, "_publish", 1),
+    "first file": (Output, "__enter__", 1),
+    "first document": (Output, "write", 1),
+    "lengths": (Output, "write", 3),
+    "last document": (Output, "write", 12),
+    "counts": (Output, "write", 13),
+    "end of the counts": (Output, "__exit__", 4),
+    "flush": (Output, "__exit__", 1),
+    "rename": (Cache, "publish", 1),
 }
 
 
@@ -93,7 +94,7 @@ def test_a_full_disk_is_one_clear_line(documents, letters, tmp_path):
 
 def test_a_living_writer_is_left_alone(tmp_path):
     file, top = write(tmp_path / "a.jsonl", TEXTS), tmp_path / "cache"
-    with Cache(top)._partial(SourceReport("a")) as folder:
+    with Cache(top).new_store(SourceReport("a")) as folder:
         os.utime(folder / "lock", (1, 1))
         sources_of(top, [file])
         assert folder.exists()
@@ -179,13 +180,13 @@ def test_without_a_home_there_is_no_cache(monkeypatch, capsys):
 
 
 def test_a_store_that_is_gone_after_it_was_written_is_an_error(tmp_path, monkeypatch):
-    file, publish = write(tmp_path / "a.jsonl", TEXTS), Cache._publish
+    file, publish = write(tmp_path / "a.jsonl", TEXTS), Cache.publish
 
     def cleared(cache, folder, key, report):
         publish(cache, folder, key, report)
         caching.shutil.rmtree(cache.directory / key)
 
-    monkeypatch.setattr(Cache, "_publish", cleared)
+    monkeypatch.setattr(Cache, "publish", cleared)
     with pytest.raises(UserError, match=f"the tokens of --data {file} were written to .* and are no longer there"):
         sources_of(tmp_path / "cache", [file])
 

@@ -63,8 +63,8 @@ def test_weights_come_in_the_dtype_asked_for(tmp_path):
 def test_large_arrays_are_restored_some_rows_at_a_time(tmp_path, monkeypatch, profile):
     """There is no room for a second copy of a stack beside the pinned memory of a long run."""
     params, optimizer = saved(tmp_path, 1, made=make_step(dp=2, sp=2, dtype="bfloat16"))
-    reads, original = [], ckpt._read
-    monkeypatch.setattr(ckpt, "_read", lambda *where: reads.append(original(*where)) or reads[-1])
+    reads, original = [], ckpt.read_part
+    monkeypatch.setattr(ckpt, "read_part", lambda *where: reads.append(original(*where)) or reads[-1])
     onto = make_step(sp=2, dtype="bfloat16", profile=profile)
     back = lambda: (
         ckpt.Checkpoints(tmp_path).restore_params(1, onto.params),

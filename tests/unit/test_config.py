@@ -12,7 +12,8 @@ import pytest
 import typeguard
 
 import train
-from alst_jax.config import TrainConfig, UserError, parse_length
+from alst_jax.config import TrainConfig, UserError
+from alst_jax.declare import parse_length
 from alst_jax.flag_checks import check_run
 from alst_jax.hardware import environment
 from alst_jax.models.config import ModelConfig

@@ -14,7 +14,7 @@ from alst_jax.models.families import FAMILIES
 from alst_jax.models.hf_config import hf_config_dict, model_config, parse_config
 from alst_jax.models.hf_weights import model_tensors
 from alst_jax.models.text_config import TEXT, WRAPPERS
-from alst_jax.models.weight_files import INDEX, SINGLE, find_tensors, read_whole
+from alst_jax.models.weight_files import INDEX, SINGLE, find_tensors, read_stored
 
 SHAPE = dict(
     vocab_size=8,
@@ -177,7 +177,7 @@ def test_files_of_weights(tmp_path, seed, examples):
         try:
             tensors = find_tensors(tmp_path)
             for tensor in tensors.values():
-                assert read_whole(tensor).shape == tensor.shape
+                assert read_stored(tensor).shape == tensor.shape
             whole.append(tensors)
             model_tensors(tmp_path, CONFIG)
         except UserError as error:

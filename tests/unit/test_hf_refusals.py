@@ -25,7 +25,7 @@ def rewrite(directory, tensors, name="model.safetensors"):
 
 def test_missing_extra_and_misshaped_tensors_are_listed_before_anything_is_read(hf, monkeypatch):
     directory, tensors = hf
-    monkeypatch.setattr(hf_weights, "_read", lambda *_: pytest.fail("read before it was checked"))
+    monkeypatch.setattr(hf_weights, "read_tensor", lambda *_: pytest.fail("read before it was checked"))
     for i in range(3):
         for name in ("gate_proj", "up_proj", "down_proj", "norm_x"):
             tensors.pop(f"model.layers.{i}.mlp.{name}.weight", None)

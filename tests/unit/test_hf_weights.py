@@ -101,9 +101,9 @@ def test_devices_with_the_same_part_share_the_read(tmp_path, monkeypatch):
     make_hf(tmp_path)
     config = model_config(tmp_path)
     reads = []
-    original = hf_weights._read
+    original = hf_weights.read_tensor
     monkeypatch.setattr(
-        hf_weights, "_read", lambda tensor, name, index: reads.append(name) or original(tensor, name, index)
+        hf_weights, "read_tensor", lambda tensor, index: reads.append(tensor.key) or original(tensor, index)
     )
     mesh = Mesh(np.array(jax.devices()), ("data",))
     load_params(tmp_path, config, place(abstract_params(config, jnp.float32), lambda *_: NamedSharding(mesh, P())))

@@ -18,7 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from alst_jax.models.block import abstract_params
 from alst_jax.models.hf_config import model_config
-from alst_jax.models.hf_weights import load_params, save_params
+from alst_jax.models.hf_saving import save_params
+from alst_jax.models.hf_weights import load_params
 from tests.helpers import leaf
 from tests.unit.hf_models import EVERY_BIAS, SHAPE, by_name, make_hf, on_one_device, over_both_axes, place, refuse
 

@@ -12,6 +12,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2] / "alst_jax"
 LAYERS = (
     "declare",
+    "segments",
     "profile",
     "data_flags",
     "lora_flags",
@@ -47,6 +48,7 @@ LAYERS = (
     "run_lora",
     "run_state",
     "run",
+    "run_report",
 )  # docs/architecture.md
 ORDER = {name: number for number, name in enumerate(LAYERS)}
 

@@ -222,17 +222,27 @@ def naive_attention(q, k, v):
     return np.einsum("bnts,bsnh->btnh", weights / weights.sum(-1, keepdims=True), v)
 
 
+def forward_and_gradients(function, q, k, v, do):
+    """(output, gradients of q, k, v), in one compiled call."""
+
+    @jax.jit
+    def call(q, k, v, do):
+        o, pullback = jax.vjp(function, q, k, v)
+        return o, pullback(do)
+
+    return call(q, k, v, do)
+
+
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 def test_xla_attention(kv_heads, monkeypatch):
     monkeypatch.setattr(xla, "SCORES_BYTES", 1)
     monkeypatch.setattr(xla, "MIN_ROWS", 7)  # 23 queries in tiles of 7, the last one ragged
     q, k, v = normal(0, 2, TOKENS, 4, 8), normal(1, 2, TOKENS, kv_heads, 8), normal(2, 2, TOKENS, kv_heads, 8)
-    assert relative_error(attention(q, k, v, kernel="xla"), naive_attention(q, k, v)) < 1e-5
-
-    target = normal(3, *q.shape)
-    tiled_grads = jax.grad(lambda *qkv: jnp.sum(attention(*qkv, kernel="xla") * target), argnums=(0, 1, 2))(q, k, v)
-    library = lambda *qkv: jnp.sum(jax.nn.dot_product_attention(*qkv, is_causal=True, implementation="xla") * target)
-    for a, b in zip(tiled_grads, jax.grad(library, argnums=(0, 1, 2))(q, k, v)):
+    do = normal(3, *q.shape)
+    o, gradients = forward_and_gradients(lambda *qkv: attention(*qkv, kernel="xla"), q, k, v, do)
+    assert relative_error(o, naive_attention(q, k, v)) < 1e-5
+    library = lambda *qkv: jax.nn.dot_product_attention(*qkv, is_causal=True, implementation="xla")
+    for a, b in zip(gradients, forward_and_gradients(library, q, k, v, do)[1], strict=True):
         assert relative_error(a, b) < 1e-5
 
 
@@ -271,11 +281,11 @@ def test_split_heads_equal_one_call(kv_heads, parts, monkeypatch):
     with monkeypatch.context() as patch:
         calls = stand_in.install(patch)
         patch.setattr(cudnn, "CUDNN_MAX_ELEMENTS", TOKENS * 8 * 8 // parts)
-        o, pullback = jax.vjp(lambda *qkv: attention(*qkv, kernel="cudnn"), q, k, v)
-        gradients = pullback(do)
+        o, gradients = forward_and_gradients(lambda *qkv: attention(*qkv, kernel="cudnn"), q, k, v, do)
     assert relative_error(o, naive_attention(q, k, v)) < 1e-5
     assert {shape[2] for shape in calls} == {8 // parts}
-    for ours, plain in zip(gradients, jax.vjp(lambda *qkv: attention(*qkv, kernel="xla"), q, k, v)[1](do)):
+    whole = forward_and_gradients(lambda *qkv: attention(*qkv, kernel="xla"), q, k, v, do)[1]
+    for ours, plain in zip(gradients, whole, strict=True):
         assert relative_error(ours, plain) < 1e-5
 
 
@@ -284,11 +294,12 @@ def test_backward_uses_what_was_kept(monkeypatch):
     stand_in.install(monkeypatch)
     q, k, v, do = (normal(i, 1, TOKENS, 4, 8) for i in range(4))
     o, lse = attention_module.attention_forward(q, k, v, kernel="cudnn")
-    exact = attention_module.attention_backward(q, k, v, (o, lse), do, kernel="cudnn")
-    for ours, plain in zip(exact, jax.vjp(lambda *qkv: attention(*qkv, kernel="xla"), q, k, v)[1](do)):
+    backward = jax.jit(lambda o, lse: attention_module.attention_backward(q, k, v, (o, lse), do, kernel="cudnn"))
+    exact = backward(o, lse)
+    whole = forward_and_gradients(lambda *qkv: attention(*qkv, kernel="xla"), q, k, v, do)[1]
+    for ours, plain in zip(exact, whole, strict=True):
         assert relative_error(ours, plain) < 1e-5
-    other_o = attention_module.attention_backward(q, k, v, (o + 1, lse), do, kernel="cudnn")
-    other_lse = attention_module.attention_backward(q, k, v, (o, lse + 1), do, kernel="cudnn")
+    other_o, other_lse = backward(o + 1, lse), backward(o, lse + 1)
     assert relative_error(other_o[0], exact[0]) > 1e-2 and relative_error(other_lse[2], exact[2]) > 1e-2
 
 

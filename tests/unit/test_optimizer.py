@@ -63,9 +63,14 @@ def reference(start, steps=5, size=1.0):
         optax.scale_by_learning_rate(schedule),
     )
     params, state = start, tx.init(start)
+
+    @jax.jit
+    def update(gradients, state, params):
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
     for seed in range(steps):
-        updates, state = tx.update(gradients_like(start, seed, size), state, params)
-        params = optax.apply_updates(params, updates)
+        params, state = update(gradients_like(start, seed, size), state, params)
     return params
 
 

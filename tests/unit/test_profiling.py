@@ -54,6 +54,15 @@ def test_the_table_is_printed_once_and_is_of_one_step(traced):
     assert sum(shares) == pytest.approx(100, abs=0.1 * len(rows)) and shares == sorted(shares, reverse=True)
 
 
+def test_a_run_without_such_a_step_is_warned_of(tmp_path):
+    said = []
+    for flag, traced in (("5:6", 0), ("5:6", 2), (None, 0)):
+        profile = StepProfile.of(flag, tmp_path)
+        profile.traced = traced
+        profile.done(flag, said.append)
+    assert said == ["warning: --profile-steps 5:6: the run made no such step"]
+
+
 @pytest.mark.parametrize(
     "path,scope",
     [

@@ -12,7 +12,7 @@ from alst_jax import run as setup
 from alst_jax.config import TrainConfig, UserError
 from alst_jax.data.tokenizer import byte_tokenizer, load_tokenizer
 from alst_jax.models.hf_config import hf_config_dict
-from alst_jax.models.hf_weights import save_params
+from alst_jax.models.hf_saving import save_params
 from alst_jax.storage import run_directory
 from tests.helpers import TINY, make_step, tiny
 from tests.unit.saves import filled

@@ -69,24 +69,26 @@ def test_tiles_that_read_a_part_of_the_keys_equal_a_mask(monkeypatch, spec, docu
     arrays_ = arrays(101)
     monkeypatch.setattr(xla, "MAX_TILE", tile)
     offsets = None if documents is None else jnp.int32(documents)
-    for one, other in zip(both_ways(*arrays_, spec, offsets), masked(*arrays_, spec, documents), strict=True):
+    ours = jax.jit(lambda *x: both_ways(*x, spec, offsets))(*arrays_)
+    theirs = jax.jit(lambda *x: masked(*x, spec, documents))(*arrays_)
+    for one, other in zip(ours, theirs, strict=True):
         assert relative_error(one, other) < 1e-5
 
 
 def tiles_of_keys(monkeypatch, length, spec, documents=None):
     """How many tiles of keys a forward and backward pass read."""
     read = []
-    scores = xla._Tiles.scores
+    scores = xla.Tiles.scores
 
     def counted(self, *args):
         jax.debug.callback(lambda: read.append(1))
         return scores(self, *args)
 
-    monkeypatch.setattr(xla._Tiles, "scores", counted)
+    monkeypatch.setattr(xla.Tiles, "scores", counted)
     monkeypatch.setattr(xla, "MAX_TILE", 16)
     jax.block_until_ready(both_ways(*arrays(length, 1), spec, documents))
     jax.effects_barrier()
-    monkeypatch.setattr(xla._Tiles, "scores", scores)
+    monkeypatch.setattr(xla.Tiles, "scores", scores)
     return len(read)
 
 
@@ -137,8 +139,8 @@ def test_the_border_is_transformers(name):
         | BORDERS[name]
     )
     config = getattr(transformers, name + "Config")(**fields)
-    config._attn_implementation = "eager"
     model = getattr(transformers, name + "Model")(config)
+    model.set_attn_implementation("eager")
     x = torch.randn(1, 12, 16, requires_grad=True)
     model(inputs_embeds=x, use_cache=False).last_hidden_state[0, -1].pow(3).sum().backward()
     seen = {int(i) for i in torch.nonzero(x.grad[0].abs().sum(-1))}

@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 import importlib.metadata
 import re
+import types
 
 import jax.numpy as jnp
 from jax import Array
@@ -30,7 +31,7 @@ def prepare() -> None:
     """Import flash-attn-4 before anything is traced. UserError names the package that is missing, too old or
     incomplete."""
     check_packages()
-    _launchers()
+    launchers()
 
 
 def check_packages() -> None:
@@ -63,7 +64,8 @@ def check_packages() -> None:
         )
 
 
-def _launchers():
+def launchers() -> types.ModuleType:
+    """The module that calls flash-attn-4. UserError where that is not installed."""
     try:
         return importlib.import_module(LAUNCHERS)
     except ImportError as error:
@@ -105,12 +107,12 @@ def _backward(arrays, documents, call):
 
 def forward_kernel(*arrays: Array, call: Call):
     """(o, lse) of q, k, v[B, S, N, H], or of q, k, v[T, N, H] and offsets[D + 1]."""
-    return _launchers().forward(*arrays, call=call)
+    return launchers().forward(*arrays, call=call)
 
 
 def backward_kernel(*arrays: Array, call: Call):
     """(dq, dk, dv) of q, k, v, o, lse, do, or of the same packed and offsets."""
-    return _launchers().backward(*arrays, call=call)
+    return launchers().backward(*arrays, call=call)
 
 
 def _packed(x: Array) -> Array:

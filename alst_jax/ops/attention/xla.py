@@ -108,7 +108,7 @@ def key_ranges(batch: int, length: int, spec: AttentionSpec, documents: Int[Arra
     return Ranges(first.astype(jnp.int32), jnp.minimum(last, row + 1) if spec.causal else last.astype(jnp.int32))
 
 
-class _Tiles:
+class Tiles:
     """Scores of a tile of queries against the tiles of keys that it reaches."""
 
     def __init__(self, q, k, v, spec, documents):
@@ -149,7 +149,7 @@ class _Tiles:
 
 
 def _ranged_forward(q, k, v, spec, documents):
-    tiles, wide = _Tiles(q, k, v, spec, documents), accumulation_dtype(q.dtype)
+    tiles, wide = Tiles(q, k, v, spec, documents), accumulation_dtype(q.dtype)
     like = (q, k, v, tiles.ranges.first)
 
     def of_queries(_, __, rows):
@@ -179,7 +179,7 @@ def _ranged_forward(q, k, v, spec, documents):
 
 def _ranged_backward(q, k, v, o, lse, do, spec, documents):
     """(dq, dk, dv); tiles of queries add to the gradients of the keys and values that they read."""
-    tiles, wide = _Tiles(q, k, v, spec, documents), accumulation_dtype(q.dtype)
+    tiles, wide = Tiles(q, k, v, spec, documents), accumulation_dtype(q.dtype)
     like = (q, k, v, do, tiles.ranges.first)
     scale = spec.scale_of(tiles.head_dim)
 
