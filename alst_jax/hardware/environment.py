@@ -15,7 +15,13 @@ from alst_jax.hardware.machines import GIB, MEMORY_FRACTION, machine_of_kind, pi
 HOST_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 # With dynamic slice fusion, a kernel of an opaque call whose output is both put into a stack and used otherwise is run
 # twice (found with a Pallas attention kernel in programs of jax 0.11.2, see docs/log.md); cuDNN's is not.
-XLA_GPU_FLAGS = {"xla_gpu_enable_latency_hiding_scheduler": "true", "xla_gpu_enable_dynamic_slice_fusion": "false"}
+# XLA's own rematerialization counts arrays in host memory as the device's. With many of them it recomputes to no avail:
+# no program needed less (docs/log.md), and compiling one of 13 segments took 25 minutes instead of two.
+XLA_GPU_FLAGS = {
+    "xla_gpu_enable_latency_hiding_scheduler": "true",
+    "xla_gpu_enable_dynamic_slice_fusion": "false",
+    "xla_disable_hlo_passes": "rematerialization",
+}
 DETERMINISTIC_FLAGS = {"xla_gpu_deterministic_ops": "true"}
 # XLA ends a process whose simulated devices do not meet within 40 s, as on a machine with much other work.
 XLA_CPU_FLAGS = {"xla_cpu_collective_call_terminate_timeout_seconds": "1200"}

@@ -125,7 +125,7 @@ def at_end(job: Job) -> list[Term]:
 
 def in_backward(job: Job) -> list[Term]:
     """In the backward pass of the layers, at the segment that needs most."""
-    profile, size = job.profile, job.sizes
+    profile, size, waiting = job.profile, job.sizes, layers_that_wait(job.segments)
     if not profile.remat:
         return [Term(KEPT, job.kept[DEVICE], "stack/plain"), *layer_work(job)]
     kept = 0 if profile.offload_activations else size.hidden * segment_inputs(job.segments, False)  # to the end
@@ -140,7 +140,9 @@ def in_backward(job: Job) -> list[Term]:
             early = size.hidden * (2 - profile.offload_weights) if segment.all_inputs else 2 * size.hidden + size.heads
             copies = [Term("early copies of outputs", here * size.heads, XLA), Term("h, dh, o", early, LAYER)]
             most = max(most, terms + copies, key=total)
-        terms += work(not segment.all_inputs and count > 2)
+        alone = [*work(False), Term("float32 gradients of later layers", waiting[segment] * shard, XLA)]
+        in_loop = work(not segment.all_inputs) if loops(segment) else alone
+        terms += in_loop if segment.all_inputs else max(in_loop, alone, key=total)
         if segment.all_inputs and count == 1:  # outside of a loop h and o are the kept arrays, not copies of a row
             terms.append(Term("h and o, kept already", -size.hidden - here * size.heads, STACK))
         if count == 2 and not (segment.all_inputs or here) and profile.head_chunks == 1:
@@ -149,8 +151,6 @@ def in_backward(job: Job) -> list[Term]:
             waits = size.hidden * swap.swaps * (segment is job.segments[-1])
             early = size.heads + size.kv + swap.lone_output_copy + waits
             terms.append(Term("early arrays of two layers", early, XLA))
-        waiting = (job.model.num_layers - segment.stop) * shard
-        terms.append(Term("float32 gradients of later layers", waiting, XLA))
         most = max(most, [*terms, Term("arrays in the buffers of gradients", -places, XLA)], key=total)
     return [*most, gathered_embedding(job)]
 
@@ -166,20 +166,35 @@ def rebuilt_bytes(job: Job, segment: Segment) -> int:
 
 
 def unlooped(job: Job) -> tuple[int, int]:
-    """Bytes where no loop goes over layers and gradients stay on the device, otherwise zeros.
+    """Bytes where gradients stay on the device, otherwise zeros.
 
-    First: one layer's float32 gradients, which wait until the end. Second: the buffers of results
-    (three of the MLP, two of q and o) that hold temporary arrays before, each an array that fits.
+    First: one layer's float32 gradients, which wait until the next loop over layers, or the end. Second: where no loop
+    goes over layers, the buffers of results (three of the MLP, two of q and o) that hold temporary arrays before, each
+    an array that fits.
     """
     size, model = job.sizes, job.model
-    loop = lambda segment: segment.layers > (1 if segment.all_inputs else 2)
-    if job.profile.offload_weights or any(map(loop, job.segments)):
+    if job.profile.offload_weights:
         return 0, 0
     column = model.num_layers * model.hidden_size * job.width // job.devices
     holds = lambda columns: next((array for array in (size.hidden, size.kv) if array <= columns * column), 0)
     places = 3 * holds(model.intermediate_size) + 2 * holds(model.num_heads * model.head_dim)
     places *= job.trained == job.parameters and not job.sums_in_place  # frozen parameters have no such buffers
-    return job.trained.layer * 4 // job.devices, places
+    return job.trained.layer * 4 // job.devices, places * (not any(map(loops, job.segments)))
+
+
+def loops(segment: Segment) -> bool:
+    """Whether the backward pass of a segment loops over layers. A rebuilt segment's last layer is outside of a loop."""
+    stop = segment.stop if segment.all_inputs else segment.stop - 1
+    return any(min(run.stop, stop) - run.start > 1 for run in segment.runs)
+
+
+def layers_that_wait(segments: list[Segment]) -> dict[Segment, int]:
+    """For each segment, the layers that the backward pass has done since its last loop."""
+    found, waiting = {}, 0
+    for segment in reversed(segments):
+        found[segment] = waiting
+        waiting = 0 if loops(segment) else waiting + segment.layers
+    return found
 
 
 def layer_work(job: Job, rebuilt: bool = False) -> list[Term]:

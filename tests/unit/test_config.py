@@ -149,14 +149,16 @@ def test_simulated_devices_wait_for_each_other_on_a_busy_machine(monkeypatch):
         assert os.environ["XLA_FLAGS"] == after
 
 
+SCHEDULER, SLICES = "--xla_gpu_enable_latency_hiding_scheduler", "--xla_gpu_enable_dynamic_slice_fusion"
+PASSES = "--xla_disable_hlo_passes"
+
+
 @pytest.mark.parametrize(
     "before,after",
     [
-        ("", "--xla_gpu_enable_latency_hiding_scheduler=true --xla_gpu_enable_dynamic_slice_fusion=false"),
-        (
-            "--xla_gpu_enable_dynamic_slice_fusion=true",
-            "--xla_gpu_enable_dynamic_slice_fusion=true --xla_gpu_enable_latency_hiding_scheduler=true",
-        ),
+        ("", f"{SCHEDULER}=true {SLICES}=false {PASSES}=rematerialization"),
+        (f"{SLICES}=true", f"{SLICES}=true {SCHEDULER}=true {PASSES}=rematerialization"),
+        (f"{PASSES}=fusion", f"{PASSES}=fusion {SCHEDULER}=true {SLICES}=false"),
     ],
 )
 def test_compiler_flags_of_a_gpu_run(before, after, monkeypatch):
