@@ -191,8 +191,9 @@ def main():
                 mesh = make_mesh(dp, sp, absent_devices(cluster))
                 started = time.perf_counter()
                 step = TrainStep(bare.model, mesh, bare.profile, AdamW(clip_norm=0.0), jnp.bfloat16)
-                device, host = numbers(plan_step(step, dp, length, 1, cluster))
-                device -= working_set(dataclasses.replace(bare, count_workspace=True)) - working_set(bare)
+                whole = dataclasses.replace(bare, count_workspace=True)
+                device, host = numbers(plan_step(step, whole, cluster))
+                device -= working_set(whole) - working_set(bare)
                 known[key] = dict(key=key, device=device, host=host, seconds=time.perf_counter() - started)
                 if options.rows is not None:
                     with options.rows.open("a") as file:

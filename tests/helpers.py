@@ -15,6 +15,9 @@ from alst_jax.models.tree import dotted
 from alst_jax.optim.adamw import AdamW
 from alst_jax.optim.formats import join_float32
 from alst_jax.parallel.mesh import make_mesh
+from alst_jax.planning.compiled import plan_step
+from alst_jax.planning.job import Job
+from alst_jax.planning.plan import Plan
 from alst_jax.profile import Profile
 from alst_jax.stack.batch import count_labels
 from alst_jax.step import TrainStep
@@ -47,6 +50,17 @@ def make_step(
     model=TINY, dp=1, sp=1, profile=PLAIN, optimizer=QUIET_ADAMW, dtype=jnp.float32, freeze=None
 ) -> TrainStep:
     return TrainStep(model, make_mesh(dp, sp), profile, optimizer, jnp.dtype(dtype), freeze)
+
+
+def job_of(step: TrainStep, rows: int, length: int, grad_accum: int = 1) -> Job:
+    """The job of a step."""
+    degrees, states, master = step.mesh.devices.shape, step.optimizer.states, step.optimizer.master
+    return Job(step.model, step.profile, rows, length, *degrees, grad_accum, states, master, freeze=step.freeze)
+
+
+def plan_of(step: TrainStep, rows: int, length: int, grad_accum: int = 1) -> Plan:
+    """The compiled plan of a step."""
+    return plan_step(step, job_of(step, rows, length, grad_accum))
 
 
 def random_batch(model=TINY, rows=4, length=64, seed=0, ignored=0.2) -> dict[str, np.ndarray]:

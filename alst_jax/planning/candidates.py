@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 
@@ -9,10 +10,9 @@ from alst_jax.hardware.machines import GIB, Cluster
 from alst_jax.models.tiles import usual_tiles
 from alst_jax.parallel.costs import head_groups
 from alst_jax.planning import footprint
-from alst_jax.planning.estimate import estimate
+from alst_jax.planning.estimate import estimate, host_ledger
 from alst_jax.planning.job import Job, total
-from alst_jax.planning.plan import Plan
-from alst_jax.planning.process import pinned_bytes
+from alst_jax.planning.plan import Plan, pinned
 from alst_jax.planning.seconds import spared_by_byte
 from alst_jax.profile import HOST, Profile
 
@@ -24,7 +24,9 @@ BUDGETS = (0.0, 0.25, 0.5, 1.0)  # parts of the free device memory that rebuildi
 NARROWER = (("bfloat16", "float32"), ("int8", "float32"), ("int8", "none"))  # moments, master
 LARGER_TILES = 4  # times the usual: fewer sums of weight gradients, more memory
 PLACEMENTS = ("offload_activations", "offload_weights", "offload_optimizer")  # the first needs remat
-LEVELS = ("keep_qkv_on_device", "keep_mlp_on_device")  # each within the one before, the first in the kept attention
+# Arrays of the last layers that may be kept too, and the field that says of how many layers at most.
+LEVELS = {"keep_qkv_on_device": "keep_attention_on_device", "keep_mlp_on_device": "keep_qkv_on_device"}
+_estimate = functools.lru_cache(maxsize=256)(estimate)  # a search looks at a candidate several times in a row
 EARLY_LOADS = 4  # layers whose weights XLA loads from the host before their turn; segments leave room for them
 
 
@@ -46,7 +48,7 @@ class Search:
     of_kinds: tuple[tuple[tuple[int, int], int], ...] = ()
 
     def plan(self, job: Job) -> Plan:
-        return estimate(job, self.cluster, self.correction(kind_of(job.profile)))
+        return _estimate(job, self.cluster, self.correction(kind_of(job.profile)))
 
     def correction(self, kind: tuple[int, int]) -> int:
         """Bytes to add to the estimate on the device, for profiles of a kind."""
@@ -55,6 +57,15 @@ class Search:
     def missing(self, plan: Plan) -> dict[str, int]:
         """Bytes that a plan lacks of "device" and "host" memory, with the margin left free."""
         return plan.missing(self.margin, self.host_correction)
+
+    def lacks(self, job: Job) -> dict[str, int]:
+        """Bytes that the estimated plan of a job lacks."""
+        return self.missing(self.plan(job))
+
+    def fits_host(self, job: Job) -> bool:
+        """Whether a job lacks no host memory; without the rest of its plan, for candidates of which most are left."""
+        need = pinned(sum(map(total, host_ledger(job).values())), job.devices) + self.host_correction
+        return need <= int(self.cluster.host_share * (1 - self.margin))
 
     def corrected(self, profile: Profile, estimated: Plan, compiled: Plan) -> tuple["Search", dict[str, int]]:
         """The search after the compiler refused a profile; and the compiler's excess over the estimate, by memory that
@@ -73,12 +84,9 @@ class Search:
             everywhere = min(everywhere, max(others, default=0))
             of_kinds = {other: max(0, bytes - everywhere) for other, bytes in of_kinds.items()}
             of_kinds[kind] = of_kinds.get(kind, 0) + add("device") - everywhere
-        return dataclasses.replace(
-            self,
-            device_correction=self.device_correction + everywhere,
-            host_correction=self.host_correction + add("host"),
-            of_kinds=tuple(of_kinds.items()),
-        ), more
+        device, on_host = self.device_correction + everywhere, self.host_correction + add("host")
+        changes = dict(device_correction=device, host_correction=on_host, of_kinds=tuple(of_kinds.items()))
+        return dataclasses.replace(self, **changes), more
 
 
 def kind_of(profile: Profile) -> tuple[int, int]:
@@ -89,13 +97,10 @@ def kind_of(profile: Profile) -> tuple[int, int]:
 def bases(job: Job, search: Search, larger: bool) -> Iterator[Job]:
     """Jobs with all placements, formats and head chunks, largest memory first. larger: with larger tiles than usual."""
     free = [name for name in PLACEMENTS[not job.profile.remat :] if name not in search.fixed]
-    formats = [(job.states, job.master)]
-    if search.narrow:
-        free_pair = lambda pair: all(
-            name not in search.fixed or value == now
-            for name, value, now in zip(("optimizer_states", "master_weights"), pair, formats[0])
-        )
-        formats += [p for p in NARROWER if p != formats[0] and free_pair(p) and (p[1] == "float32" or job.width == 2)]
+    now, names = (job.states, job.master), ("optimizer_states", "master_weights")
+    stays = lambda pair: all(value == old or name not in search.fixed for name, value, old in zip(names, pair, now))
+    suits = lambda pair: pair != now and (pair[1] == "float32" or job.width == 2)
+    formats = [now, *(pair for pair in NARROWER if search.narrow and stays(pair) and suits(pair))]
     chunks = [job.profile.head_chunks]
     if "head_chunks" not in search.fixed:
         chunks = head_groups(job.model.num_heads, job.model.num_kv_heads, job.sp, MOST_CHUNKS)
@@ -122,48 +127,63 @@ def with_tiles(job: Job, asked: Profile, search: Search, larger: bool) -> Job:
 def with_kept(job: Job, search: Search, on_device: Iterable[int], least: bool = False) -> Iterator[Job]:
     """Jobs with segments and kept attention outputs, for given placements. on_device: numbers of layers whose outputs
     stay on the device; host memory takes as many of the others as fit, or with `least` none."""
-    profile, layers, fixed = job.profile, job.model.num_layers, search.fixed
+    profile, fixed = job.profile, search.fixed
     if not profile.remat:
         yield job
-        return
-    if profile.share_gradients and not profile.can_share:
+    if not profile.remat or profile.share_gradients and not profile.can_share:
         return
     on_device = [profile.keep_attention_on_device] if "keep_attention_on_device" in fixed else on_device
+    on_host = profile.keep_attention_on_host if "keep_attention_on_host" in fixed else 0
     for kept, budget in itertools.product(on_device, BUDGETS[:1] if "segment_layers" in fixed else BUDGETS):
-
-        def make(on_host, kept=kept, budget=budget):
-            least_levels = {name: 0 for name in LEVELS if name not in fixed}
-            made = job.changed(keep_attention_on_device=kept, keep_attention_on_host=on_host, **least_levels)
-            if "segment_layers" in fixed:
-                return sharing(made, fixed)
-            lengths = segments_within(made, search, budget)
-            return lengths and sharing(made.changed(segment_layers=lengths), fixed)
-
-        if "keep_attention_on_host" in fixed:
-            candidate = make(profile.keep_attention_on_host)
-        else:
-            candidate = make(0) if least else _most_on_host(make, layers - kept, search)
-        if candidate is not None:
-            yield apart(candidate, search)
+        most = on_host if least or "keep_attention_on_host" in fixed else job.model.num_layers - kept
+        make = functools.cache(functools.partial(_keeping, job, search, budget, kept))
+        if (made := _most_on_host(make, range(on_host, most + 1), search)) is not None:
+            yield apart(made, search)
 
 
-def with_levels(job: Job, plan: Plan, search: Search, beat: float) -> Job:
+def _keeping(job: Job, search: Search, budget: float, on_device: int, on_host: int) -> Job | None:
+    """The job with so many kept attention outputs, and segments as long as they may be; None if it has no room."""
+    levels = {name: 0 for name in LEVELS if name not in search.fixed}
+    made = job.changed(keep_attention_on_device=on_device, keep_attention_on_host=on_host, **levels)
+    fixed = "segment_layers" in search.fixed
+    lengths = made.profile.segment_layers if fixed else segments_within(made, search, budget)
+    if lengths is None:
+        return None
+    made = made.changed(segment_layers=lengths)
+    if "share_gradients" in search.fixed or not made.profile.can_share or job.grad_accum > 1:  # sums leave no room
+        return made
+    shared = made.changed(share_gradients=True)
+    return shared if shared.kept[HOST] < made.kept[HOST] else made
+
+
+def _most_on_host(make: Callable[[int], Job | None], numbers: range, search: Search) -> Job | None:
+    """make(n) for the largest of the numbers that fits in host memory; for the smallest if that does not fit itself."""
+    fits = lambda n: (job := make(n)) is not None and search.fits_host(job)
+    smallest, falling = make(numbers[0]), numbers[::-1]
+    if len(numbers) == 1 or smallest is None or search.lacks(smallest):
+        return smallest
+    if fits(falling[0]):  # tried first: it is often the answer
+        return make(falling[0])
+    return make(falling[1 + bisect.bisect_left(falling[1:-1], True, key=fits)])
+
+
+def with_levels(job: Job, search: Search, beat: float) -> Job:
     """The job with q, k and v, then gate and up, kept in as many of the last layers as device memory has room for; as
     it is, if the room of its plan does not bring it below `beat` seconds.
 
     A kept value spares the products of a column of a matrix, as many for each of these arrays, so that they are worth
     the same by byte; an attention output is worth more.
     """
-    free, most = [name for name in LEVELS if name not in search.fixed], job.profile.keep_attention_on_device
+    free, plan = [name for name in LEVELS if name not in search.fixed], search.plan(job)
     room = search.cluster.machine.usable * (1 - search.margin) - plan.device_bytes
-    if not (free and most and plan.step_seconds - room * spared_by_byte(job, search.cluster) < beat):
+    fastest = plan.step_seconds - room * spared_by_byte(job, search.cluster)
+    if not (free and job.profile.keep_attention_on_device and fastest < beat):
         return job
-    fits = lambda job: not search.missing(search.plan(job))
     for name in free:
-        most = most if name == LEVELS[0] else job.profile.keep_qkv_on_device
+        most = getattr(job.profile, LEVELS[name])
         # A layer alone is no loop: its arrays are copied. No number leaves one.
         numbers = [n for n in range(1, most + 1) if 1 not in (n, most - n)]
-        too_many = lambda n, job=job, name=name: not fits(job.changed(**{name: n}))
+        too_many = lambda n, job=job, name=name: bool(search.lacks(job.changed(**{name: n})))
         job = job.changed(**{name: [0, *numbers][bisect.bisect_left(numbers, True, key=too_many)]})
     return job
 
@@ -173,37 +193,7 @@ def apart(job: Job, search: Search) -> Job:
     if "share_gradients" in search.fixed or not job.profile.share_gradients:
         return job
     alone = job.changed(share_gradients=False)
-    return alone if pinned_bytes(alone) <= _room_on_host(search) else job
-
-
-def _room_on_host(search: Search) -> float:
-    return search.cluster.host_share * (1 - search.margin) - search.host_correction
-
-
-def sharing(job: Job, fixed: frozenset[str]) -> Job:
-    """The job with inputs of segments in the memory of gradients, where this saves host memory. Sums over batches leave
-    none."""
-    if "share_gradients" in fixed or not job.profile.can_share or job.grad_accum > 1:
-        return job
-    shared = job.changed(share_gradients=True)
-    return shared if shared.kept[HOST] < job.kept[HOST] else job
-
-
-def _most_on_host(make: Callable[[int], Job | None], most: int, search: Search) -> Job | None:
-    """make(n) for the largest n that fits in host memory; make(0) if none fits."""
-    room = _room_on_host(search)
-    fits = lambda job: job is not None and pinned_bytes(job) <= room
-    best, low, high, middle = make(0), 0, most + 1, most  # the most is tried first: it is often the answer
-    if not fits(best) or search.missing(search.plan(best)).keys() == {"device"}:
-        return best
-    while high - low > 1:
-        job = make(middle)
-        if fits(job):
-            best, low = job, middle
-        else:
-            high = middle
-        middle = (low + high) // 2
-    return best
+    return alone if search.fits_host(alone) else job
 
 
 def segments_within(job: Job, search: Search, part: float) -> tuple[int, ...] | None:
@@ -214,8 +204,8 @@ def segments_within(job: Job, search: Search, part: float) -> tuple[int, ...] | 
     profile, size, layers = job.profile, job.sizes, job.model.num_layers
     if part == 0.0:
         return (1,)
-    states = sum(total(terms) for part, terms in footprint.states(job).items() if not profile.on_host(part))
-    room = search.cluster.machine.usable * (1 - search.margin) - states - search.correction((profile.head_chunks, 3))
+    room = search.cluster.machine.usable * (1 - search.margin) - footprint.states_on_device(job)
+    room -= search.correction((profile.head_chunks, 3))
     room = room / footprint.FRAGMENTS - total(footprint.layer_work(job, rebuilt=True))
     room -= size.table * (job.devices > 1)  # the embedding, gathered to look up the first segment's input again
     room -= EARLY_LOADS * size.layer // job.devices * profile.offload_weights

@@ -12,7 +12,6 @@ from jax.sharding import NamedSharding
 from alst_jax.hardware.devices import is_absent, this_cluster
 from alst_jax.hardware.machines import Cluster
 from alst_jax.lowered import abstract_sums, compile_programs
-from alst_jax.parallel.mesh import DATA, SEQ
 from alst_jax.planning.estimate import estimate
 from alst_jax.planning.footprint import update_work, working_set
 from alst_jax.planning.job import Job
@@ -23,17 +22,8 @@ from alst_jax.step import TrainStep
 from alst_jax.xla import host
 
 
-def plan_step(
-    step: TrainStep,
-    rows: int,
-    length: int,
-    grad_accum: int = 1,
-    cluster: Cluster | None = None,
-    at_once: bool = False,
-    packing: tuple[int, float, float, float] = (0, 1.0, 0.0, 0.0),
-) -> Plan:
-    """The plan of a step over `rows` sequences of `length` tokens, `grad_accum` times. Compiles; allocates nothing.
-    packing: `Job.packing`.
+def plan_step(step: TrainStep, job: Job, cluster: Cluster | None = None, at_once: bool = False) -> Plan:
+    """The plan of a job by the compiler. step: the job's. Compiles; allocates nothing.
 
     The step's mesh may be of `absent_devices`. cluster: limits and speeds; None: of this process's devices.
     at_once: compile the programs at the same time, which is faster and leaves more of the compiler's memory behind. A
@@ -41,11 +31,10 @@ def plan_step(
     copies that a GPU would not make.
     """
     cluster = this_cluster() if cluster is None else cluster
-    job = job_of(step, rows, length, grad_accum, packing)
-    first = step.mesh.devices.flat[0]
+    shapes, first = (job.rows, job.length), step.mesh.devices.flat[0]
     absent, on_cpu = is_absent(step.mesh), first.platform == "cpu"
-    device, on_host = _state_bytes(step, grad_accum)
-    compiled, update = compile_programs(step, rows, length, grad_accum, absent, on_cpu, at_once, job.documents)
+    device, on_host = _state_bytes(step, job)
+    compiled, update = compile_programs(step, *shapes, job.grad_accum, absent, on_cpu, at_once, job.documents)
     memory = compiled.memory_analysis()
     need = memory.temp_size_in_bytes
     if absent:  # the compiler does not know the kernel's workspace, and cannot compile an update that streams
@@ -55,65 +44,34 @@ def plan_step(
         need = max(need, update.memory_analysis().temp_size_in_bytes)
     kept_here = min(need, sum(job.kept.values()) if on_cpu else job.kept[host.DEVICE])
     device |= {"kept activations": kept_here, "working set": need - kept_here}
-    device["batch"] = 3 * math.prod(NamedSharding(step.mesh, BATCH_SPEC).shard_shape((rows, length))) * 4
+    device["batch"] = 3 * math.prod(NamedSharding(step.mesh, BATCH_SPEC).shard_shape(shapes)) * 4
     # Where devices are absent, layers and their gradients in host memory are temporary arrays.
     stacks = abstract_sums(step) if job.sums_in_place else step.trained["layers"]
     layers = (step.params["layers"], stacks) if absent and step.profile.offload_weights else ()
-    at_rest = sum(map(shard_bytes, jax.tree.leaves(layers)))
-    on_host["kept activations"] = max(0, memory.host_temp_size_in_bytes - at_rest)
+    on_host["kept activations"] = max(
+        0, memory.host_temp_size_in_bytes - sum(map(shard_bytes, jax.tree.leaves(layers)))
+    )
     on_host["saving"] = saving_bytes(job, on_host["kept activations"] + on_host.get("gradients", 0))
     text, plan = compiled.as_text(), estimate(job, cluster)
     calls = {
         name: numbers | {"instructions": len(re.findall(rf"= [^=]*\b{name}(?:-start)?\(", text))}
         for name, numbers in plan.collectives.items()
     }
-    return dataclasses.replace(
-        plan,
-        source=ABSENT if absent else COMPILED,
-        device_kind=first.device_kind,
-        device=device,
-        host=on_host,
-        collectives=calls,
-    )
+    source, kind = ABSENT if absent else COMPILED, first.device_kind
+    return dataclasses.replace(plan, source=source, device_kind=kind, device=device, host=on_host, collectives=calls)
 
 
-def _state_bytes(step: TrainStep, grad_accum: int) -> tuple[dict[str, int], dict[str, int]]:
+def _state_bytes(step: TrainStep, job: Job) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes of a device's shards of weights, gradients and optimizer state: on the device, and in host memory."""
     device, on_host = {}, {}
-    gradients = {} if step.profile.update_in_backward else step.trained
+    stored = () if job.profile.update_in_backward or job.sums_in_place else step.trained
+    gradients = (stored, abstract_sums(step) if job.grad_accum > 1 else ())
     for part, tree in (("weights", step.params), ("gradients", gradients), ("optimizer", step.optimizer_state)):
         for leaf in jax.tree.leaves(tree):
-            size = shard_bytes(leaf)
-            if part == "gradients" and grad_accum > 1:  # the float32 sums, beside those of one batch or alone
-                size = size * (not step.profile.sums_in_place) + math.prod(leaf.sharding.shard_shape(leaf.shape)) * 4
-            offloaded = step.profile.on_host(part) and (leaf.ndim or part != "optimizer")  # the count stays
+            offloaded = job.profile.on_host(part) and (leaf.ndim or part != "optimizer")  # the count stays
             place = on_host if offloaded else device
-            place[part] = place.get(part, 0) + size
+            place[part] = place.get(part, 0) + shard_bytes(leaf)
     return device, on_host
-
-
-def job_of(
-    step: TrainStep,
-    rows: int,
-    length: int,
-    grad_accum: int = 1,
-    packing: tuple[int, float, float, float] = (0, 1.0, 0.0, 0.0),
-) -> Job:
-    """The job of a step."""
-    return Job(
-        step.model,
-        step.profile,
-        rows,
-        length,
-        step.mesh.shape[DATA],
-        step.mesh.shape[SEQ],
-        grad_accum,
-        step.optimizer.states,
-        step.optimizer.master,
-        True,
-        step.freeze,
-        *packing,
-    )
 
 
 def shard_bytes(leaf: Any) -> int:

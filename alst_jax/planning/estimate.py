@@ -4,7 +4,7 @@ from alst_jax.hardware.machines import Cluster
 from alst_jax.planning.footprint import KEPT, STACK, peak, states
 from alst_jax.planning.job import Job, Term, total
 from alst_jax.planning.plan import ESTIMATED, Plan
-from alst_jax.planning.process import host_ledger
+from alst_jax.planning.process import saving_bytes
 from alst_jax.planning.seconds import collectives, seconds
 from alst_jax.profile import DEVICE, HOST
 
@@ -16,19 +16,12 @@ def estimate(job: Job, cluster: Cluster | None = None, correction: int = 0) -> P
         place: {part: total(terms) for part, terms in parts.items()} for place, parts in ledger_of_bytes(job).items()
     }
     places[DEVICE]["working set"] = max(0, places[DEVICE]["working set"] + correction)
-    return Plan(
-        ESTIMATED,
-        cluster.machine.kind if cluster else "cpu",
-        places[DEVICE],
-        places[HOST],
-        cluster and cluster.machine.usable,
-        cluster and cluster.host_share,
-        job.flops,
-        collectives(job),
-        seconds(job, cluster) if cluster else {},
-        job.step_tokens,
-        job.devices,
-    )
+    kind, limits, times = "cpu", (None, None), {}
+    if cluster is not None:
+        kind, limits = cluster.machine.kind, (cluster.machine.usable, cluster.host_share)
+        times = seconds(job, cluster)
+    memory = (places[DEVICE], places[HOST], *limits)
+    return Plan(ESTIMATED, kind, *memory, job.flops, collectives(job), times, job.step_tokens, job.devices)
 
 
 def ledger_of_bytes(job: Job) -> dict[str, dict[str, list[Term]]]:
@@ -43,3 +36,11 @@ def ledger_of_bytes(job: Job) -> dict[str, dict[str, list[Term]]]:
     ]
     device["batch"] = [Term("batch", 3 * 4 * job.tokens, "stack/batch")]
     return {DEVICE: device, HOST: host_ledger(job)}
+
+
+def host_ledger(job: Job) -> dict[str, list[Term]]:
+    """The terms of each part of a plan in host memory."""
+    host = {"kept activations": [Term(KEPT, job.kept[HOST], STACK)]}
+    host |= {part: terms for part, terms in states(job).items() if job.profile.on_host(part)}
+    of_steps = job.kept[HOST] + total(host.get("gradients", []))  # not in use during a save
+    return host | {"saving": [Term("saving", saving_bytes(job, of_steps), "storage/saving")]}

@@ -22,17 +22,17 @@ KEPT = "kept activations"
 
 def states(job: Job) -> dict[str, list[Term]]:
     """Weights, gradients and optimizer state: one device's shards."""
-    weights, written = (-(-sizes.bytes(job.width) // job.devices) for sizes in (job.parameters, job.trained))
-    trained, stored = -(-job.trained.total // job.devices), not job.profile.update_in_backward
+    shard, sizes = lambda whole: -(-whole // job.devices), job.trained
+    trained, stored = shard(sizes.total), not job.profile.update_in_backward
     moment = WIDTHS[job.states] + INT8_SCALES * (job.states == "int8")
-    narrow = -(-(job.trained.total - job.trained.adapters) // job.devices)
+    narrow = shard(sizes.total - sizes.adapters)
     # Adapters, float32 themselves, have master weights only where others have: one tree holds both.
-    wide = 4 * -(-job.trained.adapters // job.devices) * (narrow > 0 and job.master != "none")
+    wide = 4 * shard(sizes.adapters) * (narrow > 0 and job.master != "none")
     master = (narrow * WIDTHS[job.master] + wide) * (job.width == 2)
     return {
-        "weights": [Term("weights", weights, "models/block")],
+        "weights": [Term("weights", shard(job.parameters.bytes(job.width)), "models/block")],
         "gradients": [
-            Term("gradients", stored * written * (not job.sums_in_place), STACK),
+            Term("gradients", stored * trained_bytes(job) * (not job.sums_in_place), STACK),
             Term("their float32 sums over batches", 4 * trained * stored * (job.grad_accum > 1), UPDATE),
         ],
         "optimizer": [
@@ -45,6 +45,11 @@ def states(job: Job) -> dict[str, list[Term]]:
 def state_bytes(job: Job) -> tuple[int, int, int]:
     """Weights, gradients and optimizer state: one device's shards."""
     return tuple(map(total, states(job).values()))
+
+
+def states_on_device(job: Job) -> int:
+    """Bytes of one device's shards that are not in host memory."""
+    return sum(total(terms) for part, terms in states(job).items() if not job.profile.on_host(part))
 
 
 def trained_bytes(job: Job) -> int:
@@ -123,16 +128,12 @@ def in_backward(job: Job) -> list[Term]:
     profile, size, waiting = job.profile, job.sizes, layers_that_wait(job.segments)
     if not profile.remat:
         return [Term(KEPT, job.kept[DEVICE], "stack/plain"), *layer_work(job)]
-    inputs_on_device, swap = 0 if profile.offload_activations else size.hidden, job.attention_work
-    kept = inputs_on_device * segment_inputs(job.segments, profile.offload_activations)  # one array, to the end
+    kept = 0 if profile.offload_activations else size.hidden * segment_inputs(job.segments, False)  # to the end
     (shard, places), most, work = unlooped(job), [], functools.cache(functools.partial(layer_work, job))
+    swap = job.attention_work
     for segment in job.segments:  # first to last: `kept` is alive when the backward pass reaches this segment
-        count, here = segment.layers, 0
-        if segment.all_inputs:
-            kept += size.hidden if count == 1 else inputs_on_device * count
-        for run in segment.runs:
-            if run.memory == DEVICE:
-                here, kept = here + run.layers, kept + job.run_bytes(run)
+        count, here = segment.layers, sum(run.layers for run in segment.runs if run.memory == DEVICE)
+        kept += job.saved(segment)[DEVICE]
         terms = [Term(KEPT, kept, STACK), Term("recomputed residuals", rebuilt_bytes(job, segment), STACK)]
         if swap.output_copy:  # made before its swap, as soon as the outputs exist
             # The copy waits neither for the norm's gradient nor for the segment to be rebuilt.

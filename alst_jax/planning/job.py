@@ -85,11 +85,6 @@ class Job:
     padding_share: float = 0.0
 
     @property
-    def packing(self) -> tuple[int, float, float, float]:
-        """documents, attention_share, padding, padding_share."""
-        return self.documents, self.attention_share, self.padding, self.padding_share
-
-    @property
     def step_tokens(self) -> int:
         """Tokens of a step on all devices; of packs without their padding."""
         return round(self.grad_accum * self.rows * self.length * (1 - self.padding))
@@ -154,16 +149,8 @@ class Job:
     @functools.cached_property
     def attention(self) -> Shapes:
         """One layer's attention, as its sequence parallelism counts it."""
-        model = self.model
-        return Shapes(
-            self.sizes.heads,
-            self.sizes.kv,
-            model.num_heads,
-            model.num_kv_heads,
-            self.sp,
-            self.profile.head_chunks,
-            4 // self.width,
-        )
+        size, heads = self.sizes, (self.model.num_heads, self.model.num_kv_heads)
+        return Shapes(size.heads, size.kv, *heads, self.sp, self.profile.head_chunks, 4 // self.width)
 
     @functools.cached_property
     def attention_work(self) -> Work:
@@ -189,49 +176,52 @@ class Job:
         return self.grad_accum > 1 and self.profile.sums_in_place
 
     @functools.cached_property
+    def rebuilt(self) -> list[int]:
+        """Layers that are computed again before the backward pass of their segment: all but the segment's last."""
+        segments = self.segments if self.profile.remat else ()
+        return [n for segment in segments if not segment.all_inputs for n in range(segment.start, segment.stop - 1)]
+
+    @functools.cached_property
     def recomputed_attention(self) -> list[int]:
         """Layers whose attention the backward pass computes again: in a rebuilt segment or in the layer's own turn, or,
         where segments hold their inputs alone, in both, and then twice here."""
-        found, alone = [], self.profile.rebuild_inputs_alone
-        for segment in self.segments if self.profile.remat else ():
-            layers = [layer for run in segment.runs if not run.place for layer in range(run.start, run.stop)]
-            twice = alone and not segment.all_inputs
-            found += layers + [layer for layer in layers if twice and layer < segment.stop - 1]
-        return sorted(found)
+        runs = [run for segment in self.segments for run in segment.runs if self.profile.remat and not run.place]
+        found = [layer for run in runs for layer in range(run.start, run.stop)]
+        return sorted(found + [n for n in self.rebuilt if self.profile.rebuild_inputs_alone and n in found])
 
     @functools.cached_property
     def passes(self) -> Passes:
         layers, profile = self.model.num_layers, self.profile
         if not profile.remat:
             return Passes(layers, layers, layers * (1 if profile.mlp_tile is None else 2), layers)
-        rebuilt = [
-            layer
-            for segment in self.segments
-            if not segment.all_inputs
-            for layer in range(segment.start, segment.stop - 1)
-        ]
         again, qkv, mlp = len(self.recomputed_attention), profile.keep_qkv_on_device, profile.keep_mlp_on_device
-        known = mlp + sum(layer >= layers - mlp for layer in rebuilt)
-        twice = 2 * layers + len(rebuilt)
+        known = mlp + sum(layer >= layers - mlp for layer in self.rebuilt)
+        twice = 2 * layers + len(self.rebuilt)
         return Passes(layers + again, 3 * layers + again - qkv, twice, twice, known)
 
     @functools.cached_property
     def kept(self) -> dict[str, int]:
         """Bytes that the forward pass saves for the backward pass, by place."""
-        profile, hidden = self.profile, self.sizes.hidden
+        profile = self.profile
         if not profile.remat:
             return {DEVICE: self.model.num_layers * self._unremat_layer(), HOST: 0}
-        inputs, kept = HOST if profile.offload_activations else DEVICE, {DEVICE: 0, HOST: 0}
-        kept[inputs] += hidden * segment_inputs(self.segments, profile.offload_activations, self.shared_inputs)
-        for segment in self.segments:
-            if segment.all_inputs:
-                kept[place_of(inputs, segment.layers)] += hidden * segment.layers
-            for run in segment.runs:
-                if run.place:
-                    kept[run.memory] += self.run_bytes(run)
+        kept = {place: sum(self.saved(segment)[place] for segment in self.segments) for place in (DEVICE, HOST)}
+        rows = segment_inputs(self.segments, profile.offload_activations, self.shared_inputs)
+        kept[HOST if profile.offload_activations else DEVICE] += self.sizes.hidden * rows
         return kept
 
-    def run_bytes(self, run: Run) -> int:
+    def saved(self, segment: Segment) -> dict[str, int]:
+        """Bytes that the forward pass saves of a segment by place: all inputs, if it keeps them, and its runs' arrays.
+        Its first input alone is a row of an array of all segments."""
+        saved, inputs = {DEVICE: 0, HOST: 0}, HOST if self.profile.offload_activations else DEVICE
+        if segment.all_inputs:
+            saved[place_of(inputs, segment.layers)] += self.sizes.hidden * segment.layers
+        for run in segment.runs:
+            if run.place:
+                saved[run.memory] += self._run_bytes(run)
+        return saved
+
+    def _run_bytes(self, run: Run) -> int:
         """The attention outputs that a run of layers saves, a single layer's also transposed for its swap; on the
         device with them q, k, v, gate and up."""
         copy = self.attention_work.lone_output_copy * (run.layers == 1)
@@ -254,21 +244,17 @@ class Job:
 
 def describe(job: Job) -> str:
     """The choices of a job as flags."""
-    words = list(job.profile.flags())
-    if job.profile.update_in_backward:
-        words.append("--clip-norm 0")
-    words += [
-        f"--{name} {value}"
-        for name, value in (("optimizer-states", job.states), ("master-weights", job.master))
-        if value != "float32"
-    ]
-    if job.freeze is not None:
-        words.append(f"--freeze {shlex.quote(job.freeze)}")
-    if job.model.lora is not None:
-        words.append(f"--lora-rank {job.model.lora.rank}")
-        words += [f"--lora-dropout {job.model.dropout:g}"] * bool(job.model.dropout)
-    if job.model.attention_layers is not None:
-        words.append(f"--debug-attention-layers {job.model.attention_layers}")
+    model, words = job.model, list(job.profile.flags())
+    for word, applies in (
+        ("--clip-norm 0", job.profile.update_in_backward),
+        (f"--optimizer-states {job.states}", job.states != "float32"),
+        (f"--master-weights {job.master}", job.master != "float32"),
+        (f"--freeze {shlex.quote(job.freeze or '')}", job.freeze is not None),
+        (f"--lora-rank {model.lora and model.lora.rank}", model.lora is not None),
+        (f"--lora-dropout {model.dropout:g}", model.dropout),
+        (f"--debug-attention-layers {model.attention_layers}", model.attention_layers is not None),
+    ):
+        words += [word] if applies else []
     return " ".join(words) or "nothing offloaded, every layer's input kept"
 
 

@@ -44,8 +44,7 @@ class Plan:
 
     @property
     def pinned_bytes(self) -> int:
-        """Bytes of host memory that jax pins, which the limit is of: all but the buffers of a save's writers."""
-        return max(0, self.host_bytes - saving.BUFFERS // min(self.devices, LARGEST_HOST))
+        return pinned(self.host_bytes, self.devices)
 
     @property
     def step_seconds(self) -> float | None:
@@ -87,26 +86,21 @@ class Plan:
     def table(self) -> str:
         """For people, in GiB."""
         cell = lambda bytes: f"{'':12}" if bytes is None else f"{bytes / GIB:12.2f}"
-        row = lambda name, *pair: f"{name:24}" + "".join(map(cell, pair))
+        row = lambda name, pair: f"{name:24}" + "".join(map(cell, pair))
+        limits, pinned = (self.device_limit, self.host_limit), (self.device_bytes, self.pinned_bytes)
         rows = [f"{self.source}, for {self.devices} x {self.device_kind}", f"{'':24}{'device GiB':>12}{'host GiB':>12}"]
-        rows += [row(part, *pair) for part, pair in self._parts()]
-        needs, limits = (self.device_bytes, self.host_bytes), (self.device_limit, self.host_limit)
-        rows.append(row("total", *needs))
-        if any(limit is not None for limit in limits):
-            spare = (limit and limit - need for limit, need in zip(limits, (self.device_bytes, self.pinned_bytes)))
-            rows += [row("limit", *limits), row("headroom", *spare)]
-        rows.append(
-            "collectives a step, with the bytes that a device sends: "
-            + (
-                ", ".join(
-                    f"{calls['calls']} {name} ({calls['bytes'] / GIB:.2f} GiB"
-                    + (f", {calls['instructions']} in the program)" if "instructions" in calls else ")")
-                    for name, calls in self.collectives.items()
-                    if calls["calls"]
-                )
-                or "none"
-            )
+        rows += [row(*part) for part in self._parts()]
+        rows.append(row("total", (self.device_bytes, self.host_bytes)))
+        if limits != (None, None):
+            spare = (limit and limit - need for limit, need in zip(limits, pinned))
+            rows += [row("limit", limits), row("headroom", spare)]
+        sent = (
+            f"{calls['calls']} {name} ({calls['bytes'] / GIB:.2f} GiB"
+            + (f", {calls['instructions']} in the program)" if "instructions" in calls else ")")
+            for name, calls in self.collectives.items()
+            if calls["calls"]
         )
+        rows.append(f"collectives a step, with the bytes that a device sends: {', '.join(sent) or 'none'}")
         rows.append(f"model FLOPs a step: {self.flops:.3e}; tokens {self.tokens:,}")
         if self.step_seconds:
             longest_first = sorted(self.seconds, key=self.seconds.get, reverse=True)
@@ -160,6 +154,11 @@ class Plan:
             raise UserError(f"--plan-picture {file}: {error}") from error
         finally:
             pyplot.close(figure)
+
+
+def pinned(host_bytes: int, devices: int) -> int:
+    """Bytes of host memory that jax pins, which the limit is of: all but the buffers of a save's writers."""
+    return max(0, host_bytes - saving.BUFFERS // min(devices, LARGEST_HOST))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import operator
 from collections.abc import Callable
 
 from alst_jax.config import TrainConfig, UserError, chosen_fields
@@ -71,15 +70,10 @@ class Planner:
     @property
     def search(self) -> Search:
         """The choices that --memory auto has; with manual, none."""
-        fixed = {name for name in chosen_fields() if self.config.memory == "manual" or name in self.config.typed}
-        if self.config.stack == "plain":  # it has no others
-            fixed |= {name for name in BY_HAND if name in chosen_fields()}
-        return Search(
-            self.cluster,
-            frozenset(fixed),
-            self.config.allow_narrow_optimizer,
-            CONFIRMED if self.compiles else UNCONFIRMED,
-        )
+        config, margin = self.config, CONFIRMED if self.compiles else UNCONFIRMED
+        fixed = {*config.typed, *(BY_HAND if config.stack == "plain" else ())}  # the plain stack has no others
+        chosen = frozenset(name for name in chosen_fields() if config.memory == "manual" or name in fixed)
+        return Search(self.cluster, chosen, config.allow_narrow_optimizer, margin)
 
     def step(self, job: Job) -> TrainStep:
         """The step of a job; the cached one if it was made for the same job."""
@@ -92,24 +86,20 @@ class Planner:
         """The plan of a job by the compiler, or without one by the cost model."""
         if not self.compiles:
             return self.search.plan(job)
-        if (other := self._of_same_bytes(job)) is not None:
-            own, plan = estimate(job, self.cluster), self.compile(other)
-            if job.model.attention_layers is not None and not self.config.planning:
-                self._plan(job)  # a debug run's own programs: its first step compiles nothing either
-            return dataclasses.replace(plan, seconds=own.seconds, flops=own.flops, tokens=own.tokens)
-        return self._plan(job)
+        compiled, own = self._of_same_bytes(job), estimate(job, self.cluster)
+        plan = self._plan(compiled)
+        if job.model.attention_layers is not None and not self.config.planning:
+            self._plan(job)  # a debug run's own programs: its first step compiles nothing either
+        return dataclasses.replace(plan, seconds=own.seconds, flops=own.flops, tokens=own.tokens)
 
     def _plan(self, job: Job) -> Plan:
-        return plan_step(
-            self.step(job), job.rows, job.length, job.grad_accum, self.cluster, self.config.planning, job.packing
-        )
+        return plan_step(self.step(job), job, self.cluster, self.config.planning)
 
-    def _of_same_bytes(self, job: Job) -> Job | None:
-        """The job whose program is compiled for the bytes of this one; None: its own."""
-        if job.model.attention_layers is not None:  # a debug run measures the bytes of the whole run
-            return with_attention(job, None)
+    def _of_same_bytes(self, job: Job) -> Job:
+        """The job whose program is compiled for the bytes of this one: its own, if there is no reason against it."""
+        job = with_attention(job, None)  # a debug run measures the bytes of the whole run
         if not self.config.plan_for or job.profile.attention not in ("flash", "flash-deterministic"):
-            return None
+            return job
         # Its kernel compiles for this process's device only; cuDNN's forward pass needs the same bytes exactly, without
         # the windows, soft caps and documents that it does not implement.
         kinds = tuple(dataclasses.replace(kind, window=None) for kind in job.model.layer_kinds)
@@ -150,26 +140,35 @@ class Planner:
         elif not self.compiles:
             choice = auto.choose(job, search)
         elif auto.fits_somehow(job, search) is not None:
-            choice = auto.confirm(job, search, self.compile, say)
+            choice = auto.confirm(
+                search,
+                functools.partial(auto.choose, job),
+                self.compile,
+                f"--memory auto: by the compiler, no profile was found that fits {self.cluster}; "
+                "use a shorter --seq-len, a larger --sp, or choose by hand with --memory manual",
+                say,
+            )
         if choice is None:
             raise UserError(self.too_large(job, _least_missing(job, search)))
         return choice
 
     def longest(self, job: Job) -> Choice:
         """The job at the longest length that fits, with its plan. UserError if none does."""
-        search, most = self.search, min(MAX_POSITION, 2**31 // job.model.head_dim)
         check_profile(job.profile, job.model, job.sp)
-        for _ in range(auto.ROUNDS):
+        most = min(MAX_POSITION, 2**31 // job.model.head_dim)
+
+        def propose(search: Search) -> Choice:
             if not (length := auto.longest(job, search, most)):
                 raise UserError(self.never_fits(job, search))
             found = auto.fits_somehow(dataclasses.replace(job, length=length), search)
-            plan = self.compile(found)
-            if not plan.lacks:
-                return Choice(found, plan)
-            search, _ = search.corrected(found.profile, search.plan(found), plan)
-        raise UserError(
+            return Choice(found, search.plan(found))
+
+        return auto.confirm(
+            self.search,
+            propose,
+            self.compile,
             "--find-max-seq-len: the compiler and the cost model did not agree on any length; plan one "
-            "length at a time with --plan-only --seq-len"
+            "length at a time with --plan-only --seq-len",
         )
 
     def too_large(self, job: Job, missing: dict[str, int]) -> str:
@@ -193,7 +192,7 @@ class Planner:
 
 
 def _least_missing(job: Job, search: Search) -> dict[str, int]:
-    found = (search.missing(search.plan(candidate)) for candidate in auto.candidates(job, search))
+    found = map(search.lacks, auto.candidates(job, search))
     return min(found, key=lambda missing: sum(missing.values()))
 
 
@@ -215,14 +214,11 @@ def _help(job: Job, search: Search) -> str:
 
 def _switches_that_cost(job: Job, search: Search) -> str | None:
     """The fewest flags that switch features off, without which the job fits; None if it never fits, or with all."""
-    switches = (
-        ("--no-remat", {"remat": True}, not job.profile.remat),
-        ("--no-tiled-loss", {"loss_tile": 0}, job.profile.loss_tile is None),
-        ("--no-tiled-mlp", {"mlp_tile": 0}, job.profile.mlp_tile is None),
-    )
-    off = [(name, change) for name, change, is_off in switches if is_off]
-    for some in (some for n in range(1, len(off) + 1) for some in itertools.combinations(off, n)):
-        names, changes = zip(*some)
-        if auto.fits_somehow(job.changed(**functools.reduce(operator.or_, changes)), search):
-            return " and ".join(names)
+    profile, usual = job.profile, {"remat": True, "loss_tile": 0, "mlp_tile": 0}
+    off = [(name, on) for name, on in usual.items() if getattr(profile, name) != on and not getattr(profile, name)]
+    for count in range(1, len(off) + 1):
+        for some in itertools.combinations(off, count):
+            without = job.changed(**dict(some))
+            if auto.fits_somehow(without, search):
+                return " and ".join(sorted(profile.flags(than=without.profile)))
     return None

@@ -5,34 +5,15 @@ import math
 
 from alst_jax.hardware import environment
 from alst_jax.hardware.machines import GIB, LARGEST_HOST, Cluster
-from alst_jax.planning.footprint import KEPT, STACK, WIDTHS, states
-from alst_jax.planning.job import Job, Term, total
+from alst_jax.planning.footprint import WIDTHS
+from alst_jax.planning.job import Job
 from alst_jax.planning.plan import Choice, Plan
-from alst_jax.profile import HOST
 from alst_jax.storage import saving
 
 POOL_SLACK, POOL_MATTERS = 2, 16  # GiB
 # Memory of a process beside pinned memory and a save's writers: Python, CUDA's libraries, the compiler; and more for
 # each device after the first. Fitted to seven measured processes (benchmarks/results/2026-11-27-h100.md).
 PROCESS, PROCESS_DEVICE = 4 * GIB, 3 * GIB
-
-
-def host_ledger(job: Job) -> dict[str, list[Term]]:
-    """The terms of each part of a plan in host memory, of one device."""
-    parts = {"kept activations": [Term(KEPT, job.kept[HOST], STACK)]}
-    parts |= {part: terms for part, terms in states(job).items() if job.profile.on_host(part)}
-    step_only = job.kept[HOST] + total(parts.get("gradients", []))
-    return parts | {"saving": [Term("saving", saving_bytes(job, step_only), "storage/saving")]}
-
-
-def host_bytes(job: Job) -> int:
-    """Host memory in a job's plan, without the rest of the plan."""
-    return sum(map(total, host_ledger(job).values()))
-
-
-def pinned_bytes(job: Job) -> int:
-    """`Plan.pinned_bytes` of a job's plan, without the rest of the plan."""
-    return max(0, host_bytes(job) - saving.BUFFERS // min(job.devices, LARGEST_HOST))
 
 
 def saving_bytes(job: Job, free: int) -> int:

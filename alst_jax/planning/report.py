@@ -14,7 +14,7 @@ from alst_jax.planning.job import Job, Term, describe, describe_debug, total
 from alst_jax.planning.plan import ESTIMATED, Choice, Plan
 from alst_jax.planning.planner import Planner
 from alst_jax.planning.process import describe_process, host_outgrown, process_bytes
-from alst_jax.planning.seconds import by_reach, forward_seconds, ledger
+from alst_jax.planning.seconds import collectives, forward_seconds, ledger, over_hosts
 from alst_jax.profile import DEVICE
 
 MEASURED_ERROR = (
@@ -26,57 +26,57 @@ MEASURED_ERROR = (
 
 def report(planner: Planner, job: Job) -> str:
     """The text that --plan-only and --find-max-seq-len print. Draws the picture if the flags ask for one."""
-    config = planner.config
+    config, cluster, longest = planner.config, planner.cluster, planner.config.find_max_seq_len
     quiet = (lambda text: None) if config.json else print
-    if config.find_max_seq_len and planner.cluster is None:
+    if longest and cluster is None:
         raise UserError("--find-max-seq-len on a CPU: its memory limits are not known; name a machine with --plan-for")
-    choice, cluster = planner.longest(job) if config.find_max_seq_len else planner.choose(job, quiet), planner.cluster
-    plan, outgrown = choice.plan, host_outgrown(choice, cluster) if cluster else ""
+    choice = planner.longest(job) if longest else planner.choose(job, quiet)
+    job, plan, outgrown = choice.job, choice.plan, host_outgrown(choice, cluster) if cluster else ""
     if config.plan_picture:
         plan.picture(config.plan_picture)
     if config.json:
-        found = {"max_seq_len": choice.job.length} if config.find_max_seq_len else {}
+        found = json.loads(plan.to_json()) | {
+            "flags": describe(job),
+            "seq_len": job.length,
+            "process_bytes": cluster and process_bytes(choice, cluster.per_host, cluster.processes),
+            "host_memory": cluster and cluster.host_memory,
+            "fits": not plan.lacks and not outgrown,
+        }
+        if longest:
+            found["max_seq_len"] = job.length
         if config.eval_long is not None and cluster is not None:
-            found["evaluation_seconds"] = forward_seconds(choice.job, cluster, documents(config, choice.job.length))
-        return json.dumps(
-            json.loads(plan.to_json())
-            | {
-                "flags": describe(choice.job),
-                "seq_len": choice.job.length,
-                "process_bytes": cluster and process_bytes(choice, cluster.per_host, cluster.processes),
-                "host_memory": cluster and cluster.host_memory,
-                "fits": not plan.lacks and not outgrown,
-            }
-            | found
-        )
+            found["evaluation_seconds"] = forward_seconds(job, cluster, documents(config, job.length))
+        return json.dumps(found)
     lines = []
-    if config.find_max_seq_len:
-        lines.append(f"longest sequence: {choice.job.length:,} tokens, with {describe(choice.job)}")
+    if longest:
+        lines.append(f"longest sequence: {job.length:,} tokens, with {describe(job)}")
     if config.debug_attention_layers is not None:
-        lines.append(describe_debug(choice.job.model))
+        lines.append(describe_debug(job.model))
     lines.append(plan.table())
     if cluster is not None:
         lines.append(describe_process(choice, cluster))
-        lines += [network(choice.job, cluster)] if cluster.hosts > 1 else []
+        lines += [network(job, cluster)] if cluster.hosts > 1 else []
     if outgrown:
         lines.append(f"warning: {outgrown}")
     if config.eval_long is not None:
-        lines.append(evaluation_line(config, choice.job, cluster))
+        lines.append(evaluation_line(config, job, cluster))
     if config.explain:
-        lines.append(explain(choice.job, cluster, plan))
+        lines.append(explain(job, cluster, plan))
     if plan.source == ESTIMATED:
         lines.append(MEASURED_ERROR)
-    if cluster is not None and config.memory == "auto" and not config.find_max_seq_len:
+    if cluster is not None and config.memory == "auto" and not longest:
         lines.append(choice.explain())
     return "\n".join(lines)
 
 
 def network(job: Job, cluster: Cluster) -> str:
     """A line about the bytes that a device sends in a step: over hosts, and inside a host."""
-    outside, inside = (sum(parts.values()) for parts in by_reach(job, cluster))
+    sent = {name: call["bytes"] for name, call in collectives(job).items()}
+    outside = sum(size for name, size in sent.items() if over_hosts(name, job, cluster))
+    seq = "goes over hosts" if over_hosts("all-to-all", job, cluster) else "inside of a host"
     return (
-        f"collectives of a device in a step: {outside / GIB:.1f} GiB between hosts, {inside / GIB:.1f} GiB inside "
-        f"of a host (seq {job.sp} {'inside of a host' if job.sp <= cluster.per_host else 'goes over hosts'})"
+        f"collectives of a device in a step: {outside / GIB:.1f} GiB between hosts, "
+        f"{(sum(sent.values()) - outside) / GIB:.1f} GiB inside of a host (seq {job.sp} {seq})"
     )
 
 

@@ -1,5 +1,6 @@
 """Choosing a memory profile: the cost model proposes the fastest one that fits, and the compiler confirms it."""
 
+import bisect
 import dataclasses
 import itertools
 import math
@@ -7,16 +8,7 @@ from collections.abc import Callable, Iterator
 
 from alst_jax.config import UserError
 from alst_jax.planning import footprint
-from alst_jax.planning.candidates import (
-    CONFIRMED,
-    LEVELS,
-    PLACEMENTS,
-    Search,
-    bases,
-    with_kept,
-    with_levels,
-    with_tiles,
-)
+from alst_jax.planning.candidates import LEVELS, PLACEMENTS, Search, bases, with_kept, with_levels, with_tiles
 from alst_jax.planning.job import Job, total
 from alst_jax.planning.plan import Choice, Plan, in_gib
 from alst_jax.planning.seconds import spared_by_byte
@@ -49,12 +41,11 @@ def choose(job: Job, search: Search) -> Choice | None:
 def _fastest(candidates: Iterator[Job], search: Search, best: Choice | None) -> Choice | None:
     """The fastest of the candidates that fit and of the best so far."""
     for candidate in candidates:
-        if search.missing(plan := search.plan(candidate)):
+        if search.lacks(candidate):
             continue
-        job = with_levels(candidate, plan, search, best.plan.step_seconds if best else math.inf)
-        plan = plan if job is candidate else search.plan(job)
-        if best is None or plan.step_seconds < best.plan.step_seconds:
-            best = Choice(job, plan)
+        job = with_levels(candidate, search, best.plan.step_seconds if best else math.inf)
+        if best is None or search.plan(job).step_seconds < best.plan.step_seconds:
+            best = Choice(job, search.plan(job))
     return best
 
 
@@ -66,17 +57,20 @@ def candidates(job: Job, search: Search) -> Iterator[Job]:
 
 def fits_somehow(job: Job, search: Search) -> Job | None:
     """Some profile that fits, fast or not; None if none does."""
-    return next((found for found in candidates(job, search) if not search.missing(search.plan(found))), None)
+    return next((found for found in candidates(job, search) if not search.lacks(found)), None)
 
 
 def confirm(
-    job: Job, search: Search, compile_plan: Callable[[Job], Plan], say: Callable[[str], None] = lambda text: None
+    search: Search,
+    propose: Callable[[Search], Choice | None],
+    compile_plan: Callable[[Job], Plan],
+    failed: str,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Choice:
-    """`choose` until the compiler agrees that the choice fits; its excess over the estimate corrects the estimate.
-    UserError if no profile is left."""
-    search = dataclasses.replace(search, margin=CONFIRMED)
+    """`propose` until the compiler agrees that the choice fits; its excess over the estimate corrects the estimate.
+    UserError, `failed`, if nothing is left to propose."""
     for _ in range(ROUNDS):
-        choice = choose(job, search)
+        choice = propose(search)
         if choice is None:
             break
         compiled = compile_plan(choice.job)
@@ -84,10 +78,7 @@ def confirm(
             return dataclasses.replace(choice, plan=compiled)
         search, more = search.corrected(choice.job.profile, choice.plan, compiled)
         say(f"the compiled step needs {in_gib(more, '+')} against the estimate: choosing again")
-    raise UserError(
-        f"--memory auto: by the compiler, no profile was found that fits {search.cluster}; "
-        "use a shorter --seq-len, a larger --sp, or choose by hand with --memory manual"
-    )
+    raise UserError(failed)
 
 
 def length_step(job: Job) -> int:
@@ -97,33 +88,28 @@ def length_step(job: Job) -> int:
 
 def longest(job: Job, search: Search, most: int) -> int:
     """The longest sequence, a multiple of `length_step` up to `most`, for which some profile fits; 0 if none does."""
-    step = length_step(job)
+    step, high = length_step(job), 1
     fits = lambda n: fits_somehow(dataclasses.replace(job, length=n * step), search) is not None
-    if step > most or not fits(1):
-        return 0
-    low, high = 1, 2
     while high * step <= most and fits(high):
-        low, high = high, 2 * high
-    high = min(high, most // step + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low * step
+        high *= 2
+    falling = range(min(high, most // step + 1) - 1, high // 2, -1)  # above the longest that is known to fit
+    return step * [*falling, high // 2][bisect.bisect_left(falling, True, key=fits)]
 
 
 def _fastest_possible(job: Job, search: Search) -> float:
     """Seconds with all attention outputs kept and no input rebuilt, unless the user has fixed less."""
-    profile, changes = job.profile, {}
-    if profile.remat and not {"keep_attention_on_device", "keep_attention_on_host"} & search.fixed:
+    profile, fixed, changes = job.profile, search.fixed, {}
+    if not profile.remat:
+        return search.plan(job).step_seconds
+    if not {"keep_attention_on_device", "keep_attention_on_host"} & fixed:
         changes = dict(keep_attention_on_device=job.model.num_layers, keep_attention_on_host=0)
-    if profile.remat and "segment_layers" not in search.fixed:
+    if "segment_layers" not in fixed:
         changes["segment_layers"] = (1,)
-    least = job.changed(**changes)
-    if not (profile.remat and set(LEVELS) - search.fixed):
-        return search.plan(least).step_seconds
-    states = sum(total(terms) for part, terms in footprint.states(job).items() if not profile.on_host(part))
-    room = search.cluster.machine.usable - states - total(footprint.layer_work(job))
-    return search.plan(least).step_seconds - max(0, room) * spared_by_byte(job, search.cluster)
+    seconds = search.plan(job.changed(**changes)).step_seconds
+    if LEVELS.keys() - fixed:
+        room = search.cluster.machine.usable - footprint.states_on_device(job) - total(footprint.layer_work(job))
+        seconds -= max(0, room) * spared_by_byte(job, search.cluster)
+    return seconds
 
 
 def _next_faster(best: Choice, search: Search, larger: Profile) -> tuple[Job, Plan, dict[str, int]] | None:
@@ -137,11 +123,8 @@ def _next_faster(best: Choice, search: Search, larger: Profile) -> tuple[Job, Pl
             {"keep_attention_on_device": profile.keep_attention_on_device + 1},
             {"keep_attention_on_host": profile.keep_attention_on_host + 1},
         ]
-    found = []
-    for change in changes:
-        if any(name in search.fixed and value != getattr(profile, name) for name, value in change.items()):
-            continue
-        plan = search.plan(job := best.job.changed(**change))
-        if plan.step_seconds < best.plan.step_seconds and search.missing(plan):
-            found.append((job, plan, search.missing(plan)))
-    return max(found, key=lambda item: item[1].step_seconds, default=None)
+    stays = lambda name, value: name not in search.fixed or value == getattr(profile, name)
+    jobs = [best.job.changed(**change) for change in changes if all(map(stays, change.keys(), change.values()))]
+    found = [(job, plan, search.missing(plan)) for job, plan in zip(jobs, map(search.plan, jobs))]
+    faster = [item for item in found if item[1].step_seconds < best.plan.step_seconds and item[2]]
+    return max(faster, key=lambda item: item[1].step_seconds, default=None)

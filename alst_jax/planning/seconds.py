@@ -42,21 +42,20 @@ def ledger(job: Job, cluster: Cluster) -> list[Term]:
     speed = lambda which: costs.speed(
         job.profile.attention, which, int(job.length * job.attention_share), machine.peak_flops, job.documents > 0
     )
-    width = 1 if job.width == 2 else 16  # float32 products do not use the same units
     terms = [
         Term("attention forward", (sum(pairs) + again) * attention / speed("forward"), job.profile.attention),
         Term("attention backward", sum(pairs) * BACKWARD * attention / speed("backward"), job.profile.attention),
-        Term("matmuls", 2.0 * products * tokens * width / (MATMUL * machine.peak_flops), "projections, MLP, logits"),
+        Term("matmuls", matmul_seconds(job, cluster, 2.0 * products * tokens), "projections, MLP, logits"),
         Term("matmuls", tile_sum_bytes(job) / machine.bandwidth, "device memory: float32 sums over tiles"),
         Term("matmuls", adapter_bytes(job) / machine.bandwidth, "device memory: inputs and outputs of adapters"),
         Term("matmuls", kept_copies(job) / machine.bandwidth, "device memory: copies of kept q, k, v, gate and up"),
     ]
-    hidden, moved, calls = total(terms), traffic(job), collectives(job)
+    hidden, moved = total(terms), traffic(job)
     copies = moved["step"] / machine.host_link
-    wires = machine.interconnect if cluster.hosts == 1 else machine.network
-    wire = machine.interconnect if job.sp <= cluster.per_host else machine.network
-    swapped = calls["all-to-all"]["bytes"] / batches / wire
-    gathered = sum(call["bytes"] for name, call in calls.items() if name != "all-to-all") / batches / wires
+    sent = {name: call["bytes"] for name, call in collectives(job).items()}
+    link = lambda name: machine.network if over_hosts(name, job, cluster) else machine.interconnect
+    swapped = sent.pop("all-to-all") / batches / link("all-to-all")
+    gathered = sum(sent.values()) / batches / link("all-gather")
     terms += [
         Term("host traffic", max(EXPOSED * copies, copies - hidden), "host link: what arithmetic does not hide"),
         Term("collectives", swapped, "all-to-all"),
@@ -71,22 +70,20 @@ def ledger(job: Job, cluster: Cluster) -> list[Term]:
 
 def forward_seconds(job: Job, cluster: Cluster, documents: dict[int, int]) -> float:
     """Predicted seconds of the forward passes over so many documents of each length, packed into the job's batches."""
-    machine, tokens = cluster.machine, sum(length * count for length, count in documents.items())
-    width = 1 if job.width == 2 else 16
-    matmuls = 2.0 * tokens * (job.parameters.kernels + job.parameters.head) * width / (MATMUL * machine.peak_flops)
-    attention = sum(
-        count
-        * 4.0
-        * job.model.num_heads
-        * job.model.head_dim
-        * job.model.causal_pairs(length)
-        / costs.speed(job.profile.attention, "forward", length, machine.peak_flops, packed=True)
-        for length, count in documents.items()
-    )
+    machine, model, tokens = cluster.machine, job.model, sum(length * count for length, count in documents.items())
+    matmuls = matmul_seconds(job, cluster, 2.0 * tokens * (job.parameters.kernels + job.parameters.head))
+    flops = lambda length: 4.0 * model.num_heads * model.head_dim * model.causal_pairs(length)
+    speed = lambda length: costs.speed(job.profile.attention, "forward", length, machine.peak_flops, packed=True)
+    attention = sum(count * flops(length) / speed(length) for length, count in documents.items())
     batches = -(-tokens // (job.rows * job.length))
     copies = batches * state_bytes(job)[0] / machine.host_link if job.profile.offload_weights else 0.0
     computed = (matmuls + attention) / job.devices
     return computed + max(EXPOSED * copies, copies - computed)
+
+
+def matmul_seconds(job: Job, cluster: Cluster, flops: float) -> float:
+    """Seconds of matrix products. Those of float32 do not use the same units."""
+    return flops * (1 if job.width == 2 else 16) / (MATMUL * cluster.machine.peak_flops)
 
 
 def traffic(job: Job) -> dict[str, float]:
@@ -120,22 +117,15 @@ def kept_copies(job: Job) -> float:
 def spared_by_byte(job: Job, cluster: Cluster) -> float:
     """Seconds of a step that a byte of kept q, k, v, gate or up spares at most: the products of a column of a matrix,
     twice where a segment is rebuilt, less the copies."""
-    machine, times = cluster.machine, 1 if max(job.profile.segment_layers) == 1 else 2
-    products = times * 2.0 * job.model.hidden_size * (1 if job.width == 2 else 16) / (MATMUL * machine.peak_flops)
-    return max(0.0, job.grad_accum * (products / job.width - COPIES / machine.bandwidth))
+    times = 1 if max(job.profile.segment_layers) == 1 else 2
+    products = matmul_seconds(job, cluster, times * 2.0 * job.model.hidden_size)
+    return max(0.0, job.grad_accum * (products / job.width - COPIES / cluster.machine.bandwidth))
 
 
-def by_reach(job: Job, cluster: Cluster) -> tuple[dict[str, int], dict[str, int]]:
-    """(bytes of a step that a device sends in collectives that go over hosts, by collective; those inside of a host).
-
-    Weights and gradients are shared by all devices; a sequence by the --sp devices of a row.
-    """
-    sent = {name: call["bytes"] for name, call in collectives(job).items()}
-    over = lambda name: cluster.hosts > 1 and (name != "all-to-all" or job.sp > cluster.per_host)
-    return (
-        {name: size for name, size in sent.items() if over(name)},
-        {name: size for name, size in sent.items() if not over(name)},
-    )
+def over_hosts(collective: str, job: Job, cluster: Cluster) -> bool:
+    """Whether a collective goes over hosts. Weights and gradients are shared by all devices; a sequence by the --sp
+    devices of a row."""
+    return cluster.hosts > 1 and (collective != "all-to-all" or job.sp > cluster.per_host)
 
 
 def adapter_bytes(job: Job) -> float:
@@ -151,25 +141,23 @@ def adapter_bytes(job: Job) -> float:
 def collectives(job: Job) -> dict[str, dict[str, int]]:
     """Calls of each collective in a step, and the bytes that one device sends in them."""
     n, batches, passes, layers = job.devices, job.grad_accum, job.passes, job.model.num_layers
-    sizes, trained = job.parameters, job.trained
-    calls = {name: {"calls": 0, "bytes": 0} for name in ("all-to-all", "all-gather", "reduce-scatter", "all-reduce")}
-    if n > 1:
-        others = lambda elements, width: batches * elements * width * (n - 1) // n
-        width = 2 if job.profile.reduce_dtype == "bfloat16" else 4
-        # Beside the layers: the embedding's table, the norm, the head's table.
-        calls["all-gather"] = {
-            "calls": batches * (sizes.layer_leaves * passes.loads + 3),
-            "bytes": others(sizes.layer * passes.loads + sizes.head * 2, job.width),
-        }
-        calls["reduce-scatter"] = {
-            "calls": batches * (trained.layer_leaves * layers + trained.other_leaves),
-            "bytes": others(trained.layer * layers + trained.tables, width),
-        }
-        calls["all-reduce"] = {"calls": batches + 1, "bytes": 4 * (batches + 1)}
-    swaps = Ulysses.traffic(job.attention)
+    sizes, trained, several = job.parameters, job.trained, job.devices > 1
+    others = lambda elements, width: batches * elements * width * (n - 1) // n
+    swaps, width = Ulysses.traffic(job.attention), 2 if job.profile.reduce_dtype == "bfloat16" else 4
     both = lambda forward, backward: batches * (passes.attention_forward * forward + layers * backward)
-    calls["all-to-all"] = {
-        "calls": both(swaps.forward_calls, swaps.backward_calls),
-        "bytes": both(swaps.forward_bytes, swaps.backward_bytes),
+    found = {
+        "all-to-all": (
+            both(swaps.forward_calls, swaps.backward_calls),
+            both(swaps.forward_bytes, swaps.backward_bytes),
+        ),
+        "all-gather": (  # beside the layers: the embedding's table, the norm, the head's table
+            several * batches * (sizes.layer_leaves * passes.loads + 3),
+            others(sizes.layer * passes.loads + sizes.head * 2, job.width),
+        ),
+        "reduce-scatter": (
+            several * batches * (trained.layer_leaves * layers + trained.other_leaves),
+            others(trained.layer * layers + trained.tables, width),
+        ),
+        "all-reduce": (several * (batches + 1), several * 4 * (batches + 1)),
     }
-    return calls
+    return {name: {"calls": calls, "bytes": size} for name, (calls, size) in found.items()}

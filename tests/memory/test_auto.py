@@ -2,6 +2,7 @@
 """Choosing a profile: the fastest that fits; the compiler has the last word; what is typed stays."""
 
 import dataclasses
+import functools
 import itertools
 
 import pytest
@@ -148,6 +149,12 @@ def test_formats_of_the_optimizer_change_only_if_allowed():
     assert (typed.states, typed.master) == ("float32", "float32")
 
 
+def confirmed(compiler, say=lambda text: None):
+    """The choice for 524,288 tokens that this compiler accepts."""
+    search = Search(H100, margin=CONFIRMED)
+    return confirm(search, functools.partial(choose, job(524288)), compiler, "none is left", say)
+
+
 class Compiler:
     """A compiler that needs `excess` bytes more of the device, and `host` of the host, than the model says."""
 
@@ -171,7 +178,7 @@ class Compiler:
 )
 def test_a_choice_that_the_compiler_contradicts_is_corrected(excess, host):
     compiler, said = Compiler(H100, excess, host), []
-    choice = confirm(job(524288), Search(H100), compiler, said.append)
+    choice = confirmed(compiler, said.append)
     assert choice.plan is compiler.seen[-1] and not choice.plan.lacks
     assert all(plan.lacks for plan in compiler.seen[:-1]) and len(said) == len(compiler.seen) - 1
     if excess > 0:
@@ -187,7 +194,7 @@ def test_a_kind_of_profile_that_is_misjudged_does_not_condemn_the_others():
             self.excess = excess * (kind_of(job.profile) == misjudged)
             return super().__call__(job)
 
-    choice = confirm(job(524288), Search(H100), OneKind(H100))
+    choice = confirmed(OneKind(H100))
     assert kind_of(choice.job.profile) != misjudged
     assert (
         choice.plan.device_bytes + excess > choice.plan.device_limit
@@ -195,8 +202,8 @@ def test_a_kind_of_profile_that_is_misjudged_does_not_condemn_the_others():
 
 
 def test_nothing_is_chosen_that_no_compiler_accepts():
-    with pytest.raises(UserError, match="by the compiler, no profile was found that fits"):
-        confirm(job(524288), Search(H100), Compiler(H100, 500 * GIB), lambda text: None)
+    with pytest.raises(UserError, match="none is left"):
+        confirmed(Compiler(H100, 500 * GIB))
 
 
 def test_the_longest_length():

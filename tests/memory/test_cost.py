@@ -10,7 +10,6 @@ import pytest
 
 from alst_jax.hardware.machines import parse_cluster
 from alst_jax.optim.adamw import AdamW
-from alst_jax.planning.compiled import job_of, plan_step
 from alst_jax.planning.estimate import estimate
 from alst_jax.planning.footprint import layer_work, state_bytes, working_set
 from alst_jax.planning.job import Passes
@@ -18,7 +17,7 @@ from alst_jax.planning.seconds import collectives, seconds
 from alst_jax.profile import DEVICE, HOST, Profile
 from benchmarks import plan_accuracy
 from benchmarks.shapes import LLAMA_8B, LLAMA_70B, llama_8b
-from tests.helpers import make_step, tiny
+from tests.helpers import job_of, make_step, plan_of, tiny
 from tests.memory.machines_and_jobs import H100, job
 
 SMALL = tiny(
@@ -50,7 +49,7 @@ def test_bytes_are_those_of_the_compiler(changes):
     changes = dict(changes)
     sp, length = changes.pop("sp", 1), 8192
     step = make_step(SMALL, 1, sp, Profile(loss_tile=128, mlp_tile=128, **changes), AdamW())
-    compiled, estimated = plan_step(step, 1, length), estimate(job_of(step, 1, length))
+    compiled, estimated = plan_of(step, 1, length), estimate(job_of(step, 1, length))
     temporary = lambda plan: plan.device["working set"] + plan.device["kept activations"]
     assert temporary(estimated) == pytest.approx(temporary(compiled), rel=0.2)
     for part in ("weights", "gradients", "optimizer", "batch"):
@@ -76,7 +75,7 @@ def test_bytes_are_those_of_the_compiler_on_gpus():
 def test_what_is_kept_is_what_the_compiler_keeps():
     """Attention outputs of two more layers: as many bytes more, in both."""
     step = lambda n: make_step(SMALL, profile=Profile(loss_tile=128, mlp_tile=128, keep_attention_on_device=n))
-    plans = [(plan_step(step(n), 1, 8192), estimate(job_of(step(n), 1, 8192))) for n in (2, 4)]
+    plans = [(plan_of(step(n), 1, 8192), estimate(job_of(step(n), 1, 8192))) for n in (2, 4)]
     temporary = lambda plan: plan.device["working set"] + plan.device["kept activations"]
     (compiled, estimated), (compiled_more, estimated_more) = plans
     one_output = 8192 * 256 * 4
@@ -218,7 +217,7 @@ def test_an_update_in_the_backward_pass_stores_no_gradients():
         )
         for on in (False, True)
     )
-    behind, within = (plan_step(step, 1, 512) for step in steps)
+    behind, within = (plan_of(step, 1, 512) for step in steps)
     weights = behind.host["weights"]
     assert behind.host["gradients"] == weights and "gradients" not in within.host
     assert within.host["weights"] == weights and within.host["optimizer"] == behind.host["optimizer"]

@@ -25,7 +25,7 @@ from alst_jax.planning.planner import Planner
 from alst_jax.planning.report import report
 from alst_jax.profile import Profile
 from alst_jax.trainer import TrainState, optimizer_step
-from benchmarks.shapes import LLAMA_70B
+from benchmarks.shapes import LLAMA_70B, llama_8b
 from tests.helpers import TINY, initial, make_step, random_batch
 from tests.memory.machines_and_jobs import EIGHT, H100, job, maker, planner
 
@@ -216,8 +216,8 @@ class Compiler:
         monkeypatch.setattr(decide, "plan_step", self)
         monkeypatch.setattr(Planner, "step", lambda planner, job: job)
 
-    def __call__(self, job, rows, length, grad_accum, cluster, at_once, packing):
-        assert (rows, length, grad_accum) == (job.rows, job.length, job.grad_accum)
+    def __call__(self, step, job, cluster, at_once):
+        assert step == job  # the step of this job
         self.at_once = at_once
         self.jobs.append(job)
         plan = estimate(job, cluster)
@@ -238,7 +238,13 @@ def test_the_compiler_has_the_last_word(monkeypatch, excess):
     choice = planner(compiles=True).choose(EIGHT, said.append)
     assert choice.plan.source == COMPILED and choice.job == compiler.jobs[-1] and not choice.plan.lacks
     assert len(said) == len(compiler.jobs) - 1 and bool(said) == bool(excess)
-    assert all("the compiler needs +8.0 GiB of device memory" in text for text in said)
+    assert all("the compiled step needs +8.0 GiB of device memory" in text for text in said)
+
+
+def test_no_profile_that_the_compiler_accepts(monkeypatch):
+    Compiler(monkeypatch, 500 * GIB)
+    with pytest.raises(UserError, match="--memory auto: by the compiler, no profile was found that fits 1 x H100-80"):
+        planner(compiles=True).choose(dataclasses.replace(EIGHT, model=llama_8b(2)), lambda text: None)
 
 
 def test_by_hand_the_compiler_is_asked_once_and_refuses(monkeypatch):

@@ -18,7 +18,6 @@ from alst_jax.models.block import abstract_params
 from alst_jax.models.lora import Lora
 from alst_jax.models.sizes import needed_flops, parameter_sizes, trained_sizes
 from alst_jax.parallel.costs import Shapes, Traffic, head_groups, traffic, work
-from alst_jax.planning.compiled import job_of, plan_step
 from alst_jax.planning.estimate import estimate
 from alst_jax.planning.footprint import dropout_work, layer_work, rebuilt_bytes, state_bytes, trained_bytes, working_set
 from alst_jax.planning.job import Job, describe, total
@@ -28,7 +27,7 @@ from alst_jax.planning.seconds import traffic as moved
 from alst_jax.profile import Profile
 from alst_jax.stack.check import check_profile
 from benchmarks.shapes import LLAMA_1B, LLAMA_8B, LLAMA_70B, QWEN3_32B
-from tests.helpers import TINY, make_step, tiny
+from tests.helpers import TINY, job_of, make_step, plan_of, tiny
 
 TABLES = "embed_tokens|lm_head"
 ON_GPU = Profile(attention="cudnn", compute_dtype="bfloat16")
@@ -154,7 +153,7 @@ def test_adapters_in_the_plan():
 def test_a_plan_follows_the_steps_frozen_parameters():
     """By the compiler: its parts come from the trees of the step."""
     step = lambda freeze: make_step(TINY, profile=Profile(loss_tile=32, mlp_tile=32), freeze=freeze)
-    whole, frozen = plan_step(step(None), 1, 64), plan_step(step(TABLES), 1, 64)
+    whole, frozen = plan_of(step(None), 1, 64), plan_of(step(TABLES), 1, 64)
     assert whole.device["gradients"] - frozen.device["gradients"] == 2 * TINY.vocab_size * TINY.hidden_size * 4
     assert whole.device["weights"] == frozen.device["weights"] and job_of(step(TABLES), 1, 64).freeze == TABLES
 

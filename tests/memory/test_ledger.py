@@ -12,7 +12,6 @@ from alst_jax.flag_checks import check_run
 from alst_jax.hardware.machines import parse_cluster
 from alst_jax.optim.adamw import AdamW
 from alst_jax.planning import planner
-from alst_jax.planning.compiled import plan_step
 from alst_jax.planning.estimate import estimate, ledger_of_bytes
 from alst_jax.planning.job import Job, total
 from alst_jax.planning.report import explain
@@ -21,7 +20,7 @@ from alst_jax.profile import DEVICE, HOST, Profile
 from alst_jax.step import TrainStep
 from benchmarks import plan_accuracy
 from benchmarks.shapes import LLAMA_8B
-from tests.helpers import leaf, make_step, random_batch, tiny
+from tests.helpers import leaf, make_step, plan_of, random_batch, tiny
 
 H100 = parse_cluster("8xH100", 1000)
 SMALL = tiny(
@@ -118,7 +117,7 @@ def test_attention_in_some_layers_needs_the_bytes_of_all():
         mlp_bias=False,
     )
     plans = [
-        plan_step(make_step(dataclasses.replace(model, attention_layers=n), 1, 1, profile, AdamW()), 1, 8192)
+        plan_of(make_step(dataclasses.replace(model, attention_layers=n), 1, 1, profile, AdamW()), 1, 8192)
         for n in (None, 2)
     ]
     full, some = (plan.device["working set"] + plan.device["kept activations"] for plan in plans)

@@ -8,13 +8,12 @@ import pytest
 from alst_jax.hardware.machines import parse_cluster
 from alst_jax.optim.adamw import AdamW
 from alst_jax.planning.candidates import Search, segments_within
-from alst_jax.planning.compiled import job_of, plan_step
 from alst_jax.planning.estimate import estimate
 from alst_jax.planning.job import Job, Passes
 from alst_jax.planning.search import choose
 from alst_jax.profile import DEVICE, HOST, Profile
 from benchmarks.shapes import LLAMA_8B
-from tests.helpers import make_step, tiny
+from tests.helpers import job_of, make_step, plan_of, tiny
 
 H100 = parse_cluster("H100-80", 125)
 LENGTH = 131072
@@ -86,7 +85,7 @@ def test_the_compiler_keeps_as_many_bytes_more():
     plans = []
     for changes in (levels(4, 0), levels(4, 2, 2)):  # a run of one layer is no loop, and needs copies
         step = make_step(SMALL, 1, 1, Profile(loss_tile=128, mlp_tile=128, **changes), AdamW())
-        plans.append((plan_step(step, 1, 8192), estimate(job_of(step, 1, 8192))))
+        plans.append((plan_of(step, 1, 8192), estimate(job_of(step, 1, 8192))))
     temporary = lambda plan: plan.device["working set"] + plan.device["kept activations"]
     compiled, planned = (temporary(more) - temporary(none) for none, more in zip(*plans))
     expected = 8192 * 4 * 2 * (128 + 2 * 64 + 2 * 256)

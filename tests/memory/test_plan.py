@@ -16,13 +16,12 @@ from alst_jax.hardware.environment import has_cuda_compiler
 from alst_jax.hardware.machines import GIB, parse_cluster
 from alst_jax.models.hf_config import hf_config_dict
 from alst_jax.optim.adamw import AdamW
-from alst_jax.planning.compiled import plan_step
 from alst_jax.planning.job import Job
 from alst_jax.planning.plan import PARTS, Choice
 from alst_jax.planning.report import planned_against_measured
 from alst_jax.profile import Profile
 from benchmarks.shapes import LLAMA_8B
-from tests.helpers import initial, make_step, tiny
+from tests.helpers import initial, make_step, plan_of, tiny
 from tests.runs import run_here
 
 MODEL = tiny(num_heads=8, num_kv_heads=8, attention_bias=False, mlp_bias=False)
@@ -30,7 +29,7 @@ TILED = dict(loss_tile=32, mlp_tile=32)
 
 
 def plan(rows=1, length=1024, grad_accum=1, sp=1, dp=1, dtype=jnp.float32, optimizer=AdamW(), model=MODEL, **changes):
-    return plan_step(make_step(model, dp, sp, Profile(**TILED | changes), optimizer, dtype), rows, length, grad_accum)
+    return plan_of(make_step(model, dp, sp, Profile(**TILED | changes), optimizer, dtype), rows, length, grad_accum)
 
 
 def temporary(plan):

@@ -16,15 +16,14 @@ import pytest
 from alst_jax.hardware.machines import parse_cluster
 from alst_jax.models.block import abstract_params
 from alst_jax.optim.adamw import AdamW
-from alst_jax.planning.compiled import job_of, plan_step
 from alst_jax.planning.estimate import estimate
 from alst_jax.planning.job import Job, parameter_sizes
-from alst_jax.planning.process import host_bytes, saving_bytes
+from alst_jax.planning.process import saving_bytes
 from alst_jax.profile import Profile
 from alst_jax.storage import saving
 from alst_jax.storage.checkpoint import Checkpoints
 from benchmarks.shapes import LLAMA_8B, LLAMA_70B
-from tests.helpers import TINY, make_step
+from tests.helpers import TINY, job_of, make_step, plan_of
 
 OFFLOADED = dict(offload_activations=True, offload_weights=True, offload_optimizer=True)
 LARGEST = 32 * 4096 * 14336  # elements of the 8B model's largest array
@@ -60,10 +59,9 @@ def test_the_largest_parameter(model):
 @pytest.mark.parametrize("changes", [{}, OFFLOADED])
 def test_it_is_a_line_of_every_plan(changes):
     step = make_step(TINY, 1, 2, Profile(loss_tile=32, mlp_tile=32, **changes), AdamW())
-    compiled, estimated = plan_step(step, 1, 256), estimate(job_of(step, 1, 256))
+    compiled, estimated = plan_of(step, 1, 256), estimate(job_of(step, 1, 256))
     assert compiled.host["saving"] == estimated.host["saving"] > 0
     assert [line.split()[0] for line in compiled.table().splitlines()].count("saving") == 1
-    assert host_bytes(job(**changes)) == estimate(job(**changes)).host_bytes
 
 
 def test_it_can_be_what_a_host_lacks():

@@ -12,7 +12,7 @@ from alst_jax.planning.job import Job
 from alst_jax.planning.planner import target
 from alst_jax.planning.process import beside_pools
 from alst_jax.planning.report import network
-from alst_jax.planning.seconds import by_reach, collectives
+from alst_jax.planning.seconds import collectives, over_hosts
 from alst_jax.profile import Profile
 from tests.helpers import tiny
 
@@ -29,24 +29,17 @@ JOB = Job(tiny(num_heads=32, num_kv_heads=16), Profile(), 4, 4096, 4, 8, 1, "flo
 )
 def test_what_goes_over_hosts(cluster, dp, sp, outside):
     job = dataclasses.replace(JOB, dp=dp, sp=sp, rows=dp)
-    over, inside = by_reach(job, parse_cluster(cluster))
-    assert over.keys() == outside and over.keys() | inside.keys() == {
-        "all-gather",
-        "reduce-scatter",
-        "all-reduce",
-        "all-to-all",
-    }
-    assert (
-        over | inside == {name: call["bytes"] for name, call in collectives(job).items()}
-        and inside.get("all-to-all") != 0
-    )
+    names = {"all-gather", "reduce-scatter", "all-reduce", "all-to-all"}
+    assert collectives(job).keys() == names and collectives(job)["all-to-all"]["bytes"] > 0
+    assert {name for name in names if over_hosts(name, job, parse_cluster(cluster))} == outside
 
 
 def test_the_line_about_the_network():
-    over, inside = by_reach(JOB, parse_cluster("4x8xH100"))
+    over = {name: call["bytes"] for name, call in collectives(JOB).items()}
+    inside = over.pop("all-to-all")  # eight devices of a host share a sequence
     assert network(JOB, parse_cluster("4x8xH100")) == (
         f"collectives of a device in a step: {sum(over.values()) / GIB:.1f} GiB between hosts, "
-        f"{sum(inside.values()) / GIB:.1f} GiB inside of a host (seq 8 inside of a host)"
+        f"{inside / GIB:.1f} GiB inside of a host (seq 8 inside of a host)"
     )
 
 
