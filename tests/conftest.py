@@ -83,7 +83,8 @@ SLOW = re.compile(
             r"test_an_update_in_the_backward_pass_on_packed_documents",
             r"test_257_documents_in_one_sequence",
             # LoRA: one case of each kind by default
-            r"mesh/test_lora\.py::test_no_feature_changes_the_result",  # test_lora_dropout has the same features
+            r"mesh/test_lora\.py::test_no_feature_changes_the_result\[(?!ulysses)",
+            r"mesh/test_lora_dropout\.py::test_no_feature_changes_the_masks",  # a step of training draws them below
             r"mesh/test_lora\.py::test_the_program_has_no_gradient_of_a_frozen_weight\[plain",
             r"parity/test_lora\.py::test_(training|files|merged).*\[(?!llama)",
             r"parity/test_lora\.py::test_loss_and_every_gradient\[olmo2",
@@ -126,13 +127,22 @@ SLOW = re.compile(
             r"test_families_parity.py::test_logits_loss_and_every_gradient\[phi3(\]|.*short)",
             r"test_qwen2.py::test_loss_and_every_gradient",
             r"test_qwen2.py::test_training_one_step_equals_torch_with_frozen_parameters\[tied",
-            r"test_text_config.py::test_the_loss_and_every_gradient_of_the_language_model\[mistral3",
             r"test_training_is_that_of_torch\[one device",
             r"test_a_small_mistake_would_show",
-            r"parity/test_lora_bfloat16.py::test_a_norm_in_bfloat16_beside_adapters_has_a_master\[low-bits",
+            r"parity/test_lora_bfloat16.py::test_a_norm_in_bfloat16_beside_adapters_has_a_master",
             r"test_hf_parity.py::test_logits_loss_and_every_gradient\[(biases|llama3|tied)\]",  # families have them
+            r"test_torch_training.py::test_the_comparison_covers_what_it_should",  # the control of the test before it
+            r"test_qwen2.py::test_logits",  # the training step is compared
+            r"test_text_config.py::test_the_loss_and_every_gradient_of_the_language_model",  # gemma3 alone, and end to end
             r"test_families_parity.py::test_logits_loss_and_every_gradient\[qwen2, windows",  # qwen3, windows; test_qwen2
+            r"test_a_plan_for_a_machine_by_arithmetic",  # test_json_for_machines and the commands of pages plan so, too
+            r"test_a_debug_run_compiles_its_own_programs_before_the_first_step",
+            r"test_the_writer_of_many_cores_stays_within_its_part",
+            r"test_packed_on_a_mesh_equals_one_at_a_time",  # test_extend_cli evaluates packs on sp 2
             # command line
+            r"test_a_step_takes_as_many_sequences_on_any_mesh",  # test_batches_of_a_step; test_old_runs: another mesh
+            r"test_weighted_sources_resume_where_they_stopped",  # test_sources: from the start
+            r"test_sigterm_saves_too",  # processes/test_train: a signal saves
             r"test_there_and_back_bit_for_bit\[(?!float32-sharded-tied|bfloat16-single-untied|float16-sharded)",
             r"test_an_interrupted_conversion_leaves_nothing_that_looks_finished\[(?!.*read_part|killed-to_hf-save_params|inter.*run_file)",
             r"test_the_command_of_a_row_learns_from_its_record\[(texts in another|chats in another|instructions \(Dolly|instructions with|fields)",
@@ -175,7 +185,7 @@ SLOW = re.compile(
             r"test_buckets.py::test_dense_calls_equal_documents\[(?!at the sizes)",
             r"test_an_update_is_in_place_and_works_a_layer_at_a_time\[int8",
             r"test_narrow_state_trains_like_float32",  # test_on_a_mesh_and_streamed_from_the_host
-            r"test_on_a_mesh_and_streamed_from_the_host\[.*low-bits",  # test_low_bits_are_a_float32_master
+            r"test_on_a_mesh_and_streamed_from_the_host\[.*int8",  # test_old_runs steps with it
             r"test_bfloat16_weights_follow_a_float32_master",  # test_low_bits_are_a_float32_master, test_torch_training
             r"test_low_bits_are_a_float32_master_to_the_last_bit\[device",
             r"test_xla_attention\[[14]\]",

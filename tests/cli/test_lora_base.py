@@ -62,7 +62,10 @@ def test_the_weights_are_compared(adapter, base, tmp_path, capsys):
     escapes = {adapter: "write --model's name into .*adapter_config.json", mine: "remove .*base.json"}
     for directory, escape in escapes.items():
         check(directory, base), check(directory, moved)
-        with pytest.raises(UserError, match=f"trained beside {base}, and the weights of --model {other} .*{escape}"):
+        with pytest.raises(
+            UserError,
+            match=f"trained with the base model {base}, and the weights of --model {other} differ; .*{escape}",
+        ):
             check(directory, other)
     assert "is not on this machine" not in capsys.readouterr().err
     named = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": "hub/name"}

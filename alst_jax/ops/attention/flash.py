@@ -10,7 +10,7 @@ import dataclasses
 import importlib
 import importlib.metadata
 import re
-import types
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
@@ -64,7 +64,7 @@ def check_packages() -> None:
         )
 
 
-def launchers() -> types.ModuleType:
+def launchers() -> Any:
     """The module that calls flash-attn-4. UserError where that is not installed."""
     try:
         return importlib.import_module(LAUNCHERS)
