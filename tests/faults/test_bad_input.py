@@ -9,6 +9,7 @@ import shutil
 import sys
 
 import pytest
+import transformers  # noqa: F401  its log keeps the stream of its first import, which must not be one of a test's
 
 import train
 from alst_jax.hardware import environment
