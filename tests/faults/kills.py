@@ -110,7 +110,8 @@ def plant(kill: Kill) -> None:
 
             def unlink(path, *args, dir_fd=None):
                 where = os.readlink(f"/proc/self/fd/{dir_fd}") if dir_fd is not None else str(path)
-                if "/checkpoints/" in where and "tmp" not in where:
+                _, inside, file = where.partition("/checkpoints/")
+                if inside and "tmp" not in file:  # orbax names unfinished checkpoints so
                     left[0] -= 1
                     if left[0] == 0:
                         end()
