@@ -142,7 +142,8 @@ class Server:
             self._send(connection, {"kind": "all", "number": number, "values": values})
 
     def outlive(self) -> None:
-        """Return when all processes have said goodbye: one that has not may still wait for what this one must send."""
+        """Return when all processes have said goodbye, or after SILENCE seconds. Process 0 must not end before: a
+        process that has not said goodbye may still wait for an answer."""
         self._all_gone.wait(SILENCE)
 
     def end(self, rank: int, text: str, code: int) -> None:
