@@ -12,6 +12,7 @@ import dataclasses
 import os
 import statistics
 import subprocess
+import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any, Literal
@@ -138,7 +139,8 @@ def bytes_limit() -> int:
     """Bytes of a device that jax may use."""
     import jax
 
-    return jax.devices()[0].memory_stats()["bytes_limit"]
+    stats = jax.devices()[0].memory_stats()
+    return stats["bytes_limit"] if stats else sys.maxsize  # a CPU has none
 
 
 def print_plan(options: Options, step: "TrainStep", compiled: Any, seconds: float) -> int:
