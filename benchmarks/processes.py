@@ -41,7 +41,7 @@ def compare(options: Options) -> None:
     """Run all shapes, and print a line for each and for each pair."""
     given = f"--model {options.model} --data {options.data} --seq-len {options.seq_len} --sp {options.sp}".split()
     given += f"--steps {options.steps} {options.flags}".split()
-    given += ["--dtype", "float32", "--random-weights", "--export"]
+    given += ["--dtype", "float32", "--attention", "xla", "--random-weights", "--export"]
     results = {}
     for shape in options.shapes:
         count, devices = map(int, shape.split("x"))
