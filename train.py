@@ -40,6 +40,7 @@ def main() -> int:
             config.devices,
             config.deterministic,
             start.sharing(),
+            config.profile_steps is not None,
         )
         start.start_jax(config, environment.visible_gpus)
         code = run(config) if config.show_samples is None else show_samples(config)

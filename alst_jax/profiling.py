@@ -14,10 +14,11 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 
 from alst_jax.config import parse_steps
 from alst_jax.processes.link import link
-from alst_jax.xla.scopes import SCOPES
+from alst_jax.xla.scopes import SCOPES, TO_DEVICE, TO_HOST
 
 ROWS = 16  # printed
-OTHER = "no scope"
+OTHER, IDLE = "no scope", "idle"
+COPIES = {"MemcpyH2D": TO_DEVICE, "MemcpyD2H": TO_HOST}  # what a GPU's trace calls them
 CONTAINERS = {"while", "conditional", "call"}  # operations whose time is spent in the operations inside
 _LAST_SCOPE = re.compile(rf".*(?:^|[/(])({'|'.join(map(re.escape, SCOPES))})(?=[/)]|$)")
 
@@ -81,18 +82,29 @@ def newest(directory: pathlib.Path) -> pathlib.Path:
 
 
 def read(trace: pathlib.Path) -> dict[str, float]:
-    """Seconds of all operations of a trace by scope, a mean over devices."""
+    """Seconds of all operations of a trace by scope, a mean over devices; and, as `idle`, of the time between the first
+    and the last operation in which a device ran none."""
     raw = trace.read_bytes()
-    operations, seconds, devices = _operations(raw), collections.Counter(), set()
+    operations, seconds, spans = _operations(raw), collections.Counter(), collections.defaultdict(list)
     with warnings.catch_warnings():  # as an error, this one of jaxlib's types ends the process on Python 3.12
         warnings.filterwarnings("ignore", "builtin type .* has no __module__", DeprecationWarning)
         events = list(_events(jax.profiler.ProfileData.from_serialized_xspace(raw)))
-    for device, name, module, duration in events:
-        opcode, path = operations.get((module, name), ("", ""))
+    for device, label, operation, (start, duration) in events:
+        opcode, path = operations.get(operation, ("", ""))
         if opcode not in CONTAINERS:
-            devices.add(device)
-            seconds[scope_of(path)] += duration
-    return {scope: total / len(devices) for scope, total in seconds.most_common()}
+            spans[device].append((start, start + duration))
+            scope = scope_of(path)
+            seconds[COPIES.get(label, scope) if scope == OTHER else scope] += duration
+    seconds[IDLE] = sum(map(idle, spans.values()))
+    return {scope: total / len(spans) for scope, total in seconds.most_common()}
+
+
+def idle(spans: list[tuple[float, float]]) -> float:
+    """The length of the gaps between spans (start, end), which may overlap."""
+    gaps, end = 0.0, float("inf")
+    for start, stop in sorted(spans):
+        gaps, end = gaps + max(0.0, start - end), stop if end == float("inf") else max(end, stop)
+    return gaps
 
 
 def scope_of(path: str) -> str:
@@ -112,8 +124,8 @@ def table(seconds: dict[str, float], steps: int) -> str:
     return "\n".join(rows)
 
 
-def _events(profile: jax.profiler.ProfileData) -> Iterator[tuple[str, str, str, float]]:
-    """(device, name of the operation, of its program, seconds) of each operation that ran."""
+def _events(profile: jax.profiler.ProfileData) -> Iterator[tuple[str, str, tuple[str, str], tuple[float, float]]]:
+    """(device, label, (program, operation), (start, duration) in seconds) of each operation that ran."""
     for plane in profile.planes:
         on_gpu = plane.name.startswith("/device:GPU")
         if not on_gpu and plane.name != "/host:CPU":
@@ -126,8 +138,8 @@ def _events(profile: jax.profiler.ProfileData) -> Iterator[tuple[str, str, str, 
                 # The threads of a CPU run other work too; each device's operations name it.
                 device = plane.name if on_gpu else stats.get("device_ordinal")
                 if on_gpu or (device is not None and "hlo_op" in stats):
-                    names = (str(stats.get(name, "")) for name in ("hlo_op", "hlo_module"))
-                    yield str(device), *names, event.duration_ns / 1e9
+                    names = str(stats.get("hlo_module", "")), str(stats.get("hlo_op", ""))
+                    yield str(device), event.name, names, (event.start_ns / 1e9, event.duration_ns / 1e9)
 
 
 # ----------------------------------------------------------------------- the compiled programs that a trace has with it

@@ -23,6 +23,8 @@ XLA_GPU_FLAGS = {
     "xla_disable_hlo_passes": "rematerialization",
 }
 DETERMINISTIC_FLAGS = {"xla_gpu_deterministic_ops": "true"}
+# The kernels of a CUDA graph are in a trace without the names of their operations, hence without a scope.
+TRACED_FLAGS = {"xla_gpu_enable_command_buffer": ""}
 # XLA ends a process whose simulated devices do not meet within 40 s, as on a machine with much other work.
 XLA_CPU_FLAGS = {"xla_cpu_collective_call_terminate_timeout_seconds": "1200"}
 CUDA_PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
@@ -35,6 +37,7 @@ def prepare(
     devices: int | None = None,
     deterministic: bool = False,
     sharing: int = 1,
+    traced: bool = False,
 ) -> None:
     """Set the environment of a run; variables that the user has set stay. Call before anything imports jax.
 
@@ -42,14 +45,14 @@ def prepare(
     compile for, devices that are not here; the machine's own devices are not used. host_memory_gib: use no more of
     the host. devices: this many of the machine's devices share it; None: all do. deterministic: the compiler
     chooses only operations that sum in a fixed order. sharing: processes of the run on this host that see other GPUs
-    each.
+    each. traced: the run traces steps.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # torch is left out on purpose
     if absent_devices:
         if has_cuda_compiler():
-            _set_compiler_flags(deterministic)
+            _set_compiler_flags(deterministic, traced)
         import jax
 
         jax.config.update("jax_platforms", "cpu")
@@ -69,7 +72,7 @@ def prepare(
     share = pinned_share(host_memory(host_memory_gib), max(1, min(gpus, devices or gpus)))
     os.environ.setdefault(HOST_LIMIT, str(share // GIB))
     if gpus and has_cuda_compiler():  # the flag is unknown to CPU-only builds, which would abort
-        _set_compiler_flags(deterministic)
+        _set_compiler_flags(deterministic, traced)
 
 
 def pinned_limit() -> int | None:
@@ -81,8 +84,8 @@ def pinned_limit() -> int | None:
     return None if text is None else int(text) * GIB
 
 
-def _set_compiler_flags(deterministic: bool) -> None:
-    _add_flags(XLA_GPU_FLAGS | (DETERMINISTIC_FLAGS if deterministic else {}))
+def _set_compiler_flags(deterministic: bool, traced: bool) -> None:
+    _add_flags(XLA_GPU_FLAGS | (DETERMINISTIC_FLAGS if deterministic else {}) | (TRACED_FLAGS if traced else {}))
 
 
 def _add_flags(wanted: dict[str, str]) -> None:
