@@ -41,6 +41,7 @@ MOST = {
     "rotating": 100,
     "exporting": 50,
 }  # calls, about: a later number is never reached
+SIGABRT = -6
 COMPARED = ("step", "loss", "grad_norm", "learning_rate", "labels")
 
 
@@ -102,10 +103,10 @@ class Bench:
             codes.append(code)
             if code == -9:
                 killed.append(str(kill))
-            elif code:
+            elif code and not self._xla_aborted(code):
                 break
-        for _ in range(2):
-            if codes[-1] in (0, -9):
+        for _ in range(2 + codes.count(SIGABRT)):
+            if codes[-1] in (0, -9) or self._xla_aborted(codes[-1]):
                 codes.append(self._go(out, None)[0])
         line = {
             "trial": number,
@@ -124,6 +125,10 @@ class Bench:
         shutil.rmtree(out, ignore_errors=True)
         shutil.rmtree(f"{out}-cache", ignore_errors=True)
         return line
+
+    def _xla_aborted(self, code: int) -> bool:
+        """Whether XLA ended the process because its simulated devices did not meet (docs/log.md). The run goes on."""
+        return code == SIGABRT and "rendezvous.h" in fatal(self.log.read_text())
 
     def _draw(self, rng: random.Random, stage: str | None) -> Kill:
         if stage is None and rng.random() < 0.3:
