@@ -109,6 +109,7 @@ FOREIGN = {  # of uv, of converters and campaigns, of benchmarks, of launchers (
     "--models",
     "--lengths",
     "--measure",
+    "--python",
     "--folder",
 } | {
     f"--{name}"
