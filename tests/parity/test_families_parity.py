@@ -6,6 +6,8 @@ Windows are 7 tokens at length 33, so that each window has a border inside of th
 finds the border itself.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -178,6 +180,7 @@ def twins(request, tmp_path_factory):
     return model, directory, config, load_params(directory, config, make_step(config).params)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def logits(config, params, tokens):
     """By a Python loop over layers."""
     h = params["embed_tokens"]["embedding"][tokens] * config.embedding_multiplier
@@ -214,7 +217,7 @@ def test_logits_loss_and_every_gradient(twins):
     model.zero_grad()
     out = model(torch.tensor(tokens).long(), labels=torch.tensor(labels).long(), use_cache=False)
     out.loss.backward()
-    assert relative_error(jax.jit(lambda p, t: logits(config, p, t))(params, tokens), out.logits.detach()) < 1e-4
+    assert relative_error(logits(config, params, tokens), out.logits.detach()) < 1e-4
 
     shifted = np.concatenate([labels[:, 1:], np.full((2, 1), IGNORED, np.int32)], axis=1)  # as transformers does inside
     step = make_step(config)
