@@ -145,7 +145,6 @@ def test_block(twins):
     assert relative_error(ours, theirs.detach()) < OP
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def logits(config, params, tokens):
     """All logits, from the parts the step is made of."""
     h = params["embed_tokens"]["embedding"][tokens]
