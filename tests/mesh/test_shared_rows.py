@@ -72,7 +72,7 @@ def test_a_single_input_that_is_not_shared_takes_two_rows():
 
 
 @functools.cache
-def step_that(share, dp=1, sp=1):
+def step_that(share, dp, sp):
     return make_step(MODEL, dp, sp, dataclasses.replace(PROFILE, share_gradients=share))
 
 
@@ -86,7 +86,7 @@ def test_equal_to_separate_arrays(dp, sp):
 
 def host_arrays(share):
     """Shapes of arrays in host memory with a segment's or more of hidden states."""
-    step = step_that(share)
+    step = step_that(share, 1, 1)
     batch = step.put_batch(**random_batch(MODEL))
     arguments = *step.split(initial(step)), batch, jnp.float32(1)  # as in the run above: traced once
     jaxpr = str(step.loss_and_grad.trace(*arguments).jaxpr)
