@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from alst_jax.config import TrainConfig, UserError
+from alst_jax.hardware import environment
 from alst_jax.hardware.devices import absent_devices
 from alst_jax.hardware.machines import Cluster, parse_cluster
 from alst_jax.models.block import abstract_params
 from alst_jax.models.config import ModelConfig
 from alst_jax.models.extend import longest as model_length
 from alst_jax.models.lora import is_adapter
+from alst_jax.models.sizes import parameter_sizes
 from alst_jax.models.tree import dotted
 from alst_jax.ops.attention import KERNELS, refusal
 from alst_jax.ops.attention.devices import Chosen, Gpu, choose_kernel
@@ -25,7 +27,7 @@ from alst_jax.parallel.mesh import choose_degrees, make_mesh
 from alst_jax.parallel.sequence import padded_length
 from alst_jax.planning.job import Job
 from alst_jax.planning.planner import ANY_LENGTH, Planner, target
-from alst_jax.planning.process import with_room
+from alst_jax.planning.process import beside, with_room
 from alst_jax.profile import Profile
 from alst_jax.run_lora import check_others, with_lora
 from alst_jax.run_packs import of_short_documents
@@ -37,13 +39,17 @@ OLDEST_JAX_ON_CUDA = (0, 11, 1)  # openxla/xla#46231
 
 def subject(config: TrainConfig) -> tuple[ModelSource, Planner, Job]:
     """The model, the planner of the machine, and the step's shapes. UserError for impossible combinations."""
+    # -------------------------------------------------------------------------------------------------- what: the model
+    source = find_model(config, tokenizer=not config.planning)
+    model = with_lora(config, source)
+    largest = parameter_sizes(model).largest * (4 if config.dtype == "float32" else 2)
+    environment.leave_room(lambda pools: beside(largest, pools, pools))
+
     # ------------------------------------------------------------------------------------------- where: devices, mesh
     cluster = target(config)
     dp, sp = choose_degrees(config.dp, config.sp, cluster.devices if config.plan_for else jax.device_count())
 
-    # -------------------------------------------------------------------------------------------------- what: the model
-    source = find_model(config, tokenizer=not config.planning)
-    model = with_lora(config, source)
+    # ------------------------------------------------------------------------------------------ how: the step's shapes
     check_freeze(config.freeze, model)
     if model.lora is not None:
         check_others(config.freeze, model)

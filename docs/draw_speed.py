@@ -4,15 +4,25 @@ docs/draw_speed.py`"""
 import pathlib
 
 # Full fine-tuning of Llama-8B on one H100, optimizer step included: (tokens in a sequence, tokens a second, note).
-OURS = [(131072, 3365, "125 GiB host"), (524288, 1027, "125 GiB host")]  # benchmarks/results/2026-11-27-flash.md
+OURS = [  # 12 and 5 sequences a step at the first two lengths; benchmarks/results/2026-11-28-h200-as-h100.md
+    (32768, 6999, ""),
+    (65536, 5165, ""),
+    (131072, 3396, ""),
+    (262144, 1944, ""),
+    (524288, 1036, ""),
+]
 # ml_dataflow's recorded runs of 2025-09: its smallest and largest host memory at each length.
 ML_DATAFLOW = [
+    (32768, 7426, "64 GiB"),
+    (65536, 5235, "80 GiB"),
     (131072, 3253, "112 GiB"),
     (262144, 1810, "160 GiB"),
     (524288, 928, "256 GiB"),
     (1048576, 481, "464 GiB"),
 ]
 ML_DATAFLOW_MORE = [
+    (32768, 7908, "112 GiB"),
+    (65536, 5487, "144 GiB"),
     (131072, 3385, "128 GiB"),
     (262144, 2070, "224 GiB"),
     (524288, 1128, "356 GiB"),
@@ -38,7 +48,7 @@ def main() -> None:
     import matplotlib.pyplot as plt
 
     figure, (lengths, layers) = plt.subplots(1, 2, figsize=(10, 3.8), width_ratios=(3, 1))
-    curve(lengths, OURS, "alst_jax", (8, -3), marker="o", color="tab:blue", linestyle="")
+    curve(lengths, OURS, "alst_jax, 125 GiB", (0, 0), marker="o", color="tab:blue")
     curve(
         lengths,
         ML_DATAFLOW_MORE,
@@ -63,13 +73,13 @@ def main() -> None:
         yscale="log",
         xlabel="tokens in a sequence",
         ylabel="tokens a second",
-        title="Llama-8B, full step, one H100 80 GB (host memory at each point)",
-        xlim=(1e5, 1.6e6),
-        ylim=(380, 4600),
+        title="Llama-8B, full step, one GPU, 80 GB (host memory at each point)",
+        xlim=(2.5e4, 1.7e6),
+        ylim=(380, 9500),
     )
-    ticks = [131072, 262144, 524288, 1048576]
+    ticks = [32768, 65536, 131072, 262144, 524288, 1048576]
     lengths.set_xticks(ticks, [f"{n:,}" for n in ticks])
-    lengths.set_yticks([500, 1000, 2000, 3000], ["500", "1,000", "2,000", "3,000"])
+    lengths.set_yticks([500, 1000, 2000, 4000, 8000], ["500", "1,000", "2,000", "4,000", "8,000"])
     lengths.minorticks_off()
     lengths.legend(fontsize=8, loc="lower left")
     bars = layers.bar(list(FOUR_LAYERS), list(FOUR_LAYERS.values()), color=["tab:blue", "tab:gray"])

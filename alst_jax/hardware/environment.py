@@ -7,6 +7,7 @@ import itertools
 import os
 import platform
 import subprocess
+from collections.abc import Callable
 
 from alst_jax.config import UserError
 from alst_jax.hardware.host_limits import host_memory
@@ -27,6 +28,7 @@ DETERMINISTIC_FLAGS = {"xla_gpu_deterministic_ops": "true"}
 TRACED_FLAGS = {"xla_gpu_enable_command_buffer": ""}
 # XLA ends a process whose simulated devices do not meet within 40 s, as on a machine with much other work.
 XLA_CPU_FLAGS = {"xla_cpu_collective_call_terminate_timeout_seconds": "1200"}
+_limited: list[tuple[int, int]] = []  # (bytes of the host, devices) of the limit that `prepare` set, if it did
 CUDA_PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 
 
@@ -69,10 +71,22 @@ def prepare(
     # Each device has a separate pool of pinned memory, which jax caps at 64 GiB by default; weights and
     # optimizer states of an 8B model need more. The unit is GiB, whatever the name says.
     gpus = visible_gpus() * sharing
-    share = pinned_share(host_memory(host_memory_gib), max(1, min(gpus, devices or gpus)))
-    os.environ.setdefault(HOST_LIMIT, str(share // GIB))
+    total, pools = host_memory(host_memory_gib), max(1, min(gpus, devices or gpus))
+    _limited[:] = [] if HOST_LIMIT in os.environ else [(total, pools)]
+    os.environ.setdefault(HOST_LIMIT, str(pinned_share(total, pools) // GIB))
     if gpus and has_cuda_compiler():  # the flag is unknown to CPU-only builds, which would abort
         _set_compiler_flags(deterministic, traced)
+
+
+def leave_room(beside: Callable[[int], int]) -> None:
+    """Lower the limit on pinned memory that `prepare` set where a process needs more beside the pools of its devices
+    than that leaves. A limit that the user has set stays. Call before jax has made its devices, which read it.
+
+    beside: number of devices -> bytes of host memory beside their pools.
+    """
+    for total, pools in _limited:
+        share = max(0, total - beside(pools)) // pools
+        os.environ[HOST_LIMIT] = str(min(pinned_share(total, pools), share) // GIB)
 
 
 def pinned_limit() -> int | None:

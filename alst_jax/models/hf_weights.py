@@ -122,7 +122,8 @@ def _check_tied(tensors: dict[str, Tensor], where: str) -> None:
     if EMBEDDING not in tensors:
         return
     head, table = tensors[HEAD], tensors[EMBEDDING]
-    count, rows = head.shape[0], max(1, AT_ONCE // max(1, math.prod(head.shape[1:]) * head.dtype.itemsize))
+    count = head.shape[0] if head.shape else 0  # a single number: the embedding's shape is refused with the others
+    rows = max(1, AT_ONCE // max(1, math.prod(head.shape[1:]) * head.dtype.itemsize))
     same = (head.shape, head.dtype) == (table.shape, table.dtype) and all(
         read_tensor(head, part).tobytes() == read_tensor(table, part).tobytes()
         for part in ((slice(start, min(start + rows, count)),) for start in range(0, count, rows))

@@ -56,11 +56,16 @@ def pool_bytes(plan: Plan) -> int:
 
 def beside_pools(job: Job, per_host: int, processes: int = 1) -> int:
     """Host memory beside the pools of so many processes, on a host of `per_host` devices."""
+    return beside(job.parameters.largest * job.width, job.devices, min(job.devices, per_host), processes)
+
+
+def beside(largest: int, devices: int, here: int, processes: int = 1) -> int:
+    """Host memory beside the pools of so many processes. largest: bytes of the largest array of weights, which is
+    divided over `devices`, of which the host has `here`."""
     # Arrays seem to be copied through pinned memory that all devices share: a device's part of the largest array,
     # rounded up to a power of two (4.0 GiB came within two seconds when an 8B model was loaded; docs/log.md).
-    staging = 2 ** math.ceil(math.log2(job.parameters.largest * job.width // job.devices))
-    more = min(job.devices, per_host) - processes
-    return processes * (staging + saving.BUFFERS + PROCESS) + more * PROCESS_DEVICE
+    staging = 2 ** math.ceil(math.log2(largest // devices))
+    return processes * (staging + saving.BUFFERS + PROCESS) + (here - processes) * PROCESS_DEVICE
 
 
 def process_bytes(choice: Choice, per_host: int, processes: int = 1) -> int:

@@ -123,6 +123,11 @@ def _next_faster(best: Choice, search: Search, larger: Profile) -> tuple[Job, Pl
             {"keep_attention_on_device": profile.keep_attention_on_device + 1},
             {"keep_attention_on_host": profile.keep_attention_on_host + 1},
         ]
+    changes += [
+        {name: getattr(profile, name) + 1}
+        for name, of in LEVELS.items()
+        if getattr(profile, name) < getattr(profile, of)
+    ]
     stays = lambda name, value: name not in search.fixed or value == getattr(profile, name)
     jobs = [best.job.changed(**change) for change in changes if all(map(stays, change.keys(), change.values()))]
     found = [(job, plan, search.missing(plan)) for job, plan in zip(jobs, map(search.plan, jobs))]

@@ -187,10 +187,11 @@ def test_the_environment_is_for_the_devices_of_the_flags(monkeypatch):
     asked = []
     monkeypatch.setattr(train.environment, "prepare", lambda *values: asked.append(values[2:]))
     monkeypatch.setattr(train, "run", lambda config: 0)
-    for flags in (("--dp", "1", "--sp", "2"), ("--dp", "2"), ("--sp", "2"), ()):
+    for flags in (("--dp", "1", "--sp", "2"), ("--dp", "2"), ("--sp", "2"), (), ("--profile-steps", "2")):
         monkeypatch.setattr(sys, "argv", ["train.py", "--model", "any", "--data", "any", *flags, "--host-memory", "50"])
         assert train.main() == 0
-    assert asked == [(50.0, devices, False, 1) for devices in (2, 2, None, None)]  # one process
+    expected = [(2, False), (2, False), (None, False), (None, False), (None, True)]  # devices; whether steps are traced
+    assert asked == [(50.0, devices, False, 1, traced) for devices, traced in expected]  # one process
 
 
 def test_a_pool_without_a_limit(reserved, monkeypatch):

@@ -109,6 +109,8 @@ def test_auto_fills_free_memory(length, grad_accum, machine):
     if getattr(profile, name) < 30:  # two more do not fit; one alone would be no loop
         more = free.job.changed(**{name: getattr(profile, name) + 2})
         assert Search(cluster).missing(Search(cluster).plan(more))
+    if grad_accum > 1:
+        assert f"The next faster choice, with --keep-qkv-on-device {profile.keep_qkv_on_device + 1}" in free.explain()
 
 
 def test_typed_levels_stay():

@@ -8,12 +8,14 @@ import jax
 import psutil
 import pytest
 
+from alst_jax import run
 from alst_jax.config import TrainConfig, UserError
 from alst_jax.hardware import environment
 from alst_jax.hardware import host_limits as limits
 from alst_jax.hardware.host_limits import cgroup_limits, host_memory
 from alst_jax.hardware.machines import GIB, pinned_share
 from alst_jax.planning.planner import target
+from train import parse
 
 TOTAL = psutil.virtual_memory().total
 UNLIMITED = 9223372036854771712  # of version 1
@@ -137,9 +139,40 @@ def test_gpus_that_jax_will_see(monkeypatch, listed, visible, count):
         assert environment.visible_gpus() == count
 
 
+@pytest.mark.parametrize("traced,deterministic", [(False, False), (True, False), (False, True), (True, True)])
+def test_the_compiler_is_told(variables, monkeypatch, traced, deterministic):
+    monkeypatch.setattr(environment, "visible_gpus", lambda: 1)
+    monkeypatch.setattr(environment, "has_cuda_compiler", lambda: True)
+    environment.prepare(None, deterministic=deterministic, traced=traced)
+    given = variables["XLA_FLAGS"].split()
+    assert ("--xla_gpu_enable_command_buffer=" in given) == traced  # no CUDA graphs
+    assert ("--xla_gpu_deterministic_ops=true" in given) == deterministic
+    assert "--xla_gpu_enable_latency_hiding_scheduler=true" in given
+
+
+@pytest.mark.parametrize("gpus,beside,limit", [(1, 5, 87), (1, 23, 77), (2, 30, 35), (1, 200, 0)])
+def test_a_model_that_needs_more_beside_its_pools_is_left_room(variables, monkeypatch, gpus, beside, limit):
+    """Of 100 GiB, 13 are kept back for each first device, and 8 for each other."""
+    monkeypatch.setattr(environment, "visible_gpus", lambda: gpus)
+    monkeypatch.setattr(limits, "cgroup_limits", lambda root: [])
+    environment.prepare(None)
+    environment.leave_room(lambda pools: beside * GIB)
+    assert variables[environment.HOST_LIMIT] == str(limit)
+
+
+def test_the_model_is_known_before_jax_makes_its_devices(monkeypatch):
+    """Devices read the limit once."""
+    asked = []
+    monkeypatch.setattr(environment, "leave_room", lambda beside: asked.append(beside(2) // GIB))
+    monkeypatch.setattr(run, "target", lambda config: asked.append("devices") or target(config))
+    run.subject(parse(["--steps", "1", "--seq-len", "128", "--sp", "1", "--simulate-devices", "1"]))
+    assert asked == [7 + 3, "devices"]  # a save's 3 GiB, a process's 4, the second device's 3, and some MiB
+
+
 def test_what_the_user_sets_wins(variables):
     variables[environment.HOST_LIMIT] = "37"
     environment.prepare(None, host_memory_gib=20)
+    environment.leave_room(lambda pools: 90 * GIB)
     assert variables[environment.HOST_LIMIT] == "37" and environment.pinned_limit() == 37 * GIB
     variables[environment.HOST_LIMIT] = "a lot"
     with pytest.raises(UserError, match="=a lot: a whole number of GiB"):

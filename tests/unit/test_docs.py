@@ -67,7 +67,13 @@ def test_the_architecture_names_every_layer():
     ] == []
 
 
-RENAMED = {"extend-loss.svg": "loss-by-position.svg", "extend-needle.svg": "needle.svg"}  # copied from a run
+RENAMED = {  # copied from a run
+    "extend-loss.svg": "loss-by-position.svg",
+    "extend-needle.svg": "needle.svg",
+    "extend-smollm2-loss.svg": "loss-by-position.svg",
+    "extend-smollm2-before.svg": "needle.svg",
+    "extend-smollm2-after.svg": "needle.svg",
+}
 
 
 def test_every_picture_is_made_by_a_script():
@@ -103,6 +109,7 @@ FOREIGN = {  # of uv, of converters and campaigns, of benchmarks, of launchers (
     "--models",
     "--lengths",
     "--measure",
+    "--python",
     "--folder",
 } | {
     f"--{name}"

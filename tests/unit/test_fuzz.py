@@ -1,6 +1,7 @@
 # pytest tests/unit/test_fuzz.py; all examples: pytest -m slow tests/unit/test_fuzz.py, a part of them: -k 'part3'
 """Made-up configs and files of weights are read, or refused with a UserError. No other error, and no hang."""
 
+import functools
 import json
 import pathlib
 
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import strategies as st
 
 from alst_jax.config import UserError
+from alst_jax.models import hf_weights
 from alst_jax.models.families import FAMILIES
 from alst_jax.models.hf_config import hf_config_dict, model_config, parse_config
 from alst_jax.models.hf_weights import model_tensors
@@ -169,8 +171,10 @@ def files(draw):
 
 
 @pytest.mark.parametrize("seed,examples", PARTS)
-def test_files_of_weights(tmp_path, seed, examples):
+def test_files_of_weights(tmp_path, monkeypatch, seed, examples):
     whole = []
+    # Traced once: the shapes of the model are the same for all files, and took half of the time.
+    monkeypatch.setattr(hf_weights, "expected_shapes", functools.cache(hf_weights.expected_shapes))
 
     def check(content):
         (tmp_path / SINGLE).write_bytes(content)

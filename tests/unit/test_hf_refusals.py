@@ -61,6 +61,11 @@ def test_a_head_beside_tied_embeddings_must_be_the_embedding(tmp_path):
     changed[0, 0] += 1
     rewrite(tmp_path, tensors | {"lm_head.weight": changed})
     refuse(tmp_path, "tie_word_embeddings is true, yet lm_head.weight differs from model.embed_tokens.weight")
+    one = torch.zeros(())  # a tensor without a dimension
+    rewrite(tmp_path, tensors | {"lm_head.weight": one})
+    refuse(tmp_path, "tie_word_embeddings is true, yet lm_head.weight differs from model.embed_tokens.weight")
+    rewrite(tmp_path, tensors | {"lm_head.weight": one, "model.embed_tokens.weight": one})
+    refuse(tmp_path, r"of another shape \(1\): model.embed_tokens.weight \[\], not \[96, 64\]")
 
 
 def test_a_file_cut_short_is_named(hf):

@@ -77,6 +77,14 @@ def test_scopes_are_the_innermost(path, scope):
     assert profiling.scope_of(path) == scope
 
 
+@pytest.mark.parametrize(
+    "spans,gaps",
+    [([], 0), ([(3, 5)], 0), ([(0, 2), (1, 3), (5, 6), (6, 7), (9, 10)], 4), ([(4, 5), (0, 9), (1, 2)], 0)],
+)
+def test_idle_time_is_that_of_the_gaps(spans, gaps):
+    assert profiling.idle(spans) == gaps
+
+
 def test_table_by_hand():
     rows = profiling.table({"loss": 0.006, "no scope": 0.002}, 2).splitlines()
     assert rows[1].split()[:3] == ["loss", "3.00", "75.0%"] and rows[2].split() == ["no", "scope", "1.00", "25.0%"]
