@@ -144,11 +144,14 @@ def float32_masters(master: str, model: ModelConfig, profile: Profile):
     params = initial(step)
     state = step.init_optimizer(params)
     for seed in range(4):
-        gradients = jax.tree.map(lambda p: jax.random.normal(jax.random.key(seed), p.shape, p.dtype), step.params)
+        rng = np.random.default_rng(seed)
+        gradients = jax.tree.map(lambda p: rng.standard_normal(p.shape).astype(p.dtype), step.params)
         gradients = jax.device_put(gradients, step.param_shardings)
         params, state = step.update(params, gradients, state, jnp.float32(1), jnp.float32(1e-3))
     whole, kept = (jax.tree.map(jnp.asarray, to_numpy(tree)) for tree in (params, state["master"]))
-    return to_numpy(kept if master == "float32" else jax.tree.map(join_float32, whole, kept))
+    return to_numpy(
+        kept if master == "float32" else jax.jit(functools.partial(jax.tree.map, join_float32))(whole, kept)
+    )
 
 
 def to_numpy(tree):

@@ -213,10 +213,15 @@ def test_the_longest_length():
     assert found % auto.LENGTH_STEP == 0 and found > 500_000
     assert fits_somehow(job(found), search) and not fits_somehow(job(found + auto.LENGTH_STEP), search)
     assert longest(job(), search, 100_000) == 100_000 // 1024 * 1024  # no longer than is asked for
+    assert longest(job(model=LLAMA_70B), search, 2**24) == 0
+
+
+@pytest.mark.slow
+def test_the_longest_length_grows_with_host_memory_and_devices():
+    found = longest(job(), Search(H100, narrow=True), 2**24)
     more_host = longest(job(), Search(parse_cluster("H100-80", 300), narrow=True), 2**24)
     eight = longest(job(sp=8), Search(parse_cluster("8xH100"), narrow=True), 2**24)
     assert found < more_host < eight
-    assert longest(job(model=LLAMA_70B), Search(H100, narrow=True), 2**24) == 0
 
 
 def test_what_was_typed_is_known():

@@ -66,11 +66,15 @@ def check_against_loop(model, mesh, **profile):
 def test_a_block_is_its_two_halves():
     """And its parts are disjoint: each parameter belongs to one half, so that none is without a gradient."""
     model = tiny(qkv_bias=True, attention_bias=False)
-    params = to_numpy(init_params(model, jnp.float32, jax.random.key(0)))
-    one = jax.tree.map(lambda w: jnp.asarray(w[1]), params["layers"])
-    h, tokens = jnp.ones((2, 6, 64)), Tokens.of(model, jnp.tile(jnp.arange(6), (2, 1)))
+    params = to_numpy(jax.jit(lambda key: init_params(model, jnp.float32, key))(jax.random.key(0)))
     attend = lambda q, k, v: attention(q, k, v, kernel="xla")
-    assert np.array_equal(one(h, tokens, attend), one.after(h, attend(*one.before(h, tokens))))
+
+    @jax.jit
+    def both(one):
+        h, tokens = jnp.ones((2, 6, 64)), Tokens.of(model, jnp.tile(jnp.arange(6), (2, 1)))
+        return one(h, tokens, attend), one.after(h, attend(*one.before(h, tokens)))
+
+    assert np.array_equal(*both(jax.tree.map(lambda w: w[1], params["layers"])))
     before, after = halves(model)
     assert not before & after
     assert before | after == {
@@ -82,12 +86,16 @@ def test_a_block_is_its_two_halves():
 def test_heads_are_slices(chunks):
     """Eight query heads and two kv heads in groups: together they are all heads."""
     model = tiny()
-    one = jax.tree.map(lambda w: w[0], init_params(model, jnp.float32, jax.random.key(0))["layers"])
-    h, tokens = jax.random.normal(jax.random.key(1), (5, 64)), Tokens.of(model, jnp.arange(5)[None])
-    tokens = Tokens(*(x[0] for x in tokens.rows))
-    q, k, v = one.before(h, tokens)
-    parts = [one.heads(i, chunks).before(h, tokens) for i in range(chunks)]
-    assert relative_error(jnp.concatenate([part[0] for part in parts], 1), q) < 1e-6
+
+    @jax.jit
+    def whole_and_parts(key):
+        one = jax.tree.map(lambda w: w[0], init_params(model, jnp.float32, key)["layers"])
+        h, tokens = jax.random.normal(jax.random.key(1), (5, 64)), Tokens.of(model, jnp.arange(5)[None])
+        tokens = Tokens(*(x[0] for x in tokens.rows))
+        return one.before(h, tokens), [one.heads(i, chunks).before(h, tokens) for i in range(chunks)]
+
+    (q, k, v), parts = whole_and_parts(jax.random.key(0))
+    assert relative_error(np.concatenate([part[0] for part in parts], 1), q) < 1e-6
     for whole, n in ((k, 1), (v, 2)):
         for i, part in enumerate(parts):
             at = i * 2 // chunks
@@ -171,10 +179,11 @@ def test_a_users_own_attention():
         return jax.vjp(lambda *qkv: forward(*qkv, spec, documents)[0], q, k, v)[1](do)
 
     mine = Kernel("mine", forward, backward)
-    batch = random_batch()
+    model = tiny(attention_bias=False, mlp_bias=False)
+    batch = random_batch(model)
     usual, own = (
         loss_and_grad(step, initial(step), batch)
-        for step in (make_step(sp=2, profile=Profile()), make_step(sp=2, profile=Profile(attention=mine)))
+        for step in (make_step(model), make_step(model, sp=2, profile=dataclasses.replace(PLAIN, attention=mine)))
     )
     assert {"forward", "backward"} <= set(calls)
     np.testing.assert_allclose(own[0], usual[0], rtol=1e-5)

@@ -2,6 +2,7 @@
 """Inputs of segments in the memory of gradients: equal to separate arrays, and really there."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -70,20 +71,25 @@ def test_a_single_input_that_is_not_shared_takes_two_rows():
     assert [segment_inputs(segments, True, shared) for shared in (0, 1, 2, 3)] == [3, 2, 2, 0]
 
 
+@functools.cache
+def step_that(share, dp, sp):
+    return make_step(MODEL, dp, sp, dataclasses.replace(PROFILE, share_gradients=share))
+
+
 @pytest.mark.parametrize("dp,sp", [(1, 1), pytest.param(2, 2, marks=pytest.mark.slow)])
 def test_equal_to_separate_arrays(dp, sp):
     """Loss and gradients, bit for bit."""
-    steps = [make_step(MODEL, dp, sp, dataclasses.replace(PROFILE, share_gradients=share)) for share in (False, True)]
+    steps = [step_that(share, dp, sp) for share in (False, True)]
     results = [loss_and_grad(step, initial(step), random_batch(MODEL)) for step in steps]
     jax.tree.map(np.testing.assert_array_equal, *results)
 
 
 def host_arrays(share):
     """Shapes of arrays in host memory with a segment's or more of hidden states."""
-    step = make_step(MODEL, profile=dataclasses.replace(PROFILE, share_gradients=share))
+    step = step_that(share, 1, 1)
     batch = step.put_batch(**random_batch(MODEL))
-    number = jax.ShapeDtypeStruct((), jnp.float32)
-    jaxpr = str(step.loss_and_grad.trace(step.trained, step.frozen, batch, number).jaxpr)
+    arguments = *step.split(initial(step)), batch, jnp.float32(1)  # as in the run above: traced once
+    jaxpr = str(step.loss_and_grad.trace(*arguments).jaxpr)
     return set(re.findall(r"<host>\[(\d,4,64,32)\]", jaxpr))
 
 

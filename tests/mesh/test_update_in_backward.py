@@ -2,6 +2,7 @@
 """A step whose gradients are never stored equals the step that stores them, and stops at what is not finite."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,14 @@ from tests.mesh.test_profiles import HOST, TILES, name
 
 MODEL = tiny(num_layers=4, attention_bias=False, mlp_bias=False)
 REMAT = dataclasses.replace(PLAIN, remat=True, offload_weights=True, offload_optimizer=True)
+IN_SEGMENTS = dict(segment_layers=(2,), **TILES, **HOST)
 UNCLIPPED = dataclasses.replace(QUIET_ADAMW, clip_norm=0.0)
+
+
+@functools.cache
+def step_of(mesh, tied, **changes):
+    model = dataclasses.replace(MODEL, tie_word_embeddings=tied)
+    return make_step(model, *mesh, profile=dataclasses.replace(REMAT, **changes), optimizer=UNCLIPPED)
 
 
 def run(step, in_backward, steps=3):
@@ -49,7 +57,7 @@ def run(step, in_backward, steps=3):
     [
         ((1, 1), {}),
         ((1, 1), dict(segment_layers=(2,), head_chunks=2)),
-        ((2, 2), dict(**TILES, **HOST)),
+        ((2, 2), IN_SEGMENTS),
         (
             (1, 4),
             dict(
@@ -68,8 +76,7 @@ def run(step, in_backward, steps=3):
 )
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_equals_the_update_behind_it(mesh, changes, tied):
-    profile = dataclasses.replace(REMAT, **changes)
-    step = make_step(dataclasses.replace(MODEL, tie_word_embeddings=tied), *mesh, profile=profile, optimizer=UNCLIPPED)
+    step = step_of(mesh, tied, **changes)
     losses, norms, weights, state = run(step, in_backward=True)
     same_losses, same_norms, same_weights, same_state = run(step, in_backward=False)
     np.testing.assert_allclose(losses, same_losses, rtol=1e-5)
@@ -100,13 +107,13 @@ def test_the_flag_reaches_the_profile():
 
 @pytest.fixture(scope="module")
 def in_segments():
-    profile = dataclasses.replace(REMAT, segment_layers=(2,), update_in_backward=True)
-    return make_step(MODEL, profile=profile, optimizer=UNCLIPPED)
+    """The step that `test_equals_the_update_behind_it` compiles by default."""
+    return step_of((2, 2), False, **IN_SEGMENTS)
 
 
 def poisoned(step, scale, spoil=lambda params: params):
     """(finite, layers updated, indices of the layers that changed, whether anything else did) of one step."""
-    params = spoil(initial(step))
+    params = jax.device_put(spoil(to_numpy(initial(step))), step.param_shardings)
     before, state = to_numpy(params), step.init_optimizer(params)
     _, _, finite, layers, params, state = step.update_in_backward(
         *step.split(params), state, step.put_batch(**random_batch(MODEL)), jnp.float32(scale), jnp.float32(1e-2)
@@ -125,15 +132,16 @@ def poisoned(step, scale, spoil=lambda params: params):
 
 
 def test_nothing_is_updated_where_the_loss_is_not_finite(in_segments):
-    spoil = lambda params: params | {"norm": jax.tree.map(lambda x: x * jnp.nan, params["norm"])}
+    spoil = lambda params: params | {"norm": jax.tree.map(lambda x: x * np.nan, params["norm"])}
     assert poisoned(in_segments, 1.0, spoil) == (False, 0, [], [], 0)
     assert poisoned(in_segments, 1 / 200) == (True, 4, [0, 1, 2, 3], ["embed_tokens", "norm", "lm_head"], 1)
 
 
 def test_update_stops_at_the_layer_where_the_norm_overflows(in_segments):
-    step = make_step(MODEL)
+    step = in_segments
     _, gradients = step.loss_and_grad(*step.split(initial(step)), step.put_batch(**random_batch(MODEL)), jnp.float32(1))
-    squares = lambda tree: sum(float(np.sum(np.square(x.astype(np.float64)))) for x in jax.tree.leaves(to_numpy(tree)))
+    gradients = to_numpy(gradients)
+    squares = lambda tree: sum(float(np.sum(np.square(x.astype(np.float64)))) for x in jax.tree.leaves(tree))
     head = squares((gradients["norm"], gradients["lm_head"]))
     upper = head + squares(jax.tree.map(lambda g: g[2:], gradients["layers"]))
     lower = upper + squares(jax.tree.map(lambda g: g[1:2], gradients["layers"]))
@@ -153,6 +161,7 @@ def train_until_it_is_not_finite(step, monkeypatch, tmp_path, updated):
         return result if len(calls) == 1 else (result[0], jnp.inf, jnp.bool(False), jnp.int32(updated), *result[4:])
 
     monkeypatch.setattr(step, "update_in_backward", second_is_not)
+    monkeypatch.setattr(step, "profile", dataclasses.replace(step.profile, update_in_backward=True))  # for the trainer
     tokens = np.arange(64, dtype=np.int32)
     data = TrainingBatches([Sequence(tokens, tokens)] * 16, 64, 4, 1, 0, 0)  # shapes as in `poisoned`: compiled once
     log = MetricsLog(tmp_path, 0)

@@ -115,8 +115,13 @@ def test_attention_module(twins):
     model, config, params = twins
     x, at = hidden(), positions()
     block, theirs = layer(params, 1), model.model.layers[1]
-    o = attend(*block.before(jnp.asarray(x), Tokens.of(config, jnp.asarray(at))))
-    ours = block.self_attn.o_proj(o.reshape(*o.shape[:2], -1))
+
+    @jax.jit
+    def of(block, x, at):
+        o = attend(*block.before(x, Tokens.of(config, at)))
+        return block.self_attn.o_proj(o.reshape(*o.shape[:2], -1))
+
+    ours = of(block, x, at)
     normed = theirs.input_layernorm(torch.tensor(x))
     theirs, _ = theirs.self_attn(normed, torch_rope(model, x, at), causal_mask(24))
     assert relative_error(ours, theirs.detach()) < OP
@@ -125,15 +130,14 @@ def test_attention_module(twins):
 def test_mlp_module(twins):
     model, config, params = twins
     x = hidden()
-    assert (
-        relative_error(layer(params, 0).mlp(jnp.asarray(x)), model.model.layers[0].mlp(torch.tensor(x)).detach()) < OP
-    )
+    ours = jax.jit(lambda mlp, x: mlp(x))(layer(params, 0).mlp, x)
+    assert relative_error(ours, model.model.layers[0].mlp(torch.tensor(x)).detach()) < OP
 
 
 def test_block(twins):
     model, config, params = twins
     x, at = hidden(), positions()
-    ours = layer(params, 1)(jnp.asarray(x), Tokens.of(config, jnp.asarray(at)), attend)
+    ours = jax.jit(lambda block, x, at: block(x, Tokens.of(config, at), attend))(layer(params, 1), x, at)
     theirs = model.model.layers[1](
         torch.tensor(x), attention_mask=causal_mask(24), position_embeddings=torch_rope(model, x, at)
     )

@@ -157,8 +157,9 @@ def program(**changes):
 @pytest.fixture(scope="module")
 def usual():
     program()  # of the first trace the constants have other names
-    assert program() == program()
-    return program()
+    found = program()
+    assert program() == found
+    return found
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Profile)])

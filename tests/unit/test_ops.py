@@ -83,8 +83,9 @@ def test_tiled_equals_whole(tile):
         y = tiled(gated, rows, weights, which, tile=tile)
         return jnp.sum(y["out"] * target) + jnp.sum(jnp.sin(y["norm"]))
 
-    ours = jax.value_and_grad(loss, argnums=(0, 1))(x, weights, tile)
-    whole = jax.value_and_grad(loss, argnums=(0, 1))(x, weights, None)
+    ours, whole = (
+        jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), static_argnums=2)(x, weights, rows) for rows in (tile, None)
+    )
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(whole), strict=True):
         assert relative_error(a, b) < 1e-5
 
@@ -94,14 +95,16 @@ def test_tiled_sums_weight_gradients_in_float32():
     dy = normal(2, 4096, 3, dtype=jnp.bfloat16)
     exact = np.asarray(x, np.float64).T @ np.asarray(dy, np.float64)
     fn = lambda x, w: linear(x, w)
-    carrier = jax.vjp(lambda w: tiled(fn, x, w, tile=64), w.astype(jnp.float32))[1](dy)[0]
+    in_tiles = jax.jit(lambda w: jax.vjp(lambda w: tiled(fn, x, w, tile=64), w)[1](dy)[0])
+    carrier = in_tiles(w.astype(jnp.float32))
     assert carrier.dtype == jnp.float32 and relative_error(carrier, exact) < 1e-5
 
+    of_tile = jax.jit(lambda x, dy: jax.vjp(lambda w: fn(x, w), w)[1](dy)[0])
     naive = jnp.zeros((4, 3), jnp.bfloat16)  # the twin that sums in the weight's own dtype
     for start in range(0, 4096, 64):
-        naive += jax.vjp(lambda w: fn(x[start : start + 64], w), w)[1](dy[start : start + 64])[0]
+        naive += of_tile(x[start : start + 64], dy[start : start + 64])
     assert relative_error(naive, exact) > 10 * relative_error(carrier, exact)
-    bf16 = jax.vjp(lambda w: tiled(fn, x, w, tile=64), w)[1](dy)[0]
+    bf16 = in_tiles(w)
     assert bf16.dtype == jnp.bfloat16 and relative_error(bf16, exact) < relative_error(naive, exact)
 
 
@@ -109,7 +112,7 @@ def test_fixed_arrays_get_no_gradient_and_tiles_come_out_even():
     x, scale, weights = normal(0, TOKENS, 6), normal(1, TOKENS, 1), normal(2, 6, 4)
     for tile in (5, None):
         loss = lambda x, w, scale: jnp.sum(jnp.sin(tiled(lambda x, w, scale: (x * scale) @ w, x, w, scale, tile=tile)))
-        dx, _, dscale = jax.grad(loss, argnums=(0, 1, 2))(x, weights, scale)
+        dx, _, dscale = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(x, weights, scale)
         assert np.all(np.asarray(dscale) == 0) and np.any(np.asarray(dx) != 0)
     assert [even_tile(rows, 4096) for rows in (65_536, 6144, 100, 4097, 12_288)] == [4096, 3072, 4096, 4096, 4096]
 
@@ -133,10 +136,11 @@ def exact_loss(h, table, labels):
 @pytest.mark.parametrize("tile", TILES)
 def test_tiled_cross_entropy(tile):
     h, table, labels = loss_inputs()
-    ours = jax.value_and_grad(lambda h, w: 3.0 * tiled_cross_entropy(h, w, labels, tile), argnums=(0, 1))(h, table)
-    plain = jax.value_and_grad(lambda h, w: 3.0 * cross_entropy(h, w, labels), argnums=(0, 1))(h, table)
+    of = lambda loss: jax.jit(jax.value_and_grad(lambda h, w: 3.0 * loss(h, w), argnums=(0, 1)))(h, table)
+    ours, plain = of(lambda h, w: tiled_cross_entropy(h, w, labels, tile)), of(lambda h, w: cross_entropy(h, w, labels))
+    alone = jax.jit(lambda h, w: tiled_cross_entropy(h, w, labels, tile))(h, table)
     assert abs(float(ours[0]) / 3 - exact_loss(h, table, labels)) < 1e-5 * float(ours[0])
-    assert float(tiled_cross_entropy(h, table, labels, tile)) == pytest.approx(float(ours[0]) / 3, rel=1e-6)
+    assert float(alone) == pytest.approx(float(ours[0]) / 3, rel=1e-6)
     for a, b in zip(ours[1], plain[1]):
         assert relative_error(a, b) < 1e-5
 
@@ -145,10 +149,11 @@ def test_loss_of_a_tile_weighs_by_its_valid_labels():
     """A mean of tile means is another number: the error a shipped trainer made."""
     h, table, _ = loss_inputs()
     labels = jnp.full(TOKENS, IGNORED).at[:5].set(3).at[7].set(1).at[20].set(2)
-    total, valid = float(tiled_cross_entropy(h, table, labels, 5)), 7
+    total, valid = float(jax.jit(tiled_cross_entropy, static_argnums=3)(h, table, labels, 5)), 7
+    rows = lambda i: (np.asarray(h[i : i + 5]), np.asarray(labels[i : i + 5]))
     means = [
-        float(cross_entropy(h[i : i + 5], table, labels[i : i + 5])) / max(1, int((labels[i : i + 5] != IGNORED).sum()))
-        for i in range(0, TOKENS, 5)
+        float(exact_loss(h, table, labels)) / max(1, int((labels != IGNORED).sum()))
+        for h, labels in map(rows, range(0, TOKENS, 5))
     ]
     assert total / valid == pytest.approx(exact_loss(h, table, labels) / valid, rel=1e-5)
     assert abs(np.mean(means) - total / valid) > 0.05 * total / valid
@@ -157,16 +162,17 @@ def test_loss_of_a_tile_weighs_by_its_valid_labels():
 def test_ignored_labels_give_exactly_zero():
     h, table, _ = loss_inputs()
     labels = jnp.full(TOKENS, IGNORED)
-    loss, (dh, dtable) = jax.value_and_grad(lambda h, w: tiled_cross_entropy(h, w, labels, 5), argnums=(0, 1))(h, table)
+    of = jax.jit(jax.value_and_grad(lambda h, w, labels: tiled_cross_entropy(h, w, labels, 5), argnums=(0, 1)))
+    loss, (dh, dtable) = of(h, table, labels)
     assert float(loss) == 0 and not np.any(dh) and not np.any(dtable)
-    labels = labels.at[12].set(3)  # one label in the middle tile: the other tiles' rows stay 0, nothing is NaN
-    dh = jax.grad(lambda h: tiled_cross_entropy(h, table, labels, 5))(h)
+    # One label in the middle tile: the other tiles' rows stay 0, nothing is NaN.
+    dh, _ = of(h, table, labels.at[12].set(3))[1]
     assert np.any(dh[12]) and not np.any(np.delete(dh, 12, axis=0))
 
 
 def test_huge_logits_stay_finite():
     h, table, labels = loss_inputs()
-    loss, grads = jax.value_and_grad(lambda h: tiled_cross_entropy(h, table, labels, 5))(h * 1e4)
+    loss, grads = jax.jit(jax.value_and_grad(lambda h: tiled_cross_entropy(h, table, labels, 5)))(h * 1e4)
     assert np.isfinite(loss) and np.isfinite(grads).all()
 
 
