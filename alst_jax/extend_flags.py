@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -10,6 +11,8 @@ from alst_jax.declare import AtLeast, Length, default
 
 REFERENCE = "reference"
 """The word of --eval-long that names the embedded text."""
+SHORT_CONTEXT = 4096
+"""Tokens of LongPPL's short context in its paper (arXiv 2410.23771)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +32,7 @@ class ExtendFlags:
     """Sequences of --eval-long for the loss by position and LongPPL."""
     eval_long_samples: Annotated[int, AtLeast(0)] = 1
     """Generated cases for each task, length and depth of --eval-long; 0 leaves the tasks out."""
-    eval_long_context: Annotated[Length, AtLeast(1)] = 4096
+    eval_long_context: Annotated[Length, AtLeast(1)] = SHORT_CONTEXT
     """The short context of LongPPL, in tokens (arXiv 2410.23771)."""
 
 
@@ -63,9 +66,14 @@ def extend_mistakes(config: Any) -> Iterator[tuple[Any, str]]:
     yield config.eval_long == "", f"--eval-long '': name a file or a directory, or `{REFERENCE}`"
     yield (
         config.eval_long is None
-        and (config.eval_long_sequences, config.eval_long_samples, config.eval_long_context) != (8, 1, 4096),
+        and (config.eval_long_sequences, config.eval_long_samples, config.eval_long_context) != (8, 1, SHORT_CONTEXT),
         "--eval-long-sequences, --eval-long-samples and --eval-long-context say how --eval-long "
         "judges; name its file, or leave them out",
+    )
+    yield (
+        config.eval_long is not None and SHORT_CONTEXT != config.eval_long_context >= (config.seq_len or math.inf),
+        f"--eval-long-context {config.eval_long_context}: LongPPL compares the whole text with a shorter context; "
+        f"give fewer tokens than --seq-len {config.seq_len}",
     )
     yield (
         config.eval_long is not None and config.debug_attention_layers is not None,

@@ -201,6 +201,11 @@ def extended(
         return first.sequences, stats, first.mixture, ()
     for addition in added:
         part = read_part(config, source, tuple(addition["data"]))
+        if "hash" not in addition and part.hash in [earlier.hash for earlier in parts]:
+            raise UserError(
+                f"--add-data {', '.join(addition['data'])}: the run has a copy of these data, so they would be read "
+                "twice as often; leave them out"
+            )
         if addition.setdefault("hash", part.hash) != part.hash:
             raise UserError(
                 f"--resume: the data that were added at step {addition['step']} have changed "

@@ -5,6 +5,7 @@ of a training batch. So one program, with the run's own profile, computes all lo
 """
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 import time
@@ -112,7 +113,7 @@ class _Rows:
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """The results of one evaluation."""
+    """The results of one evaluation. fingerprint: of the texts and cases that it read."""
 
     step: int
     seconds: float
@@ -120,6 +121,7 @@ class Results:
     curve: list[Band]
     long_ppl: LongPpl | None
     cells: list[tasks.Cell]
+    fingerprint: str = ""
 
     def metrics(self) -> dict[str, float]:
         """For metrics.jsonl and TensorBoard."""
@@ -143,6 +145,7 @@ class Results:
         return {
             "step": self.step,
             "seconds": self.seconds,
+            "fingerprint": self.fingerprint,
             "bands": [band._asdict() for band in self.bands],
             "curve": [band._asdict() for band in self.curve],
             "long_ppl": long_ppl,
@@ -178,15 +181,31 @@ class Evaluation:
             f"of LongPPL, {len(self.cases)} generated cases: {len(self.packed.groups)} sequences an evaluation"
         )
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the short context and all sequences. Two evaluations may be compared if it is the same."""
+        found = hashlib.sha256(str(self.context).encode())
+        for sequence in (*self.texts, *(case.sequence for case in self.cases)):
+            found.update(str(sequence.tokens.size).encode())
+            found.update(np.ascontiguousarray(sequence.tokens).tobytes())
+            found.update(np.ascontiguousarray(sequence.labels).tobytes())
+        return found.hexdigest()[:16]
+
     def __call__(self, step: TrainStep, state: TrainState, say: Callable[[str], None]) -> dict[str, float]:
-        """Judge the model: say a table, write OUT/long/step-N.json and the pictures. Returns the metrics."""
+        """Judge the model: say a table, write OUT/long/step-N.json and the pictures. Returns the metrics.
+
+        The run's first evaluation of the same texts and cases is shown beside.
+        """
         results = self.judge(step, state)
         if not link().first:  # all have computed it; process 0 writes and says it
             return results.metrics()
         folder = self.out / FOLDER
         folder.mkdir(parents=True, exist_ok=True)
-        first = [json.loads(file.read_text()) for file in sorted(folder.glob("step-*.json"))[:1]]
-        before = first[0] if first and first[0]["step"] < results.step else None
+        earlier = [json.loads(file.read_text()) for file in sorted(folder.glob("step-*.json"))]
+        earlier = [one for one in earlier if one["step"] < results.step]
+        before = next((one for one in earlier if one.get("fingerprint") == results.fingerprint), None)
+        if earlier and before is None:
+            say("long    the texts or tasks of --eval-long changed: earlier evaluations are not shown beside")
         partial = folder / ".partial"
         partial.write_text(json.dumps(results.as_json(), indent=1))
         partial.replace(folder / f"step-{results.step:08d}.json")
@@ -213,6 +232,7 @@ class Evaluation:
             curve(losses, labels, length),
             long_ppl,
             cells,
+            self.fingerprint,
         )
 
 

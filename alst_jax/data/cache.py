@@ -236,9 +236,10 @@ class Cache:
         """Write a small file, complete or not at all. If it cannot be written, the next run computes the hash again."""
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=".partial-", delete=False) as stream:
-                stream.write(f"{text} {checksum_of(text)}")
-            os.replace(stream.name, file)
+            with tempfile.TemporaryDirectory(dir=file.parent, prefix=".partial-") as folder:
+                written = pathlib.Path(folder) / file.name
+                written.write_text(f"{text} {checksum_of(text)}")
+                os.replace(written, file)
         except OSError as error:
             print(
                 f"cache   the hash of the sequences is not stored: {file.parent} cannot be written "

@@ -54,6 +54,8 @@ def test_a_run(resume, flags, tmp_path, capsys):
     first, *_, last = metrics(tmp_path / "run")
     assert (first["event"], first["step"]) == ("long", 0) and "event" not in last
     assert last["long_loss/256-512"] < first["long_loss/256-512"] and last["long_key_tokens"] >= 0
+    tags = b"".join(file.read_bytes() for file in (tmp_path / "run" / "tensorboard").iterdir())
+    assert b"long_loss/256-512" in tags and b"long_needle_exact" in tags
     folder = tmp_path / "run" / "long"
     names = {"step-00000000.json", "step-00000002.json", "needle.svg", "loss-by-position.svg"}
     assert names <= {p.name for p in folder.iterdir()}

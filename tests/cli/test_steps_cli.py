@@ -8,10 +8,15 @@ import numpy as np
 import pytest
 
 from alst_jax.config import TrainConfig, UserError
+from alst_jax.data.tokenizer import byte_tokenizer
+from alst_jax.models.config import TINY_LLAMA
+from alst_jax.planning.job import Job
+from alst_jax.profile import Profile
 from alst_jax.run import accumulation
-from alst_jax.run_data import additions
+from alst_jax.run_data import additions, read_data
 from alst_jax.storage import run_directory
 from alst_jax.storage.checkpoint import Checkpoints
+from alst_jax.storage.source import ModelSource
 from tests.runs import make_hf, metrics, run_here, write_jsonl
 
 
@@ -179,3 +184,23 @@ def test_an_addition_begins_behind_all_batches_that_were_read(tmp_path):
     run_directory.record_added(out, [{"data": ["x.jsonl"], "step": 4, "batches": 9, "hash": "0a"}])
     with pytest.raises(UserError, match="data were added at step 4 already, and the newest checkpoint is of step 2"):
         additions(config)
+
+
+def test_a_copy_of_the_runs_data_is_not_added(tmp_path, monkeypatch):
+    """Neither of --data nor of an earlier addition, under another name; a later resume reads what was added."""
+    old, copy, more, other = (
+        write_jsonl(tmp_path / f"{name}.jsonl", [f"{text} text {i}" * 3 for i in range(4)])
+        for name, text in (("old", "a"), ("copy", "a"), ("more", "b"), ("other", "b"))
+    )
+    source, job = ModelSource("tiny", TINY_LLAMA, byte_tokenizer(), None), Job(TINY_LLAMA, Profile(), 1, 32)
+
+    def read(*added):
+        monkeypatch.setattr("alst_jax.run_data.additions", lambda _: [dict(addition) for addition in added])
+        return read_data(TrainConfig(data=(str(old),), seq_len=32, pack=True), source, job)[0].added
+
+    addition = lambda file: {"data": [str(file)], "step": 2, "batches": 2}
+    (known,) = read(addition(more))
+    assert read(known) == (known,)
+    for added in ([addition(copy)], [known, addition(other)]):
+        with pytest.raises(UserError, match="(copy|other).jsonl: the run has a copy of these data, so they would be"):
+            read(*added)

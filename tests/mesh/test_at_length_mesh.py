@@ -2,6 +2,7 @@
 """The whole evaluation at length: packed on a mesh with every feature equal to one sequence at a time on one device."""
 
 import dataclasses
+import json
 import types
 
 import numpy as np
@@ -72,4 +73,5 @@ def test_packed_on_a_mesh_equals_one_at_a_time(rope, tmp_path):
     judged = sum(np.count_nonzero(text.labels[CONTEXT - 1 : -1] != IGNORED) for text in texts)
     assert f"key tokens of {judged:,}, whose perplexity" in said[0]
     assert {"long_needle_exact", "long_copy_loss", "long_words_exact", "long_variables_loss"} <= values.keys()
-    assert (tmp_path / "long" / "needle.svg").is_file() and (tmp_path / "long" / "step-00000003.json").is_file()
+    saved = json.loads((tmp_path / "long" / "step-00000003.json").read_text())
+    assert saved["fingerprint"] == evaluation.fingerprint and (tmp_path / "long" / "needle.svg").is_file()

@@ -235,6 +235,24 @@ def test_the_plan_counts_what_is_read(writer):
     assert "before the first step and at the end" in evaluation_line(config, job, cluster)
 
 
+def test_only_the_same_texts_and_cases_are_compared(writer, tmp_path, monkeypatch):
+    texts, said = [Sequence(np.zeros(2048, np.int32), np.ones(2048, np.int32))], []
+
+    def evaluate(step, samples=1, context=512, seed=0):
+        cases = tasks.make_cases(writer, 2048, samples, seed)
+        judge = lambda self, *_: dataclasses.replace(results(step, 0.0), fingerprint=self.fingerprint)
+        monkeypatch.setattr(Evaluation, "judge", judge)
+        said.clear()
+        Evaluation.of(texts, cases, context, Shape(1, 2048, 1, 0), tmp_path)(None, None, said.append)
+        return "\n".join(said)
+
+    assert "step 0:" in evaluate(0) and "step 0" in evaluate(2).splitlines()[1]
+    for step, changes in enumerate((dict(samples=2), dict(context=256), dict(seed=1)), start=3):
+        text = evaluate(step, **changes)
+        assert "changed: earlier evaluations are not shown beside" in text and "step 0" not in text
+    assert "step 0" in evaluate(9) and "step 3" in evaluate(10, samples=2), "the first one of the same"
+
+
 @pytest.mark.parametrize(
     "flags,message",
     [
@@ -246,6 +264,7 @@ def test_the_plan_counts_what_is_read(writer):
         (dict(eval_long=""), "name a file or a directory"),
         (dict(eval_long_samples=2), "name its file"),
         (dict(eval_long="f", debug_attention_layers=1), "judges a model"),
+        (dict(eval_long="f", eval_long_context=64), "give fewer tokens than --seq-len 64"),
     ],
 )
 def test_contradictory_flags(flags, message):

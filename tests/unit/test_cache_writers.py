@@ -202,13 +202,22 @@ def test_a_damaged_hash_is_computed_again(tmp_path):
         assert cache.remembered(file) is None
 
 
-def test_a_hash_that_cannot_be_kept_ends_no_run(tmp_path, capsys):
+def test_a_hash_that_cannot_be_kept_ends_no_run(tmp_path, capsys, monkeypatch):
     (tmp_path / "fingerprints").write_text("")
     cache = Cache(tmp_path)
     cache.remember(cache.fingerprint_file([1]), "hash")
     assert capsys.readouterr().out.startswith(
         f"cache   the hash of the sequences is not stored: {tmp_path}/fingerprints"
     )
+    (tmp_path / "fingerprints").unlink()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(caching.os, "replace", full)
+    cache.remember(cache.fingerprint_file([1]), "hash")
+    assert "(No space left on device)" in capsys.readouterr().out
+    assert list((tmp_path / "fingerprints").iterdir()) == []  # nor a half-written file
 
 
 def test_bad_data_leave_no_store(tmp_path):
