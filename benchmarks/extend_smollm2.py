@@ -172,7 +172,8 @@ def in_transformers(options: Options, directory: pathlib.Path, borders: list[int
     config, _ = parse_flags(flags(options))
     texts = held_out_texts(config, find_model(config))[0]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="sdpa").to(device)
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="sdpa")
+    model = model.to(device, torch.bfloat16 if device == "cuda" else torch.float32)  # a CPU is slow in bfloat16
     losses, labels = [], [text.labels[: borders[-1]] for text in texts]
     for text, learned in zip(texts, labels):
         with torch.no_grad():
