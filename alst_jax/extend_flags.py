@@ -71,7 +71,9 @@ def extend_mistakes(config: Any) -> Iterator[tuple[Any, str]]:
         "judges; name its file, or leave them out",
     )
     yield (
-        config.eval_long is not None and SHORT_CONTEXT != config.eval_long_context >= (config.seq_len or math.inf),
+        config.eval_long is not None
+        and config.eval_long_context != SHORT_CONTEXT
+        and config.eval_long_context >= (config.seq_len or math.inf),
         f"--eval-long-context {config.eval_long_context}: LongPPL compares the whole text with a shorter context; "
         f"give fewer tokens than --seq-len {config.seq_len}",
     )

@@ -19,6 +19,7 @@ from alst_jax.xla.scopes import SCOPES, TO_DEVICE, TO_HOST
 ROWS = 16  # printed
 OTHER, IDLE = "no scope", "idle"
 COPIES = {"MemcpyH2D": TO_DEVICE, "MemcpyD2H": TO_HOST}  # what a GPU's trace calls them
+MEANING = SCOPES | {IDLE: "no operation ran"}
 CONTAINERS = {"while", "conditional", "call"}  # operations whose time is spent in the operations inside
 _LAST_SCOPE = re.compile(rf".*(?:^|[/(])({'|'.join(map(re.escape, SCOPES))})(?=[/)]|$)")
 
@@ -95,15 +96,17 @@ def read(trace: pathlib.Path) -> dict[str, float]:
             spans[device].append((start, start + duration))
             scope = scope_of(path)
             seconds[COPIES.get(label, scope) if scope == OTHER else scope] += duration
-    seconds[IDLE] = sum(map(idle, spans.values()))
+    if spans:  # a trace without operations has no row
+        seconds[IDLE] = sum(map(idle, spans.values()))
     return {scope: total / len(spans) for scope, total in seconds.most_common()}
 
 
 def idle(spans: list[tuple[float, float]]) -> float:
     """The length of the gaps between spans (start, end), which may overlap."""
-    gaps, end = 0.0, float("inf")
-    for start, stop in sorted(spans):
-        gaps, end = gaps + max(0.0, start - end), stop if end == float("inf") else max(end, stop)
+    spans, gaps = sorted(spans), 0.0
+    end = spans[0][1] if spans else 0.0
+    for start, stop in spans:
+        gaps, end = gaps + max(0.0, start - end), max(end, stop)
     return gaps
 
 
@@ -119,7 +122,7 @@ def table(seconds: dict[str, float], steps: int) -> str:
     total = sum(seconds.values()) or 1.0
     rows = [f"{'scope':18}{'ms a step':>12}{'share':>8}   of the operations of one device, in {steps} steps"]
     for scope, value in list(seconds.items())[:ROWS]:
-        row = f"{scope:18}{value / max(1, steps) * 1e3:12.2f}{value / total:8.1%}   {SCOPES.get(scope, '')}"
+        row = f"{scope:18}{value / max(1, steps) * 1e3:12.2f}{value / total:8.1%}   {MEANING.get(scope, '')}"
         rows.append(row.rstrip())
     return "\n".join(rows)
 

@@ -3,7 +3,7 @@ docs/draw_speed.py`"""
 
 import pathlib
 
-# Full fine-tuning of Llama-8B on one H100, optimizer step included: (tokens in a sequence, tokens a second, note).
+# Full fine-tuning of Llama-8B on one H200 limited to an H100's memory, with the optimizer step: (tokens in a sequence, tokens a second, note).
 OURS = [  # 12 and 5 sequences a step at the first two lengths; benchmarks/results/2026-11-28-h200-as-h100.md
     (32768, 6999, ""),
     (65536, 5165, ""),

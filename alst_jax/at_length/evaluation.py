@@ -194,7 +194,7 @@ class Evaluation:
     def __call__(self, step: TrainStep, state: TrainState, say: Callable[[str], None]) -> dict[str, float]:
         """Judge the model: say a table, write OUT/long/step-N.json and the pictures. Returns the metrics.
 
-        The run's first evaluation of the same texts and cases is shown beside.
+        The table also has the results of the run's first evaluation of the same texts and cases.
         """
         results = self.judge(step, state)
         if not link().first:  # all have computed it; process 0 writes and says it
@@ -205,7 +205,7 @@ class Evaluation:
         earlier = [one for one in earlier if one["step"] < results.step]
         before = next((one for one in earlier if one.get("fingerprint") == results.fingerprint), None)
         if earlier and before is None:
-            say("long    the texts or tasks of --eval-long changed: earlier evaluations are not shown beside")
+            say("long    the texts or tasks of --eval-long changed: the results are not compared with earlier ones")
         partial = folder / ".partial"
         partial.write_text(json.dumps(results.as_json(), indent=1))
         partial.replace(folder / f"step-{results.step:08d}.json")

@@ -28,8 +28,8 @@ DETERMINISTIC_FLAGS = {"xla_gpu_deterministic_ops": "true"}
 TRACED_FLAGS = {"xla_gpu_enable_command_buffer": ""}
 # XLA ends a process whose simulated devices do not meet within 40 s, as on a machine with much other work.
 XLA_CPU_FLAGS = {"xla_cpu_collective_call_terminate_timeout_seconds": "1200"}
-_limited: list[tuple[int, int]] = []  # (bytes of the host, devices) of the limit that `prepare` set, if it did
 CUDA_PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
+_limited: list[tuple[int, int]] = []  # (bytes of the host, devices) of the limit that `prepare` set, if it did
 
 
 def prepare(
@@ -79,8 +79,8 @@ def prepare(
 
 
 def leave_room(beside: Callable[[int], int]) -> None:
-    """Lower the limit on pinned memory that `prepare` set where a process needs more beside the pools of its devices
-    than that leaves. A limit that the user has set stays. Call before jax has made its devices, which read it.
+    """Lower the limit on pinned memory that `prepare` set, if the process would have too little memory beside its
+    pools. A limit that the user has set stays. Call before jax makes its devices: they read the limit once.
 
     beside: number of devices -> bytes of host memory beside their pools.
     """

@@ -249,7 +249,7 @@ def test_only_the_same_texts_and_cases_are_compared(writer, tmp_path, monkeypatc
     assert "step 0:" in evaluate(0) and "step 0" in evaluate(2).splitlines()[1]
     for step, changes in enumerate((dict(samples=2), dict(context=256), dict(seed=1)), start=3):
         text = evaluate(step, **changes)
-        assert "changed: earlier evaluations are not shown beside" in text and "step 0" not in text
+        assert "changed: the results are not compared with earlier ones" in text and "step 0" not in text
     assert "step 0" in evaluate(9) and "step 3" in evaluate(10, samples=2), "the first one of the same"
 
 

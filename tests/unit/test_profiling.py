@@ -85,6 +85,12 @@ def test_idle_time_is_that_of_the_gaps(spans, gaps):
     assert profiling.idle(spans) == gaps
 
 
+def test_a_trace_without_operations_has_no_rows(tmp_path):
+    """As where a GPU's events may not be read. The run goes on."""
+    (tmp_path / "empty.xplane.pb").write_bytes(b"")
+    assert profiling.read(profiling.newest(tmp_path)) == {}
+
+
 def test_table_by_hand():
     rows = profiling.table({"loss": 0.006, "no scope": 0.002}, 2).splitlines()
     assert rows[1].split()[:3] == ["loss", "3.00", "75.0%"] and rows[2].split() == ["no", "scope", "1.00", "25.0%"]
