@@ -60,6 +60,9 @@ class Switches:
     share_gradients: Annotated[bool, Words("inputs of segments in the memory of gradients"), CHOSEN] = False
     """Keep inputs of segments in the host memory of gradients that are not written yet. Needs weights and activations
     in host memory (--offload-weights --offload-activations)."""
+    prefetch_activations: Annotated[bool, Words("activations read from host memory ahead"), CHOSEN] = False
+    """In the backward pass, read the next layer's input and attention output from host memory while a layer is
+    computed. They take device memory beside the layer's own."""
     rebuild_inputs_alone: Annotated[bool, Words("attention of rebuilt layers computed once more")] = False
     """When a segment is recomputed, hold only the inputs of its layers, not their attention outputs, which each layer
     then computes once more: less device memory, and a third forward pass of attention. For segments of several layers.
@@ -173,6 +176,7 @@ BY_HAND = (
     "keep_qkv_on_device",
     "keep_mlp_on_device",
     "share_gradients",
+    "prefetch_activations",
     "rebuild_inputs_alone",
     "update_in_backward",
 )  # parts of the hand-written backward pass

@@ -43,6 +43,8 @@ PROFILES = [
     dict(segment_layers=(2, 1, 1), keep_attention_on_device=1, keep_attention_on_host=1),
     dict(segment_layers=(1, 3), keep_attention_on_device=3, offload_activations=True),
     dict(segment_layers=(2,), keep_attention_on_host=2, head_chunks=2, **TILES, **HOST),
+    dict(offload_activations=True, keep_attention_on_host=3, keep_attention_on_device=1, prefetch_activations=True),
+    dict(segment_layers=(4,), keep_attention_on_host=2, prefetch_activations=True, head_chunks=2, **TILES, **HOST),
     dict(
         segment_layers=(2, 1, 1), keep_attention_on_device=2, keep_attention_on_host=1, head_chunks=4, **TILES, **HOST
     ),
@@ -51,6 +53,7 @@ ON_MESHES = [
     ((1, 2), dict(head_chunks=2)),
     ((1, 2), dict(head_chunks=4)),  # 4: two chunks share each kv head
     ((1, 4), dict(head_chunks=2, segment_layers=(2,), keep_attention_on_host=2)),  # sp > kv heads of a chunk
+    ((1, 4), dict(head_chunks=2, keep_attention_on_host=3, prefetch_activations=True, **TILES, **HOST)),
     (
         (2, 2),
         dict(
