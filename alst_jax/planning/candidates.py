@@ -95,7 +95,8 @@ def kind_of(profile: Profile) -> tuple[int, int]:
 
 
 def bases(job: Job, search: Search, larger: bool) -> Iterator[Job]:
-    """Jobs with all placements, formats and head chunks, largest memory first. larger: with larger tiles than usual."""
+    """Jobs with all placements, formats and head chunks, largest memory first; with activations in host memory also
+    those that read them ahead. larger: with larger tiles than usual."""
     free = [name for name in PLACEMENTS[not job.profile.remat :] if name not in search.fixed]
     now, names = (job.states, job.master), ("optimizer_states", "master_weights")
     stays = lambda pair: all(value == old or name not in search.fixed for name, value, old in zip(names, pair, now))
@@ -106,8 +107,11 @@ def bases(job: Job, search: Search, larger: bool) -> Iterator[Job]:
         chunks = head_groups(job.model.num_heads, job.model.num_kv_heads, job.sp, MOST_CHUNKS)
     placements = sorted(itertools.product((False, True), repeat=len(free)), key=sum)
     tiled = with_tiles(job, job.profile, search, larger)
-    for (states, master), values, n in itertools.product(formats, placements, chunks):
-        yield dataclasses.replace(tiled.changed(head_chunks=n, **dict(zip(free, values))), states=states, master=master)
+    ahead_or_not = [job.profile.prefetch_activations] if "prefetch_activations" in search.fixed else [False, True]
+    for (states, master), values, n, ahead in itertools.product(formats, placements, chunks, ahead_or_not):
+        placed = tiled.changed(head_chunks=n, prefetch_activations=ahead, **dict(zip(free, values)))
+        if placed.profile.offload_activations or ahead == ahead_or_not[0]:
+            yield dataclasses.replace(placed, states=states, master=master)
 
 
 def with_tiles(job: Job, asked: Profile, search: Search, larger: bool) -> Job:
@@ -210,6 +214,7 @@ def segments_within(job: Job, search: Search, part: float) -> tuple[int, ...] | 
     room -= size.table * (job.devices > 1)  # the embedding, gathered to look up the first segment's input again
     room -= EARLY_LOADS * size.layer // job.devices * profile.offload_weights
     output = size.heads + size.statistics
+    room -= output * profile.prefetch_activations
     qkv, mlp = layers - profile.keep_qkv_on_device, layers - profile.keep_mlp_on_device  # the first layers that do
     on_device = layers - profile.keep_attention_on_device  # the first layer that keeps its output there
     not_kept = on_device - profile.keep_attention_on_host  # the number of layers that keep none

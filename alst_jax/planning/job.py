@@ -221,6 +221,15 @@ class Job:
                 saved[run.memory] += self._run_bytes(run)
         return saved
 
+    def read_ahead(self, segment: Segment) -> tuple[int, int]:
+        """Bytes that loops of the backward pass read from host memory one layer ahead: of one layer, of all layers."""
+        if not self.profile.prefetch_activations:
+            return 0, 0
+        size, inputs = self.sizes, segment.all_inputs and segment.layers > 1 and self.profile.offload_activations
+        row = lambda run: inputs * size.hidden + (run.memory == HOST) * (size.heads + size.statistics)
+        rows = [(row(run), run.layers) for run in segment.runs]
+        return max(row for row, _ in rows), sum(row * layers for row, layers in rows)
+
     def _run_bytes(self, run: Run) -> int:
         """The attention outputs that a run of layers saves, a single layer's also transposed for its swap; on the
         device with them q, k, v, gate and up."""

@@ -108,12 +108,19 @@ class Planner:
 
     def choose(self, job: Job, say: Callable[[str], None] = print) -> Choice:
         """The job with the profile that --memory says, and its plan. UserError if it cannot fit, or if
-        --share-gradients or --rebuild-inputs-alone has no effect in it."""
+        --share-gradients, --rebuild-inputs-alone or --prefetch-activations has no effect in it."""
         choice = self._choose(job, say)
         if choice.job.profile.rebuild_inputs_alone and max(choice.job.profile.segment_layers) == 1:
             raise UserError(
                 "--rebuild-inputs-alone: no segment has several layers here, so no segment is recomputed; add "
                 "--segment-layers, or leave the flag out"
+            )
+        if choice.job.profile.prefetch_activations and not any(
+            map(any, map(choice.job.read_ahead, choice.job.segments))
+        ):
+            raise UserError(
+                "--prefetch-activations: has no effect here: no loop over layers reads inputs or attention outputs "
+                "from host memory (--offload-activations, --keep-attention-on-host). Leave the flag out"
             )
         if choice.job.profile.share_gradients and not choice.job.shared_inputs:
             raise UserError(

@@ -51,13 +51,15 @@ def ledger(job: Job, cluster: Cluster) -> list[Term]:
         Term("matmuls", kept_copies(job) / machine.bandwidth, "device memory: copies of kept q, k, v, gate and up"),
     ]
     hidden, moved = total(terms), traffic(job)
-    copies = moved["step"] / machine.host_link
+    copies, ahead = moved["step"] / machine.host_link, moved["ahead"] / machine.host_link
     sent = {name: call["bytes"] for name, call in collectives(job).items()}
     link = lambda name: machine.network if over_hosts(name, job, cluster) else machine.interconnect
     swapped = sent.pop("all-to-all") / batches / link("all-to-all")
     gathered = sum(sent.values()) / batches / link("all-gather")
     terms += [
-        Term("host traffic", max(EXPOSED * copies, copies - hidden), "host link: what arithmetic does not hide"),
+        Term(
+            "host traffic", max(EXPOSED * (copies - ahead), copies - hidden), "host link: what arithmetic does not hide"
+        ),
         Term("collectives", swapped, "all-to-all"),
         Term("collectives", max(0.0, gathered - hidden), "gather and reduce-scatter, beyond arithmetic"),
     ]
@@ -87,8 +89,8 @@ def matmul_seconds(job: Job, cluster: Cluster, flops: float) -> float:
 
 
 def traffic(job: Job) -> dict[str, float]:
-    """Bytes that one device moves: "step", to and from host memory in a forward and backward pass; "update", the same
-    in the update; "device", in device memory in the update."""
+    """Bytes that one device moves. "step": to and from host memory in a forward and backward pass; "ahead": of these,
+    read a layer ahead; "update": to and from host memory in the update; "device": in device memory in the update."""
     (weights, gradients, optimizer), profile, written = state_bytes(job), job.profile, trained_bytes(job)
     step = 2.0 * (job.kept[HOST] + job.shared_inputs * job.sizes.hidden)
     moved = {True: 0.0, False: 0.0}  # in host memory or not
@@ -97,7 +99,8 @@ def traffic(job: Job) -> dict[str, float]:
     # For the norm and for the update; there and back, or only back where the layer is on the device already.
     moved[profile.offload_weights] += written if profile.update_in_backward else 2 * gradients + 2 * written
     moved[profile.offload_optimizer] += 2 * optimizer
-    return {"step": step, "update": moved[True], "device": moved[False]}
+    ahead = sum(job.read_ahead(segment)[1] for segment in job.segments) if profile.remat else 0
+    return {"step": step, "ahead": float(ahead), "update": moved[True], "device": moved[False]}
 
 
 def tile_sum_bytes(job: Job) -> float:
