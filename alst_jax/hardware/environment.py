@@ -18,10 +18,11 @@ HOST_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 # twice (found with a Pallas attention kernel in programs of jax 0.11.2, see docs/log.md); cuDNN's is not.
 # XLA's own rematerialization counts arrays in host memory as the device's. With many of them it recomputes to no avail:
 # no program needed less (docs/log.md), and compiling one of 13 segments took 25 minutes instead of two.
+# Asynchronous copies inside of the device's memory share the streams of copies from and to the host, and wait for them.
 XLA_GPU_FLAGS = {
     "xla_gpu_enable_latency_hiding_scheduler": "true",
     "xla_gpu_enable_dynamic_slice_fusion": "false",
-    "xla_disable_hlo_passes": "rematerialization",
+    "xla_disable_hlo_passes": "rematerialization,dynamic-slice-copy-fusion-async-wrapper",
 }
 DETERMINISTIC_FLAGS = {"xla_gpu_deterministic_ops": "true"}
 # The kernels of a CUDA graph are in a trace without the names of their operations, hence without a scope.

@@ -222,13 +222,15 @@ class Job:
         return saved
 
     def read_ahead(self, segment: Segment) -> tuple[int, int]:
-        """Bytes that loops of the backward pass read from host memory one layer ahead: of one layer, of all layers."""
+        """Bytes that loops of the backward pass read from host memory one layer ahead: of one layer; of all layers but
+        the first of each loop, which waits for its own."""
         if not self.profile.prefetch_activations:
             return 0, 0
-        size, inputs = self.sizes, segment.all_inputs and segment.layers > 1 and self.profile.offload_activations
+        size, inputs = self.sizes, segment.all_inputs and self.profile.offload_activations
         row = lambda run: inputs * size.hidden + (run.memory == HOST) * (size.heads + size.statistics)
-        rows = [(row(run), run.layers) for run in segment.runs]
-        return max(row for row, _ in rows), sum(row * layers for row, layers in rows)
+        stop = segment.stop if segment.all_inputs else segment.stop - 1  # a rebuilt segment's last layer is in no loop
+        loops = [(row(run), layers) for run in segment.runs if (layers := min(run.stop, stop) - run.start) > 1]
+        return max((row for row, _ in loops), default=0), sum(row * (layers - 1) for row, layers in loops)
 
     def _run_bytes(self, run: Run) -> int:
         """The attention outputs that a run of layers saves, a single layer's also transposed for its swap; on the

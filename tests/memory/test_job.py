@@ -22,7 +22,7 @@ from alst_jax.planning.estimate import estimate
 from alst_jax.planning.footprint import dropout_work, layer_work, rebuilt_bytes, state_bytes, trained_bytes, working_set
 from alst_jax.planning.job import Job, describe, total
 from alst_jax.planning.planner import Planner
-from alst_jax.planning.seconds import collectives
+from alst_jax.planning.seconds import EXPOSED, collectives, seconds
 from alst_jax.planning.seconds import traffic as moved
 from alst_jax.profile import Profile
 from alst_jax.stack.check import check_profile
@@ -104,6 +104,37 @@ def test_all_layers_frozen():
     # No gradients to reuse buffers of, and no float32 sums of a layer's gradients.
     sums = 4 * parameter_sizes(LLAMA_8B).layer
     assert working_set(dataclasses.replace(job, freeze=None)) - working_set(job) == pytest.approx(1.015 * sums, abs=8)
+
+
+def test_rows_read_ahead():
+    """Of a layer, on the device; and of all layers, which hides the copies of all but each loop's first."""
+    row = lambda job: (job.sizes.hidden, job.sizes.heads + job.sizes.statistics)
+    ahead = dict(prefetch_activations=True, keep_attention_on_host=10, keep_attention_on_device=2)
+    every = Job(LLAMA_8B, dataclasses.replace(OFFLOADED, **ahead), 1, 131072)
+    (none, some, last), (hidden, output) = (
+        every.segments,
+        row(every),
+    )  # they keep no output, one in host memory, one here
+    assert [every.read_ahead(each) for each in (none, some, last)] == [
+        (hidden, 19 * hidden),
+        (hidden + output, 9 * (hidden + output)),
+        (hidden, hidden),
+    ]
+    rebuilt = every.changed(segment_layers=(4,))
+    assert [rebuilt.read_ahead(each) for each in rebuilt.segments] == [
+        *[(0, 0)] * 5,
+        (output, 2 * output),
+        (output, 2 * output),
+        (output, output),
+    ]
+    here = every.changed(keep_attention_on_device=12, keep_attention_on_host=0, offload_activations=False)
+    off = every.changed(prefetch_activations=False)
+    assert not any(any(job.read_ahead(each)) for job in (here, off) for each in job.segments)
+    assert moved(every)["ahead"] == 29 * hidden + 9 * output and moved(every)["step"] == moved(off)["step"]
+    assert working_set(every) - working_set(off) == pytest.approx(1.015 * hidden, abs=8)  # at the last layers
+    h100 = parse_cluster("H100-80", 125)
+    link = lambda job: seconds(job, h100)["host traffic"]
+    assert link(off) - link(every) == pytest.approx(EXPOSED * moved(every)["ahead"] / h100.machine.host_link)
 
 
 def test_rebuilt_inputs_alone():

@@ -47,6 +47,7 @@ def reference(trains):
         ),
         pytest.param((1, 4), levels(3, 3, 2) | dict(head_chunks=2) | TILES, marks=pytest.mark.slow),
         ((2, 2), levels(4, 3, 2) | dict(segment_layers=(1, 3), head_chunks=4, attention="flash") | TILES | HOST),
+        ((1, 2), levels(0, 0, host=4) | dict(segment_layers=(4,), prefetch_activations=True, head_chunks=2) | HOST),
     ],
     ids=test_profiles.name,
 )

@@ -44,7 +44,7 @@ PROFILES = [
     dict(segment_layers=(1, 3), keep_attention_on_device=3, offload_activations=True),
     dict(segment_layers=(2,), keep_attention_on_host=2, head_chunks=2, **TILES, **HOST),
     dict(offload_activations=True, keep_attention_on_host=3, keep_attention_on_device=1, prefetch_activations=True),
-    dict(segment_layers=(4,), keep_attention_on_host=2, prefetch_activations=True, head_chunks=2, **TILES, **HOST),
+    dict(segment_layers=(4,), keep_attention_on_host=4, prefetch_activations=True, head_chunks=2, **TILES, **HOST),
     dict(
         segment_layers=(2, 1, 1), keep_attention_on_device=2, keep_attention_on_host=1, head_chunks=4, **TILES, **HOST
     ),

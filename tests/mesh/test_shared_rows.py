@@ -127,6 +127,18 @@ def test_refused_where_no_input_finds_room():
             choose(refused)
 
 
+def test_reading_ahead_is_refused_where_nothing_is_read():
+    job = lambda **changes: Job(
+        llama_8b(8), Profile(attention="flash", compute_dtype="bfloat16", prefetch_activations=True, **changes), 1, 4096
+    )
+    choose = planner.Planner(TrainConfig(memory="manual"), parse_cluster("H200-141", 500), False, None).choose
+    for read in (dict(offload_activations=True), dict(keep_attention_on_host=3)):
+        assert choose(job(**read)).job.profile.prefetch_activations
+    for refused in ({}, dict(keep_attention_on_host=1), dict(segment_layers=(2,), keep_attention_on_host=2)):
+        with pytest.raises(UserError, match="--prefetch-activations: has no effect here"):
+            choose(job(**refused))
+
+
 def test_rebuilt_inputs_alone_are_refused_where_nothing_is_rebuilt():
     job = lambda **changes: Job(
         llama_8b(8),

@@ -34,6 +34,7 @@ FEATURES = Profile(
     segment_layers=(12, 12, 5, 1),
     keep_attention_on_host=10,
     keep_attention_on_device=3,
+    prefetch_activations=True,
     head_chunks=3,
 )
 

@@ -151,13 +151,14 @@ def test_simulated_devices_wait_for_each_other_on_a_busy_machine(monkeypatch):
 
 SCHEDULER, SLICES = "--xla_gpu_enable_latency_hiding_scheduler", "--xla_gpu_enable_dynamic_slice_fusion"
 PASSES = "--xla_disable_hlo_passes"
+SWITCHED_OFF = "rematerialization,dynamic-slice-copy-fusion-async-wrapper"
 
 
 @pytest.mark.parametrize(
     "before,after",
     [
-        ("", f"{SCHEDULER}=true {SLICES}=false {PASSES}=rematerialization"),
-        (f"{SLICES}=true", f"{SLICES}=true {SCHEDULER}=true {PASSES}=rematerialization"),
+        ("", f"{SCHEDULER}=true {SLICES}=false {PASSES}={SWITCHED_OFF}"),
+        (f"{SLICES}=true", f"{SLICES}=true {SCHEDULER}=true {PASSES}={SWITCHED_OFF}"),
         (f"{PASSES}=fusion", f"{PASSES}=fusion {SCHEDULER}=true {SLICES}=false"),
     ],
 )

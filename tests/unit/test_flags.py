@@ -137,6 +137,7 @@ EXAMPLES = dict(
     keep_qkv_on_device=1,
     keep_mlp_on_device=1,
     share_gradients=True,
+    prefetch_activations=True,
     rebuild_inputs_alone=True,
     stack="plain",
     reduce_dtype="bfloat16",
@@ -173,6 +174,9 @@ def test_each_switch_changes_the_step(name, usual):
     elif name == "rebuild_inputs_alone":
         assert program(**{name: True}) == usual
         assert program(segment_layers=(2,), **{name: True}) != program(segment_layers=(2,))
+    elif name == "prefetch_activations":  # without arrays in host memory it has nothing to read
+        assert program(**{name: True}) == usual
+        assert program(offload_activations=True, **{name: True}) != program(offload_activations=True)
     else:
         assert program(**{name: EXAMPLES[name]}) != usual
 
@@ -203,13 +207,14 @@ def test_what_memory_auto_chooses():
         "keep_qkv_on_device",
         "keep_mlp_on_device",
         "share_gradients",
+        "prefetch_activations",
         "head_chunks",
         "optimizer_states",
         "master_weights",
     )
     assert marked(TrainConfig, AtLeast).keys() >= {"dp", "steps", "head_chunks", "show_samples"}
     words = [words.text for words in marked(Switches, Words).values()]
-    assert len(words) == 15 and Profile().words() == ["tiled loss", "tiled MLP", "remat"]
+    assert len(words) == 16 and Profile().words() == ["tiled loss", "tiled MLP", "remat"]
     assert Profile(head_chunks=4, segment_layers=(2, 1)).words()[3:] == ["segments of 2, 1 layers", "4 head chunks"]
 
 
