@@ -4,12 +4,12 @@ docs/draw_speed.py`"""
 import pathlib
 
 # Full fine-tuning of Llama-8B on one H200 limited to an H100's memory, with the optimizer step: (tokens in a sequence, tokens a second, note).
-OURS = [  # 12 and 5 sequences a step at the first two lengths; benchmarks/results/2026-11-28-h200-as-h100.md
+OURS = [  # 12 and 5 sequences a step at the first two lengths; 2026-11-28-h200-as-h100.md and -copies.md
     (32768, 6999, ""),
     (65536, 5165, ""),
-    (131072, 3396, ""),
+    (131072, 3440, ""),
     (262144, 1944, ""),
-    (524288, 1036, ""),
+    (524288, 1064, ""),
 ]
 # ml_dataflow's recorded runs of 2025-09: its smallest and largest host memory at each length.
 ML_DATAFLOW = [
