@@ -16,6 +16,7 @@ from alst_jax.planning.planner import Planner
 from alst_jax.planning.process import describe_process, host_outgrown, process_bytes
 from alst_jax.planning.seconds import collectives, forward_seconds, ledger, over_hosts
 from alst_jax.profile import DEVICE
+from alst_jax.xla.opaque import seconds_compiled
 
 MEASURED_ERROR = (
     "estimated by arithmetic, without a compiler: its measured error is in "
@@ -116,7 +117,9 @@ def announce_plan(planner: Planner, choice: Choice, seconds: float) -> None:
     """
     if outgrown := host_outgrown(choice, planner.cluster):
         raise UserError(outgrown)
-    print(f"plan    {choice.plan.line()}; made in {seconds:.0f} s\n        {describe_process(choice, planner.cluster)}")
+    kernels = f", {compiled:.0f} s of them to compile attention's kernels" if (compiled := seconds_compiled()) else ""
+    print(f"plan    {choice.plan.line()}; made in {seconds:.0f} s{kernels}")
+    print(f"        {describe_process(choice, planner.cluster)}")
     if planner.config.debug_attention_layers is not None:
         print(describe_debug(choice.job.model))
     if planner.config.eval_long is not None:

@@ -4,6 +4,7 @@ Pallas's GPU kernels refuse arguments that vary over devices; a cutlass_call giv
 hides both: outside it the results vary as the arguments do, inside they are plain arrays of one device.
 """
 
+import time
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -11,6 +12,14 @@ import jax
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jax.sharding import PartitionSpec as P
+
+_seconds: list[float] = []  # of each lowering
+
+
+def seconds_compiled() -> float:
+    """Seconds in which this process has compiled kernels: it does so each time that a program with a new shape is
+    lowered."""
+    return sum(_seconds)
 
 
 def opaque(kernel: Callable) -> Callable:
@@ -46,8 +55,10 @@ def _abstract(*avals, kernel, static):
 
 def _lowering(ctx, *args, kernel, static):
     plain = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
-    lower = mlir.lower_fun(_flat, multiple_results=True)
-    return lower(ctx.replace(avals_in=plain), *args, kernel=kernel, static=static)
+    lower, started = mlir.lower_fun(_flat, multiple_results=True), time.perf_counter()
+    lowered = lower(ctx.replace(avals_in=plain), *args, kernel=kernel, static=static)
+    _seconds.append(time.perf_counter() - started)
+    return lowered
 
 
 _primitive = Primitive("opaque_kernel")

@@ -2,6 +2,7 @@
 """A kernel that knows nothing of mesh axes, with static arguments, inside a shard_map that checks them."""
 
 import functools
+import time
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from alst_jax.xla.opaque import opaque
+from alst_jax.xla.opaque import opaque, seconds_compiled
 
 TRACED = []
 
@@ -42,6 +43,16 @@ def test_static_arguments_are_part_of_the_cache_key():
     run = jax.jit(lambda x, y: [opaque(scaled)(x, y, factor=n) for n in (2, 5, 2)])
     for found, n in zip(run(jnp.ones(3), jnp.ones(3)), (2, 5, 2)):
         np.testing.assert_array_equal(found, np.full(3, n))
+
+
+def test_the_seconds_of_kernels_are_counted():
+    def slow(x):
+        time.sleep(0.2)  # as a compiler of kernels does when it is traced
+        return 2 * x
+
+    before = seconds_compiled()
+    jax.jit(opaque(slow)).lower(jnp.ones(3))
+    assert 0.2 <= seconds_compiled() - before < 5
 
 
 def test_inside_scan_and_checkpoint():
