@@ -103,10 +103,8 @@ class Switches:
             )
 
     def _check_levels(self) -> None:
-        for name, below, kept in (
-            ("keep_qkv_on_device", "keep_attention_on_device", "q, k and v keeps its attention output"),
-            ("keep_mlp_on_device", "keep_qkv_on_device", "gate and up keeps its q, k and v"),
-        ):
+        arrays = "q, k and v keeps its attention output", "gate and up keeps its q, k and v"
+        for (name, below), kept in zip(LEVELS.items(), arrays, strict=True):
             if (count := getattr(self, name)) > (most := getattr(self, below)):
                 raise UserError(
                     f"{flag(name)} {count}: more than {flag(below)} {most}; a layer that keeps {kept} too, "
@@ -180,6 +178,8 @@ BY_HAND = (
     "rebuild_inputs_alone",
     "update_in_backward",
 )  # parts of the hand-written backward pass
+# Arrays of the last layers that may be kept too, and the field that says of how many layers at most.
+LEVELS = {"keep_qkv_on_device": "keep_attention_on_device", "keep_mlp_on_device": "keep_qkv_on_device"}
 TILES = {"loss_tile": "tiled_loss", "mlp_tile": "tiled_mlp"}  # the size of a tile, and the flag that switches it off
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from alst_jax.config import TrainConfig, UserError
 from alst_jax.hardware import environment
-from alst_jax.hardware.devices import absent_devices
+from alst_jax.hardware.devices import absent_devices, this_cluster
 from alst_jax.hardware.machines import Cluster, parse_cluster
 from alst_jax.models.block import abstract_params
 from alst_jax.models.config import ModelConfig
@@ -26,7 +26,7 @@ from alst_jax.optim.adamw import AdamW
 from alst_jax.parallel.mesh import choose_degrees, make_mesh
 from alst_jax.parallel.sequence import padded_length
 from alst_jax.planning.job import Job
-from alst_jax.planning.planner import ANY_LENGTH, Planner, target
+from alst_jax.planning.planner import ANY_LENGTH, Planner
 from alst_jax.planning.process import beside, with_room
 from alst_jax.profile import Profile
 from alst_jax.run_lora import check_others, with_lora
@@ -74,6 +74,29 @@ def subject(config: TrainConfig) -> tuple[ModelSource, Planner, Job]:
         job = of_short_documents(job)
     cluster = with_room(cluster, job)
     return source, Planner.of(config, cluster, functools.partial(make_step, config, cluster, dtype)), job
+
+
+# -------------------------------------------------------------------------------------------------------------- machine
+
+
+def target(config: TrainConfig) -> Cluster | None:
+    """The machine that a command line plans for or runs on; None on a CPU. UserError for --host-memory there."""
+    if config.plan_for:
+        cluster = parse_cluster(config.plan_for, config.host_memory)
+        each, rest = divmod(config.processes or cluster.hosts, cluster.hosts)
+        if rest or not each or cluster.per_host % each:
+            raise UserError(
+                f"--processes {config.processes}: must be the same number on each host of {cluster}, and "
+                f"share its devices evenly; use {cluster.hosts} or {cluster.devices}"
+            )
+        return dataclasses.replace(cluster, used=config.devices, processes=each)
+    cluster = this_cluster(config.host_memory, config.devices)
+    if cluster is None and config.host_memory is not None:
+        raise UserError(
+            f"--host-memory {config.host_memory:g}: limits what GPUs may keep in host memory, and jax sees "
+            "no GPU; leave it out, or name a machine with --plan-for"
+        )
+    return cluster
 
 
 # ---------------------------------------------------------------------------------------------------- model and profile

@@ -55,6 +55,18 @@ class Segment:
     def layers(self) -> int:
         return self.stop - self.start
 
+    @property
+    def rebuilt(self) -> range:
+        """Layers that are computed again before the segment's backward pass: all but the last, if inputs are not
+        kept."""
+        return range(self.start, self.start if self.all_inputs else self.stop - 1)
+
+    @property
+    def loops(self) -> bool:
+        """Whether the backward pass loops over layers. A rebuilt segment's last layer is outside of a loop."""
+        stop = self.rebuilt.stop if self.rebuilt else self.stop
+        return any(min(run.stop, stop) - run.start > 1 for run in self.runs)
+
 
 def segment_inputs(segments: list[Segment], on_host: bool, shared: int = 0) -> int:
     """Rows of the array in which the inputs of segments are kept. The first segment's input is embedded again instead.

@@ -147,7 +147,7 @@ def print_plan(options: Options, step: "TrainStep", compiled: Any, seconds: floa
     """Print the bytes that the compiler plans. Returns a device's bytes while gradients are computed."""
     import jax
 
-    from alst_jax.planning.compiled import shard_bytes
+    from alst_jax.xla.arrays import shard_bytes
 
     plan, in_backward = compiled.memory_analysis(), options.profile.update_in_backward
     states = 0  # on the device while gradients are computed, beside the program that computes them

@@ -21,6 +21,7 @@ HOST_RESERVE = 0.13
 LEAST_RESERVED, MOST_RESERVED = 13 * GIB, 16 * GIB
 RESERVED_DEVICE = 8 * GIB  # more, for each device after the first
 LARGEST_HOST = 8  # devices
+MATMUL = 650 / 989  # the part of the peak that matrix products reach, measured on an H100 (docs/log.md)
 
 _TARGET = """gpu_device_info {{
   threads_per_block_limit: 1024
@@ -72,6 +73,10 @@ class Machine:
     def usable(self) -> int:
         """Bytes that arrays and the kernels' workspaces can have."""
         return int(self.memory * self.fraction)
+
+    def matmul_seconds(self, flops: float, width: int) -> float:
+        """Seconds of matrix products of elements of `width` bytes. Those of float32 do not use the same units."""
+        return flops * (1 if width == 2 else 16) / (MATMUL * self.peak_flops)
 
     @property
     def target_config(self) -> str:

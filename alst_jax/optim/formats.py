@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 BLOCKS = (256, 128, 64, 32)  # values that share a scale: the largest of these that divides the last dim
+WIDTHS = {"float32": 4, "bfloat16": 2, "int8": 1, "low-bits": 2, "none": 0}  # bytes of a moment's or master's element
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +80,11 @@ class Log8:
 
     def specs(self, spec: Any) -> Any:
         return {"code": spec, "scale": spec}  # the last dim is not sharded, see `block_of`
+
+
+def moment_bytes(states: str) -> float:
+    """Bytes of an element of a moment, with its part of a float32 scale."""
+    return WIDTHS[states] + 4 / BLOCKS[0] * (states == "int8")
 
 
 def block_of(shape: tuple[int, ...], sharded_dim: int | None) -> int | None:

@@ -14,7 +14,7 @@ from alst_jax.planning.estimate import estimate, host_ledger
 from alst_jax.planning.job import Job, total
 from alst_jax.planning.plan import Plan, pinned
 from alst_jax.planning.seconds import spared_by_byte
-from alst_jax.profile import HOST, Profile
+from alst_jax.profile import HOST, LEVELS, Profile
 
 UNCONFIRMED = 0.05  # of the memory, left free where no compiler confirms: the model's error (plan_accuracy.py)
 CONFIRMED = 0.01
@@ -24,8 +24,6 @@ BUDGETS = (0.0, 0.25, 0.5, 1.0)  # parts of the free device memory that rebuildi
 NARROWER = (("bfloat16", "float32"), ("int8", "float32"), ("int8", "none"))  # moments, master
 LARGER_TILES = 4  # times the usual: fewer sums of weight gradients, more memory
 PLACEMENTS = ("offload_activations", "offload_weights", "offload_optimizer")  # the first needs remat
-# Arrays of the last layers that may be kept too, and the field that says of how many layers at most.
-LEVELS = {"keep_qkv_on_device": "keep_attention_on_device", "keep_mlp_on_device": "keep_qkv_on_device"}
 _estimate = functools.lru_cache(maxsize=256)(estimate)  # a search looks at a candidate several times in a row
 EARLY_LOADS = 4  # layers whose weights XLA loads from the host before their turn; segments leave room for them
 
@@ -54,13 +52,9 @@ class Search:
         """Bytes to add to the estimate on the device, for profiles of a kind."""
         return self.device_correction + dict(self.of_kinds).get(kind, 0)
 
-    def missing(self, plan: Plan) -> dict[str, int]:
-        """Bytes that a plan lacks of "device" and "host" memory, with the margin left free."""
-        return plan.missing(self.margin, self.host_correction)
-
     def lacks(self, job: Job) -> dict[str, int]:
-        """Bytes that the estimated plan of a job lacks."""
-        return self.missing(self.plan(job))
+        """Bytes that the estimated plan of a job lacks of "device" and "host" memory, with the margin left free."""
+        return self.plan(job).missing(self.margin, self.host_correction)
 
     def fits_host(self, job: Job) -> bool:
         """Whether a job lacks no host memory; without the rest of its plan, for candidates of which most are left."""
@@ -142,7 +136,10 @@ def with_kept(job: Job, search: Search, on_device: Iterable[int], least: bool = 
         most = on_host if least or "keep_attention_on_host" in fixed else job.model.num_layers - kept
         make = functools.cache(functools.partial(_keeping, job, search, budget, kept))
         if (made := _most_on_host(make, range(on_host, most + 1), search)) is not None:
-            yield apart(made, search)
+            # Without sharing if host memory has room: the copies that sharing adds are not hidden.
+            shares = made.profile.share_gradients and "share_gradients" not in fixed
+            alone = made.changed(share_gradients=False) if shares else made
+            yield alone if search.fits_host(alone) else made
 
 
 def _keeping(job: Job, search: Search, budget: float, on_device: int, on_host: int) -> Job | None:
@@ -190,14 +187,6 @@ def with_levels(job: Job, search: Search, beat: float) -> Job:
         too_many = lambda n, job=job, name=name: bool(search.lacks(job.changed(**{name: n})))
         job = job.changed(**{name: [0, *numbers][bisect.bisect_left(numbers, True, key=too_many)]})
     return job
-
-
-def apart(job: Job, search: Search) -> Job:
-    """The job without sharing, if host memory has room for it: the copies that sharing adds are not hidden."""
-    if "share_gradients" in search.fixed or not job.profile.share_gradients:
-        return job
-    alone = job.changed(share_gradients=False)
-    return alone if search.fits_host(alone) else job
 
 
 def segments_within(job: Job, search: Search, part: float) -> tuple[int, ...] | None:

@@ -1,13 +1,9 @@
 """Plans by the compiler, before anything is allocated: its bytes for the working set, shapes for the rest."""
 
 import dataclasses
-import math
 import re
-from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import NamedSharding
 
 from alst_jax.hardware.devices import is_absent, this_cluster
 from alst_jax.hardware.machines import Cluster
@@ -17,9 +13,9 @@ from alst_jax.planning.footprint import update_work, working_set
 from alst_jax.planning.job import Job
 from alst_jax.planning.plan import ABSENT, COMPILED, Plan
 from alst_jax.planning.process import saving_bytes
-from alst_jax.stack.batch import BATCH_SPEC
 from alst_jax.step import TrainStep
 from alst_jax.xla import host
+from alst_jax.xla.arrays import shard_bytes
 
 
 def plan_step(step: TrainStep, job: Job, cluster: Cluster | None = None, at_once: bool = False) -> Plan:
@@ -31,10 +27,12 @@ def plan_step(step: TrainStep, job: Job, cluster: Cluster | None = None, at_once
     copies that a GPU would not make.
     """
     cluster = this_cluster() if cluster is None else cluster
-    shapes, first = (job.rows, job.length), step.mesh.devices.flat[0]
+    first, plan = step.mesh.devices.flat[0], estimate(job, cluster)
     absent, on_cpu = is_absent(step.mesh), first.platform == "cpu"
     device, on_host = _state_bytes(step, job)
-    compiled, update = compile_programs(step, *shapes, job.grad_accum, absent, on_cpu, at_once, job.documents)
+    compiled, update = compile_programs(
+        step, job.rows, job.length, job.grad_accum, absent, on_cpu, at_once, job.documents
+    )
     memory = compiled.memory_analysis()
     need = memory.temp_size_in_bytes
     if absent:  # the compiler does not know the kernel's workspace, and cannot compile an update that streams
@@ -43,8 +41,7 @@ def plan_step(step: TrainStep, job: Job, cluster: Cluster | None = None, at_once
     elif update is not None:
         need = max(need, update.memory_analysis().temp_size_in_bytes)
     kept_here = min(need, sum(job.kept.values()) if on_cpu else job.kept[host.DEVICE])
-    device |= {"kept activations": kept_here, "working set": need - kept_here}
-    device["batch"] = 3 * math.prod(NamedSharding(step.mesh, BATCH_SPEC).shard_shape(shapes)) * 4
+    device |= {"kept activations": kept_here, "working set": need - kept_here, "batch": plan.device["batch"]}
     # Where devices are absent, layers and their gradients in host memory are temporary arrays.
     stacks = abstract_sums(step) if job.sums_in_place else step.trained["layers"]
     layers = (step.params["layers"], stacks) if absent and step.profile.offload_weights else ()
@@ -52,7 +49,7 @@ def plan_step(step: TrainStep, job: Job, cluster: Cluster | None = None, at_once
         0, memory.host_temp_size_in_bytes - sum(map(shard_bytes, jax.tree.leaves(layers)))
     )
     on_host["saving"] = saving_bytes(job, on_host["kept activations"] + on_host.get("gradients", 0))
-    text, plan = compiled.as_text(), estimate(job, cluster)
+    text = compiled.as_text()
     calls = {
         name: numbers | {"instructions": len(re.findall(rf"= [^=]*\b{name}(?:-start)?\(", text))}
         for name, numbers in plan.collectives.items()
@@ -72,8 +69,3 @@ def _state_bytes(step: TrainStep, job: Job) -> tuple[dict[str, int], dict[str, i
             place = on_host if offloaded else device
             place[part] = place.get(part, 0) + shard_bytes(leaf)
     return device, on_host
-
-
-def shard_bytes(leaf: Any) -> int:
-    """Bytes of one device's shard of an array or abstract array."""
-    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize

@@ -7,14 +7,13 @@ compiler's bytes. A term names the file whose arrays it counts, or XLA for array
 import functools
 
 from alst_jax.ops.attention import costs
+from alst_jax.optim.formats import WIDTHS, moment_bytes
 from alst_jax.planning.job import Job, Term, total
 from alst_jax.profile import DEVICE
 from alst_jax.segments import Segment, segment_inputs
+from alst_jax.xla import host
 
 FRAGMENTS = 1.015  # the allocator's peak over the sum of the live arrays
-WIDTHS = {"float32": 4, "bfloat16": 2, "int8": 1, "low-bits": 2, "none": 0}  # bytes of a moment's or master's element
-INT8_SCALES = 4 / 256  # bytes more of an element of an int8 moment
-UPDATE_CHUNK = 2**26  # elements, as xla/host.py
 STACK, LAYER, ENDS, LOSS, UPDATE = "stack/stack", "stack/layer", "stack/ends", "ops/cross_entropy", "optim/streamed"
 ATTENTION, MESH, XLA = "ops/attention", "parallel", "XLA"
 KEPT = "kept activations"
@@ -24,7 +23,6 @@ def states(job: Job) -> dict[str, list[Term]]:
     """Weights, gradients and optimizer state: one device's shards."""
     shard, sizes = lambda whole: -(-whole // job.devices), job.trained
     trained, stored = shard(sizes.total), not job.profile.update_in_backward
-    moment = WIDTHS[job.states] + INT8_SCALES * (job.states == "int8")
     narrow = shard(sizes.total - sizes.adapters)
     # Adapters, float32 themselves, have master weights only where others have: one tree holds both.
     wide = 4 * shard(sizes.adapters) * (narrow > 0 and job.master != "none")
@@ -36,7 +34,7 @@ def states(job: Job) -> dict[str, list[Term]]:
             Term("their float32 sums over batches", 4 * trained * stored * (job.grad_accum > 1), UPDATE),
         ],
         "optimizer": [
-            Term(f"moments, {job.states}", int(trained * 2 * moment), "optim/formats"),
+            Term(f"moments, {job.states}", int(trained * 2 * moment_bytes(job.states)), "optim/formats"),
             Term(f"master weights, {job.master}", master, "optim/formats"),
         ],
     }
@@ -142,7 +140,7 @@ def in_backward(job: Job) -> list[Term]:
             copies = [Term("early copies of outputs", here * size.heads, XLA), Term("h, dh, o", early, LAYER)]
             most = max(most, terms + copies, key=total)
         alone = [*work(False), Term("float32 gradients of later layers", waiting[segment] * shard, XLA)]
-        in_loop = work(not segment.all_inputs) if loops(segment) else alone
+        in_loop = work(not segment.all_inputs) if segment.loops else alone
         terms += in_loop if segment.all_inputs else max(in_loop, alone, key=total)
         if segment.all_inputs and count == 1:  # outside of a loop h and o are the kept arrays, not copies of a row
             terms.append(Term("h and o, kept already", -size.hidden - here * size.heads, STACK))
@@ -158,12 +156,9 @@ def in_backward(job: Job) -> list[Term]:
 
 def rebuilt_bytes(job: Job, segment: Segment) -> int:
     """Residuals that are recomputed before the backward pass of a segment."""
-    if segment.all_inputs:
-        return 0
-    not_kept = sum(run.layers for run in segment.runs if not run.place)
-    not_kept -= segment.runs[-1].place is None  # the last layer recomputes its output in its own turn
-    not_kept *= not job.profile.rebuild_inputs_alone  # and so do all
-    return (segment.layers - 1) * job.sizes.hidden + not_kept * (job.sizes.heads + job.sizes.statistics)
+    held = lambda run: not (run.place or job.profile.rebuild_inputs_alone)  # without, layers recompute their outputs
+    outputs = sum(min(run.stop, segment.rebuilt.stop) - run.start for run in segment.runs if held(run))
+    return len(segment.rebuilt) * job.sizes.hidden + outputs * (job.sizes.heads + job.sizes.statistics)
 
 
 def unlooped(job: Job) -> tuple[int, int]:
@@ -180,13 +175,7 @@ def unlooped(job: Job) -> tuple[int, int]:
     holds = lambda columns: next((array for array in (size.hidden, size.kv) if array <= columns * column), 0)
     places = 3 * holds(model.intermediate_size) + 2 * holds(model.num_heads * model.head_dim)
     places *= job.trained == job.parameters and not job.sums_in_place  # frozen parameters have no such buffers
-    return job.trained.layer * 4 // job.devices, places * (not any(map(loops, job.segments)))
-
-
-def loops(segment: Segment) -> bool:
-    """Whether the backward pass of a segment loops over layers. A rebuilt segment's last layer is outside of a loop."""
-    stop = segment.stop if segment.all_inputs else segment.stop - 1
-    return any(min(run.stop, stop) - run.start > 1 for run in segment.runs)
+    return job.trained.layer * 4 // job.devices, places * (not any(segment.loops for segment in job.segments))
 
 
 def layers_that_wait(segments: list[Segment]) -> dict[Segment, int]:
@@ -194,7 +183,7 @@ def layers_that_wait(segments: list[Segment]) -> dict[Segment, int]:
     found, waiting = {}, 0
     for segment in reversed(segments):
         found[segment] = waiting
-        waiting = 0 if loops(segment) else waiting + segment.layers
+        waiting = 0 if segment.loops else waiting + segment.layers
     return found
 
 
@@ -254,4 +243,4 @@ def update_work(job: Job) -> int:
     """Temporary bytes of the optimizer's update: for one layer of the largest parameter, or a chunk of a table."""
     matrix = job.trained.largest_stack // job.model.num_layers
     table = job.parameters.head if job.trained.tables else 0
-    return 40 * max(matrix // job.devices, min(table // job.devices, UPDATE_CHUNK))
+    return 40 * max(matrix // job.devices, min(table // job.devices, host.CHUNK_BYTES // 4))

@@ -178,8 +178,7 @@ class Job:
     @functools.cached_property
     def rebuilt(self) -> list[int]:
         """Layers that are computed again before the backward pass of their segment: all but the segment's last."""
-        segments = self.segments if self.profile.remat else ()
-        return [n for segment in segments if not segment.all_inputs for n in range(segment.start, segment.stop - 1)]
+        return [n for segment in self.segments if self.profile.remat for n in segment.rebuilt]
 
     @functools.cached_property
     def recomputed_attention(self) -> list[int]:

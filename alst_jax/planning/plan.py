@@ -110,8 +110,10 @@ class Plan:
 
     def _parts(self) -> list[tuple[str, tuple[int, int]]]:
         """The parts with their bytes on the device and in host memory, in the order of PARTS."""
-        names = [name for name in dict.fromkeys((*PARTS, *self.device, *self.host)) if name in self.device | self.host]
-        return [(name, (self.device.get(name, 0), self.host.get(name, 0))) for name in names]
+        both = self.device, self.host
+        return [
+            (name, tuple(part.get(name, 0) for part in both)) for name in PARTS if any(name in part for part in both)
+        ]
 
     def speed_line(self) -> str:
         """Seconds, tokens a second and the limiting term, on one line."""
@@ -127,17 +129,14 @@ class Plan:
     def picture(self, file: str) -> None:
         """A stacked bar each for device and host memory, with their limits. UserError without matplotlib."""
         try:
-            import matplotlib
+            from matplotlib.figure import Figure
         except ImportError as error:
             raise UserError(
                 "--plan-picture draws with matplotlib, which is not installed; install the extra `plot`, "
                 "or leave the flag out"
             ) from error
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        figure, axes = pyplot.subplots(figsize=(7, 5))
-        bottoms = [0.0, 0.0]
+        figure = Figure(figsize=(7, 5))
+        axes, bottoms = figure.subplots(), [0.0, 0.0]
         for part, pair in self._parts():
             if any(pair):
                 heights = [bytes / GIB for bytes in pair]
@@ -152,8 +151,6 @@ class Plan:
             figure.savefig(file)
         except (OSError, ValueError) as error:
             raise UserError(f"--plan-picture {file}: {error}") from error
-        finally:
-            pyplot.close(figure)
 
 
 def pinned(host_bytes: int, devices: int) -> int:

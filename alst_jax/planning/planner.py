@@ -6,9 +6,8 @@ import itertools
 from collections.abc import Callable
 
 from alst_jax.config import TrainConfig, UserError, chosen_fields
-from alst_jax.hardware.devices import this_cluster
 from alst_jax.hardware.environment import has_cuda_compiler
-from alst_jax.hardware.machines import Cluster, parse_cluster
+from alst_jax.hardware.machines import Cluster
 from alst_jax.ops.rope import MAX_POSITION
 from alst_jax.parallel.costs import why_not
 from alst_jax.planning import search as auto
@@ -18,30 +17,10 @@ from alst_jax.planning.estimate import estimate
 from alst_jax.planning.job import Job
 from alst_jax.planning.plan import Choice, Plan, in_gib
 from alst_jax.profile import BY_HAND
-from alst_jax.stack.check import check_profile
+from alst_jax.stack.check import check_effect, check_profile
 from alst_jax.step import TrainStep
 
 ANY_LENGTH = 1024  # the length of a job whose length is searched
-
-
-def target(config: TrainConfig) -> Cluster | None:
-    """The machine that a command line plans for or runs on; None on a CPU. UserError for --host-memory there."""
-    if config.plan_for:
-        cluster = parse_cluster(config.plan_for, config.host_memory)
-        each, rest = divmod(config.processes or cluster.hosts, cluster.hosts)
-        if rest or not each or cluster.per_host % each:
-            raise UserError(
-                f"--processes {config.processes}: must be the same number on each host of {cluster}, and "
-                f"share its devices evenly; use {cluster.hosts} or {cluster.devices}"
-            )
-        return dataclasses.replace(cluster, used=config.devices, processes=each)
-    cluster = this_cluster(config.host_memory, config.devices)
-    if cluster is None and config.host_memory is not None:
-        raise UserError(
-            f"--host-memory {config.host_memory:g}: limits what GPUs may keep in host memory, and jax sees "
-            "no GPU; leave it out, or name a machine with --plan-for"
-        )
-    return cluster
 
 
 def with_attention(job: Job, layers: int | None) -> Job:
@@ -107,28 +86,11 @@ class Planner:
         return dataclasses.replace(job.changed(attention="cudnn"), model=model, documents=0)
 
     def choose(self, job: Job, say: Callable[[str], None] = print) -> Choice:
-        """The job with the profile that --memory says, and its plan. UserError if it cannot fit, or if
-        --share-gradients, --rebuild-inputs-alone or --prefetch-activations has no effect in it."""
+        """The job with the profile that --memory says, and its plan. UserError if it cannot fit, or has a flag without
+        effect."""
         choice = self._choose(job, say)
-        if choice.job.profile.rebuild_inputs_alone and max(choice.job.profile.segment_layers) == 1:
-            raise UserError(
-                "--rebuild-inputs-alone: no segment has several layers here, so no segment is recomputed; add "
-                "--segment-layers, or leave the flag out"
-            )
-        if choice.job.profile.prefetch_activations and not any(
-            map(any, map(choice.job.read_ahead, choice.job.segments))
-        ):
-            raise UserError(
-                "--prefetch-activations: has no effect here: no loop over layers reads inputs or attention outputs "
-                "from host memory (--offload-activations, --keep-attention-on-host). Leave the flag out"
-            )
-        if choice.job.profile.share_gradients and not choice.job.shared_inputs:
-            raise UserError(
-                "--share-gradients: has no effect here: no segment's input can use the memory of gradients. The "
-                "input must be larger than the gradients of one layer, and fit into those of the layers up to "
-                "the segment's last one; the first segment and segments of one layer do not count "
-                "(--segment-layers). Leave the flag out"
-            )
+        reads_ahead = any(map(any, map(choice.job.read_ahead, choice.job.segments)))
+        check_effect(choice.job.profile, choice.job.shared_inputs, reads_ahead)
         return choice
 
     def _choose(self, job: Job, say: Callable[[str], None]) -> Choice:
@@ -139,24 +101,21 @@ class Planner:
             chosen = self.choose(with_attention(job, None), say).job
             debug = with_attention(chosen, job.model.attention_layers)
             return Choice(debug, self.compile(debug))
-        search, choice = self.search, None
         if self.config.memory == "manual":
             choice = Choice(job, self.compile(job))
             if choice.plan.missing(0.0 if self.compiles else -UNCONFIRMED):  # less than the model's error is shown only
                 raise UserError(self.too_large(job, choice.plan.lacks))
-        elif not self.compiles:
-            choice = auto.choose(job, search)
-        elif auto.fits_somehow(job, search) is not None:
-            choice = auto.confirm(
-                search,
-                functools.partial(auto.choose, job),
-                self.compile,
-                f"--memory auto: by the compiler, no profile was found that fits {self.cluster}; "
-                "use a shorter --seq-len, a larger --sp, or choose by hand with --memory manual",
-                say,
-            )
+            return choice
+        choice = auto.confirm(
+            self.search,
+            functools.partial(auto.choose, job),
+            self.compile,
+            f"--memory auto: by the compiler, no profile was found that fits {self.cluster}; "
+            "use a shorter --seq-len, a larger --sp, or choose by hand with --memory manual",
+            say,
+        )
         if choice is None:
-            raise UserError(self.too_large(job, _least_missing(job, search)))
+            raise UserError(self.too_large(job, _least_missing(job, self.search)))
         return choice
 
     def longest(self, job: Job) -> Choice:

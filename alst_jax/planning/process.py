@@ -5,7 +5,7 @@ import math
 
 from alst_jax.hardware import environment
 from alst_jax.hardware.machines import GIB, LARGEST_HOST, Cluster
-from alst_jax.planning.footprint import WIDTHS
+from alst_jax.optim.formats import WIDTHS
 from alst_jax.planning.job import Job
 from alst_jax.planning.plan import Choice, Plan
 from alst_jax.storage import saving
@@ -17,23 +17,17 @@ PROCESS, PROCESS_DEVICE = 4 * GIB, 3 * GIB
 
 
 def saving_bytes(job: Job, free: int) -> int:
-    """Bytes of host memory, one device's part, that a save needs beside a step's. The limits are storage/saving.py's.
-
-    free: bytes of a step that are not in use during a save.
-    """
-    on_host, masters = min(job.devices, LARGEST_HOST), job.width == 2 and job.master != "none"
-    widest, held, saved = max(WIDTHS[job.states], WIDTHS[job.master] * masters), 0, 0
+    """Bytes of host memory, one device's part, that a save needs beside a step's. free: see `saving.host_bytes`."""
+    masters = job.width == 2 and job.master != "none"
+    widest = max(WIDTHS[job.states], WIDTHS[job.master] * masters)
     weights = job.parameters if job.model.lora is None else job.trained  # checkpoints of adapters hold no base model
-    for part, width, arrays, sizes in (
-        ("weights", job.width, 1, weights),
-        ("optimizer", widest, 2 + masters, job.trained),
-    ):
-        size = sizes.total * width // job.devices
-        saved += arrays * size
-        if not job.profile.on_host(part):
-            largest = sizes.largest * width // job.devices
-            held += min(arrays * size, 2 * max(largest, saving.COPIES // on_host))
-    return max(0, held - free) + min(saved, saving.BUFFERS // on_host)
+    shard = lambda elements, width: elements * width // job.devices
+    largest = lambda part, sizes, width: shard(sizes.largest, width) * (not job.profile.on_host(part))
+    trees = [
+        (shard(weights.total, job.width), largest("weights", weights, job.width)),
+        ((2 + masters) * shard(job.trained.total, widest), largest("optimizer", job.trained, widest)),
+    ]
+    return saving.host_bytes(trees, min(job.devices, LARGEST_HOST), free)
 
 
 def pinned_gibibytes(plan: Plan) -> int:

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 
 from alst_jax.config import UserError
 from alst_jax.planning import footprint
-from alst_jax.planning.candidates import LEVELS, PLACEMENTS, Search, bases, with_kept, with_levels, with_tiles
+from alst_jax.planning.candidates import PLACEMENTS, Search, bases, with_kept, with_levels, with_tiles
 from alst_jax.planning.job import Job, total
 from alst_jax.planning.plan import Choice, Plan, in_gib
 from alst_jax.planning.seconds import spared_by_byte
-from alst_jax.profile import Profile
+from alst_jax.profile import LEVELS, Profile
 
 KEPT_STEPS = 12  # numbers of layers, with outputs kept on the device, that are tried
 LENGTH_STEP = 1024
@@ -66,9 +66,10 @@ def confirm(
     compile_plan: Callable[[Job], Plan],
     failed: str,
     say: Callable[[str], None] = lambda text: None,
-) -> Choice:
+) -> Choice | None:
     """`propose` until the compiler agrees that the choice fits; its excess over the estimate corrects the estimate.
-    UserError, `failed`, if nothing is left to propose."""
+    None if nothing is proposed at first; UserError, `failed`, if nothing is left."""
+    compiled = None
     for _ in range(ROUNDS):
         choice = propose(search)
         if choice is None:
@@ -78,6 +79,8 @@ def confirm(
             return dataclasses.replace(choice, plan=compiled)
         search, more = search.corrected(choice.job.profile, choice.plan, compiled)
         say(f"the compiled step needs {in_gib(more, '+')} against the estimate: choosing again")
+    if compiled is None:
+        return None
     raise UserError(failed)
 
 
@@ -88,12 +91,9 @@ def length_step(job: Job) -> int:
 
 def longest(job: Job, search: Search, most: int) -> int:
     """The longest sequence, a multiple of `length_step` up to `most`, for which some profile fits; 0 if none does."""
-    step, high = length_step(job), 1
-    fits = lambda n: fits_somehow(dataclasses.replace(job, length=n * step), search) is not None
-    while high * step <= most and fits(high):
-        high *= 2
-    falling = range(min(high, most // step + 1) - 1, high // 2, -1)  # above the longest that is known to fit
-    return step * [*falling, high // 2][bisect.bisect_left(falling, True, key=fits)]
+    step = length_step(job)
+    too_long = lambda n: fits_somehow(dataclasses.replace(job, length=n * step), search) is None
+    return step * bisect.bisect_left(range(1, most // step + 1), True, key=too_long)
 
 
 def _fastest_possible(job: Job, search: Search) -> float:
@@ -118,18 +118,11 @@ def _next_faster(best: Choice, search: Search, larger: Profile) -> tuple[Job, Pl
     kept = profile.keep_attention_on_device + profile.keep_attention_on_host
     changes = [{name: False, "share_gradients": False} for name in PLACEMENTS if getattr(profile, name)]
     changes += [{"mlp_tile": larger.mlp_tile, "loss_tile": larger.loss_tile}, {"segment_layers": (1,)}]
-    if profile.remat and kept < layers:
-        changes += [
-            {"keep_attention_on_device": profile.keep_attention_on_device + 1},
-            {"keep_attention_on_host": profile.keep_attention_on_host + 1},
-        ]
-    changes += [
-        {name: getattr(profile, name) + 1}
-        for name, of in LEVELS.items()
-        if getattr(profile, name) < getattr(profile, of)
-    ]
+    more = ["keep_attention_on_device", "keep_attention_on_host"] if profile.remat and kept < layers else []
+    more += [name for name, of in LEVELS.items() if getattr(profile, name) < getattr(profile, of)]
+    changes += [{name: getattr(profile, name) + 1} for name in more]
     stays = lambda name, value: name not in search.fixed or value == getattr(profile, name)
     jobs = [best.job.changed(**change) for change in changes if all(map(stays, change.keys(), change.values()))]
-    found = [(job, plan, search.missing(plan)) for job, plan in zip(jobs, map(search.plan, jobs))]
+    found = [(job, search.plan(job), search.lacks(job)) for job in jobs]
     faster = [item for item in found if item[1].step_seconds < best.plan.step_seconds and item[2]]
     return max(faster, key=lambda item: item[1].step_seconds, default=None)

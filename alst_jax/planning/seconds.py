@@ -7,7 +7,6 @@ from alst_jax.planning.footprint import state_bytes, trained_bytes
 from alst_jax.planning.job import Job, Term, total
 from alst_jax.profile import HOST
 
-MATMUL = 650 / 989  # the part of the peak that matrix products reach, measured on an H100 (docs/log.md)
 STREAMED = 0.94  # the part of the host link's rate that the streamed update reaches
 EXPOSED = 0.35  # of host traffic's time, not hidden: most reads (docs/log.md, copies to and from host memory)
 COPIES = 4.0  # of kept q, k, v, gate and up in device memory
@@ -45,7 +44,7 @@ def ledger(job: Job, cluster: Cluster) -> list[Term]:
     terms = [
         Term("attention forward", (sum(pairs) + again) * attention / speed("forward"), job.profile.attention),
         Term("attention backward", sum(pairs) * BACKWARD * attention / speed("backward"), job.profile.attention),
-        Term("matmuls", matmul_seconds(job, cluster, 2.0 * products * tokens), "projections, MLP, logits"),
+        Term("matmuls", machine.matmul_seconds(2.0 * products * tokens, job.width), "projections, MLP, logits"),
         Term("matmuls", tile_sum_bytes(job) / machine.bandwidth, "device memory: float32 sums over tiles"),
         Term("matmuls", adapter_bytes(job) / machine.bandwidth, "device memory: inputs and outputs of adapters"),
         Term("matmuls", kept_copies(job) / machine.bandwidth, "device memory: copies of kept q, k, v, gate and up"),
@@ -73,7 +72,7 @@ def ledger(job: Job, cluster: Cluster) -> list[Term]:
 def forward_seconds(job: Job, cluster: Cluster, documents: dict[int, int]) -> float:
     """Predicted seconds of the forward passes over so many documents of each length, packed into the job's batches."""
     machine, model, tokens = cluster.machine, job.model, sum(length * count for length, count in documents.items())
-    matmuls = matmul_seconds(job, cluster, 2.0 * tokens * (job.parameters.kernels + job.parameters.head))
+    matmuls = machine.matmul_seconds(2.0 * tokens * (job.parameters.kernels + job.parameters.head), job.width)
     flops = lambda length: 4.0 * model.num_heads * model.head_dim * model.causal_pairs(length)
     speed = lambda length: costs.speed(job.profile.attention, "forward", length, machine.peak_flops, packed=True)
     attention = sum(count * flops(length) / speed(length) for length, count in documents.items())
@@ -81,11 +80,6 @@ def forward_seconds(job: Job, cluster: Cluster, documents: dict[int, int]) -> fl
     copies = batches * state_bytes(job)[0] / machine.host_link if job.profile.offload_weights else 0.0
     computed = (matmuls + attention) / job.devices
     return computed + max(EXPOSED * copies, copies - computed)
-
-
-def matmul_seconds(job: Job, cluster: Cluster, flops: float) -> float:
-    """Seconds of matrix products. Those of float32 do not use the same units."""
-    return flops * (1 if job.width == 2 else 16) / (MATMUL * cluster.machine.peak_flops)
 
 
 def traffic(job: Job) -> dict[str, float]:
@@ -121,7 +115,7 @@ def spared_by_byte(job: Job, cluster: Cluster) -> float:
     """Seconds of a step that a byte of kept q, k, v, gate or up spares at most: the products of a column of a matrix,
     twice where a segment is rebuilt, less the copies."""
     times = 1 if max(job.profile.segment_layers) == 1 else 2
-    products = matmul_seconds(job, cluster, times * 2.0 * job.model.hidden_size)
+    products = cluster.machine.matmul_seconds(times * 2.0 * job.model.hidden_size, job.width)
     return max(0.0, job.grad_accum * (products / job.width - COPIES / cluster.machine.bandwidth))
 
 

@@ -121,6 +121,8 @@ class Stack:
             (made, kept), row = results[-1], last - run.start
             carry = back.one(carry, jnp.int32(last), h, host.row(made, row, run.place == HOST), kept._replace(row=row))
             for run, all_inputs, run_results, kept in reversed(rebuilt):
+                if run_results is None:  # in a run of one layer, XLA would keep the zeros of o from `rebuild` to here
+                    all_inputs = after(carry[0], all_inputs)
                 carry = back.run(carry, run, all_inputs, False, run_results, kept)
         return carry
 

@@ -31,6 +31,16 @@ def chunk_bytes() -> int:
     return min(2**24, max(2**20, CHUNKS // (os.cpu_count() or 1)))
 
 
+def host_bytes(trees: list[tuple[int, int]], devices: int, free: int) -> int:
+    """Bytes of host memory, one device's part, that a save holds beside a step's.
+
+    trees: for weights and for optimizer states, the bytes of all arrays, and of the largest that is on the device; 0 if
+    they live in host memory. devices: of a host. free: bytes of a step that are not in use during a save.
+    """
+    held = sum(min(size, 2 * max(largest, COPIES // devices)) for size, largest in trees if largest)
+    return max(0, held - free) + min(sum(size for size, _ in trees), BUFFERS // devices)
+
+
 def pieces(shape: tuple[int, ...], chunk: tuple[int, ...], itemsize: int) -> Iterator[tuple[slice, ...]]:
     """Boxes that cover an array of this shape: PIECE bytes at most each, or one chunk.
 

@@ -64,3 +64,8 @@ def _load_part(
 @functools.partial(jax.jit, donate_argnums=0)
 def _put_rows(x: jax.Array, rows: jax.Array, start: jax.Array | int) -> jax.Array:
     return lax.dynamic_update_slice_in_dim(x, rows, start, 0)
+
+
+def shard_bytes(leaf: jax.Array | jax.ShapeDtypeStruct) -> int:
+    """Bytes of one device's shard of an array or abstract array."""
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize

@@ -38,7 +38,7 @@ def job(length=262144, model=MODEL, sp=1, **changes) -> Job:
 )
 def test_the_choice_fits_and_the_next_faster_does_not(length, search):
     choice = choose(job(length), search)
-    assert not search.missing(choice.plan)
+    assert not choice.plan.missing(search.margin)
     if choice.next_faster is not None:
         _, plan, missing = choice.next_faster
         assert missing and plan.step_seconds < choice.plan.step_seconds
@@ -53,7 +53,7 @@ def test_the_choice_fits_and_the_next_faster_does_not(length, search):
         )
     ]
     for plan in simple:
-        assert search.missing(plan) or plan.step_seconds >= choice.plan.step_seconds
+        assert plan.missing(search.margin) or plan.step_seconds >= choice.plan.step_seconds
 
 
 def test_all_stays_on_the_device_where_there_is_room():

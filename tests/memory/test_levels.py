@@ -108,7 +108,7 @@ def test_auto_fills_free_memory(length, grad_accum, machine):
     name = "keep_mlp_on_device" if all_qkv else "keep_qkv_on_device"
     if getattr(profile, name) < 30:  # two more do not fit; one alone would be no loop
         more = free.job.changed(**{name: getattr(profile, name) + 2})
-        assert Search(cluster).missing(Search(cluster).plan(more))
+        assert Search(cluster).lacks(more)
     if grad_accum > 1:
         assert f"The next faster choice, with --keep-qkv-on-device {profile.keep_qkv_on_device + 1}" in free.explain()
 

@@ -14,7 +14,7 @@ from alst_jax.hardware import environment
 from alst_jax.hardware import host_limits as limits
 from alst_jax.hardware.host_limits import cgroup_limits, host_memory
 from alst_jax.hardware.machines import GIB, pinned_share
-from alst_jax.planning.planner import target
+from alst_jax.run import target
 from train import parse
 
 TOTAL = psutil.virtual_memory().total

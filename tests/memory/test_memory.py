@@ -13,6 +13,7 @@ from alst_jax.ops.attention import attention
 from alst_jax.ops.cross_entropy import cross_entropy, tiled_cross_entropy
 from alst_jax.ops.tiling import tiled
 from alst_jax.profile import Profile
+from alst_jax.xla.order import after
 from tests.helpers import make_step, random_batch, tiny
 
 SHAPE = jax.ShapeDtypeStruct
@@ -93,6 +94,16 @@ def test_eight_sequence_ranks_need_an_eighth(length):
     one, eight = step_bytes(length=length), step_bytes(length=length, sp=8)
     # Gathered weights, tiles and the whole sequence's keys for one head do not shrink.
     assert one / 12 < eight < one / 5
+
+
+def test_zeros_of_recomputed_attention_do_not_wait(monkeypatch):
+    """Rebuilt segments that hold their inputs alone compute the attention of a layer twice from the same h. XLA would
+    make the zeros of both results at once (docs/log.md)."""
+    alone = dict(layers=4, segment_layers=(2,), rebuild_inputs_alone=True)
+    carry, found = 2048 * 64 * 4, step_bytes(**alone)
+    unordered = lambda arrays, x: x if x.ndim == 4 else after(arrays, x)  # inputs[layers, B, T, D]
+    monkeypatch.setattr("alst_jax.stack.stack.after", unordered)
+    assert step_bytes(**alone) - found > 4 * carry
 
 
 def test_weights_of_segments_of_two_are_gathered_in_their_turn(monkeypatch):

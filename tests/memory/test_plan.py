@@ -271,7 +271,7 @@ def test_the_picture(tmp_path, base):
 
 
 def test_the_picture_needs_matplotlib(monkeypatch, base):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UserError, match="install the extra `plot`"):
         base.picture("plan.png")
 

@@ -9,11 +9,11 @@ from alst_jax.config import TrainConfig, UserError
 from alst_jax.flag_checks import check_run
 from alst_jax.hardware.machines import GIB, parse_cluster
 from alst_jax.planning.job import Job
-from alst_jax.planning.planner import target
 from alst_jax.planning.process import beside_pools
 from alst_jax.planning.report import network
 from alst_jax.planning.seconds import collectives, over_hosts
 from alst_jax.profile import Profile
+from alst_jax.run import target
 from tests.helpers import tiny
 
 JOB = Job(tiny(num_heads=32, num_kv_heads=16), Profile(), 4, 4096, 4, 8, 1, "float32", "float32")
