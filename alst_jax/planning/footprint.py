@@ -133,7 +133,7 @@ def in_backward(job: Job) -> list[Term]:
         count, here = segment.layers, sum(run.layers for run in segment.runs if run.memory == DEVICE)
         kept += job.saved(segment)[DEVICE]
         terms = [Term(KEPT, kept, STACK), Term("recomputed residuals", rebuilt_bytes(job, segment), STACK)]
-        terms.append(Term("a layer read ahead", job.read_ahead(segment)[0], "stack/ahead"))
+        terms.append(Term("a layer read ahead", job.read_ahead(segment)[0], "stack/rows"))
         if swap.output_copy:  # made before its swap, as soon as the outputs exist
             # The copy waits neither for the norm's gradient nor for the segment to be rebuilt.
             early = size.hidden * (2 - profile.offload_weights) if segment.all_inputs else 2 * size.hidden + size.heads

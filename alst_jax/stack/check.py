@@ -30,7 +30,7 @@ def check_profile(profile: Profile, model: ModelConfig, sp: int) -> None:
 
 def check_effect(profile: Profile, shared_inputs: int, reads_ahead: bool) -> None:
     """UserError for a flag without effect. shared_inputs: inputs of segments that are kept in the memory of gradients
-    (stack/shared.py). reads_ahead: whether a loop reads rows from host memory ahead (stack/ahead.py)."""
+    (stack/shared.py). reads_ahead: whether a loop reads rows from host memory ahead (stack/rows.py)."""
     if profile.rebuild_inputs_alone and max(profile.segment_layers) == 1:
         raise UserError(
             "--rebuild-inputs-alone: no segment has several layers here, so no segment is recomputed; add "

@@ -20,9 +20,9 @@ from jax import lax
 from alst_jax.models.block import Tokens
 from alst_jax.profile import HOST, Profile
 from alst_jax.segments import segment_inputs
-from alst_jax.stack.ahead import loop_ahead
 from alst_jax.stack.kept import Kept, places
 from alst_jax.stack.layer import Layer, Weights
+from alst_jax.stack.rows import over_rows
 from alst_jax.stack.shared import SharedRows
 from alst_jax.xla import host
 from alst_jax.xla.order import after, index_after, read_after, read_back, zeros_after
@@ -226,21 +226,12 @@ class BackwardLoop:
     def run(self, carry, run, inputs, inputs_on_host, results, kept):
         """Back through the layers of a run, whose inputs, attention results (or None) and kept arrays are stacked."""
 
-        results_on_host = self._on_host(run, results)
-        ahead = self._ahead(run.layers, (inputs, inputs_on_host), (results, results_on_host))
+        def body(carry, row, read):
+            h, results = read
+            return self.one(carry, run.start + row, h, results, kept._replace(row=index_after(carry[0], row)))
 
-        def body(carry, i, read=(None, None)):
-            row = index_after(carry[0], i - run.start)
-            h, results_of_row = (
-                host.row(stack, row, on_host) if ready is None else ready
-                for stack, on_host, ready in zip((inputs, results), (inputs_on_host, results_on_host), read)
-            )
-            return self.one(carry, i, h, results_of_row, kept._replace(row=row))
-
-        if any(stack is not None for stack in ahead):
-            of_row = lambda carry, row, read: body(carry, run.start + row, read)
-            return loop_ahead(of_row, carry, ahead, range(run.layers)[::-1], carry[0])
-        return lax.scan(lambda *args: (body(*args), None), carry, jnp.arange(run.start, run.stop), reverse=True)[0]
+        on_host = inputs_on_host, results is not None and run.place == HOST
+        return self._over_rows(body, carry, range(run.layers)[::-1], (inputs, results), on_host, lambda carry: carry[0])
 
     def rebuild(self, carry, segment, h, results):
         """(the input of a segment's last layer, [(run, inputs, attention results, kept arrays) of the layers before]),
@@ -252,26 +243,22 @@ class BackwardLoop:
             if run.start >= last:
                 continue
 
-            def one(carry, i, made=None, run=run, saved=saved, kept=kept):
-                h, stacks = carry
+            def one(carry, row, read, run=run, kept=kept):
+                (h, stacks), (made,), i = carry, read, run.start + row
                 weights = layer.load(read_after(dh, functools.partial(self.read, store), i))
-                row = index_after(dh, i - run.start)
                 here = tokens.in_layer(i)
-                if made is None:
-                    made = host.row(saved, row, run.place == HOST) if run.place else layer.attend(i, h, weights, here)
-                out = layer.after(h, made[0], weights, here, kept._replace(row=row))
-                return out, host.put_row(stacks, (h, made if hold(run) else None), i - run.start, False)
+                if not run.place:
+                    made = layer.attend(i, h, weights, here)
+                out = layer.after(h, made[0], weights, here, kept._replace(row=index_after(dh, row)))
+                return out, host.put_row(stacks, (h, made if hold(run) else None), row, False)
 
             stop = min(run.stop, last)
             attend = lambda h, run=run: layer.attend(run.start, h, layer.load(self.read(store, 0)), tokens)
             made = jax.eval_shape(attend, h) if hold(run) else None
             stacks = jax.tree.map(lambda x: zeros_after(dh, (stop - run.start, *x.shape), x.dtype, h), (h, made))
-            (ahead,) = self._ahead(stop - run.start, (saved, self._on_host(run, saved)))
-            if ahead is None:
-                (h, stacks), _ = lax.scan(lambda *args: (one(*args), None), (h, stacks), jnp.arange(run.start, stop))
-            else:
-                of_row = lambda carry, row, made: one(carry, run.start + row, made)
-                h, stacks = loop_ahead(of_row, (h, stacks), ahead, range(stop - run.start), dh)
+            kept_here = (saved,) if run.place else (None,)
+            on_host, rows = (run.place == HOST,), range(stop - run.start)
+            h, stacks = self._over_rows(one, (h, stacks), rows, kept_here, on_host, lambda _: dh)
             rebuilt.append((dataclasses.replace(run, stop=stop), stacks[0], saved if run.place else stacks[1], kept))
         return h, rebuilt
 
@@ -288,15 +275,8 @@ class BackwardLoop:
             return carry, self.stack.embed(table, after(dh, numbers))
         return carry, host.row(self.saved.firsts, index_after(dh, row), self.stack.profile.offload_activations)
 
-    def _ahead(self, layers: int, *stacks: tuple[PyTree, bool]) -> tuple:
-        """Of each (stack, whether it is in host memory) the stack, or None if a loop over so many layers does not read
-        it ahead. One trip makes no loop."""
-        wanted = self.stack.profile.prefetch_activations and layers > 1
-        return tuple(stack if wanted and on_host else None for stack, on_host in stacks)
-
-    @staticmethod
-    def _on_host(run, results):
-        return results is not None and run.place == HOST
+    def _over_rows(self, *args):
+        return over_rows(*args, self.stack.profile.prefetch_activations)
 
 
 def _count(layers):
