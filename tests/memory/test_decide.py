@@ -51,7 +51,7 @@ def compiled():
 
 @pytest.mark.parametrize("memory", ["manual", "auto"])
 def test_a_run_compiles_nothing_that_its_plan_has_compiled(tmp_path, monkeypatch, capsys, compiled, memory):
-    monkeypatch.setattr(decide, "this_cluster", lambda host_memory_gib, devices: H100)
+    monkeypatch.setattr("alst_jax.run.this_cluster", lambda host_memory_gib, devices: H100)
     (tmp_path / "data.txt").write_text("A long time ago. " * 100)
     config = TrainConfig(
         data=(str(tmp_path / "data.txt"),),
@@ -71,7 +71,7 @@ def test_a_run_compiles_nothing_that_its_plan_has_compiled(tmp_path, monkeypatch
 
 def test_a_debug_run_compiles_its_own_programs_before_the_first_step(tmp_path, monkeypatch, compiled):
     """One for the bytes of the whole run, one that runs. (On a CPU a plan compiles no update.)"""
-    monkeypatch.setattr(decide, "this_cluster", lambda host_memory_gib, devices: H100)
+    monkeypatch.setattr("alst_jax.run.this_cluster", lambda host_memory_gib, devices: H100)
     planned = []
     monkeypatch.setattr("alst_jax.planning.report.announce_plan", lambda *_: planned.append(dict(compiled)))
     (tmp_path / "data.txt").write_text("A long time ago. " * 100)
