@@ -123,8 +123,9 @@ def test_tiles_are_larger_where_there_is_room():
 
 
 def test_tiles_are_as_usual_where_larger_ones_would_drive_something_out():
-    levels = frozenset({"keep_qkv_on_device", "keep_mlp_on_device"})  # one layer more would be the next faster choice
-    choice = choose(job(32768, llama_8b(35), sp=4), Search(parse_cluster("4xL40S-48", 500), levels))
+    # With these a layer more, or no offloading, would be the next faster choice.
+    fixed = frozenset({"keep_qkv_on_device", "keep_mlp_on_device", "prefetch_activations"})
+    choice = choose(job(32768, llama_8b(35), sp=4), Search(parse_cluster("4xL40S-48", 500), fixed))
     profile = choice.job.profile
     assert profile.mlp_tile == 0 and not (profile.offload_weights or profile.offload_optimizer)
     assert "The next faster choice, with --loss-tile 8192, --mlp-tile 16384" in choice.explain()
