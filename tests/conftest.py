@@ -14,6 +14,7 @@ if sys.dont_write_bytecode:
 
 # One heavy process a worker: the simulated devices already share the cores.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of torch and numpy that wait for each other spin: 20 s a test
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax  # noqa: E402

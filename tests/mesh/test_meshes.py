@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from alst_jax.config import IGNORED, UserError
+from alst_jax.models.lora import Lora
 from alst_jax.ops.attention import attention
 from alst_jax.parallel.mesh import AXES, choose_degrees, make_mesh
 from alst_jax.parallel.ulysses import qkv_to_heads, to_tokens
@@ -20,7 +21,9 @@ from tests.helpers import (
     PLAIN,
     TINY,
     assert_trees_close,
+    drawn,
     initial,
+    leaves,
     loss_and_grad,
     make_step,
     random_batch,
@@ -184,6 +187,18 @@ def test_same_seed_gives_the_same_weights_on_every_mesh():
     one = to_numpy(make_step().init_params(jax.random.key(3), jnp.float32))
     many = to_numpy(make_step(dp=2, sp=4).init_params(jax.random.key(3), jnp.float32))
     jax.tree.map(np.testing.assert_array_equal, many, one)
+
+
+def test_weights_that_tests_draw_are_like_those_of_a_run():
+    model = tiny(num_layers=2, norm_offset=1.0, qk_norm="head", lora=Lora(4, 8.0))
+    ours = drawn(model, jnp.dtype("float32"), 0)
+    theirs = to_numpy(make_step(model).init_params(jax.random.key(0), jnp.float32))
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for name, one in leaves(ours).items():
+        other, spread = leaves(theirs)[name], one.std()
+        assert one.shape == other.shape and one.dtype == other.dtype, name
+        assert spread == pytest.approx(np.std(other), rel=0.1), name
+        assert abs(one.mean() - np.mean(other)) <= 0.2 * spread, name
 
 
 def test_degrees_that_do_not_fit_are_refused():
