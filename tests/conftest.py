@@ -219,6 +219,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if SLOW.search(item.nodeid):
             item.add_marker("slow")
+    items.sort(key=lambda item: "processes/test_train.py" not in item.nodeid)  # the longest first, not last and alone
 
 
 def pytest_configure(config):
