@@ -262,7 +262,7 @@ def abstract_params(config: ModelConfig, dtype: DTypeLike) -> Params:
 
 @functools.lru_cache(64)
 def _traced(config: ModelConfig, dtype: jnp.dtype) -> tuple[list[jax.ShapeDtypeStruct], jax.tree_util.PyTreeDef]:
-    """A plan asks for the same model hundreds of times."""
+    """Traced once: a run and its plan ask for the same model several times."""
     return jax.tree.flatten(jax.eval_shape(lambda: init_params(config, dtype, jax.random.key(0))))
 
 
