@@ -33,8 +33,10 @@ from alst_jax.stack.batch import BATCH_SPEC, Batch
 from alst_jax.stack.check import check_profile
 from alst_jax.stack.ends import Model, trained_ends
 from alst_jax.xla import host
-from alst_jax.xla.arrays import put
+from alst_jax.xla.arrays import parts, put
 from alst_jax.xla.dtypes import accumulation_dtype
+
+PART_BYTES = 2**26  # of parameters whose optimizer state one program creates
 
 
 class TrainStep:
@@ -242,23 +244,25 @@ class TrainStep:
         return treedef.unflatten(jax.device_put(jax.jit(draw, out_shardings=places)(key), targets))
 
     def init_optimizer(self, trained: Params) -> dict[str, Any]:
-        """Zero moments and, for narrow weights, their float32 master. They are created in their final memory, one
-        parameter at a time."""
+        """Zero moments and, for narrow weights, their float32 master. They are created in their final memory, those of
+        few parameters at a time."""
         leaves, treedef = jax.tree.flatten(trained)
         specs = jax.tree.leaves(self._trained_specs, is_leaf=is_spec)
         names = self.optimizer.state_names(leaves)
-        column = lambda tree, name, n: treedef.flatten_up_to(tree[name])[n]
         fetch = host.to_device if self.profile.offload_weights else lambda p: p
+        made = lambda p, spec: {k: v for k, v in self.optimizer.init_one(fetch(p), spec).items() if k in names}
         states = []
-        for n, (leaf, spec) in enumerate(zip(leaves, specs, strict=True)):
-            made = jax.shard_map(
-                lambda p, spec=spec: {k: v for k, v in self.optimizer.init_one(fetch(p), spec).items() if k in names},
-                mesh=self.mesh,
-                in_specs=(spec,),
-                out_specs={name: column(self._state_specs, name, n) for name in names},
+        for part in parts(leaves, PART_BYTES):  # one program each
+            columns = lambda tree, part=part: tuple(
+                dict(zip(names, column)) for column in zip(*(treedef.flatten_up_to(tree[name])[part] for name in names))
             )
-            places = {name: column(self._optimizer_shardings, name, n) for name in names}
-            states.append(jax.jit(made, out_shardings=places)(leaf))
+            make = jax.shard_map(
+                lambda *parameters, part=part: tuple(map(made, parameters, specs[part])),
+                mesh=self.mesh,
+                in_specs=tuple(specs[part]),
+                out_specs=columns(self._state_specs),
+            )
+            states += jax.jit(make, out_shardings=columns(self._optimizer_shardings))(*leaves[part])
         trees = {name: treedef.unflatten([state[name] for state in states]) for name in names}
         return trees | {"count": put(np.int32(0), self._optimizer_shardings["count"])}
 

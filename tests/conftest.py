@@ -1,6 +1,8 @@
 """Eight simulated devices, shapes checked on every call, and no silent rank promotion."""
 
 import gc
+import importlib.abc
+import importlib.machinery
 import os
 import re
 import sys
@@ -14,6 +16,7 @@ if sys.dont_write_bytecode:
 
 # One heavy process a worker: the simulated devices already share the cores.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of torch and numpy that wait for each other spin: 20 s a test
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax  # noqa: E402
@@ -46,6 +49,17 @@ install_import_hook(
     ],
     "beartype.beartype",
 )
+
+
+class Unchecked(importlib.abc.MetaPathFinder):
+    """Modules of plain numbers in these packages: a plan calls them 120,000 times, and half of its time were checks."""
+
+    def find_spec(self, name, path, target=None):
+        costs = name.startswith("alst_jax.") and name.endswith(".costs")
+        return importlib.machinery.PathFinder.find_spec(name, path, target) if costs else None
+
+
+sys.meta_path.insert(0, Unchecked())
 
 # Cases whose kind has others in the same list. `pytest -n 2 -m slow` runs them; so does -m 'not gpu' all that needs no GPU.
 SLOW = re.compile(
@@ -218,6 +232,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if SLOW.search(item.nodeid):
             item.add_marker("slow")
+    items.sort(key=lambda item: "processes/test_train.py" not in item.nodeid)  # the longest first, not last and alone
 
 
 def pytest_configure(config):

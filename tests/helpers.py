@@ -9,9 +9,9 @@ import numpy as np
 
 from alst_jax.config import IGNORED
 from alst_jax.data.packing import offsets_of
-from alst_jax.models.block import init_params
+from alst_jax.models.block import abstract_params
 from alst_jax.models.config import ModelConfig
-from alst_jax.models.tree import dotted
+from alst_jax.models.tree import dotted, names
 from alst_jax.optim.adamw import AdamW
 from alst_jax.optim.formats import join_float32
 from alst_jax.parallel.mesh import make_mesh
@@ -74,15 +74,27 @@ def random_batch(model=TINY, rows=4, length=64, seed=0, ignored=0.2) -> dict[str
 
 
 @functools.cache
-def _drawn(model, dtype, seed):
-    return to_numpy(jax.jit(functools.partial(init_params, model, dtype))(jax.random.key(seed)))
+def drawn(model, dtype, seed):
+    """Weights as `init_params` draws them, by numpy: a program that draws them takes a second to compile."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        match names(path)[-1]:
+            case "scale":
+                return np.full(leaf.shape, 1 - model.norm_offset, leaf.dtype)
+            case "bias" | "lora_B":
+                return np.zeros(leaf.shape, leaf.dtype)
+            case "lora_A":
+                return rng.uniform(-1, 1, leaf.shape).astype(leaf.dtype) * leaf.dtype.type(leaf.shape[-2] ** -0.5)
+        return rng.standard_normal(leaf.shape).astype(leaf.dtype) * leaf.dtype.type(model.initializer_range)
+
+    return jax.tree_util.tree_map_with_path(draw, abstract_params(model, dtype))
 
 
 def initial(step: TrainStep, seed=0):
-    """`step.init_params`, whose numbers depend on model, type and seed alone: drawn once for all meshes and
-    profiles."""
-    drawn = _drawn(step.model, jax.tree.leaves(step.params)[0].dtype, seed)
-    return jax.device_put(jax.tree.map(np.copy, drawn), step.param_shardings)  # copies: updates are in place
+    """Random weights whose numbers depend on model, type and seed alone: drawn once for all meshes and profiles."""
+    weights = drawn(step.model, jax.tree.leaves(step.params)[0].dtype, seed)
+    return jax.device_put(jax.tree.map(np.copy, weights), step.param_shardings)  # copies: updates are in place
 
 
 def packed(rows, length, dp):

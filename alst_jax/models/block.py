@@ -256,7 +256,14 @@ def init_params(config: ModelConfig, dtype: DTypeLike, key: jax.Array) -> Params
 
 def abstract_params(config: ModelConfig, dtype: DTypeLike) -> Params:
     """The parameter tree as jax.ShapeDtypeStructs: from it derive shapes, shardings, optimizer state and converters."""
-    return jax.eval_shape(lambda: init_params(config, dtype, jax.random.key(0)))
+    leaves, treedef = _traced(config, jnp.dtype(dtype))
+    return treedef.unflatten(leaves)  # a tree of the caller's own
+
+
+@functools.lru_cache(64)
+def _traced(config: ModelConfig, dtype: jnp.dtype) -> tuple[list[jax.ShapeDtypeStruct], jax.tree_util.PyTreeDef]:
+    """Traced once: a run and its plan ask for the same model several times."""
+    return jax.tree.flatten(jax.eval_shape(lambda: init_params(config, dtype, jax.random.key(0))))
 
 
 class Halves(NamedTuple):

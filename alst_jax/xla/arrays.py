@@ -3,7 +3,7 @@ copy of an array has no room (3.5 GiB of an 8B model's largest stack; docs/log.m
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,17 @@ def put(array: jax.typing.ArrayLike, place: jax.sharding.Sharding) -> jax.Array:
     return jax.make_array_from_callback(np.shape(array), place, lambda index: np.asarray(array)[index])
 
 
+def parts(arrays: list[jax.Array], most: int) -> Iterator[slice]:
+    """Slices of consecutive arrays, of at most `most` bytes together or of one array."""
+    first, size = 0, 0
+    for n, array in enumerate(arrays):
+        if n > first and size + array.nbytes > most:
+            yield slice(first, n)
+            first, size = n, 0
+        size += array.nbytes
+    yield slice(first, len(arrays))
+
+
 def load_array(wanted: jax.ShapeDtypeStruct, read: Callable[[Bounds], np.ndarray]) -> jax.Array:
     """The array that `wanted` describes, dtype and sharding included; read(bounds) gives any part of it.
 
@@ -32,12 +43,12 @@ def load_array(wanted: jax.ShapeDtypeStruct, read: Callable[[Bounds], np.ndarray
     devices_of = {}
     for device, index in wanted.sharding.addressable_devices_indices_map(wanted.shape).items():
         devices_of.setdefault(tuple(s.indices(size)[:2] for s, size in zip(index, wanted.shape)), []).append(device)
-    parts = []
+    made = []
     for bounds, devices in devices_of.items():
         kind = wanted.sharding.memory_kind
         places = [jax.sharding.SingleDeviceSharding(device, memory_kind=kind) for device in devices]
-        parts += _load_part(read, bounds, wanted.dtype, places)
-    return jax.make_array_from_single_device_arrays(wanted.shape, wanted.sharding, parts)
+        made += _load_part(read, bounds, wanted.dtype, places)
+    return jax.make_array_from_single_device_arrays(wanted.shape, wanted.sharding, made)
 
 
 def _load_part(

@@ -11,7 +11,7 @@ import pytest
 
 from alst_jax.config import UserError
 from alst_jax.models import block
-from alst_jax.models.block import Tokens, halves, init_params
+from alst_jax.models.block import Tokens, halves
 from alst_jax.models.config import LayerKind
 from alst_jax.ops.attention import Kernel, attention
 from alst_jax.ops.cross_entropy import cross_entropy
@@ -21,6 +21,7 @@ from tests.helpers import (
     PLAIN,
     TINY,
     assert_trees_close,
+    drawn,
     initial,
     leaves,
     loss_and_grad,
@@ -28,7 +29,6 @@ from tests.helpers import (
     random_batch,
     relative_error,
     tiny,
-    to_numpy,
     train,
 )
 
@@ -51,7 +51,7 @@ def loop_loss(model, params, batch):
 
 def check_against_loop(model, mesh, **profile):
     batch = random_batch(model)
-    params = init_params(model, jnp.float32, jax.random.key(0))
+    params = drawn(model, jnp.dtype("float32"), 0)
     on_device = jax.tree.map(jnp.asarray, batch)
     loss, gradients = jax.jit(jax.value_and_grad(lambda p: loop_loss(model, p, on_device)))(params)
     step = make_step(model, *mesh, profile=Profile(**profile))
@@ -66,7 +66,7 @@ def check_against_loop(model, mesh, **profile):
 def test_a_block_is_its_two_halves():
     """And its parts are disjoint: each parameter belongs to one half, so that none is without a gradient."""
     model = tiny(qkv_bias=True, attention_bias=False)
-    params = to_numpy(jax.jit(lambda key: init_params(model, jnp.float32, key))(jax.random.key(0)))
+    params = drawn(model, jnp.dtype("float32"), 0)
     attend = lambda q, k, v: attention(q, k, v, kernel="xla")
 
     @jax.jit
@@ -88,13 +88,13 @@ def test_heads_are_slices(chunks):
     model = tiny()
 
     @jax.jit
-    def whole_and_parts(key):
-        one = jax.tree.map(lambda w: w[0], init_params(model, jnp.float32, key)["layers"])
+    def whole_and_parts(layers):
+        one = jax.tree.map(lambda w: w[0], layers)
         h, tokens = jax.random.normal(jax.random.key(1), (5, 64)), Tokens.of(model, jnp.arange(5)[None])
         tokens = Tokens(*(x[0] for x in tokens.rows))
         return one.before(h, tokens), [one.heads(i, chunks).before(h, tokens) for i in range(chunks)]
 
-    (q, k, v), parts = whole_and_parts(jax.random.key(0))
+    (q, k, v), parts = whole_and_parts(drawn(model, jnp.dtype("float32"), 0)["layers"])
     assert relative_error(np.concatenate([part[0] for part in parts], 1), q) < 1e-6
     for whole, n in ((k, 1), (v, 2)):
         for i, part in enumerate(parts):

@@ -65,8 +65,10 @@ def test_masks_are_of_the_step_and_the_token(plain, without_features):
         part = {name: np.tile(array[rows], (2 if rows != slice(0, 4) else 1, 1)) for name, array in whole.items()}
         if rows != slice(0, 4):  # rows twice, to compile once; the second ones are not learned
             part["labels"][2:] = -100
-        draws = None if draws is None else np.array(draws, np.uint32)
-        return float(plain.loss(trained, frozen, plain.put_batch(**part, draws=draws), jnp.float32(SCALE)))
+        if draws is None:
+            return float(plain.loss(trained, frozen, plain.put_batch(**part), jnp.float32(SCALE)))
+        batch = plain.put_batch(**part, draws=np.array(draws, np.uint32))
+        return float(plain.loss_and_grad(trained, frozen, batch, jnp.float32(SCALE))[0])
 
     np.testing.assert_allclose(loss((7, 0)), without_features[0], rtol=1e-6)
     halves = loss((7, 0), slice(0, 2)) + loss((7, 2 * 64), slice(2, 4))

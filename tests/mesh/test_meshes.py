@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from alst_jax.config import IGNORED, UserError
+from alst_jax.models.lora import Lora
 from alst_jax.ops.attention import attention
 from alst_jax.parallel.mesh import AXES, choose_degrees, make_mesh
 from alst_jax.parallel.ulysses import qkv_to_heads, to_tokens
@@ -20,7 +21,9 @@ from tests.helpers import (
     PLAIN,
     TINY,
     assert_trees_close,
+    drawn,
     initial,
+    leaves,
     loss_and_grad,
     make_step,
     random_batch,
@@ -141,17 +144,16 @@ def compiled(step, batch):
 
 
 def test_collectives_are_exactly_those_written_down():
-    model = tiny(attention_bias=False, mlp_bias=False)
-    step = make_step(model, dp=2, sp=4, profile=PROFILE)
-    counts = collectives(compiled(step, random_batch(model)).as_text())
+    counts = collectives(compiled(tiled_step(2, 4), random_batch()).as_text())
     # The layer body stands in the program twice, once in the forward scan and once, recomputed and then transposed, in
     # the backward one. Forward: q, k, v, o. Backward: q, k, v again (the output's all-to-all is not needed to
     # differentiate what follows it: that is recomputed from its result, so o too), then the four transposes.
     assert counts["all-to-all"] == 4 + 4 + 4
-    # 9 parameters a layer, gathered forward and again backward; embedding, final norm and head once each.
-    assert counts["all-gather"] == 2 * 9 + 3
+    # 16 parameters a layer, gathered forward and again backward, but for the last bias, which no gradient reads;
+    # embedding, final norm and head once each.
+    assert counts["all-gather"] == 16 + 15 + 3
     # Each gathered parameter's gradient goes back once.
-    assert counts["reduce-scatter"] == 9 + 3
+    assert counts["reduce-scatter"] == 16 + 3
     # The loss.
     assert counts["all-reduce"] == 1
     assert counts["collective-permute"] == 0
@@ -165,7 +167,7 @@ def test_one_device_compiles_to_no_collectives():
 
 def test_reduce_dtype_is_used():
     """Sums of gradients in bfloat16 are off by more than those in float32, which test_mesh_equals_one_device has."""
-    steps = make_step(sp=8, profile=Profile(reduce_dtype="bfloat16")), make_step()
+    steps = make_step(sp=8, profile=Profile(reduce_dtype="bfloat16")), tiled_step(2, 4)
     gradients = (loss_and_grad(step, initial(step), random_batch())[1] for step in steps)
     errors = [relative_error(a, b) for a, b in zip(*map(jax.tree.leaves, gradients), strict=True)]
     assert 1e-4 < max(errors) < 2e-2
@@ -184,6 +186,18 @@ def test_same_seed_gives_the_same_weights_on_every_mesh():
     one = to_numpy(make_step().init_params(jax.random.key(3), jnp.float32))
     many = to_numpy(make_step(dp=2, sp=4).init_params(jax.random.key(3), jnp.float32))
     jax.tree.map(np.testing.assert_array_equal, many, one)
+
+
+def test_weights_that_tests_draw_are_like_those_of_a_run():
+    model = tiny(num_layers=2, norm_offset=1.0, qk_norm="head", lora=Lora(4, 8.0))
+    ours = drawn(model, jnp.dtype("float32"), 0)
+    theirs = to_numpy(make_step(model).init_params(jax.random.key(0), jnp.float32))
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for name, one in leaves(ours).items():
+        other, spread = leaves(theirs)[name], one.std()
+        assert one.shape == other.shape and one.dtype == other.dtype, name
+        assert spread == pytest.approx(np.std(other), rel=0.1), name
+        assert abs(one.mean() - np.mean(other)) <= 0.2 * spread, name
 
 
 def test_degrees_that_do_not_fit_are_refused():

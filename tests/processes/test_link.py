@@ -221,15 +221,22 @@ def test_a_number_twice_is_refused():
     assert all("two processes are number 1 (--process)" in line for line in said)
 
 
-def test_who_does_not_come_is_named():
+@pytest.fixture(scope="module")
+def waited():
+    """(two of four, one without process 0, seconds): how processes end that wait 6 s for others, all at once."""
     began = time.monotonic()
-    found = ends(begin("short", ranks=(0, 2), count=4))
-    assert time.monotonic() - began < 30 and [code for code, _, _ in found] == [2, 2]
+    two, one = map(ends, [begin("short", ranks=(0, 2), count=4), begin("short", ranks=(1,))])
+    return two, one, time.monotonic() - began
+
+
+def test_who_does_not_come_is_named(waited):
+    found, _, seconds = waited
+    assert seconds < 30 and [code for code, _, _ in found] == [2, 2]
     assert "processes 1, 3 of 4 did not come within 6 s" in found[0][2] and not lines(found[1][2])
 
 
-def test_an_address_that_does_not_answer():
-    ((code, _, err),) = ends(begin("short", ranks=(1,)))
+def test_an_address_that_does_not_answer(waited):
+    ((code, _, err),) = waited[1]
     assert code == 2 and len(lines(err)) == 1 and "did not answer within 6 s (--start-timeout)" in err
 
 

@@ -12,7 +12,7 @@ from alst_jax.profile import Profile
 from alst_jax.profiling import StepProfile
 from alst_jax.trainer import TrainState, optimizer_step
 from alst_jax.xla import host, scopes
-from tests.helpers import make_step, random_batch, tiny
+from tests.helpers import initial, make_step, random_batch, tiny
 
 # A CPU has one memory: its compiler removes copies to host memory and back.
 COPIES = {scopes.TO_DEVICE, scopes.TO_HOST}
@@ -22,7 +22,7 @@ COPIES = {scopes.TO_DEVICE, scopes.TO_HOST}
 def traced(tmp_path_factory):
     """(the trace's directory, what was printed) of step 2 of 3, on two devices."""
     step = make_step(tiny(num_layers=2), 1, 2, Profile(loss_tile=None, mlp_tile=None), AdamW())
-    state = TrainState.begin(step, step.init_params(jax.random.key(0), jnp.float32))
+    state = TrainState.begin(step, initial(step))
     batch = {name: array[None] for name, array in random_batch(rows=1, length=128).items()}
     directory, lines = tmp_path_factory.mktemp("run"), []
     profile = StepProfile.of("2", directory)
