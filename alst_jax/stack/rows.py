@@ -42,7 +42,7 @@ def over_rows(
 
     def trip(number, state):
         carry, row, now = state
-        # After the last row there is none: some row is read, and not used.
+        # After the last row there is none: XLA reads the one that is nearest, and it is not used.
         following = _cut(numbers, number + 1), host.to_device(_cut(early, rows.start + rows.step * (number + 1)))
         return one(carry, row, now), *following
 

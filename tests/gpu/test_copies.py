@@ -10,7 +10,7 @@ import pytest
 
 pytestmark = pytest.mark.gpu
 STEP = [sys.executable, "-m", "benchmarks.step", *"--layers 4 --seq-len 131072 --steps 4 --no-update".split()]
-ON_HOST = "--offload-activations --keep-attention-on-host 4"
+AHEAD = "--offload-activations --prefetch-activations"
 
 
 def seconds(flags: str, attention: str) -> float:
@@ -24,8 +24,8 @@ def seconds(flags: str, attention: str) -> float:
 @pytest.mark.parametrize(
     "copies,none",
     [
-        ("--offload-activations", ""),
-        (ON_HOST, "--offload-activations --keep-attention-on-device 4"),
+        (AHEAD, ""),
+        (f"{AHEAD} --keep-attention-on-host 4", f"{AHEAD} --keep-attention-on-device 4"),
         ("--offload-activations --offload-weights", "--offload-activations"),
     ],
     ids=("inputs", "attention outputs", "weights and gradients"),
