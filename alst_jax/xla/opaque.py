@@ -19,7 +19,7 @@ _seconds: list[float] = []  # of each lowering
 def seconds_compiled() -> float:
     """Seconds in which this process has compiled kernels: it does so each time that a program with a new shape is
     lowered."""
-    return sum(_seconds)
+    return sum(_seconds, 0.0)
 
 
 def opaque(kernel: Callable) -> Callable:
