@@ -114,14 +114,15 @@ def test_a_layer_of_a_stack_is_read_at_a_time(hf, tmp_path, monkeypatch):
     """Peak memory follows from the largest tensor of the files, not from the model: no whole stack is ever read."""
     layer = 64 * 80 * 4  # bytes of the largest layer of a stack
     monkeypatch.setattr("alst_jax.storage.orbax_limits.AT_ONCE", layer)
-    read, lock, original = [], threading.Lock(), from_hf_module.read_part
+    read, lock, original = [], threading.Lock(), from_hf_module.file_part
 
-    def counted(part, *rest):
+    def counted(*arguments):
+        part = original(*arguments)
         with lock:
             read.append(part.nbytes)
-        original(part, *rest)
+        return part
 
-    monkeypatch.setattr(from_hf_module, "read_part", counted)
+    monkeypatch.setattr(from_hf_module, "file_part", counted)
     from_hf(hf, tmp_path / "checkpoint")
     assert sum(size > layer for size in read) == 2  # the tables: a part of a table is one chunk at least
     assert sum(read) == sum(x.nbytes for x in load_file(hf / "model.safetensors").values())
@@ -152,7 +153,7 @@ def test_the_progress_bar_counts_every_byte(hf, tmp_path, monkeypatch):
 
 
 STAGES = {
-    "from_hf": (from_hf_module, ["copy_model_files", "read_part", "write_run_file"]),
+    "from_hf": (from_hf_module, ["copy_model_files", "file_part", "write_run_file"]),
     "to_hf": (to_hf_module, ["copy_model_files", "save_params", "read_run_file"]),
 }
 
