@@ -17,7 +17,7 @@ from alst_jax.storage.checksums import THREADS
 
 SECONDS = 0.1  # between two looks at a directory, or at the bytes done
 AHEAD = 3 * 10**8  # bytes that a check may have read more than the work beside it
-BEHIND = 10**9  # bytes done before the pages that a check has read are forgotten: the parts in flight
+BEHIND = 2 * 10**9  # bytes done before the pages that a check has read are forgotten: the parts in flight
 
 
 class Checking:
