@@ -14,6 +14,7 @@ from alst_jax.models.other_weights import other_sizes
 from alst_jax.storage.checkpoint import Checkpoints
 from alst_jax.storage.checksums import seal_weights
 from alst_jax.storage.run_directory import MODEL, copy_model_files, find_checkpoint, read_run_file, refuse_adapters
+from alst_jax.storage.stored import Buffers
 from convert import logits
 from convert.cli import Progress, Unfinished, run
 
@@ -43,7 +44,7 @@ def to_hf(
         checkpoints = Checkpoints(run_dir)
         checkpoints.check_run_files(step)
         hashes = {}
-        leaves = list(checkpoints.open_params(step, verify=False))
+        leaves = list(checkpoints.open_params(step, verify=False, buffers=Buffers()))
         check_leaves(leaves, config, str(checkpoint))
         total = sum(leaf.nbytes for _, leaf in leaves) + other_sizes(run_dir / MODEL)[1]
         with Progress("reading and writing", total) as progress, checkpoints.verifying(step, lambda: progress.done):

@@ -24,7 +24,7 @@ from alst_jax.models.tree import as_dict, names
 from alst_jax.storage import about, checksums, disk, meanwhile, orbax_limits, parts
 from alst_jax.storage.commit import committing
 from alst_jax.storage.run_directory import CHECKPOINTS
-from alst_jax.storage.stored import Stored, read_part
+from alst_jax.storage.stored import Buffers, Stored, read_part
 from alst_jax.xla.arrays import load_array
 
 Names = tuple[str, ...]
@@ -148,13 +148,15 @@ class Checkpoints:
             for name, array in self.arrays(step, item).items():
                 yield name, array.read().result()
 
-    def open_params(self, step: int, verify: bool = True) -> Iterator[tuple[Names, Stored]]:
-        """(names, array) of each saved weight. An index of the array reads that part. verify: compare the files with
-        their checksums first, not with `verifying`."""
+    def open_params(
+        self, step: int, verify: bool = True, buffers: Buffers | None = None
+    ) -> Iterator[tuple[Names, Stored]]:
+        """(names, array) of each saved weight. An index of the array reads that part, into `buffers` if given. verify:
+        compare the files with their checksums first, not with `verifying`."""
         with self._reading(step, parts.PARAMS.name if verify else None):
             arrays = self.arrays(step, parts.PARAMS.name)
         for name, array in arrays.items():
-            yield name, Stored(array, functools.partial(self._reading, step))
+            yield name, Stored(array, functools.partial(self._reading, step), buffers)
 
     def _restore_tree(self, step: int, item: str, abstract: Any) -> Any:
         wanted = {names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}

@@ -5,6 +5,8 @@ Pages of files that both have read are forgotten (hashed_file.py).
 
 import concurrent.futures
 import contextlib
+import hashlib
+import mmap
 import os
 import pathlib
 import threading
@@ -101,11 +103,12 @@ class Ahead:
 
     def _hash(self, file: pathlib.Path) -> Entry | None:
         try:
-            entry = checksums.hash_file(file)
+            with open(file, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as pages:
+                entry = [len(pages), hashlib.new(checksums.ALGORITHM, pages).hexdigest()]  # without a copy
             forget_pages(file, 0, 0)
             return entry
-        except FileNotFoundError:
-            return None  # hash_files reads it, under its new name
+        except (FileNotFoundError, ValueError):
+            return None  # hash_files reads it: under its new name, or as an empty file
 
     def hash_files(self, top: pathlib.Path, names: list[str]) -> dict[str, Entry]:
         """Name -> [bytes, hash], as checksums.hash_files."""

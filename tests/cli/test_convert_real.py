@@ -6,14 +6,20 @@ import threading
 import time
 from concurrent.futures import CancelledError
 
+import jax
 import numpy as np
 import pytest
 import torch
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from alst_jax.config import UserError
 from alst_jax.models import hf_saving
+from alst_jax.models.block import abstract_params
+from alst_jax.models.hf_config import model_config
+from alst_jax.models.hf_weights import load_params
 from alst_jax.storage.checkpoint import Checkpoints
 from convert import cli, logits
 from convert import from_hf as from_hf_module
@@ -138,6 +144,39 @@ def test_conversions_are_not_compressed(hf, tmp_path):
     from_hf(hf, tmp_path / "checkpoint")
     arrays = Checkpoints(tmp_path / "checkpoint").arrays(0, "params").values()
     assert [array.spec().to_json()["metadata"]["compressor"] for array in arrays] == [None] * len(arrays)
+
+
+def test_a_conversion_is_read_like_any_checkpoint(hf, tmp_path):
+    """Matrices are stored as the files have them, which is the transpose of ours."""
+    from_hf(hf, tmp_path / "checkpoint")
+    checkpoints, config = Checkpoints(tmp_path / "checkpoint"), model_config(hf)
+    for name, array in checkpoints.arrays(0, "params").items():
+        assert array.spec().to_json()["metadata"]["order"] == ("F" if name[-1] == "kernel" else "C")
+    mesh = jax.make_mesh((4,), ("x",))
+    for dim in (0, 1):  # of each leaf, after the layers
+        spec = lambda x, dim=dim: P(*[None] * (x.ndim - 2 + dim), "x") if x.ndim > 2 else P()
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, np.float32, sharding=NamedSharding(mesh, spec(x))),
+            abstract_params(config, np.float32),
+        )
+        restored, expected = checkpoints.restore_params(0, abstract), load_params(hf, config, abstract)
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.view(np.int32), b.view(np.int32)), restored, expected)
+
+
+@pytest.mark.parametrize("which", ["from_hf", "to_hf"])
+def test_a_damaged_source_leaves_nothing(hf, tmp_path, which):
+    from_hf(hf, tmp_path / "checkpoint")
+    to_hf(tmp_path / "checkpoint", tmp_path / "back")
+    source = {"from_hf": tmp_path / "back", "to_hf": tmp_path / "checkpoint"}[which]
+    files = [file for file in source.rglob("*") if file.suffix == ".safetensors" or file.parent.name == "d"]
+    file = max(files, key=lambda file: file.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match=f"{file.name} has other content than was written"):
+        {"from_hf": from_hf, "to_hf": to_hf}[which](source, tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_the_progress_bar_counts_every_byte(hf, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from alst_jax.config import UserError
 from alst_jax.models.hashed_file import PIECE, HashedFile, read_ahead
 from alst_jax.storage import checksums, meanwhile
 from alst_jax.storage.meanwhile import Ahead, Checking
+from alst_jax.storage.stored import Buffers
 
 
 def entry_of(file):
@@ -102,8 +103,8 @@ def test_files_are_hashed_while_others_are_written_and_again_if_they_change(tmp_
     monkeypatch.setattr(meanwhile, "SECONDS", 0.01)
     folder = tmp_path / "part" / "d"
     folder.mkdir(parents=True)
-    read, original = [], checksums.hash_file
-    monkeypatch.setattr(checksums, "hash_file", lambda file, *rest: read.append(file.name) or original(file, *rest))
+    read = []
+    monkeypatch.setattr(meanwhile, "forget_pages", lambda file, *_: read.append(file.name))
     with Ahead(tmp_path) as ahead:
         for name in ("a", "b", "c.__lock"):
             (folder / name).write_bytes(os.urandom(1000))
@@ -117,6 +118,21 @@ def test_files_are_hashed_while_others_are_written_and_again_if_they_change(tmp_
         names = ["loop", *(f"final/d/{name}" for name in "abc")]
         assert ahead.hash_files(tmp_path, names) == {name: entry_of(tmp_path / name) for name in names}
     assert read.count("a") == 1 and read.count("c") == 1 and "c.__lock" not in read
+
+
+def test_memory_is_lent_again_when_nobody_refers_to_it():
+    buffers, dtype = Buffers(100), np.dtype("uint16")
+    place = lambda array: array.__array_interface__["data"][0]
+    first = buffers.array((5, 10), dtype, "F")
+    assert first.flags.f_contiguous and first.shape == (5, 10) and first.dtype == dtype
+    start, view = place(first), memoryview(first.T[2:].reshape(-1).view(np.uint8))
+    del first
+    assert place(second := buffers.array((50,), dtype, "C")) != start
+    del view
+    assert place(third := buffers.array((10, 5), dtype, "C")) == start
+    assert place(buffers.array((49,), dtype, "C")) not in (start, place(second), place(third))
+    large = buffers.array((51,), dtype, "C")
+    assert large.base is None and buffers.array((0, 3), dtype, "C").shape == (0, 3)
 
 
 def wait_for(condition, seconds=20):
