@@ -35,7 +35,8 @@ class Beside(Protocol):
     threads: int
 
     def hashed(self, file: pathlib.Path, position: int, read: int) -> None:
-        """Called after each block of `read` bytes, which ends at `position`. May wait; CancelledError to end it."""
+        """Called after each block of `read` bytes, which ends at `position`, and with 0 at the end of the file. May
+        wait; CancelledError to end it."""
 
 
 class Damaged(UserError):
@@ -47,7 +48,9 @@ def hash_file(file: pathlib.Path, beside: Beside | None = None) -> Entry:
     digest, block = hashlib.new(ALGORITHM), memoryview(bytearray(BLOCK))
     with file.open("rb", buffering=0) as stream:
         size = os.fstat(stream.fileno()).st_size
-        while read := stream.readinto(block):
+        read = -1
+        while read:
+            read = stream.readinto(block)
             digest.update(block[:read])
             if beside is not None:
                 beside.hashed(file, stream.tell(), read)

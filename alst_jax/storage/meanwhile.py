@@ -19,6 +19,7 @@ from alst_jax.storage.checksums import THREADS
 
 SECONDS = 0.1  # between two looks at a directory, or at the bytes done
 AHEAD = 3 * 10**8  # bytes that a check may have read more than the work beside it
+PIECE = 2**26  # bytes that are forgotten at once: Linux keeps a page of 2 MiB if a part of it is forgotten
 BEHIND = 2 * 10**9  # bytes done before the pages that a check has read are forgotten: the parts in flight
 
 
@@ -32,7 +33,7 @@ class Checking:
     def __init__(self, check: Callable[["Checking"], object], done: Callable[[], int], threads: int = THREADS):
         self.threads, self._check, self._done = threads, check, done
         self._ended, self._stopped, self._lock = threading.Event(), threading.Event(), threading.Lock()
-        self._bytes, self._read = 0, deque()
+        self._bytes, self._read, self._pieces = 0, deque(), {}
 
     @property
     def active(self) -> bool:
@@ -40,11 +41,15 @@ class Checking:
         return self._bytes > 0
 
     def hashed(self, file: pathlib.Path, position: int, read: int) -> None:
-        """Waits while the check is far ahead, and forgets pages far behind. CancelledError if the body was
-        interrupted."""
+        """Waits while the check is far ahead, and forgets pages far behind. read 0: the end of the file.
+        CancelledError if the body was interrupted."""
         with self._lock:
             self._bytes += read
-            self._read.append((self._bytes, file, position - read, read))
+            start, size = self._pieces.pop(file, (position - read, 0))
+            if size + read < PIECE and read:
+                self._pieces[file] = start, size + read
+            else:
+                self._read.append((self._bytes, file, start, size + read))
             old = []
             while self._read and self._read[0][0] < self._done() - BEHIND:
                 old.append(self._read.popleft())
