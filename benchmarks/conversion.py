@@ -4,8 +4,8 @@
 
 FOLDER gets generated bfloat16 shards of that shape. Each round imports them, removes them, and exports the checkpoint:
 the shards of the next round, which then have checksums. Before and after each conversion, a file of --probe GB is
-written and read. The page cache is emptied (Linux, as root) before each of these, and a `sync` belongs to each write.
-"Disk" is (bytes read / read speed + bytes written / write speed) / seconds. Memory is the largest RssAnon: pages of
+written, read and copied. The page cache is emptied (Linux, as root) before each of these, and a `sync` belongs to each write.
+"Disk" is (bytes read / read speed + bytes written / write speed) / seconds, "copy" is GB/s / copy GB/s. Memory is the largest RssAnon: pages of
 mapped files do not count. The last column is CPU time. At the end all tensors are compared with the generated bits.
 """
 
@@ -34,7 +34,7 @@ from benchmarks.shapes import LLAMA_70B, QWEN3_32B
 
 SHAPES = {"32B": QWEN3_32B, "70B": LLAMA_70B}
 BLOCK = 2**24  # bytes that the probe reads and writes at a time
-ROW = "| {:10} | {:>7} | {:>7} | {:>5} | {:>10} | {:>10} | {:>5} | {:>8} | {:>7} |"
+ROW = "| {:7} | {:>5} | {:>7} | {:>5} | {:>10} | {:>10} | {:>10} | {:>5} | {:>5} | {:>5} | {:>5} |"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,10 @@ def main(options: Options) -> None:
     hashes = generate(shards, options)
     size = _bytes(shards)
     print(f"{options.shape}, {options.layers} layers: {size / 1e9:.2f} GB", flush=True)
-    print(ROW.format("", "GB", "seconds", "GB/s", "read GB/s", "write GB/s", "disk", "GiB", "CPU s"), flush=True)
+    print(
+        ROW.format("", "GB", "seconds", "GB/s", "read GB/s", "write GB/s", "copy GB/s", "disk", "copy", "GiB", "CPU s"),
+        flush=True,
+    )
     before = probe(options)
     for _ in range(options.rounds):
         for name, source, target in (("from_hf", shards, checkpoint), ("to_hf", checkpoint, shards)):
@@ -62,11 +65,12 @@ def main(options: Options) -> None:
                 shutil.rmtree(target)
             seconds, memory, cpu = run(name, source, target)
             after = probe(options)
-            read, write = ((a + b) / 2 for a, b in zip(before, after))
-            share = (_bytes(source) / read + _bytes(target) / write) / 1e9 / seconds
+            read, write, copy = ((a + b) / 2 for a, b in zip(before, after))
+            disk = (_bytes(source) / read + _bytes(target) / write) / 1e9 / seconds
             cells = f"{size / 1e9:.2f}", f"{seconds:.1f}", f"{size / 1e9 / seconds:.2f}"
             speeds = [f"{a:.2f}, {b:.2f}" for a, b in zip(before, after)]
-            print(ROW.format(name, *cells, *speeds, f"{share:.0%}", f"{memory / 2**30:.2f}", f"{cpu:.0f}"), flush=True)
+            shares = f"{disk:.0%}", f"{size / 1e9 / seconds / copy:.0%}"
+            print(ROW.format(name, *cells, *speeds, *shares, f"{memory / 2**30:.2f}", f"{cpu:.0f}"), flush=True)
             shutil.rmtree(source)
             before = after
     found = {name: _hash(read_stored(tensor)) for name, tensor in find_tensors(shards).items()}
@@ -101,8 +105,8 @@ def generate(shards: pathlib.Path, options: Options) -> dict[str, str]:
     return hashes
 
 
-def probe(options: Options) -> tuple[float, float]:
-    """GB/s of the disk: a cold file that is read, a new file that is written."""
+def probe(options: Options) -> tuple[float, float, float]:
+    """GB/s: a cold file that is read, a new file that is written, a cold file that is copied in blocks."""
     file, blocks = options.folder / "probe", int(options.probe * 1e9) // BLOCK
     data = memoryview(np.random.default_rng(0).bytes(BLOCK))
     empty_cache()
@@ -118,8 +122,16 @@ def probe(options: Options) -> tuple[float, float]:
         while stream.readinto(buffer):
             pass
     read = time.perf_counter() - started
+    empty_cache()
+    started = time.perf_counter()
+    with open(file, "rb", buffering=0) as stream, open(options.folder / "copy", "wb", buffering=0) as out:
+        while size := stream.readinto(buffer):
+            out.write(memoryview(buffer)[:size])
+        os.fsync(out.fileno())
+    copied = time.perf_counter() - started
     file.unlink()
-    return blocks * BLOCK / read / 1e9, blocks * BLOCK / written / 1e9
+    (options.folder / "copy").unlink()
+    return tuple(blocks * BLOCK / seconds / 1e9 for seconds in (read, written, copied))
 
 
 def run(name: str, source: pathlib.Path, target: pathlib.Path) -> tuple[float, int, float]:
