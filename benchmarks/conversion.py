@@ -4,9 +4,11 @@
 
 FOLDER gets generated bfloat16 shards of that shape. Each round imports them, removes them, and exports the checkpoint:
 the shards of the next round, which then have checksums. Before and after each conversion, a file of --probe GB is
-written, read and copied. The page cache is emptied (Linux, as root) before each of these, and a `sync` belongs to each write.
-"Disk" is (bytes read / read speed + bytes written / write speed) / seconds, "copy" is GB/s / copy GB/s. Memory is the largest RssAnon: pages of
-mapped files do not count. The last column is CPU time. At the end all tensors are compared with the generated bits.
+written, read and copied. The page cache is emptied (Linux, as root) before each of these, and a `sync` belongs to each
+write. At the end all tensors are compared with the generated bits.
+
+Columns: "disk" is (bytes read / read speed + bytes written / write speed) / seconds. "copy" is GB/s / GB/s of the copy.
+"GiB" is the largest RssAnon: pages of mapped files do not count. "CPU s" is user and system time.
 """
 
 import dataclasses
@@ -34,6 +36,7 @@ from benchmarks.shapes import LLAMA_70B, QWEN3_32B
 
 SHAPES = {"32B": QWEN3_32B, "70B": LLAMA_70B}
 BLOCK = 2**24  # bytes that the probe reads and writes at a time
+HEAD = "", "GB", "seconds", "GB/s", "read GB/s", "write GB/s", "copy GB/s", "disk", "copy", "GiB", "CPU s"
 ROW = "| {:7} | {:>5} | {:>7} | {:>5} | {:>10} | {:>10} | {:>10} | {:>5} | {:>5} | {:>5} | {:>5} |"
 
 
@@ -54,10 +57,7 @@ def main(options: Options) -> None:
     hashes = generate(shards, options)
     size = _bytes(shards)
     print(f"{options.shape}, {options.layers} layers: {size / 1e9:.2f} GB", flush=True)
-    print(
-        ROW.format("", "GB", "seconds", "GB/s", "read GB/s", "write GB/s", "copy GB/s", "disk", "copy", "GiB", "CPU s"),
-        flush=True,
-    )
+    print(ROW.format(*HEAD), flush=True)
     before = probe(options)
     for _ in range(options.rounds):
         for name, source, target in (("from_hf", shards, checkpoint), ("to_hf", checkpoint, shards)):
