@@ -43,12 +43,13 @@ def to_hf(
         copy_model_files(run_dir / MODEL, out)
         checkpoints = Checkpoints(run_dir)
         checkpoints.check_run_files(step)
-        hashes = {}
-        leaves = list(checkpoints.open_params(step, verify=False, buffers=Buffers()))
-        check_leaves(leaves, config, str(checkpoint))
-        total = sum(leaf.nbytes for _, leaf in leaves) + other_sizes(run_dir / MODEL)[1]
-        with Progress("reading and writing", total) as progress, checkpoints.verifying(step, lambda: progress.done):
-            result = save_params(leaves, config, out, most, progress.advance, run_dir / MODEL, hashes)
+        hashes, progress = {}, None
+        with checkpoints.verifying(step, lambda: progress.done if progress else 0):
+            leaves = list(checkpoints.open_params(step, Buffers()))
+            check_leaves(leaves, config, str(checkpoint))
+            total = sum(leaf.nbytes for _, leaf in leaves) + other_sizes(run_dir / MODEL)[1]
+            with Progress("reading and writing", total) as progress:
+                result = save_params(leaves, config, out, most, progress.advance, run_dir / MODEL, hashes)
         if read_run_file(run_dir)["kind"] == "training":  # a conversion gives back the files it was given
             record_dtype(out, checkpoints.params_dtype(step))
         checkpoints.close()

@@ -148,12 +148,9 @@ class Checkpoints:
             for name, array in self.arrays(step, item).items():
                 yield name, array.read().result()
 
-    def open_params(
-        self, step: int, verify: bool = True, buffers: Buffers | None = None
-    ) -> Iterator[tuple[Names, Stored]]:
-        """(names, array) of each saved weight. An index of the array reads that part, into `buffers` if given. verify:
-        compare the files with their checksums first, not with `verifying`."""
-        with self._reading(step, parts.PARAMS.name if verify else None):
+    def open_params(self, step: int, buffers: Buffers | None = None) -> Iterator[tuple[Names, Stored]]:
+        """(names, array) of each saved weight. An index of the array reads that part, into `buffers` if given."""
+        with self._reading(step, parts.PARAMS.name):
             arrays = self.arrays(step, parts.PARAMS.name)
         for name, array in arrays.items():
             yield name, Stored(array, functools.partial(self._reading, step), buffers)
@@ -223,8 +220,8 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def verifying(self, step: int, done: Callable[[], int]) -> Iterator[None]:
-        """Compares the weights with their checksums while they are read inside. UserError at the end, or when the
-        reading fails, if they are damaged. done: the bytes that were read so far."""
+        """Compares the weights with their checksums while they are opened and read inside, not before. UserError at the
+        end, or when the reading fails, if they are damaged. done: the bytes that were read so far."""
 
         def verify(beside):
             with self._reading(step):

@@ -179,6 +179,16 @@ def test_a_damaged_source_leaves_nothing(hf, tmp_path, which):
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_a_damaged_list_of_arrays_is_called_damaged(hf, tmp_path):
+    """Not the weights of another model."""
+    from_hf(hf, tmp_path / "checkpoint")
+    file = tmp_path / "checkpoint" / "checkpoints" / "0" / "params" / "_METADATA"
+    file.write_text(file.read_text().replace("q_proj", "Q_proj"))
+    with pytest.raises(UserError, match="params/_METADATA has other content than was written"):
+        to_hf(tmp_path / "checkpoint", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_progress_bar_counts_every_byte(hf, tmp_path, monkeypatch):
     bars = []
     original = cli.Progress.__init__
