@@ -13,9 +13,11 @@ import tyro
 
 from alst_jax.models.block import abstract_params
 from alst_jax.models.hf_config import model_config
-from alst_jax.models.hf_weights import leaf_dtypes, model_tensors, read_part
+from alst_jax.models.hf_weights import file_part, file_rows, is_transposed, leaf_dtypes, leaf_names, model_tensors
 from alst_jax.models.other_weights import keep_others
-from alst_jax.storage import saving
+from alst_jax.models.tree import is_stacked
+from alst_jax.models.weight_pages import forget_rows
+from alst_jax.storage import meanwhile, saving
 from alst_jax.storage.checkpoint import Checkpoints
 from alst_jax.storage.checksums import verify_weights
 from alst_jax.storage.orbax_limits import Unread
@@ -38,25 +40,38 @@ def from_hf(
     tensors = model_tensors(hf_dir, config)
     dtypes = leaf_dtypes(tensors, config, str(hf_dir))
     with Unfinished(checkpoint) as out:
-        verify_weights(hf_dir)
         copy_model_files(hf_dir, out / MODEL)
         write_run_file(out, "converted", {"from": str(hf_dir)})
         others, other_bytes = keep_others(hf_dir, out / MODEL)
         shapes = abstract_params(config, np.float32)
         total = sum(x.size * dtype.itemsize for x, dtype in zip(jax.tree.leaves(shapes), jax.tree.leaves(dtypes)))
-        with Progress("reading and writing", total) as progress, Writing() as writing:
+        done = lambda: progress.done
+        with (
+            Progress("reading and writing", total) as progress,
+            meanwhile.Checking(lambda beside: verify_weights(hf_dir, beside=beside), done, threads=1) as checking,
+            meanwhile.Ahead(out) as ahead,
+            Writing() as writing,
+        ):
 
             def unread(path, x, dtype):
                 def read(bounds):
-                    part = np.empty([stop - start for start, stop in bounds], dtype)
-                    read_part(part, path, bounds, tensors, config)
+                    part = file_part(path, bounds, dtype, tensors, config)
                     progress.advance(part.nbytes)
                     return part
 
-                return Unread(tuple(x.shape), dtype, read, writing.permit)
+                def place(start):
+                    first = tensors[leaf_names(path, config)[start if is_stacked(path) else 0]]
+                    return str(first.file), first.start or 0, first.first or 0, start
+
+                def written(bounds):
+                    if not checking.active:
+                        for tensor, rows in file_rows(path, bounds, tensors, config):
+                            forget_rows(tensor, rows)
+
+                return Unread(tuple(x.shape), dtype, read, writing.permit, place, is_transposed(path), written)
 
             params = jax.tree_util.tree_map_with_path(unread, shapes, dtypes)
-            checkpoints = Checkpoints(out)
+            checkpoints = Checkpoints(out, hashed=ahead.hash_files)
             checkpoints.save(0, params, None, {"step": 0})
             checkpoints.close()
         if verify:

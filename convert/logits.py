@@ -15,7 +15,8 @@ from alst_jax.models.tree import names
 from alst_jax.ops.attention import attention
 from alst_jax.ops.cross_entropy import LogitScaling
 from alst_jax.ops.tiling import token_rows
-from alst_jax.storage.checkpoint import Checkpoints, Stored
+from alst_jax.storage.checkpoint import Checkpoints
+from alst_jax.storage.stored import Stored
 
 LENGTH = 32  # tokens
 TOLERANCE = 1e-3  # of the norm of the logits; the order of float32 sums gives about 1e-5

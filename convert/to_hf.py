@@ -14,6 +14,7 @@ from alst_jax.models.other_weights import other_sizes
 from alst_jax.storage.checkpoint import Checkpoints
 from alst_jax.storage.checksums import seal_weights
 from alst_jax.storage.run_directory import MODEL, copy_model_files, find_checkpoint, read_run_file, refuse_adapters
+from alst_jax.storage.stored import Buffers
 from convert import logits
 from convert.cli import Progress, Unfinished, run
 
@@ -42,15 +43,17 @@ def to_hf(
         copy_model_files(run_dir / MODEL, out)
         checkpoints = Checkpoints(run_dir)
         checkpoints.check_run_files(step)
-        leaves = list(checkpoints.open_params(step))
-        check_leaves(leaves, config, str(checkpoint))
-        total = sum(leaf.nbytes for _, leaf in leaves) + other_sizes(run_dir / MODEL)[1]
-        with Progress("reading and writing", total) as progress:
-            result = save_params(leaves, config, out, most, progress.advance, run_dir / MODEL)
+        hashes, progress = {}, None
+        with checkpoints.verifying(step, lambda: progress.done if progress else 0):
+            leaves = list(checkpoints.open_params(step, Buffers()))
+            check_leaves(leaves, config, str(checkpoint))
+            total = sum(leaf.nbytes for _, leaf in leaves) + other_sizes(run_dir / MODEL)[1]
+            with Progress("reading and writing", total) as progress:
+                result = save_params(leaves, config, out, most, progress.advance, run_dir / MODEL, hashes)
         if read_run_file(run_dir)["kind"] == "training":  # a conversion gives back the files it was given
             record_dtype(out, checkpoints.params_dtype(step))
         checkpoints.close()
-        seal_weights(out)
+        seal_weights(out, hashes)
         if verify:
             logits.verify(run_dir, step, config, out)
     return result

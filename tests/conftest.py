@@ -162,7 +162,7 @@ SLOW = re.compile(
             r"test_weighted_sources_resume_where_they_stopped",  # test_sources: from the start
             r"test_sigterm_saves_too",  # processes/test_train: a signal saves
             r"test_there_and_back_bit_for_bit\[(?!float32-sharded-tied|bfloat16-single-untied|float16-sharded)",
-            r"test_an_interrupted_conversion_leaves_nothing_that_looks_finished\[(?!.*read_part|killed-to_hf-save_params|inter.*run_file)",
+            r"test_an_interrupted_conversion_leaves_nothing_that_looks_finished\[(?!.*file_part|killed-to_hf-save_params|inter.*run_file)",
             r"test_the_command_of_a_row_learns_from_its_record\[(texts in another|chats in another|instructions \(Dolly|instructions with|fields)",
             r"test_a_run_is_the_same_with_and_without\[(?!\{\}|\{'weights': True, 'pack')",
             r"test_stopped_and_resumed_is_as_if_never_stopped",  # in this process: SIGTERM, and a resumed run bit for bit

@@ -43,6 +43,8 @@ def load_tokenizer(directory: str | pathlib.Path) -> Any:
         raise
     except Exception as error:  # transformers raises whatever its parsers raise
         reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason:
+            reason = "its code comes with the checkpoint (auto_map in tokenizer_config.json), and is never executed"
         raise UserError(f"{path}: the tokenizer cannot be read: {reason}") from error
 
 

@@ -13,7 +13,7 @@ from alst_jax.models.families import FAMILIES
 from alst_jax.models.families.family import Family
 from alst_jax.models.families.unsupported import find_family
 from alst_jax.models.hf_fields import HARMLESS, check_fields, check_types
-from alst_jax.models.hf_rope import read_rope, rope_fields
+from alst_jax.models.hf_rope import given_rope, read_rope, rope_fields
 from alst_jax.models.text_config import text_fields, with_text_field
 from alst_jax.models.weight_files import refuse_adapter
 from alst_jax.ops.rope import RopeConfig
@@ -93,8 +93,7 @@ def _ropes(raw: dict[str, Any], family: Family, head_dim: int, max_positions: in
     read = lambda given, theta: read_rope(given, theta, head_dim, max_positions, where, family.partial_rope)
     if family.ropes is not None:
         return [read(given, theta) for given, theta in family.ropes(raw, where)]
-    given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # the order in which transformers looks
-    return [read(given, raw.get("rope_theta") or family.defaults.get("rope_theta", 10000.0))]
+    return [read(*given_rope(raw, family.defaults.get("rope_theta", 10000.0), where))]
 
 
 def _used(

@@ -18,6 +18,7 @@ FIELDS = {  # of rope_parameters, by type: (required fields, optional fields)
     ),
     "longrope": (("short_factor", "long_factor"), (ORIGINAL, "factor", "attention_factor")),
 }
+IGNORED = {"yarn": ("finetuned",)}  # a note of its authors: transformers does not read it
 LISTS = ("short_factor", "long_factor")
 TYPES = {ORIGINAL: int, "truncate": bool}  # the others are float
 
@@ -34,7 +35,8 @@ def read_rope(
     if not isinstance(given, dict):
         raise UserError(f"{where}: RoPE settings {given!r} must be a JSON object with rope_type and its fields")
     given = dict(given)
-    theta = given.pop("rope_theta", None) or theta
+    own = given.pop("rope_theta", None)
+    theta = theta if own is None else own
     old, kind = given.pop("type", None), given.pop("rope_type", None)
     if old is not None and kind is not None and old != kind:
         raise UserError(f"{where}: RoPE settings contradict each other: rope_type={kind!r}, type={old!r}; remove one")
@@ -57,6 +59,51 @@ def read_rope(
     return RopeConfig(rope_type=kind, theta=float(theta), partial_rotary_factor=partial, **fields)
 
 
+def given_rope(raw: dict[str, Any], theta: float, where: str) -> tuple[Any, Any]:
+    """(settings, base) of the only rotary embedding, as `read_rope` takes them, from the fields of a config.json.
+
+    They are in `rope_parameters` (transformers 5), or in `rope_theta` and `rope_scaling` (before). theta: the base
+    without any. UserError if both are given and differ.
+    """
+    older, newer = raw.get("rope_scaling") or {}, raw.get("rope_parameters") or {}
+    if older and newer and _alike(older) != _alike(newer):
+        raise UserError(
+            f"{where}: RoPE settings contradict each other: rope_scaling={older!r}, rope_parameters={newer!r}; "
+            "remove one"
+        )
+    given, outer = older or newer, raw.get("rope_theta")  # the order in which transformers looks
+    theta = theta if outer is None else outer
+    check_base(outer, given, where)
+    check_base(base_of(given, theta), newer, where)
+    return given, theta
+
+
+def base_of(given: Any, theta: Any = None) -> Any:
+    """The base in rope settings, or `theta`."""
+    own = given.get("rope_theta") if isinstance(given, dict) else None
+    return theta if own is None else own
+
+
+def check_base(outer: Any, given: Any, where: str) -> None:
+    """UserError if `rope_theta` of config.json differs from that of its rope settings."""
+    inner = base_of(given)
+    if outer is not None and inner is not None and outer != inner:
+        raise UserError(
+            f"{where}: RoPE settings contradict each other: rope_theta={outer!r}, and {inner!r} in rope_parameters; "
+            "remove one"
+        )
+
+
+def _alike(given: Any) -> Any:
+    """RoPE settings without the differences between their two forms."""
+    if not isinstance(given, dict):
+        return given
+    kind = given.get("rope_type") or given.get("type") or "default"
+    apart = ("type", "rope_theta", "partial_rotary_factor")
+    rest = {name: value for name, value in given.items() if value is not None and name not in apart}
+    return rest | {"rope_type": kind}
+
+
 def _partial(value: Any, head_dim: int, implemented: bool, where: str) -> float:
     """The part of each head that is turned."""
     if value in (1.0, None) and not isinstance(value, bool):
@@ -77,7 +124,8 @@ def _fields(kind: str, given: dict[str, Any], where: str) -> dict[str, Any]:
     if kind == "yarn" and "truncate" in given:
         given["truncate"] = bool(given["truncate"])  # an explicit null switches it off in transformers
     missing = [name for name in needed if given.get(name) is None]
-    unknown = [name for name, value in given.items() if name not in needed + optional and value is not None]
+    known = needed + optional + IGNORED.get(kind, ())
+    unknown = [name for name, value in given.items() if name not in known and value is not None]
     if kind == "default":
         unknown = [name for name in unknown if name not in ("factor", ORIGINAL)]
     if missing or unknown:

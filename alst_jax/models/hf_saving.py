@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,11 +14,13 @@ from alst_jax.models.block import abstract_params
 from alst_jax.models.config import ModelConfig
 from alst_jax.models.families import FAMILIES
 from alst_jax.models.fused import join
+from alst_jax.models.hashed_file import Entry
 from alst_jax.models.hf_weights import is_transposed, leaf_names
 from alst_jax.models.other_weights import with_others
 from alst_jax.models.tree import is_stacked, names
-from alst_jax.models.weight_files import Unwritten, publish, transpose, write_file
+from alst_jax.models.weight_files import EMBEDDING, Unwritten, publish, write_file
 from alst_jax.processes.link import link
+from alst_jax.xla.arrays import transpose
 
 
 @runtime_checkable
@@ -37,18 +40,21 @@ def save_params(
     max_shard_bytes: int = 5 * 2**30,
     written: Callable[[int], object] = lambda _: None,
     model_dir: str | pathlib.Path | None = None,
+    hashes: dict[str, Entry] | None = None,
 ) -> tuple[int, int]:
     """Write (path, leaf) pairs as safetensors with Hugging Face's names; returns the number of tensors and their bytes.
 
-    One file if it fits into max_shard_bytes, else several and an index. One tensor, a layer of a stack, is copied to
-    host memory at a time. Files get their final names once all are complete, and older weights are removed. written:
-    called with the bytes of each tensor that is written. model_dir: the model/ of a run, which may keep weights beside
-    the language model's; they are written too.
+    Layer by layer. One file if it fits into max_shard_bytes, else several and an index. One tensor, a layer of a stack,
+    is copied to host memory at a time. Files get their final names once all are complete, and older weights are
+    removed. written: called with the bytes of each tensor that is written. model_dir: the model/ of a run, which may
+    keep weights beside the language model's; they are written too. hashes: gets an entry for each file, hashed while it
+    is written, with four tensors in memory.
 
     The processes of a run write files in turn, each from the leaves that it can read; process 0 gives them their names.
     """
-    tensors = join(tensors_of(leaves, config), FAMILIES[config.family].fused, config.num_layers)
-    return write_tensors(with_others(tensors, model_dir), out_dir, max_shard_bytes, written)
+    ordered = sorted(tensors_of(leaves, config), key=lambda tensor: layer_of(tensor.name, config))
+    tensors = join(ordered, FAMILIES[config.family].fused, config.num_layers)
+    return write_tensors(with_others(tensors, model_dir), out_dir, max_shard_bytes, written, hashes)
 
 
 def write_tensors(
@@ -56,21 +62,24 @@ def write_tensors(
     out_dir: str | pathlib.Path,
     max_shard_bytes: int,
     written: Callable[[int], object] = lambda _: None,
+    hashes: dict[str, Entry] | None = None,
 ) -> tuple[int, int]:
     """Write tensors as `save_params` says; returns their number and their bytes."""
     out = pathlib.Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    files, weight_map, total = [], {}, 0
+    files, weight_map, total, hashed = [], {}, 0, {}
     for group in _group(tensors, max_shard_bytes):
         file = out / f".part-{len(files)}.safetensors"
         if len(files) % link().count == link().rank:
-            write_file(file, group, written)
+            hashed[len(files)] = write_file(file, group, written, hashed=hashes is not None)
         weight_map |= dict.fromkeys((tensor.name for tensor in group), len(files))
         total += sum(tensor.nbytes for tensor in group)
         files.append(file)
     link().wait("weights written")
     if link().first:
-        publish(out, files, weight_map, total)
+        final = publish(out, files, weight_map, total)
+        if hashes is not None:
+            hashes |= {final[number]: entry for number, entry in hashed.items()}
     return len(weight_map), total
 
 
@@ -91,6 +100,14 @@ def check_leaves(leaves: Iterable[tuple[tuple, Stored]], config: ModelConfig, wh
             f"{where}: the weights are not those of its model/config.json: {'; '.join(wrong[:5])}"
             f"{', ...' * (len(wrong) > 5)}"
         )
+
+
+def layer_of(name: str, config: ModelConfig) -> int:
+    """The place of a tensor in the order of a model: -1 for the embedding, then its layer, then the rest."""
+    if name == EMBEDDING:
+        return -1
+    number = re.match(r"model\.layers\.(\d+)\.", name)
+    return int(number[1]) if number else config.num_layers
 
 
 def tensors_of(leaves, config: ModelConfig) -> Iterator[Unwritten]:

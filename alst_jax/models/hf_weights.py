@@ -18,18 +18,9 @@ from alst_jax.models.hf_config import model_config
 from alst_jax.models.lora import is_adapter
 from alst_jax.models.other_weights import text_tensors
 from alst_jax.models.tree import is_stacked, names
-from alst_jax.models.weight_files import (
-    AT_ONCE,
-    EMBEDDING,
-    HEAD,
-    Tensor,
-    extended,
-    find_tensors,
-    of_model,
-    read_tensor,
-    transpose,
-)
-from alst_jax.xla.arrays import load_array
+from alst_jax.models.weight_files import AT_ONCE, EMBEDDING, HEAD, Tensor, extended, find_tensors, of_model, read_tensor
+from alst_jax.models.weight_pages import map_rows
+from alst_jax.xla.arrays import load_array, transpose
 
 # Names outside of the blocks, the same in all families. Names of a block's parameters are in models/families.
 KEY_TABLE = {
@@ -175,6 +166,37 @@ def load_leaf(path: tuple, leaf: jax.ShapeDtypeStruct, tensors: dict[str, Tensor
         return part
 
     return load_array(leaf, read)
+
+
+def file_part(
+    path: tuple, bounds: tuple[tuple[int, int], ...], dtype: np.dtype, tensors: dict[str, Tensor], config: ModelConfig
+) -> np.ndarray:
+    """Whole rows or layers of the leaf at `path`, with the bytes in the files' order: a transposed leaf is a view of
+    [..., out, in]. A single layer, or rows, are pages of the file."""
+    stacked, transposed = is_stacked(path), is_transposed(path)
+    first, last = bounds[0]
+    if not transposed and not stacked or stacked and last - first == 1:
+        name = leaf_names(path, config)[first if stacked else 0]
+        pages = map_rows(tensors[name], slice(None) if stacked else slice(first, last))
+        if pages is not None:
+            return (pages.T if transposed else pages)[None] if stacked else pages
+    shape = [stop - start for start, stop in bounds]
+    if transposed:
+        part = np.empty([*shape[:-2], shape[-1], shape[-2]], dtype).swapaxes(-1, -2)
+    else:
+        part = np.empty(shape, dtype)
+    read_part(part, path, bounds, tensors, config)
+    return part
+
+
+def file_rows(
+    path: tuple, bounds: tuple[tuple[int, int], ...], tensors: dict[str, Tensor], config: ModelConfig
+) -> list[tuple[Tensor, slice]]:
+    """The tensors of the files, and the rows of each, that `file_part` reads."""
+    layers = leaf_names(path, config)
+    if is_stacked(path):
+        return [(tensors[name], slice(None)) for name in layers[slice(*bounds[0])]]
+    return [(tensors[name], slice(*bounds[0])) for name in layers]
 
 
 def read_part(

@@ -13,9 +13,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from alst_jax.config import UserError
+from alst_jax.models.hashed_file import Entry, HashedFile, read_ahead
 
 AT_ONCE = 2**26  # bytes of a table that are read at a time
-BLOCK = 128  # rows and columns
 INDEX, SINGLE, ADAPTER = "model.safetensors.index.json", "model.safetensors", "adapter_config.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dtype("bfloat16")}
@@ -54,6 +54,7 @@ class Tensor(NamedTuple):
     dtype: np.dtype
     first: int | None = None  # of a part of a fused tensor: the row at which the part begins
     added: int = 0  # rows at the end that are not in the file: each is the mean of the file's rows
+    start: int | None = None  # the file's byte at which the whole tensor of `key` begins, where that is known
 
 
 def find_tensors(hf_dir: str | pathlib.Path, files: list[pathlib.Path] | None = None) -> dict[str, Tensor]:
@@ -134,17 +135,21 @@ def _header(file: pathlib.Path) -> dict[str, Tensor]:
     """The tensors of a file. The library refuses headers that lie: offsets, overlaps, holes, sizes."""
     tensors = {}
     try:
-        with safe_open(file, "numpy") as handle:
-            for name in handle.keys():
+        with safe_open(file, "numpy") as handle, open(file, "rb") as raw:
+            start = 8 + int.from_bytes(raw.read(8), "little")
+            for name in handle.offset_keys():  # one after the other, without holes
                 entry = handle.get_slice(name)
-                dtype = DTYPES.get(entry.get_dtype())
+                dtype, shape = DTYPES.get(entry.get_dtype()), tuple(entry.get_shape())
                 if dtype is not None:
-                    tensors[name] = Tensor(file, name, tuple(entry.get_shape()), dtype)
+                    tensors[name] = Tensor(file, name, shape, dtype, start=start)
+                    start = None if start is None else start + math.prod(shape) * dtype.itemsize
                 elif not DERIVED.fullmatch(name) and not CACHE_SCALES.fullmatch(name):
                     raise UserError(
                         f"{file}: {name} is {entry.get_dtype()}; weights must be one of "
                         f"{', '.join(DTYPES)}. Quantised models cannot be trained; use the original"
                     )
+                else:
+                    start = None
     except (SafetensorError, OSError) as error:
         with open(file, "rb") as raw:
             pointer = raw.read(24) == b"version https://git-lfs."
@@ -187,15 +192,6 @@ def read_stored(tensor: Tensor, index: Any = ...) -> np.ndarray:
             return handle.get_tensor(tensor.key) if index is ... else handle.get_slice(tensor.key)[index]
     except (SafetensorError, OSError) as error:
         raise UserError(f"{tensor.file}: cannot read {tensor.key}: {error}") from error
-
-
-def transpose(matrix: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-    """The transpose, written into `out`. By blocks that lie in the cache: numpy's own copy takes 2.7 times as long."""
-    out = np.empty(matrix.shape[::-1], matrix.dtype) if out is None else out
-    for i in range(0, matrix.shape[0], BLOCK):
-        for j in range(0, matrix.shape[1], BLOCK):
-            out[j : j + BLOCK, i : i + BLOCK] = np.ascontiguousarray(matrix[i : i + BLOCK, j : j + BLOCK]).T
-    return out
 
 
 # --------------------------------------------------------------------------------------------------------------- naming
@@ -257,10 +253,12 @@ def write_file(
     tensors: list[Unwritten],
     written: Callable[[int], object] = lambda _: None,
     metadata: dict[str, str] | None = None,
-) -> None:
+    hashed: bool = False,
+) -> Entry | None:
     """Write one safetensors file. One tensor is in memory at a time; the library's own writer needs all of them, twice.
 
-    written: called with the bytes of each tensor. metadata: entries of the header's own.
+    written: called with the bytes of each tensor. metadata: entries of the header's own. hashed: return the entry of
+    the file (hashed_file.py), with four tensors in memory: the next is read while two are hashed and one is written.
     """
     tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)  # aligns each tensor
     header, end = {"__metadata__": {"format": "pt"} | (metadata or {})}, 0
@@ -269,18 +267,22 @@ def write_file(
         header[tensor.name] = {"dtype": TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(file, "wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors:
-            value = np.ascontiguousarray(tensor.read())
+    text = len(text).to_bytes(8, "little") + text
+    with HashedFile(file) if hashed else open(file, "wb") as out:
+        out.write(text)
+        values = read_ahead([tensor.read for tensor in tensors]) if hashed else (tensor.read() for tensor in tensors)
+        for tensor, value in zip(tensors, values, strict=True):
+            value = np.ascontiguousarray(value)
             if (value.shape, value.dtype) != (tensor.shape, tensor.dtype):
                 raise ValueError(f"{tensor.name}: {value.dtype}{value.shape}, not {tensor.dtype}{tensor.shape}")
             out.write(value.reshape(-1).view(np.uint8))
             written(tensor.nbytes)
+    return out.entry if hashed else None
 
 
-def publish(out: pathlib.Path, files: list[pathlib.Path], weight_map: dict[str, int], total: int) -> None:
-    """Give complete files of weights their names. weight_map: number of the file of each tensor. total: bytes."""
+def publish(out: pathlib.Path, files: list[pathlib.Path], weight_map: dict[str, int], total: int) -> list[str]:
+    """Give complete files of weights their names, and return these. weight_map: number of the file of each tensor.
+    total: bytes."""
     final = (
         [SINGLE] if len(files) == 1 else [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
     )
@@ -294,3 +296,4 @@ def publish(out: pathlib.Path, files: list[pathlib.Path], weight_map: dict[str, 
         partial = out / f".{INDEX}"
         partial.write_text(json.dumps(index, indent=2))
         partial.replace(out / INDEX)  # last: without it the shards are no model
+    return final

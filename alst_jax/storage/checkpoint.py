@@ -5,6 +5,7 @@ written (commit.py), and no code reads its option for arrays that are copied whe
 (`is_prioritized_key_fn`).
 """
 
+import concurrent.futures
 import contextlib
 import functools
 import pathlib
@@ -20,10 +21,11 @@ import tensorstore as ts
 
 from alst_jax.config import UserError
 from alst_jax.models.tree import as_dict, names
-from alst_jax.storage import about, checksums, disk, orbax_limits, parts
+from alst_jax.storage import about, checksums, disk, meanwhile, orbax_limits, parts
 from alst_jax.storage.commit import committing
 from alst_jax.storage.run_directory import CHECKPOINTS
-from alst_jax.xla.arrays import Bounds, load_array
+from alst_jax.storage.stored import Buffers, Stored, read_part
+from alst_jax.xla.arrays import load_array
 
 Names = tuple[str, ...]
 
@@ -31,13 +33,20 @@ Names = tuple[str, ...]
 class Checkpoints:
     """The checkpoints of one run directory. A save that was cut off is never found."""
 
-    def __init__(self, run_dir: str | pathlib.Path, keep: int | None = None, clean: bool = False):
-        """keep: number of checkpoints that stay, None for all; clean: remove the remains of a save that was killed."""
+    def __init__(
+        self,
+        run_dir: str | pathlib.Path,
+        keep: int | None = None,
+        clean: bool = False,
+        hashed: Callable[[pathlib.Path, list[str]], dict[str, Any]] = checksums.hash_files,
+    ):
+        """keep: number of checkpoints that stay, None for all; clean: remove the remains of a save that was killed;
+        hashed: hashes the files of a checkpoint."""
         orbax_limits.install()
         self.run_dir = pathlib.Path(run_dir).absolute()
         self.directory = self.run_dir / CHECKPOINTS
         self.about: dict[str, Any] | None = None  # the record beside each checkpoint (about.py)
-        self._keep = keep
+        self._keep, self._hashed = keep, hashed
         self._verified: set[tuple[int, str]] = set()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
@@ -67,7 +76,7 @@ class Checkpoints:
     def _seal(self, folder: pathlib.Path, step: int) -> None:
         if self.about is not None:
             about.write(folder, self.about)
-        checksums.seal(folder, step, self.run_dir)
+        checksums.seal(folder, step, self.run_dir, self._hashed)
 
     def _unsaved(self, step: int, error: OSError) -> UserError:
         """The error of a save that the disk refused. Its files are removed: they take room."""
@@ -139,12 +148,12 @@ class Checkpoints:
             for name, array in self.arrays(step, item).items():
                 yield name, array.read().result()
 
-    def open_params(self, step: int) -> Iterator[tuple[Names, "Stored"]]:
-        """(names, array) of each saved weight. An index of the array reads that part."""
+    def open_params(self, step: int, buffers: Buffers | None = None) -> Iterator[tuple[Names, Stored]]:
+        """(names, array) of each saved weight. An index of the array reads that part, into `buffers` if given."""
         with self._reading(step, parts.PARAMS.name):
             arrays = self.arrays(step, parts.PARAMS.name)
         for name, array in arrays.items():
-            yield name, Stored(array, functools.partial(self._reading, step))
+            yield name, Stored(array, functools.partial(self._reading, step), buffers)
 
     def _restore_tree(self, step: int, item: str, abstract: Any) -> Any:
         wanted = {names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
@@ -200,7 +209,7 @@ class Checkpoints:
             if item is not None:
                 self._verify(step, item)
             yield
-        except MemoryError:  # no fault of the checkpoint
+        except (MemoryError, concurrent.futures.CancelledError):  # no fault of the checkpoint
             raise
         except Exception as error:  # orbax, tensorstore and json each raise their own
             raise self._unreadable(step, error) from error
@@ -209,10 +218,23 @@ class Checkpoints:
         """UserError unless run.json and model/ are the files that the checkpoint was saved with."""
         checksums.verify_run_files(self.directory / str(step), self.run_dir)
 
-    def _verify(self, step: int, item: str) -> None:
-        if (step, item) in self._verified:
+    @contextlib.contextmanager
+    def verifying(self, step: int, done: Callable[[], int]) -> Iterator[None]:
+        """Compares the weights with their checksums while they are opened and read inside, not before. UserError at the
+        end, or when the reading fails, if they are damaged. done: the bytes that were read so far."""
+
+        def verify(beside):
+            with self._reading(step):
+                self._verify(step, parts.PARAMS.name, beside)
+
+        self._verified.add((step, parts.PARAMS.name))
+        with meanwhile.Checking(verify, done):
+            yield
+
+    def _verify(self, step: int, item: str, beside: checksums.Beside | None = None) -> None:
+        if beside is None and (step, item) in self._verified:
             return
-        verified = checksums.verify_step(self.directory / str(step), item, together=True)
+        verified = checksums.verify_step(self.directory / str(step), item, together=beside is None, beside=beside)
         if not verified and item == parts.PARAMS.name:
             print(
                 f"warning: {self.directory / str(step)} was saved without checksums: it is not verified",
@@ -230,28 +252,10 @@ class Checkpoints:
         self._manager.close()
 
 
-class Stored:
-    """A saved array on disk. An index reads that part of it."""
-
-    def __init__(self, array: ts.TensorStore, reading: Callable[[], contextlib.AbstractContextManager]):
-        self._array, self._reading = array, reading
-        self.shape, self.dtype = tuple(array.shape), np.dtype(array.dtype.numpy_dtype)
-        self.nbytes = array.size * self.dtype.itemsize
-
-    def __getitem__(self, index: Any) -> np.ndarray:
-        with self._reading():
-            return self._array[index].read().result()
-
-
 def _kind(array: ts.TensorStore | jax.ShapeDtypeStruct) -> str:
     """Shape and type of the elements. Floats may be read as floats of another width; other types must be equal."""
     dtype = np.dtype(getattr(array.dtype, "numpy_dtype", array.dtype))
     return f"{tuple(array.shape)} {'floats' if jax.numpy.issubdtype(dtype, jax.numpy.floating) else dtype.name}"
-
-
-def read_part(array: ts.TensorStore, bounds: Bounds) -> np.ndarray:
-    """The part of a saved array within bounds, (start, stop) for each of its dims."""
-    return array[tuple(slice(*b) for b in bounds)].read().result()
 
 
 def advice(bad: pathlib.Path) -> str:

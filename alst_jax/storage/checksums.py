@@ -12,10 +12,11 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol, runtime_checkable
 
 from alst_jax.config import UserError
+from alst_jax.models.hashed_file import Entry
 from alst_jax.processes.link import link
 from alst_jax.storage import parts
 from alst_jax.storage.parts import LATE
@@ -24,23 +25,48 @@ FILE = parts.CHECKSUMS.name
 WEIGHTS_FILE = "model.safetensors.checksums.json"
 ALGORITHM = "sha256"  # one of the fastest in hashlib, and the hub names its files by it
 THREADS = 16
+BLOCK = 2**20  # bytes that are read at a time
 
-Entry = list[Any]  # [bytes, hash]
+
+@runtime_checkable
+class Beside(Protocol):
+    """Work beside which files are hashed."""
+
+    threads: int
+
+    def hashed(self, file: pathlib.Path, position: int, read: int) -> None:
+        """Called after each block of `read` bytes, which ends at `position`, and with 0 at the end of the file. May
+        wait; CancelledError to end it."""
 
 
 class Damaged(UserError):
     """Files were changed. The text names each."""
 
 
-def hash_files(top: pathlib.Path, names: Iterable[str]) -> dict[str, Entry]:
-    """Name -> [bytes, hash] of files below `top`. Threads read them: hashing leaves Python's lock."""
+def hash_file(file: pathlib.Path, beside: Beside | None = None) -> Entry:
+    """[bytes, hash] of a file. beside: the work that goes on beside this."""
+    digest, block = hashlib.new(ALGORITHM), memoryview(bytearray(BLOCK))
+    with file.open("rb", buffering=0) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        read = -1
+        while read:
+            read = stream.readinto(block)
+            digest.update(block[:read])
+            if beside is not None:
+                beside.hashed(file, stream.tell(), read)
+    return [size, digest.hexdigest()]
+
+
+def hash_files(top: pathlib.Path, names: Iterable[str], beside: Beside | None = None) -> dict[str, Entry]:
+    """Name -> [bytes, hash] of files below `top`, hashed in the order given. Threads read them: hashing leaves Python's
+    lock. beside: as in `hash_file`; it says how many threads."""
 
     def entry(name: str) -> Entry:
-        with (top / name).open("rb") as stream:
-            return [os.fstat(stream.fileno()).st_size, hashlib.file_digest(stream, ALGORITHM).hexdigest()]
+        return hash_file(top / name, beside)
 
-    names = sorted(names)
-    with concurrent.futures.ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+    names = list(names)
+    most = THREADS if beside is None else beside.threads
+    with concurrent.futures.ThreadPoolExecutor(min(most, os.cpu_count() or 1)) as pool:
         return dict(zip(names, pool.map(entry, names), strict=True))
 
 
@@ -85,30 +111,37 @@ def _of_record(record: dict[str, Any]) -> str:
     return hashlib.new(ALGORITHM, json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def compare(top: pathlib.Path, recorded: dict[str, Entry], others: Iterable[str] = (), together: bool = False) -> None:
+def compare(
+    top: pathlib.Path,
+    recorded: dict[str, Entry],
+    others: Iterable[str] = (),
+    together: bool = False,
+    beside: Beside | None = None,
+) -> None:
     """Damaged unless the files below `top` are the recorded ones. others: files found beside them. together: each
-    process of the run reads a part of the files, and all learn all results.
+    process of the run reads a part of the files, and all learn all results. beside: as in `hash_file`.
 
-    Sizes are compared before a file is read.
+    Sizes are compared before a file is read. Files are read in the order in which they were written.
     """
     outside = [name for name in recorded if pathlib.PurePosixPath(name).is_absolute() or ".." in name.split("/")]
     if outside:
         raise Damaged(f"its checksums name files outside of it: {', '.join(outside[:5])}")
     found = [f"{name} is not one of its files" for name in sorted(set(others) - set(recorded))]
-    read = []
+    read, written = [], {}
     for name, (size, _) in recorded.items():
         try:
-            now = (top / name).stat().st_size
+            about = (top / name).stat()
         except OSError as error:
             found.append(f"{name} is missing" if isinstance(error, FileNotFoundError) else f"{name}: {error.strerror}")
             continue
-        if now == size:
+        if about.st_size == size:
             read.append(name)
+            written[name] = about.st_mtime_ns
         else:
-            found.append(f"{name} has {now:,} bytes and was written with {size:,}")
+            found.append(f"{name} has {about.st_size:,} bytes and was written with {size:,}")
     read = read[link().rank :: link().count] if together else read
     try:
-        now = hash_files(top, read)
+        now = hash_files(top, sorted(read, key=lambda name: (written[name], name)), beside)
     except OSError as error:
         raise Damaged(f"{error.filename} cannot be read: {error.strerror}") from error
     found += [f"{name} has other content than was written" for name in read if now[name] != recorded[name]]
@@ -121,8 +154,14 @@ def compare(top: pathlib.Path, recorded: dict[str, Entry], others: Iterable[str]
 # --------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def seal(folder: pathlib.Path, step: int, run_dir: pathlib.Path) -> None:
-    """Write the checksums of a step's folder, which may have a name that is not final, and of the run's own files."""
+def seal(
+    folder: pathlib.Path,
+    step: int,
+    run_dir: pathlib.Path,
+    hashed: Callable[[pathlib.Path, list[str]], dict[str, Entry]] = hash_files,
+) -> None:
+    """Write the checksums of a step's folder, which may have a name that is not final, and of the run's own files.
+    hashed: hashes the files of the folder."""
     own = [name for name in files_below(run_dir / "model")] if (run_dir / "model").is_dir() else []
     own = [f"model/{name}" for name in own] + ["run.json"] * (run_dir / "run.json").is_file()
     write_record(
@@ -131,17 +170,19 @@ def seal(folder: pathlib.Path, step: int, run_dir: pathlib.Path) -> None:
             "format": 1,
             "algorithm": ALGORITHM,
             "step": step,
-            "files": hash_files(folder, files_below(folder)),
+            "files": hashed(folder, files_below(folder)),
             "run": hash_files(run_dir, own),
         },
     )
 
 
-def verify_step(folder: pathlib.Path, item: str | None = None, together: bool = False) -> bool:
+def verify_step(
+    folder: pathlib.Path, item: str | None = None, together: bool = False, beside: Beside | None = None
+) -> bool:
     """Whether the checkpoint in a step's folder has checksums, which then are right. Damaged if one is wrong.
 
-    item: verify the files of this part alone (params, optimizer, loop), and those outside of parts. together: see
-    `compare`.
+    item: verify the files of this part alone (params, optimizer, loop), and those outside of parts. together,
+    beside: see `compare`.
     """
     record = read_record(folder / FILE)
     if record is None:
@@ -156,9 +197,8 @@ def verify_step(folder: pathlib.Path, item: str | None = None, together: bool = 
     if not any(name.startswith(f"{item}/") for name in others) and item is not None:
         raise Damaged(f"{item} not found")
     mine = lambda name: item is None or name.split("/")[0] == item or "/" not in name
-    compare(
-        folder, {name: entry for name, entry in record["files"].items() if mine(name)}, filter(mine, others), together
-    )
+    recorded = {name: entry for name, entry in record["files"].items() if mine(name)}
+    compare(folder, recorded, filter(mine, others), together, beside)
     return True
 
 
@@ -186,27 +226,29 @@ def _promises(folder: pathlib.Path) -> bool:
 # ----------------------------------------------------------------------------------------- Hugging Face directories
 
 
-def seal_weights(hf_dir: pathlib.Path) -> None:
-    """Write the checksums of the weight files of a Hugging Face directory."""
-    write_record(
-        hf_dir / WEIGHTS_FILE, {"format": 1, "algorithm": ALGORITHM, "files": hash_files(hf_dir, _weights(hf_dir))}
-    )
+def seal_weights(hf_dir: pathlib.Path, hashed: dict[str, Entry] | None = None) -> None:
+    """Write the checksums of the weight files of a Hugging Face directory. hashed: those that were made while the files
+    were written."""
+    known = hashed or {}
+    rest = hash_files(hf_dir, [name for name in _weights(hf_dir) if name not in known])
+    write_record(hf_dir / WEIGHTS_FILE, {"format": 1, "algorithm": ALGORITHM, "files": known | rest})
 
 
-def verify_weights(hf_dir: pathlib.Path, together: bool = False) -> bool:
+def verify_weights(hf_dir: pathlib.Path, together: bool = False, beside: Beside | None = None) -> bool:
     """Whether all weight files of a Hugging Face directory have checksums, which then are right. together: see
     `compare`.
 
-    They are ours, or the hub's, whose cache names a file by its hash. UserError if one is wrong.
+    They are ours, or the hub's, whose cache names a file by its hash. UserError if one is wrong. beside: as in
+    `hash_file`.
     """
     try:
         record = read_record(hf_dir / WEIGHTS_FILE)
         names = _weights(hf_dir)
         if record is not None:
-            compare(hf_dir, record["files"], names, together)
+            compare(hf_dir, record["files"], names, together, beside)
             return True
         recorded = {name: hub for name in names if (hub := _of_hub(hf_dir / name))}
-        compare(hf_dir, recorded, together=together)
+        compare(hf_dir, recorded, together=together, beside=beside)
         return bool(names) and all(name in recorded for name in names if name.endswith(".safetensors"))
     except Damaged as error:
         raise Damaged(

@@ -9,8 +9,10 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import itertools
 import logging
 import math
+import queue
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -57,12 +59,18 @@ class Unread:
     """An array outside of the memory, which is read a part at a time while it is saved.
 
     read: a part, by its bounds. writing: held while the array's file is made, and while a part is read and written.
+    place: sorts the parts of all arrays, by the first row of each: they are written in this order. reversed: store the
+    bytes of each layer in the order of its transpose, which `read` then returns (as a view). written: called with the
+    bounds of a part that is on the disk.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[Bounds], np.ndarray]
     writing: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    place: Callable[[int], tuple] = lambda start: ()
+    reversed: bool = False
+    written: Callable[[Bounds], object] = lambda _: None
 
     @property
     def ndim(self) -> int:
@@ -86,17 +94,17 @@ class WriteInParts(ocp.type_handlers.NumpyHandler):
 
     def __init__(self):
         super().__init__(deepcopy_host_arrays=False)
-        self._pool = concurrent.futures.ThreadPoolExecutor(saving.PARTS)
+        self._pool = InOrder(saving.PARTS)
 
     async def _open_and_write(self, value: Unread, tspec: dict[str, Any], ts_context: ts.Context) -> None:
-        tspec = tspec | {"metadata": tspec["metadata"] | {"compressor": None}}
-        loop = asyncio.get_running_loop()
+        order = "F" if value.reversed else "C"
+        tspec = tspec | {"metadata": tspec["metadata"] | {"compressor": None, "order": order}}
 
         def create() -> ts.TensorStore:
             with value.writing():
                 return ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context).result()
 
-        array = await loop.run_in_executor(self._pool, create)
+        array = await asyncio.wrap_future(self._pool.submit((), create))  # all of them before the first part
         chunk = array.chunk_layout.write_chunk.shape
         row = math.prod(value.shape[1:]) * value.dtype.itemsize
         # Whole chunks: two parts that shared a chunk would write it twice.
@@ -105,10 +113,36 @@ class WriteInParts(ocp.type_handlers.NumpyHandler):
         def write(start: int) -> None:
             stop = min(start + step, value.shape[0])
             with value.writing():
-                array[start:stop].write(value.read(((start, stop), *((0, size) for size in value.shape[1:])))).result()
+                bounds = ((start, stop), *((0, size) for size in value.shape[1:]))
+                array[start:stop].write(value.read(bounds), can_reference_source_data_indefinitely=True).result()
+                value.written(bounds)
 
-        run = functools.partial(loop.run_in_executor, self._pool, write)
-        await asyncio.gather(*map(run, range(0, value.shape[0], step)))
+        starts = range(0, value.shape[0], step)
+        parts = [self._pool.submit((0, *value.place(start)), functools.partial(write, start)) for start in starts]
+        await asyncio.gather(*map(asyncio.wrap_future, parts))
+
+
+class InOrder:
+    """Threads that call functions, those with the smallest key first."""
+
+    def __init__(self, threads: int):
+        self._pool, self._waiting = concurrent.futures.ThreadPoolExecutor(threads), queue.PriorityQueue()
+        self._numbers = itertools.count()
+
+    def submit(self, key: tuple, function: Callable[[], Any]) -> concurrent.futures.Future:
+        result = concurrent.futures.Future()
+        self._waiting.put((key, next(self._numbers), function, result))
+        self._pool.submit(self._call)
+        return result
+
+    def _call(self) -> None:
+        *_, function, result = self._waiting.get()
+        if not result.set_running_or_notify_cancel():
+            return
+        try:
+            result.set_result(function())
+        except BaseException as error:
+            result.set_exception(error)
 
 
 def save_args(array: jax.Array | np.ndarray | Unread | jax.ShapeDtypeStruct) -> ocp.SaveArgs:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 COPIES = 10**9  # bytes of a host
 DATA_FILE = 2**26  # bytes of a file of a checkpoint
 PIECE = 2**26  # bytes
-PARTS = 2  # parts of arrays that are read and written at the same time (orbax_limits.WriteInParts)
+PARTS = 3  # parts of arrays that are read and written at the same time (orbax_limits.WriteInParts)
 EXPORT_FILE = 2**30  # bytes of an exported file; of its tensors one is held at a time
 WRITTEN = 3 * 10**8  # bytes in flight, of weights and of optimizer states. orbax refuses a larger piece
 BUFFERS = 3 * 2**30  # bytes of a host, outside of jax's pool: the writers of weights and optimizer states

@@ -6,14 +6,20 @@ import threading
 import time
 from concurrent.futures import CancelledError
 
+import jax
 import numpy as np
 import pytest
 import torch
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from alst_jax.config import UserError
 from alst_jax.models import hf_saving
+from alst_jax.models.block import abstract_params
+from alst_jax.models.hf_config import model_config
+from alst_jax.models.hf_weights import load_params
 from alst_jax.storage.checkpoint import Checkpoints
 from convert import cli, logits
 from convert import from_hf as from_hf_module
@@ -114,14 +120,15 @@ def test_a_layer_of_a_stack_is_read_at_a_time(hf, tmp_path, monkeypatch):
     """Peak memory follows from the largest tensor of the files, not from the model: no whole stack is ever read."""
     layer = 64 * 80 * 4  # bytes of the largest layer of a stack
     monkeypatch.setattr("alst_jax.storage.orbax_limits.AT_ONCE", layer)
-    read, lock, original = [], threading.Lock(), from_hf_module.read_part
+    read, lock, original = [], threading.Lock(), from_hf_module.file_part
 
-    def counted(part, *rest):
+    def counted(*arguments):
+        part = original(*arguments)
         with lock:
             read.append(part.nbytes)
-        original(part, *rest)
+        return part
 
-    monkeypatch.setattr(from_hf_module, "read_part", counted)
+    monkeypatch.setattr(from_hf_module, "file_part", counted)
     from_hf(hf, tmp_path / "checkpoint")
     assert sum(size > layer for size in read) == 2  # the tables: a part of a table is one chunk at least
     assert sum(read) == sum(x.nbytes for x in load_file(hf / "model.safetensors").values())
@@ -139,6 +146,49 @@ def test_conversions_are_not_compressed(hf, tmp_path):
     assert [array.spec().to_json()["metadata"]["compressor"] for array in arrays] == [None] * len(arrays)
 
 
+def test_a_conversion_is_read_like_any_checkpoint(hf, tmp_path):
+    """Matrices are stored as the files have them, which is the transpose of ours."""
+    from_hf(hf, tmp_path / "checkpoint")
+    checkpoints, config = Checkpoints(tmp_path / "checkpoint"), model_config(hf)
+    for name, array in checkpoints.arrays(0, "params").items():
+        assert array.spec().to_json()["metadata"]["order"] == ("F" if name[-1] == "kernel" else "C")
+    mesh = jax.make_mesh((4,), ("x",))
+    for dim in (0, 1):  # of each leaf, after the layers
+        spec = lambda x, dim=dim: P(*[None] * (x.ndim - 2 + dim), "x") if x.ndim > 2 else P()
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, np.float32, sharding=NamedSharding(mesh, spec(x))),
+            abstract_params(config, np.float32),
+        )
+        restored, expected = checkpoints.restore_params(0, abstract), load_params(hf, config, abstract)
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.view(np.int32), b.view(np.int32)), restored, expected)
+
+
+@pytest.mark.parametrize("which", ["from_hf", "to_hf"])
+def test_a_damaged_source_leaves_nothing(hf, tmp_path, which):
+    from_hf(hf, tmp_path / "checkpoint")
+    to_hf(tmp_path / "checkpoint", tmp_path / "back")
+    source = {"from_hf": tmp_path / "back", "to_hf": tmp_path / "checkpoint"}[which]
+    files = [file for file in source.rglob("*") if file.suffix == ".safetensors" or file.parent.name == "d"]
+    file = max(files, key=lambda file: file.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match=f"{file.name} has other content than was written"):
+        {"from_hf": from_hf, "to_hf": to_hf}[which](source, tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_damaged_list_of_arrays_is_called_damaged(hf, tmp_path):
+    """Not the weights of another model."""
+    from_hf(hf, tmp_path / "checkpoint")
+    file = tmp_path / "checkpoint" / "checkpoints" / "0" / "params" / "_METADATA"
+    file.write_text(file.read_text().replace("q_proj", "Q_proj"))
+    with pytest.raises(UserError, match="params/_METADATA has other content than was written"):
+        to_hf(tmp_path / "checkpoint", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_progress_bar_counts_every_byte(hf, tmp_path, monkeypatch):
     bars = []
     original = cli.Progress.__init__
@@ -152,7 +202,7 @@ def test_the_progress_bar_counts_every_byte(hf, tmp_path, monkeypatch):
 
 
 STAGES = {
-    "from_hf": (from_hf_module, ["copy_model_files", "read_part", "write_run_file"]),
+    "from_hf": (from_hf_module, ["copy_model_files", "file_part", "write_run_file"]),
     "to_hf": (to_hf_module, ["copy_model_files", "save_params", "read_run_file"]),
 }
 

@@ -108,6 +108,15 @@ MODELS = {
     "a tokenizer that is a list": (write("tokenizer.json", "[]"), "the tokenizer cannot be read"),
     "settings that are no JSON": (write("tokenizer_config.json", "{"), "tokenizer_config.json is not valid JSON"),
     "settings that are a list": (write("tokenizer_config.json", "[]"), "tokenizer_config.json holds no JSON object"),
+    "a tokenizer of other code": (
+        edit("tokenizer_config.json", tokenizer_class="Evil", auto_map={"AutoTokenizer": ["evil.T", None]}),
+        "its code comes with the checkpoint (auto_map in tokenizer_config.json), and is never executed",
+    ),
+    "two bases of rope": (config(rope_theta=5e5), "RoPE settings contradict each other: rope_theta=500000.0"),
+    "two ropes": (
+        config(rope_scaling={"rope_type": "linear", "factor": 2.0}),
+        "RoPE settings contradict each other: rope_scaling=",
+    ),
     "an empty end token": (edit("tokenizer_config.json", eos_token=""), 'eos_token is "", which is no token'),
     "a small vocabulary": (config(vocab_size=100), "outside the model's vocabulary of 100"),
 }

@@ -88,7 +88,7 @@ def test_defaults_are_those_of_transformers():
         (dict(attention_dropout=0.1), "not implemented: attention_dropout=0.1"),
         (dict(layer_types=["sliding_attention", "full_attention"]), "not implemented: layer_types="),
         (dict(partial_rotary_factor=0.5), "not implemented: partial_rotary_factor=0.5"),
-        (dict(rope_parameters=dict(rope_type="yarn", factor=4.0, finetuned=True)), "'yarn' has unknown finetuned"),
+        (dict(rope_parameters=dict(rope_type="yarn", factor=4.0, magic=True)), "'yarn' has unknown magic"),
         (dict(some_new_field=3), "not implemented: some_new_field=3"),
         (dict(original_max_position_embeddings=1024), "not implemented: original_max_position_embeddings=1024"),
         (dict(rope_interleaved=True), "rope_interleaved=True"),

@@ -42,8 +42,7 @@ ROPES = {
     "yarn, no truncation": dict(rope_parameters=YARN | dict(truncate=False)),
     "yarn, null truncation": dict(rope_parameters=YARN | dict(truncate=None)),
     "both spellings": dict(
-        rope_scaling=dict(rope_type="linear", factor=4.0),
-        rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=5e5),
+        rope_scaling=dict(rope_type="linear", factor=4.0), rope_parameters=dict(type="linear", factor=4.0)
     ),
 }
 
@@ -128,6 +127,40 @@ def test_wrong_rope_settings_are_refused(rope, message):
 def test_rope_settings_that_contradict_each_other_are_refused(rope, message):
     with pytest.raises(UserError, match=message):
         parse(rope_parameters=rope)
+
+
+LINEAR = dict(rope_type="linear", factor=2.0)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(rope_theta=5e5, rope_parameters=dict(rope_theta=1e4)), "rope_theta=500000.0, and 10000.0 in rope_param"),
+        (dict(rope_scaling=LINEAR, rope_parameters=LINEAR | dict(factor=4.0)), "contradict each other: rope_scaling="),
+        (
+            dict(rope_scaling=LINEAR, rope_parameters=LINEAR | dict(rope_theta=5e5)),
+            "rope_theta=10000.0, and 500000.0 in",
+        ),
+        (dict(rope_scaling=LINEAR, rope_parameters=dict(rope_theta=1e4)), "contradict each other: rope_scaling="),
+        (dict(rope_parameters=dict(rope_theta=0.0)), "rope_theta=0.0 must be above 1"),
+        (dict(rope_theta=0), "rope_theta=0 must be above 0"),
+    ],
+)
+def test_two_places_of_rope_settings_must_agree(fields, message):
+    with pytest.raises(UserError, match=message):
+        parse(**fields)
+
+
+def test_the_same_rope_settings_in_both_places_are_read():
+    both = parse(
+        rope_theta=1e4, rope_scaling=dict(type="linear", factor=2.0), rope_parameters=LINEAR | dict(rope_theta=1e4)
+    )
+    assert both.rope == parse(rope_parameters=LINEAR | dict(rope_theta=1e4)).rope
+
+
+def test_a_note_in_yarn_changes_nothing():
+    yarn = dict(rope_type="yarn", factor=4.0, rope_theta=1e4)
+    assert parse(rope_parameters=yarn | dict(finetuned=True)).rope == parse(rope_parameters=yarn).rope
 
 
 LENGTHS = {

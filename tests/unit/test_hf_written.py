@@ -93,14 +93,17 @@ def test_a_crash_leaves_nothing_that_looks_whole(tmp_path, limit):
     make_hf(tmp_path / "in")
     config = model_config(tmp_path / "in")
     params = load_params(tmp_path / "in", config, on_one_device(config))
-    leaves = leaves_of(params)
+    *leaves, (path, last) = leaves_of(params)
 
-    def crash_at_the_last():
-        yield from leaves[:-1]
-        raise KeyboardInterrupt
+    class Crash:
+        shape, dtype = last.shape, last.dtype
+
+        def __getitem__(self, _):
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        save_params(crash_at_the_last(), config, tmp_path / "out", limit)
+        save_params([*leaves, (path, Crash())], config, tmp_path / "out", limit)
+    assert list((tmp_path / "out").glob(".part-*"))
     assert not [p for p in (tmp_path / "out").iterdir() if not p.name.startswith(".")]
     shutil.copy(tmp_path / "in" / "config.json", tmp_path / "out")
     refuse(tmp_path / "out", "holds no weights")

@@ -5,7 +5,7 @@ from typing import Any
 
 from alst_jax.config import UserError
 from alst_jax.models.config import LayerKind, ModelConfig
-from alst_jax.models.hf_rope import rope_fields
+from alst_jax.models.hf_rope import check_base, rope_fields
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 FIRST_WINDOW_LAYER = 28  # default of max_window_layers
@@ -106,6 +106,7 @@ def ropes(raw: dict[str, Any], where: str, bases: tuple[Any, Any]) -> list[tuple
     if not set(nested) <= {FULL, SLIDING}:
         raise UserError(f"{where}: rope_parameters={nested!r} must have {FULL} and {SLIDING}, each with its settings")
     full, sliding = (nested.get(kind) or {} for kind in (FULL, SLIDING))
+    check_base(raw.get("rope_theta"), full, where)
     return [(full | scaling if isinstance(full, dict) else full, bases[0]), (sliding, bases[1])]
 
 
