@@ -196,6 +196,28 @@ def test_auto_says_why_it_does_not_take_flash(monkeypatch):
     assert name == "cudnn" and "needs torch 2.7 or newer, not 2.6.0" in why
 
 
+def test_a_wrong_card_is_named_before_a_missing_package(monkeypatch):
+    Installed(monkeypatch, ["flash_attn"])
+    with pytest.raises(UserError, match="tested on Hopper GPUs only, not on NVIDIA B200; use --attention cudnn"):
+        choose(BLACKWELL, "flash")
+
+
+@pytest.mark.parametrize(
+    "gpu,wanted,head_dim,other",
+    [
+        (HERE, "flash", 80, "cudnn"),
+        (HERE, "flash", 160, "xla"),
+        (HERE, "auto", 256, "flash"),  # which is not installed
+        (PLANNED, "cudnn", 256, "flash"),
+        (BLACKWELL, "auto", 256, "xla"),
+    ],
+)
+def test_another_kernel_for_a_head_dim_is_named(gpu, wanted, head_dim, other, monkeypatch):
+    Installed(monkeypatch, ["flash_attn"])
+    with pytest.raises(UserError, match=f"head_dim={head_dim} must be .*; use --attention {other}$"):
+        choose(gpu, wanted, head_dim=head_dim)
+
+
 def test_a_named_kernel_is_not_replaced(monkeypatch):
     Installed(monkeypatch, ["flash_attn"])
     with pytest.raises(UserError, match="--attention flash: the package is not installed"):
