@@ -14,6 +14,7 @@ import pytest
 
 from alst_jax.config import UserError
 from alst_jax.ops.attention import KERNELS, AttentionSpec, attention, find_kernel, flash, refusal
+from alst_jax.ops.attention.costs import workspace
 from alst_jax.ops.attention.devices import Gpu, choose_kernel
 from alst_jax.ops.attention.flash_rates import DOCUMENT_RATES, RATES, RATES_BY_HEADS
 from alst_jax.ops.attention.flash_tiles import (
@@ -154,6 +155,17 @@ def test_workspace_is_the_measured_one():
     assert workspace_bytes(2, 1000, 8, 2, 64) == 2 * workspace_bytes(1, 1000, 8, 2, 64)
     packed = workspace_bytes(1, 131072, 32, 8, 128, documents=64)
     assert 0 < packed - workspace_bytes(1, 131072, 32, 8, 128) <= 4 * 65 * (32 * 64 * 130 + 2 * 8 * 128 * 128)
+
+
+@pytest.mark.parametrize("documents", [0, 64])
+@pytest.mark.parametrize("kv_heads", [2, 8])
+def test_the_workspace_of_a_fixed_order_has_semaphores(documents, kv_heads):
+    """int32[documents or rows, heads, blocks of queries], and 2 x [..., kv heads, blocks of keys, 2]."""
+    shape = (2, 4096, 8, kv_heads, 128)
+    free, ordered = (workspace(name, *shape, documents) for name in ("flash", "flash-deterministic"))
+    batch, length = (documents, 8192) if documents else (2, 4096)
+    of_keys = 2 * 2 * kv_heads * length // 128 if kv_heads < 8 else 0
+    assert ordered - free == 4 * batch * (8 * length // 64 + of_keys)
 
 
 def test_rates_have_the_form_of_the_planner():
