@@ -108,8 +108,8 @@ class NumberFlags:
     """Type of weights and computation. For bfloat16 weights the optimizer keeps a copy, see --master-weights.
     auto: bfloat16 on GPU, float32 on CPU."""
     attention: Literal["auto", "flash", "cudnn", "xla"] = "auto"
-    """Attention kernel: flash (flash-attn-4: Hopper, extra `flash`), cudnn (GPU), xla (tiled, any device). auto: the
-    first of these that runs."""
+    """Attention kernel: flash (flash-attn-4: Hopper, extra `flash`), cudnn (GPU), xla (tiled, any device). auto: on a
+    GPU flash where it runs, else cudnn; xla on a CPU."""
     deterministic: bool = False
     """Sum gradients in a fixed order, so that two runs on the same GPUs give the same bits. Slower; not with cudnn."""
 

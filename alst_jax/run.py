@@ -73,7 +73,7 @@ def subject(config: TrainConfig) -> tuple[ModelSource, Planner, Job]:
     if config.plan_only and config.pack and config.pack_attention == "documents":
         job = of_short_documents(job)
     cluster = with_room(cluster, job)
-    return source, Planner.of(config, cluster, functools.partial(make_step, config, cluster, dtype)), job
+    return source, Planner.of(config, cluster, functools.partial(make_step, config, cluster, dtype), job), job
 
 
 # -------------------------------------------------------------------------------------------------------------- machine

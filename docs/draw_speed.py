@@ -48,7 +48,7 @@ def main() -> None:
     import matplotlib.pyplot as plt
 
     figure, (lengths, layers) = plt.subplots(1, 2, figsize=(10, 3.8), width_ratios=(3, 1))
-    curve(lengths, OURS, "alst_jax, 125 GiB", (0, 0), marker="o", color="tab:blue")
+    curve(lengths, OURS, "alst_jax, 125 GiB (an H200 limited to 75 GiB)", (0, 0), marker="o", color="tab:blue")
     curve(
         lengths,
         ML_DATAFLOW_MORE,
@@ -73,7 +73,7 @@ def main() -> None:
         yscale="log",
         xlabel="tokens in a sequence",
         ylabel="tokens a second",
-        title="Llama-8B, full step, one GPU, 80 GB (host memory at each point)",
+        title="Llama-8B, full step, one GPU: H100 80 GB, if not said otherwise\n(host memory at each point)",
         xlim=(2.5e4, 1.7e6),
         ylim=(380, 9500),
     )

@@ -18,14 +18,17 @@ from alst_jax.xla import host
 from alst_jax.xla.arrays import shard_bytes
 
 
-def plan_step(step: TrainStep, job: Job, cluster: Cluster | None = None, at_once: bool = False) -> Plan:
+def plan_step(
+    step: TrainStep, job: Job, cluster: Cluster | None = None, at_once: bool = False, asked: Job | None = None
+) -> Plan:
     """The plan of a job by the compiler. step: the job's. Compiles; allocates nothing.
 
     The step's mesh may be of `absent_devices`. cluster: limits and speeds; None: of this process's devices.
     at_once: compile the programs at the same time, which is faster and leaves more of the compiler's memory behind. A
     CPU has one memory: activations that a GPU would keep in host memory count as kept there, and the working set counts
-    copies that a GPU would not make.
+    copies that a GPU would not make. asked: the job that this one stands for, whose kernel has another workspace.
     """
+    asked = asked or job
     cluster = this_cluster() if cluster is None else cluster
     first, plan = step.mesh.devices.flat[0], estimate(job, cluster)
     absent, on_cpu = is_absent(step.mesh), first.platform == "cpu"
@@ -36,7 +39,7 @@ def plan_step(step: TrainStep, job: Job, cluster: Cluster | None = None, at_once
     memory = compiled.memory_analysis()
     need = memory.temp_size_in_bytes
     if absent:  # the compiler does not know the kernel's workspace, and cannot compile an update that streams
-        need += working_set(job) - working_set(dataclasses.replace(job, count_workspace=False))
+        need += working_set(asked) - working_set(dataclasses.replace(asked, count_workspace=False))
         need = max(need, update_work(job))
     elif update is not None:
         need = max(need, update.memory_analysis().temp_size_in_bytes)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from alst_jax.config import TrainConfig, UserError, chosen_fields
 from alst_jax.hardware.environment import has_cuda_compiler
 from alst_jax.hardware.machines import Cluster
+from alst_jax.ops.attention.cudnn import CUDNN_MAX_HEAD_DIM
 from alst_jax.ops.rope import MAX_POSITION
 from alst_jax.parallel.costs import why_not
 from alst_jax.planning import search as auto
@@ -28,6 +29,11 @@ def with_attention(job: Job, layers: int | None) -> Job:
     return dataclasses.replace(job, model=dataclasses.replace(job.model, attention_layers=layers))
 
 
+def compiles_for_absent(job: Job) -> bool:
+    """Whether a job can be compiled for GPUs that are not here: in place of flash cuDNN is, for heads that it has."""
+    return not job.profile.attention.startswith("flash") or job.model.head_dim <= CUDNN_MAX_HEAD_DIM
+
+
 @dataclasses.dataclass(frozen=True)
 class Planner:
     """Plans of one command line, for the devices of this process or for the machine that it names.
@@ -43,8 +49,12 @@ class Planner:
     cached: dict[Job, TrainStep] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     @staticmethod
-    def of(config: TrainConfig, cluster: Cluster | None, make_step: Callable[[Job], TrainStep]) -> "Planner":
-        return Planner(config, cluster, not config.plan_for or has_cuda_compiler(), make_step)
+    def of(
+        config: TrainConfig, cluster: Cluster | None, make_step: Callable[[Job], TrainStep], job: Job | None = None
+    ) -> "Planner":
+        """job: the one to plan, whose attention may have no program for absent GPUs."""
+        compiles = not config.plan_for or (has_cuda_compiler() and (job is None or compiles_for_absent(job)))
+        return Planner(config, cluster, compiles, make_step)
 
     @property
     def search(self) -> Search:
@@ -65,14 +75,13 @@ class Planner:
         """The plan of a job by the compiler, or without one by the cost model."""
         if not self.compiles:
             return self.search.plan(job)
-        compiled, own = self._of_same_bytes(job), estimate(job, self.cluster)
-        plan = self._plan(compiled)
+        own, plan = estimate(job, self.cluster), self._plan(self._of_same_bytes(job), with_attention(job, None))
         if job.model.attention_layers is not None and not self.config.planning:
-            self._plan(job)  # a debug run's own programs: its first step compiles nothing either
+            self._plan(job, job)  # a debug run's own programs: its first step compiles nothing either
         return dataclasses.replace(plan, seconds=own.seconds, flops=own.flops, tokens=own.tokens)
 
-    def _plan(self, job: Job) -> Plan:
-        return plan_step(self.step(job), job, self.cluster, self.config.planning)
+    def _plan(self, job: Job, asked: Job) -> Plan:
+        return plan_step(self.step(job), job, self.cluster, self.config.planning, asked)
 
     def _of_same_bytes(self, job: Job) -> Job:
         """The job whose program is compiled for the bytes of this one: its own, if there is no reason against it."""

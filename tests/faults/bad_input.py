@@ -69,6 +69,8 @@ FLAGS = {
     "offloading without remat": ("--offload-activations --no-remat", "needs --remat, not --no-remat"),
     "a tile of nothing": ("--loss-tile 4 --no-tiled-loss", "--loss-tile has no meaning with --no-tiled-loss"),
     "more layers than there are": ("--debug-attention-layers 9", "the model has 2 layers"),
+    "a kernel for GPUs on a CPU": ("--attention flash", "--attention flash needs an NVIDIA GPU", "use --attention xla"),
+    "a kernel that is gone": ("--attention tokamax", "invalid choice 'tokamax'", "'flash', 'cudnn', 'xla'"),
     "master weights of float32": ("--dtype float32 --master-weights none", "--master-weights none is for bfloat16"),
     "spikes everywhere": ("--spike-deviations 0", "--spike-deviations 0.0: must be above 0"),
     "back to no checkpoint": ("--on-nonfinite rewind", "--on-nonfinite rewind", "--save-every"),

@@ -212,14 +212,15 @@ class Compiler:
     """In place of `plan_step`: the estimate, and `excess` bytes of device memory."""
 
     def __init__(self, monkeypatch, excess=0):
-        self.excess, self.jobs = excess, []
+        self.excess, self.jobs, self.asked = excess, [], []
         monkeypatch.setattr(decide, "plan_step", self)
         monkeypatch.setattr(Planner, "step", lambda planner, job: job)
 
-    def __call__(self, step, job, cluster, at_once):
+    def __call__(self, step, job, cluster, at_once, asked):
         assert step == job  # the step of this job
         self.at_once = at_once
         self.jobs.append(job)
+        self.asked.append(asked)
         plan = estimate(job, cluster)
         return dataclasses.replace(plan, source=COMPILED, device=plan.device | {"excess": self.excess})
 
@@ -290,3 +291,6 @@ def test_flash_is_compiled_as_cudnn_for_gpus_that_are_not_here(monkeypatch):
     assert made.step_seconds == estimate(job(attention="flash"), H100).step_seconds
     planner(compiles=True).compile(job(attention="flash"))
     assert compiler.jobs[-1].profile.attention == "flash"
+    packed = dataclasses.replace(job(attention="flash"), documents=64)  # planned with flash's own workspace
+    planner(compiles=True, plan_for="H100").compile(packed)
+    assert compiler.asked[-1] == packed and compiler.jobs[-1].documents == 0

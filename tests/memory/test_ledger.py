@@ -154,3 +154,11 @@ def test_flags_against_the_model():
         debug(debug_attention_layers=5)
     with pytest.raises(UserError, match="needs --stack segments and --remat"):
         debug(debug_attention_layers=2, stack="plain")
+
+
+def test_heads_that_cudnn_lacks_are_estimated_for_gpus_that_are_not_here(monkeypatch):
+    monkeypatch.setattr(planner, "has_cuda_compiler", lambda: True)
+    for attention, head_dim, there in (("flash", 256, False), ("flash", 128, True), ("xla", 256, True)):
+        some = Job(dataclasses.replace(SMALL, head_dim=head_dim), Profile(attention=attention), 1, 64)
+        assert planner.Planner.of(TrainConfig(plan_for="H100"), None, None, some).compiles is there
+        assert planner.Planner.of(TrainConfig(), None, None, some).compiles

@@ -14,6 +14,7 @@ import pytest
 
 from alst_jax.config import UserError
 from alst_jax.ops.attention import KERNELS, AttentionSpec, attention, find_kernel, flash, refusal
+from alst_jax.ops.attention.costs import workspace
 from alst_jax.ops.attention.devices import Gpu, choose_kernel
 from alst_jax.ops.attention.flash_rates import DOCUMENT_RATES, RATES, RATES_BY_HEADS
 from alst_jax.ops.attention.flash_tiles import (
@@ -156,6 +157,17 @@ def test_workspace_is_the_measured_one():
     assert 0 < packed - workspace_bytes(1, 131072, 32, 8, 128) <= 4 * 65 * (32 * 64 * 130 + 2 * 8 * 128 * 128)
 
 
+@pytest.mark.parametrize("documents", [0, 64])
+@pytest.mark.parametrize("kv_heads", [2, 8])
+def test_the_workspace_of_a_fixed_order_has_semaphores(documents, kv_heads):
+    """int32[documents or rows, heads, blocks of queries], and 2 x [..., kv heads, blocks of keys, 2]."""
+    shape = (2, 4096, 8, kv_heads, 128)
+    free, ordered = (workspace(name, *shape, documents) for name in ("flash", "flash-deterministic"))
+    batch, length = (documents, 8192) if documents else (2, 4096)
+    of_keys = 2 * 2 * kv_heads * length // 128 if kv_heads < 8 else 0
+    assert ordered - free == 4 * batch * (8 * length // 64 + of_keys)
+
+
 def test_rates_have_the_form_of_the_planner():
     for rates in (*RATES.values(), *RATES_BY_HEADS.values()):
         assert set(rates) == {"forward", "backward"} and rates["forward"].keys() == rates["backward"].keys()
@@ -194,6 +206,28 @@ def test_auto_says_why_it_does_not_take_flash(monkeypatch):
     Installed(monkeypatch, torch="2.6.0")
     name, why = choose(HERE)
     assert name == "cudnn" and "needs torch 2.7 or newer, not 2.6.0" in why
+
+
+def test_a_wrong_card_is_named_before_a_missing_package(monkeypatch):
+    Installed(monkeypatch, ["flash_attn"])
+    with pytest.raises(UserError, match="tested on Hopper GPUs only, not on NVIDIA B200; use --attention cudnn"):
+        choose(BLACKWELL, "flash")
+
+
+@pytest.mark.parametrize(
+    "gpu,wanted,head_dim,other",
+    [
+        (HERE, "flash", 80, "cudnn"),
+        (HERE, "flash", 160, "xla"),
+        (HERE, "auto", 256, "flash"),  # which is not installed
+        (PLANNED, "cudnn", 256, "flash"),
+        (BLACKWELL, "auto", 256, "xla"),
+    ],
+)
+def test_another_kernel_for_a_head_dim_is_named(gpu, wanted, head_dim, other, monkeypatch):
+    Installed(monkeypatch, ["flash_attn"])
+    with pytest.raises(UserError, match=f"head_dim={head_dim} must be .*; use --attention {other}$"):
+        choose(gpu, wanted, head_dim=head_dim)
 
 
 def test_a_named_kernel_is_not_replaced(monkeypatch):

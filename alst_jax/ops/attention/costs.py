@@ -40,7 +40,8 @@ def workspace(kernel: str, rows: int, length: int, heads: int, kv_heads: int, he
     if kernel == "xla":
         return 0
     if str(kernel).startswith("flash"):
-        return workspace_bytes(rows, length, heads, kv_heads, head_dim, documents=documents)
+        ordered = kernel == "flash-deterministic"
+        return workspace_bytes(rows, length, heads, kv_heads, head_dim, documents=documents, ordered=ordered)
     if documents:  # the largest call is on one slice of a sequence's length
         rows = 1
     while rows * length * heads * head_dim > CUDNN_MAX_ELEMENTS and heads % 2 == 0:  # as cudnn.py splits them

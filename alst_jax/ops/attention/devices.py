@@ -47,7 +47,7 @@ def choose_kernel(
     if wanted not in kernels:  # in the flags of an older run
         raise UserError(f"--attention {wanted}: there is no such kernel any more; use --attention auto")
     kernel = kernels.get(f"{wanted}{suffix}", kernels[wanted])
-    check_kernel(kernel, wanted, gpu, dtype, head_dim)
+    check_kernel(kernels, kernel, wanted, gpu, dtype, head_dim)
     if deterministic and gpu and kernel.name == FALLBACK:
         raise UserError(
             f"--deterministic with --attention {FALLBACK}: cuDNN adds gradients in no fixed order; use "
@@ -66,7 +66,7 @@ def automatic(kernels: dict[str, Kernel], gpu: Gpu | None, dtype: str, head_dim:
             "bfloat16, or --attention xla, which is exact and very slow at length"
         )
     try:
-        check_kernel(kernels[f"{FASTEST}{suffix}"], FASTEST, gpu, dtype, head_dim)
+        check_kernel(kernels, kernels[f"{FASTEST}{suffix}"], FASTEST, gpu, dtype, head_dim)
         if gpu.present:
             kernels[FASTEST].prepare()
     except UserError as error:
@@ -75,8 +75,11 @@ def automatic(kernels: dict[str, Kernel], gpu: Gpu | None, dtype: str, head_dim:
     return FASTEST, "the fastest on Hopper"
 
 
-def check_kernel(kernel: Kernel, wanted: str, gpu: Gpu | None, dtype: str, head_dim: int) -> None:
-    """UserError if the kernel named `wanted` by a user does not run there."""
+def check_kernel(
+    kernels: dict[str, Kernel], kernel: Kernel, wanted: str, gpu: Gpu | None, dtype: str, head_dim: int
+) -> None:
+    """UserError if the kernel named `wanted` by a user does not run there. What cannot be mended is named before what
+    can be installed."""
     if kernel.needs_gpu and not gpu:
         raise UserError(
             f"--attention {wanted} needs an NVIDIA GPU, and jax sees none (is jax[cuda12] or "
@@ -84,16 +87,25 @@ def check_kernel(kernel: Kernel, wanted: str, gpu: Gpu | None, dtype: str, head_
         )
     if dtype not in kernel.dtypes:
         raise UserError(f"--attention {wanted} needs --dtype bfloat16; use that or --attention xla")
-    if kernel.package and gpu.present and not installed(kernel.package):
-        raise UserError(
-            f"--attention {wanted}: the package is not installed ({kernel.install}); or use --attention cudnn"
-        )
     if kernel.capabilities and gpu.capability not in kernel.capabilities:
         raise UserError(
             f"--attention {wanted}: its kernel was tested on Hopper GPUs only, not on {gpu.name}; use --attention cudnn"
         )
     description, serves = kernel.head_dims
     if not serves(head_dim):
+        able = [name for name in (FASTEST, FALLBACK) if _serves(kernels[name], gpu, head_dim)]
         raise UserError(
-            f"--attention {wanted}: the model's head_dim={head_dim} must be {description}; use --attention xla"
+            f"--attention {wanted}: the model's head_dim={head_dim} must be {description}; use --attention "
+            f"{able[0] if able else 'xla'}"
         )
+    if kernel.package and gpu.present and not installed(kernel.package):
+        raise UserError(
+            f"--attention {wanted}: the package is not installed ({kernel.install}); or use --attention cudnn"
+        )
+
+
+def _serves(kernel: Kernel, gpu: Gpu | None, head_dim: int) -> bool:
+    """Whether a kernel, once installed, serves the head dim on this GPU."""
+    return kernel.head_dims[1](head_dim) and (
+        not kernel.capabilities or bool(gpu) and gpu.capability in kernel.capabilities
+    )

@@ -129,13 +129,23 @@ def block_offsets(offsets: Array, rows: int, heads: int = 1) -> Array:
 
 
 def workspace_bytes(
-    rows: int, length: int, heads: int, kv_heads: int, head_dim: int, *, documents: int = 0, causal: bool = True
+    rows: int,
+    length: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    *,
+    documents: int = 0,
+    causal: bool = True,
+    ordered: bool = False,
 ) -> int:
     """Bytes of the backward pass's float32 buffers for q[rows, length, heads, head_dim]: dq, two statistics and, when
-    query heads share a kv head, dk and dv. documents: the largest number of documents that is compiled for, 0: none."""
+    query heads share a kv head, dk and dv. documents: the largest number of documents that is compiled for, 0: none.
+    ordered: with the semaphores that fix the order of sums; each document has those of a whole sequence."""
     tiles = BACKWARD[head_dim][0 if causal else 1]
     if documents:
         rows, length = 1, rows * length
     queries, keys = (padded_of(length, size, documents) for size in (tiles.rows, tiles.keys))
     shared = 2 * kv_heads * keys * head_dim if heads != kv_heads else 0
-    return 4 * rows * (heads * queries * (head_dim + 2) + shared)
+    semaphores = heads * -(-length // tiles.rows) + (4 * kv_heads * -(-length // tiles.keys) if shared else 0)
+    return 4 * rows * (heads * queries * (head_dim + 2) + shared + semaphores * max(documents, 1) * ordered)
