@@ -38,9 +38,8 @@ def ledger(job: Job, cluster: Cluster) -> list[Term]:
     pairs = model.layer_pairs(job.length)
     again = sum(pairs[layer] for layer in job.recomputed_attention)
     attention = 4.0 * model.num_heads * h * rows / job.sp * job.attention_share  # FLOPs of a pair, forward
-    speed = lambda which: costs.speed(
-        job.profile.attention, which, int(job.length * job.attention_share), machine.peak_flops, job.documents > 0
-    )
+    length, packed, heads = int(job.length * job.attention_share), job.documents > 0, job.attention.local_heads
+    speed = lambda which: costs.speed(job.profile.attention, which, length, machine.peak_flops, packed, heads)
     terms = [
         Term("attention forward", (sum(pairs) + again) * attention / speed("forward"), job.profile.attention),
         Term("attention backward", sum(pairs) * BACKWARD * attention / speed("backward"), job.profile.attention),

@@ -14,7 +14,7 @@ import pytest
 
 from alst_jax.config import UserError
 from alst_jax.ops.attention import KERNELS, AttentionSpec, attention, find_kernel, flash, refusal
-from alst_jax.ops.attention.costs import workspace
+from alst_jax.ops.attention.costs import speed, workspace
 from alst_jax.ops.attention.devices import Gpu, choose_kernel
 from alst_jax.ops.attention.flash_rates import DOCUMENT_RATES, RATES, RATES_BY_HEADS
 from alst_jax.ops.attention.flash_tiles import (
@@ -169,6 +169,11 @@ def test_the_workspace_of_a_fixed_order_has_semaphores(documents, kv_heads):
 
 
 def test_rates_have_the_form_of_the_planner():
+    at_heads = lambda heads: speed(
+        "flash", "backward", 131072, 989, heads=heads
+    )  # between 4 and 32 heads by the logarithm
+    assert [at_heads(n) for n in (2, 4, 32, 64)] == [639, 639, 595, 595] and at_heads(8) == pytest.approx(639 - 44 / 3)
+    assert speed("flash", "backward", 131072, 989) == 595 and speed("cudnn", "forward", 131072, 989, heads=4) == 590
     for rates in (*RATES.values(), *RATES_BY_HEADS.values()):
         assert set(rates) == {"forward", "backward"} and rates["forward"].keys() == rates["backward"].keys()
         assert all(isinstance(n, int) and 300 < tflops < 989 for which in rates.values() for n, tflops in which.items())

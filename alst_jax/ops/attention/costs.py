@@ -11,25 +11,35 @@ from alst_jax.ops.attention.flash_tiles import workspace_bytes
 RATES = {
     "cudnn": {"forward": {32768: 647, 131072: 590, 524288: 481}, "backward": {32768: 529, 131072: 513, 524288: 550}}
 } | flash_rates.RATES
+RATES_BY_HEADS = {"flash": flash_rates.RATES_BY_HEADS}  # TFLOP/s the same, by the query heads of one call
+MANY_HEADS = 32
 # Packed documents: TFLOP/s of useful work by the sum of the documents' squares over the sum of their lengths.
 DOCUMENT_RATES = {"flash": flash_rates.DOCUMENT_RATES, "cudnn": buckets.DOCUMENT_RATES}
 MEASURED_PEAK = 989  # TFLOP/s of the measured device
 UNMEASURED = 0.05  # part of the peak, for kernels that are not in the table
 
 
-def speed(kernel: str, which: str, length: int, peak: float, packed: bool = False) -> float:
+def speed(kernel: str, which: str, length: int, peak: float, packed: bool = False, heads: int | None = None) -> float:
     """FLOP/s of causal FLOPs at sequences of `length`, between the measured lengths by the logarithm. which: "forward"
-    or "backward". packed: of documents, where `length` is the sum of their squares over the sum of their lengths."""
+    or "backward". packed: of documents, where `length` is the sum of their squares over the sum of their lengths.
+    heads: query heads of one call, between the measured numbers by the logarithm; None: many."""
     if kernel not in RATES:
         return UNMEASURED * peak
-    rates = DOCUMENT_RATES.get(kernel, RATES[kernel]) if packed else RATES[kernel]
-    points = sorted(rates[which].items())
-    length = min(max(length, points[0][0]), points[-1][0])
-    for (low, slow), (high, fast) in zip(points, points[1:]):
-        if length <= high:
-            part = math.log(length / low) / math.log(high / low)
-            return (slow + part * (fast - slow)) / MEASURED_PEAK * peak
-    raise AssertionError("the points cover their own range")
+    if packed:
+        return _between(DOCUMENT_RATES.get(kernel, RATES[kernel])[which], length) / MEASURED_PEAK * peak
+    by_heads = {MANY_HEADS: RATES[kernel]} | RATES_BY_HEADS.get(kernel, {})
+    rates = {number: _between(by_length[which], length) for number, by_length in by_heads.items()}
+    return _between(rates, heads or MANY_HEADS) / MEASURED_PEAK * peak
+
+
+def _between(values: dict[int, float], at: int) -> float:
+    """The value at a number, between the known ones by the logarithm; outside of them the nearest."""
+    points = sorted(values.items())
+    at = min(max(at, points[0][0]), points[-1][0])
+    for (low, first), (high, second) in zip(points, points[1:]):
+        if at <= high:
+            return first + math.log(at / low) / math.log(high / low) * (second - first)
+    return points[0][1]
 
 
 def workspace(kernel: str, rows: int, length: int, heads: int, kv_heads: int, head_dim: int, documents: int = 0) -> int:

@@ -9,11 +9,8 @@ RATES = {
     # Sums in a fixed order cost more where heads or blocks are many.
     "flash-deterministic": {"forward": {32768: 698, 131072: 685}, "backward": {32768: 534, 131072: 380}},
 }
-# The same by (query heads, kv heads) of one call.
-RATES_BY_HEADS = {
-    (32, 8): {"forward": {32768: 727, 131072: 706}, "backward": {32768: 601, 131072: 595}},
-    (4, 1): {"forward": {131072: 681, 524288: 708}, "backward": {131072: 639, 524288: 623}},
-}
+# The same with fewer query heads in one call, four a kv head.
+RATES_BY_HEADS = {4: {"forward": {131072: 681, 524288: 708}, "backward": {131072: 639, 524288: 623}}}
 # Packed documents in 131,072 tokens, 32 query heads and 8 kv heads: TFLOP/s of useful work by the sum of the documents'
 # squares over the sum of their lengths, for 512, 64 and 16 equal documents, 8 mixed ones and one. Those with 512, 16
 # and 1 were measured from torch.
