@@ -136,6 +136,8 @@ def with_kept(job: Job, search: Search, on_device: Iterable[int], least: bool = 
         most = on_host if least or "keep_attention_on_host" in fixed else job.model.num_layers - kept
         make = functools.cache(functools.partial(_keeping, job, search, budget, kept))
         if (made := _most_on_host(make, range(on_host, most + 1), search)) is not None:
+            if "prefetch_activations" not in fixed and not made.reads_ahead:
+                made = made.changed(prefetch_activations=False)
             # Without sharing if host memory has room: the copies that sharing adds are not hidden.
             shares = made.profile.share_gradients and "share_gradients" not in fixed
             alone = made.changed(share_gradients=False) if shares else made

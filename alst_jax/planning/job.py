@@ -220,6 +220,11 @@ class Job:
                 saved[run.memory] += self._run_bytes(run)
         return saved
 
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether a loop of the backward pass reads rows from host memory one layer ahead."""
+        return any(self.read_ahead(segment)[0] for segment in self.segments)
+
     def read_ahead(self, segment: Segment) -> tuple[int, int]:
         """Bytes that loops of the backward pass read from host memory one layer ahead: of one layer; of all layers but
         the first of each loop, which waits for its own."""

@@ -98,8 +98,7 @@ class Planner:
         """The job with the profile that --memory says, and its plan. UserError if it cannot fit, or has a flag without
         effect."""
         choice = self._choose(job, say)
-        reads_ahead = any(map(any, map(choice.job.read_ahead, choice.job.segments)))
-        check_effect(choice.job.profile, choice.job.shared_inputs, reads_ahead)
+        check_effect(choice.job.profile, choice.job.shared_inputs, choice.job.reads_ahead)
         return choice
 
     def _choose(self, job: Job, say: Callable[[str], None]) -> Choice:

@@ -131,6 +131,13 @@ def test_tiles_are_as_usual_where_larger_ones_would_drive_something_out():
     assert "The next faster choice, with --loss-tile 8192, --mlp-tile 16384" in choice.explain()
 
 
+def test_reading_ahead_is_chosen_where_rows_are_read():
+    """A choice with the flag and without an effect would be refused."""
+    chosen = [choose(job(length), Search(H100)).job for length in (16384, 131072, 262144, 524288)]
+    assert {one.profile.prefetch_activations for one in chosen} == {False, True}
+    assert all(one.reads_ahead == one.profile.prefetch_activations for one in chosen)
+
+
 def test_what_is_typed_stays():
     typed = dict(offload_weights=True, keep_attention_on_device=3, head_chunks=4)
     choice = choose(job(**typed), Search(H100, frozenset(typed)))
