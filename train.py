@@ -1,5 +1,4 @@
-"""Train a Llama on very long sequences: `python train.py --help`. Without flags, a tiny one learns in about a
-minute."""
+"""Train a Llama on very long sequences: `python train.py --help`. Without flags, a tiny one learns in a minute."""
 
 import contextlib
 import dataclasses

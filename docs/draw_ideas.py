@@ -104,7 +104,7 @@ def host() -> list[str]:
         text(196, 78, "layer n+1", 10),
         arrow(156, 125, 236, 125),
         text(196, 118, "layer n-1", 10),
-        text(190, 174, "copies run while layer n computes", 10),
+        text(190, 174, "copies beside the computation", 10),
     ]
 
 

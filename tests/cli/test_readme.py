@@ -22,7 +22,7 @@ README = (ROOT / "README.md").read_text()
 
 def commands(page: str) -> list[str]:
     """The lines of a page's shell blocks."""
-    blocks = re.findall(r"```(?:sh)?\n(.*?)```", page, re.S)
+    blocks = [text for kind, text in re.findall(r"^```(\w*)\n(.*?)^```", page, re.S | re.M) if kind in ("", "sh")]
     return [line.partition("  #")[0] for block in blocks for line in block.replace("\\\n", " ").splitlines()]
 
 
