@@ -135,6 +135,7 @@ def test_reading_ahead_is_chosen_where_rows_are_read():
     """A choice with the flag and without an effect would be refused."""
     chosen = [choose(job(length), Search(H100)).job for length in (16384, 131072, 262144, 524288)]
     assert {one.profile.prefetch_activations for one in chosen} == {False, True}
+    chosen.append(choose(job(128000, llama_8b(32)), Search(parse_cluster("H100-80", 125))).job)  # segments alone
     assert all(one.reads_ahead == one.profile.prefetch_activations for one in chosen)
 
 

@@ -52,6 +52,7 @@ def compiled():
 @pytest.mark.parametrize("memory", ["manual", "auto"])
 def test_a_run_compiles_nothing_that_its_plan_has_compiled(tmp_path, monkeypatch, capsys, compiled, memory):
     monkeypatch.setattr("alst_jax.run.this_cluster", lambda host_memory_gib, devices: H100)
+    monkeypatch.setattr("alst_jax.planning.report.seconds_compiled", lambda: 12.3)
     (tmp_path / "data.txt").write_text("A long time ago. " * 100)
     config = TrainConfig(
         data=(str(tmp_path / "data.txt"),),
@@ -66,6 +67,7 @@ def test_a_run_compiles_nothing_that_its_plan_has_compiled(tmp_path, monkeypatch
     assert train.run(config) == 0
     printed = capsys.readouterr().out
     assert "plan    compiled: device" in printed and "the whole process: about" in printed
+    assert " s, 12 s of them to compile attention's kernels\n" in printed
     assert compiled["jit(loss_and_grad)"] == compiled["jit(update)"] == 1, compiled
 
 
